@@ -1,0 +1,84 @@
+# Everything happens in .venv, installed by plain pip with the versions of constraints.txt.
+# `make run` and `make test` are all that a fresh machine needs.
+.POSIX:
+.SUFFIXES:
+# Two pips in one environment would trip over each other.
+.NOTPARALLEL:
+
+# The interpreter to make .venv with; empty: the first that is new enough.
+PYTHON =
+# For `make run`, as in `make run PORT=9000 ARGS='--model torchvision/resnet50'`. The environment sets
+# nothing here (HOST is often the machine's name): there it is CAMSERVE_HOST and CAMSERVE_PORT.
+HOST =
+PORT =
+ARGS =
+
+# Installs with pip, which talks during the first, long installation and is quiet afterwards.
+PIP_INSTALL = quiet=; [ ! -e .venv/.installed ] || quiet=--quiet; \
+	.venv/bin/python -m pip install --disable-pip-version-check $$quiet -c constraints.txt
+SAFE = PYTHONSAFEPATH=1
+
+.PHONY: help install run test test-all check bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+
+install: .venv/.installed ## create .venv and install the service
+
+run: install ## start the service on http://127.0.0.1:8000 (HOST=, PORT=, ARGS= for `camserve serve`)
+	@exec .venv/bin/camserve serve $(HOST:%=--host %) $(PORT:%=--port %) $(ARGS)
+
+test: .venv/.installed-test ## run every test that needs only Python (ARGS= for pytest)
+	@$(SAFE) .venv/bin/python -m pytest \
+		-m 'not browser and not labeling and not container and not ray and not gpu' $(ARGS)
+
+test-all: .venv/.installed-test ## run every test; one whose tool is missing is skipped and says why
+	@$(SAFE) .venv/bin/python -m pytest $(ARGS)
+
+check: .venv/.installed-dev ## lint, format, types, imports
+	@$(SAFE) .venv/bin/python -m ruff check
+	@$(SAFE) .venv/bin/python -m ruff format --check
+	@$(SAFE) .venv/bin/python -m mypy
+	@$(SAFE) .venv/bin/lint-imports --no-logo
+
+bench: .venv/.installed ## measure how busy the event loop is under load
+	@$(SAFE) .venv/bin/python benchmarks/event_loop.py $(ARGS)
+
+clean: ## remove .venv, caches and build outputs
+	rm -rf .venv .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist
+	find api_schemas benchmarks examples service tests -type d -name __pycache__ -prune \
+		-exec rm -rf {} + 2>/dev/null || true
+
+# A stamp says what .venv holds. Each extra contains the one before it, so the larger installation
+# also settles the smaller ones.
+
+.venv/.installed: .venv/bin/python pyproject.toml constraints.txt
+	@echo 'camserve: installing the service'
+	@$(PIP_INSTALL) -e .
+	@touch $@
+
+.venv/.installed-test: .venv/bin/python pyproject.toml constraints.txt
+	@echo 'camserve: installing the service and what its tests need'
+	@$(PIP_INSTALL) -e '.[test]'
+	@touch .venv/.installed $@
+
+.venv/.installed-dev: .venv/bin/python pyproject.toml constraints.txt
+	@echo 'camserve: installing the service, its tests and the checks'
+	@$(PIP_INSTALL) -e '.[dev]'
+	@touch .venv/.installed .venv/.installed-test $@
+
+.venv/bin/python:
+	@for python in $(PYTHON) python3.11 python3.12 python3.13 python3; do \
+		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+			echo "camserve: making .venv with $$("$$python" -V)"; \
+			echo 'camserve: the first installation downloads about 5 GB (the CUDA build of torch,' \
+				'which also runs on a CPU)'; \
+			"$$python" -m venv --clear .venv && exit 0; \
+			echo "camserve: $$python cannot make virtual environments;" \
+				'on Debian and Ubuntu: apt install python3-venv' >&2; \
+			rm -rf .venv; \
+			exit 1; \
+		fi; \
+	done; \
+	echo 'camserve: no Python 3.11 or newer found; install one, or say which: make PYTHON=/path/to/it' >&2; \
+	exit 1

@@ -1,0 +1,1 @@
+"""The wire contract: pydantic models only, usable without torch or FastAPI."""

@@ -1,0 +1,154 @@
+"""What `/explain` and `/predict` answer."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, Field
+
+Rect = tuple[float, float, float, float]
+
+
+class Encoded(BaseModel):
+    """A picture: standard base64 (RFC 4648 §4) of a file of `media_type`."""
+
+    media_type: str
+    width: int
+    height: int
+    data: str
+
+
+class Grid(BaseModel):
+    """A map as numbers: base64 of little-endian values in row-major order."""
+
+    shape: list[int]
+    dtype: str = "float32"
+    data: str
+
+
+class Array(BaseModel):
+    """Activations as numbers: base64 of little-endian values in row-major order."""
+
+    dtype: str
+    data: str
+
+
+class Stats(BaseModel):
+    """A layer's values in five numbers; `zero_fraction` is the share that is exactly 0."""
+
+    min: float
+    max: float
+    mean: float
+    std: float
+    zero_fraction: float
+
+
+class ChannelGrid(Encoded):
+    """All channels side by side, each normalised for itself; `channels_left_out` did not fit."""
+
+    channels_left_out: int
+
+
+class Activation(BaseModel):
+    """What a layer returned for this image. `call` counts the calls of one forward pass from 0."""
+
+    layer: str
+    kind: str
+    call: int = 0
+    shape: list[int]
+    dtype: str = "float32"
+    stats: Stats | None = None
+    image: ChannelGrid | None = None
+    array: Array | None = None
+
+
+class Prediction(BaseModel):
+    """One class: its softmax score and the logit behind it."""
+
+    class_id: int
+    label: str
+    score: float
+    logit: float
+
+
+class Cost(BaseModel):
+    """What the explanation cost, in forward passes of the model for one image."""
+
+    forwards: float
+
+
+class Explanation(BaseModel):
+    """One map and what to know about it.
+
+    `range` is [min, max] of the map before it was divided by its largest absolute value; `flags`
+    say in what way it is weak: all_zero, target_not_predicted, saturated, low_resolution,
+    random_weights, module_called_n_times.
+    """
+
+    class_id: int
+    label: str
+    score: float
+    contrast: int | None = None
+    method: str
+    layer: str | list[str] | None
+    range: tuple[float, float]
+    flags: list[str]
+    cost: Cost
+    heatmap: Encoded | None = None
+    overlay: Encoded | None = None
+    grid: Grid | None = None
+
+
+class ImageInfo(BaseModel):
+    """The upright picture that was read: EXIF orientation is applied, sha256 is of the upload."""
+
+    width: int
+    height: int
+    format: str
+    sha256: str
+
+
+class ImageFailure(BaseModel):
+    """Why one image of several has no answer."""
+
+    code: str
+    detail: str
+    status: int
+
+
+class Result(BaseModel):
+    """The answer for one image; where it failed, `error` alone.
+
+    `seen` is the part of the source that the model saw: x, y, w, h in upright source pixels.
+    """
+
+    image: ImageInfo | None = None
+    seen: Rect | None = None
+    predictions: list[Prediction] | None = None
+    explanations: list[Explanation] | None = None
+    activations: list[Activation] | None = None
+    error: ImageFailure | None = None
+
+
+class ModelVersion(BaseModel):
+    """The model that answered; `version` is the first 12 digits of its weights' sha256."""
+
+    name: str
+    version: str
+
+
+class Timing(BaseModel):
+    """Milliseconds by stage; of several images, the sum of each stage. Also in Server-Timing."""
+
+    decode: float = 0
+    queue: float = 0
+    inference: float = 0
+    render: float = 0
+    total: float = 0
+
+
+class Answer(BaseModel):
+    """One result an image, in the order they were sent."""
+
+    id: str = Field(description="The request id, also in the header X-Request-ID.")
+    model: ModelVersion
+    results: list[Result]
+    timing_ms: Timing

@@ -1,0 +1,74 @@
+"""What `/models` and the probes answer."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, Field
+
+
+class InputSize(BaseModel):
+    """The model input in pixels, and the shorter side that a picture is resized to before it."""
+
+    width: int
+    height: int
+    resize: int
+    mean: list[float]
+    std: list[float]
+    interpolation: str
+
+
+class Lane(BaseModel):
+    """A way to run the model; `reason` says why it is off."""
+
+    name: str
+    ready: bool
+    reason: str | None = None
+
+
+class Model(BaseModel):
+    """A served model."""
+
+    name: str
+    builder: str
+    version: str = Field(description="First 12 digits of the weights' sha256.")
+    state: str
+    default: bool
+    classes: int
+    input: InputSize
+    target_layer: str | None
+    lanes: list[Lane]
+    random_weights: bool
+    replicas: int
+
+
+class ModelDetails(Model):
+    """A served model with its labels, in order of class id."""
+
+    labels: list[str]
+
+
+class Models(BaseModel):
+    """All served models; the first is the default."""
+
+    models: list[Model]
+
+
+class Layer(BaseModel):
+    """A module of a model; `shape` is its output's for one image, null where it is no tensor."""
+
+    path: str
+    type: str
+    shape: list[int] | None
+    parameters: int
+    target: bool = Field(description="Whether it can be the `layer` of an explanation.")
+
+
+class Layers(BaseModel):
+    """Every module in definition order."""
+
+    layers: list[Layer]
+
+
+class Health(BaseModel):
+    """A probe's answer."""
+
+    status: str

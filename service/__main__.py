@@ -1,0 +1,5 @@
+"""`python -m service` is `camserve`."""
+
+from service.cli import main
+
+main()

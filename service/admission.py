@@ -1,0 +1,103 @@
+"""Who may come in: a bound on images and bytes, decided before any work is done."""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+from typing import Self
+
+from service.errors import QueueFull, ShuttingDown
+
+
+class Admission:
+    """Counts what the service holds and refuses at once what it will not hold.
+
+    max_images: images of all admitted requests, from their arrival to their answer.
+    max_bytes:  declared bytes of their bodies.
+    """
+
+    def __init__(self, *, max_images: int, max_bytes: int) -> None:
+        self.max_images = max_images
+        self.max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._images = 0
+        self._bytes = 0
+        self._open = True
+
+    @property
+    def images(self) -> int:
+        """Images held now."""
+        return self._images
+
+    @property
+    def is_open(self) -> bool:
+        """Whether new requests are taken."""
+        return self._open
+
+    def admit(self, declared_bytes: int = 0) -> Permit:
+        """Take a place for one image; a request with more asks its permit to `grow`.
+
+        Raises QueueFull or ShuttingDown.
+        """
+        permit = Permit(self)
+        permit.grow(1, declared_bytes)
+        return permit
+
+    def close(self) -> None:
+        """Admit nothing from now on; permits that were given stay good."""
+        self._open = False
+
+    def take(self, images: int, declared_bytes: int, *, held: int) -> None:
+        """Count places; `held` are those the same request has. For `Permit` alone."""
+        with self._lock:
+            if not held and not self._open:
+                raise ShuttingDown("The service is shutting down; ask another instance.")
+            # What is larger than the whole bound is let in alone, or it could never be served.
+            crowded = self._images > held
+            if crowded and (
+                self._images + images > self.max_images
+                or self._bytes + declared_bytes > self.max_bytes
+            ):
+                raise QueueFull(
+                    f"{self._images} images are waiting or running, which is as many as this "
+                    "service holds; try again after the seconds in Retry-After."
+                )
+            self._images += images
+            self._bytes += declared_bytes
+
+    def give(self, images: int, declared_bytes: int) -> None:
+        """Free places. For `Permit` alone."""
+        with self._lock:
+            self._images -= images
+            self._bytes -= declared_bytes
+
+
+class Permit:
+    """The right of one request to be worked on; leaving its `with` gives it back."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self._images = 0
+        self._bytes = 0
+
+    def grow(self, images: int, declared_bytes: int = 0) -> None:
+        """Take places for more images or bytes. Raises QueueFull; what is held stays held."""
+        self._admission.take(images, declared_bytes, held=self._images)
+        self._images += images
+        self._bytes += declared_bytes
+
+    def release(self) -> None:
+        """Give everything back; a second call does nothing."""
+        self._admission.give(self._images, self._bytes)
+        self._images = self._bytes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()

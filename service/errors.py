@@ -1,0 +1,214 @@
+"""Every error the service raises on purpose, as one tree.
+
+    CamserveError
+    ├── RequestError                what the client sent cannot be answered
+    │   ├── MalformedRequest        malformed_request
+    │   ├── EmptyBody               empty_body
+    │   ├── InvalidOption           invalid_option
+    │   ├── BodyTooLarge            body_too_large
+    │   ├── SlowUpload              slow_upload
+    │   ├── UnsupportedMediaType    unsupported_media_type
+    │   ├── NotAcceptable           not_acceptable
+    │   ├── UnknownModel            unknown_model
+    │   ├── UnknownLayer            unknown_layer
+    │   └── UnknownClass            unknown_class
+    ├── ImageError                  one image cannot be used
+    │   ├── InvalidImageData        invalid_image_data
+    │   ├── EmptyImage              empty_image
+    │   ├── UnsupportedImage        unsupported_image
+    │   ├── CorruptImage            corrupt_image
+    │   └── ImageTooLarge           image_too_large
+    ├── Refused                     not now: try again after `retry_after` seconds
+    │   ├── QueueFull               queue_full
+    │   ├── ShuttingDown            shutting_down
+    │   └── ModelNotReady           model_not_ready
+    ├── DeadlineExceeded            deadline_exceeded
+    ├── InferenceFailed             inference_failed
+    │   └── NonFiniteOutput         non_finite_output
+    ├── RenderFailed                render_failed
+    └── ConfigurationError          the service cannot start like this
+
+`code` is stable: clients may switch on it. `detail` is a sentence that says what to do. Which HTTP
+status a class becomes is decided at the edge, in `service/routes/problems.py`, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import ClassVar
+
+
+class CamserveError(Exception):
+    """Base of the tree. `str(error)` is `detail`."""
+
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail)
+        self.detail = detail
+
+
+class RequestError(CamserveError):
+    """What the client sent cannot be answered."""
+
+    code = "malformed_request"
+
+
+class MalformedRequest(RequestError):
+    """The body cannot be read as what it says it is."""
+
+
+class EmptyBody(RequestError):
+    """There is nothing in the body."""
+
+    code = "empty_body"
+
+
+class InvalidOption(RequestError):
+    """An option is unknown, out of range, or contradicts another."""
+
+    code = "invalid_option"
+
+
+class BodyTooLarge(RequestError):
+    """The body, or the number of its images, is over the limit."""
+
+    code = "body_too_large"
+
+
+class SlowUpload(RequestError):
+    """The body did not arrive in time."""
+
+    code = "slow_upload"
+
+
+class UnsupportedMediaType(RequestError):
+    """The declared content type is none that we read."""
+
+    code = "unsupported_media_type"
+
+
+class NotAcceptable(RequestError):
+    """The answer cannot be given in the form that `Accept` asks for."""
+
+    code = "not_acceptable"
+
+
+class UnknownModel(RequestError):
+    """No model of that name is served."""
+
+    code = "unknown_model"
+
+
+class UnknownLayer(RequestError):
+    """The model has no module at that path."""
+
+    code = "unknown_layer"
+
+
+class UnknownClass(RequestError):
+    """The model has no class of that id or label."""
+
+    code = "unknown_class"
+
+
+class ImageError(CamserveError):
+    """One image cannot be used; the others of its request still can."""
+
+    code = "corrupt_image"
+
+
+class InvalidImageData(ImageError):
+    """The place for the image holds something else: no base64, or a URL where none is allowed."""
+
+    code = "invalid_image_data"
+
+
+class EmptyImage(ImageError):
+    """The image has no bytes."""
+
+    code = "empty_image"
+
+
+class UnsupportedImage(ImageError):
+    """The bytes are not a picture in a format that we read."""
+
+    code = "unsupported_image"
+
+
+class CorruptImage(ImageError):
+    """The bytes begin like a picture and cannot be decoded to its end."""
+
+
+class ImageTooLarge(ImageError):
+    """The picture has more pixels than the limit."""
+
+    code = "image_too_large"
+
+
+class Refused(CamserveError):
+    """Not now; the same request may succeed after `retry_after` seconds."""
+
+    code = "queue_full"
+
+    def __init__(self, detail: str, retry_after: int = 1) -> None:
+        super().__init__(detail)
+        self.retry_after = retry_after
+
+
+class QueueFull(Refused):
+    """As many images wait as the service will hold."""
+
+
+class ShuttingDown(Refused):
+    """The service finishes what it accepted and takes nothing new."""
+
+    code = "shutting_down"
+
+
+class ModelNotReady(Refused):
+    """The model is loading, or failed to load."""
+
+    code = "model_not_ready"
+
+
+class DeadlineExceeded(CamserveError):
+    """The answer was not ready when its deadline passed."""
+
+    code = "deadline_exceeded"
+
+
+class InferenceFailed(CamserveError):
+    """The model, a hook or the backward pass raised."""
+
+    code = "inference_failed"
+
+
+class NonFiniteOutput(InferenceFailed):
+    """The model answered with NaN or infinity."""
+
+    code = "non_finite_output"
+
+
+class RenderFailed(CamserveError):
+    """The answer was computed and could not be drawn or encoded."""
+
+    code = "render_failed"
+
+
+class ConfigurationError(CamserveError):
+    """The service cannot start with these settings, models or weights."""
+
+    code = "configuration_error"
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """Say which of the `known` names are closest to a mistyped one.
+
+    Returns a sentence such as " Did you mean 'layer4' or 'layer3'?" with a leading space, or "".
+    """
+    close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+    if not close:
+        return ""
+    return f" Did you mean {' or '.join(repr(match) for match in close)}?"

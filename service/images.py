@@ -1,0 +1,300 @@
+"""From bytes to a bounded, upright RGB picture, and from model input back to source pixels.
+
+    source = decode(data, max_pixels=50_000_000)          # or one of the four image errors
+    model_input = fit_to_model(source, Preprocessing())   # uint8 (3, 224, 224)
+    model_input.geometry.seen                             # x, y, w, h of what the model sees
+
+Coordinates are continuous, in pixels of the upright source: (0, 0) is its upper left corner and
+(width, height) its lower right one, so the centre of the first pixel is (0.5, 0.5).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, TiffImagePlugin
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as transforms
+
+from service.errors import CorruptImage, EmptyImage, ImageError, ImageTooLarge, UnsupportedImage
+
+Fit = Literal["crop", "squash", "pad"]
+Rect = tuple[float, float, float, float]
+"""x, y, width, height, in source pixels."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+
+TOO_LARGE = "Scale it down to at most {} pixels (width x height) and send it again."
+
+# Every scan of a progressive JPEG passes over all pixels, and a scan can be 59 bytes long: without
+# a bound 10 MB of them keep a core busy for many minutes. Encoders write about ten.
+MAX_JPEG_SCANS = 500
+
+# Above this ratio of sides `crop` cuts first: 1 x 60,000 would be resized to 256 x 15,360,000.
+MAX_ASPECT = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """How a model wants its pictures: torchvision's evaluation transform.
+
+    `resize` is the length of the shorter side before the crop, `crop` the (height, width) of the
+    model input, both in pixels; `mean` and `std` are per channel, of values in 0..1.
+    """
+
+    resize: int = 256
+    crop: tuple[int, int] = (224, 224)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Source:
+    """One decoded upload.
+
+    `pixels` is uint8 (height, width, 3), RGB, upright; `format` is what the bytes are ("JPEG",
+    "PNG", ...); `sha256` is the hexadecimal digest of the uploaded bytes.
+    """
+
+    pixels: NDArray[np.uint8]
+    format: str
+    sha256: str
+
+    @property
+    def width(self) -> int:
+        """Width in pixels, after the EXIF orientation."""
+        return int(self.pixels.shape[1])
+
+    @property
+    def height(self) -> int:
+        """Height in pixels, after the EXIF orientation."""
+        return int(self.pixels.shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Where the model input lies in the source.
+
+    `source_size` and `input_size` are (width, height). `window` is what the whole model input
+    covers, in source pixels, and may stick out of the picture. The point (u, v) of the model input,
+    as fractions of its width and height, is (x + u * w, y + v * h) of the source.
+    """
+
+    source_size: tuple[int, int]
+    input_size: tuple[int, int]
+    window: Rect
+
+    @property
+    def seen(self) -> Rect:
+        """The part of the picture that the model sees: `window` within the picture."""
+        x, y, w, h = self.window
+        left, top = max(x, 0.0), max(y, 0.0)
+        right, bottom = min(x + w, self.source_size[0]), min(y + h, self.source_size[1])
+        return left, top, right - left, bottom - top
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModelInput:
+    """`pixels`: uint8 (3, height, width), contiguous, before normalisation; and its geometry."""
+
+    pixels: Tensor
+    geometry: Geometry
+
+
+def decode(data: bytes, *, max_pixels: int) -> Source:
+    """Decode an uploaded JPEG, PNG, WebP, GIF, BMP or TIFF; of several frames the first.
+
+    The EXIF orientation is applied, transparency is laid over white, 16 bits become 8 by dividing
+    by 257, floats are taken as 0..1 if none is above 1, else as 0..255. Colour profiles are
+    ignored, as they are when models are trained. The size is checked before any pixel is decoded;
+    Pillow's own bound (2 x `Image.MAX_IMAGE_PIXELS`) holds too.
+
+    Raises EmptyImage, UnsupportedImage, CorruptImage or ImageTooLarge, for whatever bytes, and
+    nothing else.
+    """
+    if not data:
+        raise EmptyImage("The image has no bytes; send the content of the picture file.")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            name = "JPEG" if image.format == "MPO" else str(image.format)
+            _check_bounds(image, name, data, max_pixels)
+            pixels = np.array(_upright_rgb(image))
+    except ImageError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
+        raise ImageTooLarge(TOO_LARGE.format(max_pixels)) from error
+    except Exception as error:  # Pillow's readers raise a dozen unrelated types on broken files.
+        raise _unreadable(data) from error
+    return Source(pixels, name, hashlib.sha256(data).hexdigest())
+
+
+def _check_bounds(image: Image.Image, name: str, data: bytes, max_pixels: int) -> None:
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise CorruptImage("The picture has no pixels; save it again and send the new file.")
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        # A tile is decoded whole, however little of it the picture needs.
+        width = max(width, int(image.tag_v2.get(TiffImagePlugin.TILEWIDTH, 0)))
+        height = max(height, int(image.tag_v2.get(TiffImagePlugin.TILELENGTH, 0)))
+    if width * height > max_pixels:
+        raise ImageTooLarge(
+            f"The picture has {width} x {height} pixels. {TOO_LARGE.format(max_pixels)}"
+        )
+    if name == "JPEG" and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
+        raise UnsupportedImage(
+            f"The JPEG has more than {MAX_JPEG_SCANS} scans; save it again as a baseline JPEG."
+        )
+
+
+def _unreadable(data: bytes) -> UnsupportedImage | CorruptImage:
+    magic = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+    is_webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
+    is_bmp = data[:2] == b"BM" and data[15:18] == b"\0\0\0"
+    if data.startswith(magic) or is_webp or is_bmp:
+        return CorruptImage("The picture is cut short or broken; send the complete file again.")
+    return UnsupportedImage(
+        "The bytes are not a picture that can be read; send JPEG, PNG, WebP, GIF, BMP or TIFF."
+    )
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    with contextlib.suppress(Exception):  # Broken metadata do not make the pixels unreadable.
+        ImageOps.exif_transpose(image, in_place=True)
+    return _rgb(image)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        return Image.fromarray(_grey(image)).convert("RGB")
+    if image.mode == "La":
+        image = image.convert("LA")
+    transparent = image.info.get("transparency")
+    if image.mode == "RGB" and isinstance(transparent, tuple) and max(transparent) > 255:
+        # A 16-bit PNG: Pillow keeps the high bytes of the pixels, but both bytes of this colour.
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    paper = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(paper, image.convert("RGBA")).convert("RGB")
+
+
+def _grey(image: Image.Image) -> NDArray[np.uint8]:
+    values = np.asarray(image)
+    if image.mode == "F":
+        if not np.isfinite(values).all():
+            raise CorruptImage("The picture holds NaN or infinity; replace them and send it again.")
+        scaled = values.astype(np.float64) * (255.0 if values.max() <= 1.0 else 1.0)
+    else:
+        scaled = values.astype(np.float64) / 257.0
+    grey: NDArray[np.uint8] = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+    if "transparency" in image.info:
+        grey[values == image.info["transparency"]] = 255
+    return grey
+
+
+def fit_to_model(source: Source, preprocessing: Preprocessing, fit: Fit = "crop") -> ModelInput:
+    """Make the model input, uint8, and say where it lies in the source.
+
+    `crop`: shorter side to `resize`, then the centre; bit-equal to torchvision's evaluation
+    transform up to the conversion to float (of pictures over 20 times longer than wide, only the
+    middle is resized). `squash`: the whole picture, stretched. `pad`: the whole picture in its
+    proportions, centred on the mean colour.
+    """
+    picture = torch.from_numpy(source.pixels).permute(2, 0, 1)
+    mode = InterpolationMode(preprocessing.interpolation)
+    height, width = preprocessing.crop
+    if fit == "crop":
+        pixels, window = _crop(picture, preprocessing, mode)
+    elif fit == "squash":
+        pixels = transforms.resize(picture, [height, width], interpolation=mode)
+        window = (0.0, 0.0, float(source.width), float(source.height))
+    elif fit == "pad":
+        pixels, window = _pad(picture, preprocessing, mode)
+    else:
+        raise ValueError(f"fit is 'crop', 'squash' or 'pad', not {fit!r}")
+    geometry = Geometry((source.width, source.height), (width, height), window)
+    # A copy: where nothing had to be resized, `pixels` may be a view of the source.
+    return ModelInput(pixels.clone(memory_format=torch.contiguous_format), geometry)
+
+
+def _crop(
+    picture: Tensor, preprocessing: Preprocessing, mode: InterpolationMode
+) -> tuple[Tensor, Rect]:
+    height, width = preprocessing.crop
+    cut, (cut_x, cut_y) = _cut_extreme(picture, preprocessing)
+    resized = transforms.resize(cut, [preprocessing.resize], interpolation=mode)
+    new_height, new_width = resized.shape[-2:]
+    scale_x, scale_y = cut.shape[-1] / new_width, cut.shape[-2] / new_height
+    window = (
+        cut_x + _crop_start(new_width, width) * scale_x,
+        cut_y + _crop_start(new_height, height) * scale_y,
+        *(width * scale_x, height * scale_y),
+    )
+    return transforms.center_crop(resized, [height, width]), window
+
+
+def _crop_start(length: int, crop: int) -> int:
+    """Where torchvision's center_crop begins; negative where it pads."""
+    if crop > length:
+        return -((crop - length) // 2)
+    return round((length - crop) / 2.0)
+
+
+def _cut_extreme(picture: Tensor, preprocessing: Preprocessing) -> tuple[Tensor, tuple[int, int]]:
+    """Of an extremely long picture, the middle that the crop needs, and its upper left corner."""
+    height, width = picture.shape[-2:]
+    short, long = sorted((height, width))
+    if long <= MAX_ASPECT * short:
+        return picture, (0, 0)
+    scale = short / preprocessing.resize
+    crop = preprocessing.crop[1] if width > height else preprocessing.crop[0]
+    margin = math.ceil(2 * max(1.0, scale)) + 1  # the reach of the bicubic filter
+    keep = min(long, max(short, math.ceil(crop * scale)) + 2 * margin)
+    start = (long - keep) // 2
+    if width > height:
+        return picture.narrow(2, start, keep), (start, 0)
+    return picture.narrow(1, start, keep), (0, start)
+
+
+def _pad(
+    picture: Tensor, preprocessing: Preprocessing, mode: InterpolationMode
+) -> tuple[Tensor, Rect]:
+    (height, width), (old_height, old_width) = preprocessing.crop, picture.shape[-2:]
+    scale = min(width / old_width, height / old_height)
+    new_width = min(width, max(1, round(old_width * scale)))
+    new_height = min(height, max(1, round(old_height * scale)))
+    left, top = (width - new_width) // 2, (height - new_height) // 2
+    fill = torch.tensor([round(255 * mean) for mean in preprocessing.mean], dtype=torch.uint8)
+    pixels = fill[:, None, None].repeat(1, height, width)
+    resized = transforms.resize(picture, [new_height, new_width], interpolation=mode)
+    pixels[:, top : top + new_height, left : left + new_width] = resized
+    scale_x, scale_y = old_width / new_width, old_height / new_height
+    return pixels, (-left * scale_x, -top * scale_y, width * scale_x, height * scale_y)
+
+
+def preview_size(size: tuple[int, int], max_side: int) -> tuple[int, int]:
+    """(width, height) scaled down so that the longer one is at most `max_side`."""
+    width, height = size
+    scale = min(1.0, max_side / max(width, height))
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def preview(source: Source, max_side: int) -> NDArray[np.uint8]:
+    """Scale the picture, antialiased, to `preview_size`; where that is its size, the same array."""
+    width, height = preview_size((source.width, source.height), max_side)
+    if (width, height) == (source.width, source.height):
+        return source.pixels
+    picture = torch.from_numpy(source.pixels).permute(2, 0, 1)
+    scaled = transforms.resize(picture, [height, width])
+    return np.ascontiguousarray(scaled.permute(1, 2, 0).numpy())

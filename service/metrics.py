@@ -1,0 +1,78 @@
+"""Every metric of the service, under the names of the logs and of `Server-Timing`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+STAGES = ("decode", "queue", "inference", "render", "total")
+"""What a request's time is divided into, in order; `total` also holds what lies between."""
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class Metrics:
+    """The metrics of one service; each app has its own registry."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "camserve_requests",
+            "Requests answered, by route template and status.",
+            ("route", "status"),
+            registry=self.registry,
+        )
+        self.stage_seconds = Histogram(
+            "camserve_stage_duration_seconds",
+            "Seconds a request spent in each stage.",
+            ("stage",),
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        for stage in STAGES:
+            self.stage_seconds.labels(stage)
+        self.batch_size = Histogram(
+            "camserve_batch_size",
+            "Images answered by one forward pass.",
+            buckets=(1, 2, 4, 8, 16, 32, 64),
+            registry=self.registry,
+        )
+
+    def watch(self, collector: Collector) -> None:
+        """Add figures that are read when the metrics are scraped."""
+        self.registry.register(collector)
+
+    def render(self) -> bytes:
+        """The text exposition format of Prometheus."""
+        return generate_latest(self.registry)
+
+
+class Readings(Collector):
+    """Figures that exist elsewhere, asked for at each scrape so that they cannot drift.
+
+    gauges:   name → (help, function).
+    replaced: how many replicas of each model came back dirty.
+    """
+
+    def __init__(
+        self,
+        gauges: Mapping[str, tuple[str, Callable[[], float]]],
+        replaced: Callable[[], Mapping[str, int]],
+    ) -> None:
+        self._gauges = gauges
+        self._replaced = replaced
+
+    def collect(self) -> Iterable[Metric]:
+        for name, (text, read) in self._gauges.items():
+            yield GaugeMetricFamily(f"camserve_{name}", text, value=read())
+        replaced = CounterMetricFamily(
+            "camserve_replicas_replaced",
+            "Replicas that came back dirty and were replaced.",
+            labels=["model"],
+        )
+        for model, count in self._replaced().items():
+            replaced.add_metric([model], count)
+        yield replaced

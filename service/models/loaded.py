@@ -1,0 +1,154 @@
+"""A model that is ready to be served, and the names by which requests speak of its parts."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from service.errors import InvalidOption, UnknownClass, UnknownLayer, nearest
+from service.images import Preprocessing
+from service.models.catalog import ModelSpec
+from service.models.probe import Layer
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model with all that is needed to serve it.
+
+    module:       the master: in eval mode, parameters frozen, never run and never hooked; replicas
+                  are copied from it.
+    labels:       one a class, in order of class id.
+    target_layer: where to explain when the request names no layer; None where no layer of the
+                  model gives a feature map behind which no tokens follow.
+    version:      the first 12 digits of the weights' sha256.
+    """
+
+    spec: ModelSpec
+    module: nn.Module
+    labels: tuple[str, ...]
+    preprocessing: Preprocessing
+    target_layer: str | None
+    layers: tuple[Layer, ...]
+    version: str
+    random_weights: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    def replicate(self) -> nn.Module:
+        """A copy of the master that shares its parameters and owns its hooks and buffers."""
+        return replicate(self.module)
+
+    def layer(self, path: str) -> Layer:
+        """The layer at a dotted path. Raises UnknownLayer with the nearest paths."""
+        for layer in self.layers:
+            if layer.path == path:
+                return layer
+        raise UnknownLayer(
+            f"Model {self.name!r} has no layer {path!r}."
+            f"{nearest(path, (layer.path for layer in self.layers))} "
+            f"GET /models/{self.name}/layers lists them all."
+        )
+
+    def target_layers(self, paths: Sequence[str]) -> tuple[str, ...]:
+        """The layers to explain at: those named, or the default one.
+
+        Raises UnknownLayer, and InvalidOption where a layer gives no feature map.
+        """
+        if not paths:
+            if self.target_layer is None:
+                raise InvalidOption(
+                    f"Model {self.name!r} has no layer that a map can be drawn from by default; "
+                    "name one with `layer`."
+                )
+            paths = (self.target_layer,)
+        for path in paths:
+            found = self.layer(path)
+            if not found.target:
+                gives = (
+                    f"gives {found.shape}" if found.shape else "is not called or gives no tensor"
+                )
+                raise InvalidOption(
+                    f"Layer {path!r} {gives}, not a feature map (channels, height, width) that a "
+                    f"map could be drawn from; GET /models/{self.name}/layers shows which do."
+                )
+        return tuple(dict.fromkeys(paths))
+
+    def captured_layers(self, patterns: Sequence[str]) -> tuple[str, ...]:
+        """The layers that dotted paths and globs name, in definition order.
+
+        `*` and `?` stop at a dot, `**` crosses it, `type:Conv2d` matches the class.
+        Raises UnknownLayer for a pattern that matches nothing, InvalidOption for a layer whose
+        output is not one tensor.
+        """
+        chosen: set[str] = set()
+        for pattern in patterns:
+            if not re.search(r"[*?]|^type:", pattern):
+                found = self.layer(pattern)
+                if found.shape is None:
+                    raise InvalidOption(
+                        f"Layer {pattern!r} is not called in a forward pass, or does not return "
+                        "one tensor, so there is nothing to record."
+                    )
+                chosen.add(pattern)
+                continue
+            matches = {layer.path for layer in self.layers if _matches(pattern, layer)}
+            if not matches:
+                raise UnknownLayer(
+                    f"No layer of model {self.name!r} matches {pattern!r}; "
+                    f"GET /models/{self.name}/layers lists them all."
+                )
+            chosen |= matches
+        return tuple(layer.path for layer in self.layers if layer.path in chosen)
+
+    def activation_bytes(self, paths: Sequence[str]) -> int:
+        """What the outputs of these layers take for one image, as float32, all calls counted."""
+        found = (self.layer(path) for path in paths)
+        return sum(4 * math.prod(layer.shape or ()) * layer.calls for layer in found)
+
+    def class_id(self, target: str) -> int:
+        """The class of an id (all digits) or an exact label.
+
+        Raises UnknownClass with the nearest labels, InvalidOption where a label names several.
+        """
+        if target.isascii() and target.isdecimal():
+            if int(target) < len(self.labels):
+                return int(target)
+            raise UnknownClass(
+                f"Model {self.name!r} has no class {target}; its ids are 0 to "
+                f"{len(self.labels) - 1}."
+            )
+        ids = [index for index, label in enumerate(self.labels) if label == target]
+        if len(ids) > 1:
+            raise InvalidOption(
+                f"The label {target!r} names several classes: {', '.join(map(str, ids))}; "
+                "give the id of one."
+            )
+        if not ids:
+            raise UnknownClass(
+                f"Model {self.name!r} has no class labelled {target!r}."
+                f"{nearest(target, self.labels)} GET /models/{self.name} lists them all."
+            )
+        return ids[0]
+
+
+def replicate(module: nn.Module) -> nn.Module:
+    """Copy a module tree: parameters shared by storage, hooks and buffers its own (ADR 1)."""
+    return copy.deepcopy(module, {id(p): p for p in module.parameters()})
+
+
+def _matches(pattern: str, layer: Layer) -> bool:
+    if layer.shape is None:
+        return False
+    if pattern.startswith("type:"):
+        return layer.type == pattern.removeprefix("type:")
+    wild = {"**": ".*", "*": r"[^.]*", "?": r"[^.]"}
+    parts = re.split(r"(\*\*|\*|\?)", pattern)
+    expression = "".join(wild.get(part, re.escape(part)) for part in parts)
+    return re.fullmatch(expression, layer.path) is not None

@@ -1,0 +1,1 @@
+"""HTTP only: parse, submit, render, answer."""

@@ -1,0 +1,113 @@
+"""Round every request: its id, its clock, its line in the log, and its unread body."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+import uuid
+from dataclasses import dataclass
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.metrics import Metrics
+from service.routes.problems import unexpected
+
+_log = structlog.get_logger("camserve.requests")
+_ID = re.compile(r"[A-Za-z0-9._-]{1,100}")
+
+
+@dataclass(frozen=True, slots=True)
+class RequestContext:
+    """Gives each request an id (its own `X-Request-ID`, or a new one), logs and counts it.
+
+    An exception that no handler took becomes a 500 problem body here; nothing of it leaves.
+    """
+
+    app: ASGIApp
+    metrics: Metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        sent = Headers(scope=scope).get("x-request-id", "")
+        scope["request_id"] = sent if _ID.fullmatch(sent) else uuid.uuid4().hex
+        scope["started"] = started = time.monotonic()
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(request_id=scope["request_id"])
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-ID"] = scope["request_id"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        except Exception as error:  # noqa: BLE001 - the last stop before the server
+            _log.error("internal_error", exc_info=error)
+            if not status:
+                await unexpected(Request(scope))(scope, receive, send_with_id)
+        finally:
+            self._report(scope, status, time.monotonic() - started)
+
+    def _report(self, scope: Scope, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "unmatched")
+        self.metrics.requests.labels(route, str(status)).inc()
+        log = _log.debug if route.startswith(("/health", "/metrics")) else _log.info
+        log(
+            "request",
+            method=scope["method"],
+            route=route,
+            status=status,
+            ms=round(seconds * 1000, 1),
+            **scope.get("log", {}),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DrainUnreadBody:
+    """Reads what is left of a body, for at most `seconds`, before an early answer is sent.
+
+    Without it the server closes the connection under a client that still sends, and the client
+    reports a reset instead of the answer.
+    """
+
+    app: ASGIApp
+    seconds: float = 1.0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not _has_body(Headers(scope=scope)):
+            await self.app(scope, receive, send)
+            return
+        unread = True
+
+        async def receive_and_note() -> Message:
+            nonlocal unread
+            message = await receive()
+            unread = message["type"] == "http.request" and message.get("more_body", False)
+            return message
+
+        async def drain() -> None:
+            while unread:
+                await receive_and_note()
+
+        async def send_after_draining(message: Message) -> None:
+            if message["type"] == "http.response.start" and unread:
+                try:
+                    await asyncio.wait_for(drain(), self.seconds)
+                except TimeoutError:
+                    MutableHeaders(scope=message)["Connection"] = "close"
+            await send(message)
+
+        await self.app(scope, receive_and_note, send_after_draining)
+
+
+def _has_body(headers: Headers) -> bool:
+    return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers

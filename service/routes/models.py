@@ -1,0 +1,73 @@
+"""`GET /models…`: what is served, and the layers that requests may name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from api_schemas import models as wire
+from service.models.loaded import LoadedModel
+from service.routes.docs import problems
+from service.routes.state import Service, service_of
+
+router = APIRouter(tags=["models"])
+
+
+@router.get("/models")
+async def models(request: Request) -> wire.Models:
+    """Every served model; the first is the default."""
+    service = service_of(request)
+    return wire.Models(
+        models=[wire.Model(**_fields(service, model)) for model in service.pool.models.values()]
+    )
+
+
+@router.get("/models/{name}", responses=problems(404))
+async def model(request: Request, name: str) -> wire.ModelDetails:
+    """One served model, with its labels."""
+    service = service_of(request)
+    found = service.pool.model(name)
+    return wire.ModelDetails(**_fields(service, found), labels=list(found.labels))
+
+
+@router.get("/models/{name}/layers", responses=problems(404))
+async def layers(request: Request, name: str) -> wire.Layers:
+    """Every module of a model: its path, type, output shape, and whether it can be a target."""
+    found = service_of(request).pool.model(name)
+    return wire.Layers(
+        layers=[
+            wire.Layer(
+                path=layer.path,
+                type=layer.type,
+                shape=None if layer.shape is None else list(layer.shape),
+                parameters=layer.parameters,
+                target=layer.target,
+            )
+            for layer in found.layers
+        ]
+    )
+
+
+def _fields(service: Service, model: LoadedModel) -> dict[str, Any]:
+    preprocessing = model.preprocessing
+    return {
+        "name": model.name,
+        "builder": model.spec.builder,
+        "version": model.version,
+        "state": "ready",
+        "default": model is service.pool.model(None),
+        "classes": len(model.labels),
+        "input": wire.InputSize(
+            width=preprocessing.crop[1],
+            height=preprocessing.crop[0],
+            resize=preprocessing.resize,
+            mean=list(preprocessing.mean),
+            std=list(preprocessing.std),
+            interpolation=preprocessing.interpolation,
+        ),
+        "target_layer": model.target_layer,
+        "lanes": [wire.Lane(name="hooked", ready=True)],
+        "random_weights": model.random_weights,
+        "replicas": service.pool.size(model.name),
+    }

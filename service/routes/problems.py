@@ -1,0 +1,123 @@
+"""Errors at the edge: one table from exception class to status, one body for all (RFC 9457)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from http import HTTPStatus
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from api_schemas.problems import Problem
+from service import errors
+from service.errors import CamserveError, Refused, nearest
+
+_log = structlog.get_logger(__name__)
+
+STATUS: dict[type[CamserveError], int] = {
+    errors.MalformedRequest: 400,
+    errors.EmptyBody: 400,
+    errors.InvalidOption: 422,
+    errors.BodyTooLarge: 413,
+    errors.SlowUpload: 408,
+    errors.UnsupportedMediaType: 415,
+    errors.NotAcceptable: 406,
+    errors.UnknownModel: 404,
+    errors.UnknownLayer: 404,
+    errors.UnknownClass: 404,
+    errors.InvalidImageData: 400,
+    errors.EmptyImage: 400,
+    errors.UnsupportedImage: 415,
+    errors.CorruptImage: 400,
+    errors.ImageTooLarge: 413,
+    errors.QueueFull: 429,
+    errors.ShuttingDown: 503,
+    errors.ModelNotReady: 503,
+    errors.DeadlineExceeded: 504,
+    errors.InferenceFailed: 500,
+    errors.NonFiniteOutput: 500,
+    errors.RenderFailed: 500,
+    errors.CamserveError: 500,
+}
+
+_CODES = {404: "not_found", 405: "method_not_allowed"}
+
+PROBLEM_MEDIA_TYPE = "application/problem+json"
+
+
+def status_of(error: CamserveError) -> int:
+    """The status of an error's class, or of its nearest base in the table."""
+    return next(STATUS[cls] for cls in type(error).__mro__ if cls in STATUS)
+
+
+def problem(request: Request, error: CamserveError) -> JSONResponse:
+    """The response for an error; what lies on the server's side is logged with its cause."""
+    status = status_of(error)
+    if status == HTTPStatus.INTERNAL_SERVER_ERROR:
+        _log.error(error.code, exc_info=error)
+    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, Refused) else {}
+    return _response(request, status, error.code, error.detail, headers)
+
+
+def describe(issues: Sequence[Any], known: Sequence[str] = ()) -> str:
+    """What pydantic found as one sentence that names each option and what it takes."""
+    return "; ".join(_sentence(issue, known) for issue in issues[:5]) + "."
+
+
+def install(app: FastAPI, options: Sequence[str]) -> None:
+    """Answer every error of the app with a problem body. options: names, to suggest from."""
+
+    async def refused(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, CamserveError)
+        return problem(request, error)
+
+    async def invalid(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return problem(request, errors.InvalidOption(describe(error.errors(), options)))
+
+    async def http_error(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        detail = {
+            404: f"Nothing is at {request.url.path}; /docs lists every route.",
+            405: f"{request.url.path} does not take {request.method}; /docs says what it takes.",
+        }.get(error.status_code, str(error.detail))
+        code = _CODES.get(error.status_code, "http_error")
+        return _response(request, error.status_code, code, detail, dict(error.headers or {}))
+
+    app.add_exception_handler(CamserveError, refused)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http_error)
+
+
+def unexpected(request: Request) -> JSONResponse:
+    """The answer for an exception that nobody foresaw; the caller logs it."""
+    detail = "Something failed on the server's side; its log has the cause under this request id."
+    return _response(request, 500, "internal_error", detail, {})
+
+
+def _response(
+    request: Request, status: int, code: str, detail: str, headers: dict[str, str]
+) -> JSONResponse:
+    body = Problem(
+        title=HTTPStatus(status).phrase,
+        status=status,
+        code=code,
+        detail=detail,
+        request_id=request.scope.get("request_id", ""),
+    )
+    return JSONResponse(
+        body.model_dump(), status_code=status, headers=headers, media_type=PROBLEM_MEDIA_TYPE
+    )
+
+
+def _sentence(issue: Any, known: Sequence[str]) -> str:
+    place = ".".join(str(part) for part in issue["loc"] if part not in ("query", "body"))
+    if issue["type"] == "extra_forbidden":
+        return f"there is no option {place!r}.{nearest(place, known)}".rstrip(".")
+    message = str(issue["msg"]).removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    return f"{place}: {message}" if place else message

@@ -1,0 +1,42 @@
+"""What the routes work with: put on the app once, by `create_app`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from service.admission import Admission
+from service.metrics import Metrics
+from service.models.pool import ModelPool
+from service.scheduler import Scheduler
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of one request; seconds, bytes, pixels."""
+
+    images: int
+    body_bytes: int
+    pixels: int
+    render_side: int
+    activation_bytes: int
+    timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """The parts that every route may use."""
+
+    pool: ModelPool
+    scheduler: Scheduler
+    admission: Admission
+    metrics: Metrics
+    limits: Limits
+
+
+def service_of(request: Request) -> Service:
+    """The parts of the app that this request came to."""
+    service = request.app.state.service
+    assert isinstance(service, Service)
+    return service
