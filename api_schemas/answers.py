@@ -53,6 +53,9 @@ class Activation(BaseModel):
     layer: str
     kind: str
     call: int = 0
+    part: str | None = Field(
+        None, description="Which tensor, where the layer takes or gives several: [0], [hidden]."
+    )
     shape: list[int]
     dtype: str = "float32"
     stats: Stats | None = None
@@ -75,6 +78,26 @@ class Cost(BaseModel):
     forwards: float
 
 
+class MaskRLE(BaseModel):
+    """COCO's compressed run-length form of a mask; size is [height, width] of the source."""
+
+    size: tuple[int, int]
+    counts: str
+
+
+class Regions(BaseModel):
+    """Where the map is at least `threshold` of its maximum, in upright source pixels.
+
+    `peak` is [x, y]; boxes are x, y, w, h, the largest region first; polygons are their outlines.
+    """
+
+    threshold: float
+    peak: tuple[float, float] | None
+    boxes: list[Rect]
+    polygons: list[list[tuple[float, float]]]
+    rle: MaskRLE
+
+
 class Explanation(BaseModel):
     """One map and what to know about it.
 
@@ -95,6 +118,7 @@ class Explanation(BaseModel):
     heatmap: Encoded | None = None
     overlay: Encoded | None = None
     grid: Grid | None = None
+    regions: Regions | None = None
 
 
 class ImageInfo(BaseModel):
@@ -114,6 +138,25 @@ class ImageFailure(BaseModel):
     status: int
 
 
+class Change(BaseModel):
+    """What hiding a part did to an explained class: the value with it hidden minus without."""
+
+    class_id: int
+    label: str
+    score: float
+    logit: float
+    score_change: float
+    logit_change: float
+
+
+class Masked(BaseModel):
+    """The answer for the picture with `mask` hidden."""
+
+    predictions: list[Prediction]
+    changes: list[Change]
+    explanations: list[Explanation]
+
+
 class Result(BaseModel):
     """The answer for one image; where it failed, `error` alone.
 
@@ -125,6 +168,7 @@ class Result(BaseModel):
     predictions: list[Prediction] | None = None
     explanations: list[Explanation] | None = None
     activations: list[Activation] | None = None
+    masked: Masked | None = None
     error: ImageFailure | None = None
 
 

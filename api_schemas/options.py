@@ -2,25 +2,82 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import json
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-Method = Literal["gradcam"]
+Method = Literal[
+    "gradcam",
+    "gradcampp",
+    "hirescam",
+    "layercam",
+    "xgradcam",
+    "eigencam",
+    "cam",
+    "scorecam",
+    "ablationcam",
+    "guided_backprop",
+    "guided_gradcam",
+    "input_gradient",
+    "integrated_gradients",
+    "occlusion",
+    "rise",
+    "attention_rollout",
+]
 Fit = Literal["crop", "squash", "pad"]
-Include = Literal["heatmap", "overlay", "grid", "none"]
+Include = Literal["heatmap", "overlay", "grid", "regions", "none"]
 Size = Literal["source", "model", "native"]
 OverlayFormat = Literal["jpeg", "png", "webp"]
 Colormap = Literal[
     "turbo", "jet", "viridis", "inferno", "magma", "plasma", "cividis", "hot", "bone", "gray"
 ]
 ActivationForm = Literal["stats", "image", "array"]
-Target = Annotated[str, Field(min_length=1, max_length=200)]
 LayerPath = Annotated[str, Field(min_length=1, max_length=500)]
+Box = tuple[float, float, float, float]
 
 
-class PredictOptions(BaseModel):
-    """Options of `/predict`; `/explain` takes them too. An unknown option is an error."""
+def _text(value: object) -> object:
+    """JSON may give class ids as numbers: `"targets": [281]`."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Target = Annotated[str, Field(min_length=1, max_length=200), BeforeValidator(_text)]
+
+
+class RunLengths(BaseModel):
+    """COCO's run-length form of a mask: size is [height, width], counts compressed or plain."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    size: tuple[int, int]
+    counts: str | list[int]
+
+
+class Mask(BaseModel):
+    """A part of the picture to hide, in upright source pixels: one of `rle` and `boxes`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rle: RunLengths | None = None
+    boxes: list[Box] | None = Field(None, max_length=1000, description="x, y, w, h of each.")
+    fill: Literal["mean", "blur", "grey"] = "mean"
+    hide: Literal["region", "rest"] = "region"
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if (self.rle is None) == (self.boxes is None):
+            raise ValueError("give either `rle` or `boxes`")
+        return self
+
+
+def _json_text(value: object) -> object:
+    """A JSON request may give the mask as an object; everywhere else it is JSON text."""
+    return json.dumps(value) if isinstance(value, dict) else value
+
+
+class CommonOptions(BaseModel):
+    """What `/explain` and `/predict` both take. An unknown option is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -32,18 +89,34 @@ class PredictOptions(BaseModel):
         "`squash` resizes without keeping the aspect ratio, `pad` shows all of it.",
     )
     activations: list[LayerPath] = Field(
-        [], max_length=100, description="Layers whose output is wanted, by dotted path."
+        [],
+        max_length=100,
+        description="Layers to capture, by dotted path or glob: `*` and `?` stop at a dot, `**` "
+        "crosses it, `type:Conv2d` matches classes.",
     )
     activation_as: list[ActivationForm] = Field(
         ["stats"],
         min_length=1,
-        description="`stats`: five numbers, `image`: a PNG grid of the channels, `array`: float16.",
+        description="`stats`: five numbers, `image`: a PNG grid of the channels, `array`: float16 "
+        "(gradients float32).",
     )
 
 
-class ExplainOptions(PredictOptions):
+class PredictOptions(CommonOptions):
+    """Options of `/predict`."""
+
+    activation_kind: Literal["output", "input"] = Field(
+        "output", description="What of a layer is captured."
+    )
+
+
+class ExplainOptions(CommonOptions):
     """Options of `/explain`."""
 
+    activation_kind: Literal["output", "input", "grad_output", "grad_input"] = Field(
+        "output",
+        description="What of a layer is captured; gradients are of the one target's logit.",
+    )
     targets: list[Target] = Field(
         [],
         max_length=100,
@@ -51,6 +124,9 @@ class ExplainOptions(PredictOptions):
         "Default: the best prediction.",
     )
     explain_top: int = Field(1, ge=1, le=100, description="Explain the n best predictions.")
+    contrast: Target | None = Field(
+        None, description="Explain each target minus this class: why A rather than B."
+    )
     method: Method = Field("gradcam", description="How the map is computed.")
     layer: list[LayerPath] = Field(
         [],
@@ -62,8 +138,13 @@ class ExplainOptions(PredictOptions):
         ["heatmap"],
         min_length=1,
         description="What to send: `heatmap` (indexed PNG), `overlay` (photo and map), `grid` "
-        "(the map itself, float32); `none` for numbers only.",
+        "(the map itself, float32), `regions` (mask, boxes, polygons, peak); `none` for numbers "
+        "only.",
     )
+    threshold: float = Field(0.5, ge=0, le=1, description="Where `regions` cuts the map.")
+    samples: int = Field(1000, ge=1, le=100_000, description="Masks of `rise`.")
+    steps: int = Field(50, ge=1, le=1000, description="Points of `integrated_gradients`.")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="Of what is random: same seed, same map.")
     size: Size = Field(
         "source",
         description="Raster of the pictures: the upright `source`, the part that the `model` saw "
@@ -72,25 +153,35 @@ class ExplainOptions(PredictOptions):
     colormap: Colormap = Field("turbo", description="Colours of heatmap and overlay.")
     format: OverlayFormat = Field("jpeg", description="Encoding of the overlay.")
     opacity: float = Field(0.5, ge=0, le=1, description="Share of the colours in the overlay.")
-
-    @field_validator("targets", mode="before")
-    @classmethod
-    def _ids_may_be_numbers(cls, value: object) -> object:
-        """JSON may give class ids as numbers: `"targets": [281]`."""
-        if isinstance(value, list):
-            return [
-                str(item) if isinstance(item, int) and not isinstance(item, bool) else item
-                for item in value
-            ]
-        return value
+    mask: Annotated[str | None, BeforeValidator(_json_text)] = Field(
+        None,
+        max_length=1_000_000,
+        description='JSON text: {"rle"|"boxes": …, "fill": "mean"|"blur"|"grey", "hide": "region"|'
+        '"rest"}, in source pixels. Answers also for the picture with that part hidden.',
+    )
 
     @model_validator(mode="after")
-    def _no_contradictions(self) -> ExplainOptions:
+    def _no_contradictions(self) -> Self:
         if self.targets and self.explain_top > 1:
             raise ValueError("`targets` and `explain_top` exclude each other; give one of them")
         if "none" in self.include and len(self.include) > 1:
             raise ValueError("`include=none` stands alone; leave out the other values or `none`")
+        several = len(self.targets) > 1 or self.explain_top > 1
+        if self.activations and self.activation_kind.startswith("grad") and several:
+            raise ValueError("gradients are captured for exactly one target; name one")
+        if self.mask is not None:
+            self.hidden()
         return self
+
+    def hidden(self) -> Mask | None:
+        """The mask, read. Raises ValueError with what is wrong."""
+        if self.mask is None:
+            return None
+        try:
+            found: Any = json.loads(self.mask)
+        except ValueError as error:
+            raise ValueError(f"`mask` is not JSON: {error}") from error
+        return Mask.model_validate(found)
 
 
 class ImageSource(BaseModel):

@@ -16,7 +16,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
 
-from api_schemas.options import ExplainRequest
+from api_schemas.options import ExplainOptions
 from service import __version__
 from service.admission import Admission
 from service.errors import ConfigurationError
@@ -66,7 +66,7 @@ def create_app(settings: Settings) -> FastAPI:
     for router in (classify.router, models.router, health.router):
         app.include_router(router)
     _serve_docs(app)
-    problems.install(app, options=list(ExplainRequest.model_fields))
+    problems.install(app, options=list(ExplainOptions.model_fields))
     app.add_middleware(DrainUnreadBody)
     app.add_middleware(RequestContext, metrics=service.metrics)
     return app
@@ -96,6 +96,7 @@ def build_service(settings: Settings) -> Service:
         pixels=settings.max_pixels,
         render_side=settings.max_render_side,
         activation_bytes=settings.max_activation_bytes,
+        cost=settings.max_cost,
         timeout=settings.request_timeout,
     )
     return Service(pool, scheduler, admission, metrics, limits)

@@ -16,8 +16,8 @@ from api_schemas.options import ExplainOptions
 from service.cam.heatmap import Style, render_heatmap
 from service.errors import CamserveError, ConfigurationError
 from service.images import Fit
-from service.inference import Answer, Question
 from service.models.loaded import LoadedModel
+from service.questions import Answer, Question
 from service.routes import wire
 from service.routes.state import Service
 from service.upload import Upload, open_upload

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from service.cam.hooks import Recording, gradients, record
-from service.cam.methods import METHODS, fuse, scale
-from service.errors import NonFiniteOutput
+from service.cam.hooks import Calls, Recording, calls_of, gradients, record
+from service.cam.layouts import Layout
+from service.cam.methods import GRADIENT_CAMS, fuse, scale, weighted
+from service.errors import CamserveError, InvalidOption, NonFiniteOutput
+from service.models.head import head_weights
 from service.models.loaded import LoadedModel
 from service.models.pool import Replica
+from service.questions import (
+    CAM_METHODS,
+    LAYER_METHODS,
+    Activation,
+    Answer,
+    Explanation,
+    Kind,
+    Prediction,
+    Question,
+    cost,
+)
 
 LOW_RESOLUTION = 7
 """A map whose shorter side has fewer cells than this is flagged `low_resolution`."""
@@ -26,112 +40,72 @@ SATURATED = 0.9999
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """What is asked about one image.
+class Part:
+    """What the shared forward pass gave one image.
 
-    pixels:      uint8 (3, h, w), at the model's input size.
-    top_k:       how many predictions to list.
-    targets:     the class ids to explain; empty explains the `explain_top` best predictions.
-    layers:      the target layers; several are fused. Empty asks for predictions alone.
-    activations: the layers whose output is wanted.
-    """
-
-    pixels: Tensor
-    top_k: int = 5
-    targets: tuple[int, ...] = ()
-    explain_top: int = 1
-    method: str = "gradcam"
-    layers: tuple[str, ...] = ()
-    activations: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """One class: score in 0..1 (softmax) and the logit behind it."""
-
-    class_id: int
-    score: float
-    logit: float
-
-
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """One map: `grid` float32 (h, w) in 0..1, `low` and `high` its range before the division."""
-
-    class_id: int
-    score: float
-    method: str
-    layers: tuple[str, ...]
-    grid: NDArray[np.float32]
-    low: float
-    high: float
-    flags: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Activation:
-    """What one call of one layer returned for this image, float32, without the batch dimension."""
-
-    layer: str
-    kind: str
-    values: NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """Everything about one image. Its arrays are read-only and belong to nobody else."""
-
-    predictions: tuple[Prediction, ...]
-    explanations: tuple[Explanation, ...]
-    activations: tuple[Activation, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """One forward pass: `logits` (B, C) float32 on the CPU, the targets and the maps of each image.
-
-    `maps` has the unscaled map (h, w) of each (image, place in its targets), on the CPU.
+    logits:      (classes,) float32 on the CPU.
+    targets:     the class ids to explain, empty where nothing is to be explained.
+    activations: each target layer's output (1, ...) in its own layout, detached.
+    maps:        the CAM of each target (h, w) on the CPU; empty for methods that go on from here.
+    captured:    what was asked to be captured.
+    repeated:    whether a target layer ran several times in this pass.
     """
 
     model: LoadedModel
-    questions: Sequence[Question]
+    question: Question
     logits: Tensor
+    targets: tuple[int, ...]
+    activations: Mapping[str, Tensor]
+    maps: Sequence[Tensor]
+    captured: tuple[Activation, ...]
+    repeated: bool
+
+    def value(self, logits: Tensor, place: int) -> Tensor:
+        """What is explained for a target, of any logits (..., classes): its logit, or its lead."""
+        value = logits[..., self.targets[place]]
+        contrast = self.question.contrast
+        return value if contrast is None else value - logits[..., contrast]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """One forward pass: `found` has the gradient (K, B, ...) at each recorded point."""
+
+    model: LoadedModel
+    questions: Sequence[Question]
     targets: Sequence[tuple[int, ...]]
-    maps: Mapping[tuple[int, int], Tensor]
     seen: Recording
+    found: Mapping[tuple[Literal["out", "in"], str, int], Tensor]
 
 
-def run(replica: Replica, questions: Sequence[Question]) -> list[Answer | NonFiniteOutput]:
-    """Answer a batch of questions that share one input size.
+def forward(replica: Replica, questions: Sequence[Question]) -> list[Part | CamserveError]:
+    """Run a batch of questions that share one input size through the model, once.
 
     One forward pass serves all of them, whatever their targets, layers and captures; one walk of
-    the graph serves all gradients. An image whose logits are not finite gets its error in its
-    place and does not spoil the others.
+    the graph serves all gradients. An image whose logits are not finite, or that its method does
+    not suit, gets its error in its place and does not spoil the others.
     """
-    batch = _forward(replica, questions)
-    return [
-        _answer(batch, image)
-        if bool(batch.logits[image].isfinite().all())
-        else NonFiniteOutput(
-            "The model answered this image with NaN or infinity, so there is nothing to explain; "
-            "check the weights and the precision of the model."
-        )
-        for image in range(len(questions))
-    ]
-
-
-def _forward(replica: Replica, questions: Sequence[Question]) -> _Batch:
     pixels = normalise(torch.stack([question.pixels for question in questions]), replica.model)
-    layers = _union(question.layers for question in questions)
-    outputs = _union(question.activations for question in questions)
+    kinds = {kind: _captured(questions, kind) for kind in _KINDS}
+    layers = _union(question.layers for question in questions if question.explains)
+    differentiated = (*layers, *kinds["grad_output"])
+    graph = bool(differentiated or kinds["grad_input"])
     with (
-        nullcontext() if layers else torch.no_grad(),
-        record(replica.module, targets=layers, outputs=outputs) as seen,
+        nullcontext() if graph else torch.no_grad(),
+        record(
+            replica.module,
+            targets=differentiated,
+            outputs=kinds["output"],
+            inputs=kinds["input"],
+            input_targets=kinds["grad_input"],
+        ) as seen,
     ):
         logits = replica.module(pixels)
         targets = [_targets(question, row) for question, row in zip(questions, logits, strict=True)]
-        maps = _maps(questions, logits, targets, seen) if layers else {}
-    return _Batch(replica.model, questions, logits.detach().float().cpu(), targets, maps, seen)
+        found = _differentiate(logits, questions, targets, seen) if graph else {}
+    rows = logits.detach().float().cpu()
+    done = _Pass(replica.model, questions, targets, seen, found)
+    return [_part(done, image, rows[image]) for image in range(len(questions))]
 
 
 def normalise(pixels: Tensor, model: LoadedModel) -> Tensor:
@@ -144,86 +118,168 @@ def normalise(pixels: Tensor, model: LoadedModel) -> Tensor:
     return batch.sub_(mean).div_(std)
 
 
+def finish(part: Part, maps: Sequence[Tensor]) -> Answer:
+    """The answer for one image, with the map (h, w) of each of its targets."""
+    model, question = part.model, part.question
+    scores = model.scores(part.logits)
+    best = part.logits.topk(min(question.top_k, part.logits.shape[0])).indices.tolist()
+    return Answer(
+        tuple(Prediction(i, float(scores[i]), float(part.logits[i])) for i in best),
+        tuple(
+            _explanation(part, class_id, float(scores[class_id]), cam)
+            for class_id, cam in zip(part.targets, maps, strict=True)
+        ),
+        part.captured,
+    )
+
+
+_KINDS: tuple[Kind, ...] = ("output", "input", "grad_output", "grad_input")
+
+
+def _captured(questions: Sequence[Question], kind: Kind) -> tuple[str, ...]:
+    return _union(question.activations for question in questions if kind in question.kinds)
+
+
 def _union(groups: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(chain.from_iterable(groups)))
 
 
 def _targets(question: Question, logits: Tensor) -> tuple[int, ...]:
-    if not question.layers:
-        return ()
+    """The classes to explain, or the one whose gradient is captured."""
     if question.targets:
         return question.targets
+    if not question.explains and not {"grad_output", "grad_input"} & set(question.kinds):
+        return ()
     count = min(question.explain_top, logits.shape[0])
     return tuple(int(index) for index in logits.detach().topk(count).indices)
 
 
-def _maps(
-    questions: Sequence[Question],
+def _differentiate(
     logits: Tensor,
-    chosen: Sequence[tuple[int, ...]],
+    questions: Sequence[Question],
+    targets: Sequence[tuple[int, ...]],
     seen: Recording,
-) -> dict[tuple[int, int], Tensor]:
-    most = max(len(ids) for ids in chosen)
-    weights = torch.zeros(most, *logits.shape, dtype=logits.dtype, device=logits.device)
-    for image, ids in enumerate(chosen):
+) -> dict[tuple[Literal["out", "in"], str, int], Tensor]:
+    most = max(1, *(len(ids) for ids in targets))
+    weights = logits.new_zeros((most, *logits.shape)).detach()
+    for image, (question, ids) in enumerate(zip(questions, targets, strict=True)):
         for place, class_id in enumerate(ids):
-            weights[place, image, class_id] = 1
-    # A module that ran several times is explained at its last call, the one nearest to the output.
-    leaves = {path: calls[-1] for path, calls in seen.targets.items()}
-    found = dict(zip(leaves, gradients(logits, list(leaves.values()), weights), strict=True))
-    cams: dict[tuple[int, int], Tensor] = {}
-    for image, (question, ids) in enumerate(zip(questions, chosen, strict=True)):
-        for place in range(len(ids)):
-            cams[image, place] = fuse(
-                [
-                    METHODS[question.method](
-                        leaves[path].detach()[image : image + 1].float(),
-                        found[path][place, image : image + 1].float(),
-                    )[0].cpu()
-                    for path in question.layers
-                ]
-            )
-    return cams
+            weights[place, image, class_id] += 1
+            if question.contrast is not None:
+                weights[place, image, question.contrast] -= 1
+    points = {
+        (side, key, call): tensor
+        for side, calls in (("out", seen.targets), ("in", seen.input_targets))
+        for key, tensors in calls.items()
+        for call, tensor in enumerate(tensors)
+        if tensor.requires_grad
+    }
+    found = gradients(logits, list(points.values()), weights)
+    return dict(zip(points, found, strict=True))  # type: ignore[arg-type]
 
 
-def _answer(batch: _Batch, image: int) -> Answer:
-    question, logits = batch.questions[image], batch.logits[image]
-    scores = logits.softmax(dim=0)
-    best = logits.topk(min(question.top_k, logits.shape[0])).indices.tolist()
-    return Answer(
-        tuple(Prediction(i, float(scores[i]), float(logits[i])) for i in best),
-        tuple(
-            _explanation(batch, image, place, float(scores[class_id]))
-            for place, class_id in enumerate(batch.targets[image])
-        ),
-        tuple(
-            Activation(path, "output", _frozen(_own_part(call, image, len(batch.questions))))
-            for path in question.activations
-            for call in batch.seen.outputs.get(path, ())
-        ),
+def _part(done: _Pass, image: int, logits: Tensor) -> Part | CamserveError:
+    if not bool(logits.isfinite().all()):
+        return NonFiniteOutput(
+            "The model answered this image with NaN or infinity, so there is nothing to explain; "
+            "check the weights and the precision of the model."
+        )
+    question, targets = done.questions[image], done.targets[image]
+    layers = question.layers if question.explains else ()
+    own = {path: done.seen.targets[path][-1].detach()[image : image + 1] for path in layers}
+    maps: list[Tensor] = []
+    try:
+        if question.explains and question.method in CAM_METHODS | {"guided_gradcam"}:
+            maps = [_cam(done, image, place, own, logits) for place in range(len(targets))]
+    except InvalidOption as error:
+        return error
+    return Part(
+        model=done.model,
+        question=question,
+        logits=logits,
+        targets=targets if question.explains else (),
+        activations=own,
+        maps=maps,
+        captured=tuple(_captures(done, image)),
+        repeated=any(len(done.seen.targets[path]) > 1 for path in layers),
     )
 
 
-def _explanation(batch: _Batch, image: int, place: int, score: float) -> Explanation:
-    question, class_id = batch.questions[image], batch.targets[image][place]
-    grid, low, high = scale(batch.maps[image, place])
+def _cam(done: _Pass, image: int, place: int, own: Mapping[str, Tensor], logits: Tensor) -> Tensor:
+    """The map (h, w) of one target, fused over its layers, on the CPU.
+
+    A layer that ran several times is explained at its last call, the one nearest to the output.
+    """
+    question = done.questions[image]
+    cams = []
+    for path, values in own.items():
+        layout = layout_of_layer(done.model, path)
+        activation = layout.as_map(values).float()
+        if question.method == "cam":
+            weights = head_weights(done.model, path, activation, logits)
+            row = weights[done.targets[image][place]]
+            if question.contrast is not None:
+                row = row - weights[question.contrast]
+            cams.append(weighted(activation, row[None])[0].cpu())
+            continue
+        last = len(done.seen.targets[path]) - 1
+        gradient = done.found["out", path, last][place, image : image + 1]
+        method = GRADIENT_CAMS.get(question.method or "", GRADIENT_CAMS["gradcam"])
+        cams.append(method(activation, layout.as_map(gradient).float())[0].cpu())
+    return fuse(cams)
+
+
+def layout_of_layer(model: LoadedModel, path: str) -> Layout:
+    """The layout of a layer that was checked to have one."""
+    layout = model.layer(path).layout
+    assert layout is not None
+    return layout
+
+
+def _captures(done: _Pass, image: int) -> Iterator[Activation]:
+    question, count = done.questions[image], len(done.questions)
+    recorded: dict[Kind, Calls] = {"output": done.seen.outputs, "input": done.seen.inputs}
+    for path in question.activations:
+        for kind in question.kinds:
+            if kind in recorded:
+                for part, call, values in calls_of(recorded[kind], path):
+                    yield _activation(path, kind, call, part, _own_part(values, image, count))
+                continue
+            side: Literal["out", "in"] = "out" if kind == "grad_output" else "in"
+            calls = done.seen.targets if side == "out" else done.seen.input_targets
+            for part, call, _ in calls_of(calls, path):
+                found = done.found.get((side, path + part, call))
+                if found is not None:
+                    yield _activation(path, kind, call, part, _own_part(found[0], image, count))
+
+
+def _activation(path: str, kind: Kind, call: int, part: str, values: Tensor) -> Activation:
+    return Activation(path, kind, call, part, _frozen(values))
+
+
+def _explanation(part: Part, class_id: int, score: float, cam: Tensor) -> Explanation:
+    question, (grid, low, high) = part.question, scale(cam)
+    assert question.method is not None
     flags = {
         "all_zero": not bool(grid.any()),
-        "target_not_predicted": class_id != int(batch.logits[image].argmax()),
-        "saturated": score > SATURATED,
+        "target_not_predicted": class_id != int(part.logits.argmax()),
+        "saturated": part.model.output != "none" and score > SATURATED,
         "low_resolution": min(grid.shape) < LOW_RESOLUTION,
-        "random_weights": batch.model.random_weights,
-        "module_called_n_times": any(len(batch.seen.targets[path]) > 1 for path in question.layers),
+        "random_weights": part.model.random_weights,
+        "module_called_n_times": part.repeated,
     }
     return Explanation(
         class_id=class_id,
         score=score,
+        logit=float(part.logits[class_id]),
+        contrast=question.contrast,
         method=question.method,
-        layers=question.layers,
+        layers=question.layers if question.method in LAYER_METHODS else (),
         grid=_frozen(grid),
         low=low,
         high=high,
         flags=tuple(flag for flag, is_so in flags.items() if is_so),
+        cost=cost(part.model, question),
     )
 
 

@@ -12,25 +12,21 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from service.errors import (
-    CamserveError,
-    DeadlineExceeded,
-    InferenceFailed,
-    NonFiniteOutput,
-    ShuttingDown,
-)
-from service.inference import Answer, Question, run
+from service.errors import CamserveError, DeadlineExceeded, InferenceFailed, ShuttingDown
 from service.metrics import Metrics
 from service.models.pool import ModelPool, Replica
+from service.questions import Answer, Question
+from service.stepwise import Unfinished, run
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Runner = Callable[[Replica, Sequence[Question]], Sequence[Answer | NonFiniteOutput]]
+Outcome = Answer | CamserveError | Unfinished
+Runner = Callable[[Replica, Sequence[Question]], Sequence[Outcome]]
 
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """An answer with the seconds it waited and the seconds its batch took."""
+    """An answer with the seconds it waited for its first batch, and those its batches took."""
 
     answer: Answer
     queue: float
@@ -44,6 +40,28 @@ class _Job:
     deadline: float | None
     arrived: float = field(default_factory=time.monotonic)
     future: Future[Timed] = field(default_factory=Future)
+    rest: Unfinished | None = None
+    queue: float | None = None
+    inference: float = 0.0
+
+    def is_wanted(self) -> bool:
+        """Whether somebody still waits; ends the job where its deadline has passed."""
+        if self.future.cancelled():
+            return False
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            self.fail(
+                DeadlineExceeded("The request waited longer than its deadline; try again later.")
+            )
+            return False
+        return True
+
+    def succeed(self, answer: Answer) -> None:
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_result(Timed(answer, self.queue or 0.0, self.inference))
+
+    def fail(self, error: BaseException) -> None:
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_exception(error)
 
 
 class Scheduler:
@@ -52,8 +70,9 @@ class Scheduler:
     Short calls (decoding, rendering) go first: a rendered answer frees its place, and what is
     decoded meets in one batch. A free thread then takes what waits for one model, up to
     `max_batch`: an idle server answers a lone request at once, a busy one batches by itself.
-    Models take turns. Jobs whose future was cancelled (the client is gone) or whose deadline has
-    passed are dropped unrun.
+    Models take turns. A method of many passes is worked off in steps and goes to the back of the
+    queue between them. Jobs whose future was cancelled (the client is gone) or whose deadline has
+    passed are dropped, unrun or between two steps.
 
     threads_per_worker: intra-op threads of torch; one, where there are as many workers as cores.
     """
@@ -132,8 +151,7 @@ class Scheduler:
         job = _Job(model, question, deadline)
         with self._wake:
             self._refuse_when_closed()
-            self._jobs.setdefault(model, deque()).append(job)
-            self._wake.notify()
+            self._queue(job)
         return job.future
 
     def _refuse_when_closed(self) -> None:
@@ -161,13 +179,12 @@ class Scheduler:
     def _take_batch(self) -> tuple[str, list[_Job]]:
         """The model whose turn it is and its longest waiting live jobs; holds the lock."""
         model, waiting = self._jobs.popitem(last=False)
-        shape = waiting[0].question.pixels.shape
         batch: list[_Job] = []
         while waiting and len(batch) < self._max_batch:
-            if waiting[0].question.pixels.shape != shape:
+            if batch and not _goes_with(waiting[0], batch[0]):
                 break
             job = waiting.popleft()
-            if _is_wanted(job):
+            if job.is_wanted():
                 batch.append(job)
         if waiting:
             self._jobs[model] = waiting
@@ -181,16 +198,32 @@ class Scheduler:
         self._metrics.batch_size.observe(len(jobs))
         try:
             with self._pool.lease(model) as replica:
-                answers = self._runner(replica, [job.question for job in jobs])
+                outcomes = self._outcomes(replica, jobs)
         except BaseException as error:  # noqa: BLE001 - a future left pending would hang its client
             self._failed(model, jobs, error)
             return
         seconds = time.monotonic() - started
-        for job, answer in zip(jobs, answers, strict=True):
-            if isinstance(answer, Answer):
-                job.future.set_result(Timed(answer, started - job.arrived, seconds))
+        for job, outcome in zip(jobs, outcomes, strict=True):
+            job.queue = started - job.arrived if job.queue is None else job.queue
+            job.inference += seconds
+            if isinstance(outcome, Answer):
+                job.succeed(outcome)
+            elif isinstance(outcome, Unfinished):
+                job.rest = outcome
+                self._queue(job)
             else:
-                job.future.set_exception(answer)
+                job.fail(outcome)
+
+    def _outcomes(self, replica: Replica, jobs: list[_Job]) -> Sequence[Outcome]:
+        rest = jobs[0].rest
+        if rest is None:
+            return self._runner(replica, [job.question for job in jobs])
+        return [rest.step(replica) or rest]
+
+    def _queue(self, job: _Job) -> None:
+        with self._wake:
+            self._jobs.setdefault(job.model, deque()).append(job)
+            self._wake.notify()
 
     def _failed(self, model: str, jobs: list[_Job], error: BaseException) -> None:
         """One member may have spoiled its batch: run each alone before blaming anyone."""
@@ -199,22 +232,17 @@ class Scheduler:
                 self._run(model, [job])
             return
         if isinstance(error, CamserveError):
-            jobs[0].future.set_exception(error)
+            jobs[0].fail(error)
             return
         failure = InferenceFailed(
             "The model failed on this image. Try the image again; if it fails again, the server's "
             "log has the cause under this request id."
         )
         failure.__cause__ = error
-        jobs[0].future.set_exception(failure)
+        jobs[0].fail(failure)
 
 
-def _is_wanted(job: _Job) -> bool:
-    if not job.future.set_running_or_notify_cancel():
-        return False
-    if job.deadline is not None and time.monotonic() > job.deadline:
-        job.future.set_exception(
-            DeadlineExceeded("The request waited longer than its deadline; try again later.")
-        )
-        return False
-    return True
+def _goes_with(job: _Job, other: _Job) -> bool:
+    """Whether two jobs can share a forward pass."""
+    steps = job.rest is not None or other.rest is not None
+    return not steps and job.question.pixels.shape == other.question.pixels.shape

@@ -60,6 +60,9 @@ class Settings(BaseSettings):
     max_activation_bytes: int = Field(
         64 * MEBIBYTE, ge=1, description="Bytes of float32 activations of one request."
     )
+    max_cost: float = Field(
+        2000.0, gt=0, description="Forward passes that one explanation of one image may cost."
+    )
     request_timeout: float = Field(60.0, gt=0, description="Seconds until a request gets 504.")
     root_path: str = Field("", description="Path prefix under which a proxy serves this.")
     log_format: Literal["text", "json"] = Field("text", description="Form of the log lines.")

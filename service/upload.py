@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.images import Fit, ModelInput, Preprocessing, decode, fit_to_model, preview
+from service.cam.masking import Fill, boxes_mask, hide
+from service.cam.regions import rle_decode
+from service.errors import InvalidOption
+from service.images import (
+    Fit,
+    ModelInput,
+    Preprocessing,
+    Rect,
+    Source,
+    decode,
+    fit_to_model,
+    preview,
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -17,6 +30,7 @@ class Upload:
     width, height, format, sha256: of the upright source.
     model_input: what the model sees, and the geometry back to source pixels.
     photo:       uint8 (h, w, 3), the source scaled to at most the render side; None if not wanted.
+    masked:      the upload with a part hidden; None if not wanted.
     """
 
     width: int
@@ -25,6 +39,33 @@ class Upload:
     sha256: str
     model_input: ModelInput
     photo: NDArray[np.uint8] | None
+    masked: Upload | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Hiding:
+    """What to hide of a source: boxes (x, y, w, h) or COCO run lengths, in source pixels."""
+
+    boxes: Sequence[Rect] | None = None
+    rle: tuple[tuple[int, int], str | Sequence[int]] | None = None
+    fill: Fill = "mean"
+    rest: bool = False
+
+    def mask(self, size: tuple[int, int]) -> NDArray[np.bool_]:
+        """Bool (height, width) of a source of `size` (w, h). Raises InvalidOption."""
+        try:
+            if self.rle is None:
+                mask = boxes_mask(self.boxes or (), size)
+            elif self.rle[0] == (size[1], size[0]):
+                mask = rle_decode(*self.rle)
+            else:
+                raise InvalidOption(
+                    f"`mask` is for a picture of [height, width] {list(self.rle[0])}, and this one "
+                    f"is {[size[1], size[0]]}; give it in upright source pixels."
+                )
+        except ValueError as error:
+            raise InvalidOption(f"`mask` cannot be read: {error}.") from error
+        return ~mask if self.rest else mask
 
 
 def open_upload(
@@ -34,12 +75,24 @@ def open_upload(
     *,
     max_pixels: int,
     photo_side: int | None,
+    hiding: Hiding | None = None,
 ) -> Upload:
     """Decode, fit to the model, and keep a photo of at most `photo_side` pixels (None: no photo).
 
-    Raises the ImageErrors of `decode`.
+    Raises the ImageErrors of `decode`, and InvalidOption where `hiding` does not fit the picture.
     """
     source = decode(data, max_pixels=max_pixels)
+    masked = None
+    if hiding is not None:
+        mask = hiding.mask((source.width, source.height))
+        hidden = replace(source, pixels=hide(source.pixels, mask, hiding.fill))
+        masked = _opened(hidden, preprocessing, fit, photo_side)
+    return replace(_opened(source, preprocessing, fit, photo_side), masked=masked)
+
+
+def _opened(
+    source: Source, preprocessing: Preprocessing, fit: Fit, photo_side: int | None
+) -> Upload:
     return Upload(
         width=source.width,
         height=source.height,

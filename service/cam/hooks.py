@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,37 +10,49 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+Calls = dict[str, list[Tensor]]
+
 
 @dataclass(slots=True)
 class Recording:
-    """What the hooks of one `record` saw, one list entry for each call of a module.
+    """What the hooks of one `record` saw: by dotted path, one tensor for each call of the module.
 
-    `targets[path]` are the tensors to differentiate at, `outputs[path]` detached copies. A module
-    that the forward pass did not reach has no entry.
+    Where a module returns (or takes) a tuple or a dict, each tensor in it has an entry of its own,
+    such as `encoder[0]` or `encoder[hidden]`. A module that was not called has no entry.
     """
 
-    targets: dict[str, list[Tensor]] = field(default_factory=dict)
-    outputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    targets: Calls = field(default_factory=dict)
+    outputs: Calls = field(default_factory=dict)
+    inputs: Calls = field(default_factory=dict)
+    input_targets: Calls = field(default_factory=dict)
 
 
 @contextmanager
 def record(
-    model: nn.Module, *, targets: Collection[str] = (), outputs: Collection[str] = ()
+    model: nn.Module,
+    *,
+    targets: Collection[str] = (),
+    outputs: Collection[str] = (),
+    inputs: Collection[str] = (),
+    input_targets: Collection[str] = (),
 ) -> Iterator[Recording]:
-    """Record layer outputs of every forward pass inside the `with`; no hook outlives it.
+    """Record layers of every forward pass inside the `with`; no hook outlives it.
 
         with record(model, targets=["layer4"], outputs=["conv1"]) as recording:
             logits = model(batch)
         (activation,) = recording.targets["layer4"]
         (gradient,) = torch.autograd.grad(logits[:, 281].sum(), activation)
 
-    ========= ======================================================================================
-    targets   Dotted paths whose output becomes a point to differentiate at. Where nothing before
-              it needs a gradient the output is cut loose, so autograd records only what lies
-              behind the layer; where an earlier target is recorded too, the layers stay connected.
-    outputs   Dotted paths whose output is copied, so that a later in-place operation cannot change
-              what was recorded.
-    ========= ======================================================================================
+    ============= ==================================================================================
+    targets       Dotted paths whose output becomes a point to differentiate at. Where nothing
+                  before it needs a gradient the output is cut loose, so autograd records only what
+                  lies behind the layer; where an earlier target is recorded too, the layers stay
+                  connected.
+    outputs       Dotted paths whose output is copied, so that a later in-place operation cannot
+                  change what was recorded.
+    inputs        Dotted paths whose input is copied, likewise.
+    input_targets Dotted paths whose input becomes a point to differentiate at, like `targets`.
+    ============= ==================================================================================
 
     Gradients are taken at the recorded tensors and not by backward hooks, which fail beside
     in-place operations and, on composite modules, once saw only the last operation.
@@ -51,36 +63,36 @@ def record(
     Raises AttributeError for a path that is not in the model; the hooks already set are removed.
     """
     recording = Recording()
-
-    def keep_target(path: str) -> Any:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> Tensor:
-            if not isinstance(output, Tensor):
-                raise TypeError(f"layer {path!r} returns {type(output).__name__}, not one tensor")
-            leaf = output if output.requires_grad else output.detach().requires_grad_()
-            recording.targets.setdefault(path, []).append(leaf)
-            return leaf.clone()
-
-        return hook
-
-    def keep_output(path: str) -> Any:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            if not isinstance(output, Tensor):
-                raise TypeError(f"layer {path!r} returns {type(output).__name__}, not one tensor")
-            recording.outputs.setdefault(path, []).append(output.detach().clone())
-
-        return hook
-
     with ExitStack() as hooks:
+        for path in dict.fromkeys(inputs):
+            hook = _input_hook(path, recording.inputs, _copy)
+            _register(hooks, model, path, hook, before=True)
+        for path in dict.fromkeys(input_targets):
+            hook = _input_hook(path, recording.input_targets, _leaf)
+            _register(hooks, model, path, hook, before=True)
         for path in dict.fromkeys(outputs):
-            handle = model.get_submodule(path).register_forward_hook(keep_output(path))
-            hooks.callback(handle.remove)
+            _register(hooks, model, path, _output_hook(path, recording.outputs, _copy))
         for path in dict.fromkeys(targets):
-            handle = model.get_submodule(path).register_forward_hook(keep_target(path))
-            hooks.callback(handle.remove)
+            _register(hooks, model, path, _output_hook(path, recording.targets, _leaf))
         yield recording
 
 
-def gradients(output: Tensor, at: list[Tensor], weights: Tensor) -> list[Tensor]:
+@contextmanager
+def replacing(model: nn.Module, path: str, value: Tensor, *, call: int = 0) -> Iterator[None]:
+    """Let one call of a layer return `value` instead of its output, inside the `with`."""
+    calls = iter(range(1 << 62))
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        return value if next(calls) == call else output
+
+    handle = model.get_submodule(path).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def gradients(output: Tensor, at: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
     """Differentiate weighted sums of `output` at recorded tensors, never touching any `.grad`.
 
     output:  (B, C), of a forward pass inside `record`.
@@ -91,18 +103,91 @@ def gradients(output: Tensor, at: list[Tensor], weights: Tensor) -> list[Tensor]
     Returns a tensor (K, B, ...) for each entry of `at`, zeros where the output does not depend on
     it. The graph is walked once for all K (`is_grads_batched`).
     """
-    several = weights.shape[0] > 1
-    found = torch.autograd.grad(
-        output,
-        at,
-        weights if several else weights[0],
-        is_grads_batched=several,
-        allow_unused=True,
-    )
-    shape = (weights.shape[0],)
+    if not at:
+        return []
+    count, several = weights.shape[0], weights.shape[0] > 1
+    found: tuple[Tensor | None, ...] = (None,) * len(at)
+    if output.requires_grad:
+        found = torch.autograd.grad(
+            output,
+            at,
+            weights if several else weights[0],
+            is_grads_batched=several,
+            allow_unused=True,
+        )
     return [
-        torch.zeros(shape + tuple(tensor.shape), dtype=tensor.dtype, device=tensor.device)
+        tensor.new_zeros((count, *tensor.shape))
         if gradient is None
-        else gradient.reshape(shape + tuple(tensor.shape))
+        else gradient.reshape(count, *tensor.shape)
         for tensor, gradient in zip(at, found, strict=True)
     ]
+
+
+def calls_of(calls: Calls, path: str) -> Iterator[tuple[str, int, Tensor]]:
+    """Each (part, call, tensor) recorded at a path; `part` is "" for a module that gives one."""
+    for key, tensors in calls.items():
+        if key == path or key.startswith(f"{path}["):
+            for call, tensor in enumerate(tensors):
+                yield key.removeprefix(path), call, tensor
+
+
+def _register(
+    hooks: ExitStack,
+    model: nn.Module,
+    path: str,
+    hook: Callable[..., Any],
+    *,
+    before: bool = False,
+) -> None:
+    module = model.get_submodule(path)
+    if before:
+        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    else:
+        handle = module.register_forward_hook(hook)
+    hooks.callback(handle.remove)
+
+
+_Keep = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""From a tensor to what is recorded and what the forward pass goes on with."""
+
+
+def _copy(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    return tensor.detach().clone(), tensor
+
+
+def _leaf(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    if not tensor.is_floating_point():
+        return tensor, tensor
+    leaf = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+    return leaf, leaf.clone()
+
+
+def _output_hook(path: str, calls: Calls, keep: _Keep) -> Callable[..., Any]:
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        return _walk(output, path, calls, keep)
+
+    return hook
+
+
+def _input_hook(path: str, calls: Calls, keep: _Keep) -> Callable[..., Any]:
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if len(args) == 1 and not kwargs:
+            return (_walk(args[0], path, calls, keep),), kwargs
+        return _walk(args, path, calls, keep), _walk(kwargs, path, calls, keep)
+
+    return hook
+
+
+def _walk(tree: Any, key: str, calls: Calls, keep: _Keep) -> Any:
+    """Record every tensor in a tree of tuples, lists and dicts; the tree to go on with."""
+    if isinstance(tree, Tensor):
+        recorded, onward = keep(tree)
+        calls.setdefault(key, []).append(recorded)
+        return onward
+    if isinstance(tree, Mapping):
+        items = {name: _walk(value, f"{key}[{name}]", calls, keep) for name, value in tree.items()}
+        return items if type(tree) is dict else type(tree)(**items)
+    if isinstance(tree, (tuple, list)):
+        parts = [_walk(value, f"{key}[{i}]", calls, keep) for i, value in enumerate(tree)]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+    return tree

@@ -1,7 +1,12 @@
-"""Class activation maps as pure functions: activation and gradient in, map out."""
+"""Class activation maps as pure functions of an activation and its gradient.
+
+Every map is after ReLU, not scaled; `scale` divides it for the wire. Shapes: activation and
+gradient (N, C, h, w), map (N, h, w), all float.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -9,22 +14,101 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-Method = Callable[[Tensor, Tensor], Tensor]
-
 
 def gradcam(activation: Tensor, gradient: Tensor) -> Tensor:
     """Grad-CAM: `ReLU(Σ_c mean_hw(∂y/∂A_c) · A_c)`.
 
-    activation, gradient: (N, C, h, w), float. Returns (N, h, w), not negative, not scaled.
-
     Selvaraju et al., "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based
     Localization", ICCV 2017, equations 1 and 2.
     """
-    weights = gradient.mean(dim=(2, 3))
+    return weighted(activation, gradient.mean(dim=(2, 3)))
+
+
+def gradcampp(activation: Tensor, gradient: Tensor) -> Tensor:
+    """Grad-CAM++: `ReLU(Σ_c w_c · A_c)`, `w_c = Σ_hw α · ReLU(g)`, `α = g² / (2g² + g³ Σ_hw A_c)`.
+
+    The paper differentiates exp(y), which scales every g alike; the factor cancels in α and scales
+    the map, so that it is left out. No absolute epsilon: gradients of 1e-5 make g² as small as any
+    that could be chosen. Where the denominator is zero the paper's α is undefined and 0 is taken.
+
+    Chattopadhay et al., "Grad-CAM++: Generalized Gradient-based Visual Explanations for Deep
+    Convolutional Networks", WACV 2018, equations 10 and 19.
+    """
+    # α has the dimension of 1/g: with g scaled to about 1, g³ cannot underflow.
+    largest = gradient.abs().amax(dim=(1, 2, 3), keepdim=True)
+    g = gradient / torch.where(largest > 0, largest, 1)
+    total = activation.sum(dim=(2, 3), keepdim=True)
+    squared = g * g
+    denominator = 2 * squared + largest * total * squared * g
+    defined = denominator != 0
+    alpha = torch.where(defined, squared / torch.where(defined, denominator, 1), 0)
+    return weighted(activation, (alpha * gradient.relu()).sum(dim=(2, 3)))
+
+
+def hirescam(activation: Tensor, gradient: Tensor) -> Tensor:
+    """HiResCAM: `ReLU(Σ_c ∂y/∂A_c · A_c)`, cell by cell.
+
+    Draelos and Carin, "Use HiResCAM instead of Grad-CAM for faithful explanations of convolutional
+    neural networks", 2020, equation 4.
+    """
+    return (gradient * activation).sum(dim=1).relu_()
+
+
+def layercam(activation: Tensor, gradient: Tensor) -> Tensor:
+    """LayerCAM: `ReLU(Σ_c ReLU(∂y/∂A_c) · A_c)`, cell by cell.
+
+    Jiang et al., "LayerCAM: Exploring Hierarchical Class Activation Maps for Localization", IEEE
+    TIP 2021, equations 5 and 6.
+    """
+    return (gradient.relu() * activation).sum(dim=1).relu_()
+
+
+def xgradcam(activation: Tensor, gradient: Tensor) -> Tensor:
+    """XGrad-CAM: `ReLU(Σ_c w_c · A_c)`, `w_c = Σ_hw (g · A_c) / Σ_hw A_c`; 0 where that sum is 0.
+
+    Fu et al., "Axiom-based Grad-CAM: Towards Accurate Visualization and Explanation of CNNs", BMVC
+    2020, equation 8.
+    """
+    total = activation.sum(dim=(2, 3))
+    product = (gradient * activation).sum(dim=(2, 3))
+    weights = torch.where(total != 0, product / torch.where(total != 0, total, 1), 0)
+    return weighted(activation, weights)
+
+
+def eigencam(activation: Tensor, gradient: Tensor) -> Tensor:  # noqa: ARG001
+    """Eigen-CAM: the activation projected on its first principal component; knows no class.
+
+    From the Gram matrix of the centred cells (hw × hw) and not by SVD of hw × C: with A = UΣVᵀ the
+    projection A·v₁ is √λ₁·u₁ of AAᵀ. An eigenvector has no sign of its own; the one is taken with
+    Σ map · mean activation ≥ 0.
+
+    Muhammad and Yeasin, "Eigen-CAM: Class Activation Map using Principal Components", IJCNN 2020.
+    """
+    count, _, height, width = activation.shape
+    cells = activation.flatten(2).transpose(1, 2).double()
+    cells = cells - cells.mean(dim=1, keepdim=True)
+    values, vectors = torch.linalg.eigh(cells @ cells.transpose(1, 2))
+    component = vectors[..., -1] * values[:, -1:].clamp_min(0).sqrt()
+    component = component.reshape(count, height, width).to(activation.dtype)
+    agreement = (component * activation.mean(dim=1)).sum(dim=(1, 2), keepdim=True)
+    return torch.where(agreement < 0, -component, component).relu_()
+
+
+def weighted(activation: Tensor, weights: Tensor) -> Tensor:
+    """`ReLU(Σ_c w_c · A_c)` with weights (N, C)."""
     return torch.einsum("nc,nchw->nhw", weights, activation).relu_()
 
 
-METHODS: Mapping[str, Method] = {"gradcam": gradcam}
+Cam = Callable[[Tensor, Tensor], Tensor]
+
+GRADIENT_CAMS: Mapping[str, Cam] = {
+    "gradcam": gradcam,
+    "gradcampp": gradcampp,
+    "hirescam": hirescam,
+    "layercam": layercam,
+    "xgradcam": xgradcam,
+    "eigencam": eigencam,
+}
 
 
 class Scaled(NamedTuple):
@@ -53,11 +137,13 @@ def fuse(cams: Sequence[Tensor]) -> Tensor:
     """
     if len(cams) == 1:
         return cams[0]
-    finest = max((tuple(cam.shape) for cam in cams), key=lambda shape: shape[0] * shape[1])
-    resampled = [
-        functional.interpolate(
-            scale(cam).grid[None, None], size=finest, mode="bilinear", align_corners=False
-        )[0, 0]
-        for cam in cams
-    ]
+    finest = max(((cam.shape[0], cam.shape[1]) for cam in cams), key=math.prod)
+    resampled = [upsample(scale(cam).grid[None], finest)[0] for cam in cams]
     return torch.stack(resampled).mean(dim=0)
+
+
+def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps (N, h, w) at another size, bilinear with half-pixel centres."""
+    return functional.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[
+        :, 0
+    ]

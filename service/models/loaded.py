@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from service.errors import InvalidOption, UnknownClass, UnknownLayer, nearest
 from service.images import Preprocessing
 from service.models.catalog import ModelSpec
 from service.models.probe import Layer
+
+Output = Literal["softmax", "sigmoid", "none"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,7 @@ class LoadedModel:
     target_layer: where to explain when the request names no layer; None where no layer of the
                   model gives a feature map behind which no tokens follow.
     version:      the first 12 digits of the weights' sha256.
+    output:       how scores come from logits.
     """
 
     spec: ModelSpec
@@ -36,6 +39,7 @@ class LoadedModel:
     layers: tuple[Layer, ...]
     version: str
     random_weights: bool = False
+    output: Output = "softmax"
 
     @property
     def name(self) -> str:
@@ -44,6 +48,12 @@ class LoadedModel:
     def replicate(self) -> nn.Module:
         """A copy of the master that shares its parameters and owns its hooks and buffers."""
         return replicate(self.module)
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Scores of logits (..., classes) by the model's output activation; `none`: the logits."""
+        if self.output == "softmax":
+            return logits.softmax(dim=-1)
+        return logits.sigmoid() if self.output == "sigmoid" else logits
 
     def layer(self, path: str) -> Layer:
         """The layer at a dotted path. Raises UnknownLayer with the nearest paths."""
@@ -84,17 +94,17 @@ class LoadedModel:
         """The layers that dotted paths and globs name, in definition order.
 
         `*` and `?` stop at a dot, `**` crosses it, `type:Conv2d` matches the class.
-        Raises UnknownLayer for a pattern that matches nothing, InvalidOption for a layer whose
-        output is not one tensor.
+        Raises UnknownLayer for a pattern that matches nothing, InvalidOption for a layer that
+        returns no tensor.
         """
         chosen: set[str] = set()
         for pattern in patterns:
             if not re.search(r"[*?]|^type:", pattern):
                 found = self.layer(pattern)
-                if found.shape is None:
+                if not found.given:
                     raise InvalidOption(
-                        f"Layer {pattern!r} is not called in a forward pass, or does not return "
-                        "one tensor, so there is nothing to record."
+                        f"Layer {pattern!r} returns no tensor in a forward pass, so there is "
+                        "nothing to record."
                     )
                 chosen.add(pattern)
                 continue
@@ -107,10 +117,10 @@ class LoadedModel:
             chosen |= matches
         return tuple(layer.path for layer in self.layers if layer.path in chosen)
 
-    def activation_bytes(self, paths: Sequence[str]) -> int:
-        """What the outputs of these layers take for one image, as float32, all calls counted."""
+    def activation_bytes(self, paths: Sequence[str], *, inputs: bool) -> int:
+        """What captures of these layers take for one image, as float32, all calls counted."""
         found = (self.layer(path) for path in paths)
-        return sum(4 * math.prod(layer.shape or ()) * layer.calls for layer in found)
+        return sum(4 * (layer.taken if inputs else layer.given) for layer in found)
 
     def class_id(self, target: str) -> int:
         """The class of an id (all digits) or an exact label.
@@ -144,7 +154,7 @@ def replicate(module: nn.Module) -> nn.Module:
 
 
 def _matches(pattern: str, layer: Layer) -> bool:
-    if layer.shape is None:
+    if not layer.given:
         return False
     if pattern.startswith("type:"):
         return layer.type == pattern.removeprefix("type:")

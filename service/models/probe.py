@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from service.cam.layouts import Layout, layout_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,25 +21,38 @@ class Layer:
     shape:      of its output for one image, without the batch dimension; None where it was not
                 called or returns something else than one tensor.
     parameters: how many numbers the module and its children hold.
-    target:     whether it returns a feature map (C, h, w) wider than one pixel, so that a CAM can
-                be drawn from it.
+    layout:     where the places are in that output; None where no map can be drawn from it.
     calls:      how often one forward pass calls it.
+    taken, given: numbers in all tensors that these calls take and give, for one image.
+    share:      which share of the model's operations is done when it has run, 0..1.
     """
 
     path: str
     type: str
     shape: tuple[int, ...] | None
     parameters: int
-    target: bool
+    layout: Layout | None
     calls: int
+    taken: int
+    given: int
+    share: float
+
+    @property
+    def target(self) -> bool:
+        """Whether a map can be drawn from this layer."""
+        return self.layout is not None
 
 
 @dataclass(slots=True)
 class _Seen:
     shape: tuple[int, ...] | None = None
+    whole: bool = False
     unchanged: bool = False
     finished: int = -1
     calls: int = 0
+    taken: int = 0
+    given: int = 0
+    operations: int = 0
 
 
 def probe(model: nn.Module, image: Tensor) -> Probe:
@@ -48,23 +64,45 @@ def probe(model: nn.Module, image: Tensor) -> Probe:
     clock = iter(range(1 << 62))
 
     def watch(path: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             now = seen[path]
             now.calls += 1
+            now.taken += _numbers_in((args, kwargs))
+            now.given += _numbers_in(output)
             now.finished = next(clock)
+            now.operations = counter.get_total_flops()
             now.shape = tuple(output.shape[1:]) if isinstance(output, Tensor) else None
+            # A model that cuts the image into windows has more rows here than images.
+            now.whole = isinstance(output, Tensor) and output.ndim > 1 and len(output) == 1
             now.unchanged = bool(args) and output is args[0]
 
         return hook
 
-    with ExitStack() as hooks, torch.no_grad():
+    counter = FlopCounterMode(display=False)
+    with ExitStack() as hooks, torch.no_grad(), counter:
         for path in seen:
-            hooks.callback(model.get_submodule(path).register_forward_hook(watch(path)).remove)
+            module = model.get_submodule(path)
+            handle = module.register_forward_hook(watch(path), with_kwargs=True)
+            hooks.callback(handle.remove)
         logits = model(image)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != 1:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise TypeError(f"the model must return logits of shape (batch, classes), not {got}")
-    layers = tuple(_layer(model, path, now) for path, now in seen.items())
+    size, total = (image.shape[2], image.shape[3]), max(1, counter.get_total_flops())
+    layers = tuple(
+        Layer(
+            path=path,
+            type=type(model.get_submodule(path)).__name__,
+            shape=now.shape,
+            parameters=sum(p.numel() for p in model.get_submodule(path).parameters()),
+            layout=layout_of(now.shape, size) if now.whole else None,
+            calls=now.calls,
+            taken=now.taken,
+            given=now.given,
+            share=now.operations / total,
+        )
+        for path, now in seen.items()
+    )
     return Probe(layers, _default_target(model, seen, logits.shape[1]), logits.shape[1])
 
 
@@ -77,36 +115,41 @@ class Probe:
     classes: int
 
 
-def _is_map(shape: Sequence[int] | None) -> bool:
-    return shape is not None and len(shape) == 3 and shape[1] * shape[2] > 1
-
-
-def _layer(model: nn.Module, path: str, seen: _Seen) -> Layer:
-    module = model.get_submodule(path)
-    return Layer(
-        path=path,
-        type=type(module).__name__,
-        shape=seen.shape,
-        parameters=sum(parameter.numel() for parameter in module.parameters()),
-        target=_is_map(seen.shape),
-        calls=seen.calls,
-    )
+def _numbers_in(tree: Any) -> int:
+    if isinstance(tree, Tensor):
+        return tree.numel()
+    if isinstance(tree, Mapping):
+        return sum(map(_numbers_in, tree.values()))
+    return sum(map(_numbers_in, tree)) if isinstance(tree, (tuple, list)) else 0
 
 
 def _default_target(model: nn.Module, seen: dict[str, _Seen], classes: int) -> str | None:
     """The module that finishes last with a feature map, as the output of the last block does.
 
     Pooling, modules that hand their input on, and maps with one channel a class (SqueezeNet's
-    classifier is a convolution) come behind the features and do not count. None where tokens
-    follow the last map: there the map is only the patch embedding.
+    classifier is a convolution) come behind the features and do not count.
+
+    Where tokens follow the last map, that map is only the patch embedding. There it is the norm
+    before the last attention: behind that attention only the class token goes on to the head.
     """
     order = sorted((now.finished, path) for path, now in seen.items() if now.calls)
     for _, path in reversed(order):
         now, kind = seen[path], type(model.get_submodule(path)).__name__
-        if now.shape is not None and len(now.shape) == 2:
-            return None
-        if _is_map(now.shape) and "Pool" not in kind and not now.unchanged:
-            assert now.shape is not None
-            if now.shape[0] != classes:
-                return path
+        shape = now.shape or ()
+        if len(shape) == 2 and now.whole:
+            return _norm_before_attention(model, [path for _, path in order])
+        is_map = len(shape) == 3 and shape[1] * shape[2] > 1 and now.whole
+        if is_map and "Pool" not in kind and not now.unchanged and shape[0] != classes:
+            return path
     return None
+
+
+def _norm_before_attention(model: nn.Module, finished: list[str]) -> str | None:
+    kinds = {path: type(model.get_submodule(path)).__name__ for path in finished}
+    attentions = [path for path in finished if "Attention" in kinds[path]]
+    if not attentions:
+        return None
+    before = finished[: finished.index(attentions[-1])]
+    norms = [path for path in before if "Norm" in kinds[path]]
+    inside = f"{attentions[-1]}."
+    return next((path for path in reversed(norms) if not path.startswith(inside)), None)

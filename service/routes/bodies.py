@@ -12,7 +12,7 @@ from fastapi import Request
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from api_schemas.options import ImageSource, PredictOptions
+from api_schemas.options import CommonOptions, ExplainRequest, ImageSource
 from service.errors import (
     BodyTooLarge,
     EmptyBody,
@@ -27,7 +27,7 @@ from service.routes.problems import describe
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
-Options = TypeVar("Options", bound=PredictOptions)
+Options = TypeVar("Options", bound=CommonOptions)
 
 _MAX_PART_HEADER = 4096
 
@@ -192,7 +192,12 @@ def json_request(
         found = error.errors(include_url=False, include_input=False)
         if any(issue["type"] == "json_invalid" for issue in found):
             raise MalformedRequest(f"The body is not JSON: {found[0]['msg']}.") from error
-        raise InvalidOption(describe(found, list(form.model_fields))) from error
+        if found[0]["type"] == "model_type" and not found[0]["loc"]:
+            raise MalformedRequest(
+                'The body is JSON and no object; send {"images": [{"data": "<base64>"}]} and '
+                "options beside `images`."
+            ) from error
+        raise InvalidOption(describe(found, list(ExplainRequest.model_fields))) from error
     sources: list[ImageSource] = request.images  # type: ignore[attr-defined]
     if len(sources) > max_images:
         raise BodyTooLarge(

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, TypeVar
 
 import orjson
 import structlog
 from fastapi import APIRouter, Query, Request, Response
+from torch import Tensor
 
 from api_schemas import answers as wire
-from api_schemas.options import ExplainOptions, ExplainRequest, PredictOptions, PredictRequest
+from api_schemas.options import (
+    CommonOptions,
+    ExplainOptions,
+    ExplainRequest,
+    PredictOptions,
+    PredictRequest,
+)
 from service.admission import Permit
 from service.errors import (
     CamserveError,
@@ -24,18 +31,17 @@ from service.errors import (
     InvalidOption,
     NotAcceptable,
 )
-from service.inference import Question
 from service.metrics import STAGES
 from service.models.loaded import LoadedModel
-from service.routes import bodies, docs
+from service.questions import Answer, Question
+from service.routes import asking, bodies, docs
 from service.routes.accept import preferred_image
 from service.routes.problems import status_of
 from service.routes.state import Service, service_of
 from service.routes.wire import overlay, result, style_of
-from service.upload import open_upload
+from service.upload import Hiding, open_upload
 
 T = TypeVar("T")
-Options = TypeVar("Options", bound=PredictOptions)
 
 router = APIRouter(tags=["classify"])
 _log = structlog.get_logger(__name__)
@@ -72,8 +78,9 @@ class _Work:
 
     service: Service
     model: LoadedModel
-    options: PredictOptions
-    question: dict[str, Any]
+    options: CommonOptions
+    question: Callable[[Tensor], Question]
+    hiding: Hiding | None
     deadline: float
     clock: _Clock
 
@@ -83,7 +90,7 @@ class _ClientGone(Exception):
 
 
 async def _answer_in_time(
-    request: Request, options: PredictOptions, form: type[PredictOptions]
+    request: Request, options: CommonOptions, form: type[CommonOptions]
 ) -> Response:
     """Take a permit, read the body, and work until the answer, the deadline or the hang-up."""
     service = service_of(request)
@@ -108,8 +115,8 @@ async def _classify(
     request: Request,
     body: bytes,
     permit: Permit,
-    options: PredictOptions,
-    form: type[PredictOptions],
+    options: CommonOptions,
+    form: type[CommonOptions],
 ) -> Response:
     uploads, options = await _take_apart(request, body, options, form)
     permit.grow(len(uploads) - 1)
@@ -124,8 +131,8 @@ async def _classify(
 
 
 async def _take_apart(
-    request: Request, body: bytes, options: PredictOptions, form: type[PredictOptions]
-) -> tuple[Sequence[bytes | InvalidImageData], PredictOptions]:
+    request: Request, body: bytes, options: CommonOptions, form: type[CommonOptions]
+) -> tuple[Sequence[bytes | InvalidImageData], CommonOptions]:
     """The images and options of a body of any of the three kinds."""
     service, kind = service_of(request), bodies.media_type(request)
     if kind == "multipart/form-data":
@@ -146,7 +153,7 @@ async def _take_apart(
     return bodies.raw_image(kind, body), options
 
 
-def _image_format(request: Request, options: PredictOptions, images: int) -> str | None:
+def _image_format(request: Request, options: CommonOptions, images: int) -> str | None:
     """The format of the overlay that is the whole answer, where `Accept` prefers an image."""
     if not isinstance(options, ExplainOptions):
         return None
@@ -159,30 +166,14 @@ def _image_format(request: Request, options: PredictOptions, images: int) -> str
     return image_format
 
 
-def _understand(request: Request, options: PredictOptions) -> _Work:
+def _understand(request: Request, options: CommonOptions) -> _Work:
     """Everything that can be refused before any image is opened is refused here."""
     service = service_of(request)
     model = service.pool.model(options.model)
-    question: dict[str, Any] = {
-        "top_k": options.top_k,
-        "activations": model.captured_layers(options.activations),
-    }
-    size = model.activation_bytes(question["activations"])
-    if size > service.limits.activation_bytes:
-        raise InvalidOption(
-            f"The activations asked for take {size} bytes an image; at most "
-            f"{service.limits.activation_bytes} are allowed. Name fewer layers."
-        )
-    if isinstance(options, ExplainOptions):
-        question |= {
-            "layers": model.target_layers(options.layer),
-            "targets": tuple(dict.fromkeys(map(model.class_id, options.targets))),
-            "explain_top": options.explain_top,
-            "method": options.method,
-        }
+    question = asking.question(model, options, service.limits)
     request.scope["log"] = {"model": model.name}
     deadline = request.scope["started"] + service.limits.timeout
-    return _Work(service, model, options, question, deadline, _Clock())
+    return _Work(service, model, options, question, asking.hiding(options), deadline, _Clock())
 
 
 async def _one(
@@ -191,40 +182,48 @@ async def _one(
     """One image from its bytes to its place in the answer."""
     if isinstance(data, InvalidImageData):
         raise data
-    service, seconds = work.service, work.clock.seconds
-    wants_photo = "overlay" in getattr(work.options, "include", ())
+    service, options, seconds = work.service, work.options, work.clock.seconds
+    side = service.limits.render_side
+    wants_photo = isinstance(options, ExplainOptions) and "overlay" in options.include
     started = time.monotonic()
     upload = await _result_of(
         service.scheduler.call(
             open_upload,
             data,
             work.model.preprocessing,
-            work.options.fit,
+            options.fit,
             max_pixels=service.limits.pixels,
-            photo_side=service.limits.render_side if wants_photo else None,
+            photo_side=side if wants_photo else None,
+            hiding=work.hiding,
         )
     )
     seconds["decode"] += time.monotonic() - started
-    question = Question(pixels=upload.model_input.pixels, **work.question)
-    timed = await _result_of(service.scheduler.submit(work.model.name, question, work.deadline))
-    seconds["queue"] += timed.queue
-    seconds["inference"] += timed.inference
+    answer = await _ask(work, work.question(upload.model_input.pixels))
+    masked = None
+    if upload.masked is not None:
+        targets = tuple(explanation.class_id for explanation in answer.explanations)
+        again = work.question(upload.masked.model_input.pixels)
+        masked = await _ask(work, replace(again, targets=targets, activations=()))
     started = time.monotonic()
-    if image_format and isinstance(work.options, ExplainOptions):
-        picture = await _result_of(
-            service.scheduler.call(
-                overlay, upload, timed.answer.explanations[0], style_of(work.options)
-            )
-        )
+    if image_format and isinstance(options, ExplainOptions):
+        drawn = service.scheduler.call(overlay, upload, answer.explanations[0], style_of(options))
+        picture = await _result_of(drawn)
         rendered: wire.Result | Response = Response(picture.data, media_type=picture.media_type)
     else:
         rendered = await _result_of(
-            service.scheduler.call(
-                result, work.model, upload, timed.answer, work.options, service.limits.render_side
-            )
+            service.scheduler.call(result, work.model, upload, answer, options, side, masked)
         )
     seconds["render"] += time.monotonic() - started
     return rendered
+
+
+async def _ask(work: _Work, question: Question) -> Answer:
+    timed = await _result_of(
+        work.service.scheduler.submit(work.model.name, question, work.deadline)
+    )
+    work.clock.seconds["queue"] += timed.queue
+    work.clock.seconds["inference"] += timed.inference
+    return timed.answer
 
 
 async def _respond(

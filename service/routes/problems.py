@@ -64,8 +64,12 @@ def problem(request: Request, error: CamserveError) -> JSONResponse:
 
 
 def describe(issues: Sequence[Any], known: Sequence[str] = ()) -> str:
-    """What pydantic found as one sentence that names each option and what it takes."""
-    return "; ".join(_sentence(issue, known) for issue in issues[:5]) + "."
+    """What pydantic found as one sentence that names each option and what it takes.
+
+    known: the options of /explain, which are all there are.
+    """
+    text = "; ".join(_sentence(issue, known) for issue in issues[:5])
+    return text if text.endswith("?") else f"{text}."
 
 
 def install(app: FastAPI, options: Sequence[str]) -> None:
@@ -115,9 +119,14 @@ def _response(
 
 
 def _sentence(issue: Any, known: Sequence[str]) -> str:
-    place = ".".join(str(part) for part in issue["loc"] if part not in ("query", "body"))
+    *around, name = [str(part) for part in issue["loc"] if part not in ("query", "body")] or [""]
+    place = ".".join((*around, name))
     if issue["type"] == "extra_forbidden":
-        return f"there is no option {place!r}.{nearest(place, known)}".rstrip(".")
+        if around:
+            return f"{'.'.join(around)} has no field {name!r}"
+        if name in known:
+            return f"{name!r} is an option of /explain, which this route does not take"
+        return f"there is no option {name!r}.{nearest(name, known)}".rstrip(".")
     message = str(issue["msg"]).removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     return f"{place}: {message}" if place else message

@@ -21,6 +21,7 @@ class Limits:
     pixels: int
     render_side: int
     activation_bytes: int
+    cost: float
     timeout: float
 
 

@@ -10,22 +10,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from api_schemas import answers as wire
-from api_schemas.options import ExplainOptions, PredictOptions
+from api_schemas.options import CommonOptions, ExplainOptions
 from service.cam.heatmap import Picture, Style, channel_grid, render_heatmap, render_overlay
+from service.cam.regions import find_regions
 from service.errors import CamserveError, RenderFailed
-from service.inference import Activation, Answer, Explanation
 from service.models.loaded import LoadedModel
+from service.questions import Activation, Answer, Explanation
 from service.upload import Upload
 
 
-def result(
+def result(  # noqa: PLR0917 - called through the scheduler, which hands on what it is given
     model: LoadedModel,
     upload: Upload,
     answer: Answer,
-    options: PredictOptions,
+    options: CommonOptions,
     render_side: int,
+    masked: Answer | None = None,
 ) -> wire.Result:
-    """One image's place in the answer. Raises RenderFailed, with the cause, for whatever breaks."""
+    """One image's place in the answer; `masked`: what was answered with a part of it hidden.
+
+    Raises RenderFailed, with the cause, for whatever breaks.
+    """
     try:
         fields: dict[str, Any] = {
             "image": wire.ImageInfo(
@@ -35,15 +40,7 @@ def result(
                 sha256=upload.sha256,
             ),
             "seen": upload.model_input.geometry.seen,
-            "predictions": [
-                wire.Prediction(
-                    class_id=prediction.class_id,
-                    label=model.labels[prediction.class_id],
-                    score=prediction.score,
-                    logit=prediction.logit,
-                )
-                for prediction in answer.predictions
-            ],
+            "predictions": _predictions(model, answer),
         }
         if isinstance(options, ExplainOptions):
             fields["explanations"] = [
@@ -51,7 +48,19 @@ def result(
                 for explanation in answer.explanations
             ]
         if options.activations:
-            fields["activations"] = _activations(answer, options.activation_as)
+            fields["activations"] = [
+                _activation(activation, options.activation_as) for activation in answer.activations
+            ]
+        if masked is not None and upload.masked is not None:
+            assert isinstance(options, ExplainOptions)
+            fields["masked"] = wire.Masked(
+                predictions=_predictions(model, masked),
+                changes=_changes(model, answer, masked),
+                explanations=[
+                    _explanation(model, upload.masked, explanation, options, render_side)
+                    for explanation in masked.explanations
+                ],
+            )
         return wire.Result(**fields)
     except CamserveError:
         raise
@@ -60,6 +69,32 @@ def result(
             "The answer was computed and could not be drawn; ask with include=none for the "
             "numbers alone. The server's log has the cause."
         ) from error
+
+
+def _predictions(model: LoadedModel, answer: Answer) -> list[wire.Prediction]:
+    return [
+        wire.Prediction(
+            class_id=prediction.class_id,
+            label=model.labels[prediction.class_id],
+            score=prediction.score,
+            logit=prediction.logit,
+        )
+        for prediction in answer.predictions
+    ]
+
+
+def _changes(model: LoadedModel, answer: Answer, masked: Answer) -> list[wire.Change]:
+    return [
+        wire.Change(
+            class_id=after.class_id,
+            label=model.labels[after.class_id],
+            score=after.score,
+            logit=after.logit,
+            score_change=after.score - before.score,
+            logit_change=after.logit - before.logit,
+        )
+        for before, after in zip(answer.explanations, masked.explanations, strict=True)
+    ]
 
 
 def overlay(upload: Upload, explanation: Explanation, style: Style) -> Picture:
@@ -88,12 +123,12 @@ def _explanation(
         "class_id": explanation.class_id,
         "label": model.labels[explanation.class_id],
         "score": explanation.score,
-        "contrast": None,
+        "contrast": explanation.contrast,
         "method": explanation.method,
-        "layer": layers[0] if len(layers) == 1 else list(layers),
+        "layer": (layers[0] if len(layers) == 1 else list(layers)) if layers else None,
         "range": (explanation.low, explanation.high),
         "flags": list(explanation.flags),
-        "cost": wire.Cost(forwards=1.0),
+        "cost": wire.Cost(forwards=explanation.cost),
     }
     style = style_of(options)
     if "heatmap" in options.include:
@@ -105,28 +140,33 @@ def _explanation(
         fields["grid"] = wire.Grid(
             shape=list(explanation.grid.shape), dtype="float32", data=_numbers(explanation.grid)
         )
+    if "regions" in options.include:
+        fields["regions"] = _regions(explanation, upload, options.threshold, render_side)
     return wire.Explanation(**fields)
 
 
-def _activations(answer: Answer, forms: Collection[str]) -> list[wire.Activation]:
-    counts: dict[str, int] = {}
-    found = []
-    for activation in answer.activations:
-        call = counts.get(activation.layer, 0)
-        counts[activation.layer] = call + 1
-        found.append(_activation(activation, call, forms))
-    return found
+def _regions(explanation: Explanation, upload: Upload, threshold: float, side: int) -> wire.Regions:
+    found = find_regions(explanation.grid, upload.model_input.geometry, threshold, side)
+    return wire.Regions(
+        threshold=found.threshold,
+        peak=found.peak,
+        boxes=[(x, y, w, h) for x, y, w, h in found.boxes],
+        polygons=found.polygons,
+        rle=wire.MaskRLE(size=found.rle.size, counts=found.rle.counts),
+    )
 
 
-def _activation(activation: Activation, call: int, forms: Collection[str]) -> wire.Activation:
+def _activation(activation: Activation, forms: Collection[str]) -> wire.Activation:
     values = activation.values
     fields: dict[str, Any] = {
         "layer": activation.layer,
         "kind": activation.kind,
-        "call": call,
+        "call": activation.call,
         "shape": list(values.shape),
         "dtype": "float32",
     }
+    if activation.part:
+        fields["part"] = activation.part
     if "stats" in forms:
         fields["stats"] = _stats(values)
     if "image" in forms:
@@ -135,7 +175,9 @@ def _activation(activation: Activation, call: int, forms: Collection[str]) -> wi
             **_picture(picture).model_dump(), channels_left_out=left_out
         )
     if "array" in forms:
-        fields["array"] = wire.Array(dtype="float16", data=_numbers(values.astype("<f2")))
+        # A gradient is often below what float16 can hold.
+        dtype = "float32" if activation.kind.startswith("grad") else "float16"
+        fields["array"] = wire.Array(dtype=dtype, data=_numbers(values.astype(dtype)))
     return wire.Activation(**fields)
 
 

@@ -39,7 +39,7 @@ FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]
 
 def encode(image: Image.Image, name: str = "PNG", **options: object) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, name, **options)  # type: ignore[arg-type]
+    image.save(buffer, name, **options)
     return buffer.getvalue()
 
 
@@ -210,6 +210,13 @@ def test_transparency_is_laid_over_white() -> None:
     assert decoded(half_red, "WEBP", lossless=True)[0, 0].tolist() == [255, 127, 127]
     assert decoded(Image.new("LA", (2, 2), (0, 0)))[0, 0].tolist() == [255] * 3
     assert decoded(Image.new("LA", (2, 2), (0, 0)), "TIFF")[0, 0].tolist() == [255] * 3
+    # The tag ExtraSamples, from "alpha" to "premultiplied alpha": Pillow's modes La and RGBa.
+    for mode, colour in (("LA", (64, 128)), ("RGBA", (64, 64, 64, 128))):
+        tiff = encode(Image.new(mode, (2, 2), colour), "TIFF")
+        tag = struct.pack("<HHIH", 338, 3, 1, 2)
+        assert tiff.count(tag) == 1
+        premultiplied = tiff.replace(tag, struct.pack("<HHIH", 338, 3, 1, 1))
+        assert decode(premultiplied, max_pixels=LIMIT).pixels[0, 0, 0] == pytest.approx(191, abs=1)
     palette = Image.new("P", (2, 1))
     palette.putpalette([255, 0, 0, 0, 0, 255])
     palette.putpixel((1, 0), 1)
@@ -467,6 +474,13 @@ def test_seen_of_640x480_is_the_central_420() -> None:
     assert geometry.window == pytest.approx((58 * scale, 30.0, 224 * scale, 420.0), abs=1e-9)
     assert geometry.seen == pytest.approx(geometry.window)
     assert geometry.seen == pytest.approx((110, 30, 420, 420), abs=2)
+
+
+def test_half_a_pixel_is_rounded_as_torchvision_does() -> None:
+    """343 - 224 leaves 59.5 a side: 60, the even neighbour, as Python rounds; 341 leaves 58."""
+    how = Preprocessing()
+    assert fit_to_model(source(343, 256), how).geometry.window == (60.0, 16.0, 224.0, 224.0)
+    assert fit_to_model(source(256, 341), how).geometry.window == (16.0, 58.0, 224.0, 224.0)
 
 
 def test_seen_never_leaves_the_picture() -> None:

@@ -1,0 +1,49 @@
+"""Attention rollout: how much the class token draws from each patch, through all layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def record_attention(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the attention (N, heads, L, L) of each `nn.MultiheadAttention`, in order of calls.
+
+    The modules are asked for their weights, which they otherwise skip; no hook outlives the `with`.
+    """
+    found: list[Tensor] = []
+
+    def ask(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args, kwargs | {"need_weights": True, "average_attn_weights": False}
+
+    def keep(_module: nn.Module, _args: Any, output: tuple[Tensor, Tensor]) -> None:
+        found.append(output[1].detach())
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, nn.MultiheadAttention):
+                hooks.callback(module.register_forward_pre_hook(ask, with_kwargs=True).remove)
+                hooks.callback(module.register_forward_hook(keep).remove)
+        yield found
+
+
+def rollout(attentions: Sequence[Tensor]) -> Tensor:
+    """Attention rollout: `Π_l (½ mean_heads(A_l) + ½ I)`, rows normalised; the class token's row.
+
+    attentions: each (N, heads, L, L). Returns (N, L − 1): the share of each patch token; no class
+    is looked at.
+
+    Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020.
+    """
+    length = attentions[0].shape[-1]
+    identity = torch.eye(length, dtype=attentions[0].dtype, device=attentions[0].device)
+    joint = identity.expand(attentions[0].shape[0], length, length)
+    for attention in attentions:
+        mixed = (attention.mean(dim=1) + identity) / 2
+        joint = mixed / mixed.sum(dim=-1, keepdim=True) @ joint
+    return joint[:, 0, 1:]

@@ -1,0 +1,84 @@
+"""Hide a part of a picture, to see what the answer owes to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from service.images import Rect
+
+Fill = Literal["mean", "blur", "grey"]
+
+GREY = 128
+
+BLUR_SHARE = 0.1
+"""Standard deviation of the blur, of the shorter side."""
+
+# The shorter side that the picture is scaled to before it is blurred: what the blur leaves has no
+# detail that more pixels could show.
+BLUR_SIDE = 128
+
+
+def hide(
+    pixels: NDArray[np.uint8], mask: NDArray[np.bool_], fill: Fill = "mean"
+) -> NDArray[np.uint8]:
+    """A copy of a picture, uint8 (h, w, 3), with the pixels of `mask`, bool (h, w), replaced.
+
+    `mean`: by the mean colour of the whole picture; `blur`: by the picture with a strong Gaussian
+    blur, which keeps its colours in their places; `grey`: by 128. Raises ValueError where picture
+    and mask differ in size.
+    """
+    if pixels.shape[:2] != mask.shape:
+        raise ValueError(f"a mask of {mask.shape} does not lie on a picture of {pixels.shape}")
+    if fill == "mean":
+        filling = np.rint(cv2.mean(pixels)[:3]).astype(np.uint8)
+    elif fill == "blur":
+        filling = _blurred(pixels)
+    elif fill == "grey":
+        filling = np.full(3, GREY, dtype=np.uint8)
+    else:
+        raise ValueError(f"fill is 'mean', 'blur' or 'grey', not {fill!r}")
+    hidden = pixels.copy()
+    np.copyto(hidden, filling, where=mask[:, :, None])
+    return hidden
+
+
+def boxes_mask(boxes: Iterable[Rect], size: tuple[int, int]) -> NDArray[np.bool_]:
+    """Lay boxes, x, y, w, h in source pixels, over a picture of `size` (w, h): bool (h, w).
+
+    A pixel counts when its middle is inside: on the left or upper edge it is, on the right or
+    lower one not. What sticks out is cut off. Raises ValueError for a box that is not finite.
+    """
+    mask = np.zeros((size[1], size[0]), dtype=bool)
+    for x, y, w, h in boxes:
+        if not all(map(math.isfinite, (x, y, w, h))):
+            raise ValueError(f"a box is four finite numbers, not {(x, y, w, h)}")
+        mask[_covered(y, h, size[1]), _covered(x, w, size[0])] = True
+    return mask
+
+
+def _covered(start: float, extent: float, length: int) -> slice:
+    """Which pixels of a row have their middles in [start, start + extent)."""
+    first, end = (
+        math.ceil(min(max(edge - 0.5, 0.0), float(length))) for edge in (start, start + extent)
+    )
+    return slice(first, end)
+
+
+def _blurred(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    height, width = pixels.shape[:2]
+    scale = min(1.0, BLUR_SIDE / min(height, width))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    small = pixels
+    if size != (width, height):
+        small = np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
+    sigma = max(1.0, BLUR_SHARE * min(size))
+    soft = cv2.GaussianBlur(small, (0, 0), sigma, borderType=cv2.BORDER_REPLICATE)
+    if size != (width, height):
+        soft = cv2.resize(soft, (width, height), interpolation=cv2.INTER_LINEAR)
+    return np.asarray(soft, dtype=np.uint8)

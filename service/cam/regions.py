@@ -1,0 +1,249 @@
+"""From a map to regions: a mask, boxes, polygons, the peak and run lengths, in source pixels.
+
+    regions = find_regions(cam, model_input.geometry, threshold=0.5)
+    regions.boxes[0]                        # x, y, w, h of the largest region
+    rle_decode(regions.rle.size, regions.rle.counts)
+
+What is measured is |cam| as the heatmap shows it: resampled over the upright source, or, where its
+longer side is over `max_side`, over a raster of that size whose pixels are then made larger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from service.cam.heatmap import resample
+from service.images import Geometry, preview_size
+
+Box = tuple[int, int, int, int]
+Point = tuple[float, float]
+
+MIN_AREA = 4.0
+"""Source pixels that a region needs to be listed; smaller ones are in the mask alone."""
+
+# Values this close are equal: the same cell, resampled in float32, differs in the last bits.
+ROUNDING = 1e-6
+
+# How far a polygon may leave the outline: one pixel, or this share of the outline's length.
+TOLERANCE, TOLERANCE_SHARE = 1.0, 0.001
+
+_DIGITS = 7
+"""Characters of one COCO run length at most: 34 bits and a sign, more pixels than any picture."""
+
+
+@dataclass(frozen=True, slots=True)
+class RLE:
+    """A mask as COCO's compressed run lengths: column by column, first a run of zeros.
+
+    `size` is (height, width); `counts` the string that pycocotools reads and writes.
+    """
+
+    size: tuple[int, int]
+    counts: str
+
+
+@dataclass(frozen=True, slots=True)
+class Regions:
+    """Where a map is at least `threshold`, in pixels of the upright source.
+
+    peak:     the middle of the map's highest pixel; None where the map is 0 throughout. Of equally
+              high pixels it is the one nearest to the centroid of them all, then the first by rows.
+    boxes:    x, y, w, h of each 8-connected region, tight, the largest region first.
+    polygons: the outline of each region in the order of `boxes`, at least three points (x, y), not
+              closed; holes are not cut out. A region under MIN_AREA has neither box nor polygon.
+    rle:      the mask itself, all regions and holes of it.
+    """
+
+    threshold: float
+    peak: Point | None
+    boxes: list[Box]
+    polygons: list[list[Point]]
+    rle: RLE
+
+
+def find_regions(
+    grid: NDArray[np.float32], geometry: Geometry, threshold: float, max_side: int = 2048
+) -> Regions:
+    """Cut a map at `threshold` (0..1); where the map is 0 there is no region, whatever it is.
+
+    Raises ValueError if the map is not finite and two-dimensional or the threshold is not in 0..1.
+    """
+    strength = _strength(grid, geometry, max_side)
+    mask = _reached(strength, threshold)
+    parts = _components(mask, geometry.source_size)
+    return Regions(
+        threshold=threshold,
+        peak=_peak(strength, geometry.source_size),
+        boxes=[box for box, _ in parts],
+        polygons=[polygon for _, polygon in parts],
+        rle=rle_encode(_at_source(mask, geometry.source_size)),
+    )
+
+
+def mask_of(
+    grid: NDArray[np.float32], geometry: Geometry, threshold: float, max_side: int = 2048
+) -> NDArray[np.bool_]:
+    """The mask of `find_regions`, bool (height, width) of the source."""
+    strength = _strength(grid, geometry, max_side)
+    return _at_source(_reached(strength, threshold), geometry.source_size)
+
+
+def rle_encode(mask: NDArray[np.bool_]) -> RLE:
+    """Write a mask, bool (h, w), the way pycocotools does."""
+    flat = mask.ravel(order="F")
+    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    runs = np.diff(np.concatenate(([0], changes, [flat.size])))
+    if flat.size and flat[0]:
+        runs = np.concatenate(([0], runs))
+    height, width = mask.shape
+    return RLE((height, width), _packed(runs))
+
+
+def rle_decode(size: tuple[int, int], counts: str | Sequence[int]) -> NDArray[np.bool_]:
+    """Read COCO run lengths, compressed or as a list of numbers, into bool (h, w).
+
+    Takes height x width bytes, so compare `size` with the picture first where it comes from
+    outside. Raises ValueError where `counts` is not a mask of exactly that size.
+    """
+    height, width = size
+    try:
+        runs = _unpacked(counts) if isinstance(counts, str) else np.array(counts, dtype=np.int64)
+    except (OverflowError, TypeError, UnicodeEncodeError) as error:
+        raise ValueError("run lengths are whole numbers, or COCO's string of them") from error
+    pixels = height * width
+    if min(height, width) < 1 or runs.ndim != 1 or (runs < 0).any() or (runs > pixels).any():
+        raise ValueError(f"these run lengths are not a mask of {width} x {height} pixels")
+    if runs.sum() != pixels:
+        raise ValueError(
+            f"the run lengths sum to {runs.sum()}, a mask of {width} x {height} pixels has {pixels}"
+        )
+    flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+    return flat.reshape(width, height).T
+
+
+def _packed(runs: NDArray[np.int64]) -> str:
+    """Run lengths, from the third on as the difference from the last but one, in 5-bit digits.
+
+    The least digit comes first; 32 is added to all but the last, 48 to each to make a character.
+    """
+    values = runs.copy()
+    values[3:] -= runs[1:-2]
+    characters = np.zeros((len(values), _DIGITS), dtype=np.uint8)
+    open_ = np.ones(len(values), dtype=bool)
+    for place in range(_DIGITS):
+        digit = values & 31
+        values >>= 5
+        more = np.where(digit & 16, values != -1, values != 0)
+        characters[:, place] = np.where(open_, digit + 32 * more + 48, 0)
+        open_ &= more
+    return characters[characters > 0].tobytes().decode("ascii")
+
+
+def _unpacked(counts: str) -> NDArray[np.int64]:
+    digits = np.frombuffer(counts.encode("ascii"), dtype=np.uint8).astype(np.int64) - 48
+    if not digits.size or digits.min() < 0 or digits.max() > 63 or digits[-1] & 32:
+        raise ValueError("this is not a COCO string of run lengths, or only a part of one")
+    ends = np.flatnonzero(digits < 32) + 1
+    starts = np.concatenate(([0], ends[:-1]))
+    lengths = ends - starts
+    if lengths.max() > _DIGITS:
+        raise ValueError("a run length in this string is longer than any picture")
+    places = np.arange(digits.size) - np.repeat(starts, lengths)
+    values = np.add.reduceat((digits & 31) << (5 * places), starts)
+    values -= np.where(digits[ends - 1] & 16, 1 << (5 * lengths), 0)
+    values[1::2] = np.cumsum(values[1::2])
+    values[2::2] = np.cumsum(values[2::2])
+    return values
+
+
+def _strength(grid: NDArray[np.float32], geometry: Geometry, max_side: int) -> NDArray[np.float32]:
+    """|grid| over the source, float32 (h, w), no side over `max_side`; 0 outside `seen`."""
+    width, height = geometry.source_size
+    size = preview_size(geometry.source_size, max_side)
+    return resample(np.abs(grid), geometry, size, (0.0, 0.0, float(width), float(height)))
+
+
+def _reached(strength: NDArray[np.float32], threshold: float) -> NDArray[np.bool_]:
+    if not 0.0 <= threshold <= 1.0:
+        raise ValueError(f"the threshold is between 0 and 1, not {threshold}")
+    return (strength > 0.0) & (strength >= threshold - ROUNDING)
+
+
+def _peak(strength: NDArray[np.float32], source_size: tuple[int, int]) -> Point | None:
+    highest = strength.max()
+    if highest <= 0.0:
+        return None
+    tied = np.argwhere(strength >= highest * (1.0 - ROUNDING))
+    nearest = np.square(tied - tied.mean(axis=0)).sum(axis=1).argmin()
+    row, column = tied[nearest]
+    scale_x, scale_y = _scale(strength.shape, source_size)
+    return float((column + 0.5) * scale_x), float((row + 0.5) * scale_y)
+
+
+def _scale(shape: tuple[int, ...], source_size: tuple[int, int]) -> tuple[float, float]:
+    """Width and height of a raster pixel in source pixels."""
+    return source_size[0] / shape[1], source_size[1] / shape[0]
+
+
+def _edges(length: int, source_length: int) -> NDArray[np.int64]:
+    """The first source pixel of each of `length` raster pixels, and the end of the last.
+
+    A source pixel belongs to the raster pixel that its middle lies in.
+    """
+    doubled = 2 * np.arange(length + 1, dtype=np.int64) * source_length
+    return -((length - doubled) // (2 * length))
+
+
+def _at_source(mask: NDArray[np.bool_], source_size: tuple[int, int]) -> NDArray[np.bool_]:
+    """Make the pixels of a mask larger, to the size of the source; stored by columns, as RLE is."""
+    columns, rows = (
+        np.diff(_edges(length, whole))
+        for length, whole in zip(mask.shape[::-1], source_size, strict=True)
+    )
+    return np.repeat(np.repeat(mask.T, columns, axis=0), rows, axis=1).T
+
+
+def _components(
+    mask: NDArray[np.bool_], source_size: tuple[int, int]
+) -> list[tuple[Box, list[Point]]]:
+    """Box and outline of each region of a mask that is large enough, the largest first."""
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(
+        mask.astype(np.uint8), connectivity=8
+    )
+    scale_x, scale_y = _scale(mask.shape, source_size)
+    areas = stats[:, cv2.CC_STAT_AREA] * (scale_x * scale_y)
+    columns, rows = (
+        _edges(length, whole) for length, whole in zip(mask.shape[::-1], source_size, strict=True)
+    )
+    found = []
+    for index in sorted(range(1, count), key=lambda label: -areas[label]):
+        if areas[index] < MIN_AREA:
+            break
+        x, y, w, h = (int(value) for value in stats[index, :4])
+        left, top = int(columns[x]), int(rows[y])
+        box = (left, top, int(columns[x + w]) - left, int(rows[y + h]) - top)
+        outline = _outline(labels[y : y + h, x : x + w] == index).tolist()
+        polygon = [(round((x + u) * scale_x, 2), round((y + v) * scale_y, 2)) for u, v in outline]
+        found.append((box, polygon))
+    return found
+
+
+def _outline(part: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Follow the outer edges of the pixels of one region: points (x, y), (n, 2), n at least 3.
+
+    OpenCV's contours run through the middles of pixels, half a pixel inside. So the contour is
+    taken of the corners and middles of pixels and edges, on a lattice of twice the resolution.
+    """
+    lattice = np.zeros((2 * part.shape[0] + 1, 2 * part.shape[1] + 1), dtype=np.uint8)
+    lattice[1::2, 1::2] = part
+    lattice = np.asarray(cv2.dilate(lattice, np.ones((3, 3), np.uint8)), dtype=np.uint8)
+    (contour,), _ = cv2.findContours(lattice, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    tolerance = max(2 * TOLERANCE, TOLERANCE_SHARE * cv2.arcLength(contour, closed=True))
+    simple = cv2.approxPolyDP(contour, tolerance, closed=True)
+    chosen = np.asarray(simple if len(simple) >= 3 else contour, dtype=np.float64)
+    return chosen.reshape(-1, 2) / 2.0

@@ -1,0 +1,124 @@
+"""Methods that differentiate down to the input, and attention rollout.
+
+Generators like those in `perturbation`: they yield where they want a replica.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from service.cam.attention import record_attention, rollout
+from service.cam.guided import GuidedReLU
+from service.cam.methods import upsample
+from service.errors import InvalidOption
+from service.inference import Part
+from service.models.pool import Replica
+from service.perturbation import CHUNK, Steps, input_of
+
+
+def integrated_gradients(part: Part) -> Steps:
+    """Integrated gradients from the mean colour to the image, summed over channels; signed.
+
+    `(x − x') · ∫ ∂y/∂x (x' + α(x − x')) dα` by Gauss–Legendre quadrature with `steps` points.
+
+    Sundararajan et al., "Axiomatic Attribution for Deep Networks", ICML 2017, equation 1.
+    """
+    image = input_of(part)
+    points, weights = np.polynomial.legendre.leggauss(part.question.steps)
+    alphas = torch.tensor((points + 1) / 2, dtype=image.dtype, device=image.device)
+    shares = torch.tensor(weights / 2, dtype=image.dtype, device=image.device)
+    sums = [torch.zeros_like(image[0]) for _ in part.targets]
+    for start in range(0, len(alphas), CHUNK):
+        some = slice(start, start + CHUNK)
+        replica = yield
+        images = image * alphas[some, None, None, None]
+        for place in range(len(sums)):
+            gradient = _input_gradient(replica, part, images, place)
+            sums[place] += (gradient * shares[some, None, None, None]).sum(dim=0)
+    return [(image[0] * total).sum(dim=0).cpu() for total in sums]
+
+
+def input_gradient(part: Part) -> Steps:
+    """The gradient of the logit at the normalised input, summed over channels; signed.
+
+    Simonyan et al., "Deep Inside Convolutional Networks: Visualising Image Classification Models
+    and Saliency Maps", 2013.
+    """
+    replica = yield
+    return [
+        _input_gradient(replica, part, input_of(part), place)[0].sum(dim=0).cpu()
+        for place in range(len(part.targets))
+    ]
+
+
+def guided_backprop(part: Part) -> Steps:
+    """Guided backpropagation: the input gradient with guided ReLUs, summed over channels; signed.
+
+    It hardly depends on the class (Adebayo et al., "Sanity Checks for Saliency Maps", 2018).
+
+    Springenberg et al., "Striving for Simplicity: The All Convolutional Net", ICLR 2015 workshop.
+    """
+    replica = yield
+    return [
+        _guided_gradient(replica, part, place).sum(dim=0).cpu()
+        for place in range(len(part.targets))
+    ]
+
+
+def guided_gradcam(part: Part) -> Steps:
+    """Guided Grad-CAM: guided backpropagation times Grad-CAM scaled up to the input; signed.
+
+    Selvaraju et al., "Grad-CAM", ICCV 2017, section 3.2.
+    """
+    replica = yield
+    found = []
+    for place, cam in enumerate(part.maps):
+        guided = _guided_gradient(replica, part, place).cpu()
+        size = (int(guided.shape[1]), int(guided.shape[2]))
+        found.append((guided * upsample(cam[None], size)).sum(dim=0))
+    return found
+
+
+def attention_rollout(part: Part) -> Steps:
+    """Attention rollout of a vision transformer; the same map whatever the class.
+
+    Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020.
+    """
+    replica = yield
+    with torch.no_grad(), record_attention(replica.module) as attentions:
+        replica.module(input_of(part))
+    if not attentions:
+        raise InvalidOption(
+            f"Model {part.model.name!r} has no torch.nn.MultiheadAttention, so there is no "
+            "attention to roll out; use another method."
+        )
+    patches = rollout(attentions)[0]
+    height, width = part.model.preprocessing.crop
+    rows = round((len(patches) * height / width) ** 0.5)
+    if rows * (len(patches) // max(rows, 1)) != len(patches):
+        raise InvalidOption(
+            f"The {len(patches)} patches of model {part.model.name!r} form no grid; use another "
+            "method."
+        )
+    return [patches.reshape(rows, -1).cpu().float()] * len(part.targets)
+
+
+def _input_gradient(replica: Replica, part: Part, images: Tensor, place: int) -> Tensor:
+    """The gradient (N, C, H, W) of a target's logit at each of some normalised images."""
+    images = images.detach().requires_grad_()
+    logits = replica.module(images.clone())
+    (gradient,) = torch.autograd.grad(part.value(logits, place).sum(), images)
+    return gradient
+
+
+def _guided_gradient(replica: Replica, part: Part, place: int) -> Tensor:
+    with GuidedReLU() as mode:
+        gradient = _input_gradient(replica, part, input_of(part), place)[0]
+    if not mode.count:
+        raise InvalidOption(
+            f"Model {part.model.name!r} has no ReLU or ReLU6, so there is nothing for guided "
+            "backpropagation to guide; use input_gradient or integrated_gradients."
+        )
+    return gradient

@@ -1,0 +1,82 @@
+"""A model cut at a layer: the part behind it as a module of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+
+class Uncuttable(Exception):
+    """The model's graph cannot be traced, or more than the layer's output crosses the cut."""
+
+
+def tail(model: nn.Module, layer: str) -> fx.GraphModule:
+    """What lies behind a layer: a module from the layer's output to the model's.
+
+    It uses the model's own submodules and parameters; nothing is copied or changed. Where the layer
+    runs several times, the cut is behind its last call.
+
+    Raises Uncuttable.
+    """
+    tracer = _Tracer(model.get_submodule(layer))
+    try:
+        graph = tracer.trace(model)
+    except Exception as error:
+        raise Uncuttable(f"the graph of the model cannot be traced: {error}") from error
+    if tracer.crossing is None:
+        raise Uncuttable(f"the traced graph does not call {layer!r} with one tensor as its output")
+    return fx.GraphModule(model, _behind(graph, tracer.crossing))
+
+
+class _Tracer(fx.Tracer):
+    """Notes the node that a module returned."""
+
+    def __init__(self, target: nn.Module) -> None:
+        super().__init__()
+        self.target = target
+        self.crossing: fx.Node | None = None
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        output = super().call_module(m, forward, args, kwargs)
+        if m is self.target:
+            self.crossing = output.node if isinstance(output, fx.Proxy) else None
+        return output
+
+
+def _behind(graph: fx.Graph, crossing: fx.Node) -> fx.Graph:
+    """The nodes that depend on the crossing one, fed by it and by constants alone."""
+    cut = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {crossing: cut.placeholder("activation")}
+
+    def copied(node: fx.Node) -> fx.Node:
+        if node not in copies:
+            if node.op != "get_attr":
+                raise Uncuttable(f"{node.name!r} crosses the cut beside the layer's output")
+            copies[node] = cut.node_copy(node)
+        return copies[node]
+
+    behind = {crossing}
+    for node in graph.nodes:
+        if node is not crossing and behind.intersection(node.all_input_nodes):
+            behind.add(node)
+            copies[node] = cut.node_copy(node, copied)
+    if not any(node.op == "output" for node in behind):
+        raise Uncuttable("the model's output does not depend on the layer")
+    cut.lint()
+    return cut
+
+
+def agrees(cut: fx.GraphModule, activation: Tensor, logits: Tensor) -> bool:
+    """Whether the tail makes the same logits (N, classes) of the layer's output as the model."""
+    with torch.no_grad():
+        made = cut(activation)
+    return bool(torch.allclose(made, logits, rtol=1e-3, atol=1e-4))

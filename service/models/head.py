@@ -1,0 +1,33 @@
+"""The linear head of a model, where there is one that CAM can use."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from service.errors import InvalidOption
+from service.models.loaded import LoadedModel
+
+
+def head_weights(model: LoadedModel, layer: str, activation: Tensor, logits: Tensor) -> Tensor:
+    """The weights (classes, channels) of a head that is linear in the layer's mean activation.
+
+    activation: the layer's map (1, C, h, w); logits: (classes,), what the model made of it. CAM is
+    defined only where logits = W · mean(A) + b; that is checked on these very numbers.
+
+    Raises InvalidOption with the reason where no linear layer of the model does it.
+    """
+    mean = activation.mean(dim=(2, 3))[0]
+    for module in model.module.modules():
+        if not isinstance(module, nn.Linear) or module.in_features != mean.shape[0]:
+            continue
+        if module.out_features != logits.shape[0]:
+            continue
+        made = torch.nn.functional.linear(mean, module.weight.float(), module.bias).cpu()
+        if torch.allclose(made, logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max())):
+            return module.weight.detach().float()
+    raise InvalidOption(
+        f"`cam` needs global average pooling and one linear layer behind the target layer, and "
+        f"behind {layer!r} of model {model.name!r} there is something else; `gradcam` is the same "
+        "map where CAM is defined, and works here too."
+    )

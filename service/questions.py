@@ -1,0 +1,161 @@
+"""What can be asked about one image, and what is answered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from service.errors import InvalidOption
+from service.models.loaded import LoadedModel
+
+Kind = Literal["output", "input", "grad_output", "grad_input"]
+
+CAM_METHODS = frozenset(
+    {"gradcam", "gradcampp", "hirescam", "layercam", "xgradcam", "eigencam", "cam"}
+)
+"""A map in the shape of the target layer, from the forward pass that also predicts."""
+
+LAYER_METHODS = CAM_METHODS | {"scorecam", "ablationcam", "guided_gradcam"}
+"""Methods that have a target layer."""
+
+STEPWISE_METHODS = frozenset(
+    {"scorecam", "ablationcam", "integrated_gradients", "occlusion", "rise"}
+)
+"""Methods that run the model many times and are worked off in chunks."""
+
+FORWARD_AND_BACKWARD = 2.5
+"""What a forward pass with the gradient at the input costs, in forward passes (measured)."""
+
+WINDOW, STRIDE = 32, 16
+"""Occlusion's square and its step, in pixels of the model input."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked about one image.
+
+    pixels:      uint8 (3, h, w), at the model's input size.
+    top_k:       how many predictions to list.
+    targets:     the class ids to explain; empty explains the `explain_top` best predictions.
+    contrast:    explain the target's logit minus this class's.
+    method:      None asks for predictions alone.
+    layers:      the target layers; several are fused.
+    activations: the layers to capture, in each of `kinds`; gradients are of the first target.
+    samples:     masks of RISE. steps: of integrated gradients. seed: of what is random.
+    """
+
+    pixels: Tensor
+    top_k: int = 5
+    targets: tuple[int, ...] = ()
+    explain_top: int = 1
+    contrast: int | None = None
+    method: str | None = "gradcam"
+    layers: tuple[str, ...] = ()
+    activations: tuple[str, ...] = ()
+    kinds: tuple[Kind, ...] = ("output",)
+    samples: int = 1000
+    steps: int = 50
+    seed: int = 0
+
+    @property
+    def explains(self) -> bool:
+        """Whether an explanation is asked for."""
+        return self.method is not None and (bool(self.layers) or self.method not in LAYER_METHODS)
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One class: its score by the model's output activation, and the logit behind it."""
+
+    class_id: int
+    score: float
+    logit: float
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """One map: `grid` float32 (h, w) in −1..1, `low` and `high` its range before the division.
+
+    The CAM family is not negative and has the shape of its layer; input-level methods have the
+    shape of the model input and no layer. `cost` is in forward passes.
+    """
+
+    class_id: int
+    score: float
+    logit: float
+    contrast: int | None
+    method: str
+    layers: tuple[str, ...]
+    grid: NDArray[np.float32]
+    low: float
+    high: float
+    flags: tuple[str, ...]
+    cost: float
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """One tensor that one call of one layer took or gave, float32, without the batch dimension.
+
+    `part` says which, where the layer takes or gives several: "[0]", "[hidden]".
+    """
+
+    layer: str
+    kind: Kind
+    call: int
+    part: str
+    values: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Everything about one image. Its arrays are read-only and belong to nobody else."""
+
+    predictions: tuple[Prediction, ...]
+    explanations: tuple[Explanation, ...]
+    activations: tuple[Activation, ...]
+
+
+def cost(model: LoadedModel, question: Question) -> float:
+    """What a question costs, in forward passes of this model for one image, before it is asked.
+
+    A forward pass with a gradient at the input counts FORWARD_AND_BACKWARD; a tail of the model
+    (ablationcam) its share of the model's operations.
+    """
+    if not question.explains:
+        return 1.0
+    targets = len(question.targets) or question.explain_top
+    channels = [_channels(model, path) for path in question.layers]
+    height, width = model.preprocessing.crop
+    extra: dict[str | None, float] = {
+        "scorecam": sum(channels),
+        "ablationcam": sum(
+            1 + count * (1 - model.layer(path).share)
+            for path, count in zip(question.layers, channels, strict=True)
+        ),
+        "input_gradient": FORWARD_AND_BACKWARD * targets,
+        "guided_backprop": FORWARD_AND_BACKWARD * targets,
+        "guided_gradcam": FORWARD_AND_BACKWARD * targets,
+        "integrated_gradients": FORWARD_AND_BACKWARD * question.steps * targets,
+        "occlusion": len(windows(height)) * len(windows(width)),
+        "rise": question.samples,
+        "attention_rollout": 1,
+    }
+    return round(1 + extra.get(question.method, 0.0), 2)
+
+
+def windows(length: int) -> list[tuple[int, int]]:
+    """Where occlusion's squares begin and end along a side; the last may be cut short."""
+    starts = range(0, max(length - WINDOW, 0) + STRIDE, STRIDE)
+    return [(start, min(start + WINDOW, length)) for start in starts if start < length]
+
+
+def _channels(model: LoadedModel, path: str) -> int:
+    layer = model.layer(path)
+    if layer.layout is None or layer.shape is None:
+        raise InvalidOption(f"Layer {path!r} gives no feature map.")
+    return layer.shape[0] if layer.layout.kind == "chw" else layer.shape[-1]

@@ -1,0 +1,89 @@
+"""From options to a question: names resolved, bounds kept, before any image is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from api_schemas.options import CommonOptions, ExplainOptions, PredictOptions
+from service.errors import InvalidOption
+from service.models.loaded import LoadedModel
+from service.questions import LAYER_METHODS, Kind, Question, cost
+from service.routes.state import Limits
+from service.upload import Hiding
+
+
+def question(
+    model: LoadedModel, options: CommonOptions, limits: Limits
+) -> Callable[[Tensor], Question]:
+    """What to ask of each image, once its pixels are there.
+
+    Raises UnknownLayer, UnknownClass, and InvalidOption for what does not fit this model or costs
+    more than the service allows.
+    """
+    paths, kind = _captures(model, options, limits)
+    asked = Question(torch.empty(0), options.top_k, method=None, activations=paths, kinds=(kind,))
+    if isinstance(options, ExplainOptions):
+        asked = _explaining(model, options, asked)
+        price = cost(model, asked) * (2 if options.mask is not None else 1)
+        if price > limits.cost:
+            raise InvalidOption(
+                f"This explanation costs {price:g} forward passes an image; at most "
+                f"{limits.cost:g} are allowed. Ask for fewer samples, steps or targets, another "
+                "layer or another method."
+            )
+    return lambda pixels: replace(asked, pixels=pixels)
+
+
+def hiding(options: CommonOptions) -> Hiding | None:
+    """The part of each picture to hide, if any."""
+    mask = options.hidden() if isinstance(options, ExplainOptions) else None
+    if mask is None:
+        return None
+    return Hiding(
+        boxes=mask.boxes,
+        rle=None if mask.rle is None else (mask.rle.size, mask.rle.counts),
+        fill=mask.fill,
+        rest=mask.hide == "rest",
+    )
+
+
+def _captures(
+    model: LoadedModel, options: CommonOptions, limits: Limits
+) -> tuple[tuple[str, ...], Kind]:
+    assert isinstance(options, (PredictOptions, ExplainOptions))
+    kind = options.activation_kind
+    paths = model.captured_layers(options.activations)
+    size = model.activation_bytes(paths, inputs=kind.endswith("input"))
+    if size > limits.activation_bytes:
+        raise InvalidOption(
+            f"The activations asked for take {size} bytes an image; at most "
+            f"{limits.activation_bytes} are allowed. Name fewer layers."
+        )
+    return paths, kind
+
+
+def _explaining(model: LoadedModel, options: ExplainOptions, asked: Question) -> Question:
+    targets = tuple(dict.fromkeys(map(model.class_id, options.targets)))
+    contrast = None if options.contrast is None else model.class_id(options.contrast)
+    if contrast is not None and contrast in targets:
+        raise InvalidOption(
+            f"The class {contrast} is both a target and `contrast`; its lead over itself is zero."
+        )
+    if options.layer and options.method not in LAYER_METHODS:
+        raise InvalidOption(f"`{options.method}` has no layer; leave out `layer`.")
+    layers = model.target_layers(options.layer) if options.method in LAYER_METHODS else ()
+    return replace(
+        asked,
+        targets=targets,
+        explain_top=min(options.explain_top, len(model.labels)),
+        contrast=contrast,
+        method=options.method,
+        layers=layers,
+        samples=options.samples,
+        steps=options.steps,
+        seed=options.seed,
+    )
