@@ -132,7 +132,9 @@ def decode(data: bytes, *, max_pixels: int) -> Source:
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
-        raise ImageTooLarge(TOO_LARGE.format(max_pixels)) from error
+        raise ImageTooLarge(
+            f"The picture has too many pixels. {TOO_LARGE.format(max_pixels)}"
+        ) from error
     except Exception as error:  # Pillow's readers raise a dozen unrelated types on broken files.
         raise _unreadable(data) from error
     return Source(pixels, name, hashlib.sha256(data).hexdigest())

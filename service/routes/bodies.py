@@ -83,7 +83,7 @@ def raw_image(kind: str, body: bytes) -> list[bytes]:
     """
     if kind.startswith("image/") or kind == "application/octet-stream":
         return [body]
-    said = f"{kind!r} is not a content type we read" if kind else "no content type was sent"
+    said = f"{kind!r} is not a content type we read" if kind else "No content type was sent"
     raise UnsupportedMediaType(
         f"{said}; add -H 'content-type: image/jpeg' to send an image with --data-binary, or use "
         "curl -F image=@cat.jpg for a form, or application/json."
@@ -107,7 +107,9 @@ def multipart_images(content_type: str, body: bytes, max_images: int) -> list[by
         parser.write(body)
         parser.finalize()
     except (MultipartParseError, ValueError) as error:
-        raise MalformedRequest(f"The multipart form cannot be read: {error}.") from error
+        raise MalformedRequest(
+            f"The multipart form cannot be read: {error}. curl -F image=@cat.jpg makes a good one."
+        ) from error
     if not form.ended:
         raise MalformedRequest("The multipart form ends too early: its last boundary is missing.")
     if not form.images:
@@ -189,12 +191,12 @@ def json_request(
     try:
         request = form.model_validate_json(body)
     except pydantic.ValidationError as error:
-        found = error.errors(include_url=False, include_input=False)
+        found = error.errors(include_url=False)
         if any(issue["type"] == "json_invalid" for issue in found):
             raise MalformedRequest(f"The body is not JSON: {found[0]['msg']}.") from error
         if found[0]["type"] == "model_type" and not found[0]["loc"]:
             raise MalformedRequest(
-                'The body is JSON and no object; send {"images": [{"data": "<base64>"}]} and '
+                'The body is JSON but not an object; send {"images": [{"data": "<base64>"}]} and '
                 "options beside `images`."
             ) from error
         raise InvalidOption(describe(found, list(ExplainRequest.model_fields))) from error

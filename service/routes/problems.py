@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
@@ -129,4 +130,7 @@ def _sentence(issue: Any, known: Sequence[str]) -> str:
         return f"there is no option {name!r}.{nearest(name, known)}".rstrip(".")
     message = str(issue["msg"]).removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
+    if issue["type"] == "literal_error":
+        choices = re.findall("'([^']*)'", issue["ctx"]["expected"])
+        message += f".{nearest(str(issue['input']), choices)}".rstrip(".")
     return f"{place}: {message}" if place else message

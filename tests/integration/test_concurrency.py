@@ -28,11 +28,12 @@ from safetensors.torch import save_file
 from structlog.testing import capture_logs
 
 from service.app import create_app
-from service.inference import Answer, Question, run
 from service.metrics import Metrics
+from service.questions import Answer, Question
 from service.routes.state import Service
 from service.scheduler import Scheduler
 from service.settings import Settings
+from service.stepwise import run
 
 REQUESTS = 500
 CLIENTS = 32
@@ -81,19 +82,19 @@ def asks(seed: int, count: int = REQUESTS) -> list[Ask]:
 
 
 def _ask(random: np.random.Generator, index: int) -> Ask:
-    model = "mobilenet_v2" if index % 16 == 3 else ("small", "other")[index % 2]
+    model = "mobilenet_v2" if index % 16 == 3 else ("small", "other")[random.integers(2)]
     side = SIDES[model][int(random.random() < 0.25)]
-    kind = ("top", "targets", "several", "inner", "both", "predict")[index % 6]
-    classes = random.permutation(CLASSES[model])[: 1 + index % 3]
+    kind = ("top", "targets", "several", "inner", "both", "predict")[random.integers(6)]
+    classes = random.permutation(CLASSES[model])[: random.integers(1, 4)]
     layers = {"inner": (INNER[model],), "both": (*LAST[model], INNER[model]), "predict": ()}
     return Ask(
         model=model,
         picture=_picture(random, side),
-        top_k=1 + index % 5,
+        top_k=int(random.integers(1, 6)),
         targets=tuple(map(int, classes)) if kind in {"targets", "inner"} else (),
-        explain_top=1 + index % 3 if kind == "several" else 1,
+        explain_top=int(random.integers(2, 4)) if kind == "several" else 1,
         layers=layers.get(kind, LAST[model]),
-        activations=(SEEN[model],) if index % 5 == 0 else (),
+        activations=(SEEN[model],) if random.random() < 0.2 else (),
         explains=kind != "predict",
     )
 

@@ -26,7 +26,8 @@ from torchvision.transforms.v2 import functional as transforms
 
 from service.app import create_app
 from service.images import Source, decode, fit_to_model
-from service.inference import Answer, Explanation, Question, run
+from service.questions import Answer, Explanation, Question
+from service.stepwise import run
 from service.models.catalog import parse_model
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model
