@@ -25,7 +25,7 @@ from service.models.catalog import parse_models
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model
 from service.models.pool import ModelPool
-from service.routes import classify, docs, health, models, problems
+from service.routes import classify, docs, health, kernels, models, problems
 from service.routes.middleware import DrainUnreadBody, RequestContext
 from service.routes.state import Limits, Service
 from service.scheduler import Scheduler
@@ -63,7 +63,7 @@ def create_app(settings: Settings) -> FastAPI:
         root_path=settings.root_path,
     )
     app.state.service = service
-    for router in (classify.router, models.router, health.router):
+    for router in (classify.router, models.router, kernels.router, health.router):
         app.include_router(router)
     _serve_docs(app)
     problems.install(app, options=list(ExplainOptions.model_fields))

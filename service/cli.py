@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -122,6 +123,9 @@ def serve(settings: Settings) -> None:
         )
     )
     _announce_when_started(server)
+    # uvicorn raises the signal again when it has shut down; a service that was told to end, and
+    # answered all it had accepted, ended well.
+    signal.signal(signal.SIGTERM, lambda _number, _frame: None)
     server.run()
     if not server.started:
         raise typer.Exit(1)

@@ -22,7 +22,11 @@ def configure(log_format: LogFormat = "text", level: int = logging.INFO) -> None
         shared.append(structlog.processors.format_exc_info)
         last: structlog.typing.Processor = structlog.processors.JSONRenderer()
     else:
-        last = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        last = structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(),
+            # The default prints every local variable, tensors and uploads too, and takes seconds.
+            exception_formatter=structlog.dev.plain_traceback,
+        )
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),

@@ -57,9 +57,12 @@ def scorecam(part: Part) -> Steps:
 
 
 def ablationcam(part: Part) -> Steps:
-    """Ablation-CAM: `ReLU(Σ_c w_c · A_c)`, `w_c = (y − y without A_c) / y`.
+    """Ablation-CAM: `ReLU(Σ_c w_c · A_c)`, `w_c = (y − y without A_c) / |y|`.
 
     Only the part of the model behind the layer runs again, where its graph can be cut there.
+
+    The paper divides by y, which it takes to be positive. Of a logit or a lead below zero that
+    would show what speaks against the class.
 
     Desai and Ramaswamy, "Ablation-CAM: Visual Explanations for Deep Convolutional Network via
     Gradient-free Localization", WACV 2020, equations 3 and 4.
@@ -73,7 +76,7 @@ def ablationcam(part: Part) -> Steps:
         for place, maps in enumerate(cams):
             whole = part.value(part.logits, place)
             drop = whole - part.value(logits, place)
-            weights = drop / whole if whole != 0 else drop
+            weights = drop / whole.abs() if whole != 0 else drop
             maps.append(weighted(activation, weights[None].to(activation))[0].cpu())
     return [fuse(maps) for maps in cams]
 
@@ -135,7 +138,8 @@ def rise(part: Part) -> Steps:
         drawn = masks(some).cpu()
         total += torch.einsum("tn,nhw->thw", leads[:, some], drawn)
         kept += drawn.sum(dim=0)
-    return list(total / kept)
+    # A pixel that no mask keeps, as with few samples, was not looked at.
+    return list(torch.where(kept > 0, total / kept, 0))
 
 
 def input_of(part: Part) -> Tensor:

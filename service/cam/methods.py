@@ -28,20 +28,16 @@ def gradcampp(activation: Tensor, gradient: Tensor) -> Tensor:
     """Grad-CAM++: `ReLU(Σ_c w_c · A_c)`, `w_c = Σ_hw α · ReLU(g)`, `α = g² / (2g² + g³ Σ_hw A_c)`.
 
     The paper differentiates exp(y), which scales every g alike; the factor cancels in α and scales
-    the map, so that it is left out. No absolute epsilon: gradients of 1e-5 make g² as small as any
-    that could be chosen. Where the denominator is zero the paper's α is undefined and 0 is taken.
+    the map, so that it is left out. α is reduced to `1 / (2 + g Σ_hw A_c)`: g² underflows, and an
+    absolute epsilon beside it would be as large as g² itself. Where g = 0 its α counts for nothing;
+    where the denominator is zero α is undefined and 0 is taken.
 
     Chattopadhay et al., "Grad-CAM++: Generalized Gradient-based Visual Explanations for Deep
     Convolutional Networks", WACV 2018, equations 10 and 19.
     """
-    # α has the dimension of 1/g: with g scaled to about 1, g³ cannot underflow.
-    largest = gradient.abs().amax(dim=(1, 2, 3), keepdim=True)
-    g = gradient / torch.where(largest > 0, largest, 1)
-    total = activation.sum(dim=(2, 3), keepdim=True)
-    squared = g * g
-    denominator = 2 * squared + largest * total * squared * g
+    denominator = 2 + gradient * activation.sum(dim=(2, 3), keepdim=True)
     defined = denominator != 0
-    alpha = torch.where(defined, squared / torch.where(defined, denominator, 1), 0)
+    alpha = torch.where(defined, 1 / torch.where(defined, denominator, 1), 0)
     return weighted(activation, (alpha * gradient.relu()).sum(dim=(2, 3)))
 
 
@@ -78,17 +74,22 @@ def xgradcam(activation: Tensor, gradient: Tensor) -> Tensor:
 def eigencam(activation: Tensor, gradient: Tensor) -> Tensor:  # noqa: ARG001
     """Eigen-CAM: the activation projected on its first principal component; knows no class.
 
-    From the Gram matrix of the centred cells (hw × hw) and not by SVD of hw × C: with A = UΣVᵀ the
-    projection A·v₁ is √λ₁·u₁ of AAᵀ. An eigenvector has no sign of its own; the one is taken with
-    Σ map · mean activation ≥ 0.
+    Centred over the cells, and from the smaller Gram matrix, never by SVD of hw × C: with
+    A = UΣVᵀ the projection A·v₁ is √λ₁·u₁ of AAᵀ (hw × hw), or A times the first eigenvector of
+    AᵀA (C × C), which early layers with their many cells need. An eigenvector has no sign of its
+    own; the one is taken with Σ map · mean activation ≥ 0.
 
     Muhammad and Yeasin, "Eigen-CAM: Class Activation Map using Principal Components", IJCNN 2020.
     """
-    count, _, height, width = activation.shape
+    count, channels, height, width = activation.shape
     cells = activation.flatten(2).transpose(1, 2).double()
     cells = cells - cells.mean(dim=1, keepdim=True)
-    values, vectors = torch.linalg.eigh(cells @ cells.transpose(1, 2))
-    component = vectors[..., -1] * values[:, -1:].clamp_min(0).sqrt()
+    if height * width <= channels:
+        values, vectors = torch.linalg.eigh(cells @ cells.transpose(1, 2))
+        component = vectors[..., -1] * values[:, -1:].clamp_min(0).sqrt()
+    else:
+        _, vectors = torch.linalg.eigh(cells.transpose(1, 2) @ cells)
+        component = (cells @ vectors[..., -1:])[..., 0]
     component = component.reshape(count, height, width).to(activation.dtype)
     agreement = (component * activation.mean(dim=1)).sum(dim=(1, 2), keepdim=True)
     return torch.where(agreement < 0, -component, component).relu_()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+
+_tracing = threading.Lock()
+"""torch.fx patches `nn.Module` itself while it traces; two traces at once would undo each other."""
 
 
 class Uncuttable(Exception):
@@ -23,7 +27,8 @@ def tail(model: nn.Module, layer: str) -> fx.GraphModule:
     """
     tracer = _Tracer(model.get_submodule(layer))
     try:
-        graph = tracer.trace(model)
+        with _tracing:
+            graph = tracer.trace(model)
     except Exception as error:
         raise Uncuttable(f"the graph of the model cannot be traced: {error}") from error
     if tracer.crossing is None:
@@ -32,12 +37,22 @@ def tail(model: nn.Module, layer: str) -> fx.GraphModule:
 
 
 class _Tracer(fx.Tracer):
-    """Notes the node that a module returned."""
+    """Notes the node that a module returned.
+
+    What torch.fx patches is patched for every thread. Other threads run replicas of the very same
+    parameters meanwhile, and would be handed proxies in their place: they are passed by.
+    """
 
     def __init__(self, target: nn.Module) -> None:
         super().__init__()
         self.target = target
         self.crossing: fx.Node | None = None
+        self.thread = threading.get_ident()
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def call_module(
         self,
@@ -46,6 +61,8 @@ class _Tracer(fx.Tracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
         output = super().call_module(m, forward, args, kwargs)
         if m is self.target:
             self.crossing = output.node if isinstance(output, fx.Proxy) else None

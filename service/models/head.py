@@ -23,7 +23,8 @@ def head_weights(model: LoadedModel, layer: str, activation: Tensor, logits: Ten
             continue
         if module.out_features != logits.shape[0]:
             continue
-        made = torch.nn.functional.linear(mean, module.weight.float(), module.bias).cpu()
+        bias = 0 if module.bias is None else module.bias.float()
+        made = (mean.float() @ module.weight.float().T + bias).cpu()
         if torch.allclose(made, logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max())):
             return module.weight.detach().float()
     raise InvalidOption(

@@ -14,9 +14,16 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
+from service import logs
 from service.app import create_app
 from service.routes.state import Service
 from service.settings import Settings
+
+@pytest.fixture(autouse=True, scope="session")
+def _logs_as_served() -> None:
+    """`create_app` leaves logging to `camserve serve`."""
+    logs.configure()
+
 
 Serve = Callable[..., AbstractContextManager[TestClient]]
 RunServer = Callable[..., AbstractContextManager["Server"]]

@@ -26,13 +26,13 @@ from torchvision.transforms.v2 import functional as transforms
 
 from service.app import create_app
 from service.images import Source, decode, fit_to_model
-from service.questions import Answer, Explanation, Question
-from service.stepwise import run
 from service.models.catalog import parse_model
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model
 from service.models.pool import ModelPool
+from service.questions import Answer, Explanation, Question
 from service.settings import Settings
+from service.stepwise import run
 
 pytestmark = pytest.mark.reference
 

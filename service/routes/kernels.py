@@ -1,0 +1,96 @@
+"""`GET /models/{name}/kernels/{layer}`: the weights of a layer as a picture."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from service.cam.kernels import KernelGrid, draw_kernels, sees_colours, weight_of
+from service.errors import DeadlineExceeded, InvalidOption
+from service.models.loaded import LoadedModel
+from service.routes.docs import problems
+from service.routes.state import service_of
+
+router = APIRouter(tags=["models"])
+
+NAMED = 12
+"""How many layers with kernels the refusal of another one names."""
+
+_PICTURE: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The kernels side by side, each from its least value to its greatest.",
+        "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}},
+        "headers": {
+            "X-Kernels": {
+                "description": "How many kernels the layer has.",
+                "schema": {"type": "integer"},
+            },
+            "X-Kernels-Left-Out": {
+                "description": "How many of them, the last ones, the picture has no room for.",
+                "schema": {"type": "integer"},
+            },
+        },
+    }
+}
+
+
+@router.get(
+    "/models/{name}/kernels/{layer:path}",
+    response_class=Response,
+    responses=_PICTURE | problems(404, 422, 429, 500, 503, 504),
+)
+async def kernels(request: Request, name: str, layer: str) -> Response:
+    """The weights of one layer as a PNG: a first convolution in colour, others in grey.
+
+    A convolution has a tile for each pair of output and input channel (in colour, for each output
+    channel), laid in a square; a linear layer is one picture with a row for each output.
+    """
+    service = service_of(request)
+    model = service.pool.model(name)
+    deadline = request.scope["started"] + service.limits.timeout
+    with service.admission.admit():
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                call = service.scheduler.call(_draw, model, layer, service.limits.render_side)
+                grid = await asyncio.wrap_future(call)
+        except TimeoutError as error:
+            raise DeadlineExceeded(
+                f"The picture was not ready within {service.limits.timeout:g} seconds; try again."
+            ) from error
+    headers = {"X-Kernels": str(grid.kernels), "X-Kernels-Left-Out": str(grid.left_out)}
+    return Response(grid.picture.data, media_type=grid.picture.media_type, headers=headers)
+
+
+def _draw(model: LoadedModel, path: str, max_side: int) -> KernelGrid:
+    """Draw from the master: it is never run, so reading it is safe at any time.
+
+    Raises UnknownLayer, and InvalidOption for a layer without kernels.
+    """
+    module = model.module.get_submodule(model.layer(path).path)
+    weight = weight_of(module)
+    if weight is None:
+        raise InvalidOption(_refusal(model, path))
+    return draw_kernels(weight, colour=sees_colours(module), max_side=max_side)
+
+
+def _refusal(model: LoadedModel, path: str) -> str:
+    having = [
+        layer.path
+        for layer in model.layers
+        if weight_of(model.module.get_submodule(layer.path)) is not None
+    ]
+    inside = [other for other in having if other.startswith(f"{path}.")]
+    if inside:
+        return f"Layer {path!r} has no kernels of its own; inside it {_listed(inside)}."
+    if not having:
+        return f"No layer of model {model.name!r} has kernels to draw."
+    return f"Layer {path!r} has no kernels; of model {model.name!r} {_listed(having)}."
+
+
+def _listed(paths: Sequence[str]) -> str:
+    more = f" and {len(paths) - NAMED} more" if len(paths) > NAMED else ""
+    return f"{', '.join(paths[:NAMED])}{more} {'has' if len(paths) == 1 else 'have'} them"

@@ -1,0 +1,199 @@
+"""The command line: what a person types, what comes back, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import pictures
+from service.cli import app
+from service.settings import Settings
+from tiny import SmallNet
+
+TESTS = Path(__file__).parent.parent
+ROOT = TESTS.parent
+
+pytestmark = pytest.mark.timeout(120)
+
+run = CliRunner()
+
+TINY = ["--model", "tiny:small", "--workers", "1"]
+
+
+def said(result: object) -> str:
+    """All that a command printed, line breaks of the terminal taken out."""
+    return " ".join(result.output.split())  # type: ignore[attr-defined]
+
+
+@contextmanager
+def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+    """`camserve serve` as a process on a free port: the process, its URL, and what it announced."""
+    command = [sys.executable, "-m", "service", "serve", "--port", "0", *arguments]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}"}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
+        lines: list[str] = []
+        try:
+            assert process.stderr is not None
+            for line in process.stderr:
+                lines.append(line)
+                if "README.md" in line:
+                    break
+            url = next(line.split()[-1] for line in lines if "serves on" in line)
+            yield process, url, lines
+        finally:
+            process.kill()
+
+
+def test_explain_writes_an_overlay_a_heatmap_and_a_json_for_each_image(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(pictures.jpeg(64, 48))
+    result = run.invoke(app, ["explain", str(tmp_path / "a.jpg"), "--out", str(tmp_path / "o"), *TINY])
+    assert result.exit_code == 0, result.output
+    written = {path.name for path in (tmp_path / "o").iterdir()}
+    assert written == {"a.overlay.jpeg", "a.heatmap.png", "a.json"}
+    with Image.open(tmp_path / "o" / "a.overlay.jpeg") as overlay:
+        assert overlay.size == (64, 48)
+    numbers = json.loads((tmp_path / "o" / "a.json").read_text())
+    assert numbers["explanations"][0]["grid"]["shape"] == [56, 56]
+
+
+def test_one_bad_file_does_not_stop_the_rest_and_the_exit_code_says_so(tmp_path: Path) -> None:
+    photos = tmp_path / "photos" / "deep"
+    photos.mkdir(parents=True)
+    (photos / "good.png").write_bytes(pictures.png())
+    (photos / "bad.jpg").write_bytes(b"\xff\xd8\xff not a picture")
+    (tmp_path / "photos" / "notes.txt").write_text("no image")
+    out = tmp_path / "out"
+    result = run.invoke(app, ["explain", str(tmp_path / "photos"), "--out", str(out), *TINY])
+    assert result.exit_code == 1
+    assert "1 explained, 1 failed" in said(result)
+    assert "bad.jpg" in said(result)
+    assert (out / "deep" / "good.heatmap.png").exists()
+    assert not list(out.rglob("bad*"))
+
+
+def test_files_of_one_name_do_not_overwrite_each_other(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(pictures.png(seed=1))
+    (tmp_path / "a.jpg").write_bytes(pictures.jpeg(seed=2))
+    out = tmp_path / "out"
+    result = run.invoke(app, ["explain", str(tmp_path), "--out", str(out), *TINY])
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in out.glob("*.json")} == {"a.png.json", "a.jpg.json"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["explain", "nowhere.jpg", *TINY], "there is no file"),
+        (["explain", str(TESTS / "unit"), *TINY], "no image is in the folder"),
+        (["explain", __file__, "--target", "cat", *TINY], "no class labelled 'cat'"),
+        (["explain", __file__, "--layer", "featurs", *TINY], "Did you mean 'features'"),
+        (["explain", __file__, "--fit", "stretch", *TINY], "crop, squash or pad"),
+        (["explain", __file__, "--colormap", "rainbow", *TINY], "turbo"),
+        (["layers", "torchvision/resnet5"], "Did you mean 'resnet"),
+        (["layers", "keras/resnet"], "torchvision/NAME"),
+        (["models", "--model", "tiny:small", "--model", "tiny:small"], "two models are called"),
+        (["models", "--workers", "-1"], "WORKERS"),
+        (["serve", "--device", "abacus", "--model", "tiny:small"], "--device abacus"),
+    ],
+)
+def test_what_a_person_can_mend_is_said_in_a_sentence(arguments: list[str], words: str) -> None:
+    """Exit code 2, and never a traceback."""
+    result = run.invoke(app, arguments)
+    assert result.exit_code == 2, result.output
+    assert words in said(result)
+    assert "Traceback" not in result.output
+
+
+def test_a_start_without_weights_or_network_says_how_to_give_a_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.urlopen", _refused)
+    result = run.invoke(app, ["serve", "--model", "torchvision/squeezenet1_1"])
+    assert result.exit_code == 2
+    assert "--weights FILE" in said(result)
+    assert "Traceback" not in result.output
+
+
+def _refused(*_args: object, **_kwargs: object) -> object:
+    raise ConnectionRefusedError("no network here")
+
+
+def test_layers_lists_every_module_and_marks_the_default_target() -> None:
+    result = run.invoke(app, ["layers", "tiny:small"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    starred = [line for line in result.output.splitlines() if line.strip().startswith("*")]
+    assert len(starred) == 1
+    assert "features" in starred[0]
+    assert "features.3" in result.output
+
+
+def test_models_shows_what_would_be_served_and_what_could_be() -> None:
+    assert "builtin" in run.invoke(app, ["models"]).output
+    assert "torchvision/resnet50" in run.invoke(app, ["models", "--available"]).output
+
+
+def test_every_setting_is_a_flag_of_serve() -> None:
+    shown = run.invoke(app, ["serve", "--help"], env={"COLUMNS": "250"}).output
+    for name in Settings.model_fields:
+        assert f"CAMSERVE_{name.upper()}" in shown
+        flag = "--model" if name == "models" else f"--{name.replace('_', '-')}"
+        assert flag in shown
+
+
+def test_a_weights_file_with_its_own_classes_is_served(tmp_path: Path) -> None:
+    torch.save(SmallNet(seed=3).state_dict(), tmp_path / "w.pt")
+    result = run.invoke(app, ["models", "--model", "tiny:small", "--weights", str(tmp_path / "w.pt")])
+    assert result.exit_code == 0, result.output
+    wrong = run.invoke(app, ["models", "--model", "tiny:other", "--weights", str(tmp_path / "w.pt")])
+    assert wrong.exit_code == 2
+    assert "head.weight: (7, 16) in the file, (5, 16) here" in said(wrong)
+
+
+def test_serve_announces_its_address_and_ends_at_once_on_ctrl_c() -> None:
+    with serving(*TINY) as (process, url, lines):
+        assert httpx.get(f"{url}/health/ready").json() == {"status": "ready"}
+        assert any("curl -F image=@examples/" in line for line in lines)
+        assert any(f"{url}/docs" in line for line in lines)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) in (0, 130, -signal.SIGINT)
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
+
+
+def test_what_was_accepted_is_answered_before_the_service_ends() -> None:
+    """SIGTERM while a slow explanation runs: it is answered, then the process ends with 0."""
+    with serving(*TINY) as (process, url, _):
+        params = {"method": "rise", "samples": 1500}
+        with httpx.stream(
+            "POST",
+            f"{url}/explain",
+            params=params,
+            content=_terminating(process, pictures.png()),
+            headers={"content-type": "image/png"},
+            timeout=60,
+        ) as response:
+            response.read()
+        assert response.status_code == 200
+        assert process.wait(30) == 0
+
+
+def _terminating(process: subprocess.Popen[str], data: bytes) -> Iterator[bytes]:
+    """The body; when its last byte is handed over, the service is told to end."""
+    yield data[:-1]
+    process.send_signal(signal.SIGTERM)
+    yield data[-1:]
