@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 WIDTH, HEIGHT = 640, 480
-FLOWER_CENTRE = (212, 206)
+FLOWER_CENTRE = (228, 204)
 """x, y in pixels of the picture."""
-FLOWER_RADIUS = 118
+FLOWER_RADIUS = 142
 """From the centre to the tips of the petals, in pixels."""
 SEED = 7
 SCALE = 3
@@ -140,8 +140,8 @@ def stalk(layer: Floats, rng: np.random.Generator) -> None:
     mask = ((np.abs(across) < 1) & (y > FLOWER_CENTRE[1])).astype(np.float64)
     colour = mix(rgb(132, 162, 72), rgb(48, 78, 32), 0.5 - 0.5 * across + 0.1 * noise(rng, 90, 1))
     over(layer, colour, mask)
-    paint(layer, Blade((224, 398), 0.35, 150, 42, 0.1, 0.95, shade_leaf), rng)
-    paint(layer, Blade((219, 376), 2.75, 128, 38, -0.14, 0.82, shade_leaf), rng)
+    paint(layer, Blade((243, 410), 0.35, 150, 42, 0.1, 0.95, shade_leaf), rng)
+    paint(layer, Blade((238, 392), 2.75, 128, 38, -0.14, 0.82, shade_leaf), rng)
 
 
 def petals(layer: Floats, rng: np.random.Generator) -> None:

@@ -26,7 +26,7 @@ from service.models.loaded import LoadedModel
 from service.models.loading import load_model
 from service.models.pool import ModelPool
 from service.routes import classify, docs, health, kernels, models, problems
-from service.routes.middleware import DrainUnreadBody, RequestContext
+from service.routes.middleware import BehindPrefix, DrainUnreadBody, RequestContext
 from service.routes.state import Limits, Service
 from service.scheduler import Scheduler
 from service.settings import Settings
@@ -60,7 +60,6 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
-        root_path=settings.root_path,
     )
     app.state.service = service
     for router in (classify.router, models.router, kernels.router, health.router):
@@ -69,6 +68,9 @@ def create_app(settings: Settings) -> FastAPI:
     problems.install(app, options=list(ExplainOptions.model_fields))
     app.add_middleware(DrainUnreadBody)
     app.add_middleware(RequestContext, metrics=service.metrics)
+    prefix = settings.root_path.rstrip("/")
+    if prefix:
+        app.add_middleware(BehindPrefix, prefix=prefix)
     return app
 
 

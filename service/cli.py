@@ -115,7 +115,6 @@ def serve(settings: Settings) -> None:
             create_app(settings),
             host=settings.host,
             port=settings.port,
-            root_path=settings.root_path,
             log_config=None,
             access_log=False,
             server_header=False,

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import chain
-from typing import Literal
+from itertools import chain, product
 
 import numpy as np
 import torch
@@ -67,6 +66,10 @@ class Part:
         return value if contrast is None else value - logits[..., contrast]
 
 
+_Place = tuple[Kind, str, int]
+"""A point to differentiate at: which side of which layer (and part), at which call."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Pass:
     """One forward pass: `found` has the gradient (K, B, ...) at each recorded point."""
@@ -75,7 +78,7 @@ class _Pass:
     questions: Sequence[Question]
     targets: Sequence[tuple[int, ...]]
     seen: Recording
-    found: Mapping[tuple[Literal["out", "in"], str, int], Tensor]
+    found: Mapping[_Place, Tensor]
 
 
 def forward(replica: Replica, questions: Sequence[Question]) -> list[Part | CamserveError]:
@@ -102,7 +105,7 @@ def forward(replica: Replica, questions: Sequence[Question]) -> list[Part | Cams
     ):
         logits = replica.module(pixels)
         targets = [_targets(question, row) for question, row in zip(questions, logits, strict=True)]
-        found = _differentiate(logits, questions, targets, seen) if graph else {}
+        found = _differentiate(logits, questions, targets, seen, layers) if graph else {}
     rows = logits.detach().float().cpu()
     done = _Pass(replica.model, questions, targets, seen, found)
     return [_part(done, image, rows[image]) for image in range(len(questions))]
@@ -159,7 +162,9 @@ def _differentiate(
     questions: Sequence[Question],
     targets: Sequence[tuple[int, ...]],
     seen: Recording,
-) -> dict[tuple[Literal["out", "in"], str, int], Tensor]:
+    layers: Sequence[str],
+) -> dict[_Place, Tensor]:
+    """The gradient of every target at the target layers, of the first at what is captured."""
     most = max(1, *(len(ids) for ids in targets))
     weights = logits.new_zeros((most, *logits.shape)).detach()
     for image, (question, ids) in enumerate(zip(questions, targets, strict=True)):
@@ -167,15 +172,22 @@ def _differentiate(
             weights[place, image, class_id] += 1
             if question.contrast is not None:
                 weights[place, image, question.contrast] -= 1
-    points = {
-        (side, key, call): tensor
-        for side, calls in (("out", seen.targets), ("in", seen.input_targets))
+    sides: dict[Kind, Calls] = {"grad_output": seen.targets, "grad_input": seen.input_targets}
+    points: dict[_Place, Tensor] = {
+        (kind, key, call): tensor
+        for kind, calls in sides.items()
         for key, tensors in calls.items()
         for call, tensor in enumerate(tensors)
-        if tensor.requires_grad
+        if tensor.requires_grad  # class ids and masks have no gradient
     }
-    found = gradients(logits, list(points.values()), weights)
-    return dict(zip(points, found, strict=True))  # type: ignore[arg-type]
+    explained = [place for place in points if place[0] == "grad_output" and place[1] in layers]
+    captured = [place for place in points if place not in explained]
+    found: dict[_Place, Tensor] = {}
+    for places, sums in ((explained, weights), (captured, weights[:1])):
+        at = [points[place] for place in places]
+        again = places is explained and bool(captured)
+        found |= zip(places, gradients(logits, at, sums, keep_graph=again), strict=True)
+    return found
 
 
 def _part(done: _Pass, image: int, logits: Tensor) -> Part | CamserveError:
@@ -223,7 +235,7 @@ def _cam(done: _Pass, image: int, place: int, own: Mapping[str, Tensor], logits:
             cams.append(weighted(activation, row[None])[0].cpu())
             continue
         last = len(done.seen.targets[path]) - 1
-        gradient = done.found["out", path, last][place, image : image + 1]
+        gradient = done.found["grad_output", path, last][place, image : image + 1]
         method = GRADIENT_CAMS.get(question.method or "", GRADIENT_CAMS["gradcam"])
         cams.append(method(activation, layout.as_map(gradient).float())[0].cpu())
     return fuse(cams)
@@ -237,24 +249,28 @@ def layout_of_layer(model: LoadedModel, path: str) -> Layout:
 
 
 def _captures(done: _Pass, image: int) -> Iterator[Activation]:
-    question, count = done.questions[image], len(done.questions)
-    recorded: dict[Kind, Calls] = {"output": done.seen.outputs, "input": done.seen.inputs}
-    for path in question.activations:
-        for kind in question.kinds:
-            if kind in recorded:
-                for part, call, values in calls_of(recorded[kind], path):
-                    yield _activation(path, kind, call, part, _own_part(values, image, count))
+    question = done.questions[image]
+    sides: dict[Kind, Calls] = {
+        "output": done.seen.outputs,
+        "input": done.seen.inputs,
+        "grad_output": done.seen.targets,
+        "grad_input": done.seen.input_targets,
+    }
+    for path, kind in product(question.activations, question.kinds):
+        layer = done.model.layer(path)
+        for part, call, values in calls_of(sides[kind], path):
+            alone = (layer.taken if kind.endswith("input") else layer.given).get((part, call))
+            if not kind.startswith("grad"):
+                own = _own_part(values, image, len(done.questions), alone)
+            elif (kind, path + part, call) in done.found:
+                if len(done.questions) > 1 and values.shape == alone:
+                    # Its gradient is the sum over all images. The scheduler then asks one by one.
+                    raise RuntimeError(f"{path}{part} has no dimension that tells images apart")
+                found = done.found[kind, path + part, call][0]
+                own = _own_part(found, image, len(done.questions), alone)
+            else:
                 continue
-            side: Literal["out", "in"] = "out" if kind == "grad_output" else "in"
-            calls = done.seen.targets if side == "out" else done.seen.input_targets
-            for part, call, _ in calls_of(calls, path):
-                found = done.found.get((side, path + part, call))
-                if found is not None:
-                    yield _activation(path, kind, call, part, _own_part(found[0], image, count))
-
-
-def _activation(path: str, kind: Kind, call: int, part: str, values: Tensor) -> Activation:
-    return Activation(path, kind, call, part, _frozen(values))
+            yield Activation(path, kind, call, part, _frozen(own))
 
 
 def _explanation(part: Part, class_id: int, score: float, cam: Tensor) -> Explanation:
@@ -283,17 +299,27 @@ def _explanation(part: Part, class_id: int, score: float, cam: Tensor) -> Explan
     )
 
 
-def _own_part(values: Tensor, index: int, batch_size: int) -> Tensor:
-    """One image's part of a recorded tensor.
+def _own_part(values: Tensor, index: int, batch_size: int, alone: tuple[int, ...] | None) -> Tensor:
+    """One image's part of a recorded tensor, as if the image had been alone in the pass.
 
-    Its first dimension is the batch, or a multiple of it where the model cuts images into windows;
-    a tensor that has less than one row an image is the same for all of them.
+    alone: its shape then. In a batch one dimension is that many times as long (where the model cuts
+    images into windows, the first is a multiple of the batch), or none: such a tensor, a table of
+    positions for instance, is the same for all images. Where a model's shapes depend on what it
+    sees, the first dimension is taken to be the batch.
     """
-    rows = values.shape[0] // batch_size if values.ndim else 0
-    if rows == 0:
-        return values
-    part = values[index * rows : (index + 1) * rows]
-    return part[0] if rows == 1 else part
+    if batch_size > 1 and values.ndim and values.shape != alone:
+        axis = _batch_axis(tuple(values.shape), batch_size, alone)
+        rows, rest = divmod(values.shape[axis], batch_size)
+        values = values if rest else values.narrow(axis, index * rows, rows)
+    return values[0] if values.ndim and values.shape[0] == 1 else values
+
+
+def _batch_axis(shape: tuple[int, ...], batch_size: int, alone: tuple[int, ...] | None) -> int:
+    alone = alone or ()
+    for axis, length in enumerate(alone):
+        if shape == (*alone[:axis], length * batch_size, *alone[axis + 1 :]):
+            return axis
+    return 0
 
 
 def _frozen(values: Tensor) -> NDArray[np.float32]:

@@ -14,6 +14,7 @@ import torch
 
 from service.errors import CamserveError, DeadlineExceeded, InferenceFailed, ShuttingDown
 from service.metrics import Metrics
+from service.models.loaded import LoadedModel
 from service.models.pool import ModelPool, Replica
 from service.questions import Answer, Question
 from service.stepwise import Unfinished, run
@@ -35,7 +36,7 @@ class Timed:
 
 @dataclass(slots=True)
 class _Job:
-    model: str
+    model: LoadedModel
     question: Question
     deadline: float | None
     arrived: float = field(default_factory=time.monotonic)
@@ -93,7 +94,7 @@ class Scheduler:
         self._threads_per_worker = threads_per_worker
         self._runner = runner
         self._calls: deque[Callable[[], None]] = deque()
-        self._jobs: OrderedDict[str, deque[_Job]] = OrderedDict()
+        self._jobs: OrderedDict[int, deque[_Job]] = OrderedDict()
         self._wake = threading.Condition()
         self._open = True
         self._threads = [
@@ -141,14 +142,17 @@ class Scheduler:
         return future
 
     def submit(
-        self, model: str, question: Question, deadline: float | None = None
+        self, model: LoadedModel | str, question: Question, deadline: float | None = None
     ) -> Future[Timed]:
-        """Queue one image. `deadline` is on `time.monotonic()`'s clock.
+        """Queue one image for a version of a model that the caller holds (`ModelPool.use`).
+
+        A name means its present version. `deadline` is on `time.monotonic()`'s clock.
 
         The future raises DeadlineExceeded where the job was still waiting then, NonFiniteOutput,
         InferenceFailed, or what `ModelPool.lease` raises.
         """
-        job = _Job(model, question, deadline)
+        held = self._pool.model(model) if isinstance(model, str) else model
+        job = _Job(held, question, deadline)
         with self._wake:
             self._refuse_when_closed()
             self._queue(job)
@@ -166,18 +170,17 @@ class Scheduler:
                 if self._calls:
                     task: Callable[[], None] = self._calls.popleft()
                 elif self._jobs:
-                    model, jobs = self._take_batch()
-                    task = self._batch_task(model, jobs)
+                    task = self._batch_task(self._take_batch())
                 else:
                     return
             task()
             del task
 
-    def _batch_task(self, model: str, jobs: list[_Job]) -> Callable[[], None]:
-        return lambda: self._run(model, jobs)
+    def _batch_task(self, jobs: list[_Job]) -> Callable[[], None]:
+        return lambda: self._run(jobs)
 
-    def _take_batch(self) -> tuple[str, list[_Job]]:
-        """The model whose turn it is and its longest waiting live jobs; holds the lock."""
+    def _take_batch(self) -> list[_Job]:
+        """The longest waiting live jobs of the model whose turn it is; holds the lock."""
         model, waiting = self._jobs.popitem(last=False)
         batch: list[_Job] = []
         while waiting and len(batch) < self._max_batch:
@@ -189,21 +192,21 @@ class Scheduler:
         if waiting:
             self._jobs[model] = waiting
             self._wake.notify()
-        return model, batch
+        return batch
 
-    def _run(self, model: str, jobs: list[_Job]) -> None:
+    def _run(self, jobs: list[_Job]) -> None:
         if not jobs:
             return
         started = time.monotonic()
         self._metrics.batch_size.observe(len(jobs))
         try:
-            with self._pool.lease(model) as replica:
-                outcomes = self._outcomes(replica, jobs)
+            with self._pool.lease(jobs[0].model) as replica:
+                outcomes = list(zip(jobs, self._outcomes(replica, jobs), strict=True))
         except BaseException as error:  # noqa: BLE001 - a future left pending would hang its client
-            self._failed(model, jobs, error)
+            self._failed(jobs, error)
             return
         seconds = time.monotonic() - started
-        for job, outcome in zip(jobs, outcomes, strict=True):
+        for job, outcome in outcomes:
             job.queue = started - job.arrived if job.queue is None else job.queue
             job.inference += seconds
             if isinstance(outcome, Answer):
@@ -222,14 +225,14 @@ class Scheduler:
 
     def _queue(self, job: _Job) -> None:
         with self._wake:
-            self._jobs.setdefault(job.model, deque()).append(job)
+            self._jobs.setdefault(id(job.model), deque()).append(job)
             self._wake.notify()
 
-    def _failed(self, model: str, jobs: list[_Job], error: BaseException) -> None:
+    def _failed(self, jobs: list[_Job], error: BaseException) -> None:
         """One member may have spoiled its batch: run each alone before blaming anyone."""
         if len(jobs) > 1:
             for job in jobs:
-                self._run(model, [job])
+                self._run([job] if job.is_wanted() else [])
             return
         if isinstance(error, CamserveError):
             jobs[0].fail(error)

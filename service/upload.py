@@ -65,6 +65,11 @@ class Hiding:
                 )
         except ValueError as error:
             raise InvalidOption(f"`mask` cannot be read: {error}.") from error
+        if not mask.any():
+            raise InvalidOption(
+                "`mask` covers no pixel of this picture; give it in upright source pixels, 0, 0 at "
+                "the upper left."
+            )
         return ~mask if self.rest else mask
 
 

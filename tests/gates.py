@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from service.admission import Admission
 from service.scheduler import Scheduler
 
 T = TypeVar("T")
@@ -98,13 +100,14 @@ def calls_waiting(count: int) -> Callable[[Scheduler], bool]:
     return lambda scheduler: len(scheduler._calls) == count
 
 
-def together(
+@contextmanager
+def queued(
     scheduler: Scheduler, asks: Sequence[Callable[[], T]], jobs: int | None = None
-) -> list[T]:
-    """Send requests of one raw image each so that their images meet in one batch.
+) -> Iterator[list[Future[T]]]:
+    """Send requests of one raw image each; inside the `with` their images wait for a batch.
 
-    The scheduler must have one worker and a `max_batch` of at least their number. jobs: how many
-    images reach the queue, where some fail before.
+    The scheduler must have one worker. jobs: how many images reach the queue, where some fail
+    before.
     """
     first = Hold(scheduler)
     first.wait_until_it_holds()
@@ -116,8 +119,38 @@ def together(
             second = Hold(scheduler)  # behind the decoding, before any batch
             first.release()
             wait_until(scheduler, jobs_waiting(len(asks) if jobs is None else jobs))
+            yield answers
         finally:
             first.release()
             if second is not None:
                 second.release()
-        return [answer.result(PATIENCE) for answer in answers]
+
+
+def together(
+    scheduler: Scheduler, asks: Sequence[Callable[[], T]], jobs: int | None = None
+) -> list[T]:
+    """What requests answer whose images meet in one batch; as `queued`.
+
+    `max_batch` must be at least their number.
+    """
+    with queued(scheduler, asks, jobs) as answers:
+        pass
+    return [answer.result(PATIENCE) for answer in answers]
+
+
+class Emptied:
+    """Knows when the last place of an admission has been given back."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission, self._give = admission, admission.give
+        self._is_so = threading.Event()
+        admission.give = self._note  # type: ignore[method-assign]
+
+    def _note(self, images: int, declared_bytes: int) -> None:
+        self._give(images, declared_bytes)
+        if self._admission.images == 0:
+            self._is_so.set()
+
+    def wait(self) -> None:
+        """Return when nothing is held."""
+        assert self._is_so.wait(PATIENCE), "a place is still held"

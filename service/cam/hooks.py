@@ -92,13 +92,17 @@ def replacing(model: nn.Module, path: str, value: Tensor, *, call: int = 0) -> I
         handle.remove()
 
 
-def gradients(output: Tensor, at: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
+def gradients(
+    output: Tensor, at: Sequence[Tensor], weights: Tensor, *, keep_graph: bool = False
+) -> list[Tensor]:
     """Differentiate weighted sums of `output` at recorded tensors, never touching any `.grad`.
 
     output:  (B, C), of a forward pass inside `record`.
     at:      recorded targets, each (B, ...).
     weights: (K, B, C): K sums to differentiate, each `(weights[k] * output).sum()`. A one-hot row
              for each image asks for the gradient of that class's logit.
+
+    keep_graph: whether the same graph is to be walked again.
 
     Returns a tensor (K, B, ...) for each entry of `at`, zeros where the output does not depend on
     it. The graph is walked once for all K (`is_grads_batched`).
@@ -113,6 +117,7 @@ def gradients(output: Tensor, at: Sequence[Tensor], weights: Tensor) -> list[Ten
             at,
             weights if several else weights[0],
             is_grads_batched=several,
+            retain_graph=keep_graph,
             allow_unused=True,
         )
     return [
@@ -129,6 +134,22 @@ def calls_of(calls: Calls, path: str) -> Iterator[tuple[str, int, Tensor]]:
         if key == path or key.startswith(f"{path}["):
             for call, tensor in enumerate(tensors):
                 yield key.removeprefix(path), call, tensor
+
+
+def tensors_in(tree: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in what a module takes or gives, each with the part that names it there."""
+    found: Calls = {}
+    _walk(tree, "", found, lambda tensor: (tensor, tensor))
+    for part, tensors in found.items():
+        for tensor in tensors:
+            yield part, tensor
+
+
+def taken_by(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A module's inputs as one tree: itself where there is one, else by place and name."""
+    if len(args) == 1 and not kwargs:
+        return args[0]
+    return dict(enumerate(args)) | kwargs
 
 
 def _register(
@@ -158,7 +179,9 @@ def _copy(tensor: Tensor) -> tuple[Tensor, Tensor]:
 def _leaf(tensor: Tensor) -> tuple[Tensor, Tensor]:
     if not tensor.is_floating_point():
         return tensor, tensor
-    leaf = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+    # A tensor may also go where this module has no part, as a residual does: the gradient at the
+    # clone is that of this module's use alone, as a backward hook would see it.
+    leaf = tensor.clone() if tensor.requires_grad else tensor.detach().requires_grad_()
     return leaf, leaf.clone()
 
 
@@ -171,6 +194,7 @@ def _output_hook(path: str, calls: Calls, keep: _Keep) -> Callable[..., Any]:
 
 def _input_hook(path: str, calls: Calls, keep: _Keep) -> Callable[..., Any]:
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # As `taken_by` names the parts.
         if len(args) == 1 and not kwargs:
             return (_walk(args[0], path, calls, keep),), kwargs
         return _walk(args, path, calls, keep), _walk(kwargs, path, calls, keep)
@@ -186,7 +210,9 @@ def _walk(tree: Any, key: str, calls: Calls, keep: _Keep) -> Any:
         return onward
     if isinstance(tree, Mapping):
         items = {name: _walk(value, f"{key}[{name}]", calls, keep) for name, value in tree.items()}
-        return items if type(tree) is dict else type(tree)(**items)
+        if type(tree) is dict or not all(isinstance(name, str) for name in items):
+            return items
+        return type(tree)(**items)
     if isinstance(tree, (tuple, list)):
         parts = [_walk(value, f"{key}[{i}]", calls, keep) for i, value in enumerate(tree)]
         return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)

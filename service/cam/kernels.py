@@ -101,7 +101,7 @@ def _grid(tiles: NDArray[np.float32], max_side: int, tile_side: int) -> tuple[Pi
     rows = min(most_rows, math.ceil(count / columns))
     shown = min(count, rows * columns)
     levels = _normalised(_scaled(tiles[:shown], size))
-    room = [(GRID_SIDE - GAP) // cells - GAP for cells in (rows, columns)]
+    room = [(min(max_side, GRID_SIDE) - GAP) // cells - GAP for cells in (rows, columns)]
     factor = max(1, min(min(tile_side, room[axis]) // size[axis] for axis in (0, 1)))
     levels = levels.repeat(factor, axis=1).repeat(factor, axis=2)
     sheet = _laid_out(levels, rows, columns)

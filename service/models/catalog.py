@@ -36,11 +36,11 @@ def parse_model(argument: str) -> ModelSpec:
     Raises ConfigurationError where the form or the name is wrong.
     """
     name, separator, rest = argument.partition("=")
-    if not separator:
+    if not separator or "@" in name:  # the path of the weights may hold a "=" too
         name, rest = "", argument
-    builder, _, weights = rest.partition("@")
+    builder, at, weights = rest.partition("@")
     name = name or re.split(r"[/:]", builder)[-1]
-    if not builder or not _NAME.fullmatch(name):
+    if not builder or not _NAME.fullmatch(name) or (at and not weights):
         raise ConfigurationError(
             f"--model {argument!r} is not [NAME=]BUILDER[@WEIGHTS], for instance "
             "torchvision/resnet50 or cats=torchvision/resnet18@cats.safetensors; a name is made "

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 from torch import Tensor, nn
@@ -120,7 +122,10 @@ class LoadedModel:
     def activation_bytes(self, paths: Sequence[str], *, inputs: bool) -> int:
         """What captures of these layers take for one image, as float32, all calls counted."""
         found = (self.layer(path) for path in paths)
-        return sum(4 * (layer.taken if inputs else layer.given) for layer in found)
+        shapes = chain.from_iterable(
+            (layer.taken if inputs else layer.given).values() for layer in found
+        )
+        return 4 * sum(map(math.prod, shapes))
 
     def class_id(self, target: str) -> int:
         """The class of an id (all digits) or an exact label.
@@ -150,7 +155,13 @@ class LoadedModel:
 
 def replicate(module: nn.Module) -> nn.Module:
     """Copy a module tree: parameters shared by storage, hooks and buffers its own (ADR 1)."""
-    return copy.deepcopy(module, {id(p): p for p in module.parameters()})
+    memo: dict[int, Tensor] = {id(p): p for p in module.parameters()}
+    for each in module.modules():
+        # A weight that a hook computes anew in each forward pass (`weight_norm`, pruning) is no
+        # leaf, and `deepcopy` refuses those.
+        computed = [v for v in vars(each).values() if isinstance(v, Tensor) and not v.is_leaf]
+        memo |= {id(value): value.detach().clone() for value in computed}
+    return copy.deepcopy(module, memo)
 
 
 def _matches(pattern: str, layer: Layer) -> bool:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.resources
+import math
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torchvision
@@ -18,7 +19,7 @@ from service.errors import ConfigurationError, nearest
 from service.images import Preprocessing
 from service.models.builtin.network import flower_net
 from service.models.catalog import BUILTIN, ModelSpec
-from service.models.loaded import LoadedModel, replicate
+from service.models.loaded import LoadedModel, Output, replicate
 from service.models.probe import probe
 from service.models.weights import Weights, classes_in, digest, labels_in, load_into, read_weights
 
@@ -36,6 +37,7 @@ class _Built:
     preprocessing: Preprocessing | None = None
     target_layer: str | None = None
     random_weights: bool = False
+    output: Output = "softmax"
 
 
 def load_model(
@@ -61,6 +63,12 @@ def load_model(
             f"model {spec.name!r} has {tried.classes} classes and {len(labels)} labels; "
             "give it the labels of these weights."
         )
+    mappable = [layer.path for layer in tried.layers if layer.target]
+    if built.target_layer is not None and built.target_layer not in mappable:
+        raise ConfigurationError(
+            f"model {spec.name!r}: the `target_layer` of its weights file, {built.target_layer!r}, "
+            f"is no layer that a map can be drawn from.{nearest(built.target_layer, mappable)}"
+        )
     return LoadedModel(
         spec=spec,
         module=module,
@@ -70,6 +78,7 @@ def load_model(
         layers=tried.layers,
         version=built.version[:12],
         random_weights=built.random_weights,
+        output=built.output,
     )
 
 
@@ -123,7 +132,7 @@ def _build_torchvision(spec: ModelSpec, name: str, allow_random_weights: bool) -
     try:
         with _socket_timeout(DOWNLOAD_TIMEOUT):
             module = torchvision.models.get_model(name, weights=entry)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: what came has another hash
         raise ConfigurationError(
             f"the weights of {spec.builder} are neither in the cache nor can they be fetched "
             f"({error}). Give a file: --model {spec.builder} --weights FILE (safetensors or a "
@@ -136,7 +145,7 @@ def _build_function(spec: ModelSpec) -> _Built:
     module_name, _, function_name = spec.builder.partition(":")
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # an import runs code, which may raise anything
         raise ConfigurationError(
             f"model {spec.name!r}: cannot import {spec.builder!r} ({error}); --app-dir says where "
             "to import from."
@@ -170,6 +179,17 @@ def _filled(
         labels_in(weights.metadata) or labels,
         _preprocessing_in(weights.metadata, Preprocessing()),
         weights.metadata.get("target_layer"),
+        output=_output_in(weights.metadata),
+    )
+
+
+def _output_in(metadata: Mapping[str, str]) -> Output:
+    said = metadata.get("output", "softmax")
+    for known in get_args(Output):
+        if said == known:
+            return known  # type: ignore[no-any-return]
+    raise ConfigurationError(
+        f"the metadata `output` of the weights file is {said!r}; it takes softmax, sigmoid or none."
     )
 
 
@@ -177,7 +197,7 @@ def _preprocessing_in(metadata: Mapping[str, str], default: Preprocessing) -> Pr
     """`resize`, `crop`, `mean`, `std`, `interpolation` of a safetensors file, or the default's."""
     try:
         crop = [int(side) for side in metadata["crop"].split(",")] if "crop" in metadata else None
-        return Preprocessing(
+        found = Preprocessing(
             resize=int(metadata.get("resize", default.resize)),
             crop=(crop[0], crop[-1]) if crop else default.crop,
             mean=_floats(metadata["mean"]) if "mean" in metadata else default.mean,
@@ -188,6 +208,20 @@ def _preprocessing_in(metadata: Mapping[str, str], default: Preprocessing) -> Pr
         raise ConfigurationError(
             f"the metadata of the weights file cannot be read: {error}"
         ) from error
+    is_sound = (
+        min(found.resize, *found.crop) > 0
+        and (len(found.mean), len(found.std)) == (3, 3)
+        and all(map(math.isfinite, (*found.mean, *found.std)))
+        and 0 not in found.std
+        and found.interpolation in ("bilinear", "bicubic", "nearest")
+    )
+    if not is_sound:
+        raise ConfigurationError(
+            "the metadata of the weights file must have `resize` and `crop` over 0, three numbers "
+            "in `mean` and three in `std`, none of these 0, and `interpolation` bilinear, bicubic "
+            "or nearest."
+        )
+    return found
 
 
 def _floats(text: str) -> tuple[float, ...]:

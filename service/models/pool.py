@@ -3,73 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import structlog
 from torch import nn
 
-from service.errors import CamserveError, ModelNotReady, UnknownModel, nearest
+from service.errors import ModelNotReady, UnknownModel, nearest
+from service.models.condition import PARAMETERS_CHANGED, Condition, hooks_of
 from service.models.loaded import LoadedModel
 
 _log = structlog.get_logger(__name__)
-
-_HOOK_TABLES = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-
-_PARAMETERS_CHANGED = "parameters changed in place"
-
-Hooks = tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Condition:
-    """Everything about a module tree that a request must leave as it found it.
-
-    hooks:      the ids of the hooks of each module, and of each parameter's own gradient hooks. A
-                model may own some (`weight_norm` does), so the proof is equality, not emptiness.
-    training:   the mode of each module.
-    frozen:     `requires_grad` of each parameter.
-    parameters: the version counter of each parameter: in-place writes raise it.
-    buffers:    likewise of each buffer, running statistics above all.
-    gradients:  the names of parameters that hold a `.grad`.
-    """
-
-    hooks: Hooks
-    training: tuple[bool, ...]
-    frozen: tuple[bool, ...]
-    parameters: tuple[int, ...]
-    buffers: tuple[int, ...]
-    gradients: tuple[str, ...]
-
-    @classmethod
-    def of(cls, module: nn.Module) -> Condition:
-        parameters = list(module.named_parameters())
-        return cls(
-            hooks=_hooks_of(module),
-            training=tuple(each.training for each in module.modules()),
-            frozen=tuple(p.requires_grad for _, p in parameters),
-            parameters=tuple(p._version for _, p in parameters),
-            buffers=tuple(b._version for b in module.buffers()),
-            gradients=tuple(name for name, p in parameters if p.grad is not None),
-        )
-
-    def faults(self, after: Condition) -> list[str]:
-        """What differs in `after`, as words for the log; empty where the replica is clean."""
-        found = {
-            "hooks left or removed": self.hooks != after.hooks,
-            "training mode changed": self.training != after.training,
-            "requires_grad changed": self.frozen != after.frozen,
-            _PARAMETERS_CHANGED: self.parameters != after.parameters,
-            "buffers changed in place": self.buffers != after.buffers,
-            "gradients left": self.gradients != after.gradients,
-        }
-        return [fault for fault, is_so in found.items() if is_so]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,25 +26,34 @@ class Replica:
     condition: Condition
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Served:
-    """A model in the pool. `idle` is a stack: the replica used last is the warmest."""
+    """One version of a model. `idle` is a stack: the replica used last is the warmest.
+
+    users: how many requests hold this version. A retired version stays until the last one is done.
+    """
 
     model: LoadedModel
     size: int
-    idle: list[Replica]
+    idle: list[Replica] = field(default_factory=list)
+    users: int = 0
+    retired: bool = False
 
 
 class ModelPool:
     """The served models and their replicas.
 
-        with pool.lease("resnet50") as replica, record(replica.module, targets=["layer4"]) as seen:
-            logits = replica.module(batch)
+        with pool.use("resnet50") as model:                 # one version, however long it takes
+            with pool.lease(model) as replica, record(replica.module, targets=["layer4"]) as seen:
+                logits = replica.module(batch)
 
     A lease is exclusive. When it ends the pool proves that the replica is as it was built; one that
     is not is logged, counted and replaced by a fresh copy, never lent again. Where the parameters,
     which all replicas share, were changed in place, every replica is replaced and the weights are
     read again from their source through `reload`.
+
+    A model can be put beside an older version of it: new users get the new one, and the old one is
+    freed when its last user is done.
 
     replicas: how many of each model; as many as worker threads, so that a lease never waits.
     reload:   builds a model again from its spec.
@@ -107,56 +61,88 @@ class ModelPool:
 
     def __init__(
         self,
-        models: list[LoadedModel],
+        models: Iterable[LoadedModel] = (),
         *,
         replicas: int,
         reload: Callable[[LoadedModel], LoadedModel] | None = None,
     ) -> None:
         self._changed = threading.Condition()
+        self._size = replicas
         self._reload = reload
-        self._replaced = dict.fromkeys((model.name for model in models), 0)
+        self._replaced: dict[str, int] = {}
         self._live: dict[int, Replica] = {}
-        self._served = {
-            model.name: _Served(model, replicas, [self._build(model) for _ in range(replicas)])
-            for model in models
-        }
+        self._served: dict[str, _Served] = {}
+        self._versions: dict[int, _Served] = {}
+        for model in models:
+            self.put(model)
 
     @property
     def models(self) -> Mapping[str, LoadedModel]:
-        """The models by name, in the order they were given: the first is the default."""
-        return {name: served.model for name, served in self._served.items()}
+        """The models by name, in the order they came: the first is the default."""
+        with self._changed:
+            return {name: served.model for name, served in self._served.items()}
 
     @property
     def replaced(self) -> Mapping[str, int]:
         """How many replicas of each model came back dirty."""
         return dict(self._replaced)
 
+    def put(self, model: LoadedModel) -> None:
+        """Serve a model from now on, in place of an older version of that name."""
+        served = _Served(model, self._size)
+        served.idle = [self._build(model) for _ in range(self._size)]
+        with self._changed:
+            old = self._served.get(model.name)
+            self._served[model.name] = self._versions[id(model)] = served
+            self._replaced.setdefault(model.name, 0)
+            if old is not None:
+                self._retire(old)
+            self._changed.notify_all()
+
+    def remove(self, name: str) -> None:
+        """Serve a model no longer; who uses it finishes on it. Raises UnknownModel."""
+        self.model(name)
+        with self._changed:
+            self._retire(self._served.pop(name))
+
     def model(self, name: str | None) -> LoadedModel:
         """The model of that name, or the default one. Raises UnknownModel."""
-        if name is None:
-            return next(iter(self._served.values())).model
-        if name not in self._served:
-            known = ", ".join(self._served)
-            raise UnknownModel(
-                f"No model is called {name!r}.{nearest(name, self._served)} Served: {known}."
-            )
-        return self._served[name].model
+        with self._changed:
+            return self._current(name).model
 
     def size(self, name: str) -> int:
         """How many replicas of a model there are."""
         return self._served[name].size
 
     @contextmanager
-    def lease(self, name: str, timeout: float | None = None) -> Iterator[Replica]:
-        """Lend one replica of a model for the length of the `with`.
+    def use(self, name: str | None) -> Iterator[LoadedModel]:
+        """Hold one version of a model: inside the `with` it can be leased, whatever is put."""
+        with self._changed:
+            served = self._current(name)
+            served.users += 1
+            model = served.model
+        try:
+            yield model
+        finally:
+            with self._changed:
+                served.users -= 1
+                self._free_if_done(served)
+
+    @contextmanager
+    def lease(self, model: LoadedModel | str, timeout: float | None = None) -> Iterator[Replica]:
+        """Lend one replica of a model, or of the present version of a name, to one user.
 
         Raises UnknownModel, and ModelNotReady where none is free within `timeout` seconds.
         """
-        self.model(name)
-        served = self._served[name]
         with self._changed:
+            served = self._version(model)
+            served.users += 1  # before the wait, or a retired version could be freed meanwhile
             if not self._changed.wait_for(lambda: served.idle, timeout):
-                raise ModelNotReady(f"No replica of {name!r} became free in time; try again.")
+                served.users -= 1
+                self._free_if_done(served)
+                raise ModelNotReady(
+                    f"No replica of {served.model.name!r} became free in time; try again."
+                )
             replica = served.idle.pop()
         try:
             yield replica
@@ -168,14 +154,15 @@ class ModelPool:
         with self._changed:
             replicas = list(self._live.values())
         return sum(
-            sum(map(len, _hooks_of(replica.module))) - sum(map(len, replica.condition.hooks))
+            sum(map(len, hooks_of(replica.module))) - sum(map(len, replica.condition.hooks))
             for replica in replicas
         )
 
     def faults(self) -> list[str]:
         """What is wrong with the pool while nothing uses it: empty when it is whole.
 
-        Whole means: every replica is idle and in the condition it was built in.
+        Whole means: every replica is idle and in the condition it was built in, and there are none
+        but those of the models served.
         """
         with self._changed:
             found = [
@@ -183,6 +170,8 @@ class ModelPool:
                 for name, served in self._served.items()
                 if len(served.idle) != served.size
             ]
+            if len(self._live) != sum(served.size for served in self._served.values()):
+                found.append(f"{len(self._live)} replicas live")
             return found + [
                 f"{name}: {fault}"
                 for name, served in self._served.items()
@@ -190,18 +179,35 @@ class ModelPool:
                 for fault in replica.condition.faults(Condition.of(replica.module))
             ]
 
+    def _current(self, name: str | None) -> _Served:
+        if name is None and self._served:
+            return next(iter(self._served.values()))
+        if name is None:
+            raise ModelNotReady("No model is loaded yet; try again.")
+        if name not in self._served:
+            known = ", ".join(self._served)
+            raise UnknownModel(
+                f"No model is called {name!r}.{nearest(name, self._served)} Served: {known}."
+            )
+        return self._served[name]
+
+    def _version(self, model: LoadedModel | str) -> _Served:
+        if isinstance(model, str):
+            return self._current(model)
+        if id(model) not in self._versions:
+            raise UnknownModel(f"This version of {model.name!r} is not served any more.")
+        return self._versions[id(model)]
+
     def _take_back(self, served: _Served, replica: Replica) -> None:
         faults = replica.condition.faults(Condition.of(replica.module))
+        fresh = self._replace(served, replica, faults) if faults else replica
         with self._changed:
-            outdated = replica.model is not served.model
-        fresh = replica
-        if faults or outdated:
-            fresh = self._replace(served, replica, faults)
-        with self._changed:
-            if fresh is not replica:
-                del self._live[id(replica)]
+            if fresh.model is not served.model:  # the weights were read again meanwhile
+                fresh = self._swap(fresh, served.model)
             served.idle.append(fresh)
-            self._changed.notify()
+            served.users -= 1
+            self._free_if_done(served)
+            self._changed.notify_all()
 
     def _replace(self, served: _Served, replica: Replica, faults: list[str]) -> Replica:
         name = replica.model.name
@@ -209,22 +215,35 @@ class ModelPool:
             parameter.grad = None
             parameter.requires_grad_(False)
         with self._changed:
-            if faults:
-                self._replaced[name] += 1
-                _log.warning("replica_replaced", model=name, faults=faults)
-            if _PARAMETERS_CHANGED in faults and replica.model is served.model:
+            self._replaced[name] += 1
+            _log.warning("replica_replaced", model=name, faults=faults)
+            if PARAMETERS_CHANGED in faults and replica.model is served.model:
                 self._reload_weights(served)
-            return self._build(served.model)
+            return self._swap(replica, served.model)
 
     def _reload_weights(self, served: _Served) -> None:
         if self._reload is None:
             return
         try:
             served.model = self._reload(served.model)
-        except CamserveError as error:
-            _log.error("reload_failed", model=served.model.name, detail=error.detail)
+        except Exception as error:  # noqa: BLE001 - a replica that is not given back is lost
+            _log.error("reload_failed", model=served.model.name, exc_info=error)
             return
+        # The same weights of the same spec: requests that hold the spoiled model go on with this.
+        self._versions[id(served.model)] = served
         served.idle = [self._swap(old, served.model) for old in served.idle]
+
+    def _retire(self, served: _Served) -> None:
+        served.retired = True
+        self._free_if_done(served)
+
+    def _free_if_done(self, served: _Served) -> None:
+        if served.retired and not served.users:
+            for replica in served.idle:
+                self._live.pop(id(replica), None)
+            served.idle.clear()
+            for key in [key for key, version in self._versions.items() if version is served]:
+                del self._versions[key]
 
     def _swap(self, old: Replica, model: LoadedModel) -> Replica:
         del self._live[id(old)]
@@ -236,14 +255,3 @@ class ModelPool:
         with self._changed:
             self._live[id(replica)] = replica
         return replica
-
-
-def _hooks_of(module: nn.Module) -> Hooks:
-    """The ids of all hooks: one tuple a module, then one a parameter."""
-    return (
-        *(
-            tuple(hook for table in _HOOK_TABLES for hook in list(getattr(each, table)))
-            for each in module.modules()
-        ),
-        *(tuple(parameter._backward_hooks or ()) for parameter in module.parameters()),
-    )

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from service.cam.hooks import taken_by, tensors_in
 from service.cam.layouts import Layout, layout_of
+
+Shapes = dict[tuple[str, int], tuple[int, ...]]
+"""By part and call, as `service.cam.hooks.calls_of` names them; with the batch dimension."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +26,7 @@ class Layer:
     parameters: how many numbers the module and its children hold.
     layout:     where the places are in that output; None where no map can be drawn from it.
     calls:      how often one forward pass calls it.
-    taken, given: numbers in all tensors that these calls take and give, for one image.
+    taken, given: the shapes of all tensors that these calls take and give, for one image.
     share:      which share of the model's operations is done when it has run, 0..1.
     """
 
@@ -33,8 +36,8 @@ class Layer:
     parameters: int
     layout: Layout | None
     calls: int
-    taken: int
-    given: int
+    taken: Shapes
+    given: Shapes
     share: float
 
     @property
@@ -50,8 +53,8 @@ class _Seen:
     unchanged: bool = False
     finished: int = -1
     calls: int = 0
-    taken: int = 0
-    given: int = 0
+    taken: Shapes = field(default_factory=dict)
+    given: Shapes = field(default_factory=dict)
     operations: int = 0
 
 
@@ -63,12 +66,17 @@ def probe(model: nn.Module, image: Tensor) -> Probe:
     seen = {path: _Seen() for path, _ in model.named_modules() if path}
     clock = iter(range(1 << 62))
 
+    def note(shapes: Shapes, tree: Any) -> None:
+        for part, tensor in tensors_in(tree):
+            call = sum(known == part for known, _ in shapes)
+            shapes[part, call] = tuple(tensor.shape)
+
     def watch(path: str) -> Any:
         def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             now = seen[path]
             now.calls += 1
-            now.taken += _numbers_in((args, kwargs))
-            now.given += _numbers_in(output)
+            note(now.taken, taken_by(args, kwargs))
+            note(now.given, output)
             now.finished = next(clock)
             now.operations = counter.get_total_flops()
             now.shape = tuple(output.shape[1:]) if isinstance(output, Tensor) else None
@@ -113,14 +121,6 @@ class Probe:
     layers: tuple[Layer, ...]
     target_layer: str | None
     classes: int
-
-
-def _numbers_in(tree: Any) -> int:
-    if isinstance(tree, Tensor):
-        return tree.numel()
-    if isinstance(tree, Mapping):
-        return sum(map(_numbers_in, tree.values()))
-    return sum(map(_numbers_in, tree)) if isinstance(tree, (tuple, list)) else 0
 
 
 def _default_target(model: nn.Module, seen: dict[str, _Seen], classes: int) -> str | None:

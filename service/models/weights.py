@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from service.errors import ConfigurationError, nearest
+from service.errors import ConfigurationError
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +75,9 @@ def load_into(module: nn.Module, weights: Weights, source: str) -> None:
     # A counter that inference never reads; files converted from other formats lack it.
     missing = [key for key in missing if not key.endswith("num_batches_tracked")]
     if missing or unexpected or misshaped:
-        hint = nearest(missing[0], unexpected, 1) if missing and unexpected else ""
         raise ConfigurationError(
             f"{source} does not fit the model. {_few('missing', missing)}"
-            f"{_few('unexpected', unexpected)}{_few('wrong shape', misshaped)}{hint}"
+            f"{_few('unexpected', unexpected)}{_few('wrong shape', misshaped)}"
             "Is it the weights of another architecture?"
         )
     module.load_state_dict(dict(weights.tensors), strict=False)

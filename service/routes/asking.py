@@ -17,14 +17,14 @@ from service.upload import Hiding
 
 
 def question(
-    model: LoadedModel, options: CommonOptions, limits: Limits
+    model: LoadedModel, options: CommonOptions, limits: Limits, images: int
 ) -> Callable[[Tensor], Question]:
-    """What to ask of each image, once its pixels are there.
+    """What to ask of each of so many images, once its pixels are there.
 
     Raises UnknownLayer, UnknownClass, and InvalidOption for what does not fit this model or costs
     more than the service allows.
     """
-    paths, kind = _captures(model, options, limits)
+    paths, kind = _captures(model, options, limits, images)
     asked = Question(torch.empty(0), options.top_k, method=None, activations=paths, kinds=(kind,))
     if isinstance(options, ExplainOptions):
         asked = _explaining(model, options, asked)
@@ -52,16 +52,16 @@ def hiding(options: CommonOptions) -> Hiding | None:
 
 
 def _captures(
-    model: LoadedModel, options: CommonOptions, limits: Limits
+    model: LoadedModel, options: CommonOptions, limits: Limits, images: int
 ) -> tuple[tuple[str, ...], Kind]:
     assert isinstance(options, (PredictOptions, ExplainOptions))
     kind = options.activation_kind
     paths = model.captured_layers(options.activations)
-    size = model.activation_bytes(paths, inputs=kind.endswith("input"))
+    size = images * model.activation_bytes(paths, inputs=kind.endswith("input"))
     if size > limits.activation_bytes:
         raise InvalidOption(
-            f"The activations asked for take {size} bytes an image; at most "
-            f"{limits.activation_bytes} are allowed. Name fewer layers."
+            f"The activations asked for take {size} bytes; at most {limits.activation_bytes} are "
+            "allowed in one request. Name fewer layers, or send fewer images."
         )
     return paths, kind
 

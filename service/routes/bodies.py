@@ -13,6 +13,7 @@ from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from api_schemas.options import CommonOptions, ExplainRequest, ImageSource
+from service.admission import Permit
 from service.errors import (
     BodyTooLarge,
     EmptyBody,
@@ -32,15 +33,16 @@ Options = TypeVar("Options", bound=CommonOptions)
 _MAX_PART_HEADER = 4096
 
 
-async def read_body(request: Request, max_bytes: int, seconds: float) -> bytes:
-    """All bytes of the body.
+async def read_body(request: Request, permit: Permit, max_bytes: int, seconds: float) -> bytes:
+    """All bytes of the body; `permit` grows by those that were not declared.
 
-    Raises BodyTooLarge, SlowUpload after `seconds`, EmptyBody.
+    Raises BodyTooLarge, SlowUpload after `seconds`, EmptyBody, QueueFull.
     """
     too_large = BodyTooLarge(
         f"The body is larger than {max_bytes} bytes; send fewer or smaller images."
     )
-    if declared_bytes(request) > max_bytes:
+    declared = declared_bytes(request)
+    if declared > max_bytes:
         raise too_large
     chunks: list[bytes] = []
     size = 0
@@ -50,6 +52,8 @@ async def read_body(request: Request, max_bytes: int, seconds: float) -> bytes:
                 size += len(chunk)
                 if size > max_bytes:
                     raise too_large
+                if size > declared:  # a chunked body declares nothing
+                    permit.grow(0, len(chunk))
                 chunks.append(chunk)
     except TimeoutError as error:
         raise SlowUpload(f"The body did not arrive within {seconds:g} seconds.") from error

@@ -26,7 +26,6 @@ from service.admission import Permit
 from service.errors import (
     CamserveError,
     DeadlineExceeded,
-    InferenceFailed,
     InvalidImageData,
     InvalidOption,
     NotAcceptable,
@@ -36,6 +35,7 @@ from service.models.loaded import LoadedModel
 from service.questions import Answer, Question
 from service.routes import asking, bodies, docs
 from service.routes.accept import preferred_image
+from service.routes.middleware import CLIENT_CLOSED_REQUEST
 from service.routes.problems import status_of
 from service.routes.state import Service, service_of
 from service.routes.wire import overlay, result, style_of
@@ -45,9 +45,6 @@ T = TypeVar("T")
 
 router = APIRouter(tags=["classify"])
 _log = structlog.get_logger(__name__)
-
-CLIENT_CLOSED_REQUEST = 499
-"""What the log says of a request whose client has gone; nobody reads the response."""
 
 
 @router.post("/explain", **docs.explain())
@@ -97,7 +94,7 @@ async def _answer_in_time(
     limits = service.limits
     deadline = request.scope["started"] + limits.timeout
     with service.admission.admit(bodies.declared_bytes(request)) as permit:
-        body = await bodies.read_body(request, limits.body_bytes, limits.timeout)
+        body = await bodies.read_body(request, permit, limits.body_bytes, limits.timeout)
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 work = _classify(request, body, permit, options, form)
@@ -123,11 +120,12 @@ async def _classify(
     image_format = _image_format(request, options, len(uploads))
     if image_format and isinstance(options, ExplainOptions):
         options = options.model_copy(update={"format": image_format, "include": ["overlay"]})
-    work = _understand(request, options)
-    results = await asyncio.gather(
-        *(_one(work, upload, image_format) for upload in uploads), return_exceptions=True
-    )
-    return await _respond(request, work, results)
+    with service_of(request).pool.use(options.model) as model:
+        work = _understand(request, model, options, len(uploads))
+        results = await asyncio.gather(
+            *(_one(work, upload, image_format) for upload in uploads), return_exceptions=True
+        )
+        return await _respond(request, work, results)
 
 
 async def _take_apart(
@@ -166,11 +164,12 @@ def _image_format(request: Request, options: CommonOptions, images: int) -> str 
     return image_format
 
 
-def _understand(request: Request, options: CommonOptions) -> _Work:
+def _understand(
+    request: Request, model: LoadedModel, options: CommonOptions, images: int
+) -> _Work:
     """Everything that can be refused before any image is opened is refused here."""
     service = service_of(request)
-    model = service.pool.model(options.model)
-    question = asking.question(model, options, service.limits)
+    question = asking.question(model, options, service.limits, images)
     request.scope["log"] = {"model": model.name}
     deadline = request.scope["started"] + service.limits.timeout
     return _Work(service, model, options, question, asking.hiding(options), deadline, _Clock())
@@ -218,9 +217,7 @@ async def _one(
 
 
 async def _ask(work: _Work, question: Question) -> Answer:
-    timed = await _result_of(
-        work.service.scheduler.submit(work.model.name, question, work.deadline)
-    )
+    timed = await _result_of(work.service.scheduler.submit(work.model, question, work.deadline))
     work.clock.seconds["queue"] += timed.queue
     work.clock.seconds["inference"] += timed.inference
     return timed.answer
@@ -272,7 +269,7 @@ def _as_error(error: BaseException) -> CamserveError:
         return error
     if not isinstance(error, Exception):
         raise error
-    unexpected = InferenceFailed(
+    unexpected = CamserveError(
         "Something failed on the server's side; its log has the cause under this request id."
     )
     unexpected.__cause__ = error
@@ -295,6 +292,9 @@ async def _until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     finally:
         watching.cancel()
         working.cancel()
+        # What it waits for is cancelled only when it has run once more; until then its jobs look
+        # wanted, and its permit must not be given to somebody else.
+        await asyncio.gather(working, watching, return_exceptions=True)
 
 
 async def _hang_up(request: Request) -> None:

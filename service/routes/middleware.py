@@ -10,13 +10,16 @@ from dataclasses import dataclass
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.metrics import Metrics
 from service.routes.problems import unexpected
 
 _log = structlog.get_logger("camserve.requests")
+CLIENT_CLOSED_REQUEST = 499
+"""What log and metrics say of a request whose client has gone; nobody reads the response."""
+
 _ID = re.compile(r"[A-Za-z0-9._-]{1,100}")
 
 
@@ -50,6 +53,8 @@ class RequestContext:
 
         try:
             await self.app(scope, receive, send_with_id)
+        except ClientDisconnect:  # while it sent its body: nobody is left to answer
+            status = CLIENT_CLOSED_REQUEST
         except Exception as error:  # noqa: BLE001 - the last stop before the server
             _log.error("internal_error", exc_info=error)
             if not status:
@@ -72,24 +77,47 @@ class RequestContext:
 
 
 @dataclass(frozen=True, slots=True)
+class BehindPrefix:
+    """Serves the same paths with and without the prefix that a proxy puts before them.
+
+    Some proxies take the prefix away and some hand it on; mounted files are found only where the
+    path begins with `root_path`.
+    """
+
+    app: ASGIApp
+    prefix: str
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] in ("http", "websocket"):
+            path = scope["path"]
+            if path != self.prefix and not path.startswith(f"{self.prefix}/"):
+                path = self.prefix + path
+            scope = {**scope, "root_path": self.prefix, "path": path}
+        await self.app(scope, receive, send)
+
+
+@dataclass(frozen=True, slots=True)
 class DrainUnreadBody:
     """Reads what is left of a body, for at most `seconds`, before an early answer is sent.
 
     Without it the server closes the connection under a client that still sends, and the client
-    reports a reset instead of the answer.
+    reports a reset instead of the answer. A client that waits for `100 Continue` has sent nothing
+    yet: it gets the answer instead, and keeps its body.
     """
 
     app: ASGIApp
     seconds: float = 1.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not _has_body(Headers(scope=scope)):
+        if scope["type"] != "http" or not _has_body(headers := Headers(scope=scope)):
             await self.app(scope, receive, send)
             return
         unread = True
+        holds_back = headers.get("expect", "").lower() == "100-continue"
 
         async def receive_and_note() -> Message:
-            nonlocal unread
+            nonlocal unread, holds_back
+            holds_back = False
             message = await receive()
             unread = message["type"] == "http.request" and message.get("more_body", False)
             return message
@@ -101,7 +129,7 @@ class DrainUnreadBody:
         async def send_after_draining(message: Message) -> None:
             if message["type"] == "http.response.start" and unread:
                 try:
-                    await asyncio.wait_for(drain(), self.seconds)
+                    await asyncio.wait_for(drain(), 0 if holds_back else self.seconds)
                 except TimeoutError:
                     MutableHeaders(scope=message)["Connection"] = "close"
             await send(message)

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from api_schemas import answers as wire
@@ -49,7 +50,8 @@ def result(  # noqa: PLR0917 - called through the scheduler, which hands on what
             ]
         if options.activations:
             fields["activations"] = [
-                _activation(activation, options.activation_as) for activation in answer.activations
+                _activation(model, activation, options.activation_as)
+                for activation in answer.activations
             ]
         if masked is not None and upload.masked is not None:
             assert isinstance(options, ExplainOptions)
@@ -101,9 +103,12 @@ def overlay(upload: Upload, explanation: Explanation, style: Style) -> Picture:
     """The photo with the map over it, as a file."""
     assert upload.photo is not None
     pixels = upload.model_input.pixels.permute(1, 2, 0).contiguous().numpy()
-    return render_overlay(
-        explanation.grid, upload.model_input.geometry, style, upload.photo, pixels
-    )
+    try:
+        return render_overlay(
+            explanation.grid, upload.model_input.geometry, style, upload.photo, pixels
+        )
+    except ValueError as error:
+        raise RenderFailed("The overlay could not be drawn; the server's log says why.") from error
 
 
 def style_of(options: ExplainOptions) -> Style:
@@ -156,7 +161,29 @@ def _regions(explanation: Explanation, upload: Upload, threshold: float, side: i
     )
 
 
-def _activation(activation: Activation, forms: Collection[str]) -> wire.Activation:
+def picture_of(model: LoadedModel, activation: Activation) -> tuple[Picture, int]:
+    """A capture as a grid of its channels, and how many of them are left out.
+
+    Tokens and maps with channels last are laid out as maps, as the layer's explanations are; other
+    tables of numbers are one tile, stacks of tables (windows, attention heads) a tile each.
+    """
+    values, layer = activation.values, model.layer(activation.layer)
+    is_map = activation.kind.endswith("output") and values.shape == layer.shape
+    if is_map and layer.layout is not None:
+        values = layer.layout.as_map(torch.from_numpy(values.copy())[None])[0].numpy()
+    elif values.ndim != 1:
+        values = values.reshape(-1, *(1, 1, *values.shape)[-2:])
+    if not values.size or not np.isfinite(values).all():
+        raise RenderFailed(
+            f"What layer {activation.layer!r} holds cannot be drawn: it is empty, or has NaN or "
+            "infinity in it. Ask for activation_as=array."
+        )
+    return channel_grid(values)
+
+
+def _activation(
+    model: LoadedModel, activation: Activation, forms: Collection[str]
+) -> wire.Activation:
     values = activation.values
     fields: dict[str, Any] = {
         "layer": activation.layer,
@@ -170,13 +197,15 @@ def _activation(activation: Activation, forms: Collection[str]) -> wire.Activati
     if "stats" in forms:
         fields["stats"] = _stats(values)
     if "image" in forms:
-        picture, left_out = channel_grid(values)
+        picture, left_out = picture_of(model, activation)
         fields["image"] = wire.ChannelGrid(
             **_picture(picture).model_dump(), channels_left_out=left_out
         )
     if "array" in forms:
-        # A gradient is often below what float16 can hold.
-        dtype = "float32" if activation.kind.startswith("grad") else "float16"
+        # A gradient is often below what float16 can hold, a rare activation above it.
+        largest = float(np.abs(values).max(initial=0, where=np.isfinite(values)))
+        wide = activation.kind.startswith("grad") or largest > np.finfo(np.float16).max
+        dtype = "float32" if wide else "float16"
         fields["array"] = wire.Array(dtype=dtype, data=_numbers(values.astype(dtype)))
     return wire.Activation(**fields)
 

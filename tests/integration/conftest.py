@@ -43,7 +43,8 @@ class Server:
     app, service: what it runs. url: where. address: host and port, for plain sockets.
     """
 
-    def __init__(self, app: FastAPI, port: int) -> None:
+    def __init__(self, app: FastAPI, port: int, stop: Callable[[], None]) -> None:
+        self.stop = stop
         self.app = app
         self.service: Service = app.state.service
         self.address = ("127.0.0.1", port)
@@ -59,18 +60,27 @@ def running(**settings: Any) -> Iterator[Server]:
         uvicorn.Config(app, log_config=None, access_log=False, server_header=False)
     )
     began, start = threading.Event(), server.startup
+    ends, shutdown = threading.Event(), server.shutdown
 
     async def startup(sockets: Any = None) -> None:
         await start(sockets)
         began.set()
 
-    server.startup = startup  # type: ignore[method-assign]
+    async def end(sockets: Any = None) -> None:
+        ends.set()
+        await shutdown(sockets)
+
+    def stop() -> None:
+        server.should_exit = True
+        assert ends.wait(10), "the server does not begin to stop"
+
+    server.startup, server.shutdown = startup, end  # type: ignore[method-assign]
     listening = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=([listening],), name="camserve-uvicorn")
     thread.start()
     try:
         assert began.wait(10), "the server did not start"
-        yield Server(app, listening.getsockname()[1])
+        yield Server(app, listening.getsockname()[1], stop)
     finally:
         server.should_exit = True
         thread.join(10)

@@ -1,0 +1,194 @@
+"""How long `/health/live` waits while the service explains as much as it can.
+
+    python benchmarks/event_loop.py                                # the built-in model
+    python benchmarks/event_loop.py --model torchvision/resnet50 --seconds 60
+
+Everything but the service's own work stays off the event loop; were something to run there, the
+probe would wait for it. Three processes: `camserve serve`, the clients that ask for explanations,
+and this one, which only probes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import importlib.metadata
+import io
+import math
+import multiprocessing
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILTIN = ROOT / "service" / "models" / "builtin" / "weights.safetensors"
+BOUND_MS = 50.0
+"""What `/health/live` may take under load, at the 99th percentile."""
+
+EVERY = 0.010
+"""Seconds between two probes."""
+
+
+def photograph(seed: int, width: int = 640, height: int = 480) -> bytes:
+    """A JPEG with the size and the detail of a photograph: soft shapes, edges and grain."""
+    random = np.random.default_rng(seed)
+    coarse = Image.fromarray(random.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    soft = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.float32)
+    edges = Image.fromarray(random.integers(0, 256, (24, 32), dtype=np.uint8))
+    edged = edges.resize((width, height), Image.Resampling.NEAREST)
+    detail = np.asarray(edged.filter(ImageFilter.GaussianBlur(2)), np.float32)[..., None] - 128
+    grain = random.normal(0, 8, (height, width, 1))
+    pixels = np.clip(soft + 0.3 * detail + grain, 0, 255).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+@contextmanager
+def serving(arguments: list[str]) -> Iterator[int]:
+    """`camserve serve` as a process of its own; its port."""
+    command = [sys.executable, "-m", "service", "serve", "--port", "0", *arguments]
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(command, cwd=ROOT, stderr=log, stdout=subprocess.DEVNULL) as process,
+    ):
+        try:
+            yield _port(process, log.fileno())
+        finally:
+            process.terminate()
+
+
+def _port(process: subprocess.Popen[bytes], log: int, within: float = 120.0) -> int:
+    until = time.monotonic() + within
+    while time.monotonic() < until:
+        text = os.pread(log, 1 << 16, 0).decode(errors="replace")
+        if found := re.search(r"serves on http://[^\s]+:(\d+)", text):
+            return int(found[1])
+        if process.poll() is not None:
+            sys.exit(f"the service did not start:\n{text}")
+        time.sleep(0.1)
+    sys.exit(f"the service did not start within {within:g} seconds")
+
+
+def explain_until(port: int, clients: int, stop: Event, answered: multiprocessing.Queue) -> None:
+    """Ask for heatmap and overlay without pause, each client on its own connection."""
+    seconds: list[float] = []
+    failures: list[str] = []
+
+    def client(number: int) -> None:
+        picture = photograph(number)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        while not stop.is_set():
+            started = time.perf_counter()
+            connection.request(
+                "POST",
+                "/explain?include=heatmap&include=overlay",
+                picture,
+                {"content-type": "image/jpeg"},
+            )
+            response = connection.getresponse()
+            response.read()
+            seconds.append(time.perf_counter() - started)
+            if response.status != 200:
+                failures.append(str(response.status))
+        connection.close()
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    answered.put((seconds, failures))
+
+
+def probe(port: int, seconds: float) -> tuple[list[float], list[float]]:
+    """Milliseconds that `/health/live` took, and by how much this process itself overslept."""
+    took, late = [], []
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    until = time.perf_counter() + seconds
+    while (started := time.perf_counter()) < until:
+        connection.request("GET", "/health/live")
+        response = connection.getresponse()
+        response.read()
+        answered = time.perf_counter()
+        if response.status != 200:
+            sys.exit(f"/health/live answered {response.status}")
+        took.append((answered - started) * 1000)
+        pause = max(0.0, started + EVERY - answered)
+        time.sleep(pause)
+        late.append((time.perf_counter() - answered - pause) * 1000)
+    connection.close()
+    return took, late
+
+
+def line(name: str, values: list[float]) -> str:
+    """One row of the table: p50, p90, p99, maximum and the count."""
+    ranked = sorted(values)
+    shown = [ranked[math.ceil(share * len(ranked)) - 1] for share in (0.5, 0.9, 0.99, 1)]
+    return f"| {name} | {' | '.join(f'{value:.1f}' for value in shown)} | {len(ranked)} |"
+
+
+def machine() -> str:
+    """Cores, processor and versions."""
+    found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("torch", "uvicorn", "fastapi")
+    )
+    return (
+        f"{len(os.sched_getaffinity(0))} cores, {found[1] if found else platform.machine()}; "
+        f"Python {platform.python_version()}, {versions}"
+    )
+
+
+def main() -> None:
+    """Measure, print the table, and fail where the bound is missed."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else "")
+    parser.add_argument("--model", help="as of camserve serve; random weights where none are given")
+    parser.add_argument("--seconds", type=float, default=20.0, help="length of the load")
+    parser.add_argument("--clients", type=int, default=16)
+    options = parser.parse_args()
+    model = options.model or ("builtin" if BUILTIN.exists() else "torchvision/resnet50")
+    arguments = ["--model", model]
+    if model.startswith("torchvision/") and "@" not in model:
+        arguments.append("--allow-random-weights")
+    spawn = multiprocessing.get_context("spawn")
+    stop, answered = spawn.Event(), spawn.Queue()
+    with serving(arguments) as port:
+        probe(port, 1)  # warm
+        idle, idle_late = probe(port, min(options.seconds, 5))
+        load = spawn.Process(target=explain_until, args=(port, options.clients, stop, answered))
+        load.start()
+        probe(port, 4)  # until the clients are up
+        busy, busy_late = probe(port, options.seconds)
+        stop.set()
+        seconds, failures = answered.get(timeout=120)
+        load.join()
+    print(f"{model}, {options.clients} clients, {options.seconds:g} s; {machine()}\n")
+    print("| milliseconds | p50 | p90 | p99 | max | n |\n|---|---|---|---|---|---|")
+    print(line("/health/live, idle", idle))
+    print(line("/health/live, under load", busy))
+    print(line("the probe's own lateness, idle", idle_late))
+    print(line("the probe's own lateness, under load", busy_late))
+    print(line("/explain, heatmap and overlay", [each * 1000 for each in seconds]))
+    print(f"\n/explain: {options.clients * len(seconds) / sum(seconds):.1f} requests a second")
+    if failures:
+        sys.exit(f"{len(failures)} explanations failed: {sorted(set(failures))}")
+    p99 = sorted(busy)[math.ceil(0.99 * len(busy)) - 1]
+    if p99 > BOUND_MS:
+        sys.exit(f"/health/live took {p99:.1f} ms at p99 under load; {BOUND_MS:g} are allowed")
+
+
+if __name__ == "__main__":
+    main()

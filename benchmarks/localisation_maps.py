@@ -1,0 +1,136 @@
+"""The maps of `localisation.py`: ours, pytorch-grad-cam's, and two that look at no picture."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pytorch_grad_cam import (
+    AblationCAM,
+    EigenCAM,
+    GradCAM,
+    GradCAMPlusPlus,
+    HiResCAM,
+    LayerCAM,
+    ScoreCAM,
+    XGradCAM,
+)
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+from torch import Tensor
+
+from service.cam.heatmap import resample
+from service.errors import CamserveError
+from service.images import Geometry
+from service.inference import normalise
+from service.models.loaded import LoadedModel
+from service.models.pool import Replica
+from service.questions import LAYER_METHODS, Question
+from service.stepwise import Unfinished, run
+
+Map = NDArray[np.float32]
+
+PEERS: Mapping[str, Callable[..., Any]] = {
+    "gradcam": GradCAM,
+    "gradcampp": GradCAMPlusPlus,
+    "hirescam": HiResCAM,
+    "layercam": LayerCAM,
+    "xgradcam": XGradCAM,
+    "eigencam": EigenCAM,
+    "ablationcam": AblationCAM,
+    "scorecam": ScoreCAM,
+}
+
+FAST = (
+    *("gradcam", "gradcampp", "hirescam", "layercam", "xgradcam", "eigencam", "cam"),
+    *("ablationcam", "input_gradient", "guided_backprop", "guided_gradcam"),
+)
+SLOW = ("scorecam", "integrated_gradients", "occlusion", "rise")
+"""What costs a hundred forward passes or more; asked about fewer pictures."""
+
+
+def ours(
+    replica: Replica, pixels: Tensor, method: str, targets: Sequence[int]
+) -> list[Map] | CamserveError:
+    """The service's maps (h, w) at the size of the picture, as drawn: not negative.
+
+    Computed by `service.stepwise.run`, on whatever size `pixels` has. The error where the service
+    refuses the method for this model.
+    """
+    layer = replica.model.target_layer
+    assert layer is not None
+    layers = (layer,) if method in LAYER_METHODS else ()
+    (answer,) = run(
+        replica, [Question(pixels, targets=tuple(targets), method=method, layers=layers)]
+    )
+    while isinstance(answer, Unfinished):
+        finished = answer.step(replica)
+        answer = answer if finished is None else finished
+    if isinstance(answer, CamserveError):
+        return answer
+    size = (int(pixels.shape[1]), int(pixels.shape[2]))
+    return [enlarged(np.abs(each.grid), size) for each in answer.explanations]
+
+
+def enlarged(cam: Map, size: tuple[int, int]) -> Map:
+    """A map laid over a picture of (h, w), by the service's own interpolation."""
+    height, width = size
+    window = (0.0, 0.0, float(width), float(height))
+    return resample(
+        cam, Geometry((width, height), (width, height), window), (width, height), window
+    )
+
+
+class Peer:
+    """pytorch-grad-cam on its own copy of a model, at the layer where ours explains.
+
+    The copy differs in one thing: the last parameter of the layer wants a gradient, so that there
+    is a graph from the layer on, and its backward pass does not go through the whole model.
+    """
+
+    def __init__(self, model: LoadedModel) -> None:
+        assert model.target_layer is not None
+        self._model = model
+        self._net = copy.deepcopy(model.module)
+        self._layer = self._net.get_submodule(model.target_layer)
+        list(self._layer.parameters())[-1].requires_grad_()
+
+    def maps(self, pixels: Tensor, method: str, target: int) -> tuple[Map, Map]:
+        """Its raw map, enlarged as ours is, and the picture that it hands out.
+
+        The raw map is what `get_cam_image` returns, after the ReLU that it applies next. What it
+        hands out has gone through its `scale_cam_image` twice: the least value subtracted, divided
+        by the greatest plus 1e-7, enlarged by OpenCV.
+        """
+        kept: list[NDArray[np.float32]] = []
+        with PEERS[method](model=self._net, target_layers=[self._layer]) as cam:
+            plain = cam.get_cam_image
+
+            def keep(*arguments: Any) -> NDArray[np.float32]:
+                kept.append(plain(*arguments))
+                return kept[-1]
+
+            cam.get_cam_image = keep
+            batch = normalise(pixels[None], self._model)
+            (delivered,) = cam(batch, [ClassifierOutputTarget(target)])
+        raw = np.maximum(kept[0][0], 0)
+        return enlarged(raw, (int(pixels.shape[1]), int(pixels.shape[2]))), delivered
+
+
+def trivial(size: tuple[int, int], seed: int) -> dict[str, Map]:
+    """Maps that know nothing: a Gaussian in the centre (σ a quarter of each side), and noise.
+
+    The noise is seeded, uniform on 7×7 cells, enlarged as a map of a layer is.
+    """
+    rows, columns = (
+        np.exp(-0.5 * (((np.arange(length) + 0.5) / length - 0.5) / 0.25) ** 2) for length in size
+    )
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(7, 7, generator=generator).numpy()
+    return {
+        "centre": np.outer(rows, columns).astype(np.float32),
+        "random": enlarged(noise, size),
+    }

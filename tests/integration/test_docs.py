@@ -1,0 +1,31 @@
+"""The page of all routes, from this server alone, also behind a proxy's prefix."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from fastapi.testclient import TestClient
+
+from service.app import create_app
+from service.settings import Settings
+
+
+@pytest.mark.parametrize("prefix", ["", "/vision/cam"])
+@pytest.mark.parametrize("stripped", [True, False])
+def test_docs_ask_no_other_host_and_work_behind_a_prefix(prefix: str, stripped: bool) -> None:
+    """Whether the proxy takes the prefix away or hands it on."""
+    app = create_app(Settings(models=("tiny:small",), workers=1, root_path=prefix))
+    sent = "" if stripped else prefix
+    with TestClient(app) as client:
+        assert client.get(f"{sent}/", follow_redirects=False).headers["location"] == f"{prefix}/docs"
+        page = client.get(f"{sent}/docs").text
+        links = re.findall(r"(?:src|href)=\"([^\"]+)\"|url: '([^']+)'", page)
+        paths = [first or second for first, second in links]
+        assert len(paths) >= 4
+        for path in paths:
+            assert path.startswith(f"{prefix}/"), path
+            assert client.get(sent + path.removeprefix(prefix)).status_code == 200
+        document = client.get(f"{sent}/openapi.json").json()
+        assert "/explain" in document["paths"]
+        assert client.post(f"{sent}/explain").json()["code"] == "empty_body"

@@ -1,0 +1,112 @@
+"""Admission: places are counted before any work, and always given back."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from service.admission import Admission
+from service.errors import QueueFull, ShuttingDown
+
+
+def admission(images: int = 3, size: int = 1000) -> Admission:
+    return Admission(max_images=images, max_bytes=size)
+
+
+def test_as_many_are_admitted_as_there_are_places() -> None:
+    places = admission()
+    permits = [places.admit() for _ in range(3)]
+    with pytest.raises(QueueFull, match=r"3 images .* Retry-After") as refused:
+        places.admit()
+    assert refused.value.retry_after >= 1
+    permits[0].release()
+    assert places.admit()
+
+
+def test_a_permit_is_given_back_at_the_end_of_its_with() -> None:
+    places = admission()
+    with places.admit(500):
+        assert places.images == 1
+    assert places.images == 0
+    with pytest.raises(RuntimeError, match="planted"), places.admit(500) as permit:
+        permit.grow(2)
+        raise RuntimeError("planted")
+    assert places.images == 0
+    with places.admit(1000), pytest.raises(QueueFull):
+        places.admit(1)
+
+
+def test_giving_back_twice_gives_back_once() -> None:
+    places = admission()
+    other, permit = places.admit(), places.admit()
+    permit.release()
+    permit.release()
+    assert places.images == 1
+    other.release()
+    assert places.images == 0
+
+
+def test_bytes_are_bounded_too() -> None:
+    places = admission(images=100)
+    with places.admit(600):
+        with pytest.raises(QueueFull):
+            places.admit(401)
+        assert places.images == 1
+        with places.admit(400):
+            assert places.images == 2
+
+
+def test_a_permit_grows_while_there_is_room_and_keeps_what_it_has_when_there_is_none() -> None:
+    places = admission()
+    with places.admit() as permit, places.admit() as other:
+        permit.grow(1)
+        with pytest.raises(QueueFull):
+            other.grow(1)
+        assert places.images == 3
+    assert places.images == 0
+
+
+def test_what_is_larger_than_everything_is_let_in_alone() -> None:
+    """Otherwise it could never be served."""
+    places = admission(images=2, size=100)
+    with places.admit(5000) as permit:
+        permit.grow(30)
+        assert places.images == 31
+        with pytest.raises(QueueFull):
+            places.admit()
+    with places.admit(), pytest.raises(QueueFull):
+        places.admit(5000)
+
+
+def test_a_closed_admission_takes_nothing_new_and_lets_what_it_has_grow() -> None:
+    places = admission()
+    with places.admit() as permit:
+        places.close()
+        assert not places.is_open
+        with pytest.raises(ShuttingDown) as refused:
+            places.admit()
+        assert refused.value.retry_after >= 1
+        permit.grow(1)
+        assert places.images == 2
+    assert places.images == 0
+
+
+def test_nothing_is_lost_between_threads() -> None:
+    places = admission(images=4)
+
+    def come_and_go(_: int) -> int:
+        refused = 0
+        for _turn in range(200):
+            try:
+                with places.admit(1) as permit:
+                    permit.grow(1, 1)
+            except QueueFull:
+                refused += 1
+        return refused
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(come_and_go, range(8)))
+    assert places.images == 0
+    with places.admit(1000):
+        pass
