@@ -14,6 +14,7 @@ class InputSize(BaseModel):
     mean: list[float]
     std: list[float]
     interpolation: str
+    channels: int = Field(3, description="3: RGB; 1: grey; any other number: that of TIFF pages.")
 
 
 class Lane(BaseModel):
@@ -72,3 +73,4 @@ class Health(BaseModel):
     """A probe's answer."""
 
     status: str
+    reasons: dict[str, str] = Field({}, description="Why a model is not, or not newly, served.")

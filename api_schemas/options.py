@@ -181,6 +181,8 @@ class ExplainOptions(CommonOptions):
             found: Any = json.loads(self.mask)
         except ValueError as error:
             raise ValueError(f"`mask` is not JSON: {error}") from error
+        if not isinstance(found, dict):
+            raise ValueError('`mask` is an object, such as {"boxes": [[x, y, w, h]]}')
         return Mask.model_validate(found)
 
 

@@ -57,15 +57,17 @@ def photograph(seed: int, width: int = 640, height: int = 480) -> bytes:
 
 
 @contextmanager
-def serving(arguments: list[str]) -> Iterator[int]:
-    """`camserve serve` as a process of its own; its port."""
+def serving(arguments: list[str]) -> Iterator[tuple[int, int]]:
+    """`camserve serve` as a process of its own; its port and its process id."""
     command = [sys.executable, "-m", "service", "serve", "--port", "0", *arguments]
     with (
         tempfile.TemporaryFile("w+") as log,
-        subprocess.Popen(command, cwd=ROOT, stderr=log, stdout=subprocess.DEVNULL) as process,
+        subprocess.Popen(  # noqa: S603 - our own command
+            command, cwd=ROOT, stderr=log, stdout=subprocess.DEVNULL
+        ) as process,
     ):
         try:
-            yield _port(process, log.fileno())
+            yield _port(process, log.fileno()), process.pid
         finally:
             process.terminate()
 
@@ -133,6 +135,18 @@ def probe(port: int, seconds: float) -> tuple[list[float], list[float]]:
     return took, late
 
 
+def cpu_seconds(*pids: int) -> tuple[float, float]:
+    """CPU time since the start: of these processes, and of everything on this machine (Linux)."""
+    own = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
+        own += int(fields[11]) + int(fields[12])
+    with Path("/proc/stat").open(encoding="utf-8") as file:
+        ticks = [int(field) for field in file.readline().split()[1:9]]
+    per_second = os.sysconf("SC_CLK_TCK")
+    return own / per_second, (sum(ticks) - ticks[3] - ticks[4]) / per_second
+
+
 def line(name: str, values: list[float]) -> str:
     """One row of the table: p50, p90, p99, maximum and the count."""
     ranked = sorted(values)
@@ -165,13 +179,15 @@ def main() -> None:
         arguments.append("--allow-random-weights")
     spawn = multiprocessing.get_context("spawn")
     stop, answered = spawn.Event(), spawn.Queue()
-    with serving(arguments) as port:
+    with serving(arguments) as (port, pid):
         probe(port, 1)  # warm
         idle, idle_late = probe(port, min(options.seconds, 5))
         load = spawn.Process(target=explain_until, args=(port, options.clients, stop, answered))
         load.start()
         probe(port, 4)  # until the clients are up
+        before = cpu_seconds(pid, load.pid or 0, os.getpid())
         busy, busy_late = probe(port, options.seconds)
+        after = cpu_seconds(pid, load.pid or 0, os.getpid())
         stop.set()
         seconds, failures = answered.get(timeout=120)
         load.join()
@@ -183,6 +199,10 @@ def main() -> None:
     print(line("the probe's own lateness, under load", busy_late))
     print(line("/explain, heatmap and overlay", [each * 1000 for each in seconds]))
     print(f"\n/explain: {options.clients * len(seconds) / sum(seconds):.1f} requests a second")
+    ours, all_of_it = (
+        (end - start) / options.seconds for start, end in zip(before, after, strict=True)
+    )
+    print(f"cores in use under load: {ours:.2f} by this, {all_of_it - ours:.2f} by others")
     if failures:
         sys.exit(f"{len(failures)} explanations failed: {sorted(set(failures))}")
     p99 = sorted(busy)[math.ceil(0.99 * len(busy)) - 1]

@@ -15,16 +15,28 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # pytorch-grad-cam reports its progress
 
 import torch
 from localisation_cases import Grid, View, grids, photos, quarter, views
-from localisation_maps import FAST, PEERS, SLOW, Map, Peer, ours, trivial
+from localisation_maps import (
+    CAMS,
+    FAST,
+    NO_EPSILON,
+    PEERS,
+    SLOW,
+    TO_THE_INPUT,
+    Map,
+    Peer,
+    ours,
+    trivial,
+)
 from localisation_measures import Curves, Table, energy, pointed
 from torch import Tensor
 
@@ -62,55 +74,59 @@ class Bench:
     refused: dict[str, str] = field(default_factory=dict)
 
     def maps(
-        self, pixels: Tensor, targets: Sequence[int], *, slow: bool
+        self, pixels: Tensor, targets: Sequence[int], methods: Sequence[str]
     ) -> Iterator[tuple[str, str, list[Map]]]:
-        """(method, side, a map of each target): trivial ones, ours, the peer's raw and handed out.
-
-        Slow methods explain the first target alone.
-        """
-        size = (int(pixels.shape[1]), int(pixels.shape[2]))
-        for name, cam in trivial(size, int(pixels.sum())).items():
-            yield name, "ours", [cam] * len(targets)
-        for method in self.options.methods:
-            if method in SLOW and not slow:
-                continue
-            asked = targets[:1] if method in SLOW else targets
-            found = ours(self.replica, pixels, method, asked)
+        """(row, side, a map of each target): ours, the peer's raw and handed out."""
+        for method in methods:
+            found = ours(self.replica, pixels, method, targets)
             if isinstance(found, CamserveError):
                 self.refused[method] = str(found)
                 continue
             yield method, "ours", found
+            if method == "gradcampp":
+                yield NO_EPSILON, "ours", found
             if method in PEERS:
-                pairs = [self.peer.maps(pixels, method, target) for target in asked]
-                yield method, "peer", [raw for raw, _ in pairs]
-                yield method, "delivered", [delivered for _, delivered in pairs]
+                each = [self.peer.maps(pixels, method, target) for target in targets]
+                for row, side in each[0]:
+                    yield row, side, [maps[row, side] for maps in each]
 
-    def look_at_grid(self, number: int, grid: Grid) -> None:
-        """Energy in the right quarter for each of the four targets."""
-        slow = number < self.options.slow_grids
-        for method, side, maps in self.maps(grid.pixels, grid.targets, slow=slow):
+    def look_at_grid(self, number: int, grid: Grid, methods: Sequence[str], targets: int) -> None:
+        """Energy in the right quarter for the first targets."""
+        asked = grid.targets[:targets]
+        noted = chain(_trivial(grid.pixels, len(asked)), self.maps(grid.pixels, asked, methods))
+        for method, side, maps in noted:
             for index, cam in enumerate(maps):
                 value = energy(cam, quarter(index, (cam.shape[0], cam.shape[1])))
                 self.tables.grid.add(method, side, (f"grid {number}", index), value)
 
-    def look_at_view(self, number: int, view: View) -> None:
-        """Pointing, energy in the mask, and for the first ones insertion and deletion."""
-        curves = None
-        if number < self.options.curves:
-            curves = Curves(self.replica, view.pixels, view.target, self.options.seed)
+    def look_at_view(self, number: int, view: View, methods: Sequence[str]) -> None:
+        """Pointing, and energy in the mask."""
         case = (view.photo, number)
-        for method, side, (cam,) in self.maps(
-            view.pixels, [view.target], slow=number < self.options.slow
-        ):
+        for method, side, (cam,) in self.noted(view, methods):
             if view.boxes and side != "delivered":
                 self.tables.pointing.add(method, side, case, pointed(cam, view.boxes))
             if view.mask is not None:
                 ratio = energy(cam, view.mask) / float(view.mask.mean())
                 self.tables.mask.add(method, side, case, ratio)
-            if curves is not None and side != "delivered":
+
+    def draw_curves(self, number: int, view: View, methods: Sequence[str]) -> None:
+        """Insertion and deletion."""
+        curves = Curves(self.replica, view.pixels, view.target, self.options.seed)
+        for method, side, (cam,) in self.noted(view, methods):
+            if side != "delivered":
                 inserted, deleted = curves.areas(cam)
-                self.tables.insertion.add(method, side, case, inserted)
-                self.tables.deletion.add(method, side, case, deleted)
+                self.tables.insertion.add(method, side, (view.photo, number), inserted)
+                self.tables.deletion.add(method, side, (view.photo, number), deleted)
+
+    def noted(self, view: View, methods: Sequence[str]) -> Iterator[tuple[str, str, list[Map]]]:
+        """The trivial maps of a view, then those of the methods."""
+        return chain(_trivial(view.pixels, 1), self.maps(view.pixels, [view.target], methods))
+
+
+def _trivial(pixels: Tensor, targets: int) -> Iterator[tuple[str, str, list[Map]]]:
+    size = (int(pixels.shape[1]), int(pixels.shape[2]))
+    for name, cam in trivial(size, int(pixels.sum())).items():
+        yield name, "ours", [cam] * targets
 
 
 def main() -> int:
@@ -134,16 +150,12 @@ def main() -> int:
 def _measure(bench: Bench) -> None:
     options = bench.options
     start = time.monotonic()
-    with _progress("views"):
+    with _progress("views", 1, 1):
         whole, every = views(photos(options.data), bench.replica, options.seed)
     chosen = every[: options.limit]
-    for number, view in enumerate(chosen):
-        with _progress(f"view {number + 1} of {len(chosen)}"):
-            bench.look_at_view(number, view)
     made = grids(whole, options.grids, options.seed)
-    for number, grid in enumerate(made):
-        with _progress(f"grid {number + 1} of {len(made)}"):
-            bench.look_at_grid(number, grid)
+    with suppress(KeyboardInterrupt):
+        _look(bench, chosen, made)
     packages = ("torch", "torchvision", "grad-cam", "numpy")
     off_centre = [view for view in chosen if view.boxes]
     print(
@@ -156,13 +168,43 @@ def _measure(bench: Bench) -> None:
     )
 
 
+def _look(bench: Bench, chosen: Sequence[View], made: Sequence[Grid]) -> None:
+    """From the cheap to the dear, so that an interrupted run has something of every table."""
+    options = bench.options
+    cams, inputs, slow = (
+        [method for method in options.methods if method in group]
+        for group in (CAMS, TO_THE_INPUT, SLOW)
+    )
+    for number, view in enumerate(chosen):
+        with _progress("view", number + 1, len(chosen)):
+            bench.look_at_view(number, view, [*cams, *inputs])
+    for number, grid in enumerate(made):
+        with _progress("grid", number + 1, len(made)):
+            bench.look_at_grid(number, grid, cams, targets=4)
+            bench.look_at_grid(number, grid, inputs, targets=1)
+    for number, view in enumerate(chosen[: options.curves]):
+        with _progress("curves", number + 1, options.curves):
+            bench.draw_curves(number, view, [*cams, *inputs])
+    for number, view in enumerate(chosen[: options.slow] if slow else []):
+        with _progress("slow methods, view", number + 1, options.slow):
+            bench.look_at_view(number, view, slow)
+    for number, view in enumerate(chosen[: options.slow_curves] if slow else []):
+        with _progress("slow methods, curves", number + 1, options.slow_curves):
+            bench.draw_curves(number, view, slow)
+    for number, grid in enumerate(made[: options.slow_grids] if slow else []):
+        with _progress("slow methods, grid", number + 1, options.slow_grids):
+            bench.look_at_grid(number, grid, slow, targets=1)
+
+
 def _report(bench: Bench) -> bool:
-    methods = [*bench.options.methods, *TRIVIAL]
+    rows = [*bench.options.methods, *TRIVIAL]
+    if "gradcampp" in rows:
+        rows.insert(rows.index("gradcampp") + 1, NO_EPSILON)
     for method, reason in bench.refused.items():
         print(f"`{method}` is refused: {reason}\n")
     for table in bench.tables.all():
-        print("\n".join(table.lines(methods)), end="\n\n")
-    verdicts = [table.verdict(bench.options.methods) for table in bench.tables.all()]
+        print("\n".join(table.lines(rows)), end="\n\n")
+    verdicts = [table.verdict(rows) for table in bench.tables.all()]
     for _, sentence in verdicts:
         print(f"- {sentence}")
     print(flush=True)
@@ -170,10 +212,12 @@ def _report(bench: Bench) -> bool:
 
 
 @contextmanager
-def _progress(what: str) -> Iterator[None]:
+def _progress(what: str, number: int, count: int) -> Iterator[None]:
     start = time.monotonic()
     yield
-    print(f"{what}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+    print(
+        f"{what} {number} of {count}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True
+    )
 
 
 def _options() -> argparse.Namespace:
@@ -184,8 +228,9 @@ def _options() -> argparse.Namespace:
     add("--methods", nargs="+", choices=FAST + SLOW, default=[*FAST, *SLOW])
     add("--limit", type=int, help="views at most; all by default")
     add("--grids", type=int, default=24, help="2×2 grids, four cases each")
-    add("--curves", type=int, default=24, help="views with insertion and deletion")
+    add("--curves", type=int, default=12, help="views with insertion and deletion")
     add("--slow", type=int, default=4, help=f"views for {', '.join(SLOW)}")
+    add("--slow-curves", type=int, default=2, help="of those, with insertion and deletion")
     add("--slow-grids", type=int, default=1, help="grids for them, one case each")
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=1)

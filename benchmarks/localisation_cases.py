@@ -40,7 +40,7 @@ SIDES = (1.0, 0.85, 0.7, 0.55, 0.4)
 PLACES = 7
 """Positions that are tried along each axis."""
 
-WINDOWS_TRIED, WINDOWS_KEPT = 16, 3
+WINDOWS_TRIED, WINDOWS_KEPT = 8, 2
 """Windows of one photograph and kind that the model is asked about, and that are kept."""
 
 AREA = (0.04, 0.5)

@@ -20,7 +20,7 @@ from pytorch_grad_cam import (
     XGradCAM,
 )
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-from torch import Tensor
+from torch import Tensor, nn
 
 from service.cam.heatmap import resample
 from service.errors import CamserveError
@@ -44,12 +44,17 @@ PEERS: Mapping[str, Callable[..., Any]] = {
     "scorecam": ScoreCAM,
 }
 
-FAST = (
-    *("gradcam", "gradcampp", "hirescam", "layercam", "xgradcam", "eigencam", "cam"),
-    *("ablationcam", "input_gradient", "guided_backprop", "guided_gradcam"),
-)
-SLOW = ("scorecam", "integrated_gradients", "occlusion", "rise")
-"""What costs a hundred forward passes or more; asked about fewer pictures."""
+CAMS = ("gradcam", "gradcampp", "hirescam", "layercam", "xgradcam", "eigencam", "cam")
+TO_THE_INPUT = ("input_gradient", "guided_backprop", "guided_gradcam")
+FAST = (*CAMS, *TO_THE_INPUT)
+SLOW = ("ablationcam", "scorecam", "integrated_gradients", "occlusion", "rise")
+"""What runs the model, or its tail, a hundred times and more; asked about fewer pictures."""
+
+NO_EPSILON = "gradcampp, no ε"
+"""Grad-CAM++ beside the peer's with its epsilon made negligible."""
+
+SCALE = 1e6
+"""Gradients times this and activations divided by it leave the map of the paper as it is."""
 
 
 def ours(
@@ -84,26 +89,45 @@ def enlarged(cam: Map, size: tuple[int, int]) -> Map:
     )
 
 
-class Peer:
-    """pytorch-grad-cam on its own copy of a model, at the layer where ours explains.
+class _Remembering(nn.Module):
+    """A layer that gives its last output again for the same input, as the start of a graph.
 
-    The copy differs in one thing: the last parameter of the layer wants a gradient, so that there
-    is a graph from the layer on, and its backward pass does not go through the whole model.
+    Every class of the peer runs the whole model for itself. What is behind the layer, and the
+    gradient at it, are computed as ever; Score-CAM's masked pictures are other inputs.
     """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, values: Tensor) -> Tensor:
+        if self._last is None or not torch.equal(self._last[0], values):
+            with torch.no_grad():
+                self._last = values, self.layer(values)
+        return self._last[1].clone().requires_grad_()
+
+
+class Peer:
+    """pytorch-grad-cam on its own copy of a model, at the layer where ours explains."""
 
     def __init__(self, model: LoadedModel) -> None:
         assert model.target_layer is not None
         self._model = model
         self._net = copy.deepcopy(model.module)
-        self._layer = self._net.get_submodule(model.target_layer)
-        list(self._layer.parameters())[-1].requires_grad_()
+        self._layer = _Remembering(self._net.get_submodule(model.target_layer))
+        self._net.set_submodule(model.target_layer, self._layer)
 
-    def maps(self, pixels: Tensor, method: str, target: int) -> tuple[Map, Map]:
-        """Its raw map, enlarged as ours is, and the picture that it hands out.
+    def maps(self, pixels: Tensor, method: str, target: int) -> dict[tuple[str, str], Map]:
+        """By (row of the table, side): its raw map, enlarged as ours is, and what it hands out.
 
         The raw map is what `get_cam_image` returns, after the ReLU that it applies next. What it
         hands out has gone through its `scale_cam_image` twice: the least value subtracted, divided
         by the greatest plus 1e-7, enlarged by OpenCV.
+
+        Its Grad-CAM++ adds 1e-6 to a denominator of the size of the squared gradient, which at
+        these layers is 1e-10: the weights become g³ times a constant. The same code on gradients
+        scaled up and activations scaled down as much, where 1e-6 is nothing, is NO_EPSILON.
         """
         kept: list[NDArray[np.float32]] = []
         with PEERS[method](model=self._net, target_layers=[self._layer]) as cam:
@@ -111,19 +135,25 @@ class Peer:
 
             def keep(*arguments: Any) -> NDArray[np.float32]:
                 kept.append(plain(*arguments))
-                return kept[-1]
+                if method == "gradcampp":
+                    *before, activations, gradients, smooth = arguments
+                    kept.append(plain(*before, activations / SCALE, gradients * SCALE, smooth))
+                return kept[0]
 
             cam.get_cam_image = keep
             batch = normalise(pixels[None], self._model)
             (delivered,) = cam(batch, [ClassifierOutputTarget(target)])
-        raw = np.maximum(kept[0][0], 0)
-        return enlarged(raw, (int(pixels.shape[1]), int(pixels.shape[2]))), delivered
+        size = (int(pixels.shape[1]), int(pixels.shape[2]))
+        raw = [enlarged(np.maximum(each[0], 0), size) for each in kept]
+        found = {(method, "peer"): raw[0], (method, "delivered"): delivered}
+        return found if len(raw) == 1 else found | {(NO_EPSILON, "peer"): raw[1]}
 
 
 def trivial(size: tuple[int, int], seed: int) -> dict[str, Map]:
-    """Maps that know nothing: a Gaussian in the centre (σ a quarter of each side), and noise.
+    """Maps that know nothing: a Gaussian in the centre, and noise.
 
-    The noise is seeded, uniform on 7×7 cells, enlarged as a map of a layer is.
+    The deviation of the Gaussian is a quarter of each side. The noise is seeded, uniform on 7×7
+    cells, enlarged as a map of a layer is.
     """
     rows, columns = (
         np.exp(-0.5 * (((np.arange(length) + 0.5) / length - 0.5) / 0.25) ** 2) for length in size

@@ -30,6 +30,11 @@ SAME = 1e-5
 ROUNDING = 1e-4
 """A difference within this is none: float32 sums in another order."""
 
+COLUMNS = (
+    *("method", "cases (clusters)", "ours", "peer, raw", "ours − peer"),
+    *("peer as handed out", "ours − better trivial"),
+)
+
 RESAMPLES = 2000
 """Of the bootstrap, which draws whole clusters."""
 
@@ -117,9 +122,8 @@ class Table:
         lines = [
             f"**{self.title}** ({'higher' if self.sign > 0 else 'lower'} is better)",
             "",
-            "| method | cases (clusters) | ours | peer, raw | ours − peer | "
-            "peer as handed out | ours − better trivial |",
-            "|---|---|---|---|---|---|---|",
+            f"| {' | '.join(COLUMNS)} |",
+            "|" + "---|" * len(COLUMNS),
         ]
         for method in methods:
             mine = self.values.get((method, "ours"), {})

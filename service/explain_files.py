@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import orjson
+import pydantic
 from rich.console import Console
 from rich.progress import Progress
+from torch import Tensor
 
 from api_schemas.options import ExplainOptions
-from service.cam.heatmap import Style, render_heatmap
-from service.errors import CamserveError, ConfigurationError
-from service.images import Fit
+from service.cam.heatmap import render_heatmap
+from service.errors import CamserveError, ConfigurationError, InvalidOption
 from service.models.loaded import LoadedModel
 from service.questions import Answer, Question
 from service.routes import wire
+from service.routes.asking import question
+from service.routes.problems import describe
 from service.routes.state import Service
+from service.tensorboard import Board
 from service.upload import Upload, open_upload
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
-
-
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """What is asked of every file."""
-
-    targets: tuple[str, ...]
-    layers: tuple[str, ...]
-    fit: Fit
-    style: Style
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,23 +79,32 @@ def find_images(paths: Iterable[Path]) -> list[tuple[Path, Path]]:
     ]
 
 
-def explain_files(
-    service: Service, paths: Sequence[Path], out: Path, wish: Wish, console: Console
+def explain_options(**values: Any) -> ExplainOptions:
+    """The options of `/explain`. Raises InvalidOption with what is wrong in words."""
+    try:
+        return ExplainOptions(**values)
+    except pydantic.ValidationError as error:
+        raise InvalidOption(describe(error.errors(include_url=False))) from error
+
+
+def explain_files(  # noqa: PLR0917 - what, of what, where to, and who is told
+    service: Service,
+    paths: Sequence[Path],
+    out: Path,
+    options: ExplainOptions,
+    console: Console,
+    board: Board | None = None,
 ) -> Report:
     """Write NAME.overlay.jpeg, NAME.heatmap.png and NAME.json for each image.
 
-    A progress bar runs on `console` where there are several. Raises what `find_images` and the
-    names in `wish` raise; a file that fails is in the report.
+    On the board each overlay is NAME/CLASS, and each captured layer's maps NAME/LAYER. A progress
+    bar runs on `console` where there are several. Raises what `find_images` and `question` raise; a
+    file that fails is in the report.
     """
     images = find_images(paths)
     model = service.pool.model(None)
-    job = _Job(
-        service,
-        model,
-        wish,
-        targets=tuple(map(model.class_id, wish.targets)),
-        layers=model.target_layers(wish.layers),
-    )
+    ask = question(model, options, service.limits, images=1)
+    job = _Job(service, model, options, ask, board)
     ended: dict[Path, Explained | Failed] = {}
     service.scheduler.start()
     try:
@@ -109,7 +113,9 @@ def explain_files(
             Progress(console=console, disable=len(images) < 2) as progress,
         ):
             bar = progress.add_task("explaining", total=len(images))
-            futures = [waiters.submit(job.explain, path, out / name) for path, name in images]
+            futures = [
+                waiters.submit(job.explain, path, out / name, str(name)) for path, name in images
+            ]
             for future in as_completed(futures):
                 result = future.result()
                 ended[result.path] = result
@@ -132,11 +138,11 @@ class _Job:
 
     service: Service
     model: LoadedModel
-    wish: Wish
-    targets: tuple[int, ...]
-    layers: tuple[str, ...]
+    options: ExplainOptions
+    question: Callable[[Tensor], Question]
+    board: Board | None
 
-    def explain(self, path: Path, out: Path) -> Explained | Failed:
+    def explain(self, path: Path, out: Path, name: str) -> Explained | Failed:
         """Explain one file; waits in this thread while the scheduler's threads work."""
         scheduler, limits = self.service.scheduler, self.service.limits
         try:
@@ -144,23 +150,21 @@ class _Job:
                 open_upload,
                 path.read_bytes(),
                 self.model.preprocessing,
-                self.wish.fit,
+                self.options.fit,
                 max_pixels=limits.pixels,
                 photo_side=limits.render_side,
             ).result()
-            question = Question(
-                pixels=upload.model_input.pixels, targets=self.targets, layers=self.layers
-            )
-            answer = scheduler.submit(self.model.name, question).result().answer
-            return scheduler.call(self.write, path, upload, answer, out).result()
+            asked = self.question(upload.model_input.pixels)
+            answer = scheduler.submit(self.model, asked).result().answer
+            return scheduler.call(self.write, path, upload, answer, out, name).result()
         except CamserveError as error:
             return Failed(path, error.detail)
         except OSError as error:
             return Failed(path, f"{error.strerror or error}")
 
-    def write(self, path: Path, upload: Upload, answer: Answer, out: Path) -> Explained:
+    def write(self, path: Path, upload: Upload, answer: Answer, out: Path, name: str) -> Explained:
         """Write the files of one image; further classes carry their id in the name."""
-        side, style = self.service.limits.render_side, self.wish.style
+        side, style = self.service.limits.render_side, wire.style_of(self.options)
         out.parent.mkdir(parents=True, exist_ok=True)
         for place, explanation in enumerate(answer.explanations):
             tag = f".{explanation.class_id}" if place else ""
@@ -169,7 +173,14 @@ class _Job:
             geometry = upload.model_input.geometry
             heatmap = render_heatmap(explanation.grid, geometry, style, side)
             _beside(out, f"{tag}.heatmap.png").write_bytes(heatmap.data)
-        numbers = wire.result(self.model, upload, answer, ExplainOptions(include=["grid"]), side)
+            if self.board is not None:
+                self.board.add(f"{name}/{self.model.labels[explanation.class_id]}", drawn)
+        if self.board is not None:
+            for activation in answer.activations:
+                call = f".{activation.call}" if activation.call else ""
+                maps, _ = wire.picture_of(self.model, activation)
+                self.board.add(f"{name}/{activation.layer}{activation.part}{call}", maps)
+        numbers = wire.result(self.model, upload, answer, self.options, side)
         _beside(out, ".json").write_bytes(
             orjson.dumps(numbers.model_dump(exclude_unset=True), option=orjson.OPT_INDENT_2)
         )

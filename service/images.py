@@ -26,6 +26,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from service.errors import CorruptImage, EmptyImage, ImageError, ImageTooLarge, UnsupportedImage
+from service.modes import as_rgb
 
 Fit = Literal["crop", "squash", "pad"]
 Rect = tuple[float, float, float, float]
@@ -57,13 +58,19 @@ class Preprocessing:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
 
+    @property
+    def channels(self) -> int:
+        """3: RGB; 1: grey; other numbers: the pages of a TIFF (`service.channels`)."""
+        return len(self.mean)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Source:
     """One decoded upload.
 
-    `pixels` is uint8 (height, width, 3), RGB, upright; `format` is what the bytes are ("JPEG",
-    "PNG", ...); `sha256` is the hexadecimal digest of the uploaded bytes.
+    `pixels` is uint8 (height, width, 3), RGB, upright (`service.channels` makes other numbers of
+    channels); `format` is what the bytes are ("JPEG", "PNG", ...); `sha256` is the hexadecimal
+    digest of the uploaded bytes.
     """
 
     pixels: NDArray[np.uint8]
@@ -105,7 +112,7 @@ class Geometry:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModelInput:
-    """`pixels`: uint8 (3, height, width), contiguous, before normalisation; and its geometry."""
+    """`pixels`: uint8 (channels, height, width), contiguous, before normalisation; and its geometry."""
 
     pixels: Tensor
     geometry: Geometry
@@ -127,8 +134,8 @@ def decode(data: bytes, *, max_pixels: int) -> Source:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             name = "JPEG" if image.format == "MPO" else str(image.format)
-            _check_bounds(image, name, data, max_pixels)
-            pixels = np.array(_upright_rgb(image))
+            check_bounds(image, name, data, max_pixels)
+            pixels = np.array(upright_rgb(image))
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
@@ -140,7 +147,8 @@ def decode(data: bytes, *, max_pixels: int) -> Source:
     return Source(pixels, name, hashlib.sha256(data).hexdigest())
 
 
-def _check_bounds(image: Image.Image, name: str, data: bytes, max_pixels: int) -> None:
+def check_bounds(image: Image.Image, name: str, data: bytes, max_pixels: int) -> None:
+    """Refuse a picture that would take too long or too much memory; nothing is decoded yet."""
     width, height = image.size
     if width < 1 or height < 1:
         raise CorruptImage("The picture has no pixels; save it again and send the new file.")
@@ -169,40 +177,12 @@ def _unreadable(data: bytes) -> UnsupportedImage | CorruptImage:
     )
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Decode the present frame by the rules of `decode`."""
     image.load()
     with contextlib.suppress(Exception):  # Broken metadata do not make the pixels unreadable.
         ImageOps.exif_transpose(image, in_place=True)
-    return _rgb(image)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F" or image.mode.startswith("I"):
-        return Image.fromarray(_grey(image)).convert("RGB")
-    if image.mode == "La":
-        image = image.convert("LA")
-    transparent = image.info.get("transparency")
-    if image.mode == "RGB" and isinstance(transparent, tuple) and max(transparent) > 255:
-        # A 16-bit PNG: Pillow keeps the high bytes of the pixels, but both bytes of this colour.
-        image.info["transparency"] = tuple(value >> 8 for value in transparent)
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    paper = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(paper, image.convert("RGBA")).convert("RGB")
-
-
-def _grey(image: Image.Image) -> NDArray[np.uint8]:
-    values = np.asarray(image)
-    if image.mode == "F":
-        if not np.isfinite(values).all():
-            raise CorruptImage("The picture holds NaN or infinity; replace them and send it again.")
-        scaled = values.astype(np.float64) * (255.0 if values.max() <= 1.0 else 1.0)
-    else:
-        scaled = values.astype(np.float64) / 257.0
-    grey: NDArray[np.uint8] = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
-    if "transparency" in image.info:
-        grey[values == image.info["transparency"]] = 255
-    return grey
+    return as_rgb(image)
 
 
 def fit_to_model(source: Source, preprocessing: Preprocessing, fit: Fit = "crop") -> ModelInput:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from service.cam.hooks import Calls, Recording, calls_of, gradients, record
 from service.cam.layouts import Layout
-from service.cam.methods import GRADIENT_CAMS, fuse, scale, weighted
+from service.cam.methods import GRADIENT_CAMS, fuse, precise, scale, weighted
 from service.errors import CamserveError, InvalidOption, NonFiniteOutput
 from service.models.head import head_weights
 from service.models.loaded import LoadedModel
@@ -103,22 +103,22 @@ def forward(replica: Replica, questions: Sequence[Question]) -> list[Part | Cams
             input_targets=kinds["grad_input"],
         ) as seen,
     ):
-        logits = replica.module(pixels)
+        logits = replica.model.logits(replica.module(pixels))
         targets = [_targets(question, row) for question, row in zip(questions, logits, strict=True)]
         found = _differentiate(logits, questions, targets, seen, layers) if graph else {}
-    rows = logits.detach().float().cpu()
+    rows = logits.detach().cpu()
     done = _Pass(replica.model, questions, targets, seen, found)
     return [_part(done, image, rows[image]) for image in range(len(questions))]
 
 
 def normalise(pixels: Tensor, model: LoadedModel) -> Tensor:
-    """uint8 (B, C, h, w) → float32 on the model's device, as torchvision's presets do."""
+    """uint8 (B, C, h, w) → the model's dtype on its device, as torchvision's presets do."""
     device = next((p.device for p in model.module.parameters()), torch.device("cpu"))
     preprocessing = model.preprocessing
     batch = pixels.to(device).to(torch.float32).div_(255)
     mean = torch.tensor(preprocessing.mean, device=device)[:, None, None]
     std = torch.tensor(preprocessing.std, device=device)[:, None, None]
-    return batch.sub_(mean).div_(std)
+    return batch.sub_(mean).div_(std).to(model.dtype)
 
 
 def finish(part: Part, maps: Sequence[Tensor]) -> Answer:
@@ -226,18 +226,18 @@ def _cam(done: _Pass, image: int, place: int, own: Mapping[str, Tensor], logits:
     cams = []
     for path, values in own.items():
         layout = layout_of_layer(done.model, path)
-        activation = layout.as_map(values).float()
+        activation = precise(layout.as_map(values))
         if question.method == "cam":
             weights = head_weights(done.model, path, activation, logits)
             row = weights[done.targets[image][place]]
             if question.contrast is not None:
                 row = row - weights[question.contrast]
-            cams.append(weighted(activation, row[None])[0].cpu())
+            cams.append(weighted(activation, row[None].to(activation))[0].cpu())
             continue
         last = len(done.seen.targets[path]) - 1
         gradient = done.found["grad_output", path, last][place, image : image + 1]
         method = GRADIENT_CAMS.get(question.method or "", GRADIENT_CAMS["gradcam"])
-        cams.append(method(activation, layout.as_map(gradient).float())[0].cpu())
+        cams.append(method(activation, precise(layout.as_map(gradient)))[0].cpu())
     return fuse(cams)
 
 

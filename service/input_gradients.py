@@ -25,7 +25,7 @@ def integrated_gradients(part: Part) -> Steps:
 
     Sundararajan et al., "Axiomatic Attribution for Deep Networks", ICML 2017, equation 1.
     """
-    image = input_of(part)
+    image = input_of(part).float()
     points, weights = np.polynomial.legendre.leggauss(part.question.steps)
     alphas = torch.tensor((points + 1) / 2, dtype=image.dtype, device=image.device)
     shares = torch.tensor(weights / 2, dtype=image.dtype, device=image.device)
@@ -111,8 +111,8 @@ def _input_gradients(replica: Replica, part: Part, images: Tensor) -> list[Tenso
     One forward pass, and one walk back through its graph a target: through a whole model that is
     faster than all targets at once (`is_grads_batched`).
     """
-    images = images.detach().requires_grad_()
-    logits = replica.module(images.clone())
+    images = images.detach().float().requires_grad_()
+    logits = part.model.logits(replica.module(images.clone().to(part.model.dtype)))
     values = [part.value(logits, place).sum() for place in range(len(part.targets))]
     return [torch.autograd.grad(value, images, retain_graph=True)[0] for value in values]
 

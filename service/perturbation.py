@@ -155,7 +155,8 @@ def _in_chunks(
     for start in range(0, count, CHUNK):
         replica = yield
         with torch.no_grad():
-            rows.append(replica.module(images(slice(start, start + CHUNK))).float().cpu())
+            chunk = images(slice(start, start + CHUNK)).to(part.model.dtype)
+            rows.append(part.model.logits(replica.module(chunk)).cpu())
     return torch.cat(rows) if rows else torch.zeros(0, len(part.logits))
 
 
@@ -183,7 +184,7 @@ def _ablated(part: Part, path: str, values: Tensor, axis: int) -> Generator[None
         for row, channel in enumerate(chosen):
             ablated[row].select(axis - 1, channel).zero_()
         with torch.no_grad():
-            rows.append(behind[id(replica)][1](ablated).float().cpu())
+            rows.append(behind[id(replica)][1](ablated).cpu())
     return torch.cat(rows)
 
 
@@ -197,8 +198,7 @@ def _behind(replica: Replica, part: Part, path: str, values: Tensor) -> Callable
     def replaced(outputs: Tensor, images: Tensor) -> Tensor:
         calls = part.model.layer(path).calls
         with replacing(replica.module, path, outputs, call=calls - 1):
-            logits: Tensor = replica.module(images)
-        return logits
+            return part.model.logits(replica.module(images))
 
     def by_broadcast(outputs: Tensor) -> Tensor:
         return replaced(outputs, input_of(part))
@@ -208,7 +208,8 @@ def _behind(replica: Replica, part: Part, path: str, values: Tensor) -> Callable
 
     candidates: list[Callable[[Tensor], Tensor]] = [by_broadcast]
     with suppress(Uncuttable):
-        candidates.insert(0, tail(replica.module, path))
+        cut = tail(replica.module, path)
+        candidates.insert(0, lambda outputs: part.model.logits(cut(outputs)))
     twice = values.repeat(2, *[1] * (values.ndim - 1))
     for candidate in candidates:
         if _gives(candidate, twice, part.logits):
@@ -219,8 +220,8 @@ def _behind(replica: Replica, part: Part, path: str, values: Tensor) -> Callable
 def _gives(function: Callable[[Tensor], Tensor], outputs: Tensor, logits: Tensor) -> bool:
     try:
         with torch.no_grad():
-            made = function(outputs).float().cpu()
-    except RuntimeError:
+            made = function(outputs).cpu()
+    except (RuntimeError, TypeError):
         return False
     expected = logits.expand_as(made) if made.ndim == 2 else logits
     return made.shape == (2, *logits.shape) and torch.allclose(

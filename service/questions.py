@@ -22,6 +22,13 @@ CAM_METHODS = frozenset(
 LAYER_METHODS = CAM_METHODS | {"scorecam", "ablationcam", "guided_gradcam"}
 """Methods that have a target layer."""
 
+GRADIENT_METHODS = LAYER_METHODS | {
+    "guided_backprop",
+    "input_gradient",
+    "integrated_gradients",
+}
+"""Methods behind a pass that differentiates; at a layer all are, whether their map needs it."""
+
 STEPWISE_METHODS = frozenset(
     {"scorecam", "ablationcam", "integrated_gradients", "occlusion", "rise"}
 )
@@ -118,6 +125,20 @@ class Answer:
     predictions: tuple[Prediction, ...]
     explanations: tuple[Explanation, ...]
     activations: tuple[Activation, ...]
+
+
+def check_method(model: LoadedModel, method: str) -> None:
+    """Raise InvalidOption where the model, compiled or quantised, does not allow the method."""
+    needs_layers = method in LAYER_METHODS or method == "attention_rollout"
+    reason = model.no_layers if needs_layers else None
+    if reason is None and method in GRADIENT_METHODS:
+        reason = model.no_gradients
+    if reason is None:
+        return
+    raise InvalidOption(
+        f"Model {model.name!r} cannot be explained by `{method}`: {reason}. It predicts, and can "
+        "be explained by occlusion and rise."
+    )
 
 
 def cost(model: LoadedModel, question: Question) -> float:

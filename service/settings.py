@@ -29,6 +29,9 @@ class Settings(BaseSettings):
         description="Models to serve, each [NAME=]BUILDER[@WEIGHTS]; several are separated by "
         "commas in the environment. None: the built-in model.",
     )
+    config: Path | None = Field(
+        None, description="models.toml: models to serve with all that is known of each."
+    )
     weights: Path | None = Field(None, description="Weights file, where there is one model.")
     app_dir: Path | None = Field(
         None, description="Folder from which package.module:function builders are imported."
@@ -64,6 +67,15 @@ class Settings(BaseSettings):
         2000.0, gt=0, description="Forward passes that one explanation of one image may cost."
     )
     request_timeout: float = Field(60.0, gt=0, description="Seconds until a request gets 504.")
+    max_model_bytes: int = Field(
+        0,
+        ge=0,
+        description="Bytes of all loaded models; over it the one not asked for the longest is put "
+        "aside, and loaded again on demand. 0: no bound.",
+    )
+    admin_keys_file: Path | None = Field(
+        None, description="Keys that may load and unload models, a line each: name:sha256."
+    )
     root_path: str = Field("", description="Path prefix under which a proxy serves this.")
     log_format: Literal["text", "json"] = Field("text", description="Form of the log lines.")
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from service.cam.masking import Fill, boxes_mask, hide
 from service.cam.regions import rle_decode
+from service.channels import decode_channels, for_model, for_people
 from service.errors import InvalidOption
 from service.images import (
     Fit,
@@ -17,7 +18,6 @@ from service.images import (
     Preprocessing,
     Rect,
     Source,
-    decode,
     fit_to_model,
     preview,
 )
@@ -86,7 +86,7 @@ def open_upload(
 
     Raises the ImageErrors of `decode`, and InvalidOption where `hiding` does not fit the picture.
     """
-    source = decode(data, max_pixels=max_pixels)
+    source = decode_channels(data, preprocessing.channels, max_pixels=max_pixels)
     masked = None
     if hiding is not None:
         mask = hiding.mask((source.width, source.height))
@@ -103,6 +103,6 @@ def _opened(
         height=source.height,
         format=source.format,
         sha256=source.sha256,
-        model_input=fit_to_model(source, preprocessing, fit),
-        photo=None if photo_side is None else preview(source, photo_side),
+        model_input=fit_to_model(for_model(source, preprocessing.channels), preprocessing, fit),
+        photo=None if photo_side is None else preview(for_people(source), photo_side),
     )

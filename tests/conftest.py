@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from service import logs
 from service.models.pool import ModelPool
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
@@ -22,6 +23,12 @@ _pools: weakref.WeakSet[ModelPool] = weakref.WeakSet()
 def _one_thread_each() -> None:
     """Two cores are shared by workers that count on having one each."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _logs_as_served() -> None:
+    """Without it structlog prints the local variables of every traceback, which takes seconds."""
+    logs.configure()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -61,5 +68,7 @@ def _is_ours(thread: threading.Thread) -> bool:
 def shared_data() -> Path:
     """The folder of real weights and photographs, where there is one."""
     if not SHARED.is_dir():
-        pytest.skip("the folder shared/data with weights and photographs is not beside this checkout")
+        pytest.skip(
+            "the folder shared/data with weights and photographs is not beside this checkout"
+        )
     return SHARED

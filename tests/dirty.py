@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-
 from tiny import SmallNet
+from torch import Tensor, nn
 
 
 class Soiling(SmallNet):

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from tiny import SmallNet
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
-
-from tiny import SmallNet
 
 CIFAR = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR_MEAN = (0.4948052, 0.48568845, 0.44682974)
@@ -149,20 +148,21 @@ def cue_net() -> nn.Module:
 
 
 def resnet() -> nn.Module:
-    """torchvision's ResNet with one block a stage."""
+    """Torchvision's ResNet with one block a stage."""
     return seeded(lambda: ResNet(BasicBlock, [1, 1, 1, 1], num_classes=4))
 
 
 class Loud(SmallNet):
-    """Shows layers whose values are beyond float16, infinite, tables, stacks and one number."""
+    """Shows layers whose values are beyond float16, infinite, many, tables, stacks and one number."""
 
     def __init__(self) -> None:
         super().__init__(classes=5)
         self.loud, self.endless, self.windows = nn.Identity(), nn.Identity(), nn.Identity()
-        self.table, self.number = nn.Identity(), nn.Identity()
+        self.table, self.number, self.many = nn.Identity(), nn.Identity(), nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.features(x)
+        self.many(x.repeat(1, 30, 1, 1))
         self.loud(features * 1e6)
         self.endless(torch.full_like(x[:, :, :2, :2], torch.inf))
         self.windows(x[:, :, :8, :8].reshape(len(x), 3, 2, 4, 8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -115,14 +116,14 @@ class Double(nn.Module):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.net = replicate(module).double()
+        self.net = copy.deepcopy(module).double()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x.double())
 
 
 def in_double(model: LoadedModel) -> LoadedModel:
-    """The float64 twin of a model. Its parameters are its own: `double` copies them."""
+    """The float64 twin of a model, with parameters of its own."""
     module = Double(model.module).eval().requires_grad_(requires_grad=False)
     layers = tuple(replace(layer, path=f"net.{layer.path}") for layer in model.layers)
     return replace(model, module=module, layers=layers, target_layer=f"net.{model.target_layer}")

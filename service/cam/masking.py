@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import cv2
@@ -27,7 +27,7 @@ BLUR_SIDE = 128
 def hide(
     pixels: NDArray[np.uint8], mask: NDArray[np.bool_], fill: Fill = "mean"
 ) -> NDArray[np.uint8]:
-    """A copy of a picture, uint8 (h, w, 3), with the pixels of `mask`, bool (h, w), replaced.
+    """A copy of a picture, uint8 (h, w, c), with the pixels of `mask`, bool (h, w), replaced.
 
     `mean`: by the mean colour of the whole picture; `blur`: by the picture with a strong Gaussian
     blur, which keeps its colours in their places; `grey`: by 128. Raises ValueError where picture
@@ -36,7 +36,7 @@ def hide(
     if pixels.shape[:2] != mask.shape:
         raise ValueError(f"a mask of {mask.shape} does not lie on a picture of {pixels.shape}")
     if fill == "mean":
-        filling = np.full_like(pixels, np.rint(cv2.mean(pixels)[:3]))
+        filling = np.full_like(pixels, np.rint(_mean(pixels)))
     elif fill == "blur":
         filling = _blurred(pixels)
     elif fill == "grey":
@@ -68,6 +68,13 @@ def _covered(start: float, extent: float, length: int) -> slice:
         math.ceil(min(max(edge - 0.5, 0.0), float(length))) for edge in (start, start + extent)
     )
     return slice(first, end)
+
+
+def _mean(pixels: NDArray[np.uint8]) -> Sequence[float]:
+    """The mean of each channel; OpenCV's, three times as fast, knows up to four."""
+    if pixels.shape[2] > 4:
+        return [float(mean) for mean in pixels.mean(axis=(0, 1))]
+    return cv2.mean(pixels)[: pixels.shape[2]]
 
 
 def _blurred(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -95,6 +95,11 @@ def eigencam(activation: Tensor, gradient: Tensor) -> Tensor:  # noqa: ARG001
     return torch.where(agreement < 0, -component, component).relu_()
 
 
+def precise(values: Tensor) -> Tensor:
+    """Float32 at least: sums over a half-precision model's map overflow; float64 stays."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def weighted(activation: Tensor, weights: Tensor) -> Tensor:
     """`ReLU(Σ_c w_c · A_c)` with weights (N, C)."""
     return torch.einsum("nc,nchw->nhw", weights, activation).relu_()

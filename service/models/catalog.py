@@ -3,29 +3,85 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Literal
 
 from service.errors import ConfigurationError
 
 BUILTIN = "builtin"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+ENTRY = re.compile(r"[A-Z][A-Z0-9_]*")
+"""What torchvision calls its weights, such as IMAGENET1K_V1."""
+
+Output = Literal["softmax", "sigmoid", "none"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+Interpolation = Literal["bilinear", "bicubic", "nearest"]
+Select = int | str | None
+"""Which element of a tuple (by place) or of a dict or dataclass (by key) holds the logits."""
+
+TARGET_LAYERS: Mapping[str, str] = {
+    # Behind their last convolution come poolings, or a convolution that is the classifier.
+    "alexnet": "features.-2",
+    "squeezenet": "features.-1",
+    "vgg": "features.-2",
+}
+"""Where the rule of `probe` would be ambiguous: the layer by family (the builder's name up to where
+sizes begin). A negative number counts the children from the last."""
+
+
+@dataclass(frozen=True, slots=True)
+class InputSpec:
+    """What is said about a model's input; None leaves it to the weights file, then the builder.
+
+    size:     (height, width) of the model input. resize: the shorter side before the crop.
+    mean, std: one number a channel, or a single one for all of them.
+    channels: 3 is RGB, 1 grey; any other number is that of a TIFF's pages.
+    """
+
+    size: tuple[int, int] | None = None
+    resize: int | None = None
+    interpolation: Interpolation | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    channels: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """One model to serve.
+    """One model to serve. What is None is left to the weights file, then to the builder.
 
-    name:    what requests call it.
-    builder: `builtin`, `torchvision/<name>`, or `package.module:function` that returns a module.
-    weights: a safetensors file or a state dict; None takes what the builder brings (torchvision:
-             its default weights, from its cache or the network).
+    name:      what requests call it.
+    builder:   `builtin`, `torchvision/<name>`, `timm/<name>`, or `package.module:function` that
+               returns a module; it is called with `arguments`.
+    weights:   a safetensors file, a state dict, or the name of a torchvision weights entry; None
+               takes what the builder brings (torchvision: its default weights, from its cache or
+               the network).
+    sha256:    what the weights file must have.
+    labels:    one a class.
+    output:    how scores come from logits. select: where the logits are in what the model returns.
+    source:    where this was said, such as `models.toml: model[1]`; for errors.
     """
 
     name: str
     builder: str
     weights: Path | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    sha256: str | None = None
+    labels: tuple[str, ...] | None = None
+    input: InputSpec = InputSpec()
+    output: Output | None = None
+    select: Select = None
+    target_layer: str | None = None
+    device: str | None = None
+    dtype: Dtype | None = None
+    source: str | None = None
+
+    def at(self, key: str) -> str:
+        """How an error about one of the keys begins."""
+        model = f"model {self.name!r}"
+        return f"{self.source}.{key}: {model}" if self.source else model
 
 
 def parse_model(argument: str) -> ModelSpec:
@@ -40,7 +96,7 @@ def parse_model(argument: str) -> ModelSpec:
         name, rest = "", argument
     builder, at, weights = rest.partition("@")
     name = name or re.split(r"[/:]", builder)[-1]
-    if not builder or not _NAME.fullmatch(name) or (at and not weights):
+    if not builder or not NAME.fullmatch(name) or (at and not weights):
         raise ConfigurationError(
             f"--model {argument!r} is not [NAME=]BUILDER[@WEIGHTS], for instance "
             "torchvision/resnet50 or cats=torchvision/resnet18@cats.safetensors; a name is made "
@@ -57,17 +113,25 @@ def parse_models(arguments: Sequence[str], weights: Path | None = None) -> tuple
     Raises ConfigurationError for a name given twice or `weights` beside several models.
     """
     specs = [parse_model(argument) for argument in arguments or (BUILTIN,)]
-    names = [spec.name for spec in specs]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigurationError(
-                f"two models are called {name!r}; give one another name: --model NAME=BUILDER."
-            )
+    check_names(specs)
     if weights is not None:
         if len(specs) != 1 or specs[0].weights is not None:
             raise ConfigurationError(
                 "--weights needs exactly one --model without '@'; with several models write "
                 "--model BUILDER@WEIGHTS for each."
             )
-        specs = [ModelSpec(specs[0].name, specs[0].builder, weights)]
+        specs = [replace(specs[0], weights=weights)]
     return tuple(specs)
+
+
+def check_names(specs: Iterable[ModelSpec]) -> None:
+    """Raise ConfigurationError where two models have one name, with where each was named."""
+    seen: dict[str, ModelSpec] = {}
+    for spec in specs:
+        other = seen.setdefault(spec.name, spec)
+        if other is not spec:
+            where = " and ".join(each.source or "--model" for each in (other, spec))
+            raise ConfigurationError(
+                f"two models are called {spec.name!r} ({where}); give one another name: "
+                "--model NAME=BUILDER, or `name` in the file."
+            )

@@ -8,16 +8,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 
 from service.errors import InvalidOption, UnknownClass, UnknownLayer, nearest
 from service.images import Preprocessing
-from service.models.catalog import ModelSpec
+from service.models.catalog import ModelSpec, Output, Select
+from service.models.output import logits_in
 from service.models.probe import Layer
-
-Output = Literal["softmax", "sigmoid", "none"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,8 @@ class LoadedModel:
     target_layer: where to explain when the request names no layer; None where no layer of the
                   model gives a feature map behind which no tokens follow.
     version:      the first 12 digits of the weights' sha256.
-    output:       how scores come from logits.
+    output:       how scores come from logits. select: where these are in what the module returns.
+    no_layers, no_gradients: why methods that need them are refused; None where they work.
     """
 
     spec: ModelSpec
@@ -42,6 +44,9 @@ class LoadedModel:
     version: str
     random_weights: bool = False
     output: Output = "softmax"
+    select: Select = None
+    no_layers: str | None = None
+    no_gradients: str | None = None
 
     @property
     def name(self) -> str:
@@ -50,6 +55,17 @@ class LoadedModel:
     def replicate(self) -> nn.Module:
         """A copy of the master that shares its parameters and owns its hooks and buffers."""
         return replicate(self.module)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the module wants its input in: that of its first parameter with a fraction."""
+        return next(
+            (p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32
+        )
+
+    def logits(self, output: Any) -> Tensor:
+        """The logits (batch, classes), float32, in what the module returned."""
+        return logits_in(output, self.select)
 
     def scores(self, logits: Tensor) -> Tensor:
         """Scores of logits (..., classes) by the model's output activation; `none`: the logits."""
@@ -154,9 +170,16 @@ class LoadedModel:
 
 
 def replicate(module: nn.Module) -> nn.Module:
-    """Copy a module tree: parameters shared by storage, hooks and buffers its own (ADR 1)."""
-    memo: dict[int, Tensor] = {id(p): p for p in module.parameters()}
+    """Copy a module tree: parameters shared by storage, hooks and buffers its own (ADR 1).
+
+    TorchScript modules are shared whole: nothing can be hooked into them, and they cannot be copied
+    without their parameters.
+    """
+    memo: dict[int, Tensor | nn.Module] = {id(p): p for p in module.parameters()}
     for each in module.modules():
+        if isinstance(each, ScriptModule):
+            memo[id(each)] = each
+            continue
         # A weight that a hook computes anew in each forward pass (`weight_norm`, pruning) is no
         # leaf, and `deepcopy` refuses those.
         computed = [v for v in vars(each).values() if isinstance(v, Tensor) and not v.is_leaf]

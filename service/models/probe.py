@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 from torch.utils.flop_counter import FlopCounterMode
 
 from service.cam.hooks import taken_by, tensors_in
 from service.cam.layouts import Layout, layout_of
+from service.models.catalog import Select
+from service.models.output import logits_in
 
 Shapes = dict[tuple[str, int], tuple[int, ...]]
 """By part and call, as `service.cam.hooks.calls_of` names them; with the batch dimension."""
@@ -58,10 +61,11 @@ class _Seen:
     operations: int = 0
 
 
-def probe(model: nn.Module, image: Tensor) -> Probe:
+def probe(model: nn.Module, image: Tensor, select: Select = None) -> Probe:
     """Run `model` once on `image` (1, C, H, W), with hooks on every module, all removed after it.
 
-    Raises whatever the model raises, and TypeError where its output is not logits (1, classes).
+    select: where the logits are in the model's output. Raises whatever the model raises, and
+    TypeError where there are no logits (1, classes).
     """
     seen = {path: _Seen() for path, _ in model.named_modules() if path}
     clock = iter(range(1 << 62))
@@ -90,11 +94,13 @@ def probe(model: nn.Module, image: Tensor) -> Probe:
     with ExitStack() as hooks, torch.no_grad(), counter:
         for path in seen:
             module = model.get_submodule(path)
+            if isinstance(module, ScriptModule):  # takes no hooks
+                continue
             handle = module.register_forward_hook(watch(path), with_kwargs=True)
             hooks.callback(handle.remove)
-        logits = model(image)
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != 1:
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        logits = logits_in(model(image), select)
+    if logits.ndim != 2 or logits.shape[0] != 1:
+        got = tuple(logits.shape)
         raise TypeError(f"the model must return logits of shape (batch, classes), not {got}")
     size, total = (image.shape[2], image.shape[3]), max(1, counter.get_total_flops())
     layers = tuple(

@@ -11,7 +11,7 @@ from torch import Tensor
 from api_schemas.options import CommonOptions, ExplainOptions, PredictOptions
 from service.errors import InvalidOption
 from service.models.loaded import LoadedModel
-from service.questions import LAYER_METHODS, Kind, Question, cost
+from service.questions import LAYER_METHODS, Kind, Question, check_method, cost
 from service.routes.state import Limits
 from service.upload import Hiding
 
@@ -56,6 +56,9 @@ def _captures(
 ) -> tuple[tuple[str, ...], Kind]:
     assert isinstance(options, (PredictOptions, ExplainOptions))
     kind = options.activation_kind
+    reason = model.no_layers or (model.no_gradients if kind.startswith("grad") else None)
+    if options.activations and reason is not None:
+        raise InvalidOption(f"Model {model.name!r} shows no {kind} of its layers: {reason}.")
     paths = model.captured_layers(options.activations)
     size = images * model.activation_bytes(paths, inputs=kind.endswith("input"))
     if size > limits.activation_bytes:
@@ -73,6 +76,7 @@ def _explaining(model: LoadedModel, options: ExplainOptions, asked: Question) ->
         raise InvalidOption(
             f"The class {contrast} is both a target and `contrast`; its lead over itself is zero."
         )
+    check_method(model, options.method)
     if options.layer and options.method not in LAYER_METHODS:
         raise InvalidOption(f"`{options.method}` has no layer; leave out `layer`.")
     layers = model.target_layers(options.layer) if options.method in LAYER_METHODS else ()

@@ -120,7 +120,12 @@ async def _classify(
     image_format = _image_format(request, options, len(uploads))
     if image_format and isinstance(options, ExplainOptions):
         options = options.model_copy(update={"format": image_format, "include": ["overlay"]})
-    with service_of(request).pool.use(options.model) as model:
+    service = service_of(request)
+    loading = service.library.demand(options.model)
+    if loading is not None:
+        # Others may wait for the same model: whoever hangs up must not stop its loading.
+        await asyncio.shield(asyncio.wrap_future(loading))
+    with service.pool.use(options.model or service.library.default) as model:
         work = _understand(request, model, options, len(uploads))
         results = await asyncio.gather(
             *(_one(work, upload, image_format) for upload in uploads), return_exceptions=True
@@ -164,9 +169,7 @@ def _image_format(request: Request, options: CommonOptions, images: int) -> str 
     return image_format
 
 
-def _understand(
-    request: Request, model: LoadedModel, options: CommonOptions, images: int
-) -> _Work:
+def _understand(request: Request, model: LoadedModel, options: CommonOptions, images: int) -> _Work:
     """Everything that can be refused before any image is opened is refused here."""
     service = service_of(request)
     question = asking.question(model, options, service.limits, images)

@@ -6,25 +6,35 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from api_schemas.models import Health
-from service.errors import ShuttingDown
+from service.errors import ModelNotReady, ShuttingDown
 from service.routes.docs import problems
 from service.routes.state import service_of
 
 router = APIRouter(tags=["operations"])
 
 
+@router.head("/health/live", include_in_schema=False)
 @router.get("/health/live")
 async def live() -> Health:
     """The process answers."""
     return Health(status="live")
 
 
-@router.get("/health/ready", responses=problems(503))
+@router.head("/health/ready", include_in_schema=False)
+@router.get("/health/ready", responses=problems(503), response_model_exclude_unset=True)
 async def ready(request: Request) -> Health:
     """Models are loaded and new requests are taken."""
-    if not service_of(request).admission.is_open:
+    service = service_of(request)
+    if not service.admission.is_open:
         raise ShuttingDown("The service is shutting down; ask another instance.")
-    return Health(status="ready")
+    entries = service.library.entries
+    loading = [name for name, entry in entries.items() if entry.state == "loading"]
+    failed = {name: entry.reason or "" for name, entry in entries.items() if entry.reason}
+    if loading or not service.pool.models:
+        reasons = " ".join(f"{name}: {reason}" for name, reason in failed.items())
+        waiting = f"Loading: {', '.join(loading)}." if loading else "No model is loaded."
+        raise ModelNotReady(f"{waiting} {reasons}".strip(), retry_after=2)
+    return Health(status="ready", reasons=failed) if failed else Health(status="ready")
 
 
 @router.get("/metrics", response_class=Response)

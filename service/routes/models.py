@@ -51,6 +51,7 @@ async def layers(request: Request, name: str) -> wire.Layers:
 
 def _fields(service: Service, model: LoadedModel) -> dict[str, Any]:
     preprocessing = model.preprocessing
+    off = model.no_layers or model.no_gradients
     return {
         "name": model.name,
         "builder": model.spec.builder,
@@ -65,9 +66,10 @@ def _fields(service: Service, model: LoadedModel) -> dict[str, Any]:
             mean=list(preprocessing.mean),
             std=list(preprocessing.std),
             interpolation=preprocessing.interpolation,
+            channels=preprocessing.channels,
         ),
         "target_layer": model.target_layer,
-        "lanes": [wire.Lane(name="hooked", ready=True)],
+        "lanes": [wire.Lane(name="hooked", ready=off is None, reason=off)],
         "random_weights": model.random_weights,
         "replicas": service.pool.size(model.name),
     }

@@ -38,6 +38,7 @@ STATUS: dict[type[CamserveError], int] = {
     errors.QueueFull: 429,
     errors.ShuttingDown: 503,
     errors.ModelNotReady: 503,
+    errors.ConfigurationError: 503,
     errors.DeadlineExceeded: 504,
     errors.InferenceFailed: 500,
     errors.NonFiniteOutput: 500,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from fastapi import Request
 
 from service.admission import Admission
 from service.metrics import Metrics
+from service.models.library import Library
 from service.models.pool import ModelPool
 from service.scheduler import Scheduler
 
@@ -30,10 +32,12 @@ class Service:
     """The parts that every route may use."""
 
     pool: ModelPool
+    library: Library
     scheduler: Scheduler
     admission: Admission
     metrics: Metrics
     limits: Limits
+    admin_keys: Mapping[str, str] = field(default_factory=dict)
 
 
 def service_of(request: Request) -> Service:

@@ -204,7 +204,7 @@ def _activation(
     if "array" in forms:
         # A gradient is often below what float16 can hold, a rare activation above it.
         largest = float(np.abs(values).max(initial=0, where=np.isfinite(values)))
-        wide = activation.kind.startswith("grad") or largest > np.finfo(np.float16).max
+        wide = activation.kind.startswith("grad") or largest > float(np.finfo(np.float16).max)
         dtype = "float32" if wide else "float16"
         fields["array"] = wire.Array(dtype=dtype, data=_numbers(values.astype(dtype)))
     return wire.Activation(**fields)

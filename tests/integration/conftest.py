@@ -14,16 +14,9 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from service import logs
 from service.app import create_app
 from service.routes.state import Service
 from service.settings import Settings
-
-@pytest.fixture(autouse=True, scope="session")
-def _logs_as_served() -> None:
-    """`create_app` leaves logging to `camserve serve`."""
-    logs.configure()
-
 
 Serve = Callable[..., AbstractContextManager[TestClient]]
 RunServer = Callable[..., AbstractContextManager["Server"]]
@@ -89,13 +82,13 @@ def running(**settings: Any) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def serve() -> Serve:
-    """`with serve(models=("tiny:paper",), max_images=3) as client:` for other settings."""
+    """A client of a service with settings of its own; see `served`."""
     return served
 
 
 @pytest.fixture(scope="session")
 def run_server() -> RunServer:
-    """`with run_server(max_queue=1) as server:` for hang-ups, drains and chunks."""
+    """A server with settings of its own, for hang-ups, drains and chunks; see `running`."""
     return running
 
 

@@ -12,15 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import pictures
 import pytest
 import torch
 from PIL import Image
+from tiny import SmallNet
 from typer.testing import CliRunner
 
-import pictures
 from service.cli import app
 from service.settings import Settings
-from tiny import SmallNet
 
 TESTS = Path(__file__).parent.parent
 ROOT = TESTS.parent
@@ -60,7 +60,9 @@ def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, list[
 
 def test_explain_writes_an_overlay_a_heatmap_and_a_json_for_each_image(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(pictures.jpeg(64, 48))
-    result = run.invoke(app, ["explain", str(tmp_path / "a.jpg"), "--out", str(tmp_path / "o"), *TINY])
+    result = run.invoke(
+        app, ["explain", str(tmp_path / "a.jpg"), "--out", str(tmp_path / "o"), *TINY]
+    )
     assert result.exit_code == 0, result.output
     written = {path.name for path in (tmp_path / "o").iterdir()}
     assert written == {"a.overlay.jpeg", "a.heatmap.png", "a.json"}
@@ -107,7 +109,10 @@ def test_files_of_one_name_do_not_overwrite_each_other(tmp_path: Path) -> None:
         (["layers", "keras/resnet"], "torchvision/NAME"),
         (["models", "--model", "tiny:small", "--model", "tiny:small"], "two models are called"),
         (["models", "--workers", "-1"], "WORKERS"),
-        (["serve", "--device", "abacus", "--model", "tiny:small"], "--device abacus"),
+        (
+            ["serve", "--port", "0", "--device", "abacus", "--model", "tiny:small"],
+            "--device abacus",
+        ),
     ],
 )
 def test_what_a_person_can_mend_is_said_in_a_sentence(arguments: list[str], words: str) -> None:
@@ -123,7 +128,7 @@ def test_a_start_without_weights_or_network_says_how_to_give_a_file(
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.urlopen", _refused)
-    result = run.invoke(app, ["serve", "--model", "torchvision/squeezenet1_1"])
+    result = run.invoke(app, ["serve", "--port", "0", "--model", "torchvision/squeezenet1_1"])
     assert result.exit_code == 2
     assert "--weights FILE" in said(result)
     assert "Traceback" not in result.output
@@ -157,9 +162,13 @@ def test_every_setting_is_a_flag_of_serve() -> None:
 
 def test_a_weights_file_with_its_own_classes_is_served(tmp_path: Path) -> None:
     torch.save(SmallNet(seed=3).state_dict(), tmp_path / "w.pt")
-    result = run.invoke(app, ["models", "--model", "tiny:small", "--weights", str(tmp_path / "w.pt")])
+    result = run.invoke(
+        app, ["models", "--model", "tiny:small", "--weights", str(tmp_path / "w.pt")]
+    )
     assert result.exit_code == 0, result.output
-    wrong = run.invoke(app, ["models", "--model", "tiny:other", "--weights", str(tmp_path / "w.pt")])
+    wrong = run.invoke(
+        app, ["models", "--model", "tiny:other", "--weights", str(tmp_path / "w.pt")]
+    )
     assert wrong.exit_code == 2
     assert "head.weight: (7, 16) in the file, (5, 16) here" in said(wrong)
 

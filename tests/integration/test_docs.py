@@ -18,7 +18,9 @@ def test_docs_ask_no_other_host_and_work_behind_a_prefix(prefix: str, stripped: 
     app = create_app(Settings(models=("tiny:small",), workers=1, root_path=prefix))
     sent = "" if stripped else prefix
     with TestClient(app) as client:
-        assert client.get(f"{sent}/", follow_redirects=False).headers["location"] == f"{prefix}/docs"
+        assert (
+            client.get(f"{sent}/", follow_redirects=False).headers["location"] == f"{prefix}/docs"
+        )
         page = client.get(f"{sent}/docs").text
         links = re.findall(r"(?:src|href)=\"([^\"]+)\"|url: '([^']+)'", page)
         paths = [first or second for first, second in links]

@@ -9,7 +9,9 @@ import re
 from typing import Any
 
 import numpy as np
+import pictures
 import pytest
+import tiny
 import torch
 from numpy.typing import NDArray
 from PIL import ImageOps
@@ -17,8 +19,6 @@ from starlette.testclient import TestClient
 from torch.nn import functional
 from torchvision.transforms.v2 import functional as transforms
 
-import pictures
-import tiny
 from service.cam.heatmap import COLORMAPS
 
 PNG = {"content-type": "image/png"}
@@ -61,7 +61,7 @@ def upsampled(grid: NDArray[np.float32], width: int, height: int) -> NDArray[np.
 
 
 def model_input(pixels: NDArray[np.uint8]) -> torch.Tensor:
-    """torchvision's evaluation transform, written out: resize 256, crop 224, normalise."""
+    """The evaluation transform of torchvision, written out: resize 256, crop 224, normalise."""
     image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
     image = transforms.center_crop(transforms.resize(image, [256], antialias=True), [224, 224])
     scaled = transforms.to_dtype(image, torch.float32, scale=True)

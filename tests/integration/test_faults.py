@@ -9,17 +9,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pictures
 import pytest
 import structlog
+from gates import together
 from starlette.testclient import TestClient
 
-import pictures
-from gates import together
 from service import logs
 from service.cam.heatmap import render_heatmap
 from service.models.pool import ModelPool
 from service.scheduler import Scheduler
-from service.upload import decode
+from service.upload import open_upload
 
 PNG = {"content-type": "image/png"}
 
@@ -114,8 +114,9 @@ def test_a_failing_picture_fails_alone_in_its_batch(
             assert response.status_code == 200
             (result,) = response.json()["results"]
             assert values_of(result) == pytest.approx(values_of(expected[index]), rel=1e-4)
-            assert result["explanations"][0]["class_id"] == (
-                expected[index]["explanations"][0]["class_id"]
+            assert (
+                result["explanations"][0]["class_id"]
+                == (expected[index]["explanations"][0]["class_id"])
             )
         assert metric(client, 'camserve_batch_size_bucket{le="2.0"}') < metric(
             client, 'camserve_batch_size_bucket{le="4.0"}'
@@ -208,12 +209,12 @@ def test_an_overlay_that_cannot_be_drawn_is_a_problem(serve, monkeypatch) -> Non
 
 
 def test_an_unforeseen_exception_while_decoding_fails_alone(serve, monkeypatch) -> None:
-    def fail_when_red(data: bytes, **options: Any) -> Any:
+    def fail_when_red(data: bytes, *more: Any, **options: Any) -> Any:
         if data == pictures.RED_PNG:
             raise RuntimeError("planted: decode")
-        return decode(data, **options)
+        return open_upload(data, *more, **options)
 
-    monkeypatch.setattr("service.upload.decode", fail_when_red)
+    monkeypatch.setattr("service.routes.classify.open_upload", fail_when_red)
     files = [pictures.png(), pictures.RED_PNG, pictures.png(seed=1)]
     with serve(max_batch=4) as client:
         responses = together(scheduler_of(client), asks(client, files), jobs=2)

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
-from starlette.testclient import TestClient
-
 import pictures
+import pytest
 from gates import Emptied, Gate, queued
+from starlette.testclient import TestClient
 
 PNG = {"content-type": "image/png"}
 LARGE = 20_000_000

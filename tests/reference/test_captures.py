@@ -12,6 +12,7 @@ import pytest
 import torch
 import torchvision
 from numpy.typing import NDArray
+from tiny import SmallNet, loaded
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -21,7 +22,6 @@ from service.models.loaded import LoadedModel
 from service.models.pool import ModelPool
 from service.questions import Activation, Answer, Kind, Question
 from service.stepwise import run
-from tiny import SmallNet, loaded
 
 pytestmark = [pytest.mark.reference, pytest.mark.timeout(120)]
 
@@ -219,7 +219,7 @@ def test_a_vision_transformer_in_a_batch_is_captured_as_alone() -> None:
 
 
 class Odd(nn.Module):
-    """A head behind `inner`, whose inputs and outputs are what the subclass makes of them."""
+    """A small net, before or in which a subclass does something unusual."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -277,6 +277,8 @@ class Table(nn.Module):
 
 
 class Positioned(Odd):
+    """Weighs its channels by that table."""
+
     def __init__(self, rows: int) -> None:
         super().__init__()
         self.table, self.rows = Table(rows), rows
@@ -320,6 +322,8 @@ class Parts(nn.Module):
 
 
 class InParts(Odd):
+    """Makes its input of those parts."""
+
     def __init__(self) -> None:
         super().__init__()
         self.parts = Parts()

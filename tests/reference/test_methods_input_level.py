@@ -142,16 +142,22 @@ class Forms(nn.Module):
 
 
 class Functions(Forms):
+    """As functions that return a new tensor."""
+
     def activated(self, x: Tensor, place: int) -> Tensor:
         return (functional.relu, torch.relu, Tensor.relu)[place](x)
 
 
 class InPlace(Forms):
+    """As functions that overwrite their input."""
+
     def activated(self, x: Tensor, place: int) -> Tensor:
         return (torch.relu_, lambda x: functional.relu(x, inplace=True), Tensor.relu_)[place](x)
 
 
 class InPlaceModules(Forms):
+    """As modules that overwrite their input."""
+
     def __init__(self) -> None:
         super().__init__()
         self.relu = nn.ModuleList(nn.ReLU(inplace=True) for _ in range(3))
@@ -240,7 +246,7 @@ def test_input_gradient_equals_captums() -> None:
 
 
 def test_integrated_gradients_equal_captums_and_are_complete() -> None:
-    """The sum over all pixels is the logit less that of the baseline (Sundararajan, proposition 1)."""
+    """The sum over all pixels is the logit less the baseline's (Sundararajan, proposition 1)."""
     model = small()
     target = oracles.best(model, PIXELS)
     image = oracles.input_of(model, PIXELS)

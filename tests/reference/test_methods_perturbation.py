@@ -301,7 +301,7 @@ def test_rise_is_the_mean_score_of_the_masks_that_keep_a_pixel_less_that_of_all(
 
 
 def test_rises_masks_are_the_papers() -> None:
-    """In 0..1, half kept, each a 7 × 7 grid scaled up to one cell more and cut at a random place."""
+    """In 0..1, half kept, each a 7 × 7 grid scaled up to one cell more and cut at a random spot."""
     grids, shifts = perturbation._random_grids(400, 0)
     assert set(grids.unique().tolist()) == {0, 1}
     masks = torch.stack(

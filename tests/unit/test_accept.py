@@ -53,7 +53,8 @@ def test_the_most_preferred_type_counts_and_the_first_of_equals(
 
 
 @pytest.mark.parametrize(
-    "accept", ["image/png;q=", "image/png;q=high", "image/png;q=nan", "image/png;q=-1", ",,;;,", ";q"]
+    "accept",
+    ["image/png;q=", "image/png;q=high", "image/png;q=nan", "image/png;q=-1", ",,;;,", ";q"],
 )
 def test_what_cannot_be_understood_asks_for_nothing(accept: str) -> None:
     assert preferred_image(accept, "the default") is None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import SmallNet
 from torch import Tensor, nn
 
 from service.cam.hooks import gradients, record
-from tiny import SmallNet
 
 
 class Step(nn.Module):
@@ -26,7 +26,7 @@ def hooks_on(model: nn.Module) -> int:
 
 
 def test_gradient_of_an_inner_tensor_is_the_one_on_paper() -> None:
-    """y = x + 1, z = mean(y·y): the gradient at y is y / 2."""
+    """Y = x + 1, z = mean(y·y): the gradient at y is y / 2."""
     model = nn.Sequential(Step(1.0))
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     with record(model, targets=["0"]) as seen:

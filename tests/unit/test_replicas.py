@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import SmallNet, loaded
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
@@ -11,7 +12,6 @@ from service.models.loaded import replicate
 from service.models.pool import ModelPool
 from service.questions import Answer, Question
 from service.stepwise import run
-from tiny import SmallNet, loaded
 
 PIXELS = torch.randint(0, 255, (3, 32, 32), dtype=torch.uint8)
 

@@ -1,0 +1,1 @@
+"""Other programs' protocols, spoken on their own routes with their own error bodies."""

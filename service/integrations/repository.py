@@ -1,0 +1,106 @@
+"""The model repository extension of the Open Inference Protocol: list, load and unload models.
+
+https://github.com/kserve/open-inference-protocol describes the shapes. Loading a model that is
+served reads its files again and replaces it without failing a request. All routes want an admin key
+(`CAMSERVE_ADMIN_KEYS_FILE`), as `Authorization: Bearer KEY` or `X-API-Key: KEY`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+
+from service.errors import CamserveError, ConfigurationError
+from service.keys import owner
+from service.models.library import Entry
+from service.routes.problems import status_of
+from service.routes.state import Service, service_of
+
+router = APIRouter(prefix="/v2/repository", tags=["model repository"])
+
+STATES = {
+    "loading": "LOADING",
+    "ready": "READY",
+    "failed": "UNAVAILABLE",
+    "unloaded": "UNAVAILABLE",
+}
+
+
+class IndexRequest(BaseModel):
+    """What `index` may be asked: only models that are ready."""
+
+    ready: bool = False
+
+
+@router.post("/index", response_model=None)
+async def index(request: Request, asked: IndexRequest | None = None) -> Any:
+    """Every model with its state and, where it is not served, the reason."""
+    service = service_of(request)
+    refused = _refused(request, service)
+    if refused is not None:
+        return refused
+    entries = service.library.entries.values()
+    return [
+        _line(service, entry)
+        for entry in entries
+        if not (asked and asked.ready) or entry.state == "ready"
+    ]
+
+
+@router.post("/models/{name}/load", response_model=None)
+async def load(request: Request, name: str) -> Any:
+    """Load a model, or a new version of it; answers when it serves."""
+    service = service_of(request)
+    refused = _refused(request, service)
+    if refused is not None:
+        return refused
+    try:
+        await asyncio.shield(asyncio.wrap_future(service.library.load(name)))
+    except CamserveError as error:
+        return _error(error)
+    return {"name": name, "load": True}
+
+
+@router.post("/models/{name}/unload", response_model=None)
+async def unload(request: Request, name: str) -> Any:
+    """Serve a model no longer; who uses it finishes on it."""
+    service = service_of(request)
+    refused = _refused(request, service)
+    if refused is not None:
+        return refused
+    try:
+        service.library.unload(name)
+    except CamserveError as error:
+        return _error(error)
+    return {"name": name, "unload": True}
+
+
+def _line(service: Service, entry: Entry) -> dict[str, str]:
+    model = service.pool.models.get(entry.spec.name)
+    version = {} if model is None else {"version": model.version}
+    reason = entry.reason or ""
+    return {"name": entry.spec.name, **version, "state": STATES[entry.state], "reason": reason}
+
+
+def _error(error: CamserveError) -> JSONResponse:
+    status = 400 if isinstance(error, ConfigurationError) else status_of(error)
+    return JSONResponse({"error": error.detail}, status_code=status)
+
+
+def _refused(request: Request, service: Service) -> JSONResponse | None:
+    """The answer for who may not do this, or None."""
+    if not service.admin_keys:
+        detail = "No admin key is configured: set CAMSERVE_ADMIN_KEYS_FILE to manage models."
+        return JSONResponse({"error": detail}, status_code=403)
+    scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
+    key = bearer.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
+    if owner(key, service.admin_keys) is None:
+        detail = "Send an admin key: Authorization: Bearer KEY, or X-API-Key: KEY."
+        return JSONResponse(
+            {"error": detail}, status_code=401, headers={"WWW-Authenticate": "Bearer"}
+        )
+    return None

@@ -1,0 +1,176 @@
+"""`camserve models`, `layers` and `check`: what would be served, looked at before it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torchvision
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from service import logs
+from service.app import build_service, model_loader, model_specs
+from service.check import Checked, check_models
+from service.errors import ConfigurationError
+from service.explain_files import find_images
+from service.faithfulness import candidates, rank
+from service.flags import ERR, OF_MODELS, OUT, with_settings
+from service.models.catalog import BUILTIN, ModelSpec, parse_model
+from service.models.loaded import LoadedModel
+from service.settings import Settings
+from service.upload import open_upload
+
+
+@with_settings(OF_MODELS)
+def models(
+    settings: Settings,
+    available: Annotated[
+        bool, typer.Option("--available", help="List every builder that can be served instead.")
+    ] = False,
+) -> None:
+    """Show the models that would be served, or those that could be."""
+    if available:
+        for name in (BUILTIN, *_torchvision_builders(), "timm/NAME", "package.module:function"):
+            OUT.print(name, markup=False, highlight=False)
+        return
+    table = Table("name", "builder", "classes", "input", "target layer", "version", box=None)
+    for model in build_service(settings).pool.models.values():
+        height, width = model.preprocessing.crop
+        table.add_row(
+            model.name,
+            model.spec.builder,
+            str(len(model.labels)),
+            f"{width}×{height}",
+            model.target_layer or "none",
+            model.version,
+        )
+    OUT.print(table)
+
+
+def _torchvision_builders() -> list[str]:
+    return [f"torchvision/{name}" for name in torchvision.models.list_models(torchvision.models)]
+
+
+@with_settings(("config", "app_dir", "allow_random_weights", "device"))
+def layers(
+    settings: Settings,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="[NAME=]BUILDER[@WEIGHTS], as of serve --model; or a name in --config."
+        ),
+    ],
+    targets: Annotated[
+        bool, typer.Option("--targets", help="Only layers that a map can be drawn from.")
+    ] = False,
+    measure: Annotated[
+        Path | None,
+        typer.Option(help="Folder of images: rank layers by how faithful their maps are there."),
+    ] = None,
+) -> None:
+    """List a model's layers: path, type, output shape, parameters; * marks the default target."""
+    logs.configure("text", level=40)
+    # Shapes do not depend on the weights, so none are fetched for a list of them.
+    listed = settings.model_copy(update={"allow_random_weights": True})
+    loaded = model_loader(settings if measure else listed)(_named(settings, model))
+    if measure is not None:
+        _print_ranking(loaded, measure, settings.max_pixels)
+        return
+    table = Table("", "layer", "type", "output", "parameters", "target", box=None)
+    for layer in loaded.layers:
+        if targets and not layer.target:
+            continue
+        table.add_row(
+            "*" if layer.path == loaded.target_layer else "",
+            layer.path,
+            layer.type,
+            "×".join(map(str, layer.shape)) if layer.shape else "-",
+            f"{layer.parameters:,}",
+            "yes" if layer.target else "no",
+        )
+    OUT.print(table)
+
+
+def _named(settings: Settings, model: str) -> ModelSpec:
+    """The model of that name in the file, else the one that the form of `--model` describes."""
+    specs = model_specs(settings)
+    of_file = [spec for spec in specs if spec.name == model] if settings.config else []
+    return of_file[0] if of_file else parse_model(model)
+
+
+def _print_ranking(model: LoadedModel, folder: Path, max_pixels: int) -> None:
+    if model.no_layers or model.no_gradients:
+        raise ConfigurationError(
+            f"no layer of model {model.name!r} can be measured: "
+            f"{model.no_layers or model.no_gradients}."
+        )
+    pictures = [
+        open_upload(
+            path.read_bytes(),
+            model.preprocessing,
+            "crop",
+            max_pixels=max_pixels,
+            photo_side=None,
+        ).model_input.pixels
+        for path, _ in find_images([folder])
+    ]
+    table = Table(
+        *("", "layer", "output", "faithfulness", "insertion", "deletion"),
+        *("ms per image", "per ms"),
+        box=None,
+    )
+    for measured in rank(model, pictures, candidates(model)):
+        shape = model.layer(measured.layer).shape
+        table.add_row(
+            "*" if measured.layer == model.target_layer else "",
+            measured.layer,
+            "×".join(map(str, shape or ())),
+            f"{measured.faithfulness:+.3f}",
+            f"{measured.insertion:.3f}",
+            f"{measured.deletion:.3f}",
+            f"{measured.milliseconds:.1f}",
+            f"{measured.per_millisecond:+.5f}",
+        )
+    OUT.print(table)
+    ERR.print(f"{len(pictures)} images; the best layer first, * is the default target.")
+
+
+@with_settings(OF_MODELS)
+def check(settings: Settings) -> None:
+    """Load every model, let each explain one picture, and say what does not work; for a CI.
+
+    The exit code is 1 where any model failed; the others are checked all the same.
+    """
+    logs.configure("text", level=40)
+    table = Table("name", "classes", "parameters", "target layer", "lanes", box=None)
+    for heading in ("ms per image", "MiB"):
+        table.add_column(heading, justify="right")
+    failed: list[Checked] = []
+    checked = 0
+    for each in check_models(model_specs(settings), model_loader(settings)):
+        checked += 1
+        if each.model is None:
+            failed.append(each)
+            table.add_row(each.spec.name, *("-",) * 3, "failed", "-", "-", style="red")
+            continue
+        table.add_row(
+            each.model.name,
+            str(len(each.model.labels)),
+            f"{each.parameters:,}",
+            each.model.target_layer or "none",
+            "predict only" if each.model.no_layers or each.model.no_gradients else "hooked",
+            f"{each.milliseconds:.1f}",
+            f"{each.mebibytes:.1f}",
+        )
+        off = each.model.no_layers or each.model.no_gradients
+        if off:
+            ERR.print(f"[yellow]note:[/] {escape(each.model.name)}: {escape(off)}", soft_wrap=True)
+    OUT.print(table)
+    for each in failed:
+        name, problem = escape(each.spec.name), escape(each.problem or "")
+        ERR.print(f"[red]failed:[/] {name}: {problem}", soft_wrap=True)
+    ERR.print(f"{checked - len(failed)} of {checked} models can be served.")
+    if failed:
+        raise typer.Exit(1)

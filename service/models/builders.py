@@ -1,0 +1,274 @@
+"""From a `ModelSpec` to a module with its weights, by each kind of builder."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.resources
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+
+from service.errors import ConfigurationError, nearest
+from service.images import Preprocessing
+from service.models.builtin.network import flower_net
+from service.models.catalog import BUILTIN, ENTRY, ModelSpec, Output
+from service.models.compiled import eager
+from service.models.metadata import output_in, preprocessing_in
+from service.models.weights import Weights, classes_in, digest, labels_in, load_into, read_weights
+
+DOWNLOAD_TIMEOUT = 10.0
+"""Seconds that a connection to fetch weights may stall."""
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What a builder and its weights bring; None where the service's defaults hold."""
+
+    module: nn.Module
+    version: str
+    labels: tuple[str, ...] | None = None
+    preprocessing: Preprocessing | None = None
+    target_layer: str | None = None
+    random_weights: bool = False
+    output: Output = "softmax"
+
+
+def build(spec: ModelSpec, allow_random_weights: bool) -> Built:
+    """Make the module and fill it. Raises ConfigurationError."""
+    if spec.builder == BUILTIN:
+        return _build_builtin(spec)
+    library, separator, name = spec.builder.partition("/")
+    if separator and library == "torchvision":
+        return _build_torchvision(spec, name, allow_random_weights)
+    if separator and library == "timm":
+        return _build_timm(spec, name, allow_random_weights)
+    if not separator and ":" in spec.builder:
+        return _build_function(spec)
+    raise ConfigurationError(
+        f"{spec.at('builder')}: the builder {spec.builder!r} is none we know; use builtin, "
+        "torchvision/NAME, timm/NAME or package.module:function."
+    )
+
+
+def _build_builtin(spec: ModelSpec) -> Built:
+    if spec.arguments:
+        raise ConfigurationError(f"{spec.at('arguments')}: the built-in model takes no arguments.")
+    file = importlib.resources.files("service.models.builtin") / "weights.safetensors"
+    with importlib.resources.as_file(file) as path:
+        weights = _weights(spec) if spec.weights else read_weights(path)
+    labels = labels_in(weights.metadata)
+    module = flower_net(len(labels) if labels else 5)
+    return _filled(spec, module, weights)
+
+
+def _build_torchvision(spec: ModelSpec, name: str, allow_random_weights: bool) -> Built:
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise ConfigurationError(
+            f"{spec.at('builder')}: torchvision has no classifier {name!r}.{nearest(name, known)}"
+        )
+    entry = _entry(spec, name)
+    preprocessing, categories = _from_entry(entry)
+
+    def make(**more: Any) -> Any:
+        arguments = _quiet(name) | dict(spec.arguments) | more
+        return _called(spec, torchvision.models.get_model, name, **arguments)
+
+    if spec.weights and not _names_entry(spec):
+        weights = _weights(spec)
+        classes = _classes(spec, weights, lambda: make(weights=None))
+        module = make(weights=None, num_classes=classes)
+        return _filled(spec, module, weights, categories if classes == len(categories) else None)
+    if allow_random_weights:
+        module = _randomised(lambda: make(weights=None))
+        version = digest(module.state_dict())
+        return Built(module, version, categories, preprocessing, random_weights=True)
+    with _fetching(spec):
+        module = torchvision.models.get_model(name, weights=entry, **spec.arguments)
+    return Built(module, digest(module.state_dict()), categories, preprocessing)
+
+
+def _names_entry(spec: ModelSpec) -> bool:
+    """Whether `weights` is the name of a weights entry of torchvision, such as IMAGENET1K_V1."""
+    path = spec.weights
+    return path is not None and bool(ENTRY.fullmatch(str(path))) and not path.exists()
+
+
+def _entry(spec: ModelSpec, name: str) -> Any:
+    entries = torchvision.models.get_model_weights(name)
+    if not _names_entry(spec):
+        return entries.DEFAULT
+    said = str(spec.weights)
+    if said not in entries.__members__:
+        known = ", ".join(entries.__members__)
+        raise ConfigurationError(
+            f"{spec.at('weights')}: there is no file {said}, and torchvision has no such weights "
+            f"for {name}, only {known}."
+        )
+    return entries[said]
+
+
+def _build_timm(spec: ModelSpec, name: str, allow_random_weights: bool) -> Built:
+    try:
+        timm = importlib.import_module("timm")
+    except ImportError as error:
+        raise ConfigurationError(
+            f"{spec.at('builder')}: timm is not installed; install camserve[timm]."
+        ) from error
+    if not timm.is_model(name):
+        known = [*timm.list_models(), *timm.list_pretrained()]
+        raise ConfigurationError(
+            f"{spec.at('builder')}: timm has no model {name!r}.{nearest(name, known)}"
+        )
+
+    def make(**more: Any) -> Any:
+        return _called(spec, timm.create_model, name, **dict(spec.arguments) | more)
+
+    if spec.weights is not None:
+        weights = _weights(spec)
+        module = make(num_classes=_classes(spec, weights, make))
+        return _filled(spec, module, weights, default=_timm_preprocessing(timm, module))
+    if allow_random_weights:
+        module = _randomised(make)
+    else:
+        with _fetching(spec):
+            module = timm.create_model(name, pretrained=True, **spec.arguments)
+    return Built(
+        module,
+        digest(module.state_dict()),
+        preprocessing=_timm_preprocessing(timm, module),
+        random_weights=allow_random_weights,
+    )
+
+
+def _timm_preprocessing(timm: Any, module: nn.Module) -> Preprocessing:
+    """Timm's data configuration; `crop_pct` is the crop's share of the resized shorter side."""
+    config = timm.data.resolve_model_data_config(module)
+    _, height, width = config["input_size"]
+    said = config["interpolation"]
+    return Preprocessing(
+        resize=int(max(height, width) / config["crop_pct"]),
+        crop=(height, width),
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        interpolation=said if said in ("bicubic", "nearest") else "bilinear",
+    )
+
+
+def _build_function(spec: ModelSpec) -> Built:
+    module_name, _, function_name = spec.builder.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except Exception as error:  # an import runs code, which may raise anything
+        raise ConfigurationError(
+            f"{spec.at('builder')}: cannot import {spec.builder!r} ({error}); --app-dir says where "
+            "to import from."
+        ) from error
+    made = _called(spec, function, **spec.arguments)
+    if not isinstance(made, nn.Module):
+        raise ConfigurationError(
+            f"{spec.at('builder')}: {spec.builder}() returned {type(made).__name__}, not a module."
+        )
+    module = eager(made, spec.name)
+    if spec.weights is not None:
+        return _filled(spec, module, _weights(spec))
+    return Built(module, digest(module.state_dict()))
+
+
+def _called(spec: ModelSpec, function: Callable[..., Any], *names: str, **arguments: Any) -> Any:
+    """Call what makes the module; whatever it raises becomes a sentence."""
+    try:
+        return function(*names, **arguments)
+    except Exception as error:
+        raise ConfigurationError(
+            f"{spec.at('builder')}: {spec.builder}() raised {type(error).__name__}: {error}"
+        ) from error
+
+
+def _weights(spec: ModelSpec) -> Weights:
+    assert spec.weights is not None
+    return read_weights(spec.weights, spec.sha256, spec.source and spec.at("weights"))
+
+
+def _classes(spec: ModelSpec, weights: Weights, make: Callable[[], nn.Module]) -> int:
+    """How many classes the weights file has, unless the arguments say it."""
+    if "num_classes" in spec.arguments:
+        return int(spec.arguments["num_classes"])
+    with torch.device("meta"):
+        sketch = make()
+    return classes_in(sketch, weights)
+
+
+def _filled(
+    spec: ModelSpec,
+    module: nn.Module,
+    weights: Weights,
+    labels: tuple[str, ...] | None = None,
+    default: Preprocessing | None = None,
+) -> Built:
+    """Load a weights file; its metadata says how to feed the model, else the defaults hold."""
+    load_into(module, weights, f"{spec.at('weights')}: the weights file")
+    return Built(
+        module,
+        weights.sha256,
+        labels_in(weights.metadata) or labels,
+        preprocessing_in(weights.metadata, default or Preprocessing()),
+        weights.metadata.get("target_layer"),
+        output=output_in(weights.metadata),
+    )
+
+
+def _from_entry(entry: Any) -> tuple[Preprocessing, tuple[str, ...]]:
+    """The evaluation transform and the labels of a torchvision weights entry."""
+    transform = entry.transforms()
+    return (
+        Preprocessing(
+            resize=transform.resize_size[0],
+            crop=(transform.crop_size[0], transform.crop_size[0]),
+            mean=tuple(transform.mean),
+            std=tuple(transform.std),
+            interpolation=transform.interpolation.value,
+        ),
+        tuple(entry.meta["categories"]),
+    )
+
+
+def _quiet(name: str) -> dict[str, Any]:
+    # Both warn that their initialisation will change; here the weights follow anyway.
+    return {"init_weights": False} if name in {"googlenet", "inception_v3"} else {}
+
+
+def _randomised(make: Callable[[], nn.Module]) -> nn.Module:
+    """Seeded random weights, also where the architecture starts at zero, as some heads do."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = make()
+        with torch.no_grad():
+            for parameter in module.parameters():
+                if parameter.ndim > 1 and not parameter.any():
+                    parameter.normal_(std=0.02)
+    return module
+
+
+@contextmanager
+def _fetching(spec: ModelSpec) -> Iterator[None]:
+    """Fetch weights without hanging on a silent network; what fails becomes a sentence."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # the download of torch.hub has none
+    try:
+        yield
+    except Exception as error:  # timm's hub raises its own tree, torch.hub a wrong hash
+        raise ConfigurationError(
+            f"{spec.at('weights')}: the weights of {spec.builder} are neither in the cache nor can "
+            f"they be fetched ({error}). Give a file: --model {spec.builder} --weights FILE "
+            "(safetensors or a state dict), or try the machinery with "
+            "CAMSERVE_ALLOW_RANDOM_WEIGHTS=true."
+        ) from error
+    finally:
+        socket.setdefaulttimeout(before)

@@ -1,0 +1,287 @@
+"""`models.toml`: the models to serve and what is known of each, read before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from service.errors import ConfigurationError, nearest
+from service.models.catalog import (
+    ENTRY,
+    NAME,
+    Dtype,
+    InputSpec,
+    Interpolation,
+    ModelSpec,
+    Output,
+    check_names,
+)
+
+SHOWN = 5
+"""How many mistakes one error lists."""
+
+
+def read_config(path: Path) -> tuple[ModelSpec, ...]:
+    """The models of a file, in its order; relative paths in it are from the file's folder.
+
+    Raises ConfigurationError that names the file, and the key path or the line, for every mistake.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(f"cannot read {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise ConfigurationError(f"{path}, line {line}: the file is not UTF-8.") from error
+    try:
+        found = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(_syntax(path, text, str(error))) from error
+    try:
+        tables = _File.model_validate(found).model
+    except ValidationError as error:
+        issues = error.errors()
+        more = f"\n… and {len(issues) - SHOWN} more" if len(issues) > SHOWN else ""
+        lines = [f"{path}: {_sentence(issue)}" for issue in issues[:SHOWN]]
+        raise ConfigurationError("\n".join(lines) + more) from error
+    specs = tuple(
+        _spec(table, f"{path}: model[{index}]", path.parent) for index, table in enumerate(tables)
+    )
+    check_names(specs)
+    return specs
+
+
+def _size(value: object) -> object:
+    """(height, width) in pixels."""
+    sides = value if isinstance(value, list) and len(value) == 2 else [value, value]
+    if not all(type(side) is int and side > 0 for side in sides):
+        raise ValueError(f"takes a number of pixels or [height, width], not {value!r}")
+    return tuple(sides)
+
+
+def _numbers(value: object) -> object:
+    """A number a channel."""
+    values: list[Any] = value if isinstance(value, list) else [value]
+    if not values or not all(type(x) in (int, float) and math.isfinite(x) for x in values):
+        raise ValueError(f"takes a list with one number a channel, or one number, not {value!r}")
+    return tuple(map(float, values))
+
+
+def _divisors(value: object) -> object:
+    numbers = _numbers(value)
+    assert isinstance(numbers, tuple)
+    if min(numbers) <= 0:
+        raise ValueError(f"takes numbers above 0, not {value!r}")
+    return numbers
+
+
+def _positive(value: object) -> object:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"takes a whole number above 0, not {value!r}")
+    return value
+
+
+def _one_of(choices: Sequence[str]) -> BeforeValidator:
+    def check(value: object) -> object:
+        if value not in choices:
+            close = nearest(str(value), choices, 1)
+            raise ValueError(f"takes {', '.join(choices)}, not {value!r}.{close}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def _named(value: object) -> object:
+    if not isinstance(value, str) or not NAME.fullmatch(value):
+        raise ValueError(f"takes letters, digits, '.', '_' and '-', not {value!r}")
+    return value
+
+
+def _labels(value: object) -> object:
+    if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
+        return tuple(value)
+    if not isinstance(value, str):  # pydantic collects ValueErrors alone
+        raise ValueError(  # noqa: TRY004
+            "takes a list of texts, one a class, or the path of a file with them"
+        )
+    return value
+
+
+def _select(value: object) -> object:
+    if type(value) not in (int, str):
+        raise ValueError(f"takes a place (0 is the first) or a key, not {value!r}")
+    return value
+
+
+def _digest(value: object) -> object:
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-fA-F]{64}", value):
+        raise ValueError(f"takes the 64 hexadecimal digits of a sha256, not {value!r}")
+    return value
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Sides = tuple[int, int] | None
+Numbers = tuple[float, ...] | None
+
+
+class InputTable(_Table):
+    """`[model.input]`: how pictures become the model's input."""
+
+    size: Annotated[Sides, BeforeValidator(_size)] = None
+    resize: Annotated[int | None, BeforeValidator(_positive)] = None
+    interpolation: Annotated[Interpolation | None, _one_of(get_args(Interpolation))] = None
+    mean: Annotated[Numbers, BeforeValidator(_numbers)] = None
+    std: Annotated[Numbers, BeforeValidator(_divisors)] = None
+    channels: Annotated[int | None, BeforeValidator(_positive)] = None
+
+
+class OutputTable(_Table):
+    """`[model.output]`: how the answer is read."""
+
+    activation: Annotated[Output | None, _one_of(get_args(Output))] = None
+    select: Annotated[int | str | None, BeforeValidator(_select)] = None
+
+
+class ModelTable(_Table):
+    """`[[model]]`: one model."""
+
+    name: Annotated[str, BeforeValidator(_named)]
+    builder: str
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    weights: str | None = None
+    sha256: Annotated[str | None, BeforeValidator(_digest)] = None
+    labels: Annotated[str | tuple[str, ...] | None, BeforeValidator(_labels)] = None
+    input: InputTable = InputTable()
+    output: OutputTable = OutputTable()
+    target_layer: str | None = None
+    device: str | None = None
+    dtype: Annotated[Dtype | None, _one_of(get_args(Dtype))] = None
+
+
+class _File(_Table):
+    model: tuple[ModelTable, ...] = Field(min_length=1)
+
+
+_TABLES: Mapping[str, type[_Table]] = {"input": InputTable, "output": OutputTable}
+
+
+def _spec(table: ModelTable, source: str, folder: Path) -> ModelSpec:
+    given = table.input
+    weights = None if table.weights is None else _weights(table, source, folder)
+    if table.sha256 is not None and (weights is None or ENTRY.fullmatch(str(weights))):
+        raise ConfigurationError(f"{source}.sha256: pins a weights file, and `weights` names none.")
+    return ModelSpec(
+        name=table.name,
+        builder=table.builder,
+        weights=weights,
+        arguments=table.arguments,
+        sha256=table.sha256,
+        labels=_read_labels(table.labels, f"{source}.labels", folder),
+        input=InputSpec(**{key: getattr(given, key) for key in InputTable.model_fields}),
+        output=table.output.activation,
+        select=table.output.select,
+        target_layer=table.target_layer,
+        device=table.device,
+        dtype=table.dtype,
+        source=source,
+    )
+
+
+def _weights(table: ModelTable, source: str, folder: Path) -> Path:
+    said = str(table.weights)
+    path = folder / said
+    if path.is_file():
+        return path
+    if table.builder.startswith("torchvision/") and ENTRY.fullmatch(said):
+        return Path(said)
+    raise ConfigurationError(_missing(f"{source}.weights", path))
+
+
+def _read_labels(
+    said: str | tuple[str, ...] | None, where: str, folder: Path
+) -> tuple[str, ...] | None:
+    """Labels given in the file, or those of a file: a JSON list, or one a line."""
+    if said is None or isinstance(said, tuple):
+        return said
+    path = folder / said
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ConfigurationError(_missing(where, path)) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{where}: cannot read {path} as UTF-8 text: {error}.") from error
+    if path.suffix == ".json" or text.lstrip().startswith("["):
+        return _json_labels(text, where, path)
+    labels = [line.strip() for line in text.rstrip().splitlines()]
+    if "" in labels:
+        raise ConfigurationError(
+            f"{where}: line {labels.index('') + 1} of {path} is empty; it takes one label a line."
+        )
+    if not labels:
+        raise ConfigurationError(f"{where}: {path} is empty; it takes one label a line.")
+    return tuple(labels)
+
+
+def _json_labels(text: str, where: str, path: Path) -> tuple[str, ...]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ConfigurationError(f"{where}: {path} is not JSON: {error}.") from error
+    if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
+        raise ConfigurationError(f"{where}: {path} must hold a JSON list of texts, one a class.")
+    return tuple(found)
+
+
+def _missing(where: str, path: Path) -> str:
+    beside = [each.name for each in path.parent.glob("*") if each.is_file()]
+    close = nearest(path.name, beside, 1)
+    return f"{where}: there is no file {path}; a relative path begins at the file's folder.{close}"
+
+
+def _syntax(path: Path, text: str, message: str) -> str:
+    """The parser's message with the line in front."""
+    place = re.search(r" \(at (?:line (\d+), column (\d+)|end of document)\)$", message)
+    if place is None or place[1] is None:
+        line, column = len(text.splitlines()) or 1, None
+    else:
+        line, column = int(place[1]), place[2]
+    where = f"line {line}" + (f", column {column}" if column else "")
+    return f"{path}, {where}: {message[: place.start()] if place else message}."
+
+
+def _sentence(issue: Any) -> str:
+    """One of pydantic's findings: the key path and what is wrong there."""
+    where, kind = _path(issue["loc"]), issue["type"]
+    if kind == "extra_forbidden":
+        *around, key = issue["loc"]
+        last = around[-1] if around else None
+        table = _TABLES.get(str(last), _File if last is None else ModelTable)
+        known = tuple(table.model_fields)
+        return f"{where}: there is no such key.{nearest(str(key), known) or _all(known)}"
+    if kind == "missing":
+        return f"{where}: is missing." + ("" if issue["loc"][1:] else " Begin with [[model]].")
+    message = str(issue["msg"]).removeprefix("Value error, ")
+    if kind != "value_error":
+        message = f"{message[:1].lower()}{message[1:]}, not {issue['input']!r}"
+    return f"{where}: {message}" + ("" if message.endswith("?") else ".")
+
+
+def _all(keys: Sequence[str]) -> str:
+    return f" Known are {', '.join(keys)}."
+
+
+def _path(loc: Sequence[str | int]) -> str:
+    text = ""
+    for part in loc:
+        text += f"[{part}]" if isinstance(part, int) else f"{'.' if text else ''}{part}"
+    return text

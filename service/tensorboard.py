@@ -1,0 +1,52 @@
+"""Explanations and feature maps as images for TensorBoard."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from service.cam.heatmap import Picture
+from service.errors import ConfigurationError
+
+
+class Board:
+    """A folder of TensorBoard events; pictures may come from several threads."""
+
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+        self._lock = threading.Lock()
+
+    def add(self, tag: str, picture: Picture) -> None:
+        """Write one picture. A `/` in the tag groups what TensorBoard shows."""
+        with Image.open(io.BytesIO(picture.data)) as opened:
+            pixels = np.asarray(opened)
+        with self._lock:
+            self._writer.add_image(tag, pixels, dataformats="HWC" if pixels.ndim == 3 else "HW")
+
+
+@contextmanager
+def open_board(folder: Path) -> Iterator[Board]:
+    """Write to a folder that `tensorboard --logdir` shows; all is there when the `with` ends.
+
+    Raises ConfigurationError where TensorBoard is not installed or the folder cannot be written.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - an extra
+    except ImportError as error:
+        raise ConfigurationError(
+            "--tensorboard needs the extra `tensorboard`, which is not installed: "
+            "pip install -e '.[tensorboard]' in the checkout."
+        ) from error
+    try:
+        writer = SummaryWriter(folder)
+    except OSError as error:
+        raise ConfigurationError(f"--tensorboard {folder}: {error.strerror or error}.") from error
+    with writer:
+        yield Board(writer)

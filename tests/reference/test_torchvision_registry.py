@@ -1,0 +1,73 @@
+"""Every classifier of torchvision: it loads, lists its layers, and its default layer gives a map."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision
+from cheap_weights import cheaply
+
+from service.models import builders
+from service.models.catalog import InputSpec, ModelSpec
+from service.models.condition import Condition
+from service.models.loading import load_model
+from service.models.pool import Replica
+from service.questions import Answer, Question
+from service.stepwise import run
+
+LARGE = {"regnet_y_128gf", "vit_h_14"}
+"""More than 4 GB, or 20 seconds on one core."""
+
+GRIDS = {
+    "alexnet": 16,  # cells of 16 pixels: the pooling behind the last convolution is not explained
+    "squeezenet": 16,
+    "vgg": 16,
+    "vit_b_16": 16,
+    "vit_l_16": 16,
+    "vit_h_14": 14,
+}
+"""How many pixels a side one cell of the default layer's map has; 32 where nothing is said."""
+
+NAMES = torchvision.models.list_models(module=torchvision.models)
+
+pytestmark = [pytest.mark.reference, pytest.mark.timeout(60)]
+
+
+def smallest_side(name: str) -> int:
+    """The smallest side that the weights accept and that leaves more than one cell to map."""
+    smallest = min(
+        weights.meta["min_size"][0] for weights in torchvision.models.get_model_weights(name)
+    )
+    return max(smallest, 64)
+
+
+def cell_of(name: str) -> int:
+    return next((cell for family, cell in GRIDS.items() if name.startswith(family)), 32)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.large] * (name in LARGE)) for name in NAMES],
+)
+def test_it_is_served_and_explained_at_its_smallest_input(name: str, monkeypatch) -> None:
+    monkeypatch.setattr(builders, "_randomised", cheaply)
+    side = smallest_side(name)
+    spec = ModelSpec(name, f"torchvision/{name}", input=InputSpec(size=(side, side)))
+    model = load_model(spec, allow_random_weights=True)
+    assert len(model.labels) == 1000
+    assert len(model.layers) == len([path for path, _ in model.module.named_modules() if path])
+    assert model.target_layer is not None
+    assert model.no_layers is None
+    assert model.no_gradients is None
+    module = model.replicate()
+    replica = Replica(model, module, Condition.of(module))
+    noise = torch.randint(0, 256, (3, side, side), generator=torch.Generator().manual_seed(1))
+    question = Question(noise.to(torch.uint8), explain_top=4, layers=(model.target_layer,))
+    (answer,) = run(replica, [question])
+    assert isinstance(answer, Answer)
+    grids = [explanation.grid for explanation in answer.explanations]
+    assert any(grid.any() for grid in grids)
+    rows, columns = grids[0].shape
+    assert rows == columns
+    assert abs(rows - side / cell_of(name)) <= 1
+    assert Condition.of(module) == replica.condition

@@ -1,0 +1,419 @@
+"""The scheduler: batches that form by themselves, and futures that always end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from gates import Gate, Hold, wait_until
+from tiny import SmallNet, loaded
+
+from service.errors import (
+    CorruptImage,
+    DeadlineExceeded,
+    InferenceFailed,
+    NonFiniteOutput,
+    ShuttingDown,
+    UnknownModel,
+)
+from service.metrics import Metrics
+from service.models.pool import ModelPool, Replica
+from service.questions import Answer, Question
+from service.scheduler import Scheduler
+from service.stepwise import Unfinished
+
+PATIENCE = 4.0
+NOTHING = Answer((), (), ())
+
+
+def question(number: int = 0, side: int = 32) -> Question:
+    """A question that is known by its first pixel."""
+    pixels = torch.zeros(3, side, side, dtype=torch.uint8)
+    pixels[0, 0, 0] = number
+    return Question(pixels)
+
+
+class Notes:
+    """A runner that notes which questions came together, and fails for those it should."""
+
+    def __init__(self, fails: dict[int, BaseException] | None = None) -> None:
+        self.batches: list[tuple[str, list[int]]] = []
+        self.outcomes: dict[int, Any] = {}
+        self.fails = fails or {}
+
+    def __call__(self, replica: Replica, questions: Sequence[Question]) -> list[Any]:
+        numbers = [int(each.pixels[0, 0, 0]) for each in questions]
+        self.batches.append((replica.model.name, numbers))
+        for number in numbers:
+            if number in self.fails:
+                raise self.fails[number]
+        return [self.outcomes.get(number, NOTHING) for number in numbers]
+
+
+@contextmanager
+def scheduling(
+    runner: Callable[..., Any], workers: int = 1, names: Sequence[str] = ("tiny",), **more: Any
+) -> Iterator[Scheduler]:
+    pool = ModelPool([loaded(SmallNet(), name) for name in names], replicas=workers)
+    scheduler = Scheduler(pool, Metrics(), workers=workers, runner=runner, **more)
+    scheduler.start()
+    try:
+        yield scheduler
+    finally:
+        scheduler.close(PATIENCE)
+        assert not any(thread.is_alive() for thread in scheduler._threads)
+
+
+@contextmanager
+def held(scheduler: Scheduler) -> Iterator[None]:
+    hold = Hold(scheduler)
+    hold.wait_until_it_holds()
+    try:
+        yield
+    finally:
+        hold.release()
+
+
+# ---- batches
+
+
+def test_a_lone_question_is_answered_at_once_and_timed() -> None:
+    notes = Notes()
+    with scheduling(notes) as scheduler:
+        timed = scheduler.submit("tiny", question()).result(PATIENCE)
+        assert timed.answer is NOTHING
+        assert 0 <= timed.queue < PATIENCE
+        assert 0 <= timed.inference < PATIENCE
+        assert scheduler.waiting == 0
+    assert notes.batches == [("tiny", [0])]
+
+
+def test_what_waits_meets_in_batches_of_at_most_max_batch_in_order() -> None:
+    notes = Notes()
+    with scheduling(notes, max_batch=3) as scheduler:
+        with held(scheduler):
+            futures = [scheduler.submit("tiny", question(number)) for number in range(7)]
+            assert scheduler.waiting == 7
+        for future in futures:
+            future.result(PATIENCE)
+    assert [numbers for _, numbers in notes.batches] == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+def test_models_take_turns_and_never_share_a_batch() -> None:
+    notes = Notes()
+    with scheduling(notes, names=("a", "b"), max_batch=2) as scheduler:
+        with held(scheduler):
+            futures = [scheduler.submit("a", question(number)) for number in range(4)]
+            futures += [scheduler.submit("b", question(9))]
+        for future in futures:
+            future.result(PATIENCE)
+    assert notes.batches == [("a", [0, 1]), ("b", [9]), ("a", [2, 3])]
+
+
+def test_only_inputs_of_one_size_share_a_batch() -> None:
+    notes = Notes()
+    with scheduling(notes) as scheduler:
+        with held(scheduler):
+            sides = [32, 32, 64, 32]
+            futures = [scheduler.submit("tiny", question(n, side)) for n, side in enumerate(sides)]
+        for future in futures:
+            future.result(PATIENCE)
+    assert [numbers for _, numbers in notes.batches] == [[0, 1], [2], [3]]
+
+
+def test_short_calls_go_before_batches() -> None:
+    order: list[str] = []
+    notes = Notes()
+
+    def runner(*args: Any) -> Any:
+        order.append("batch")
+        return notes(*args)
+
+    with scheduling(runner) as scheduler:
+        with held(scheduler):
+            future = scheduler.submit("tiny", question())
+            scheduler.call(order.append, "call")
+        future.result(PATIENCE)
+    assert order == ["call", "batch"]
+
+
+def test_several_workers_run_batches_beside_each_other() -> None:
+    """Each waits until the other one is there too."""
+    both = threading.Barrier(2)
+
+    def runner(_: Replica, questions: Sequence[Question]) -> list[Answer]:
+        both.wait(PATIENCE)
+        return [NOTHING] * len(questions)
+
+    with scheduling(runner, workers=2, max_batch=1) as scheduler:
+        for future in [scheduler.submit("tiny", question(number)) for number in range(2)]:
+            assert future.result(PATIENCE).answer is NOTHING
+
+
+def test_a_worker_uses_as_many_torch_threads_as_it_is_told() -> None:
+    with scheduling(Notes(), threads_per_worker=2) as scheduler:
+        assert scheduler.call(torch.get_num_threads).result(PATIENCE) == 2
+
+
+# ---- short calls
+
+
+def test_a_call_gives_its_result_or_its_exception() -> None:
+    with scheduling(Notes()) as scheduler:
+        assert scheduler.call(divmod, 7, 2).result(PATIENCE) == (3, 1)
+        assert scheduler.call(dict, a=1).result(PATIENCE) == {"a": 1}
+        with pytest.raises(ZeroDivisionError):
+            scheduler.call(divmod, 7, 0).result(PATIENCE)
+        assert scheduler.call(divmod, 7, 2).result(PATIENCE) == (3, 1)
+
+
+def test_a_cancelled_call_is_never_run() -> None:
+    ran: list[int] = []
+    with scheduling(Notes()) as scheduler:
+        with held(scheduler):
+            assert scheduler.call(ran.append, 1).cancel()
+            last = scheduler.call(ran.append, 2)
+        last.result(PATIENCE)
+    assert ran == [2]
+
+
+# ---- what is not run
+
+
+def test_a_cancelled_question_is_never_run() -> None:
+    notes = Notes()
+    with scheduling(notes) as scheduler:
+        with held(scheduler):
+            futures = [scheduler.submit("tiny", question(number)) for number in range(3)]
+            assert futures[1].cancel()
+        assert futures[2].result(PATIENCE).answer is NOTHING
+    assert notes.batches == [("tiny", [0, 2])]
+
+
+def test_places_of_cancelled_questions_are_filled_from_behind() -> None:
+    notes = Notes()
+    with scheduling(notes, max_batch=2) as scheduler:
+        with held(scheduler):
+            futures = [scheduler.submit("tiny", question(number)) for number in range(4)]
+            futures[0].cancel()
+            futures[1].cancel()
+        futures[3].result(PATIENCE)
+    assert notes.batches == [("tiny", [2, 3])]
+
+
+def test_a_question_past_its_deadline_is_never_run_and_says_so() -> None:
+    notes = Notes()
+    with scheduling(notes) as scheduler:
+        with held(scheduler):
+            late = scheduler.submit("tiny", question(0), time.monotonic() - 0.001)
+            early = scheduler.submit("tiny", question(1), time.monotonic() + 60)
+        with pytest.raises(DeadlineExceeded):
+            late.result(PATIENCE)
+        assert early.result(PATIENCE).answer is NOTHING
+    assert notes.batches == [("tiny", [1])]
+
+
+def test_a_queue_of_nothing_but_the_unwanted_is_emptied() -> None:
+    notes = Notes()
+    with scheduling(notes) as scheduler:
+        with held(scheduler):
+            for number in range(10):
+                scheduler.submit("tiny", question(number)).cancel()
+        wait = scheduler.submit("tiny", question(10))
+        wait.result(PATIENCE)
+        assert scheduler.waiting == 0
+    assert [numbers for _, numbers in notes.batches] == [[10]]
+
+
+def test_a_question_cancelled_while_it_runs_hurts_nobody() -> None:
+    with scheduling(Notes()) as scheduler, Gate(scheduler) as gate:
+        running = scheduler.submit("tiny", question())
+        gate.wait_for_a_batch()
+        running.cancel()
+        gate.open()
+        assert scheduler.submit("tiny", question()).result(PATIENCE).answer is NOTHING
+
+
+# ---- failures
+
+
+def test_one_bad_question_fails_alone_and_its_batch_is_run_one_by_one() -> None:
+    cause = RuntimeError("planted")
+    notes = Notes(fails={1: cause})
+    with scheduling(notes) as scheduler:
+        with held(scheduler):
+            futures = [scheduler.submit("tiny", question(number)) for number in range(3)]
+        assert futures[0].result(PATIENCE).answer is NOTHING
+        assert futures[2].result(PATIENCE).answer is NOTHING
+        with pytest.raises(InferenceFailed, match="Try the image again") as failed:
+            futures[1].result(PATIENCE)
+        assert failed.value.__cause__ is cause
+        assert "planted" not in failed.value.detail
+    assert [numbers for _, numbers in notes.batches] == [[0, 1, 2], [0], [1], [2]]
+
+
+@pytest.mark.parametrize(
+    "error", [SystemExit(1), KeyboardInterrupt(), MemoryError(), StopIteration()]
+)
+def test_a_worker_survives_whatever_a_model_raises(error: BaseException) -> None:
+    with scheduling(Notes(fails={1: error})) as scheduler:
+        with pytest.raises(InferenceFailed):
+            scheduler.submit("tiny", question(1)).result(PATIENCE)
+        assert scheduler.submit("tiny", question(0)).result(PATIENCE).answer is NOTHING
+
+
+def test_an_error_of_ours_goes_through_as_it_is() -> None:
+    error = CorruptImage("planted")
+    with scheduling(Notes(fails={1: error})) as scheduler:
+        with pytest.raises(CorruptImage) as failed:
+            scheduler.submit("tiny", question(1)).result(PATIENCE)
+        assert failed.value is error
+
+
+def test_an_error_in_an_answers_place_is_that_questions_alone() -> None:
+    notes = Notes()
+    notes.outcomes[1] = NonFiniteOutput("planted")
+    with scheduling(notes) as scheduler:
+        with held(scheduler):
+            futures = [scheduler.submit("tiny", question(number)) for number in range(3)]
+        assert futures[0].result(PATIENCE).answer is NOTHING
+        assert futures[2].result(PATIENCE).answer is NOTHING
+        with pytest.raises(NonFiniteOutput):
+            futures[1].result(PATIENCE)
+    assert len(notes.batches) == 1
+
+
+def test_a_runner_that_answers_too_few_leaves_no_future_pending() -> None:
+    with scheduling(lambda _replica, _questions: []) as scheduler:
+        with held(scheduler):
+            futures = [scheduler.submit("tiny", question(number)) for number in range(3)]
+        for future in futures:
+            with pytest.raises(InferenceFailed):
+                future.result(PATIENCE)
+
+
+def test_an_unknown_model_is_refused() -> None:
+    with scheduling(Notes()) as scheduler, pytest.raises(UnknownModel):
+        scheduler.submit("other", question()).result(PATIENCE)
+
+
+# ---- methods of many passes
+
+
+class Countdown(Unfinished):
+    """Answers after some steps, noting each."""
+
+    def __init__(self, steps: int, noted: list[str], name: str) -> None:
+        self._left, self._noted, self._name = steps, noted, name
+
+    def step(self, _: Replica) -> Answer | None:
+        self._noted.append(self._name)
+        self._left -= 1
+        if self._left < 0:
+            raise RuntimeError("planted: step")
+        return NOTHING if self._left == 0 else None
+
+
+def test_a_long_method_lets_others_in_between_its_steps() -> None:
+    noted: list[str] = []
+    notes = Notes()
+    notes.outcomes = {1: Countdown(3, noted, "one"), 2: Countdown(2, noted, "two")}
+    with scheduling(notes) as scheduler:
+        with held(scheduler):
+            futures = [scheduler.submit("tiny", question(number)) for number in (1, 2)]
+        for future in futures:
+            assert future.result(PATIENCE).answer is NOTHING
+    assert noted == ["one", "two", "one", "two", "one"]
+    assert len(notes.batches) == 1
+
+
+def test_a_long_method_that_nobody_waits_for_is_not_continued() -> None:
+    noted: list[str] = []
+    notes = Notes()
+    notes.outcomes = {1: Countdown(1000, noted, "step")}
+    stepped = threading.Event()
+    with scheduling(notes) as scheduler:
+        with held(scheduler):
+            future = scheduler.submit("tiny", question(1))
+        hold = None
+        while not noted and not stepped.wait(0.001):
+            pass
+        hold = Hold(scheduler)
+        hold.wait_until_it_holds()
+        assert future.cancel()
+        steps = len(noted)
+        hold.release()
+        scheduler.submit("tiny", question(0)).result(PATIENCE)
+        assert scheduler.waiting == 0
+    assert 0 < len(noted) == steps < 1000
+
+
+def test_a_step_that_fails_ends_its_question_alone() -> None:
+    noted: list[str] = []
+    notes = Notes()
+    notes.outcomes = {1: Countdown(0, noted, "bad"), 2: Countdown(2, noted, "good")}
+    with scheduling(notes) as scheduler:
+        with held(scheduler):
+            bad, good = (scheduler.submit("tiny", question(number)) for number in (1, 2))
+        with pytest.raises(InferenceFailed):
+            bad.result(PATIENCE)
+        assert good.result(PATIENCE).answer is NOTHING
+
+
+# ---- the end
+
+
+def test_what_was_accepted_is_finished_before_the_threads_end() -> None:
+    notes = Notes()
+    with scheduling(notes, max_batch=1) as scheduler:
+        hold = Hold(scheduler)
+        hold.wait_until_it_holds()
+        futures = [scheduler.submit("tiny", question(number)) for number in range(3)]
+        called = scheduler.call(divmod, 7, 2)
+        scheduler.close(timeout=0)  # comes back although a worker is busy
+        hold.release()
+        assert called.result(PATIENCE) == (3, 1)
+        for future in futures:
+            assert future.result(PATIENCE).answer is NOTHING
+    assert len(notes.batches) == 3
+
+
+def test_a_closed_scheduler_takes_nothing() -> None:
+    with scheduling(Notes()) as scheduler:
+        scheduler.close(PATIENCE)
+        with pytest.raises(ShuttingDown):
+            scheduler.submit("tiny", question())
+        with pytest.raises(ShuttingDown):
+            scheduler.call(divmod, 7, 2)
+        scheduler.close(PATIENCE)
+
+
+def test_a_scheduler_that_never_started_can_be_closed() -> None:
+    pool = ModelPool([loaded(SmallNet())], replicas=1)
+    Scheduler(pool, Metrics(), workers=1).close(PATIENCE)
+
+
+def test_a_question_submitted_before_the_start_is_answered() -> None:
+    pool = ModelPool([loaded(SmallNet())], replicas=1)
+    scheduler = Scheduler(pool, Metrics(), workers=1, runner=Notes())
+    future = scheduler.submit("tiny", question())
+    assert scheduler.waiting == 1
+    scheduler.start()
+    assert future.result(PATIENCE).answer is NOTHING
+    scheduler.close(PATIENCE)
+
+
+def test_a_wait_ends_when_something_is_queued() -> None:
+    """Of the tools of these tests: without a worker nothing leaves the queue."""
+    pool = ModelPool([loaded(SmallNet())], replicas=1)
+    scheduler = Scheduler(pool, Metrics(), workers=0)
+    thread = threading.Thread(target=scheduler.submit, args=("tiny", question()))
+    thread.start()
+    wait_until(scheduler, lambda each: bool(each._jobs))
+    thread.join(PATIENCE)
+    assert scheduler.waiting == 1
