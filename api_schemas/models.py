@@ -26,25 +26,27 @@ class Lane(BaseModel):
 
 
 class Model(BaseModel):
-    """A served model."""
+    """A model of the service. What is not known before it is loaded is left out until then."""
 
     name: str
     builder: str
-    version: str = Field(description="First 12 digits of the weights' sha256.")
-    state: str
+    state: str = Field(description="loading, ready, failed or unloaded.")
+    reason: str | None = Field(None, description="Why it failed, is not loaded or not the newest.")
+    progress: str | None = Field(None, description="What is being done while it loads.")
     default: bool
-    classes: int
-    input: InputSize
-    target_layer: str | None
-    lanes: list[Lane]
-    random_weights: bool
-    replicas: int
+    version: str | None = Field(None, description="First 12 digits of the weights' sha256.")
+    classes: int | None = None
+    input: InputSize | None = None
+    target_layer: str | None = None
+    lanes: list[Lane] | None = None
+    random_weights: bool | None = None
+    replicas: int | None = None
 
 
 class ModelDetails(Model):
-    """A served model with its labels, in order of class id."""
+    """A model with its labels, in order of class id."""
 
-    labels: list[str]
+    labels: list[str] | None = None
 
 
 class Models(BaseModel):

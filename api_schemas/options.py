@@ -182,7 +182,7 @@ class ExplainOptions(CommonOptions):
         except ValueError as error:
             raise ValueError(f"`mask` is not JSON: {error}") from error
         if not isinstance(found, dict):
-            raise ValueError('`mask` is an object, such as {"boxes": [[x, y, w, h]]}')
+            raise ValueError('`mask` is an object, such as {"boxes": [[x, y, w, h]]}')  # noqa: TRY004 - pydantic reports ValueErrors
         return Mask.model_validate(found)
 
 

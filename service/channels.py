@@ -52,8 +52,8 @@ def for_model(source: Source, channels: int) -> Source:
     """The source as the model sees it: grey for one channel, else as it is."""
     if channels != 1:
         return source
-    grey = np.asarray(Image.fromarray(source.pixels).convert("L"))
-    return Source(np.ascontiguousarray(grey[:, :, None]), source.format, source.sha256)
+    grey = np.array(Image.fromarray(source.pixels).convert("L"))
+    return Source(grey[:, :, None], source.format, source.sha256)
 
 
 def for_people(source: Source) -> Source:

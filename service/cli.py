@@ -167,7 +167,8 @@ def explain(  # noqa: PLR0913, PLR0917 - a command's parameters are its flags
         table.add_row(escape(str(line.path)), escape(line.label), f"{line.score:.1%}")
     OUT.print(table)
     for failure in report.failed:
-        ERR.print(f"[red]failed:[/] {escape(str(failure.path))}: {escape(failure.detail)}")
+        sentence = f"[red]failed:[/] {escape(str(failure.path))}: {escape(failure.detail)}"
+        ERR.print(sentence, soft_wrap=True)
     ERR.print(
         f"{len(report.explained)} explained, {len(report.failed)} failed → {escape(str(out))}"
     )

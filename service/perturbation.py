@@ -172,27 +172,32 @@ def _masked(image: Tensor, channels: Tensor, some: slice) -> Tensor:
 def _ablated(part: Part, path: str, values: Tensor, axis: int) -> Generator[None, Replica, Tensor]:
     """The logits (channels, classes), on the CPU, with one channel of a layer's output zeroed."""
     channels = values.shape[axis]
-    size = max(1, TAIL_BYTES // (4 * values.numel()))
-    behind: dict[int, tuple[Replica, Callable[[Tensor], Tensor]]] = {}
-    rows = []
-    for start in range(0, channels, size):
-        chosen = range(start, min(start + size, channels))
+    behind: dict[int, tuple[Replica, Callable[[Tensor], Tensor], int]] = {}
+    rows: list[Tensor] = []
+    start = 0
+    while start < channels:
         replica = yield
         if id(replica) not in behind:
-            behind[id(replica)] = replica, _behind(replica, part, path, values)
+            behind[id(replica)] = replica, *_behind(replica, part, path, values)
+        _, logits_of, size = behind[id(replica)]
+        chosen = range(start, min(start + size, channels))
+        start = chosen.stop
         ablated = values.repeat(len(chosen), *[1] * (values.ndim - 1))
         for row, channel in enumerate(chosen):
             ablated[row].select(axis - 1, channel).zero_()
         with torch.no_grad():
-            rows.append(behind[id(replica)][1](ablated).cpu())
+            rows.append(logits_of(ablated).cpu())
     return torch.cat(rows)
 
 
-def _behind(replica: Replica, part: Part, path: str, values: Tensor) -> Callable[[Tensor], Tensor]:
-    """From a layer's outputs (n, ...) to logits (n, classes), the cheapest way that is right.
+def _behind(
+    replica: Replica, part: Part, path: str, values: Tensor
+) -> tuple[Callable[[Tensor], Tensor], int]:
+    """From a layer's outputs (n, ...) to logits (n, classes), and how many to give it at once.
 
-    The model's graph cut at the layer; else the whole model run on one image, its layer's output
-    replaced by n others, which works where everything beside it is broadcast; else on n images.
+    The cheapest way that is right: the model's graph cut at the layer; else the whole model run on
+    one image, its layer's output replaced by n others, which works where everything beside it is
+    broadcast; else on n images.
     """
 
     def replaced(outputs: Tensor, images: Tensor) -> Tensor:
@@ -206,15 +211,18 @@ def _behind(replica: Replica, part: Part, path: str, values: Tensor) -> Callable
     def in_full(outputs: Tensor) -> Tensor:
         return replaced(outputs, input_of(part).repeat(len(outputs), 1, 1, 1))
 
-    candidates: list[Callable[[Tensor], Tensor]] = [by_broadcast]
+    def by_tail(outputs: Tensor) -> Tensor:
+        return part.model.logits(cut(outputs))
+
+    candidates = [by_broadcast]
     with suppress(Uncuttable):
         cut = tail(replica.module, path)
-        candidates.insert(0, lambda outputs: part.model.logits(cut(outputs)))
+        candidates.insert(0, by_tail)
     twice = values.repeat(2, *[1] * (values.ndim - 1))
     for candidate in candidates:
         if _gives(candidate, twice, part.logits):
-            return candidate
-    return in_full
+            return candidate, max(1, TAIL_BYTES // (4 * values.numel()))
+    return in_full, CHUNK
 
 
 def _gives(function: Callable[[Tensor], Tensor], outputs: Tensor, logits: Tensor) -> bool:

@@ -153,7 +153,7 @@ def resnet() -> nn.Module:
 
 
 class Loud(SmallNet):
-    """Shows layers whose values are beyond float16, infinite, many, tables, stacks and one number."""
+    """Shows layers with values beyond float16, infinity, many maps, tables, stacks, one number."""
 
     def __init__(self) -> None:
         super().__init__(classes=5)

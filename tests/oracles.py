@@ -217,9 +217,10 @@ def full_backward(
     """
     kept: list[Tensor] = []
 
-    def keep(_module: nn.Module, _args: object, output: Tensor) -> None:
+    def keep(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
         output.retain_grad()
         kept.append(output)
+        return output.clone()  # ResNet's `out += identity` overwrites what it is given
 
     image = input_of(model, pixels).requires_grad_()
     with without_in_place(model.module) as net:

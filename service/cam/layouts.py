@@ -59,6 +59,6 @@ def layout_of(shape: tuple[int, ...] | None, input_size: tuple[int, int]) -> Lay
 
 
 def _fits(grid: tuple[int, int], aspect: float) -> bool:
-    """Whether a grid could be the input scaled down: strides round each side by up to one cell."""
+    """Whether a grid could be the input scaled down: strides round a side by less than one cell."""
     height, width = grid
-    return abs(height - width * aspect) <= max(1.0, aspect)
+    return abs(height - width * aspect) < max(1.0, aspect)

@@ -26,6 +26,7 @@ class Entry:
     """One model of the library.
 
     reason:    why it failed, or why it is not loaded.
+    progress:  what is being done about it now.
     on_demand: whether a request for it loads it again; not so where somebody unloaded it.
     size:      bytes of its parameters and buffers, once it was loaded.
     used:      when it was last asked for, on `time.monotonic()`'s clock.
@@ -34,6 +35,7 @@ class Entry:
     spec: ModelSpec
     state: State
     reason: str | None = None
+    progress: str | None = None
     on_demand: bool = False
     size: int = 0
     used: float = field(default_factory=time.monotonic)
@@ -97,6 +99,7 @@ class Library:
             pending = self._pending.get(name)
             if pending is not None and not pending.done():
                 return pending
+            self._set(name, progress="waiting for its turn")
             if self._entries[name].state != "ready":
                 self._set(name, state="loading", reason=None)
             if self._thread is None:
@@ -161,28 +164,25 @@ class Library:
     def _load_now(self, name: str) -> None:
         spec = self.entry(name).spec
         try:
+            self._note(name, progress="reading weights and trying the model out")
             model = self._load(spec)
             size = _size_of(model)
             self._make_room(name, size)
+            self._note(name, progress="building replicas")
+            self._pool.put(model)
         except Exception as error:
             self._fail(name, error)
             raise
-        self._pool.put(model)
-        with self._lock:
-            if name in self._entries:
-                self._set(name, state="ready", reason=None, on_demand=False, size=size)
+        self._note(name, state="ready", reason=None, progress=None, on_demand=False, size=size)
         _log.info("model_ready", model=name, version=model.version, target_layer=model.target_layer)
 
     def _fail(self, name: str, error: Exception) -> None:
         known = isinstance(error, CamserveError)
         reason = str(error) if known else "It failed to load; the server's log has the cause."
         _log.error("model_failed", model=name, detail=reason, exc_info=None if known else error)
-        with self._lock:
-            if name not in self._entries:
-                return
-            # An older version goes on serving; the reason says why it is not the newest.
-            state: State = "ready" if name in self._pool.models else "failed"
-            self._set(name, state=state, reason=reason, on_demand=False)
+        # An older version goes on serving; the reason says why it is not the newest.
+        state: State = "ready" if name in self._pool.models else "failed"
+        self._note(name, state=state, reason=reason, progress=None, on_demand=False)
 
     def _make_room(self, name: str, size: int) -> None:
         """Unload what was not asked for the longest, until a model of `size` bytes fits."""
@@ -206,6 +206,12 @@ class Library:
                 reason = "It made room for another model; a request for it loads it again."
                 self._set(entry.spec.name, state="unloaded", reason=reason, on_demand=True)
                 _log.info("model_put_aside", model=entry.spec.name)
+
+    def _note(self, name: str, **changes: object) -> None:
+        """Change an entry, unless it was dropped meanwhile."""
+        with self._lock:
+            if name in self._entries:
+                self._set(name, **changes)
 
     def _set(self, name: str, **changes: object) -> None:
         """Change an entry; holds the lock."""

@@ -142,9 +142,8 @@ def _preprocessing(spec: ModelSpec, base: Preprocessing) -> Preprocessing:
     if said.resize is None and size != base.crop:
         resize = max(size)  # the base's would leave a margin that was meant for another size
     mean, std = said.mean, said.std
-    channels = said.channels or max(
-        len(mean or ()), len(std or ()), 0 if mean or std else base.channels
-    )
+    given = [len(values) for values in (mean or (), std or ()) if len(values) > 1]
+    channels = said.channels or max(given, default=base.channels)
     if channels == 1 and base.channels != 1:
         mean, std = mean or GREY[0], std or GREY[1]
     fitted = {

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from api_schemas import models as wire
+from service.models.library import Entry
 from service.models.loaded import LoadedModel
 from service.routes.docs import problems
 from service.routes.state import Service, service_of
@@ -14,21 +15,24 @@ from service.routes.state import Service, service_of
 router = APIRouter(tags=["models"])
 
 
-@router.get("/models")
+@router.get("/models", response_model_exclude_unset=True)
 async def models(request: Request) -> wire.Models:
     """Every served model; the first is the default."""
     service = service_of(request)
     return wire.Models(
-        models=[wire.Model(**_fields(service, model)) for model in service.pool.models.values()]
+        models=[wire.Model(**_fields(service, entry)) for entry in service.library.entries.values()]
     )
 
 
-@router.get("/models/{name}", responses=problems(404))
+@router.get("/models/{name}", responses=problems(404), response_model_exclude_unset=True)
 async def model(request: Request, name: str) -> wire.ModelDetails:
-    """One served model, with its labels."""
+    """One model, its state and, once it is loaded, its labels."""
     service = service_of(request)
-    found = service.pool.model(name)
-    return wire.ModelDetails(**_fields(service, found), labels=list(found.labels))
+    fields = _fields(service, service.library.entry(name))
+    loaded = service.pool.models.get(name)
+    if loaded is not None:
+        fields["labels"] = list(loaded.labels)
+    return wire.ModelDetails(**fields)
 
 
 @router.get("/models/{name}/layers", responses=problems(404))
@@ -49,15 +53,26 @@ async def layers(request: Request, name: str) -> wire.Layers:
     )
 
 
-def _fields(service: Service, model: LoadedModel) -> dict[str, Any]:
+def _fields(service: Service, entry: Entry) -> dict[str, Any]:
+    model = service.pool.models.get(entry.spec.name)
+    fields: dict[str, Any] = {
+        "name": entry.spec.name,
+        "builder": entry.spec.builder,
+        "state": entry.state,
+        "default": entry.spec.name == service.library.default,
+    }
+    if entry.reason:
+        fields["reason"] = entry.reason
+    if entry.progress:
+        fields["progress"] = entry.progress
+    return fields if model is None else fields | _loaded(service, model)
+
+
+def _loaded(service: Service, model: LoadedModel) -> dict[str, Any]:
     preprocessing = model.preprocessing
     off = model.no_layers or model.no_gradients
     return {
-        "name": model.name,
-        "builder": model.spec.builder,
         "version": model.version,
-        "state": "ready",
-        "default": model is service.pool.model(None),
         "classes": len(model.labels),
         "input": wire.InputSize(
             width=preprocessing.crop[1],

@@ -103,7 +103,7 @@ def test_files_of_one_name_do_not_overwrite_each_other(tmp_path: Path) -> None:
         (["explain", str(TESTS / "unit"), *TINY], "no image is in the folder"),
         (["explain", __file__, "--target", "cat", *TINY], "no class labelled 'cat'"),
         (["explain", __file__, "--layer", "featurs", *TINY], "Did you mean 'features'"),
-        (["explain", __file__, "--fit", "stretch", *TINY], "crop, squash or pad"),
+        (["explain", __file__, "--fit", "stretch", *TINY], "'crop', 'squash' or 'pad'"),
         (["explain", __file__, "--colormap", "rainbow", *TINY], "turbo"),
         (["layers", "torchvision/resnet5"], "Did you mean 'resnet"),
         (["layers", "keras/resnet"], "torchvision/NAME"),

@@ -201,12 +201,17 @@ def test_models_load_while_probes_are_answered_and_one_failure_leaves_the_others
         assert client.get("/health/live").status_code == 200
         waiting = client.get("/health/ready")
         assert (waiting.status_code, waiting.json()["code"]) == (503, "model_not_ready")
+        assert client.get("/models/good").json()["progress"]
         early = explained(client)
         assert (early.status_code, early.headers["retry-after"]) == (503, "5")
         release.set()
         for future in app.state.loading:
             future.exception(10)
         assert explained(client).status_code == 200
+        shown = client.get("/models/bad").json()
+        assert shown["state"] == "failed"
+        assert "tiny:nothing" in shown["reason"]
+        assert [m["state"] for m in client.get("/models").json()["models"]] == ["ready", "failed"]
         failed = explained(client, model="bad")
         assert failed.status_code == 503
         assert "tiny:nothing" in failed.json()["detail"]

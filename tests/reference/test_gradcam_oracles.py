@@ -30,6 +30,7 @@ from service.models.catalog import parse_model
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model
 from service.models.pool import ModelPool
+from service.models.probe import probe
 from service.questions import Answer, Explanation, Question
 from service.settings import Settings
 from service.stepwise import run
@@ -283,7 +284,9 @@ class Watched(nn.Module):
 
 def fed(model: LoadedModel, source: Source) -> Tensor:
     """What `run` feeds the model for a picture."""
-    watched = replace(model, module=Watched())
+    module = Watched()
+    layers = probe(module, torch.zeros(1, 3, *model.preprocessing.crop)).layers
+    watched = replace(model, module=module, layers=layers)
     question = Question(fit_to_model(source, model.preprocessing).pixels, activations=("fed",))
     with ModelPool([watched], replicas=1).lease(model.name) as replica:
         (answer,) = run(replica, [question])

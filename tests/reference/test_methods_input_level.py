@@ -12,7 +12,7 @@ from tiny import PaperNet, SmallNet, loaded
 from torch import Tensor, nn
 from torch.nn import functional
 from torchcam.methods import CAM
-from torchvision.models import ConvNeXt, VisionTransformer
+from torchvision.models import ConvNeXt, SwinTransformer, VisionTransformer
 from torchvision.models.convnext import CNBlockConfig
 
 from service.cam.guided import GuidedReLU
@@ -64,6 +64,10 @@ def tiny_vit() -> LoadedModel:
 
 def tiny_convnext() -> LoadedModel:
     return loaded(ConvNeXt([CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 1)]), side=64)
+
+
+def tiny_swin() -> LoadedModel:
+    return loaded(SwinTransformer([4, 4], 8, [2], [2], [4, 4], num_classes=5), side=64)
 
 
 def test_cam_equals_torchcams_and_is_gradcam_times_the_number_of_cells() -> None:
@@ -293,7 +297,7 @@ def test_attention_rollout_equals_one_from_the_attention_modules_own_weights() -
     assert oracles.distance(ours, flow[0, 1:].reshape(4, 4)) < 1e-5
 
 
-@pytest.mark.parametrize("build", [small, tiny_convnext])
+@pytest.mark.parametrize("build", [small, tiny_convnext, tiny_swin])
 def test_attention_rollout_is_refused_without_attention(build) -> None:
     assert "MultiheadAttention" in refusal(build(), "attention_rollout").detail
 

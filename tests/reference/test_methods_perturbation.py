@@ -174,9 +174,9 @@ def ablation_cam(model: LoadedModel, layer: str, target: int, call: int = 0) -> 
 @pytest.mark.parametrize(
     ("build", "layer", "way", "call"),
     [
-        (SmallNet, "features.3", "tail", 0),
-        (SmallNet, "features", "tail", 0),
-        (Twice, "inner", "tail", 1),
+        (SmallNet, "features.3", "by_tail", 0),
+        (SmallNet, "features", "by_tail", 0),
+        (Twice, "inner", "by_tail", 1),
         (Residual, "inner", "by_broadcast", 0),
         (Untraceable, "inner", "by_broadcast", 0),
         (Dense, "inner", "in_full", 0),
@@ -198,8 +198,8 @@ def way_of(model: LoadedModel, layer: str, target: int) -> str:
         question = Question(PIXELS, targets=(target,), method="ablationcam", layers=(layer,))
         (part,) = forward(replica, [question])
         assert isinstance(part, Part)
-        behind = perturbation._behind(replica, part, layer, part.activations[layer])
-    return "tail" if isinstance(behind, torch.fx.GraphModule) else behind.__name__
+        way, _ = perturbation._behind(replica, part, layer, part.activations[layer])
+    return way.__name__
 
 
 def test_ablationcam_equals_pytorch_grad_cams() -> None:

@@ -52,11 +52,11 @@ def test_an_in_place_relu_behind_the_target_spoils_the_peers_maps_and_not_ours(
 def test_gradcampp_is_the_papers_and_both_peers_are_not() -> None:
     """Truth: equations 10 and 19 in float64, on a full backward pass in float64.
 
-    pytorch-grad-cam adds 1e-6 to a denominator of 2g² where g is about 1e-3; TorchCAM divides a
-    copy, so that its α stays g². Compared without their magnitudes.
+    pytorch-grad-cam adds 1e-6 to a denominator of 2g² where g is about 1e-3: what is left is far
+    too small, and not everywhere by as much. TorchCAM divides a copy, so that its α stays g².
     """
-    model = oracles.architecture("resnet50", 96, 96)
-    pixels = oracles.picture(3, 96, 96)
+    model = oracles.architecture("resnet50")
+    pixels = oracles.picture(3)
     target, image = oracles.best(model, pixels), oracles.input_of(model, pixels)
     a, g = oracles.full_backward(
         oracles.in_double(model), "net.layer4", pixels, lambda logits: logits[target]
@@ -72,5 +72,6 @@ def test_gradcampp_is_the_papers_and_both_peers_are_not() -> None:
         (grad_cam,) = oracles.by_grad_cam(GradCAMPlusPlus, net, ["layer4"], image, target)
         ((torchcam,),) = oracles.by_torchcam([GradCAMpp], net, ["layer4"], image, target)
     assert oracles.distance(ours, truth) < 1e-4
-    assert oracles.distance(scaled(grad_cam.relu()), scaled(truth)) > 0.01
-    assert oracles.distance(scaled(torchcam), scaled(truth)) > 0.01
+    for peer in (grad_cam.relu(), torchcam):
+        assert oracles.distance(peer, truth) > 0.1
+        assert oracles.distance(scaled(peer), scaled(truth)) > 0.01

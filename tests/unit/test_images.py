@@ -360,6 +360,7 @@ def test_half_a_jpeg_is_corrupt() -> None:
             decode(part, max_pixels=LIMIT)
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.filterwarnings("ignore")
 @settings(max_examples=250, deadline=None)
 @given(st.sampled_from(FORMATS), st.data())
