@@ -112,7 +112,7 @@ class Geometry:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModelInput:
-    """`pixels`: uint8 (channels, height, width), contiguous, before normalisation; and its geometry."""
+    """`pixels`: uint8 (channels, height, width), before normalisation; and its geometry."""
 
     pixels: Tensor
     geometry: Geometry

@@ -64,10 +64,12 @@ def architecture(name: str, height: int = 224, width: int = 224) -> LoadedModel:
     Fresh weights scale features down layer by layer, to 1e-9 in the deepest ones, and some heads
     start at zero: any two maps would agree there.
     """
-    quiet = {"init_weights": False} if name == "googlenet" else {}
+    options: dict[str, object] = {"init_weights": False} if name == "googlenet" else {}
+    if name.startswith("vit"):
+        options["image_size"] = height
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        module = torchvision.models.get_model(name, weights=None, **quiet)
+        module = torchvision.models.get_model(name, weights=None, **options)
         _make_healthy(module, convolutional=not name.startswith(("vit", "swin")))
     norms = [each for each in module.modules() if isinstance(each, nn.BatchNorm2d)]
     module.eval()
@@ -76,11 +78,10 @@ def architecture(name: str, height: int = 224, width: int = 224) -> LoadedModel:
         norm.momentum = None  # the mean over all batches
         norm.train()
     if norms:
-        model = Preprocessing()
         with torch.no_grad():
             for seed in (11, 12):
                 batch = torch.stack([picture(seed + 2 * each, height, width) for each in range(2)])
-                module(_normalised(batch, model))
+                module(_normalised(batch, Preprocessing()))
     return served(module, height, width, name)
 
 

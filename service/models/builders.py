@@ -245,13 +245,14 @@ def _quiet(name: str) -> dict[str, Any]:
 
 
 def _randomised(make: Callable[[], nn.Module]) -> nn.Module:
-    """Seeded random weights, also where the architecture starts at zero, as some heads do."""
+    """Seeded random weights, also where the architecture starts at zero: some heads and norms."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = make()
         with torch.no_grad():
-            for parameter in module.parameters():
-                if parameter.ndim > 1 and not parameter.any():
+            for path, parameter in module.named_parameters():
+                is_weight = parameter.ndim > 1 or path.endswith("weight")  # of a norm
+                if is_weight and not parameter.any():
                     parameter.normal_(std=0.02)
     return module
 

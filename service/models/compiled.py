@@ -38,8 +38,7 @@ def eager(module: nn.Module, name: str) -> nn.Module:
 def _inside(module: nn.Module) -> nn.Module:
     # By name: to import torch._dynamo for its class takes a second of every start.
     while type(module).__name__ == "OptimizedModule":
-        inner = module._orig_mod
-        assert isinstance(inner, nn.Module)
+        inner = module.get_submodule("_orig_mod")
         module = inner
     return module
 

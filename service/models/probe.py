@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.jit import ScriptModule
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from service.cam.hooks import taken_by, tensors_in
 from service.cam.layouts import Layout, layout_of
@@ -61,6 +63,31 @@ class _Seen:
     operations: int = 0
 
 
+class _Operations(TorchDispatchMode):
+    """Counts the operations of what this thread runs inside the `with`.
+
+    Not torch's FlopCounterMode: that one sets hooks on the modules of every thread, and models are
+    tried out while others serve.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.total += int(count(*args, **(kwargs or {}), out_val=output))
+        return output
+
+
 def probe(model: nn.Module, image: Tensor, select: Select = None) -> Probe:
     """Run `model` once on `image` (1, C, H, W), with hooks on every module, all removed after it.
 
@@ -82,7 +109,7 @@ def probe(model: nn.Module, image: Tensor, select: Select = None) -> Probe:
             note(now.taken, taken_by(args, kwargs))
             note(now.given, output)
             now.finished = next(clock)
-            now.operations = counter.get_total_flops()
+            now.operations = counter.total
             now.shape = tuple(output.shape[1:]) if isinstance(output, Tensor) else None
             # A model that cuts the image into windows has more rows here than images.
             now.whole = isinstance(output, Tensor) and output.ndim > 1 and len(output) == 1
@@ -90,7 +117,7 @@ def probe(model: nn.Module, image: Tensor, select: Select = None) -> Probe:
 
         return hook
 
-    counter = FlopCounterMode(display=False)
+    counter = _Operations()
     with ExitStack() as hooks, torch.no_grad(), counter:
         for path in seen:
             module = model.get_submodule(path)
@@ -102,7 +129,7 @@ def probe(model: nn.Module, image: Tensor, select: Select = None) -> Probe:
     if logits.ndim != 2 or logits.shape[0] != 1:
         got = tuple(logits.shape)
         raise TypeError(f"the model must return logits of shape (batch, classes), not {got}")
-    size, total = (image.shape[2], image.shape[3]), max(1, counter.get_total_flops())
+    size, total = (image.shape[2], image.shape[3]), max(1, counter.total)
     layers = tuple(
         Layer(
             path=path,

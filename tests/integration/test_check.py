@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pictures
 import pytest
 from typer.testing import CliRunner
 
-import pictures
 from service.cli import app
 
 pytestmark = pytest.mark.timeout(60)

@@ -9,15 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pictures
 import pytest
 import torch
+from own_models import DictOutput
 from PIL import Image
 from starlette.testclient import TestClient
-
-import pictures
-from own_models import DictOutput
-from service.errors import ConfigurationError
 from tiny import SmallNet
+
+from service.errors import ConfigurationError
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -98,16 +98,15 @@ def own(serve, tmp_path_factory) -> Iterator[TestClient]:
     folder = tmp_path_factory.mktemp("own")
     (folder / "models.toml").write_text(CATALOGUE)
     (folder / "tags.txt").write_text("".join(f"tag {index}\n" for index in range(7)))
-    wrapped = {f"module.model.{key}": value for key, value in DictOutput(seed=5).state_dict().items()}
+    trained = DictOutput(seed=5).state_dict()
+    wrapped = {f"module.model.{key}": value for key, value in trained.items()}
     torch.save({"epoch": 2, "model_state_dict": wrapped}, folder / "tags.pt")
     with serve(models=(), config=folder / "models.toml") as client:
         yield client
 
 
 def pages(count: int) -> bytes:
-    stack = [
-        Image.fromarray(pictures.noise(40, 30, seed=page)[:, :, 0]) for page in range(count)
-    ]
+    stack = [Image.fromarray(pictures.noise(40, 30, seed=page)[:, :, 0]) for page in range(count)]
     buffer = io.BytesIO()
     stack[0].save(buffer, "TIFF", save_all=True, append_images=stack[1:])
     return buffer.getvalue()
@@ -136,7 +135,8 @@ def test_ten_channels_are_the_pages_of_a_tiff(own) -> None:
     assert len(result["predictions"]) == 3
     photo = Image.open(io.BytesIO(base64.b64decode(result["explanations"][0]["overlay"]["data"])))
     assert photo.size == (40, 30)
-    refused = own.post("/explain?model=ten", content=pictures.png(), headers={"content-type": "image/png"})
+    body = {"content": pictures.png(), "headers": {"content-type": "image/png"}}
+    refused = own.post("/explain?model=ten", **body)
     assert refused.status_code == 415
     assert "TIFF of 10 pages" in refused.json()["detail"]
     assert own.get("/models/ten").json()["input"]["channels"] == 10
@@ -178,14 +178,15 @@ def test_many_labels_have_scores_of_their_own_in_order(own) -> None:
 
 
 def test_a_certain_tag_is_flagged_as_saturated(own) -> None:
-    entry = own.app.state.service.pool.model("tags")  # type: ignore[attr-defined]
-    assert entry.scores(torch.tensor([30.0, -30.0])).tolist() == [pytest.approx(1), pytest.approx(0)]
+    model = own.app.state.service.pool.model("tags")
+    assert model.scores(torch.tensor([30.0, -30.0])).tolist() == pytest.approx([1, 0])
 
 
 @pytest.mark.parametrize(
     "method",
     [
-        *("gradcam", "gradcampp", "eigencam", "cam", "scorecam", "ablationcam", "occlusion", "rise"),
+        *("gradcam", "gradcampp", "eigencam", "cam", "scorecam", "ablationcam"),
+        *("occlusion", "rise"),
         *("input_gradient", "integrated_gradients", "guided_backprop", "guided_gradcam"),
     ],
 )
@@ -193,7 +194,8 @@ def test_a_certain_tag_is_flagged_as_saturated(own) -> None:
 def test_half_precision_explains_as_single_precision_does(own, model: str, method: str) -> None:
     options = {"method": method, "samples": 30, "steps": 3, "targets": "2"}
     low, full = (explain(own, name, pictures.png(), **options) for name in (model, "whole"))
-    assert low["predictions"][0]["score"] == pytest.approx(full["predictions"][0]["score"], abs=0.01)
+    best, expected = (each["predictions"][0]["score"] for each in (low, full))
+    assert best == pytest.approx(expected, abs=0.01)
     difference = np.abs(grid_of(low) - grid_of(full))
     assert float(np.median(difference)) < 0.1
 
@@ -228,14 +230,15 @@ def test_what_carries_no_hooks_or_gradients_predicts_and_says_why_not_more(
 
 
 def broken(serve, folder: Path, text: str) -> str:
-    (folder / "models.toml").write_text(f'[[model]]\nname = "a"\nbuilder = "own_models:net"\n{text}')
-    with pytest.raises(ConfigurationError) as error, serve(models=(), config=folder / "models.toml"):
+    path = folder / "models.toml"
+    path.write_text(f'[[model]]\nname = "a"\nbuilder = "own_models:net"\n{text}')
+    with pytest.raises(ConfigurationError) as error, serve(models=(), config=path):
         pass
     return error.value.detail
 
 
 class Trap:
-    def __reduce__(self):  # noqa: ANN204
+    def __reduce__(self):
         return (Path.touch, (Path("it-ran"),))
 
 

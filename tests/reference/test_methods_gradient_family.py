@@ -55,7 +55,7 @@ CASES = [
     Case("efficientnet_b0", "features.3"),
     # Not a layer right before a LayerNorm: HiResCAM vanishes there, as g · A sums to zero.
     Case("convnext_tiny", "features.4", side=96),
-    Case("vit_b_16", VIT, side=224, to_map=oracles.tokens_to_map(14, 14)),
+    Case("vit_b_16", VIT, side=112, to_map=oracles.tokens_to_map(7, 7)),
     Case("swin_t", "features.3", side=128, last="norm", to_map=oracles.channels_first),
 ]
 LINEAR_HEADS = {"resnet50", "googlenet", "mobilenet_v2", "efficientnet_b0", "swin_t"}

@@ -1,4 +1,4 @@
-"""Every classifier of torchvision: it loads, lists its layers, and its default layer gives a map."""
+"""Every classifier of torchvision loads, lists its layers, and is explained at its own layer."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from service.models.pool import Replica
 from service.questions import Answer, Question
 from service.stepwise import run
 
-LARGE = {"regnet_y_128gf", "vit_h_14"}
-"""More than 4 GB, or 20 seconds on one core."""
+LARGE = {"regnet_y_128gf", "vit_h_14", "vit_l_16", "vit_l_32"}
+"""More than 4 GB, or about 20 seconds on one core."""
 
 GRIDS = {
     "alexnet": 16,  # cells of 16 pixels: the pooling behind the last convolution is not explained

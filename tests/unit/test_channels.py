@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 
 import numpy as np
+import pictures
 import pytest
 from PIL import Image
 
-import pictures
 from service.channels import decode_channels, for_model, for_people
 from service.errors import CorruptImage, EmptyImage, ImageTooLarge, UnsupportedImage
 from service.images import Preprocessing
@@ -39,7 +39,8 @@ def levels(count: int, size: tuple[int, int] = (40, 30), mode: str = "L") -> lis
 @pytest.mark.parametrize("mode", ["L", "I;16"])
 @pytest.mark.parametrize("compression", [None, "tiff_lzw"])
 def test_each_page_is_one_channel(mode: str, compression: str | None) -> None:
-    source = decode_channels(tiff(levels(10, mode=mode), compression=compression), 10, max_pixels=9999)
+    data = tiff(levels(10, mode=mode), compression=compression)
+    source = decode_channels(data, 10, max_pixels=9999)
     assert source.pixels.shape == (30, 40, 10)
     assert source.pixels[3, 4].tolist() == [10, 20, 30, 40, 50, 60, 70, 80, 90, 100]
     assert (source.width, source.height, source.format) == (40, 30, "TIFF")

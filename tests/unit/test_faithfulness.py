@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import SmallNet, loaded
 from torch import Tensor, nn
 
 from service.faithfulness import candidates, rank
-from tiny import SmallNet, loaded
 
 pytestmark = pytest.mark.timeout(20)
 
@@ -59,7 +59,8 @@ def test_the_layer_whose_maps_point_at_the_evidence_comes_first() -> None:
 
 def test_a_picture_that_shows_nothing_measures_nothing() -> None:
     """On an empty picture insertion and deletion are the same."""
-    (measured,) = rank(loaded(SeesOneCorner()), [torch.zeros(3, 32, 32, dtype=torch.uint8)], ["early"])
+    empty = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    (measured,) = rank(loaded(SeesOneCorner()), [empty], ["early"])
     assert measured.faithfulness == 0
 
 
@@ -71,7 +72,8 @@ def test_candidates_have_maps_and_are_denser_towards_the_end() -> None:
     places = [int(path) for path in chosen]
     assert places == sorted(places)
     assert places[-1] - places[-2] < places[1] - places[0]
-    assert set(candidates(loaded(SmallNet()))) <= {x.path for x in loaded(SmallNet()).layers if x.target}
+    small = loaded(SmallNet())
+    assert set(candidates(small)) == {layer.path for layer in small.layers if layer.target}
 
 
 class Head(nn.Module):
