@@ -122,7 +122,7 @@ def test_curl_prints_the_answer_to_a_large_refused_body(full, tmp_path: Path, he
     command = ["curl", "--silent", "--show-error", "--max-time", "5", "--write-out", "%{http_code}"]
     command += ["--header", "content-type: image/png", "--header", header]
     command += ["--data-binary", f"@{file}", f"{full.url}/explain"]
-    told = subprocess.run(command, capture_output=True, check=False, text=True)  # noqa: S603
+    told = subprocess.run(command, capture_output=True, check=False, text=True)
     assert (told.returncode, told.stderr) == (0, "")
     assert told.stdout.endswith("429")
     assert '"code":"queue_full"' in told.stdout.replace('": "', '":"')

@@ -65,9 +65,9 @@ class NoHalf(SmallNet):
 
 
 def test_a_precision_that_the_device_lacks_is_told_at_the_start(monkeypatch) -> None:
-    monkeypatch.setattr("own_models.net", lambda: NoHalf(), raising=True)
+    monkeypatch.setattr("own_models.net", NoHalf)
     spec = ModelSpec("a", "own_models:net", input=InputSpec(size=(32, 32)), dtype="float16")
-    with pytest.raises(ConfigurationError, match="in float16 on cpu: .*not implemented"):
+    with pytest.raises(ConfigurationError, match=r"in float16 on cpu: .*not implemented"):
         load_model(spec)
 
 
@@ -76,7 +76,7 @@ def test_a_model_without_any_gradient_still_loads(monkeypatch) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x).detach()
 
-    monkeypatch.setattr("own_models.net", lambda: Cut(), raising=True)
+    monkeypatch.setattr("own_models.net", Cut)
     model = load_model(ModelSpec("a", "own_models:net", input=InputSpec(size=(32, 32))))
     assert model.no_gradients is not None
     assert isinstance(model.module, nn.Module)
