@@ -50,7 +50,7 @@ FAST = (*CAMS, *TO_THE_INPUT)
 SLOW = ("ablationcam", "scorecam", "integrated_gradients", "occlusion", "rise")
 """What runs the model, or its tail, a hundred times and more; asked about fewer pictures."""
 
-NO_EPSILON = "gradcampp, no ε"
+NO_EPSILON = "gradcampp (no ε)"
 """Grad-CAM++ beside the peer's with its epsilon made negligible."""
 
 SCALE = 1e6

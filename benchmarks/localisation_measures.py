@@ -35,6 +35,9 @@ COLUMNS = (
     *("peer as handed out", "ours − better trivial"),
 )
 
+FEWEST = 5
+"""Clusters that a verdict needs."""
+
 RESAMPLES = 2000
 """Of the bootstrap, which draws whole clusters."""
 
@@ -141,12 +144,20 @@ class Table:
         return lines
 
     def verdict(self, methods: Sequence[str]) -> tuple[bool, str]:
-        """Whether ours is below the peer's anywhere, and the sentence that says so."""
+        """Whether ours is below the peer's anywhere, and the sentence that says so.
+
+        Of fewer than FEWEST clusters nothing is said: the interval of one has no width.
+        """
         both = [method for method in methods if self.values.get((method, "peer"))]
-        below = [method for method in both if self._is_below(method)]
-        if below:
-            return True, f"BELOW the peer on {self.title}: {', '.join(below)}"
-        return False, f"not below the peer on {self.title}: {', '.join(both)}"
+        few = [method for method in both if self._clusters(method) < FEWEST]
+        below = [method for method in both if method not in few and self._is_below(method)]
+        groups = {
+            "BELOW the peer": below,
+            "not below the peer": [name for name in both if name not in few + below],
+            f"undecided, fewer than {FEWEST} clusters": few,
+        }
+        said = [f"{what}: {', '.join(names)}" for what, names in groups.items() if names]
+        return bool(below), f"{self.title}: {'; '.join(said) or 'no method of both'}"
 
     def difference(self, method: str, other: tuple[str, str]) -> tuple[float, float, float] | None:
         """The mean of ours minus another's over the cases of both, and its 95 % interval."""
@@ -169,6 +180,9 @@ class Table:
         known = [each for each in found if each is not None]
         pick: Callable[..., tuple[float, float, float]] = min if self.sign > 0 else max
         return pick(known) if known else None
+
+    def _clusters(self, method: str) -> int:
+        return len({cluster for cluster, _ in self.values[method, "ours"]})
 
     def _is_below(self, method: str) -> bool:
         found = self.difference(method, (method, "peer"))

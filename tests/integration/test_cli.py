@@ -206,3 +206,28 @@ def _terminating(process: subprocess.Popen[str], data: bytes) -> Iterator[bytes]
     yield data[:-1]
     process.send_signal(signal.SIGTERM)
     yield data[-1:]
+
+
+def test_on_sighup_the_configuration_is_read_again(tmp_path: Path) -> None:
+    """A model that is new in models.toml is served, one that is gone is not; requests go on."""
+    config = tmp_path / "models.toml"
+    config.write_text('[[model]]\nname = "a"\nbuilder = "tiny:small"\n')
+    with serving("--config", str(config), "--workers", "1") as (process, url, _):
+        assert names(url) == ["a"]
+        config.write_text('[[model]]\nname = "b"\nbuilder = "tiny:other"\n')
+        process.send_signal(signal.SIGHUP)
+        while names(url) != ["b"] or httpx.get(f"{url}/models/b").json()["state"] != "ready":
+            assert process.poll() is None
+        answer = httpx.post(
+            f"{url}/predict", content=pictures.png(), headers={"content-type": "image/png"}
+        )
+        assert answer.json()["model"]["name"] == "b"
+        config.write_text("[[model]]\nname = 1")
+        process.send_signal(signal.SIGHUP)
+        assert httpx.get(f"{url}/health/ready").status_code == 200
+        assert names(url) == ["b"]
+
+
+def names(url: str) -> list[str]:
+    """The models that a service lists."""
+    return [model["name"] for model in httpx.get(f"{url}/models").json()["models"]]
