@@ -25,9 +25,12 @@ def _one_thread_each() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True)
 def _logs_as_served() -> None:
-    """Without it structlog prints the local variables of every traceback, which takes seconds."""
+    """Without it structlog prints the local variables of every traceback, which takes seconds.
+
+    Before each test, because commands of the CLI turn the logs down for their whole process.
+    """
     logs.configure()
 
 

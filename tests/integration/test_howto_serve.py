@@ -25,7 +25,9 @@ def test_the_page_leads_from_a_state_dict_to_an_explained_photo(tmp_path: Path) 
     for name, module in (("python", ""), ("camserve", "-m service ")):
         (binaries / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {module}"$@"\n')
         (binaries / name).chmod(0o755)
-    environment = os.environ | {
+    # `make test` sets PYTHONSAFEPATH, with which a script's own folder is not searched.
+    inherited = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
+    environment = inherited | {
         "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
