@@ -29,11 +29,6 @@ GRADIENT_METHODS = LAYER_METHODS | {
 }
 """Methods behind a pass that differentiates; at a layer all are, whether their map needs it."""
 
-STEPWISE_METHODS = frozenset(
-    {"scorecam", "ablationcam", "integrated_gradients", "occlusion", "rise"}
-)
-"""Methods that run the model many times and are worked off in chunks."""
-
 FORWARD_AND_BACKWARD = 2.5
 """What a forward pass with the gradient at the input costs, in forward passes.
 
