@@ -18,7 +18,7 @@ PIP_INSTALL = quiet=; [ ! -e .venv/.installed ] || quiet=--quiet; \
 	.venv/bin/python -m pip install --disable-pip-version-check $$quiet -c constraints.txt
 SAFE = PYTHONSAFEPATH=1
 
-.PHONY: help install run test test-all check bench clean
+.PHONY: help install run test test-all browser check bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -35,17 +35,21 @@ test: .venv/.installed-test ## run every test that needs only Python (ARGS= for 
 test-all: .venv/.installed-test ## run every test; one whose tool is missing is skipped and says why
 	@$(SAFE) .venv/bin/python -m pytest $(ARGS)
 
+browser: .venv/.installed-test tests/browser/node_modules/.installed ## test the page in Chromium (ARGS= for pytest)
+	@$(SAFE) .venv/bin/python -m pytest -m browser $(ARGS)
+
 check: .venv/.installed-dev ## lint, format, types, imports
 	@$(SAFE) .venv/bin/python -m ruff check
 	@$(SAFE) .venv/bin/python -m ruff format --check
 	@$(SAFE) .venv/bin/python -m mypy
 	@$(SAFE) .venv/bin/lint-imports --no-logo
 
-bench: .venv/.installed ## measure how busy the event loop is under load
-	@$(SAFE) .venv/bin/python benchmarks/event_loop.py $(ARGS)
+bench: .venv/.installed-dev ## measure beside others, write docs/reference/benchmarks.md (ARGS=--quick: 2 minutes)
+	@$(SAFE) PYTHONPATH=benchmarks .venv/bin/python benchmarks/bench.py $(ARGS)
 
 clean: ## remove .venv, caches and build outputs
 	rm -rf .venv .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf tests/browser/node_modules
 	find api_schemas benchmarks examples service tests -type d -name __pycache__ -prune \
 		-exec rm -rf {} + 2>/dev/null || true
 
@@ -66,6 +70,14 @@ clean: ## remove .venv, caches and build outputs
 	@echo 'camserve: installing the service, its tests and the checks'
 	@$(PIP_INSTALL) -e '.[dev]'
 	@touch .venv/.installed .venv/.installed-test $@
+
+# npm brings axe-core; without npm the tests that need it are skipped and say so.
+tests/browser/node_modules/.installed: tests/browser/package.json tests/browser/package-lock.json
+	@if command -v npm >/dev/null; then \
+		npm ci --prefix tests/browser --no-audit --no-fund && touch $@; \
+	else \
+		echo 'camserve: npm is not installed; tests of accessibility will be skipped' >&2; \
+	fi
 
 .venv/bin/python:
 	@for python in $(PYTHON) python3.11 python3.12 python3.13 python3; do \

@@ -97,6 +97,7 @@ class CommonOptions(BaseModel):
     activation_as: list[ActivationForm] = Field(
         ["stats"],
         min_length=1,
+        max_length=16,
         description="`stats`: five numbers, `image`: a PNG grid of the channels, `array`: float16 "
         "(gradients float32).",
     )
@@ -137,6 +138,7 @@ class ExplainOptions(CommonOptions):
     include: list[Include] = Field(
         ["heatmap"],
         min_length=1,
+        max_length=16,
         description="What to send: `heatmap` (indexed PNG), `overlay` (photo and map), `grid` "
         "(the map itself, float32), `regions` (mask, boxes, polygons, peak); `none` for numbers "
         "only.",
@@ -179,7 +181,7 @@ class ExplainOptions(CommonOptions):
             return None
         try:
             found: Any = json.loads(self.mask)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"`mask` is not JSON: {error}") from error
         if not isinstance(found, dict):
             raise ValueError('`mask` is an object, such as {"boxes": [[x, y, w, h]]}')  # noqa: TRY004 - pydantic reports ValueErrors

@@ -12,76 +12,25 @@ from __future__ import annotations
 
 import argparse
 import http.client
-import importlib.metadata
-import io
 import math
 import multiprocessing
 import os
-import platform
-import re
-import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageFilter
+from measuring import ROOT, machine, photograph
+from servers import Kind, end_when_told, serving
 
-ROOT = Path(__file__).resolve().parent.parent
 BUILTIN = ROOT / "service" / "models" / "builtin" / "weights.safetensors"
 BOUND_MS = 50.0
 """What `/health/live` may take under load, at the 99th percentile."""
 
+READY = "/health/ready"
 EVERY = 0.010
 """Seconds between two probes."""
-
-
-def photograph(seed: int, width: int = 640, height: int = 480) -> bytes:
-    """A JPEG with the size and the detail of a photograph: soft shapes, edges and grain."""
-    random = np.random.default_rng(seed)
-    coarse = Image.fromarray(random.integers(0, 256, (6, 8, 3), dtype=np.uint8))
-    soft = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.float32)
-    edges = Image.fromarray(random.integers(0, 256, (24, 32), dtype=np.uint8))
-    edged = edges.resize((width, height), Image.Resampling.NEAREST)
-    detail = np.asarray(edged.filter(ImageFilter.GaussianBlur(2)), np.float32)[..., None] - 128
-    grain = random.normal(0, 8, (height, width, 1))
-    pixels = np.clip(soft + 0.3 * detail + grain, 0, 255).astype(np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=90)
-    return file.getvalue()
-
-
-@contextmanager
-def serving(arguments: list[str]) -> Iterator[tuple[int, int]]:
-    """`camserve serve` as a process of its own; its port and its process id."""
-    command = [sys.executable, "-m", "service", "serve", "--port", "0", *arguments]
-    with (
-        tempfile.TemporaryFile("w+") as log,
-        subprocess.Popen(  # noqa: S603 - our own command
-            command, cwd=ROOT, stderr=log, stdout=subprocess.DEVNULL
-        ) as process,
-    ):
-        try:
-            yield _port(process, log.fileno()), process.pid
-        finally:
-            process.terminate()
-
-
-def _port(process: subprocess.Popen[bytes], log: int, within: float = 120.0) -> int:
-    until = time.monotonic() + within
-    while time.monotonic() < until:
-        text = os.pread(log, 1 << 16, 0).decode(errors="replace")
-        if found := re.search(r"serves on http://[^\s]+:(\d+)", text):
-            return int(found[1])
-        if process.poll() is not None:
-            sys.exit(f"the service did not start:\n{text}")
-        time.sleep(0.1)
-    sys.exit(f"the service did not start within {within:g} seconds")
 
 
 def explain_until(port: int, clients: int, stop: Event, answered: multiprocessing.Queue) -> None:
@@ -154,18 +103,6 @@ def line(name: str, values: list[float]) -> str:
     return f"| {name} | {' | '.join(f'{value:.1f}' for value in shown)} | {len(ranked)} |"
 
 
-def machine() -> str:
-    """Cores, processor and versions."""
-    found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("torch", "uvicorn", "fastapi")
-    )
-    return (
-        f"{len(os.sched_getaffinity(0))} cores, {found[1] if found else platform.machine()}; "
-        f"Python {platform.python_version()}, {versions}"
-    )
-
-
 def main() -> None:
     """Measure, print the table, and fail where the bound is missed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else "")
@@ -179,7 +116,8 @@ def main() -> None:
         arguments.append("--allow-random-weights")
     spawn = multiprocessing.get_context("spawn")
     stop, answered = spawn.Event(), spawn.Queue()
-    with serving(arguments) as (port, pid):
+    with serving(Kind(("-m", "service", "serve", "--port", "{port}", *arguments), READY)) as server:
+        port, pid = server.port, server.pid
         probe(port, 1)  # warm
         idle, idle_late = probe(port, min(options.seconds, 5))
         load = spawn.Process(target=explain_until, args=(port, options.clients, stop, answered))
@@ -211,4 +149,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    end_when_told()
     main()

@@ -16,7 +16,6 @@ from PIL import Image
 from torch import Tensor
 
 from service.images import Rect, Source, decode, fit_to_model
-from service.inference import normalise
 from service.models.pool import Replica
 
 Mask = NDArray[np.bool_]
@@ -199,7 +198,7 @@ def _view(photo: Photo, rect: Rect | None, replica: Replica) -> View | None:
         fitted = fit_to_model(replace(source, pixels=part), replica.model.preprocessing, "squash")
         window = rect
     with torch.no_grad():
-        target = int(replica.module(normalise(fitted.pixels[None], replica.model)).argmax())
+        target = int(replica.module(replica.model.normalised(fitted.pixels[None])).argmax())
     if target not in photo.classes:
         return None
     size = (int(fitted.pixels.shape[1]), int(fitted.pixels.shape[2]))

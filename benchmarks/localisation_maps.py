@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from service.cam.heatmap import resample
 from service.errors import CamserveError
 from service.images import Geometry
-from service.inference import normalise
 from service.models.loaded import LoadedModel
 from service.models.pool import Replica
 from service.questions import LAYER_METHODS, Question
@@ -142,7 +141,7 @@ class Peer:
                 return kept[0]
 
             cam.get_cam_image = keep
-            batch = normalise(pixels[None], self._model)
+            batch = self._model.normalised(pixels[None])
             (delivered,) = cam(batch, [ClassifierOutputTarget(target)])
         size = (int(pixels.shape[1]), int(pixels.shape[2]))
         raw = [enlarged(np.maximum(each[0], 0), size) for each in kept]

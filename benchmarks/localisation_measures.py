@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from service.images import Rect
-from service.inference import normalise
 from service.models.pool import Replica
 
 STEPS = 20
@@ -65,11 +64,11 @@ class Curves:
 
     def __init__(self, replica: Replica, pixels: Tensor, target: int, seed: int) -> None:
         self._replica, self._target = replica, target
-        self._image = normalise(pixels[None], replica.model)[0]
+        self._image = replica.model.normalised(pixels[None])[0]
         plain = pixels.permute(1, 2, 0).numpy()
         soft = cv2.GaussianBlur(plain, (0, 0), BLUR * max(plain.shape[:2]))
         blurred = torch.from_numpy(np.ascontiguousarray(soft)).permute(2, 0, 1)
-        self._blurred = normalise(blurred[None], replica.model)[0]
+        self._blurred = replica.model.normalised(blurred[None])[0]
         self._ties = np.random.default_rng(seed).permutation(plain.shape[0] * plain.shape[1])
         mean = torch.zeros_like(self._image)
         self._ends = self._scores([self._blurred, self._image, mean])

@@ -19,7 +19,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from service.inference import normalise
 from service.models.catalog import parse_model
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model
@@ -76,7 +75,7 @@ def forward(replica: Replica, image: Tensor) -> float:
 def ratios(model: LoadedModel, questions: list[Question], rounds: int) -> list[float]:
     """The median cost of each question in forward passes, all measured in turn."""
     with ModelPool([model], replicas=1).lease(model.name) as replica:
-        image = normalise(questions[0].pixels[None], model)
+        image = model.normalised(questions[0].pixels[None])
         forward(replica, image)
         found: list[list[float]] = [[] for _ in questions]
         for _ in range(rounds):

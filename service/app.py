@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.resources
+import ipaddress
 import signal
 import sys
 import threading
@@ -14,29 +15,40 @@ from typing import Any
 import fastapi_offline
 import structlog
 import torch
-from fastapi import FastAPI, Request
-from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import HTMLResponse, RedirectResponse
+from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
+from starlette.middleware.cors import CORSMiddleware
 
 from api_schemas.options import ExplainOptions
 from service import __version__
+from service.addresses import parse_hosts
 from service.admission import Admission
 from service.errors import ConfigurationError
-from service.integrations import repository
-from service.keys import read_keys
+from service.fetching import Fetcher
+from service.integrations import kserve, open_inference, repository, torchserve, x_anylabeling
+from service.keys import KeyFile
 from service.metrics import Metrics, Readings
 from service.models.catalog import ModelSpec, check_names, parse_models
 from service.models.config import read_config
+from service.models.lane import Compiler
 from service.models.library import Library
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model
 from service.models.pool import ModelPool
+from service.quotas import Bounds, Quotas
 from service.routes import classify, docs, health, kernels, models, problems
-from service.routes.middleware import BehindPrefix, DrainUnreadBody, RequestContext
+from service.routes.access import Access
+from service.routes.middleware import (
+    CORS,
+    BehindPrefix,
+    BoundedQuery,
+    DrainUnreadBody,
+    RequestContext,
+)
 from service.routes.state import Limits, Service
 from service.scheduler import Scheduler
 from service.settings import Settings
+from service.web.page import page_router
 
 _log = structlog.get_logger(__name__)
 
@@ -61,12 +73,15 @@ def create_app(settings: Settings, *, background: bool = False) -> FastAPI:
         service.scheduler.start()
         app.state.loading = service.library.load_in_background() if background else []
         _reread_on_hang_up(service, settings)
+        _warn_of_open_doors(settings)
         try:
             yield
         finally:
             service.admission.close()
             await _in_thread(lambda: service.scheduler.close(GRACE_SECONDS))
             await _in_thread(service.library.close)
+            if service.fetcher is not None:
+                await service.fetcher.aclose()
 
     app = FastAPI(
         title="camserve",
@@ -83,11 +98,25 @@ def create_app(settings: Settings, *, background: bool = False) -> FastAPI:
         kernels.router,
         health.router,
         repository.router,
+        open_inference.router,
+        kserve.router,
+        torchserve.router,
+        x_anylabeling.router,
     ):
         app.include_router(router)
-    _serve_docs(app)
+    _serve_page(app)
     problems.install(app, options=list(ExplainOptions.model_fields))
+    bounds = Bounds(settings.key_rate, settings.key_concurrency, settings.key_cost)
+    app.add_middleware(BoundedQuery)
+    app.add_middleware(
+        Access,
+        keys=service.api_keys,
+        quotas=Quotas(bounds),
+        open_metrics=settings.open_metrics,
+    )
     app.add_middleware(DrainUnreadBody)
+    if settings.cors_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **CORS)
     app.add_middleware(RequestContext, metrics=service.metrics)
     prefix = settings.root_path.rstrip("/")
     if prefix:
@@ -105,11 +134,21 @@ def build_service(settings: Settings, *, load: bool = True) -> Service:
     metrics = Metrics()
     admission = Admission(max_images=settings.max_queue, max_bytes=settings.max_queue_bytes)
     scheduler = Scheduler(
-        pool, metrics, workers=settings.worker_count, max_batch=settings.max_batch
+        pool,
+        metrics,
+        workers=settings.worker_count,
+        max_batch=settings.max_batch,
+        max_delay=settings.batch_delay,
+        threads_per_worker=settings.torch_threads,
+        hang_seconds=settings.hang_timeout,
     )
     gauges: dict[str, tuple[str, Callable[[], float]]] = {
         "queue_size": ("Images that wait for a worker.", lambda: scheduler.waiting),
         "images_held": ("Images admitted and not yet answered.", lambda: admission.images),
+        "workers_hanging": (
+            "Worker threads that were given up and have not come back.",
+            lambda: scheduler.workers.abandoned,
+        ),
         "hooks_live": ("Hooks on all replicas beyond the models' own.", pool.hooks_live),
     }
     metrics.watch(Readings(gauges, lambda: pool.replaced))
@@ -121,9 +160,27 @@ def build_service(settings: Settings, *, load: bool = True) -> Service:
         activation_bytes=settings.max_activation_bytes,
         cost=settings.max_cost,
         timeout=settings.request_timeout,
+        formats=settings.image_formats,
     )
-    admin_keys = {} if settings.admin_keys_file is None else read_keys(settings.admin_keys_file)
-    return Service(pool, library, scheduler, admission, metrics, limits, admin_keys)
+    return Service(
+        pool,
+        library,
+        scheduler,
+        admission,
+        metrics,
+        limits,
+        admin_keys=None if settings.admin_keys_file is None else KeyFile(settings.admin_keys_file),
+        fetcher=_fetcher(settings) if settings.allowed_image_hosts else None,
+        api_keys=None if settings.api_keys_file is None else KeyFile(settings.api_keys_file),
+    )
+
+
+def _fetcher(settings: Settings) -> Fetcher:
+    return Fetcher(
+        parse_hosts(settings.allowed_image_hosts),
+        max_bytes=settings.max_body_bytes,
+        seconds=settings.image_url_timeout,
+    )
 
 
 def model_specs(settings: Settings) -> tuple[ModelSpec, ...]:
@@ -142,18 +199,31 @@ def model_specs(settings: Settings) -> tuple[ModelSpec, ...]:
 def model_loader(settings: Settings) -> Callable[[ModelSpec], LoadedModel]:
     """What loads one model as the settings say. Raises ConfigurationError, as the loader does."""
     device = _device(settings.device, "--device")
+    compiler = Compiler(
+        cache=settings.cache_folder,
+        streams=settings.worker_count,
+        lone_threads=settings.lone_thread_count,
+    )
 
     def load_one(spec: ModelSpec) -> LoadedModel:
         own = _device(spec.device, f"{spec.at('device')}: device") if spec.device else device
-        return load_model(spec, device=own, allow_random_weights=settings.allow_random_weights)
+        return load_model(
+            spec,
+            device=own,
+            allow_random_weights=settings.allow_random_weights,
+            compiler=compiler if settings.compile else None,
+        )
 
     return load_one
 
 
 def _reread_on_hang_up(service: Service, settings: Settings) -> None:
-    """On SIGHUP read the models' files again: new versions replace the old ones."""
+    """On SIGHUP read keys and models' files again: new versions replace the old ones."""
 
     def reread() -> None:
+        for keys in (service.api_keys, service.admin_keys):
+            if keys is not None:
+                keys.reread()
         try:
             service.library.replace_all(model_specs(settings))
         except ConfigurationError as error:
@@ -162,6 +232,20 @@ def _reread_on_hang_up(service: Service, settings: Settings) -> None:
     # Signals reach the main thread alone; in a test's thread there is nothing to install.
     if threading.current_thread() is threading.main_thread():
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reread)
+
+
+def _warn_of_open_doors(settings: Settings) -> None:
+    """Say so where others can reach the service and need no key."""
+    try:
+        near = ipaddress.ip_address(settings.host).is_loopback
+    except ValueError:
+        near = settings.host == "localhost"
+    if not near and settings.api_keys_file is None:
+        _log.warning(
+            "open_to_all",
+            host=settings.host,
+            detail="Whoever reaches this address may use the service; set CAMSERVE_API_KEYS_FILE.",
+        )
 
 
 def _device(name: str, said_by: str) -> str:
@@ -176,24 +260,10 @@ def _device(name: str, said_by: str) -> str:
     return name
 
 
-def _serve_docs(app: FastAPI) -> None:
-    """`/docs` with its scripts from here: no other host is asked."""
+def _serve_page(app: FastAPI) -> None:
+    """The page at `/`, and `/docs` with its scripts from here: no other host is asked."""
+    app.include_router(page_router())
     app.mount("/docs/static", StaticFiles(directory=str(_DOCS_FILES)), name="docs-static")
-
-    @app.get("/docs", include_in_schema=False)
-    async def swagger(request: Request) -> HTMLResponse:
-        prefix = request.scope.get("root_path", "").rstrip("/")
-        return get_swagger_ui_html(
-            openapi_url=f"{prefix}/openapi.json",
-            title="camserve: routes",
-            swagger_js_url=f"{prefix}/docs/static/swagger-ui-bundle.js",
-            swagger_css_url=f"{prefix}/docs/static/swagger-ui.css",
-            swagger_favicon_url=f"{prefix}/docs/static/favicon.png",
-        )
-
-    @app.get("/", include_in_schema=False)
-    async def page(request: Request) -> RedirectResponse:
-        return RedirectResponse(f"{request.scope.get('root_path', '').rstrip('/')}/docs")
 
     generate = app.openapi
 

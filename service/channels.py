@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,15 +20,17 @@ from service.images import TOO_LARGE, Source, check_bounds, decode, upright_rgb
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
-def decode_channels(data: bytes, channels: int, *, max_pixels: int) -> Source:
+def decode_channels(
+    data: bytes, channels: int, *, max_pixels: int, keep: tuple[int, int] | None = None
+) -> Source:
     """Decode an upload for a model of so many channels: RGB pixels, or the pages of a TIFF.
 
-    Raises the ImageErrors of `decode`, and UnsupportedImage for another file than a TIFF or another
-    number of pages where pages are wanted. Pages are bounded together: as many bytes as `decode`
-    takes for a picture of `max_pixels`.
+    keep: as in `decode`. Pages are bounded together: as many bytes as `decode` takes for a picture
+    of `max_pixels`. Raises the ImageErrors of `decode`, and UnsupportedImage for another file than
+    a TIFF or another number of pages where pages are wanted.
     """
     if channels in (1, 3) or not data:
-        return decode(data, max_pixels=max_pixels)
+        return decode(data, max_pixels=max_pixels, keep=keep)
     if not data.startswith(_TIFF):
         raise UnsupportedImage(
             f"This model takes {channels} channels: send a TIFF of {channels} pages, each page one "
@@ -50,10 +53,10 @@ def decode_channels(data: bytes, channels: int, *, max_pixels: int) -> Source:
 
 def for_model(source: Source, channels: int) -> Source:
     """The source as the model sees it: grey for one channel, else as it is."""
-    if channels != 1:
+    if channels != 1 or source.pixels.shape[2] == 1:
         return source
     grey = np.array(Image.fromarray(source.pixels).convert("L"))
-    return Source(grey[:, :, None], source.format, source.sha256)
+    return replace(source, pixels=grey[:, :, None])
 
 
 def for_people(source: Source) -> Source:
@@ -61,7 +64,7 @@ def for_people(source: Source) -> Source:
     if source.pixels.shape[2] == 3:
         return source
     first = np.repeat(source.pixels[:, :, :1], 3, axis=2)
-    return Source(first, source.format, source.sha256)
+    return replace(source, pixels=first)
 
 
 def _pages(data: bytes, channels: int, max_pixels: int) -> list[NDArray[np.uint8]]:

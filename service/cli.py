@@ -18,6 +18,7 @@ from rich.table import Table
 
 from service import logs
 from service.app import build_service, create_app
+from service.connections import BoundedHead
 from service.errors import ConfigurationError
 from service.explain_files import explain_files, explain_options
 from service.flags import ERR, OF_MODELS, OUT, with_settings
@@ -46,6 +47,8 @@ def serve(settings: Settings) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        http=BoundedHead,
+        ws="none",
         timeout_graceful_shutdown=30,
     )
     server = uvicorn.Server(config)

@@ -10,20 +10,27 @@
     │   ├── UnsupportedMediaType    unsupported_media_type
     │   ├── NotAcceptable           not_acceptable
     │   ├── UnknownModel            unknown_model
+    │   │   └── UnknownVersion      unknown_version
     │   ├── UnknownLayer            unknown_layer
     │   └── UnknownClass            unknown_class
+    ├── Unauthorized                unauthorized
     ├── ImageError                  one image cannot be used
     │   ├── InvalidImageData        invalid_image_data
     │   ├── EmptyImage              empty_image
     │   ├── UnsupportedImage        unsupported_image
     │   ├── CorruptImage            corrupt_image
-    │   └── ImageTooLarge           image_too_large
+    │   ├── ImageTooLarge           image_too_large
+    │   ├── ImageUrlRefused         image_url_refused
+    │   └── ImageUrlFailed          image_url_failed
     ├── Refused                     not now: try again after `retry_after` seconds
     │   ├── QueueFull               queue_full
+    │   ├── KeyLimit                key_limit
     │   ├── ShuttingDown            shutting_down
+    │   ├── OutOfMemory             out_of_memory
     │   └── ModelNotReady           model_not_ready
     ├── DeadlineExceeded            deadline_exceeded
     ├── InferenceFailed             inference_failed
+    │   ├── InferenceHangs          inference_hangs
     │   └── NonFiniteOutput         non_finite_output
     ├── RenderFailed                render_failed
     └── ConfigurationError          the service cannot start like this
@@ -101,6 +108,12 @@ class UnknownModel(RequestError):
     code = "unknown_model"
 
 
+class UnknownVersion(UnknownModel):
+    """The model is served, and not in that version."""
+
+    code = "unknown_version"
+
+
 class UnknownLayer(RequestError):
     """The model has no module at that path."""
 
@@ -111,6 +124,12 @@ class UnknownClass(RequestError):
     """The model has no class of that id or label."""
 
     code = "unknown_class"
+
+
+class Unauthorized(CamserveError):
+    """The request carries no key that opens this route."""
+
+    code = "unauthorized"
 
 
 class ImageError(CamserveError):
@@ -147,6 +166,18 @@ class ImageTooLarge(ImageError):
     code = "image_too_large"
 
 
+class ImageUrlRefused(ImageError):
+    """The URL is not one of a host that images may be fetched from."""
+
+    code = "image_url_refused"
+
+
+class ImageUrlFailed(ImageError):
+    """No image could be fetched from the URL; what was met on the way is not told."""
+
+    code = "image_url_failed"
+
+
 class Refused(CamserveError):
     """Not now; the same request may succeed after `retry_after` seconds."""
 
@@ -161,10 +192,22 @@ class QueueFull(Refused):
     """As many images wait as the service will hold."""
 
 
+class KeyLimit(Refused):
+    """The key has used what it may: requests a minute, requests at once, or their cost."""
+
+    code = "key_limit"
+
+
 class ShuttingDown(Refused):
     """The service finishes what it accepted and takes nothing new."""
 
     code = "shutting_down"
+
+
+class OutOfMemory(Refused):
+    """The device has no memory left, even for this image alone."""
+
+    code = "out_of_memory"
 
 
 class ModelNotReady(Refused):
@@ -183,6 +226,12 @@ class InferenceFailed(CamserveError):
     """The model, a hook or the backward pass raised."""
 
     code = "inference_failed"
+
+
+class InferenceHangs(InferenceFailed):
+    """The work did not end, and was given up."""
+
+    code = "inference_hangs"
 
 
 class NonFiniteOutput(InferenceFailed):

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from service.cam.methods import upsample
 from service.errors import CamserveError
-from service.inference import normalise
 from service.models.condition import Condition
 from service.models.loaded import LoadedModel
 from service.models.pool import Replica
@@ -103,7 +102,7 @@ def _measured(replica: Replica, pictures: Sequence[Tensor], layer: str, steps: i
 def _areas(replica: Replica, picture: Tensor, answer: Answer, steps: int) -> tuple[float, float]:
     """The areas under the insertion and the deletion curve of the explained class."""
     (explanation,) = answer.explanations
-    image = normalise(picture[None], replica.model)[0]
+    image = replica.model.normalised(picture[None])[0]
     size = (int(image.shape[1]), int(image.shape[2]))
     cam = upsample(torch.tensor(explanation.grid)[None], size)[0].to(image.device)
     rank_of = torch.empty(cam.numel(), device=image.device)

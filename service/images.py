@@ -26,6 +26,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from service.errors import CorruptImage, EmptyImage, ImageError, ImageTooLarge, UnsupportedImage
+from service.jpeg import MAX_ASPECT, MAX_JPEG_SCANS, decode_jpeg, scans
 from service.modes import as_rgb
 
 Fit = Literal["crop", "squash", "pad"]
@@ -35,13 +36,6 @@ Rect = tuple[float, float, float, float]
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 TOO_LARGE = "Scale it down to at most {} pixels (width x height) and send it again."
-
-# Every scan of a progressive JPEG passes over all pixels, and a scan can be 59 bytes long: without
-# a bound 10 MB of them keep a core busy for many minutes. Encoders write about ten.
-MAX_JPEG_SCANS = 500
-
-# Above this ratio of sides `crop` cuts first: 1 x 60,000 would be resized to 256 x 15,360,000.
-MAX_ASPECT = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,22 +64,29 @@ class Source:
 
     `pixels` is uint8 (height, width, 3), RGB, upright (`service.channels` makes other numbers of
     channels); `format` is what the bytes are ("JPEG", "PNG", ...); `sha256` is the hexadecimal
-    digest of the uploaded bytes.
+    digest of the uploaded bytes. `full_size` is the (width, height) of the upright picture where
+    `pixels` are fewer, because it was scaled down while it was decoded.
     """
 
     pixels: NDArray[np.uint8]
     format: str
     sha256: str
+    full_size: tuple[int, int] | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the whole picture, after the EXIF orientation."""
+        return self.full_size or (int(self.pixels.shape[1]), int(self.pixels.shape[0]))
 
     @property
     def width(self) -> int:
         """Width in pixels, after the EXIF orientation."""
-        return int(self.pixels.shape[1])
+        return self.size[0]
 
     @property
     def height(self) -> int:
         """Height in pixels, after the EXIF orientation."""
-        return int(self.pixels.shape[0])
+        return self.size[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +119,16 @@ class ModelInput:
     geometry: Geometry
 
 
-def decode(data: bytes, *, max_pixels: int) -> Source:
+def decode(data: bytes, *, max_pixels: int, keep: tuple[int, int] | None = None) -> Source:
     """Decode an uploaded JPEG, PNG, WebP, GIF, BMP or TIFF; of several frames the first.
 
     The EXIF orientation is applied, transparency is laid over white, 16 bits become 8 by dividing
     by 257, floats are taken as 0..1 if none is above 1, else as 0..255. Colour profiles are
     ignored, as they are when models are trained. The size is checked before any pixel is decoded;
     Pillow's own bound (2 x `Image.MAX_IMAGE_PIXELS`) holds too.
+
+    keep: of a large JPEG this many pixels of the (shorter, longer) side are enough, so that it may
+    be scaled down while it is decoded (`jpeg.scale_of`); None: every pixel is wanted.
 
     Raises EmptyImage, UnsupportedImage, CorruptImage or ImageTooLarge, for whatever bytes, and
     nothing else.
@@ -135,7 +139,8 @@ def decode(data: bytes, *, max_pixels: int) -> Source:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             name = "JPEG" if image.format == "MPO" else str(image.format)
             check_bounds(image, name, data, max_pixels)
-            pixels = np.array(upright_rgb(image))
+            found = decode_jpeg(image, data, keep) if name == "JPEG" else None
+            pixels, full_size = found or (np.array(upright_rgb(image)), None)
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
@@ -144,7 +149,7 @@ def decode(data: bytes, *, max_pixels: int) -> Source:
         ) from error
     except Exception as error:  # Pillow's readers raise a dozen unrelated types on broken files.
         raise _unreadable(data) from error
-    return Source(pixels, name, hashlib.sha256(data).hexdigest())
+    return Source(pixels, name, hashlib.sha256(data).hexdigest(), full_size)
 
 
 def check_bounds(image: Image.Image, name: str, data: bytes, max_pixels: int) -> None:
@@ -160,7 +165,7 @@ def check_bounds(image: Image.Image, name: str, data: bytes, max_pixels: int) ->
         raise ImageTooLarge(
             f"The picture has {width} x {height} pixels. {TOO_LARGE.format(max_pixels)}"
         )
-    if name == "JPEG" and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
+    if name == "JPEG" and scans(data) > MAX_JPEG_SCANS:
         raise UnsupportedImage(
             f"The JPEG has more than {MAX_JPEG_SCANS} scans; save it again as a baseline JPEG."
         )
@@ -197,27 +202,33 @@ def fit_to_model(source: Source, preprocessing: Preprocessing, fit: Fit = "crop"
     mode = InterpolationMode(preprocessing.interpolation)
     height, width = preprocessing.crop
     if fit == "crop":
-        pixels, window = _crop(picture, preprocessing, mode)
+        pixels, window = _crop(picture, source.size, preprocessing, mode)
     elif fit == "squash":
         pixels = transforms.resize(picture, [height, width], interpolation=mode)
         window = (0.0, 0.0, float(source.width), float(source.height))
     elif fit == "pad":
-        pixels, window = _pad(picture, preprocessing, mode)
+        pixels, window = _pad(picture, source.size, preprocessing, mode)
     else:
         raise ValueError(f"fit is 'crop', 'squash' or 'pad', not {fit!r}")
-    geometry = Geometry((source.width, source.height), (width, height), window)
+    geometry = Geometry(source.size, (width, height), window)
     # A copy: where nothing had to be resized, `pixels` may be a view of the source.
     return ModelInput(pixels.clone(memory_format=torch.contiguous_format), geometry)
 
 
 def _crop(
-    picture: Tensor, preprocessing: Preprocessing, mode: InterpolationMode
+    picture: Tensor, size: tuple[int, int], preprocessing: Preprocessing, mode: InterpolationMode
 ) -> tuple[Tensor, Rect]:
+    """`size`: of the whole picture (w, h), by which everything is measured."""
     height, width = preprocessing.crop
     cut, (cut_x, cut_y) = _cut_extreme(picture, preprocessing)
-    resized = transforms.resize(cut, [preprocessing.resize], interpolation=mode)
-    new_height, new_width = resized.shape[-2:]
-    scale_x, scale_y = cut.shape[-1] / new_width, cut.shape[-2] / new_height
+    old_width, old_height = size if cut is picture else (cut.shape[-1], cut.shape[-2])
+    shorter, longer = sorted((old_width, old_height))
+    new_longer = int(preprocessing.resize * longer / shorter)  # as torchvision rounds
+    new_width, new_height = preprocessing.resize, new_longer
+    if old_width > old_height:
+        new_width, new_height = new_longer, preprocessing.resize
+    resized = transforms.resize(cut, [new_height, new_width], interpolation=mode)
+    scale_x, scale_y = old_width / new_width, old_height / new_height
     window = (
         cut_x + _crop_start(new_width, width) * scale_x,
         cut_y + _crop_start(new_height, height) * scale_y,
@@ -250,9 +261,9 @@ def _cut_extreme(picture: Tensor, preprocessing: Preprocessing) -> tuple[Tensor,
 
 
 def _pad(
-    picture: Tensor, preprocessing: Preprocessing, mode: InterpolationMode
+    picture: Tensor, size: tuple[int, int], preprocessing: Preprocessing, mode: InterpolationMode
 ) -> tuple[Tensor, Rect]:
-    (height, width), (old_height, old_width) = preprocessing.crop, picture.shape[-2:]
+    (height, width), (old_width, old_height) = preprocessing.crop, size
     scale = min(width / old_width, height / old_height)
     new_width = min(width, max(1, round(old_width * scale)))
     new_height = min(height, max(1, round(old_height * scale)))
@@ -274,8 +285,8 @@ def preview_size(size: tuple[int, int], max_side: int) -> tuple[int, int]:
 
 def preview(source: Source, max_side: int) -> NDArray[np.uint8]:
     """Scale the picture, antialiased, to `preview_size`; where that is its size, the same array."""
-    width, height = preview_size((source.width, source.height), max_side)
-    if (width, height) == (source.width, source.height):
+    width, height = preview_size(source.size, max_side)
+    if source.pixels.shape[:2] == (height, width):
         return source.pixels
     picture = torch.from_numpy(source.pixels).permute(2, 0, 1)
     scaled = transforms.resize(picture, [height, width])

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import chain, product
+from itertools import chain
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from service.cam.hooks import Calls, Recording, calls_of, gradients, record
+from service.cam.hooks import Calls, Recording, gradients, record
 from service.cam.layouts import Layout
 from service.cam.methods import GRADIENT_CAMS, fuse, precise, scale, weighted
+from service.captures import Pass, Place, captures, frozen
 from service.errors import CamserveError, InvalidOption, NonFiniteOutput
 from service.models.head import head_weights
 from service.models.loaded import LoadedModel
@@ -66,21 +65,6 @@ class Part:
         return value if contrast is None else value - logits[..., contrast]
 
 
-_Place = tuple[Kind, str, int]
-"""A point to differentiate at: which side of which layer (and part), at which call."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Pass:
-    """One forward pass: `found` has the gradient (K, B, ...) at each recorded point."""
-
-    model: LoadedModel
-    questions: Sequence[Question]
-    targets: Sequence[tuple[int, ...]]
-    seen: Recording
-    found: Mapping[_Place, Tensor]
-
-
 def forward(replica: Replica, questions: Sequence[Question]) -> list[Part | CamserveError]:
     """Run a batch of questions that share one input size through the model, once.
 
@@ -88,7 +72,8 @@ def forward(replica: Replica, questions: Sequence[Question]) -> list[Part | Cams
     the graph serves all gradients. An image whose logits are not finite, or that its method does
     not suit, gets its error in its place and does not spoil the others.
     """
-    pixels = normalise(torch.stack([question.pixels for question in questions]), replica.model)
+    model = replica.model
+    pixels = model.normalised(torch.stack([question.pixels for question in questions]))
     kinds = {kind: _captured(questions, kind) for kind in _KINDS}
     layers = _union(question.layers for question in questions if question.explains)
     differentiated = (*layers, *kinds["grad_output"])
@@ -103,22 +88,42 @@ def forward(replica: Replica, questions: Sequence[Question]) -> list[Part | Cams
             input_targets=kinds["grad_input"],
         ) as seen,
     ):
-        logits = replica.model.logits(replica.module(pixels))
-        targets = [_targets(question, row) for question, row in zip(questions, logits, strict=True)]
-        found = _differentiate(logits, questions, targets, seen, layers) if graph else {}
+        logits = model.logits(replica.module(pixels))
+    return _parts(model, questions, logits, seen, layers)
+
+
+def forward_compiled(
+    model: LoadedModel, questions: Sequence[Question], *, wide: bool = False
+) -> list[Part | CamserveError]:
+    """`forward` in the compiled lane, for questions that `questions.lane_of` sends there.
+
+    Needs no replica: nothing is hooked, and the front and the tail keep nothing between calls.
+    wide: whether nothing else runs, so that the batch may have all cores.
+    """
+    lane = model.compiled
+    assert lane is not None
+    activation = lane.front(torch.stack([question.pixels for question in questions]), wide=wide)
+    graph = any(question.explains for question in questions)
+    with nullcontext() if graph else torch.no_grad():
+        activation.requires_grad_(graph)
+        logits = model.logits(lane.tail(activation.clone() if graph else activation))
+    seen = Recording(targets={lane.layer: [activation]})
+    return _parts(model, questions, logits, seen, [lane.layer] if graph else [])
+
+
+def _parts(
+    model: LoadedModel,
+    questions: Sequence[Question],
+    logits: Tensor,
+    seen: Recording,
+    layers: Sequence[str],
+) -> list[Part | CamserveError]:
+    """What one forward pass gave each image. layers: the target layers of all questions."""
+    targets = [_targets(question, row) for question, row in zip(questions, logits, strict=True)]
+    found = _differentiate(logits, questions, targets, seen, layers)
     rows = logits.detach().cpu()
-    done = _Pass(replica.model, questions, targets, seen, found)
+    done = Pass(model, questions, targets, seen, found)
     return [_part(done, image, rows[image]) for image in range(len(questions))]
-
-
-def normalise(pixels: Tensor, model: LoadedModel) -> Tensor:
-    """uint8 (B, C, h, w) → the model's dtype on its device, as torchvision's presets do."""
-    device = next((p.device for p in model.module.parameters()), torch.device("cpu"))
-    preprocessing = model.preprocessing
-    batch = pixels.to(device).to(torch.float32).div_(255)
-    mean = torch.tensor(preprocessing.mean, device=device)[:, None, None]
-    std = torch.tensor(preprocessing.std, device=device)[:, None, None]
-    return batch.sub_(mean).div_(std).to(model.dtype)
 
 
 def finish(part: Part, maps: Sequence[Tensor]) -> Answer:
@@ -163,7 +168,7 @@ def _differentiate(
     targets: Sequence[tuple[int, ...]],
     seen: Recording,
     layers: Sequence[str],
-) -> dict[_Place, Tensor]:
+) -> dict[Place, Tensor]:
     """The gradient of every target at the target layers, of the first at what is captured."""
     most = max(1, *(len(ids) for ids in targets))
     weights = logits.new_zeros((most, *logits.shape)).detach()
@@ -173,16 +178,18 @@ def _differentiate(
             if question.contrast is not None:
                 weights[place, image, question.contrast] -= 1
     sides: dict[Kind, Calls] = {"grad_output": seen.targets, "grad_input": seen.input_targets}
-    points: dict[_Place, Tensor] = {
+    points: dict[Place, Tensor] = {
         (kind, key, call): tensor
         for kind, calls in sides.items()
         for key, tensors in calls.items()
         for call, tensor in enumerate(tensors)
         if tensor.requires_grad  # class ids and masks have no gradient
     }
+    if not points:
+        return {}
     explained = [place for place in points if place[0] == "grad_output" and place[1] in layers]
     captured = [place for place in points if place not in explained]
-    found: dict[_Place, Tensor] = {}
+    found: dict[Place, Tensor] = {}
     for places, sums in ((explained, weights), (captured, weights[:1])):
         at = [points[place] for place in places]
         again = places is explained and bool(captured)
@@ -190,7 +197,7 @@ def _differentiate(
     return found
 
 
-def _part(done: _Pass, image: int, logits: Tensor) -> Part | CamserveError:
+def _part(done: Pass, image: int, logits: Tensor) -> Part | CamserveError:
     if not bool(logits.isfinite().all()):
         return NonFiniteOutput(
             "The model answered this image with NaN or infinity, so there is nothing to explain; "
@@ -212,12 +219,12 @@ def _part(done: _Pass, image: int, logits: Tensor) -> Part | CamserveError:
         targets=targets if question.explains else (),
         activations=own,
         maps=maps,
-        captured=tuple(_captures(done, image)),
+        captured=tuple(captures(done, image)),
         repeated=any(len(done.seen.targets[path]) > 1 for path in layers),
     )
 
 
-def _cam(done: _Pass, image: int, place: int, own: Mapping[str, Tensor], logits: Tensor) -> Tensor:
+def _cam(done: Pass, image: int, place: int, own: Mapping[str, Tensor], logits: Tensor) -> Tensor:
     """The map (h, w) of one target, fused over its layers, on the CPU.
 
     A layer that ran several times is explained at its last call, the one nearest to the output.
@@ -248,31 +255,6 @@ def layout_of_layer(model: LoadedModel, path: str) -> Layout:
     return layout
 
 
-def _captures(done: _Pass, image: int) -> Iterator[Activation]:
-    question = done.questions[image]
-    sides: dict[Kind, Calls] = {
-        "output": done.seen.outputs,
-        "input": done.seen.inputs,
-        "grad_output": done.seen.targets,
-        "grad_input": done.seen.input_targets,
-    }
-    for path, kind in product(question.activations, question.kinds):
-        layer = done.model.layer(path)
-        for part, call, values in calls_of(sides[kind], path):
-            alone = (layer.taken if kind.endswith("input") else layer.given).get((part, call))
-            if not kind.startswith("grad"):
-                own = _own_part(values, image, len(done.questions), alone)
-            elif (kind, path + part, call) in done.found:
-                if len(done.questions) > 1 and values.shape == alone:
-                    # Its gradient is the sum over all images. The scheduler then asks one by one.
-                    raise RuntimeError(f"{path}{part} has no dimension that tells images apart")
-                found = done.found[kind, path + part, call][0]
-                own = _own_part(found, image, len(done.questions), alone)
-            else:
-                continue
-            yield Activation(path, kind, call, part, _frozen(own))
-
-
 def _explanation(part: Part, class_id: int, score: float, cam: Tensor) -> Explanation:
     question, (grid, low, high) = part.question, scale(cam)
     assert question.method is not None
@@ -291,39 +273,9 @@ def _explanation(part: Part, class_id: int, score: float, cam: Tensor) -> Explan
         contrast=question.contrast,
         method=question.method,
         layers=question.layers if question.method in LAYER_METHODS else (),
-        grid=_frozen(grid),
+        grid=frozen(grid),
         low=low,
         high=high,
         flags=tuple(flag for flag, is_so in flags.items() if is_so),
         cost=cost(part.model, question),
     )
-
-
-def _own_part(values: Tensor, index: int, batch_size: int, alone: tuple[int, ...] | None) -> Tensor:
-    """One image's part of a recorded tensor, as if the image had been alone in the pass.
-
-    alone: its shape then. In a batch one dimension is that many times as long (where the model cuts
-    images into windows, the first is a multiple of the batch), or none: such a tensor, a table of
-    positions for instance, is the same for all images. Where a model's shapes depend on what it
-    sees, the first dimension is taken to be the batch.
-    """
-    if batch_size > 1 and values.ndim and values.shape != alone:
-        axis = _batch_axis(tuple(values.shape), batch_size, alone)
-        rows, rest = divmod(values.shape[axis], batch_size)
-        values = values if rest else values.narrow(axis, index * rows, rows)
-    return values[0] if values.ndim and values.shape[0] == 1 else values
-
-
-def _batch_axis(shape: tuple[int, ...], batch_size: int, alone: tuple[int, ...] | None) -> int:
-    alone = alone or ()
-    for axis, length in enumerate(alone):
-        if shape == (*alone[:axis], length * batch_size, *alone[axis + 1 :]):
-            return axis
-    return 0
-
-
-def _frozen(values: Tensor) -> NDArray[np.float32]:
-    """A read-only float32 copy on the CPU, so that no result keeps a whole batch alive."""
-    array = np.array(values.detach().float().cpu().numpy(), dtype=np.float32, order="C")
-    array.flags.writeable = False
-    return array

@@ -1,44 +1,131 @@
-"""Keys of people and programs: named, kept as hashes, compared in constant time."""
+"""Keys of people and programs: named, kept as hashes, compared in constant time.
+
+    # /etc/camserve/keys: NAME:SHA256, and what this key alone may use
+    labeling:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08
+    nightly:60303ae22b998861bce3b28f33eec1be758a213c86c93c076dbe9f558c11c752 rate=60 cost=5000
+
+`printf %s "$KEY" | sha256sum` makes the hash.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
 import re
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+
+import structlog
 
 from service.errors import ConfigurationError
 
-_LINE = re.compile(r"(?P<name>[A-Za-z0-9._-]{1,100}):(?P<hash>[0-9a-f]{64})")
+_log = structlog.get_logger(__name__)
+
+_LINE = re.compile(r"(?P<name>[A-Za-z0-9._-]{1,100}):(?P<hash>[0-9a-f]{64})(?P<limits>(?:\s+\S+)*)")
+_LIMIT = re.compile(r"(rate|concurrency|cost)=(\d{1,9})")
+
+CHECK_SECONDS = 1.0
+"""How long a file is taken as unchanged before it is looked at again."""
 
 
-def read_keys(path: Path) -> Mapping[str, str]:
-    """The sha256 of each key by its owner's name: lines `name:sha256`, `#` begins a comment.
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key without the key itself.
 
-    `printf %s "$KEY" | sha256sum` makes the hash. Raises ConfigurationError that names file and
-    line.
+    rate:        requests a minute. concurrency: requests at once. cost: forward passes of the
+                 requests at once. None: the service's own bound; 0: no bound.
     """
-    keys: dict[str, str] = {}
+
+    name: str
+    sha256: str
+    rate: int | None = None
+    concurrency: int | None = None
+    cost: int | None = None
+
+
+class KeyFile:
+    """The keys of a file, read again when the file has changed.
+
+    A file that has become unreadable or wrong leaves the keys as they were, and is logged.
+
+    Raises ConfigurationError where it is so from the start.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stamp = _stamp(path)
+        self._keys = read_keys(path)
+        self._looked = time.monotonic()
+
+    def owner(self, key: str) -> Key | None:
+        """Whose key this is, or None; takes as long for a wrong key as for a right one.
+
+        key: as in a header: its bytes as Latin-1.
+        """
+        if time.monotonic() - self._looked >= CHECK_SECONDS:
+            self._looked = time.monotonic()
+            if _stamp(self._path) != self._stamp:
+                self.reread()
+        given = hashlib.sha256(key.encode("latin-1", errors="replace")).hexdigest()
+        matches = [k for k in self._keys.values() if hmac.compare_digest(given, k.sha256)]
+        return matches[0] if matches else None
+
+    def reread(self) -> None:
+        """Take what the file says now."""
+        self._stamp = _stamp(self._path)
+        try:
+            self._keys = read_keys(self._path)
+        except ConfigurationError as error:
+            _log.error("keys_not_reread", detail=error.detail)
+        else:
+            _log.info("keys_reread", path=str(self._path), keys=len(self._keys))
+
+
+def read_keys(path: Path) -> Mapping[str, Key]:
+    """The keys of a file by their names; `#` begins a comment.
+
+    Raises ConfigurationError that names file and line; a file without a key is wrong too, because
+    that is how a file looks while it is written.
+    """
+    keys: dict[str, Key] = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"cannot read the keys file {path}: {error}") from error
     for number, line in enumerate(lines, start=1):
         text = line.partition("#")[0].strip()
-        found = _LINE.fullmatch(text)
-        if text and found is None:
+        if not text:
+            continue
+        key = _read_key(text)
+        if key is None or key.name in keys:
             raise ConfigurationError(
-                f"{path}, line {number}: a key is written as name:sha256, with 64 digits of 0–9 "
-                'and a–f; printf %s "$KEY" | sha256sum makes them.'
+                f"{path}, line {number}: a key is written as name:sha256, with a name of its own "
+                'and 64 digits of 0–9 and a–f; printf %s "$KEY" | sha256sum makes them. Behind it '
+                "may stand rate=N, concurrency=N and cost=N."
             )
-        if found is not None:
-            keys[found["name"]] = found["hash"]
+        keys[key.name] = key
+    if not keys:
+        raise ConfigurationError(f"the keys file {path} has no key in it.")
     return keys
 
 
-def owner(key: str, keys: Mapping[str, str]) -> str | None:
-    """Whose key this is, or None; takes as long for a wrong key as for a right one."""
-    given = hashlib.sha256(key.encode()).hexdigest()
-    matches = [name for name, known in keys.items() if hmac.compare_digest(given, known)]
-    return matches[0] if matches else None
+def _read_key(text: str) -> Key | None:
+    found = _LINE.fullmatch(text)
+    if found is None:
+        return None
+    limits = [_LIMIT.fullmatch(word) for word in found["limits"].split()]
+    if not all(limits):
+        return None
+    values = {limit[1]: int(limit[2]) for limit in limits if limit is not None}
+    return Key(found["name"], found["hash"], **values)
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """What changes when a file does; None where it cannot be seen."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino

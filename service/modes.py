@@ -23,7 +23,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
         # A 16-bit PNG: Pillow keeps the high bytes of the pixels, but both bytes of this colour.
         image.info["transparency"] = tuple(value >> 8 for value in transparent)
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     paper = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(paper, image.convert("RGBA")).convert("RGB")
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from service.cam.hooks import replacing
 from service.cam.methods import fuse, upsample, weighted
-from service.inference import Part, layout_of_layer, normalise
+from service.inference import Part, layout_of_layer
 from service.models.cut import Uncuttable, tail
 from service.models.pool import Replica
 from service.questions import windows
@@ -144,7 +144,7 @@ def rise(part: Part) -> Steps:
 
 def input_of(part: Part) -> Tensor:
     """The normalised image (1, C, H, W) on the model's device."""
-    return normalise(part.question.pixels[None], part.model)
+    return part.model.normalised(part.question.pixels[None])
 
 
 def _in_chunks(

@@ -19,6 +19,8 @@ CAM_METHODS = frozenset(
 )
 """A map in the shape of the target layer, from the forward pass that also predicts."""
 
+Lane = Literal["compiled", "folded", "hooked"]
+
 LAYER_METHODS = CAM_METHODS | {"scorecam", "ablationcam", "guided_gradcam"}
 """Methods that have a target layer."""
 
@@ -123,6 +125,22 @@ class Answer:
     predictions: tuple[Prediction, ...]
     explanations: tuple[Explanation, ...]
     activations: tuple[Activation, ...]
+
+
+def lane_of(model: LoadedModel, question: Question) -> Lane:
+    """Which lane answers a question: by the question and the model alone, never by the load.
+
+    So the same request always gets the same numbers. `compiled` predicts, and explains the target
+    layer from its activation and gradient; `folded` is the hooked lane on replicas whose batch
+    normalisations are folded away; `hooked` is the model as it is.
+    """
+    lane = model.compiled
+    if lane is not None and not question.activations:
+        at_cut = question.method in CAM_METHODS and question.layers == (lane.layer,)
+        if at_cut or not question.explains:
+            return "compiled"
+    named = {*question.layers, *question.activations}
+    return "folded" if model.folded and not named & model.folded.layers else "hooked"
 
 
 def check_method(model: LoadedModel, method: str) -> None:

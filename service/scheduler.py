@@ -1,4 +1,4 @@
-"""Worker threads that decode, infer in batches that form by themselves, and render."""
+"""Who runs when: jobs that form batches by themselves, and short calls that go before them."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
-import torch
-
-from service.errors import CamserveError, DeadlineExceeded, InferenceFailed, ShuttingDown
+from service.errors import CamserveError, InferenceFailed, OutOfMemory
+from service.jobs import Call, Job, Timed, hangs, shutting_down
+from service.memory import is_out_of_memory, release_memory
 from service.metrics import Metrics
 from service.models.loaded import LoadedModel
 from service.models.pool import ModelPool, Replica
-from service.questions import Answer, Question
-from service.stepwise import Unfinished, run
+from service.questions import Answer, Question, lane_of
+from service.stepwise import Unfinished, run, run_compiled
+from service.workers import Workers
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -25,57 +25,21 @@ Outcome = Answer | CamserveError | Unfinished
 Runner = Callable[[Replica, Sequence[Question]], Sequence[Outcome]]
 
 
-@dataclass(frozen=True, slots=True)
-class Timed:
-    """An answer with the seconds it waited for its first batch, and those its batches took."""
-
-    answer: Answer
-    queue: float
-    inference: float
-
-
-@dataclass(slots=True)
-class _Job:
-    model: LoadedModel
-    question: Question
-    deadline: float | None
-    arrived: float = field(default_factory=time.monotonic)
-    future: Future[Timed] = field(default_factory=Future)
-    rest: Unfinished | None = None
-    queue: float | None = None
-    inference: float = 0.0
-
-    def is_wanted(self) -> bool:
-        """Whether somebody still waits; ends the job where its deadline has passed."""
-        if self.future.cancelled():
-            return False
-        if self.deadline is not None and time.monotonic() > self.deadline:
-            self.fail(
-                DeadlineExceeded("The request waited longer than its deadline; try again later.")
-            )
-            return False
-        return True
-
-    def succeed(self, answer: Answer) -> None:
-        if self.future.set_running_or_notify_cancel():
-            self.future.set_result(Timed(answer, self.queue or 0.0, self.inference))
-
-    def fail(self, error: BaseException) -> None:
-        if self.future.set_running_or_notify_cancel():
-            self.future.set_exception(error)
-
-
 class Scheduler:
     """One pool of threads for everything that takes time, so that the event loop never waits.
 
     Short calls (decoding, rendering) go first: a rendered answer frees its place, and what is
-    decoded meets in one batch. A free thread then takes what waits for one model, up to
-    `max_batch`: an idle server answers a lone request at once, a busy one batches by itself.
-    Models take turns. A method of many passes is worked off in steps and goes to the back of the
-    queue between them. Jobs whose future was cancelled (the client is gone) or whose deadline has
-    passed are dropped, unrun or between two steps.
+    decoded meets in one batch. A free thread then takes what waits for one model and lane, up to
+    `max_batch`: an idle server answers a lone request at once, a busy one batches by itself. Models
+    take turns. A method of many passes is worked off in steps and goes to the back of the queue
+    between them. Jobs whose future was cancelled (the client is gone) or whose deadline has passed
+    are dropped, unrun or between two steps.
 
+    max_delay: seconds that a batch which is not full waits for more. Zero is best unless a large
+               device is fed by many slow clients.
     threads_per_worker: intra-op threads of torch; one, where there are as many workers as cores.
+    hang_seconds: what is at one batch or call for longer is given up, its thread and replica
+               replaced (`Workers`).
     """
 
     def __init__(
@@ -85,37 +49,34 @@ class Scheduler:
         *,
         workers: int,
         max_batch: int = 4,
+        max_delay: float = 0.0,
         threads_per_worker: int = 1,
+        hang_seconds: float = 120.0,
         runner: Runner = run,
     ) -> None:
         self._pool = pool
         self._metrics = metrics
         self._max_batch = max_batch
-        self._threads_per_worker = threads_per_worker
+        self._max_delay = max_delay
         self._runner = runner
-        self._calls: deque[Callable[[], None]] = deque()
-        self._jobs: OrderedDict[int, deque[_Job]] = OrderedDict()
+        self._calls: deque[Call[Any]] = deque()
+        self._jobs: OrderedDict[int, deque[Job]] = OrderedDict()
         self._wake = threading.Condition()
         self._open = True
-        self._threads = [
-            threading.Thread(target=self._work, name=f"camserve-worker-{index}", daemon=True)
-            for index in range(workers)
-        ]
+        self.workers = Workers(
+            self._take, count=workers, threads=threads_per_worker, hang_seconds=hang_seconds
+        )
 
     def start(self) -> None:
         """Start the worker threads."""
-        for thread in self._threads:
-            thread.start()
+        self.workers.start()
 
     def close(self, timeout: float | None = None) -> None:
         """Finish what was accepted, then end the threads; `timeout` seconds for all of them."""
         with self._wake:
             self._open = False
             self._wake.notify_all()
-        until = None if timeout is None else time.monotonic() + timeout
-        for thread in self._threads:
-            if thread.ident is not None:
-                thread.join(None if until is None else max(0.0, until - time.monotonic()))
+        self.workers.join(timeout)
 
     @property
     def waiting(self) -> int:
@@ -126,18 +87,9 @@ class Scheduler:
     def call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
         """Run a short function in a worker thread; before any batch."""
         future: Future[R] = Future()
-
-        def task() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(function(*args, **kwargs))
-            except BaseException as error:  # noqa: BLE001 - whoever waits gets it, whatever it is
-                future.set_exception(error)
-
         with self._wake:
             self._refuse_when_closed()
-            self._calls.append(task)
+            self._calls.append(Call(future, lambda: function(*args, **kwargs)))
             self._wake.notify()
         return future
 
@@ -149,10 +101,10 @@ class Scheduler:
         A name means its present version. `deadline` is on `time.monotonic()`'s clock.
 
         The future raises DeadlineExceeded where the job was still waiting then, NonFiniteOutput,
-        InferenceFailed, or what `ModelPool.lease` raises.
+        InferenceFailed, OutOfMemory, or what `ModelPool.lease` raises.
         """
         held = self._pool.model(model) if isinstance(model, str) else model
-        job = _Job(held, question, deadline)
+        job = Job(held, question, lane_of(held, question), deadline)
         with self._wake:
             self._refuse_when_closed()
             self._queue(job)
@@ -160,48 +112,64 @@ class Scheduler:
 
     def _refuse_when_closed(self) -> None:
         if not self._open:
-            raise ShuttingDown("The service is shutting down; ask another instance.")
+            raise shutting_down()
 
-    def _work(self) -> None:
-        torch.set_num_threads(self._threads_per_worker)
-        while True:
-            with self._wake:
+    def _queue(self, job: Job, *, first: bool = False) -> None:
+        with self._wake:
+            waiting = self._jobs.setdefault(id(job.model), deque())
+            (waiting.appendleft if first else waiting.append)(job)
+            self._wake.notify()
+
+    def _take(self) -> Call[Any] | _Batch | None:
+        """What a worker does next; None when everything is done and nothing more will come."""
+        with self._wake:
+            while True:
                 self._wake.wait_for(lambda: self._calls or self._jobs or not self._open)
                 if self._calls:
-                    task: Callable[[], None] = self._calls.popleft()
-                elif self._jobs:
-                    task = self._batch_task(self._take_batch())
-                else:
-                    return
-            task()
-            del task
+                    return self._calls.popleft()
+                if not self._jobs:
+                    return None
+                wait = self._delay()
+                if wait <= 0:
+                    return _Batch(self, self._take_batch())
+                self._wake.wait(wait)
 
-    def _batch_task(self, jobs: list[_Job]) -> Callable[[], None]:
-        return lambda: self._run(jobs)
+    def _delay(self) -> float:
+        """Seconds until the batch whose turn it is should go, though it is not full."""
+        waiting = next(iter(self._jobs.values()))
+        if not self._max_delay or not self._open or len(waiting) >= self._max_batch:
+            return 0.0
+        return waiting[0].arrived + self._max_delay - time.monotonic()
 
-    def _take_batch(self) -> list[_Job]:
-        """The longest waiting live jobs of the model whose turn it is; holds the lock."""
+    def _take_batch(self) -> list[Job]:
+        """The longest waiting live job of the model whose turn it is, and those that go with it."""
         model, waiting = self._jobs.popitem(last=False)
-        batch: list[_Job] = []
-        while waiting and len(batch) < self._max_batch:
-            if batch and not _goes_with(waiting[0], batch[0]):
-                break
-            job = waiting.popleft()
-            if job.is_wanted():
+        batch: list[Job] = []
+        others: deque[Job] = deque()
+        for job in waiting:
+            if len(batch) == self._max_batch or (batch and not job.goes_with(batch[0])):
+                others.append(job)
+            elif job.is_wanted():
                 batch.append(job)
-        if waiting:
-            self._jobs[model] = waiting
+        if others:
+            self._jobs[model] = others
             self._wake.notify()
         return batch
 
-    def _run(self, jobs: list[_Job]) -> None:
+    def _is_alone(self) -> bool:
+        """Whether the worker that asks is the only one at work, and nothing waits."""
+        with self._wake:
+            return not self._calls and not self._jobs and self.workers.busy <= 1
+
+    def run_batch(self, batch: _Batch) -> None:
+        """Answer the jobs of a batch; for `_Batch` alone."""
+        jobs = batch.jobs
         if not jobs:
             return
         started = time.monotonic()
         self._metrics.batch_size.observe(len(jobs))
         try:
-            with self._pool.lease(jobs[0].model) as replica:
-                outcomes = list(zip(jobs, self._outcomes(replica, jobs), strict=True))
+            outcomes = list(zip(jobs, self._outcomes(batch), strict=True))
         except BaseException as error:  # noqa: BLE001 - a future left pending would hang its client
             self._failed(jobs, error)
             return
@@ -217,22 +185,35 @@ class Scheduler:
             else:
                 job.fail(outcome)
 
-    def _outcomes(self, replica: Replica, jobs: list[_Job]) -> Sequence[Outcome]:
-        rest = jobs[0].rest
-        if rest is None:
-            return self._runner(replica, [job.question for job in jobs])
-        return [rest.step(replica) or rest]
+    def _outcomes(self, batch: _Batch) -> Sequence[Outcome]:
+        first, questions = batch.jobs[0], [job.question for job in batch.jobs]
+        if first.lane == "compiled":
+            return run_compiled(first.model, questions, wide=self._is_alone())
+        with self._pool.lease(first.model, folded=first.lane == "folded") as replica:
+            batch.replica = replica
+            if first.rest is None:
+                return self._runner(replica, questions)
+            return [first.rest.step(replica) or first.rest]
 
-    def _queue(self, job: _Job) -> None:
-        with self._wake:
-            self._jobs.setdefault(id(job.model), deque()).append(job)
-            self._wake.notify()
+    def give_up(self, batch: _Batch) -> None:
+        """Fail the jobs of a batch that hangs, and lend its replica no more; for `_Batch` alone."""
+        if batch.replica is not None:
+            self._pool.abandon(batch.replica)
+        for job in batch.jobs:
+            job.fail(hangs())
 
-    def _failed(self, jobs: list[_Job], error: BaseException) -> None:
+    def _failed(self, jobs: list[Job], error: BaseException) -> None:
         """One member may have spoiled its batch: run each alone before blaming anyone."""
+        if is_out_of_memory(error):
+            release_memory()
+            error = OutOfMemory(
+                "The device has no memory left for this; try again, or ask for fewer activations "
+                "or a later layer."
+            )
         if len(jobs) > 1:
-            for job in jobs:
-                self._run([job] if job.is_wanted() else [])
+            for job in reversed(jobs):
+                job.alone = True
+                self._queue(job, first=True)
             return
         if isinstance(error, CamserveError):
             jobs[0].fail(error)
@@ -245,7 +226,16 @@ class Scheduler:
         jobs[0].fail(failure)
 
 
-def _goes_with(job: _Job, other: _Job) -> bool:
-    """Whether two jobs can share a forward pass."""
-    steps = job.rest is not None or other.rest is not None
-    return not steps and job.question.pixels.shape == other.question.pixels.shape
+class _Batch:
+    """Jobs that share a forward pass, or one step of a long one."""
+
+    def __init__(self, scheduler: Scheduler, jobs: list[Job]) -> None:
+        self._scheduler = scheduler
+        self.jobs = jobs
+        self.replica: Replica | None = None
+
+    def run(self) -> None:
+        self._scheduler.run_batch(self)
+
+    def give_up(self) -> None:
+        self._scheduler.give_up(self)

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 MEBIBYTE = 1 << 20
+Format = Literal["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]
 
 
 def available_cores() -> int:
@@ -45,9 +46,46 @@ class Settings(BaseSettings):
         "auto", description="cpu, cuda, cuda:1 …; auto takes a GPU where there is one."
     )
     workers: int = Field(
-        0, ge=0, le=256, description="Worker threads, each with its own replica; 0: one a core."
+        0,
+        ge=0,
+        le=256,
+        description="Worker threads, each with its own replica; 0: one a core, at most 16.",
+    )
+    threads_per_worker: int = Field(
+        0,
+        ge=0,
+        le=256,
+        description="Threads of torch in each worker; 0: the cores divided by the workers.",
+    )
+    lone_threads: int = Field(
+        0,
+        ge=0,
+        le=256,
+        description="Threads of the compiled lane for a request that nothing runs beside; 0: one a "
+        "core. 1 saves the memory of a second set of packed weights.",
+    )
+    compile: bool = Field(
+        True,
+        description="Whether a model gets a compiled lane, where one gives the same numbers.",
+    )
+    cache_dir: Path | None = Field(
+        None,
+        description="Folder where compiled models are kept for the next start. None: camserve in "
+        "the user's cache folder.",
     )
     max_batch: int = Field(4, ge=1, le=256, description="Images in one forward pass at most.")
+    batch_delay: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Seconds that a batch which is not full waits for more images.",
+    )
+    hang_timeout: float = Field(
+        120.0,
+        gt=0,
+        description="Seconds after which a batch that does not end is given up; its worker and "
+        "replica are replaced.",
+    )
     max_queue: int = Field(
         64, ge=1, description="Images held at once, waiting or running; more are refused with 429."
     )
@@ -56,6 +94,12 @@ class Settings(BaseSettings):
     )
     max_images: int = Field(32, ge=1, description="Images in one request.")
     max_body_bytes: int = Field(32 * MEBIBYTE, ge=1, description="Bytes in one request's body.")
+    image_formats: Annotated[tuple[Format, ...], NoDecode] = Field(
+        ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"),
+        min_length=1,
+        description="Formats of images that are read, separated by commas; the readers of others "
+        "are not run.",
+    )
     max_pixels: int = Field(64_000_000, ge=1, description="Pixels in one image.")
     max_render_side: int = Field(
         2048, ge=16, description="Longer side of rendered pictures, in pixels."
@@ -73,20 +117,73 @@ class Settings(BaseSettings):
         description="Bytes of all loaded models; over it the one not asked for the longest is put "
         "aside, and loaded again on demand. 0: no bound.",
     )
+    api_keys_file: Path | None = Field(
+        None,
+        description="Keys that may use the service, a line each: name:sha256, and behind it "
+        "rate=N, concurrency=N, cost=N for bounds of its own. None: everybody may.",
+    )
     admin_keys_file: Path | None = Field(
         None, description="Keys that may load and unload models, a line each: name:sha256."
+    )
+    key_rate: int = Field(0, ge=0, description="Requests a minute of one API key; 0: no bound.")
+    key_concurrency: int = Field(
+        0, ge=0, description="Requests at once of one API key; 0: no bound."
+    )
+    key_cost: float = Field(
+        0,
+        ge=0,
+        description="Forward passes that the requests at once of one API key may cost; 0: no "
+        "bound.",
+    )
+    open_metrics: bool = Field(
+        True, description="Whether /metrics needs no API key where there are keys."
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Origins whose pages may ask from a browser, such as https://label.example.org, "
+        "separated by commas. None: this service's own pages alone.",
+    )
+    allowed_image_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Hosts that images may be fetched from by `url`, each [private:]HOST[:PORT]; "
+        "several are separated by commas. *.name is all that is under a name, * every public host, "
+        "`private:` allows private and loopback addresses. None: no image is fetched.",
+    )
+    image_url_timeout: float = Field(
+        10.0, gt=0, description="Seconds to fetch one image by its URL."
     )
     root_path: str = Field("", description="Path prefix under which a proxy serves this.")
     log_format: Literal["text", "json"] = Field("text", description="Form of the log lines.")
 
-    @field_validator("models", mode="before")
+    @field_validator("models", "allowed_image_hosts", "cors_origins", mode="before")
     @classmethod
-    def _split_models(cls, value: object) -> object:
+    def _split(cls, value: object) -> object:
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
 
+    @field_validator("image_formats", mode="before")
+    @classmethod
+    def _split_formats(cls, value: object) -> object:
+        return cls._split(value.upper()) if isinstance(value, str) else value
+
     @property
     def worker_count(self) -> int:
-        """`workers`, with 0 resolved to the cores of this machine."""
-        return self.workers or available_cores()
+        """`workers`, with 0 resolved: more than 16 batches at once wait for each other's memory."""
+        return self.workers or min(16, available_cores())
+
+    @property
+    def torch_threads(self) -> int:
+        """`threads_per_worker`, with 0 resolved."""
+        return self.threads_per_worker or max(1, available_cores() // self.worker_count)
+
+    @property
+    def lone_thread_count(self) -> int:
+        """`lone_threads`, with 0 resolved."""
+        return self.lone_threads or available_cores()
+
+    @property
+    def cache_folder(self) -> Path:
+        """`cache_dir`, with None resolved as the XDG base directory specification says."""
+        folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return self.cache_dir or Path(folder) / "camserve"

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from service import input_gradients, perturbation
 from service.errors import CamserveError
-from service.inference import Part, finish, forward
+from service.inference import Part, finish, forward, forward_compiled
+from service.models.loaded import LoadedModel
 from service.models.pool import Replica
 from service.perturbation import Steps
 from service.questions import Answer, Question
@@ -51,6 +52,16 @@ def run(
     `Unfinished` and wants a replica for each step.
     """
     return [_continued(part) for part in forward(replica, questions)]
+
+
+def run_compiled(
+    model: LoadedModel, questions: Sequence[Question], *, wide: bool = False
+) -> list[Answer | CamserveError]:
+    """`run` in the compiled lane, whose questions are all answered by one pass."""
+    return [
+        part if isinstance(part, CamserveError) else finish(part, part.maps)
+        for part in forward_compiled(model, questions, wide=wide)
+    ]
 
 
 def _continued(part: Part | CamserveError) -> Answer | CamserveError | Unfinished:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,8 +12,9 @@ from numpy.typing import NDArray
 from service.cam.masking import Fill, boxes_mask, hide
 from service.cam.regions import rle_decode
 from service.channels import decode_channels, for_model, for_people
-from service.errors import InvalidOption
+from service.errors import ImageTooLarge, InvalidOption
 from service.images import (
+    TOO_LARGE,
     Fit,
     ModelInput,
     Preprocessing,
@@ -21,6 +23,13 @@ from service.images import (
     fit_to_model,
     preview,
 )
+
+SPARE = 2
+"""A JPEG that is scaled down while it is decoded keeps this many times the pixels a side that the
+model resizes it to, so that most of the scaling is still the antialiased resize."""
+
+Sent = bytes | NDArray[np.uint8]
+"""A picture as it came: a file, or its pixels (height, width, channels)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,7 +83,7 @@ class Hiding:
 
 
 def open_upload(
-    data: bytes,
+    data: Sent,
     preprocessing: Preprocessing,
     fit: Fit,
     *,
@@ -84,15 +93,38 @@ def open_upload(
 ) -> Upload:
     """Decode, fit to the model, and keep a photo of at most `photo_side` pixels (None: no photo).
 
+    Pixels at the model's input size are the model input, whatever `fit` is.
     Raises the ImageErrors of `decode`, and InvalidOption where `hiding` does not fit the picture.
     """
-    source = decode_channels(data, preprocessing.channels, max_pixels=max_pixels)
+    if isinstance(data, bytes):
+        keep = None if hiding is not None else _needed(preprocessing, photo_side)
+        source = decode_channels(data, preprocessing.channels, max_pixels=max_pixels, keep=keep)
+    else:
+        source = _of_pixels(data, max_pixels)
+        fit = "squash" if data.shape[:2] == preprocessing.crop else fit
     masked = None
     if hiding is not None:
         mask = hiding.mask((source.width, source.height))
         hidden = replace(source, pixels=hide(source.pixels, mask, hiding.fill))
         masked = _opened(hidden, preprocessing, fit, photo_side)
     return replace(_opened(source, preprocessing, fit, photo_side), masked=masked)
+
+
+def _needed(preprocessing: Preprocessing, photo_side: int | None) -> tuple[int, int] | None:
+    """How many pixels of a photo's (shorter, longer) side its decoding must leave; None: all."""
+    if preprocessing.interpolation == "nearest":  # takes single pixels, which scaling would mix
+        return None
+    shorter = SPARE * max(preprocessing.resize, *preprocessing.crop)
+    return shorter, max(shorter, photo_side or 0)
+
+
+def _of_pixels(pixels: NDArray[np.uint8], max_pixels: int) -> Source:
+    height, width, channels = pixels.shape
+    if height * width * channels > 3 * max_pixels:
+        raise ImageTooLarge(
+            f"The picture has {width} x {height} pixels. {TOO_LARGE.format(max_pixels)}"
+        )
+    return Source(pixels, "RAW", hashlib.sha256(pixels.tobytes()).hexdigest())
 
 
 def _opened(

@@ -20,6 +20,15 @@ _pools: weakref.WeakSet[ModelPool] = weakref.WeakSet()
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _compile_nothing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compiling takes seconds a model; tests of the compiled lane ask for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CAMSERVE_COMPILE", "false")
+        patch.setenv("CAMSERVE_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _one_thread_each() -> None:
     """Two cores are shared by workers that count on having one each."""
     torch.set_num_threads(1)

@@ -21,7 +21,6 @@ from torchcam.methods.gradient import _GradCAM
 
 from service.errors import CamserveError
 from service.images import Preprocessing
-from service.inference import normalise
 from service.models.catalog import ModelSpec, parse_model
 from service.models.loaded import LoadedModel, replicate
 from service.models.loading import load_model
@@ -196,7 +195,7 @@ def without_in_place(module: nn.Module) -> Iterator[nn.Module]:
 
 def input_of(model: LoadedModel, pixels: Tensor) -> Tensor:
     """The model input (1, 3, H, W) of a picture."""
-    return normalise(pixels[None], model)
+    return model.normalised(pixels[None])
 
 
 def best(model: LoadedModel, pixels: Tensor) -> int:

@@ -15,8 +15,8 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from service.errors import CamserveError, ConfigurationError
-from service.keys import owner
 from service.models.library import Entry
+from service.routes.access import sent_key
 from service.routes.problems import status_of
 from service.routes.state import Service, service_of
 
@@ -93,12 +93,12 @@ def _error(error: CamserveError) -> JSONResponse:
 
 def _refused(request: Request, service: Service) -> JSONResponse | None:
     """The answer for who may not do this, or None."""
-    if not service.admin_keys:
+    if service.admin_keys is None:
         detail = "No admin key is configured: set CAMSERVE_ADMIN_KEYS_FILE to manage models."
         return JSONResponse({"error": detail}, status_code=403)
-    scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
-    key = bearer.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
-    if owner(key, service.admin_keys) is None:
+    # Not as the password of Basic: a browser would send it along with other pages' requests.
+    basic = request.headers.get("authorization", "").lower().startswith("basic")
+    if basic or service.admin_keys.owner(sent_key(request.headers)) is None:
         detail = "Send an admin key: Authorization: Bearer KEY, or X-API-Key: KEY."
         return JSONResponse(
             {"error": detail}, status_code=401, headers={"WWW-Authenticate": "Bearer"}

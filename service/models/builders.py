@@ -18,7 +18,7 @@ from service.errors import ConfigurationError, nearest
 from service.images import Preprocessing
 from service.models.builtin.network import flower_net
 from service.models.catalog import BUILTIN, ENTRY, ModelSpec, Output
-from service.models.compiled import eager
+from service.models.eager import eager
 from service.models.metadata import output_in, preprocessing_in
 from service.models.weights import Weights, classes_in, digest, labels_in, load_into, read_weights
 

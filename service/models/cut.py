@@ -25,15 +25,40 @@ def tail(model: nn.Module, layer: str) -> fx.GraphModule:
 
     Raises Uncuttable.
     """
+    graph, crossing = _traced(model, layer)
+    return fx.GraphModule(model, _behind(graph, crossing))
+
+
+def split(model: nn.Module, layer: str) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """A model as two modules: from its input to a layer's output, and the `tail` from there.
+
+    Raises Uncuttable.
+    """
+    graph, crossing = _traced(model, layer)
+    back = fx.GraphModule(model, _behind(graph, crossing))
+    return fx.GraphModule(model, _before(graph, crossing)), back
+
+
+def traced(model: nn.Module) -> fx.Graph:
+    """The model's graph, each of its leaf modules a node. Raises Uncuttable."""
+    return _trace(model, _Tracer(None))
+
+
+def _traced(model: nn.Module, layer: str) -> tuple[fx.Graph, fx.Node]:
+    """The model's graph, and the node in it that the layer returned."""
     tracer = _Tracer(model.get_submodule(layer))
-    try:
-        with _tracing:
-            graph = tracer.trace(model)
-    except Exception as error:
-        raise Uncuttable(f"the graph of the model cannot be traced: {error}") from error
+    graph = _trace(model, tracer)
     if tracer.crossing is None:
         raise Uncuttable(f"the traced graph does not call {layer!r} with one tensor as its output")
-    return fx.GraphModule(model, _behind(graph, tracer.crossing))
+    return graph, tracer.crossing
+
+
+def _trace(model: nn.Module, tracer: _Tracer) -> fx.Graph:
+    try:
+        with _tracing:
+            return tracer.trace(model)
+    except Exception as error:
+        raise Uncuttable(f"the graph of the model cannot be traced: {error}") from error
 
 
 class _Tracer(fx.Tracer):
@@ -43,7 +68,7 @@ class _Tracer(fx.Tracer):
     parameters meanwhile, and would be handed proxies in their place: they are passed by.
     """
 
-    def __init__(self, target: nn.Module) -> None:
+    def __init__(self, target: nn.Module | None) -> None:
         super().__init__()
         self.target = target
         self.crossing: fx.Node | None = None
@@ -67,6 +92,22 @@ class _Tracer(fx.Tracer):
         if m is self.target:
             self.crossing = output.node if isinstance(output, fx.Proxy) else None
         return output
+
+
+def _before(graph: fx.Graph, crossing: fx.Node) -> fx.Graph:
+    """The nodes that the crossing one is made of."""
+    needed = {crossing}
+    for node in reversed(graph.nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    cut = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder" or node in needed:
+            copies[node] = cut.node_copy(node, copies.__getitem__)
+    cut.output(copies[crossing])
+    cut.lint()
+    return cut
 
 
 def _behind(graph: fx.Graph, crossing: fx.Node) -> fx.Graph:

@@ -17,6 +17,8 @@ from torch.jit import ScriptModule
 from service.errors import InvalidOption, UnknownClass, UnknownLayer, nearest
 from service.images import Preprocessing
 from service.models.catalog import ModelSpec, Output, Select
+from service.models.folding import Folded
+from service.models.lane import CompiledLane
 from service.models.output import logits_in
 from service.models.probe import Layer
 
@@ -33,6 +35,9 @@ class LoadedModel:
     version:      the first 12 digits of the weights' sha256.
     output:       how scores come from logits. select: where these are in what the module returns.
     no_layers, no_gradients: why methods that need them are refused; None where they work.
+    folded:       a faster form of the module, where there is one.
+    channels_last: whether module and input keep their channels last in memory.
+    compiled:     the lane for the common request; None where `not_compiled` says why.
     """
 
     spec: ModelSpec
@@ -47,14 +52,18 @@ class LoadedModel:
     select: Select = None
     no_layers: str | None = None
     no_gradients: str | None = None
+    folded: Folded | None = None
+    channels_last: bool = False
+    compiled: CompiledLane | None = None
+    not_compiled: str | None = None
 
     @property
     def name(self) -> str:
         return self.spec.name
 
-    def replicate(self) -> nn.Module:
+    def replicate(self, *, folded: bool = False) -> nn.Module:
         """A copy of the master that shares its parameters and owns its hooks and buffers."""
-        return replicate(self.module)
+        return replicate(self.folded.module if folded and self.folded else self.module)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -62,6 +71,15 @@ class LoadedModel:
         return next(
             (p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32
         )
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """uint8 (B, C, h, w) → the model's dtype on its device, as torchvision's presets do."""
+        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        batch = pixels.to(device).to(torch.float32).div_(255)
+        mean = torch.tensor(self.preprocessing.mean, device=device)[:, None, None]
+        std = torch.tensor(self.preprocessing.std, device=device)[:, None, None]
+        batch = batch.sub_(mean).div_(std).to(self.dtype)
+        return batch.to(memory_format=torch.channels_last) if self.channels_last else batch
 
     def logits(self, output: Any) -> Tensor:
         """The logits (batch, classes), float32, in what the module returned."""

@@ -15,7 +15,9 @@ from service.errors import ConfigurationError, nearest
 from service.images import Preprocessing
 from service.models.builders import Built, build
 from service.models.catalog import TARGET_LAYERS, ModelSpec
-from service.models.compiled import why_no_gradients, why_no_layers
+from service.models.eager import why_no_gradients, why_no_layers
+from service.models.folding import fold
+from service.models.lane import Compiler, NotCompiled
 from service.models.loaded import LoadedModel, replicate
 from service.models.probe import Probe, probe
 
@@ -24,9 +26,15 @@ GREY = ((0.449,), (0.226,))
 
 
 def load_model(
-    spec: ModelSpec, *, device: str = "cpu", allow_random_weights: bool = False
+    spec: ModelSpec,
+    *,
+    device: str = "cpu",
+    allow_random_weights: bool = False,
+    compiler: Compiler | None = None,
 ) -> LoadedModel:
-    """Build, fill, freeze and try out one model.
+    """Build, fill, freeze, try out and tune one model.
+
+    compiler: makes the compiled lane; without it there is none.
 
     Raises ConfigurationError with a sentence that says what to change.
     """
@@ -52,14 +60,51 @@ def load_model(
     tried = _tried(model, image)
     target = _target_layer(spec, built, tried)
     no_layers = why_no_layers(module)
-    return replace(
-        model,
-        labels=_labels(spec, built, tried.classes),
-        target_layer=target,
-        layers=tried.layers,
-        no_layers=no_layers,
-        no_gradients=why_no_gradients(replicate(module), image, target, spec.select),
+    return _tuned(
+        replace(
+            model,
+            labels=_labels(spec, built, tried.classes),
+            target_layer=target,
+            layers=tried.layers,
+            no_layers=no_layers,
+            no_gradients=why_no_gradients(replicate(module), image, target, spec.select),
+        ),
+        torch.rand(image.shape, generator=torch.Generator().manual_seed(0)).to(image),
+        compiler,
     )
+
+
+def _tuned(model: LoadedModel, image: Tensor, compiler: Compiler | None) -> LoadedModel:
+    """The model in its fastest forms that give the same numbers. image: normalised (1, C, h, w)."""
+    if model.no_layers or model.no_gradients:  # scripted or quantised: as it was made
+        return replace(model, not_compiled=model.no_layers or model.no_gradients)
+    with torch.no_grad():
+        expected = model.logits(model.replicate()(image))
+    model.module.to(memory_format=torch.channels_last)
+    channels_last = _gives(expected, model, model.replicate(), image)
+    if not channels_last:  # a `view` of what has its channels last
+        model.module.to(memory_format=torch.contiguous_format)
+    folded = fold(model.replicate())
+    if folded is not None and not _gives(expected, model, folded.module, image):
+        folded = None
+    model = replace(model, channels_last=channels_last, folded=folded)
+    if compiler is None:
+        return replace(model, not_compiled="Compiling is switched off.")
+    try:
+        return replace(model, compiled=compiler.lane(model))
+    except NotCompiled as error:
+        return replace(model, not_compiled=f"{error}")
+
+
+def _gives(logits: Tensor, model: LoadedModel, module: nn.Module, image: Tensor) -> bool:
+    """Whether a form of the model gives the same logits, to rounding."""
+    try:
+        with torch.no_grad():
+            found = model.logits(module(image))
+    except RuntimeError:
+        return False
+    largest = float(logits.abs().max())
+    return bool(torch.allclose(logits, found, rtol=0, atol=1e-3 * largest))
 
 
 def _tried(model: LoadedModel, image: Tensor) -> Probe:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 
 import structlog
 from torch import nn
@@ -19,25 +20,31 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """One copy of a model, for one user at a time."""
+    """One copy of a model, for one user at a time; `folded` where it is of its folded form."""
 
     model: LoadedModel
     module: nn.Module
     condition: Condition
+    folded: bool = False
 
 
 @dataclass(slots=True, eq=False)
 class _Served:
-    """One version of a model. `idle` is a stack: the replica used last is the warmest.
+    """One version of a model. `idle` are stacks: the replica used last is the warmest.
 
+    size: replicas in each stack, that of the model as it is and that of its folded form.
     users: how many requests hold this version. A retired version stays until the last one is done.
     """
 
     model: LoadedModel
     size: int
-    idle: list[Replica] = field(default_factory=list)
+    idle: dict[bool, list[Replica]] = field(default_factory=dict)
     users: int = 0
     retired: bool = False
+
+    def replicas(self) -> Iterator[Replica]:
+        """All that are idle."""
+        return chain.from_iterable(self.idle.values())
 
 
 class ModelPool:
@@ -55,7 +62,8 @@ class ModelPool:
     A model can be put beside an older version of it: new users get the new one, and the old one is
     freed when its last user is done.
 
-    replicas: how many of each model; as many as worker threads, so that a lease never waits.
+    replicas: how many of each form of a model; as many as worker threads, so that a lease never
+              waits.
     reload:   builds a model again from its spec.
     """
 
@@ -71,6 +79,7 @@ class ModelPool:
         self._reload = reload
         self._replaced: dict[str, int] = {}
         self._live: dict[int, Replica] = {}
+        self._lent: dict[int, tuple[_Served, Replica]] = {}
         self._served: dict[str, _Served] = {}
         self._versions: dict[int, _Served] = {}
         for model in models:
@@ -90,7 +99,10 @@ class ModelPool:
     def put(self, model: LoadedModel) -> None:
         """Serve a model from now on, in place of an older version of that name."""
         served = _Served(model, self._size)
-        served.idle = [self._build(model) for _ in range(self._size)]
+        forms = (False, True) if model.folded else (False,)
+        served.idle = {
+            folded: [self._build(model, folded) for _ in range(self._size)] for folded in forms
+        }
         with self._changed:
             old = self._served.get(model.name)
             self._served[model.name] = self._versions[id(model)] = served
@@ -129,25 +141,45 @@ class ModelPool:
                 self._free_if_done(served)
 
     @contextmanager
-    def lease(self, model: LoadedModel | str, timeout: float | None = None) -> Iterator[Replica]:
+    def lease(
+        self, model: LoadedModel | str, timeout: float | None = None, *, folded: bool = False
+    ) -> Iterator[Replica]:
         """Lend one replica of a model, or of the present version of a name, to one user.
+
+        folded: lend one of the folded form, where the model has one.
 
         Raises UnknownModel, and ModelNotReady where none is free within `timeout` seconds.
         """
         with self._changed:
             served = self._version(model)
             served.users += 1  # before the wait, or a retired version could be freed meanwhile
-            if not self._changed.wait_for(lambda: served.idle, timeout):
+            idle = served.idle[folded and True in served.idle]
+            if not self._changed.wait_for(lambda: idle, timeout):
                 served.users -= 1
                 self._free_if_done(served)
                 raise ModelNotReady(
                     f"No replica of {served.model.name!r} became free in time; try again."
                 )
-            replica = served.idle.pop()
+            replica = idle.pop()
+            self._lent[id(replica)] = served, replica
         try:
             yield replica
         finally:
             self._take_back(served, replica)
+
+    def abandon(self, replica: Replica) -> None:
+        """Put a fresh replica in the place of one whose user does not come back.
+
+        Should the user come back after all, the replica is thrown away. Does nothing where it is
+        not lent.
+        """
+        with self._changed:
+            served, _ = self._lent.pop(id(replica), (None, None))
+            if served is None:
+                return
+            self._replaced[replica.model.name] += 1
+            served.idle[replica.folded].append(self._swap(replica, served.model))
+            self._changed.notify_all()
 
     def hooks_live(self) -> int:
         """How many hooks sit on all replicas beyond those the models own, counted now."""
@@ -166,16 +198,18 @@ class ModelPool:
         """
         with self._changed:
             found = [
-                f"{name}: {len(served.idle)} of {served.size} replicas idle"
+                f"{name}: {len(idle)} of {served.size} replicas idle"
                 for name, served in self._served.items()
-                if len(served.idle) != served.size
+                for idle in served.idle.values()
+                if len(idle) != served.size
             ]
-            if len(self._live) != sum(served.size for served in self._served.values()):
+            whole = sum(served.size * len(served.idle) for served in self._served.values())
+            if len(self._live) != whole:
                 found.append(f"{len(self._live)} replicas live")
             return found + [
                 f"{name}: {fault}"
                 for name, served in self._served.items()
-                for replica in served.idle
+                for replica in served.replicas()
                 for fault in replica.condition.faults(Condition.of(replica.module))
             ]
 
@@ -199,12 +233,17 @@ class ModelPool:
         return self._versions[id(model)]
 
     def _take_back(self, served: _Served, replica: Replica) -> None:
+        with self._changed:
+            if self._lent.pop(id(replica), None) is None:
+                served.users -= 1  # it was abandoned, and another is in its place
+                self._free_if_done(served)
+                return
         faults = replica.condition.faults(Condition.of(replica.module))
         fresh = self._replace(served, replica, faults) if faults else replica
         with self._changed:
             if fresh.model is not served.model:  # the weights were read again meanwhile
                 fresh = self._swap(fresh, served.model)
-            served.idle.append(fresh)
+            served.idle[fresh.folded].append(fresh)
             served.users -= 1
             self._free_if_done(served)
             self._changed.notify_all()
@@ -231,7 +270,8 @@ class ModelPool:
             return
         # The same weights of the same spec: requests that hold the spoiled model go on with this.
         self._versions[id(served.model)] = served
-        served.idle = [self._swap(old, served.model) for old in served.idle]
+        for idle in served.idle.values():  # in place: others wait for these very lists
+            idle[:] = [self._swap(old, served.model) for old in idle]
 
     def _retire(self, served: _Served) -> None:
         served.retired = True
@@ -239,7 +279,7 @@ class ModelPool:
 
     def _free_if_done(self, served: _Served) -> None:
         if served.retired and not served.users:
-            for replica in served.idle:
+            for replica in served.replicas():
                 self._live.pop(id(replica), None)
             served.idle.clear()
             for key in [key for key, version in self._versions.items() if version is served]:
@@ -247,11 +287,11 @@ class ModelPool:
 
     def _swap(self, old: Replica, model: LoadedModel) -> Replica:
         del self._live[id(old)]
-        return self._build(model)
+        return self._build(model, old.folded)
 
-    def _build(self, model: LoadedModel) -> Replica:
-        module = model.replicate()
-        replica = Replica(model, module, Condition.of(module))
+    def _build(self, model: LoadedModel, folded: bool) -> Replica:
+        module = model.replicate(folded=folded)
+        replica = Replica(model, module, Condition.of(module), folded)
         with self._changed:
             self._live[id(replica)] = replica
         return replica

@@ -17,15 +17,21 @@ from service.upload import Hiding
 
 
 def question(
-    model: LoadedModel, options: CommonOptions, limits: Limits, images: int
+    model: LoadedModel,
+    options: CommonOptions,
+    limits: Limits,
+    images: int,
+    charge: Callable[[float], None],
 ) -> Callable[[Tensor], Question]:
     """What to ask of each of so many images, once its pixels are there.
 
+    charge: told what all of them cost, in forward passes; it may refuse.
     Raises UnknownLayer, UnknownClass, and InvalidOption for what does not fit this model or costs
     more than the service allows.
     """
     paths, kind = _captures(model, options, limits, images)
     asked = Question(torch.empty(0), options.top_k, method=None, activations=paths, kinds=(kind,))
+    price = 1.0
     if isinstance(options, ExplainOptions):
         asked = _explaining(model, options, asked)
         price = cost(model, asked) * (2 if options.mask is not None else 1)
@@ -35,6 +41,7 @@ def question(
                 f"{limits.cost:g} are allowed. Ask for fewer samples, steps or targets, another "
                 "layer or another method."
             )
+    charge(price * images)
     return lambda pixels: replace(asked, pixels=pixels)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 import pydantic
@@ -23,6 +24,7 @@ from service.errors import (
     SlowUpload,
     UnsupportedMediaType,
 )
+from service.fetching import Fetcher
 from service.routes.problems import describe
 
 if TYPE_CHECKING:
@@ -30,7 +32,15 @@ if TYPE_CHECKING:
 
 Options = TypeVar("Options", bound=CommonOptions)
 
+Image = bytes | str | InvalidImageData
+"""An image of a request: its file, its URL, or why it is neither."""
+
 _MAX_PART_HEADER = 4096
+
+MAX_JSON_NAMES = 20_000
+MAX_JSON_VALUES = 600_000
+"""Names, and values of lists and objects, in a JSON request: a mask of a million characters, and
+boxes for every image, stay below. Counted in the bytes, before anything is built of them."""
 
 
 async def read_body(request: Request, permit: Permit, max_bytes: int, seconds: float) -> bytes:
@@ -99,13 +109,35 @@ def multipart_images(content_type: str, body: bytes, max_images: int) -> list[by
 
     Raises MalformedRequest, InvalidOption for a part of another name, BodyTooLarge for too many.
     """
+
+    def check(name: str) -> None:
+        if name != "image":
+            raise InvalidOption(
+                f"The form has a field {name!r}; images are sent as 'image', and options belong "
+                "in the query: /explain?top_k=3."
+            )
+
+    images = [part for _, part in form_parts(content_type, body, max_images, check)]
+    if not images:
+        raise EmptyBody("The form has no part named 'image'; use curl -F image=@cat.jpg.")
+    return images
+
+
+def form_parts(
+    content_type: str, body: bytes, max_parts: int, check: Callable[[str], None]
+) -> list[tuple[str, bytes]]:
+    """The parts of a multipart form with their names, in order.
+
+    check: told of each name as it comes, to refuse it. Raises MalformedRequest, BodyTooLarge for
+    too many, and what `check` raises.
+    """
     boundary = parse_options_header(content_type)[1].get(b"boundary")
     if not boundary:
         raise MalformedRequest(
             "The content type multipart/form-data names no boundary; let the client set it "
             "(curl -F does) instead of writing the header by hand."
         )
-    form = _Form(max_images)
+    form = _Form(max_parts, check)
     try:
         parser = MultipartParser(boundary, form.callbacks(), max_size=len(body) + 1)
         parser.write(body)
@@ -116,18 +148,17 @@ def multipart_images(content_type: str, body: bytes, max_images: int) -> list[by
         ) from error
     if not form.ended:
         raise MalformedRequest("The multipart form ends too early: its last boundary is missing.")
-    if not form.images:
-        raise EmptyBody("The form has no part named 'image'; use curl -F image=@cat.jpg.")
-    return [bytes(image) for image in form.images]
+    return [(name, bytes(data)) for name, data in form.parts]
 
 
 class _Form:
     """What the parser's callbacks collect."""
 
-    def __init__(self, max_images: int) -> None:
-        self.images: list[bytearray] = []
+    def __init__(self, max_parts: int, check: Callable[[str], None]) -> None:
+        self.parts: list[tuple[str, bytearray]] = []
         self.ended = False
-        self._max_images = max_images
+        self._max_parts = max_parts
+        self._check = check
         self._field = bytearray()
         self._value = bytearray()
         self._disposition = b""
@@ -166,32 +197,32 @@ class _Form:
 
     def _end_headers(self) -> None:
         name = parse_options_header(self._disposition)[1].get(b"name", b"").decode(errors="replace")
-        if name != "image":
-            raise InvalidOption(
-                f"The form has a field {name!r}; images are sent as 'image', and options belong "
-                "in the query: /explain?top_k=3."
-            )
-        if len(self.images) == self._max_images:
+        self._check(name)
+        if len(self.parts) == self._max_parts:
             raise BodyTooLarge(
-                f"The form has more than {self._max_images} images; send them in several requests."
+                f"The form has more than {self._max_parts} images; send them in several requests."
             )
-        self.images.append(bytearray())
+        self.parts.append((name, bytearray()))
 
     def _data(self, data: bytes, start: int, end: int) -> None:
-        self.images[-1] += data[start:end]
+        self.parts[-1][1].extend(data[start:end])
 
     def _end(self) -> None:
         self.ended = True
 
 
-def json_request(
-    body: bytes, form: type[Options], max_images: int
-) -> tuple[list[bytes | InvalidImageData], Options]:
+def json_request(body: bytes, form: type[Options], max_images: int) -> tuple[list[Image], Options]:
     """Images and options of a JSON request; an image that is no base64 is its own error.
 
     form: `ExplainRequest` or `PredictRequest`.
     Raises MalformedRequest, InvalidOption, BodyTooLarge.
     """
+    names = max(map(body.count, (b":", b"{", b"[")))
+    if names > MAX_JSON_NAMES or body.count(b",") > MAX_JSON_VALUES:
+        raise MalformedRequest(
+            f"The JSON has more than {MAX_JSON_NAMES} names or {MAX_JSON_VALUES} values; images "
+            "are sent as base64, not as lists of numbers."
+        )
     try:
         request = form.model_validate_json(body)
     except pydantic.ValidationError as error:
@@ -209,15 +240,56 @@ def json_request(
         raise BodyTooLarge(
             f"The request has more than {max_images} images; send them in several requests."
         )
-    return [_image_bytes(source) for source in sources], request
+    return [_image(source) for source in sources], request
 
 
-def _image_bytes(source: ImageSource) -> bytes | InvalidImageData:
+async def image_bytes(image: Image, fetcher: Fetcher | None, take: Callable[[int], None]) -> bytes:
+    """The file of an image; one of a URL is fetched, where that is allowed.
+
+    take: told of the size of each chunk that is fetched; see `bounded`. Raises ImageError, and
+    whatever `take` raises.
+    """
+    if isinstance(image, InvalidImageData):
+        raise image
+    if isinstance(image, bytes):
+        return image
+    if fetcher is None:
+        raise InvalidImageData("Image URLs are not allowed here; send the image in `data`.")
+    return await fetcher.fetch(image, take)
+
+
+def bounded(permit: Permit, max_bytes: int) -> Callable[[int], None]:
+    """Count what is fetched for one request: its permit grows, up to the bound of a body.
+
+    What it returns raises BodyTooLarge and QueueFull.
+    """
+    left = max_bytes
+
+    def take(size: int) -> None:
+        nonlocal left
+        left -= size
+        if left < 0:
+            raise BodyTooLarge(
+                f"The images behind the URLs are larger than {max_bytes} bytes together; send "
+                "them in several requests."
+            )
+        permit.grow(0, size)
+
+    return take
+
+
+def _image(source: ImageSource) -> Image:
     if source.url is not None:
-        return InvalidImageData("Image URLs are not allowed here; send the image in `data`.")
+        if source.data is not None:
+            return InvalidImageData("The image has `data` and a `url`; give one of them.")
+        return source.url
     if source.data is None:
         return InvalidImageData("The image has no `data`; send its file as base64.")
-    text = source.data
+    return image_file(source.data)
+
+
+def image_file(text: str) -> bytes | InvalidImageData:
+    """The file in base64 or in a data: URI, or why there is none."""
     if text[:5].lower() == "data:":
         header, comma, text = text.partition(",")
         if not comma or not header.lower().endswith(";base64"):

@@ -11,13 +11,15 @@ from service.routes.problems import PROBLEM_MEDIA_TYPE
 
 _PROBLEMS = {
     400: "The body or an image cannot be read.",
+    401: "No API key, or one that is not known.",
     404: "No such model, layer or class; `detail` names the nearest ones.",
     406: "Several images cannot be answered by one picture.",
     408: "The body did not arrive in time.",
     413: "The body, an image or their number is over the limit.",
     415: "Not a content type or an image format that is read.",
+    424: "An image could not be fetched from its URL.",
     422: "An option is unknown, out of range, or contradicts another.",
-    429: "The queue is full; try again after `Retry-After` seconds.",
+    429: "The queue is full, or the key has used what it may; try again after `Retry-After` seconds.",
     500: "The model or the drawing failed; the log has the cause under the request id.",
     503: "The service is shutting down or the model is not ready.",
     504: "The answer was not ready at its deadline.",
@@ -44,6 +46,15 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {
         status: {"description": _PROBLEMS[status], "content": {PROBLEM_MEDIA_TYPE: schema}}
         for status in statuses
+    }
+
+
+def peer_errors() -> dict[int | str, dict[str, Any]]:
+    """What a route of another server's protocol may answer; the bodies are `routes.peers`'."""
+    content = {"application/json": {"schema": {"type": "object"}}}
+    return {
+        kind: {"description": f"The error of {whose}, as the protocol has it.", "content": content}
+        for kind, whose in (("4XX", "the request"), ("5XX", "the service"))
     }
 
 

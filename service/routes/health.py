@@ -27,6 +27,8 @@ async def ready(request: Request) -> Health:
     service = service_of(request)
     if not service.admission.is_open:
         raise ShuttingDown("The service is shutting down; ask another instance.")
+    if not service.scheduler.workers.healthy:
+        raise ShuttingDown("Too many worker threads hang; restart this instance.")
     entries = service.library.entries
     loading = [name for name, entry in entries.items() if entry.state == "loading"]
     failed = {name: entry.reason or "" for name, entry in entries.items() if entry.reason}

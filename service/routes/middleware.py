@@ -6,19 +6,46 @@ import asyncio
 import re
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.errors import InvalidOption
 from service.metrics import Metrics
-from service.routes.problems import unexpected
+from service.routes.problems import problem, unexpected
 
 _log = structlog.get_logger("camserve.requests")
 CLIENT_CLOSED_REQUEST = 499
 """What log and metrics say of a request whose client has gone; nobody reads the response."""
+
+CONTENT_SECURITY_POLICY = (
+    "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; "
+    "form-action 'self'; frame-ancestors 'none'"
+)
+"""The pages at `/` and `/docs` have no script and no style but those served from here."""
+
+SECURITY_HEADERS = {
+    "Content-Security-Policy": CONTENT_SECURITY_POLICY,
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+"""Of every answer."""
+
+CORS: Mapping[str, Any] = {
+    "allow_methods": ["GET", "POST"],
+    "allow_headers": ["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
+    "expose_headers": ["Retry-After", "Server-Timing", "X-Request-ID"],
+    "max_age": 600,
+}
+"""What pages of other origins may send and read, where any may. No cookie ever counts."""
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,100}")
 
@@ -48,7 +75,9 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-ID"] = scope["request_id"]
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-ID"] = scope["request_id"]
+                headers.update(SECURITY_HEADERS)
             await send(message)
 
         try:
@@ -93,6 +122,21 @@ class BehindPrefix:
             if path != self.prefix and not path.startswith(f"{self.prefix}/"):
                 path = self.prefix + path
             scope = {**scope, "root_path": self.prefix, "path": path}
+        await self.app(scope, receive, send)
+
+
+@dataclass(frozen=True, slots=True)
+class BoundedQuery:
+    """Refuses a query of more than `names` parameters before anything is made of them."""
+
+    app: ASGIApp
+    names: int = 1000
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["query_string"].count(b"&") >= self.names:
+            error = InvalidOption(f"The query has more than {self.names} options; send fewer.")
+            await problem(Request(scope), error)(scope, receive, send)
+            return
         await self.app(scope, receive, send)
 
 

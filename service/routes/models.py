@@ -84,7 +84,12 @@ def _loaded(service: Service, model: LoadedModel) -> dict[str, Any]:
             channels=preprocessing.channels,
         ),
         "target_layer": model.target_layer,
-        "lanes": [wire.Lane(name="hooked", ready=off is None, reason=off)],
+        "lanes": [
+            wire.Lane(name="hooked", ready=off is None, reason=off),
+            wire.Lane(
+                name="compiled", ready=model.compiled is not None, reason=model.not_compiled
+            ),
+        ],
         "random_weights": model.random_weights,
         "replicas": service.pool.size(model.name),
     }

@@ -1,4 +1,7 @@
-"""Errors at the edge: one table from exception class to status, one body for all (RFC 9457)."""
+"""Errors at the edge: one table from exception class to status, one body for all (RFC 9457).
+
+On the routes of other servers' protocols the body is theirs (`service.routes.peers`).
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from starlette.exceptions import HTTPException
 from api_schemas.problems import Problem
 from service import errors
 from service.errors import CamserveError, Refused, nearest
+from service.routes import peers
 
 _log = structlog.get_logger(__name__)
 
@@ -28,6 +32,7 @@ STATUS: dict[type[CamserveError], int] = {
     errors.UnsupportedMediaType: 415,
     errors.NotAcceptable: 406,
     errors.UnknownModel: 404,
+    errors.UnknownVersion: 404,
     errors.UnknownLayer: 404,
     errors.UnknownClass: 404,
     errors.InvalidImageData: 400,
@@ -35,8 +40,13 @@ STATUS: dict[type[CamserveError], int] = {
     errors.UnsupportedImage: 415,
     errors.CorruptImage: 400,
     errors.ImageTooLarge: 413,
+    errors.Unauthorized: 401,
+    errors.ImageUrlRefused: 400,
+    errors.ImageUrlFailed: 424,
     errors.QueueFull: 429,
+    errors.KeyLimit: 429,
     errors.ShuttingDown: 503,
+    errors.OutOfMemory: 503,
     errors.ModelNotReady: 503,
     errors.ConfigurationError: 503,
     errors.DeadlineExceeded: 504,
@@ -50,6 +60,9 @@ _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 
+CHALLENGE = 'Bearer realm="camserve", Basic realm="camserve", charset="UTF-8"'
+"""Of every 401. A browser asks for a password by it: the key."""
+
 
 def status_of(error: CamserveError) -> int:
     """The status of an error's class, or of its nearest base in the table."""
@@ -61,7 +74,11 @@ def problem(request: Request, error: CamserveError) -> JSONResponse:
     status = status_of(error)
     if status == HTTPStatus.INTERNAL_SERVER_ERROR:
         _log.error(error.code, exc_info=error)
-    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, Refused) else {}
+    headers = {}
+    if isinstance(error, Refused):
+        headers["Retry-After"] = str(error.retry_after)
+    if isinstance(error, errors.Unauthorized):
+        headers["WWW-Authenticate"] = CHALLENGE
     return _response(request, status, error.code, error.detail, headers)
 
 
@@ -108,6 +125,10 @@ def unexpected(request: Request) -> JSONResponse:
 def _response(
     request: Request, status: int, code: str, detail: str, headers: dict[str, str]
 ) -> JSONResponse:
+    path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
+    theirs = peers.error(path, status, code, detail)
+    if theirs is not None:
+        return JSONResponse(theirs[1], status_code=theirs[0], headers=headers)
     body = Problem(
         title=HTTPStatus(status).phrase,
         status=status,

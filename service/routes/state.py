@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fastapi import Request
 
 from service.admission import Admission
+from service.fetching import Fetcher
+from service.keys import KeyFile
 from service.metrics import Metrics
 from service.models.library import Library
 from service.models.pool import ModelPool
@@ -25,6 +26,7 @@ class Limits:
     activation_bytes: int
     cost: float
     timeout: float
+    formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,9 @@ class Service:
     admission: Admission
     metrics: Metrics
     limits: Limits
-    admin_keys: Mapping[str, str] = field(default_factory=dict)
+    admin_keys: KeyFile | None = None
+    fetcher: Fetcher | None = None
+    api_keys: KeyFile | None = None
 
 
 def service_of(request: Request) -> Service:

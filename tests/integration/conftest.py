@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from service.app import create_app
+from service.connections import BoundedHead
 from service.routes.state import Service
 from service.settings import Settings
 
@@ -50,7 +51,14 @@ def running(**settings: Any) -> Iterator[Server]:
     values = {"models": ("tiny:small",), "device": "cpu", "workers": 1, **settings}
     app = create_app(Settings(**values))
     server = uvicorn.Server(
-        uvicorn.Config(app, log_config=None, access_log=False, server_header=False)
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            http=BoundedHead,
+            ws="none",
+        )
     )
     began, start = threading.Event(), server.startup
     ends, shutdown = threading.Event(), server.shutdown

@@ -29,7 +29,7 @@ from structlog.testing import capture_logs
 
 from service.app import create_app
 from service.metrics import Metrics
-from service.questions import Answer, Question
+from service.questions import Answer, Question, lane_of
 from service.routes.state import Service
 from service.scheduler import Scheduler
 from service.settings import Settings
@@ -321,7 +321,8 @@ def scheduler(parts: Service, metrics: Metrics, max_batch: int) -> Iterator[Sche
 def one_by_one(parts: Service, questions: Sequence[tuple[str, Question]]) -> list[Got]:
     answers = []
     for model, each in questions:
-        with parts.pool.lease(model) as replica:
+        lane = lane_of(parts.pool.model(model), each)
+        with parts.pool.lease(model, folded=lane == "folded") as replica:
             answers += run(replica, [each])
     return [got_from_run(answer) for answer in answers]
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from service.inference import normalise
 from service.models.loaded import LoadedModel
 from service.models.pool import ModelPool
 from service.questions import Activation, Answer, Kind, Question
@@ -134,7 +133,7 @@ def by_plain_hooks(model: LoadedModel, picture: Tensor, class_id: int = 5) -> Fo
     for path, each in module.named_modules():
         if path:
             watch(path, each)
-    x = normalise(picture[None], model).requires_grad_()
+    x = model.normalised(picture[None]).requires_grad_()
     module(x)[0, class_id].backward()
     return dict(in_order_of_calls(found))
 
@@ -339,7 +338,7 @@ def test_every_tensor_of_a_module_with_several_has_its_part() -> None:
     (picture,) = pictures(1, 32)
     (answer,) = answers(model, [asking(picture, ["parts"])])
     found = by_place(answer.activations)
-    x = normalise(picture[None], model)
+    x = model.normalised(picture[None])
     expected = {
         ("input", "[0]"): x,
         ("input", "[other]"): x.flip(3),

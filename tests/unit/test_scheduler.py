@@ -17,6 +17,7 @@ from service.errors import (
     CorruptImage,
     DeadlineExceeded,
     InferenceFailed,
+    OutOfMemory,
     NonFiniteOutput,
     ShuttingDown,
     UnknownModel,
@@ -66,7 +67,7 @@ def scheduling(
         yield scheduler
     finally:
         scheduler.close(PATIENCE)
-        assert not any(thread.is_alive() for thread in scheduler._threads)
+        assert not scheduler.workers._workers()
 
 
 @contextmanager
@@ -123,7 +124,7 @@ def test_only_inputs_of_one_size_share_a_batch() -> None:
             futures = [scheduler.submit("tiny", question(n, side)) for n, side in enumerate(sides)]
         for future in futures:
             future.result(PATIENCE)
-    assert [numbers for _, numbers in notes.batches] == [[0, 1], [2], [3]]
+    assert [numbers for _, numbers in notes.batches] == [[0, 1, 3], [2]]
 
 
 def test_short_calls_go_before_batches() -> None:
@@ -257,14 +258,34 @@ def test_one_bad_question_fails_alone_and_its_batch_is_run_one_by_one() -> None:
     assert [numbers for _, numbers in notes.batches] == [[0, 1, 2], [0], [1], [2]]
 
 
-@pytest.mark.parametrize(
-    "error", [SystemExit(1), KeyboardInterrupt(), MemoryError(), StopIteration()]
-)
+@pytest.mark.parametrize("error", [SystemExit(1), KeyboardInterrupt(), StopIteration()])
 def test_a_worker_survives_whatever_a_model_raises(error: BaseException) -> None:
     with scheduling(Notes(fails={1: error})) as scheduler:
         with pytest.raises(InferenceFailed):
             scheduler.submit("tiny", question(1)).result(PATIENCE)
         assert scheduler.submit("tiny", question(0)).result(PATIENCE).answer is NOTHING
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate"),
+    ],
+)
+def test_a_batch_too_large_for_the_memory_is_run_one_by_one_then_refused(error) -> None:
+    """Who alone is too large is told to come again; the others are answered."""
+    notes = Notes(fails={1: error})
+    with scheduling(notes) as scheduler:
+        with held(scheduler):
+            futures = [scheduler.submit("tiny", question(number)) for number in range(3)]
+        assert futures[0].result(PATIENCE).answer is NOTHING
+        assert futures[2].result(PATIENCE).answer is NOTHING
+        with pytest.raises(OutOfMemory) as refused:
+            futures[1].result(PATIENCE)
+    assert refused.value.retry_after > 0
+    assert [numbers for _, numbers in notes.batches] == [[0, 1, 2], [0], [1], [2]]
 
 
 def test_an_error_of_ours_goes_through_as_it_is() -> None:

@@ -1,0 +1,75 @@
+"""Requests of other servers' protocols: KServe's V1, the Open Inference Protocol V2, X-AnyLabeling.
+
+Field names and shapes are the protocols'; what is free text or free form there is so here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Instances(BaseModel):
+    """The body of V1's `:predict` and `:explain`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    instances: list[Any] | None = Field(None, description="Pictures: base64 or nested numbers.")
+    inputs: list[Any] | None = Field(None, description="Another name of `instances`.")
+    parameters: dict[str, Any] = Field({}, description="Options of /explain, and `values`.")
+    signature_name: str | None = Field(None, description="Of TensorFlow's clients; not used.")
+
+
+class InferInput(BaseModel):
+    """A tensor of a V2 request; its values are in `data` or behind the JSON."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    shape: list[int] = Field(min_length=1, max_length=8)
+    datatype: str
+    parameters: dict[str, Any] | None = None
+    data: list[Any] | None = Field(None, description="Flat or nested, row-major.")
+
+
+class RequestedOutput(BaseModel):
+    """A tensor that a V2 request wants back."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    parameters: dict[str, Any] | None = None
+
+
+class InferRequest(BaseModel):
+    """The body of V2's `infer` and `explain`, or its JSON part."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str | None = None
+    model_name: str | None = Field(None, description="KServe's client sends it; the path counts.")
+    parameters: dict[str, Any] | None = None
+    inputs: list[InferInput] = Field(min_length=1)
+    outputs: list[RequestedOutput] | None = None
+
+
+class LabelingParameters(BaseModel):
+    """What X-AnyLabeling's widgets say; what it sends beyond them is not used."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    conf_threshold: float = Field(0.5, ge=0, le=1, description="Where a map is cut.")
+    epsilon_factor: float = Field(0.001, ge=0, le=1, description="How far polygons are simplified.")
+    current_task: str | None = None
+    filter_classes: list[str] | None = None
+
+
+class LabelingRequest(BaseModel):
+    """The body of X-AnyLabeling's `/v1/predict`."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    model: str
+    image: str = Field(description="A data: URI.")
+    params: LabelingParameters = LabelingParameters()

@@ -1,0 +1,213 @@
+"""From a request of another server's protocol to its answer, on the same way as `/explain`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import orjson
+import pydantic
+from fastapi import Request, Response
+
+from api_schemas.options import CommonOptions, ExplainOptions
+from service.admission import Permit
+from service.errors import (
+    BodyTooLarge,
+    EmptyBody,
+    InvalidImageData,
+    InvalidOption,
+    MalformedRequest,
+    UnknownVersion,
+)
+from service.models.loaded import LoadedModel
+from service.routes import answering, bodies
+from service.routes.answering import Answered, Work
+from service.routes.problems import describe
+from service.routes.state import Service, service_of
+from service.upload import Sent
+
+Form = TypeVar("Form", bound=pydantic.BaseModel)
+Options = TypeVar("Options", bound=CommonOptions)
+
+_OURS_ALONE = frozenset({"model", "mask", "activations", "activation_as", "activation_kind"})
+_LISTS = frozenset({"targets", "layer", "include"})
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One picture and what is asked about it."""
+
+    picture: Sent
+    options: CommonOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One picture's answer, and what was asked."""
+
+    model: LoadedModel
+    options: CommonOptions
+    found: Answered
+    render_side: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A request, understood.
+
+    respond:     makes the response; both it and what made this plan run in worker threads.
+    every_class: predictions of all classes, whatever `top_k` is.
+    """
+
+    asked: Sequence[Asked]
+    respond: Callable[[Sequence[Reply]], Response]
+    every_class: bool = False
+
+
+async def answer(
+    request: Request,
+    name: str | Callable[[bytes], str],
+    read: Callable[[LoadedModel, bytes], Plan],
+) -> Response:
+    """Answer a request to a model; the first picture that fails fails the request.
+
+    name: the model's, or what finds it in the body; like `read` it runs in a worker thread.
+    Admission, bounds, deadline, hang-up, scheduler and metrics are those of `/explain`.
+    """
+
+    async def work(body: bytes, permit: Permit) -> Response:
+        scheduler = service_of(request).scheduler
+        of_model = (
+            name if isinstance(name, str) else await answering.result_of(scheduler.call(name, body))
+        )
+        async with answering.model_in_use(request, of_model) as model:
+            plan = await answering.result_of(scheduler.call(read, model, body))
+            works = _works(request, model, plan, permit)
+            replies = await _replies(works, plan.asked)
+            response = await answering.drawn(works[0], plan.respond, replies)
+            response.headers.update(answering.report(request, works[0], len(works)))
+            return response
+
+    return await answering.in_time(request, work)
+
+
+def _works(request: Request, model: LoadedModel, plan: Plan, permit: Permit) -> list[Work]:
+    """The work of each picture, on one clock. Raises EmptyBody, BodyTooLarge, QueueFull."""
+    count, most = len(plan.asked), service_of(request).limits.images
+    if not count:
+        raise EmptyBody("The request has no picture; send at least one.")
+    if count > most:
+        raise BodyTooLarge(f"The request has more than {most} pictures; send them in several.")
+    permit.grow(count - 1)
+    distinct: list[Work] = []
+    works: list[Work] = []
+    for asked in plan.asked:
+        work = next((each for each in distinct if each.options == asked.options), None)
+        if work is None:
+            alike = sum(other.options == asked.options for other in plan.asked)
+            work = answering.understand(request, model, asked.options, alike)
+            work = replace(work, clock=works[0].clock if works else work.clock)
+            distinct.append(work)
+        works.append(work)
+    if plan.every_class:
+        works = [replace(work, question=_of_every_class(work)) for work in works]
+    return works
+
+
+async def _replies(works: Sequence[Work], asked: Sequence[Asked]) -> list[Reply]:
+    """What is answered about each picture. Raises what the first one failed with."""
+    pictures = (each.picture for each in asked)
+    found = await asyncio.gather(*map(answering.ask, works, pictures), return_exceptions=True)
+    replies: list[Reply] = []
+    for work, each in zip(works, found, strict=True):
+        if isinstance(each, BaseException):
+            raise answering.as_error(each)
+        replies.append(Reply(work.model, work.options, each, work.service.limits.render_side))
+    return replies
+
+
+def _of_every_class(work: Work) -> Callable[..., Any]:
+    classes = len(work.model.labels)
+    return lambda pixels: replace(work.question(pixels), top_k=classes)
+
+
+def named(service: Service, name: str, version: str | None) -> str:
+    """The model that a path with a version means.
+
+    It is the one called NAME-VERSION, or NAME itself where VERSION is the one `/models` says.
+    Raises UnknownModel, UnknownVersion.
+    """
+    if version is None:
+        return name
+    if f"{name}-{version}" in service.library.entries:
+        return f"{name}-{version}"
+    service.library.entry(name)
+    model = service.pool.models.get(name)
+    if model is not None and model.version == version:
+        return name
+    served = "" if model is None else f" It is served in version {model.version};"
+    raise UnknownVersion(
+        f"Model {name!r} has no version {version!r}.{served} a model called {name}-{version} "
+        "would be found here."
+    )
+
+
+def parsed(form: type[Form], body: bytes) -> Form:
+    """A JSON body. Raises MalformedRequest, InvalidOption."""
+    try:
+        return form.model_validate(json_of(body))
+    except pydantic.ValidationError as error:
+        raise InvalidOption(describe(error.errors(include_url=False))) from error
+
+
+def json_of(body: bytes) -> Any:
+    """What a JSON body says. Raises MalformedRequest."""
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise MalformedRequest(f"The body is not JSON: {error}.") from error
+
+
+def query(request: Request) -> dict[str, Any]:
+    """The query's parameters; one that is repeated is a list."""
+    given = request.query_params
+    return {
+        name: values if len(values) > 1 else values[0]
+        for name in given
+        if (values := given.getlist(name))
+    }
+
+
+def file_in(text: str) -> bytes:
+    """The picture file in base64 or a data: URI. Raises InvalidImageData."""
+    data = bodies.image_file(text)
+    if isinstance(data, InvalidImageData):
+        raise data
+    return data
+
+
+def options(form: type[Options], given: Mapping[str, Any]) -> Options:
+    """Options of `/explain` or `/predict` from a protocol's parameters.
+
+    `target` is `targets`, and what is a list there may be a single value here.
+    Raises InvalidOption.
+    """
+    fields: dict[str, Any] = {}
+    for key, value in given.items():
+        name = "targets" if key == "target" else key
+        if name in _OURS_ALONE:
+            raise InvalidOption(f"`{key}` is not taken by this protocol; /explain takes it.")
+        fields[name] = [value] if name in _LISTS and not isinstance(value, list) else value
+    try:
+        return form(**fields)
+    except pydantic.ValidationError as error:
+        known = list(ExplainOptions.model_fields)
+        raise InvalidOption(describe(error.errors(include_url=False), known)) from error
+
+
+def json_response(content: Any, status: int = 200) -> Response:
+    """JSON, numpy arrays and numbers included."""
+    body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+    return Response(body, status_code=status, media_type="application/json")

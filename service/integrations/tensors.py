@@ -1,0 +1,161 @@
+"""Tensors on the wire of the Open Inference Protocol V2: in JSON, or as raw bytes behind it.
+
+https://github.com/kserve/open-inference-protocol; the binary form is its binary tensor data
+extension: little-endian, row-major, a BYTES element is its length in 4 bytes and itself.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from api_schemas.protocols import InferInput
+from service.errors import InvalidImageData, MalformedRequest
+from service.integrations.asked import file_in
+
+DTYPES = MappingProxyType(
+    {
+        "BOOL": "|b1",
+        "UINT8": "|u1",
+        "UINT16": "<u2",
+        "UINT32": "<u4",
+        "UINT64": "<u8",
+        "INT8": "|i1",
+        "INT16": "<i2",
+        "INT32": "<i4",
+        "INT64": "<i8",
+        "FP16": "<f2",
+        "FP32": "<f4",
+        "FP64": "<f8",
+    }
+)
+
+_BASE64 = re.compile(rb"data:|[A-Za-z0-9+/\s]+=*\s*\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A tensor of an answer.
+
+    values: numbers, or the elements of a BYTES tensor in row-major order: texts, or files, which
+            are base64 in JSON.
+    """
+
+    name: str
+    datatype: str
+    shape: Sequence[int]
+    values: NDArray[Any] | Sequence[str] | Sequence[bytes]
+
+    def in_json(self) -> dict[str, Any]:
+        values: Any = self.values
+        if isinstance(values, np.ndarray):
+            values = np.ascontiguousarray(values).reshape(-1)
+        elif any(isinstance(each, bytes) for each in values):
+            values = [base64.b64encode(each).decode("ascii") for each in values]
+        return self._described() | {"data": values}
+
+    def in_binary(self) -> tuple[dict[str, Any], bytes]:
+        """The tensor's place in the JSON, and its bytes."""
+        if isinstance(self.values, np.ndarray):
+            raw = self.values.astype(DTYPES[self.datatype]).tobytes()
+        else:
+            elements = [each.encode() if isinstance(each, str) else each for each in self.values]
+            raw = b"".join(struct.pack("<I", len(each)) + each for each in elements)
+        return self._described() | {"parameters": {"binary_data_size": len(raw)}}, raw
+
+    def _described(self) -> dict[str, Any]:
+        return {"name": self.name, "datatype": self.datatype, "shape": list(self.shape)}
+
+
+def files(tensor: InferInput, raw: bytes | None) -> list[bytes]:
+    """The picture files of a BYTES tensor. Raises MalformedRequest, InvalidImageData."""
+    if raw is None:
+        elements = np.asarray(tensor.data, dtype=object).reshape(-1).tolist()
+        if not all(isinstance(each, str) for each in elements):
+            raise InvalidImageData("BYTES in JSON are strings: the base64 of each picture file.")
+        found = [file_in(each) for each in elements]
+    else:
+        # Some clients send base64 in this form too; no picture file looks like it.
+        found = [
+            file_in(each.decode(errors="replace")) if _BASE64.match(each) else each
+            for each in _elements(raw)
+        ]
+    _check_count(tensor, len(found))
+    return found
+
+
+def numbers(tensor: InferInput, raw: bytes | None) -> NDArray[Any]:
+    """The values of a tensor of numbers, in its shape. Raises MalformedRequest."""
+    dtype = DTYPES.get(tensor.datatype)
+    if dtype is None or tensor.datatype == "BOOL":
+        raise MalformedRequest(
+            f"The datatype {tensor.datatype!r} is no picture's; send BYTES, UINT8 or FP32."
+        )
+    if raw is not None:
+        if len(raw) % np.dtype(dtype).itemsize:
+            raise MalformedRequest(f"{len(raw)} bytes are no whole number of {tensor.datatype}.")
+        values = np.frombuffer(raw, dtype)
+    elif tensor.datatype == "FP16":
+        raise MalformedRequest("FP16 has no form in JSON; send it as binary data.")
+    else:
+        try:
+            values = np.asarray(tensor.data, dtype).reshape(-1)
+        except (OverflowError, TypeError, ValueError) as error:
+            raise MalformedRequest(
+                f"The data of input {tensor.name!r} is not {tensor.datatype}."
+            ) from error
+    _check_count(tensor, values.size)
+    return values.reshape(tensor.shape)
+
+
+def raw_parts(inputs: Sequence[InferInput], tail: bytes) -> list[bytes | None]:
+    """What of the bytes behind the JSON belongs to each input. Raises MalformedRequest."""
+    parts: list[bytes | None] = []
+    for tensor in inputs:
+        size = _binary_size(tensor.parameters or {})
+        if (size is None) == (tensor.data is None):
+            raise MalformedRequest(
+                f"Input {tensor.name!r} has its values either in `data` or, as many bytes as "
+                "`binary_data_size` says, behind the JSON."
+            )
+        if size is not None and len(tail) < size:
+            raise MalformedRequest(f"The body ends within the binary data of {tensor.name!r}.")
+        parts.append(None if size is None else tail[:size])
+        tail = tail[size or 0 :]
+    if tail:
+        raise MalformedRequest(f"{len(tail)} bytes behind the JSON belong to no input.")
+    return parts
+
+
+def _binary_size(parameters: Mapping[str, Any]) -> int | None:
+    size = parameters.get("binary_data_size")
+    if size is None or (isinstance(size, int) and size >= 0):
+        return size
+    raise MalformedRequest("`binary_data_size` is a number of bytes.")
+
+
+def _elements(raw: bytes) -> list[bytes]:
+    elements, at = [], 0
+    while at < len(raw):
+        end = at + 4 + int.from_bytes(raw[at : at + 4], "little")
+        if at + 4 > len(raw) or end > len(raw):
+            raise MalformedRequest("The binary data ends within an element of BYTES.")
+        elements.append(raw[at + 4 : end])
+        at = end
+    return elements
+
+
+def _check_count(tensor: InferInput, count: int) -> None:
+    if min(tensor.shape) < 0 or math.prod(tensor.shape) != count:
+        raise MalformedRequest(
+            f"Input {tensor.name!r} has {count} elements, which are not of shape {tensor.shape}."
+        )

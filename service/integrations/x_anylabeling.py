@@ -1,0 +1,162 @@
+"""The remote server of X-AnyLabeling, at `/integrations/x-anylabeling`.
+
+The desktop program appends `/v1/models` and `/v1/predict` to the address it is given. A task says
+what the evidence of the best class becomes: polygons, rectangles or its peak. Its "confidence" is
+where the map is cut, the mask fineness how far outlines are simplified, the class filter which
+classes get shapes at all. Whether older shapes stay is left to the program's own switch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import cv2
+import numpy as np
+from fastapi import APIRouter, Request, Response
+
+from api_schemas import answers as wire
+from api_schemas.options import ExplainOptions
+from api_schemas.protocols import LabelingParameters, LabelingRequest
+from service.cam.regions import TOLERANCE_SHARE
+from service.errors import InvalidOption, nearest
+from service.integrations.asked import Asked, Plan, Reply, answer, file_in, json_response, parsed
+from service.models.loaded import LoadedModel
+from service.routes.docs import peer_errors
+from service.routes.state import service_of
+from service.routes.wire import result
+
+router = APIRouter(
+    prefix="/integrations/x-anylabeling/v1", tags=["X-AnyLabeling"], responses=peer_errors()
+)
+
+Points = list[tuple[float, float]]
+
+_WIDGETS = ("button_run", "button_classes_filter", "toggle_preserve_existing_annotations")
+_CUT = ("input_conf", "edit_conf")
+_FINENESS = ("mask_fineness_slider", "mask_fineness_value_label")
+_START = {"edit_conf": 0.5, "mask_fineness_slider": 10}
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What the program lists: a title, the widgets it shows, and the shapes that come of it."""
+
+    title: str
+    shape: str
+    widgets: tuple[str, ...]
+    outlines: Callable[[wire.Regions, float], list[Points]]
+
+
+@router.get("/models")
+async def models(request: Request) -> dict[str, Any]:
+    """Every loaded model with its tasks and widgets."""
+    loaded = service_of(request).pool.models
+    return {"success": True, "data": {name: _described(loaded[name]) for name in loaded}}
+
+
+@router.post("/predict")
+async def predict(request: Request) -> Response:
+    """The shapes of the evidence in one picture."""
+    found: list[LabelingRequest] = []
+
+    def name_of(body: bytes) -> str:
+        found.append(parsed(LabelingRequest, body))
+        return found[0].model
+
+    def read(_model: LoadedModel, _body: bytes) -> Plan:
+        asked = found[0]
+        task = _task(asked.params)
+        chosen = ExplainOptions(include=["regions"], threshold=asked.params.conf_threshold)
+        picture = Asked(file_in(asked.image), chosen)
+        return Plan([picture], lambda replies: _respond(task, asked.params, replies[0]))
+
+    return await answer(request, name_of, read)
+
+
+def _described(model: LoadedModel) -> dict[str, Any]:
+    widgets = dict.fromkeys(name for task in _TASKS.values() for name in task.widgets)
+    return {
+        "display_name": f"{model.name}: class and evidence",
+        "batch_processing_mode": "default",
+        "params": {},
+        "capabilities": {},
+        "classes": list(model.labels),
+        "widgets": [{"name": name, "value": _START.get(name)} for name in widgets],
+        "available_tasks": [
+            {
+                "id": name,
+                "name": task.title,
+                "batch_processing_mode": "default",
+                "active_widgets": {widget: {} for widget in task.widgets},
+            }
+            for name, task in _TASKS.items()
+        ],
+    }
+
+
+def _task(params: LabelingParameters) -> _Task:
+    name = params.current_task or next(iter(_TASKS))
+    if name not in _TASKS:
+        raise InvalidOption(f"There is no task {name!r}.{nearest(name, _TASKS)}")
+    return _TASKS[name]
+
+
+def _respond(task: _Task, params: LabelingParameters, reply: Reply) -> Response:
+    found = reply.found
+    made = result(reply.model, found.upload, found.answer, reply.options, reply.render_side)
+    assert made.explanations
+    (explanation,) = made.explanations
+    assert explanation.regions is not None
+    wanted = not params.filter_classes or explanation.label in params.filter_classes
+    outlines = task.outlines(explanation.regions, params.epsilon_factor) if wanted else []
+    shapes: list[dict[str, Any]] = [
+        {
+            "label": explanation.label,
+            "shape_type": task.shape,
+            "points": points,
+            "score": explanation.score,
+            "description": explanation.method,
+            "attributes": {},
+            "flags": {},
+            "group_id": 1,
+        }
+        for points in outlines
+    ]
+    description = f"{explanation.label} {explanation.score:.2f}"
+    return json_response({"success": True, "data": {"shapes": shapes, "description": description}})
+
+
+def _polygons(regions: wire.Regions, fineness: float) -> list[Points]:
+    return [_simplified(polygon, fineness) for polygon in regions.polygons]
+
+
+def _simplified(polygon: Points, share: float) -> Points:
+    """The outline with points left out that are within this share of its length."""
+    if share <= TOLERANCE_SHARE:  # as it is found
+        return polygon
+    points = np.array(polygon, dtype=np.float32)
+    fewer = cv2.approxPolyDP(points, share * cv2.arcLength(points, closed=True), closed=True)
+    return polygon if len(fewer) < 3 else [(float(x), float(y)) for ((x, y),) in fewer]
+
+
+def _rectangles(regions: wire.Regions, _fineness: float) -> list[Points]:
+    """Four corners of each, clockwise, as the program draws them."""
+    return [[(x, y), (x + w, y), (x + w, y + h), (x, y + h)] for x, y, w, h in regions.boxes]
+
+
+def _peak(regions: wire.Regions, _fineness: float) -> list[Points]:
+    return [] if regions.peak is None else [[regions.peak]]
+
+
+_TASKS: Mapping[str, _Task] = MappingProxyType(
+    {
+        "cam_polygon": _Task(
+            "Evidence as polygons", "polygon", _WIDGETS + _CUT + _FINENESS, _polygons
+        ),
+        "cam_rectangle": _Task("Evidence as rectangles", "rectangle", _WIDGETS + _CUT, _rectangles),
+        "cam_point": _Task("Peak of the evidence", "point", _WIDGETS, _peak),
+    }
+)

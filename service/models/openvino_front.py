@@ -1,0 +1,139 @@
+"""The front of a cut model, run by OpenVINO on the CPU."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import openvino
+import structlog
+import torch
+from openvino.frontend import FrontEndManager
+from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+from torch import Tensor, nn
+
+_log = structlog.get_logger(__name__)
+
+
+class OpenVinoFront:
+    """Pixels to the activation of the layer where the model was cut.
+
+    `front(pixels)` takes uint8 (B, C, h, w) and returns float32 (B, ...) in memory of its own; any
+    number of threads may call it at once.
+
+    Two programs of one graph: the narrow one runs a request on one thread, `streams` of them side
+    by side, which answers most requests a second; the wide one runs one request on `lone_threads`
+    threads, which answers a lone request soonest. They agree to rounding.
+
+    graph:        the converted front, for any batch size.
+    lone_threads: 1 makes no wide program, which spares its packed weights.
+    """
+
+    def __init__(self, graph: openvino.Model, *, streams: int, lone_threads: int) -> None:
+        self._narrow = _Program(graph, streams, streams)
+        self._wide = _Program(graph, 1, lone_threads) if lone_threads > 1 else self._narrow
+
+    def __call__(self, pixels: Tensor, *, wide: bool = False) -> Tensor:
+        return (self._wide if wide else self._narrow)(pixels)
+
+
+class _Program:
+    """A compiled graph and as many requests as threads ever used it at once."""
+
+    def __init__(self, graph: openvino.Model, streams: int, threads: int) -> None:
+        self._compiled = openvino.Core().compile_model(
+            graph,
+            "CPU",
+            {
+                "NUM_STREAMS": streams,
+                "INFERENCE_NUM_THREADS": threads,
+                # Pinned, the streams of two programs would share one core.
+                "ENABLE_CPU_PINNING": False,
+                "INFERENCE_PRECISION_HINT": "f32",
+            },
+        )
+        self._lock = threading.Lock()
+        self._idle: list[Any] = []
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        with self._request() as request:
+            # With shared inputs OpenVINO 2026.4 writes into the array of an earlier caller.
+            request.infer([pixels.numpy()], share_inputs=False)
+            # The tensor is a view of the request's memory, which its next user overwrites.
+            return torch.from_numpy(request.get_output_tensor(0).data.copy())
+
+    @contextmanager
+    def _request(self) -> Iterator[Any]:
+        with self._lock:
+            request = self._idle.pop() if self._idle else self._compiled.create_infer_request()
+        yield request
+        # One that raised is not used again.
+        with self._lock:
+            self._idle.append(request)
+
+
+class Normalised(nn.Module):
+    """A module that takes uint8 pixels: normalised inside, so that the compiler can fuse it."""
+
+    def __init__(self, module: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.module = module
+        self.mean = torch.tensor(mean)[:, None, None]
+        self.std = torch.tensor(std)[:, None, None]
+
+    def forward(self, pixels: Tensor) -> Any:
+        """uint8 (B, C, h, w) to whatever the module makes of it, normalised."""
+        return self.module((pixels.to(torch.float32) / 255 - self.mean) / self.std)
+
+
+def converted(
+    module: nn.Module, example: Tensor, cache: Path | None, key: str, *, anew: bool = False
+) -> openvino.Model:
+    """A module as OpenVINO's graph for any batch size; from the cache where it is there.
+
+    example: uint8 (1, C, h, w). cache: a folder, made if needed; None keeps nothing.
+    key:     what the graph depends on besides the versions of torch and OpenVINO.
+    anew:    convert even so, and replace what the cache holds.
+
+    Raises whatever torch's tracer or OpenVINO's converter raise.
+    """
+    if cache is None:
+        return _convert(module, example)
+    text = f"{key} torch {torch.__version__} openvino {openvino.__version__}"
+    path = cache / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.xml"
+    if not anew and path.exists() and path.with_suffix(".bin").exists():
+        return openvino.Core().read_model(path)
+    graph = _convert(module, example)
+    try:
+        return _saved(graph, path)
+    except OSError as error:
+        _log.warning("front_not_cached", folder=str(cache), detail=str(error))
+        return graph
+
+
+def _convert(module: nn.Module, example: Tensor) -> openvino.Model:
+    # Not openvino.convert_model: that reports its use to its makers over the network.
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit.trace warns of every number it takes as fixed
+        decoder = TorchScriptPythonDecoder(module, example_input=(example,))
+        graph = frontend.convert(frontend.load(decoder))
+    graph.inputs[0].get_node().set_partial_shape(openvino.PartialShape([-1, *example.shape[1:]]))
+    graph.validate_nodes_and_infer_types()
+    return graph
+
+
+def _saved(graph: openvino.Model, path: Path) -> openvino.Model:
+    """Write a graph where a second start finds it, whole or not at all; read back, to be mapped."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.stem}.{os.getpid()}.xml")
+    openvino.save_model(graph, draft, compress_to_fp16=False)
+    draft.with_suffix(".bin").replace(path.with_suffix(".bin"))
+    draft.replace(path)
+    return openvino.Core().read_model(path)

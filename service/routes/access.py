@@ -1,0 +1,104 @@
+"""Who may ask: an API key on every route but the open ones, and each key within its bounds."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from dataclasses import dataclass
+
+import structlog
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from service.errors import KeyLimit, Unauthorized
+from service.keys import KeyFile
+from service.quotas import Quotas, Visit
+from service.routes.problems import problem
+
+OPEN = frozenset(
+    {
+        "/",
+        "/docs",
+        "/favicon.ico",
+        "/openapi.json",
+        "/health/live",
+        "/health/ready",
+        "/v2/health/live",
+        "/v2/health/ready",
+        "/ping",
+    }
+)
+"""Paths without secrets and without cost: probes, the page, and what the routes are."""
+
+OPEN_BELOW = ("/docs/static/", "/page/")
+ADMIN_BELOW = "/v2/repository/"
+"""Has keys of its own, which its routes ask for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Lets a request in by its key: Bearer, `X-API-Key`, or the password of Basic.
+
+    keys:         None lets everybody in.
+    open_metrics: whether `/metrics` needs no key.
+    """
+
+    app: ASGIApp
+    keys: KeyFile | None
+    quotas: Quotas
+    open_metrics: bool = True
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.keys is None or scope["type"] != "http" or self._is_open(path_of(scope)):
+            await self.app(scope, receive, send)
+            return
+        key = self.keys.owner(sent_key(Headers(scope=scope)))
+        if key is None:
+            refusal = Unauthorized(
+                "Send an API key of this service: Authorization: Bearer KEY, X-API-Key: KEY, or as "
+                "the password of Basic."
+            )
+            await problem(Request(scope), refusal)(scope, receive, send)
+            return
+        structlog.contextvars.bind_contextvars(key=key.name)
+        try:
+            with self.quotas.visit(key) as visit:
+                scope["visit"] = visit
+                await self.app(scope, receive, send)
+        except KeyLimit as error:  # of `visit`; those of the routes are answered further in
+            await problem(Request(scope), error)(scope, receive, send)
+
+    def _is_open(self, path: str) -> bool:
+        if path == "/metrics":
+            return self.open_metrics
+        return path in OPEN or path.startswith((*OPEN_BELOW, ADMIN_BELOW))
+
+
+def sent_key(headers: Headers) -> str:
+    """The key of a request, or "": of Authorization where there is one, else of X-API-Key."""
+    scheme, _, value = headers.get("authorization", "").strip().partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip()
+    if scheme.lower() == "basic":
+        try:
+            pair = base64.b64decode(value.strip(), validate=True).decode("latin-1")
+        except (binascii.Error, ValueError):
+            return ""
+        return pair.partition(":")[2]
+    return headers.get("x-api-key", "")
+
+
+def path_of(scope: Scope) -> str:
+    """The path of a request without the prefix of a proxy."""
+    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
+
+
+def reserve(request: Request, cost: float) -> None:
+    """Count the cost of a request, in forward passes, among what its key may use at once.
+
+    Raises KeyLimit, InvalidOption.
+    """
+    visit = request.scope.get("visit")
+    if isinstance(visit, Visit):
+        visit.reserve(cost)

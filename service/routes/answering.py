@@ -1,0 +1,217 @@
+"""What all routes share that answer pictures: permit, deadline, hang-up, and one image's way.
+
+`in_time` runs a route's work; the work takes a model with `model_in_use`, settles what is asked
+with `understand`, and then for each image calls `ask` and `drawn`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, ParamSpec, TypeVar
+
+from fastapi import Request, Response
+from torch import Tensor
+
+from api_schemas.options import CommonOptions, ExplainOptions
+from service.admission import Permit
+from service.errors import CamserveError, DeadlineExceeded
+from service.formats import check_format
+from service.metrics import STAGES
+from service.models.loaded import LoadedModel
+from service.questions import Answer, Question
+from service.routes import access, asking, bodies
+from service.routes.middleware import CLIENT_CLOSED_REQUEST
+from service.routes.state import Service, service_of
+from service.upload import Hiding, Sent, Upload, open_upload
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Clock:
+    """Seconds by stage, summed over the images of one request."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+
+    def milliseconds(self) -> dict[str, float]:
+        return {stage: round(value * 1000, 3) for stage, value in self.seconds.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is to be done for each image of a request."""
+
+    service: Service
+    model: LoadedModel
+    options: CommonOptions
+    question: Callable[[Tensor], Question]
+    hiding: Hiding | None
+    deadline: float
+    clock: Clock
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """One image, opened and answered; `masked` with a part of it hidden, where that was asked."""
+
+    upload: Upload
+    answer: Answer
+    masked: Answer | None
+
+
+class _ClientGone(Exception):
+    """The client hung up before its answer was ready."""
+
+
+async def in_time(
+    request: Request, work: Callable[[bytes, Permit], Coroutine[Any, Any, Response]]
+) -> Response:
+    """Take a permit, read the body, and work until the answer, the deadline or the hang-up.
+
+    Raises QueueFull, ShuttingDown, DeadlineExceeded, what `bodies.read_body` raises, and what
+    `work` does.
+    """
+    service = service_of(request)
+    limits = service.limits
+    deadline = request.scope["started"] + limits.timeout
+    with service.admission.admit(bodies.declared_bytes(request)) as permit:
+        body = await bodies.read_body(request, permit, limits.body_bytes, limits.timeout)
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                return await _until_gone(request, work(body, permit))
+        except TimeoutError as error:
+            raise DeadlineExceeded(
+                f"The answer was not ready within {limits.timeout:g} seconds; try again, or ask "
+                "for less."
+            ) from error
+        except _ClientGone:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+@asynccontextmanager
+async def model_in_use(request: Request, name: str | None) -> AsyncIterator[LoadedModel]:
+    """A model (None: the default one), loaded again where it was put aside, held while it is used.
+
+    Raises UnknownModel, ModelNotReady, ConfigurationError.
+    """
+    service = service_of(request)
+    loading = service.library.demand(name)
+    if loading is not None:
+        # Others may wait for the same model: whoever hangs up must not stop its loading.
+        await asyncio.shield(asyncio.wrap_future(loading))
+    with service.pool.use(name or service.library.default) as model:
+        yield model
+
+
+def understand(request: Request, model: LoadedModel, options: CommonOptions, images: int) -> Work:
+    """Everything that can be refused before any image is opened is refused here."""
+    service = service_of(request)
+    charge = functools.partial(access.reserve, request)
+    question = asking.question(model, options, service.limits, images, charge)
+    request.scope["log"] = {"model": model.name}
+    deadline = request.scope["started"] + service.limits.timeout
+    return Work(service, model, options, question, asking.hiding(options), deadline, Clock())
+
+
+async def ask(work: Work, data: Sent) -> Answered:
+    """Open one image, put the question to the model, and where asked again with a part hidden."""
+    service, options = work.service, work.options
+    wants_photo = isinstance(options, ExplainOptions) and "overlay" in options.include
+    if isinstance(data, bytes):
+        check_format(data, service.limits.formats)
+    started = time.monotonic()
+    upload = await result_of(
+        service.scheduler.call(
+            open_upload,
+            data,
+            work.model.preprocessing,
+            options.fit,
+            max_pixels=service.limits.pixels,
+            photo_side=service.limits.render_side if wants_photo else None,
+            hiding=work.hiding,
+        )
+    )
+    work.clock.seconds["decode"] += time.monotonic() - started
+    answer = await _infer(work, work.question(upload.model_input.pixels))
+    if upload.masked is None:
+        return Answered(upload, answer, None)
+    targets = tuple(explanation.class_id for explanation in answer.explanations)
+    again = work.question(upload.masked.model_input.pixels)
+    masked = await _infer(work, replace(again, targets=targets, activations=()))
+    return Answered(upload, answer, masked)
+
+
+async def _infer(work: Work, question: Question) -> Answer:
+    timed = await result_of(work.service.scheduler.submit(work.model, question, work.deadline))
+    work.clock.seconds["queue"] += timed.queue
+    work.clock.seconds["inference"] += timed.inference
+    return timed.answer
+
+
+async def drawn(work: Work, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """What a function makes of answers in a worker thread; its seconds count as rendering."""
+    started = time.monotonic()
+    value = await result_of(work.service.scheduler.call(function, *args, **kwargs))
+    work.clock.seconds["render"] += time.monotonic() - started
+    return value
+
+
+def report(request: Request, work: Work, images: int) -> dict[str, str]:
+    """Put the stages' times into metrics and log; the header `Server-Timing`."""
+    work.clock.seconds["total"] = time.monotonic() - request.scope["started"]
+    for stage, value in work.clock.seconds.items():
+        work.service.metrics.stage_seconds.labels(stage).observe(value)
+    timing = work.clock.milliseconds()
+    request.scope["log"] |= {"images": images, **timing}
+    return {"Server-Timing": ", ".join(f"{stage};dur={ms}" for stage, ms in timing.items())}
+
+
+def as_error(error: BaseException) -> CamserveError:
+    """An error of one image as one of ours; the unforeseen keeps its cause."""
+    if isinstance(error, CamserveError):
+        return error
+    if not isinstance(error, Exception):
+        raise error
+    unexpected = CamserveError(
+        "Something failed on the server's side; its log has the cause under this request id."
+    )
+    unexpected.__cause__ = error
+    return unexpected
+
+
+async def result_of(future: Future[T]) -> T:
+    """Await a scheduler's future; who stops waiting cancels it."""
+    return await asyncio.wrap_future(future)
+
+
+async def _until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Await `work`, and cancel it where the client hangs up first; the body must be read.
+
+    Cancelling it cancels what it waits for, so that jobs nobody wants are dropped unrun.
+    Raises _ClientGone.
+    """
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(_hang_up(request))
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise _ClientGone("The client hung up.")
+    finally:
+        watching.cancel()
+        working.cancel()
+        # What it waits for is cancelled only when it has run once more; until then its jobs look
+        # wanted, and its permit must not be given to somebody else.
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+async def _hang_up(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,120 @@
+/** The controls beside the photograph: predictions, and how to look. */
+
+import { methodOptions, method } from "./methods.js";
+import { classOf, nameOf } from "./question.js";
+import { percent, shapeWords } from "./stage.js";
+import { $, button, state } from "./state.js";
+
+/** Fills the controls that do not change, and calls `put` with each change of the question. */
+export function wireQuestion(put) {
+  $("method").replaceChildren(...methodOptions());
+  $("method").addEventListener("change", () => put({ method: $("method").value }));
+  $("layer").addEventListener("change", () => {
+    const layer = $("layer").value;
+    put({ layer: layer === state.model.target_layer ? null : layer });
+  });
+  $("fit").addEventListener("change", () => put({ fit: $("fit").value }));
+  for (const name of ["samples", "steps"]) {
+    $(name).addEventListener("change", () => {
+      if ($(name).reportValidity()) put({ [name]: $(name).valueAsNumber });
+    });
+  }
+  $("target").addEventListener("change", () => put({ target: classOf(state.model, $("target").value) }));
+  $("contrast").addEventListener("change", () => {
+    const contrast = classOf(state.model, $("contrast").value);
+    put(contrast === null ? { contrast } : { contrast, target: explained() });
+  });
+}
+
+const explained = () => state.question.target ?? state.shown?.explanation.class_id ?? null;
+
+/** The layers and classes of another model. */
+export function listModel(model) {
+  const named = (layer) => `${layer.path} · ${shapeWords(layer.shape)}${layer.path === model.target_layer ? " · default" : ""}`;
+  const targets = model.layers.filter((layer) => layer.target && layer.shape);
+  $("layer").replaceChildren(...targets.map((layer) => new Option(named(layer), layer.path)));
+  $("labels").replaceChildren(...model.labels.map((_label, id) => new Option(nameOf(model, id))));
+}
+
+/** The controls say what is asked. */
+export function syncQuestion() {
+  const { question, model, shown } = state;
+  const { layer, words } = method(question.method);
+  $("method").value = question.method;
+  $("method-words").textContent = words;
+  $("layer").value = question.layer ?? model.target_layer;
+  $("layer").disabled = !layer;
+  $("fit").value = question.fit;
+  $("samples-field").hidden = question.method !== "rise";
+  $("steps-field").hidden = question.method !== "integrated_gradients";
+  $("amounts").hidden = $("samples-field").hidden && $("steps-field").hidden;
+  $("samples").value = question.samples;
+  $("steps").value = question.steps;
+  const listed = shown?.predictions.some((each) => each.class_id === question.target);
+  const text = (wanted) => (typeof wanted === "number" ? nameOf(model, wanted) : (wanted ?? ""));
+  $("target").value = listed ? "" : text(question.target);
+  $("contrast").value = text(question.contrast);
+}
+
+/** The predictions as bars; each is asked for by a click, or set against the class that is shown. */
+export function listPredictions(shown, put) {
+  const focused = document.activeElement?.dataset?.row;
+  $("predictions").replaceChildren(...shown.predictions.map((each) => prediction(each, shown, put)));
+  if (focused) $("predictions").querySelector(`[data-row="${focused}"]`)?.focus();
+}
+
+function prediction({ class_id: id, label, score }, { explanation }, put) {
+  const item = document.createElement("li");
+  item.append(why(id, label, score, explanation, put), versus(id, label, explanation, put));
+  return item;
+}
+
+function why(id, label, score, explanation, put) {
+  const { contrast } = state.question;
+  const element = button("", () => put({ target: id, contrast: contrast === id ? null : contrast }));
+  element.className = "why";
+  element.dataset.row = `why-${id}`;
+  element.setAttribute("aria-pressed", id === explanation.class_id);
+  const part = (name, text) => Object.assign(document.createElement("span"), { className: name, textContent: text });
+  element.append(part("label", label), part("score", percent(score)), part("bar", ""));
+  element.lastChild.style.setProperty("--score", score);
+  return element;
+}
+
+function versus(id, label, explanation, put) {
+  const contrast = explanation.contrast === id ? null : id;
+  const element = button("vs", () => put({ target: explanation.class_id, contrast }));
+  element.className = "versus";
+  element.dataset.row = `versus-${id}`;
+  element.disabled = id === explanation.class_id;
+  element.setAttribute("aria-pressed", id === explanation.contrast);
+  element.setAttribute("aria-label", `vs: explain ${explanation.label} rather than ${label}`);
+  return element;
+}
+
+/** The photographs as thumbnails, once there are two. */
+export function listPhotos(choose) {
+  const focused = document.activeElement?.dataset?.photo;
+  $("photos").hidden = state.photos.length < 2;
+  $("photos").replaceChildren(...state.photos.map((photo) => thumbnail(photo, choose)));
+  if (focused) $("photos").querySelector(`[data-photo="${focused}"]`)?.focus();
+}
+
+function thumbnail(photo, choose) {
+  const item = document.createElement("li");
+  const element = button("", () => choose(photo));
+  element.dataset.photo = photo.id;
+  element.title = photo.name;
+  element.setAttribute("aria-pressed", photo === state.photo);
+  const canvas = Object.assign(document.createElement("canvas"), { width: 112, height: 112 });
+  if (photo.picture) {
+    const { width, height } = photo.picture;
+    const side = Math.min(width, height);
+    canvas.getContext("2d").drawImage(photo.picture, (width - side) / 2, (height - side) / 2, side, side, 0, 0, 112, 112);
+  }
+  const name = document.createElement("span");
+  name.textContent = photo.label || photo.name;
+  element.append(canvas, name);
+  item.append(element);
+  return item;
+}

@@ -1,0 +1,153 @@
+/** A map as numbers and as colours: levels 0..255, palettes, thresholds, regions. */
+
+import { PALETTES } from "./palettes.js";
+
+const MIN_AREA = 4; // source pixels that a region needs to be listed, as on the server
+
+export const COLORMAPS = Object.keys(PALETTES);
+
+/** The 256 colours of a colormap as opaque pixels of an ImageData. */
+export function palette(name) {
+  const rgb = bytes(PALETTES[name]);
+  const colours = new Uint32Array(256);
+  const view = new DataView(colours.buffer);
+  for (let level = 0; level < 256; level++) {
+    for (let part = 0; part < 3; part++) view.setUint8(4 * level + part, rgb[3 * level + part]);
+    view.setUint8(4 * level + 3, 255);
+  }
+  return colours;
+}
+
+/** Standard base64 to bytes; a `fetch` of a data: URI would be against the policy. */
+export function bytes(base64) {
+  const text = atob(base64);
+  const out = new Uint8Array(text.length);
+  for (let index = 0; index < text.length; index++) out[index] = text.charCodeAt(index);
+  return out;
+}
+
+/** A picture of an answer as something to draw, its values untouched by colour management. */
+export function pictureOf(encoded) {
+  const blob = new Blob([bytes(encoded.data)], { type: encoded.media_type });
+  return createImageBitmap(blob, { colorSpaceConversion: "none", premultiplyAlpha: "none" });
+}
+
+/**
+ * The levels of a heatmap that was asked for in grey, where a pixel's red is its level.
+ *
+ * @returns {Promise<{width: number, height: number, levels: Uint8Array}>}
+ */
+export async function levelsOf(heatmap) {
+  const picture = await pictureOf(heatmap);
+  const { width, height } = picture;
+  const canvas = new OffscreenCanvas(width, height);
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  context.drawImage(picture, 0, 0);
+  picture.close();
+  const { data } = context.getImageData(0, 0, width, height);
+  const levels = new Uint8Array(width * height);
+  for (let index = 0; index < levels.length; index++) levels[index] = data[4 * index];
+  return { width, height, levels };
+}
+
+/** The least level that reaches a threshold of 0..1; 0 lets everything through. */
+const reached = (threshold) => (threshold > 0 ? Math.max(1, Math.ceil(255 * threshold - 0.5)) : 0);
+
+/**
+ * The map in colours: clear below the threshold and where the model saw nothing.
+ *
+ * @param {{width: number, height: number, levels: Uint8Array}} map
+ * @param {number[]} seen  x, y, w, h in source pixels
+ * @param {{width: number, height: number}} source
+ * @returns {ImageData}
+ */
+export function coloured(map, seen, source, colours, threshold) {
+  const image = new ImageData(map.width, map.height);
+  const pixels = new Uint32Array(image.data.buffer);
+  const table = colours.slice();
+  table.fill(0, 0, reached(threshold));
+  const [left, right] = inside(map.width, seen[0], seen[2], source.width);
+  const [top, bottom] = inside(map.height, seen[1], seen[3], source.height);
+  for (let row = top; row < bottom; row++) {
+    const end = row * map.width + right;
+    for (let index = row * map.width + left; index < end; index++) pixels[index] = table[map.levels[index]];
+  }
+  return image;
+}
+
+/** First and end of the pixels of an axis whose middles lie in the part that was seen. */
+function inside(length, start, extent, whole) {
+  const scale = length / whole;
+  const first = Math.ceil(start * scale - 0.5 - 1e-6);
+  const end = Math.floor((start + extent) * scale - 0.5 + 1e-6) + 1;
+  return [Math.max(0, first), Math.min(length, end)];
+}
+
+/**
+ * The boxes of the 8-connected regions that reach a threshold, the largest region first.
+ *
+ * Rows are taken apart into runs, and runs that touch are joined.
+ * @returns {number[][]} x, y, w, h in source pixels
+ */
+export function regionBoxes({ width, height, levels }, source, threshold) {
+  const least = Math.max(1, reached(threshold));
+  const regions = joined(runs(levels, width, height, least));
+  const scaleX = source.width / width;
+  const scaleY = source.height / height;
+  return regions
+    .filter(({ area }) => area * scaleX * scaleY >= MIN_AREA)
+    .sort((one, other) => other.area - one.area)
+    .map(({ left, top, right, bottom }) => {
+      const [x, y] = [firstPixel(left * scaleX), firstPixel(top * scaleY)];
+      return [x, y, firstPixel(right * scaleX) - x, firstPixel(bottom * scaleY) - y];
+    });
+}
+
+/** The first source pixel whose middle lies at or after an edge. */
+const firstPixel = (edge) => Math.ceil(edge - 0.5);
+
+function runs(levels, width, height, least) {
+  const rows = [];
+  for (let row = 0; row < height; row++) {
+    const found = [];
+    const offset = row * width;
+    for (let x = 0; x < width; x++) {
+      if (levels[offset + x] < least) continue;
+      const left = x;
+      while (x < width && levels[offset + x] >= least) x++;
+      found.push({ left, right: x, top: row, bottom: row + 1, area: x - left, parent: null });
+    }
+    rows.push(found);
+  }
+  return rows;
+}
+
+function joined(rows) {
+  for (let row = 1; row < rows.length; row++) {
+    let above = 0;
+    for (const run of rows[row]) {
+      while (above < rows[row - 1].length && rows[row - 1][above].right < run.left) above++;
+      for (let each = above; each < rows[row - 1].length && rows[row - 1][each].left <= run.right; each++) {
+        join(root(rows[row - 1][each]), root(run));
+      }
+    }
+  }
+  return rows.flat().filter((run) => run.parent === null);
+}
+
+function root(run) {
+  let top = run;
+  while (top.parent) top = top.parent;
+  if (run !== top) run.parent = top;
+  return top;
+}
+
+function join(one, other) {
+  if (one === other) return;
+  one.left = Math.min(one.left, other.left);
+  one.right = Math.max(one.right, other.right);
+  one.top = Math.min(one.top, other.top);
+  one.bottom = Math.max(one.bottom, other.bottom);
+  one.area += other.area;
+  other.parent = one;
+}

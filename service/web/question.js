@@ -1,0 +1,101 @@
+/** A question: its options, its price, the class it names, and its answer. */
+
+import { query, request } from "./api.js";
+import { bytes, levelsOf } from "./heat.js";
+import { forwards, method } from "./methods.js";
+import { pictureOf } from "./photos.js";
+import { DEFAULTS } from "./state.js";
+
+const KEPT_ANSWERS = 24;
+
+const answers = new Map();
+const pace = new Map(); // the fewest milliseconds a forward pass has taken, by model
+
+/** The options of a question as pairs, without those that the server presets. */
+export function optionsOf({ question, model }) {
+  const pairs = [];
+  const put = (name, value, preset) => {
+    if (value !== preset) pairs.push([name, value]);
+  };
+  if (!model.default) put("model", model.name);
+  put("targets", question.target, null);
+  put("contrast", question.contrast, null);
+  put("method", question.method, DEFAULTS.method);
+  if (method(question.method).layer) put("layer", question.layer, null);
+  put("fit", question.fit, DEFAULTS.fit);
+  if (question.method === "rise") put("samples", question.samples, DEFAULTS.samples);
+  if (question.method === "integrated_gradients") put("steps", question.steps, DEFAULTS.steps);
+  return pairs;
+}
+
+/** How the map is drawn, as options; a threshold of 0 is no region's. */
+export function viewOptions({ opacity, threshold, colormap }) {
+  const pairs = [["colormap", colormap], ["opacity", opacity], ["threshold", threshold || 0.5]];
+  return pairs.filter(([, value]) => value !== "turbo" && value !== 0.5);
+}
+
+const layerOf = (model, path) => model.layers.find((each) => each.path === path);
+
+/** What a question will cost at most: forward passes, and seconds where the model's pace is known. */
+export function priceOf(question, model) {
+  const passes = forwards(question, model.input, layerOf(model, question.layer ?? model.target_layer)?.shape);
+  return { passes, seconds: (passes * (pace.get(model.name) ?? 0)) / 1000 };
+}
+
+/** What a class is called here: its label, with the id where two classes share it. */
+export function nameOf(model, id) {
+  const label = model.labels[id];
+  return model.shared.has(label) ? `${label} (${id})` : (label ?? String(id));
+}
+
+/** The class that a text means: its id, or the text itself, of which the server says what it thinks. */
+export function classOf(model, text) {
+  const typed = text.trim().toLowerCase();
+  if (!typed) return null;
+  const id = model.labels.findIndex((_label, each) => nameOf(model, each).toLowerCase() === typed);
+  return id === -1 ? text.trim() : id;
+}
+
+/**
+ * The answer to a question, with its map as levels; from memory where it was asked before.
+ *
+ * Throws Problem, or AbortError.
+ */
+export async function answered(photo, model, question, signal) {
+  const key = JSON.stringify([photo.id, model.name, model.version, question]);
+  if (!answers.has(key)) answers.set(key, await asked(photo, model, question, signal));
+  if (answers.size > KEPT_ANSWERS) answers.delete(answers.keys().next().value);
+  return answers.get(key);
+}
+
+async function asked(photo, model, question, signal) {
+  // In grey a pixel of the heatmap is its level; the colours are put on here.
+  const drawing = [["include", "heatmap"], ["include", "regions"], ["colormap", "gray"]];
+  await photo.ready;
+  // What this browser cannot read is asked for as a picture, without colours.
+  if (!photo.picture) drawing.push(["include", "overlay"], ["opacity", 0]);
+  const options = query([...optionsOf({ question, model }), ...drawing]);
+  const answer = await request(`explain?${options}`, { body: photo.file, signal });
+  const [result] = answer.results;
+  const [explanation] = result.explanations;
+  if (explanation.overlay) {
+    photo.picture ??= await pictureOf(new Blob([bytes(explanation.overlay.data)]));
+    delete explanation.overlay;
+  }
+  const milliseconds = answer.timing_ms.inference / explanation.cost.forwards;
+  pace.set(model.name, Math.min(milliseconds, pace.get(model.name) ?? Infinity));
+  return {
+    photo,
+    model,
+    question,
+    answer,
+    explanation,
+    predictions: result.predictions,
+    seen: result.seen,
+    source: { width: result.image.width, height: result.image.height },
+    map: await levelsOf(explanation.heatmap),
+    contrastLabel: explanation.contrast === null ? "" : model.labels[explanation.contrast],
+    layerShape: typeof explanation.layer === "string" ? layerOf(model, explanation.layer)?.shape : null,
+  };
+}
+

@@ -1,0 +1,191 @@
+/** A photograph with its map over it, what was asked, and how far the answer is. */
+
+import { coloured, palette, regionBoxes } from "./heat.js";
+import { method } from "./methods.js";
+
+const SVG = "http://www.w3.org/2000/svg";
+
+const FLAGS = {
+  all_zero: "The map is zero everywhere: here nothing speaks for this class.",
+  target_not_predicted: "This is not the class the model would choose.",
+  saturated: "The score is so close to 1 that it hardly moves any more.",
+  low_resolution: "The layer has few cells; an earlier one shows finer places.",
+  random_weights: "The model has random weights: nothing here means anything.",
+  module_called_n_times: "The layer runs several times; the map is of its last run.",
+};
+
+export const percent = (score) => {
+  const value = 100 * score;
+  if (value > 0 && value < 0.1) return "< 0.1 %";
+  if (value < 100 && value > 99.9) return "> 99.9 %";
+  return `${value.toFixed(1)} %`;
+};
+
+export const shapeWords = (shape) => shape.join(" × ");
+
+/** What a map explains, in a line: class, score, contrast. */
+export function captionOf({ explanation, contrastLabel }) {
+  const than = contrastLabel ? ` rather than ${contrastLabel}` : "";
+  return `${explanation.label}${than}, ${percent(explanation.score)}`;
+}
+
+function factsOf({ explanation, answer, layerShape }) {
+  const layers = [explanation.layer ?? []].flat().join(" + ");
+  const at = layers ? ` at ${layers}${layerShape ? ` (${shapeWords(layerShape)})` : ""}` : "";
+  const passes = explanation.cost.forwards;
+  return [
+    `${method(explanation.method).title}${at}`,
+    `${passes.toLocaleString("en")} forward ${passes === 1 ? "pass" : "passes"}`,
+    `${Math.round(answer.timing_ms.total).toLocaleString("en")} ms`,
+  ].join(" · ");
+}
+
+export class Pane {
+  /** Puts an empty figure into `parent`. */
+  constructor(parent) {
+    const template = document.getElementById("pane");
+    this.element = template.content.firstElementChild.cloneNode(true);
+    this.photo = null;
+    this.shown = null;
+    parent.append(this.element);
+  }
+
+  find(selector) {
+    return this.element.querySelector(selector);
+  }
+
+  /** The photograph alone, until its map is there. */
+  showPhoto(photo) {
+    if (this.photo === photo && this.drawn === photo.picture) return;
+    this.photo = photo;
+    this.drawn = photo.picture;
+    this.shown = null;
+    const canvas = this.find(".photo");
+    const { width, height } = photo.picture ?? { width: 4, height: 3 };
+    canvas.width = width;
+    canvas.height = height;
+    if (photo.picture) canvas.getContext("2d").drawImage(photo.picture, 0, 0);
+    this.find(".stage").style.setProperty("--ratio", width / height);
+    this.find(".stage").setAttribute("aria-label", photo.name);
+    this.find(".heat").width = 0;
+    this.find(".marks").replaceChildren();
+    this.find(".caption").textContent = photo.name;
+    this.find(".facts").textContent = "";
+    this.find(".flags").replaceChildren();
+  }
+
+  /** A line under the photograph, until there is a map. */
+  say(words) {
+    this.find(".facts").textContent = words;
+  }
+
+  /** The map of an answer over its photograph. */
+  showMap(shown, view) {
+    this.showPhoto(shown.photo);
+    this.shown = shown;
+    this.painted = null;
+    this.find(".caption").textContent = captionOf(shown);
+    this.find(".facts").textContent = factsOf(shown);
+    this.find(".flags").replaceChildren(
+      ...shown.explanation.flags.map((flag) => {
+        const item = document.createElement("li");
+        item.textContent = FLAGS[flag] ?? flag;
+        return item;
+      }),
+    );
+    const words = `${shown.photo.name} with the heatmap for ${captionOf(shown)}. ${factsOf(shown)}.`;
+    this.find(".stage").setAttribute("aria-label", words);
+    this.draw(view);
+  }
+
+  /** The same map, drawn another way; no request is made. */
+  draw(view) {
+    if (!this.shown) return;
+    const { map, seen, source } = this.shown;
+    const heat = this.find(".heat");
+    heat.style.opacity = view.opacity;
+    const painted = `${view.colormap} ${view.threshold}`;
+    if (this.painted !== painted) {
+      this.painted = painted;
+      heat.width = map.width;
+      heat.height = map.height;
+      const image = coloured(map, seen, source, palette(view.colormap), view.threshold);
+      heat.getContext("2d").putImageData(image, 0, 0);
+    }
+    this.mark(view);
+  }
+
+  /** The part that was seen, and, if wanted, the regions and the peak. */
+  mark(view) {
+    const { map, seen, source, explanation } = this.shown;
+    const marks = this.find(".marks");
+    marks.setAttribute("viewBox", `0 0 ${source.width} ${source.height}`);
+    const shapes = isWhole(seen, source) ? [] : [rectangle("seen", seen)];
+    this.boxes = view.regions ? regionBoxes(map, source, view.threshold) : [];
+    for (const box of this.boxes) shapes.push(rectangle("box under", box), rectangle("box", box));
+    const { peak } = explanation.regions;
+    if (view.regions && peak) {
+      const radius = 0.008 * Math.max(source.width, source.height);
+      shapes.push(shape("circle", { class: "peak", cx: peak[0], cy: peak[1], r: radius }));
+    }
+    marks.replaceChildren(...shapes);
+  }
+
+  /** Photograph, colours and marks as one picture, at the size of the map. */
+  async overlay(view) {
+    const { map, source } = this.shown;
+    const canvas = new OffscreenCanvas(map.width, map.height);
+    const context = canvas.getContext("2d");
+    context.drawImage(this.find(".photo"), 0, 0, map.width, map.height);
+    context.globalAlpha = view.opacity;
+    context.drawImage(this.find(".heat"), 0, 0);
+    context.globalAlpha = 1;
+    context.scale(map.width / source.width, map.height / source.height);
+    const line = Math.max(source.width, source.height) / 400;
+    for (const [colour, width] of [["#17181a", 2.5 * line], ["#fff", line]]) {
+      context.strokeStyle = colour;
+      context.lineWidth = width;
+      for (const box of this.boxes) context.strokeRect(...box);
+    }
+    return canvas.convertToBlob({ type: "image/jpeg", quality: 0.92 });
+  }
+
+  /**
+   * Says that an answer is awaited, and for how long; returns what ends that.
+   *
+   * @param {string} words  what is being done
+   * @param {number} seconds  how long it may take, or 0
+   * @param {() => void} cancel
+   */
+  wait(words, seconds, cancel) {
+    const started = performance.now();
+    const progress = this.find(".progress");
+    const tick = () => {
+      const elapsed = `${((performance.now() - started) / 1000).toFixed(1)} s`;
+      const of = seconds > 1 ? ` of about ${Math.ceil(seconds)} s` : "";
+      this.find(".progress-words").textContent = `${words} · ${elapsed}${of}`;
+    };
+    tick();
+    const timer = setInterval(tick, 100);
+    progress.hidden = false;
+    this.find(".mat").setAttribute("aria-busy", "true");
+    this.find(".cancel").onclick = cancel;
+    this.waiting = timer;
+    return () => {
+      clearInterval(timer);
+      if (this.waiting !== timer) return; // another question is on its way by now
+      progress.hidden = true;
+      this.find(".mat").removeAttribute("aria-busy");
+    };
+  }
+}
+
+const isWhole = ([x, y, w, h], { width, height }) => x <= 0.5 && y <= 0.5 && x + w >= width - 0.5 && y + h >= height - 0.5;
+
+const rectangle = (name, [x, y, width, height]) => shape("rect", { class: name, x, y, width, height });
+
+function shape(name, attributes) {
+  const element = document.createElementNS(SVG, name);
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  return element;
+}

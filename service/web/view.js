@@ -1,0 +1,59 @@
+/** How maps are drawn, live: opacity, threshold, colours, regions; and the theme of the page. */
+
+import { COLORMAPS, palette } from "./heat.js";
+import { $, state } from "./state.js";
+
+/** Fills the controls of the view, and calls `redraw` at most once a frame, however fast they move. */
+export function wireView(redraw) {
+  let frame = 0;
+  const look = (change) => {
+    Object.assign(state.view, change);
+    syncView();
+    cancelAnimationFrame(frame);
+    frame = requestAnimationFrame(redraw);
+  };
+  $("colormap").replaceChildren(...COLORMAPS.map((name) => new Option(name)));
+  $("opacity").addEventListener("input", () => look({ opacity: $("opacity").valueAsNumber / 100 }));
+  $("threshold").addEventListener("input", () => look({ threshold: $("threshold").valueAsNumber / 100 }));
+  $("colormap").addEventListener("change", () => look({ colormap: $("colormap").value }));
+  $("regions").addEventListener("change", () => {
+    const regions = $("regions").checked;
+    // A region of everything says nothing: begin where the server does.
+    look({ regions, threshold: regions ? state.view.threshold || 0.5 : state.view.threshold });
+  });
+  syncView();
+}
+
+function syncView() {
+  const { opacity, threshold, colormap, regions } = state.view;
+  for (const [name, value] of [["opacity", opacity], ["threshold", threshold]]) {
+    const percents = Math.round(100 * value);
+    $(name).value = percents;
+    $(name).setAttribute("aria-valuetext", `${percents} per cent`);
+    $(`${name}-value`).textContent = `${percents} %`;
+  }
+  $("colormap").value = colormap;
+  $("regions").checked = regions;
+  const image = new ImageData(256, 1);
+  new Uint32Array(image.data.buffer).set(palette(colormap));
+  $("scale").getContext("2d").putImageData(image, 0, 0);
+}
+
+/** The button that turns the page dark or light; until it is pressed the system decides. */
+export function wireTheme() {
+  const system = matchMedia("(prefers-color-scheme: dark)");
+  const isDark = () => (document.documentElement.dataset.theme ?? (system.matches ? "dark" : "light")) === "dark";
+  const sync = () => $("theme").setAttribute("aria-pressed", isDark());
+  $("theme").addEventListener("click", () => {
+    const theme = isDark() ? "light" : "dark";
+    document.documentElement.dataset.theme = theme;
+    try {
+      localStorage.setItem("camserve-theme", theme);
+    } catch {
+      // Where storage is forbidden the choice holds for this page.
+    }
+    sync();
+  });
+  system.addEventListener("change", sync);
+  sync();
+}

@@ -1,0 +1,270 @@
+"""The compiled lane: offered where its numbers are the hooked lane's, refused with a reason."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import openvino  # noqa: F401 - takes half a second, which no test's clock should hold
+import pytest
+import torch
+import torchvision
+from tiny import SmallNet
+from torch import nn
+
+from service.models import lane as lanes
+from service.models.catalog import ModelSpec
+from service.models.lane import Compiler, NotCompiled, Parity
+from service.models.loaded import LoadedModel
+from service.models.loading import load_model
+from service.models.openvino_front import Normalised, converted
+from service.models.pool import ModelPool
+from service.questions import Question, lane_of
+from service.stepwise import run, run_compiled
+
+pytestmark = pytest.mark.timeout(60)
+
+SIZE = 64
+
+
+def make() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return torchvision.models.resnet18(weights=None, num_classes=11)
+
+
+def branching() -> nn.Module:
+    class Branching(SmallNet):
+        def forward(self, x):
+            return super().forward(x if x.sum() > 0 else -x)
+
+    return Branching()
+
+
+def stateful() -> nn.Module:
+    """Its traced graph is not what it does: the number is fixed where it was traced."""
+
+    class Stateful(SmallNet):
+        def forward(self, x):
+            return super().forward(x + float(torch.rand(())))
+
+    return Stateful()
+
+
+def two_roads() -> nn.Module:
+    """What lies behind `features` also sees the picture."""
+
+    class TwoRoads(SmallNet):
+        def forward(self, x):
+            return super().forward(x) + x.mean()
+
+    return TwoRoads()
+
+
+def thrice() -> nn.Module:
+    class Thrice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(3, 8, 3)
+            self.block = nn.Conv2d(8, 8, 3, padding=1)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x):
+            x = self.first(x)
+            for _ in range(3):
+                x = self.block(x).relu()
+            return self.head(x.mean((2, 3)))
+
+    return Thrice()
+
+
+def spec_of(function: str, **more) -> ModelSpec:
+    size = replace(ModelSpec("x", "y").input, size=(SIZE, SIZE), resize=SIZE)
+    return ModelSpec(function, f"test_lane_models:{function}", input=size, **more)
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`package.module:function` builders come from this file."""
+    monkeypatch.setitem(sys.modules, "test_lane_models", sys.modules[__name__])
+
+
+@pytest.fixture(scope="module")
+def model() -> LoadedModel:
+    return load_model_of("make", Compiler(streams=2, lone_threads=2))
+
+
+def load_model_of(function: str, compiler: Compiler | None, **more) -> LoadedModel:
+    sys.modules.setdefault("test_lane_models", sys.modules[__name__])
+    return load_model(spec_of(function, **more), allow_random_weights=True, compiler=compiler)
+
+
+def picture(seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
+
+
+def questions(count: int = 4, **options) -> list[Question]:
+    return [Question(picture(seed), layers=("layer4",), **options) for seed in range(count)]
+
+
+def hooked(model: LoadedModel, asked: list[Question]):
+    with ModelPool([model], replicas=1).lease(model) as replica:
+        return [run(replica, [each])[0] for each in asked]
+
+
+METHODS = ("gradcam", "gradcampp", "hirescam", "layercam", "xgradcam", "eigencam", "cam")
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_it_answers_as_the_hooked_lane_does(model, method: str, wide: bool) -> None:
+    asked = questions(3, method=method, targets=(0, 7), contrast=3)
+    for one, other in zip(
+        run_compiled(model, asked, wide=wide), hooked(model, asked), strict=True
+    ):
+        for mine, theirs in zip(one.explanations, other.explanations, strict=True):
+            np.testing.assert_allclose(mine.grid, theirs.grid, atol=1e-4)
+            assert (mine.class_id, mine.flags, mine.layers) == (
+                theirs.class_id,
+                theirs.flags,
+                theirs.layers,
+            )
+            assert mine.high == pytest.approx(theirs.high, rel=1e-3)
+        for mine, theirs in zip(one.predictions, other.predictions, strict=True):
+            assert mine.class_id == theirs.class_id
+            assert mine.score == pytest.approx(theirs.score, rel=1e-4)
+
+
+def test_predictions_and_explanations_mix_in_a_batch(model) -> None:
+    asked = [*questions(2), *questions(2, method=None)]
+    answers = run_compiled(model, asked)
+    assert [len(answer.explanations) for answer in answers] == [1, 1, 0, 0]
+    for one, other in zip(answers, hooked(model, asked), strict=True):
+        assert one.predictions[0].class_id == other.predictions[0].class_id
+
+
+def test_what_the_cut_cannot_show_goes_to_the_hooked_lane(model) -> None:
+    (plain,) = questions(1)
+    assert lane_of(model, plain) == "compiled"
+    assert lane_of(model, replace(plain, method=None, layers=())) == "compiled"
+    assert lane_of(model, replace(plain, layers=("layer3",))) == "folded"
+    assert lane_of(model, replace(plain, layers=("layer4", "layer3"))) == "folded"
+    assert lane_of(model, replace(plain, method="scorecam")) == "folded"
+    assert lane_of(model, replace(plain, method="rise", layers=())) == "folded"
+    assert lane_of(model, replace(plain, activations=("layer4",))) == "folded"
+    assert lane_of(model, replace(plain, activations=("layer4.0.conv1",))) == "hooked"
+    assert lane_of(replace(model, compiled=None), plain) == "folded"
+
+
+def test_four_threads_disturb_neither_each_other_nor_their_inputs(model) -> None:
+    """OpenVINO 2026.4 wrote into other callers' arrays where inputs were shared."""
+    lane = model.compiled
+    batches = [torch.stack([picture(10 * n + i) for i in range(1 + n % 3)]) for n in range(12)]
+    copies = [batch.clone() for batch in batches]
+    alone = [lane.front(batch) for batch in batches]
+    kept = [activation.clone() for activation in alone]
+    start = threading.Barrier(4)
+
+    def work(first: int) -> list[tuple[int, torch.Tensor]]:
+        start.wait(10)
+        return [(n, lane.front(batches[n])) for _ in range(10) for n in range(first, 12, 4)]
+
+    with ThreadPoolExecutor(4) as threads:
+        results = [each for found in threads.map(work, range(4)) for each in found]
+    assert len(results) == 120
+    for number, found in results:
+        torch.testing.assert_close(found, kept[number], rtol=0, atol=1e-5)
+    assert all(torch.equal(one, other) for one, other in zip(batches, copies, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(alone, kept, strict=True))
+
+
+def test_the_picture_that_is_not_finite_fails_alone() -> None:
+    model = load_model_of("make", Compiler())
+    tail = model.compiled.tail
+
+    def spoiled(activation: torch.Tensor) -> torch.Tensor:
+        logits = tail(activation)
+        return torch.where(torch.arange(len(logits))[:, None] == 1, torch.nan, logits)
+
+    broken = replace(model, compiled=replace(model.compiled, tail=spoiled))
+    first, second, third = run_compiled(broken, questions(3))
+    assert second.code == "non_finite_output"
+    assert first.explanations
+    assert third.explanations
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        ("branching", "cannot be traced"),
+        ("two_roads", "crosses the cut"),
+        ("thrice", "runs several times"),
+        ("stateful", "differ from the hooked lane's"),
+    ],
+)
+def test_where_it_cannot_be_right_it_says_why(function: str, reason: str) -> None:
+    model = load_model_of(function, Compiler())
+    assert model.compiled is None
+    assert reason in model.not_compiled
+
+
+def test_other_numbers_than_float32_stay_in_the_hooked_lane() -> None:
+    model = load_model_of("make", Compiler(), dtype="bfloat16")
+    assert "bfloat16" in model.not_compiled
+
+
+def test_without_a_compiler_it_says_that_it_is_switched_off() -> None:
+    assert "switched off" in load_model_of("make", None).not_compiled
+
+
+def test_a_front_that_is_off_is_refused_with_the_numbers(monkeypatch) -> None:
+    monkeypatch.setattr(lanes, "_parity", lambda *_: Parity(0.5, 0.25, 0.125))
+    model = load_model_of("make", Compiler())
+    assert "activation by 0.5, map by 0.2, logits by 0.1" in model.not_compiled
+
+
+def test_a_second_start_takes_the_front_from_disk(tmp_path: Path, monkeypatch) -> None:
+    first = load_model_of("make", Compiler(cache=tmp_path))
+    assert first.compiled
+    (kept,) = tmp_path.glob("*.xml")
+    assert kept.with_suffix(".bin").exists()
+    assert len(list(tmp_path.iterdir())) == 2, "no draft is left"
+
+    def convert(*_):
+        raise AssertionError("converted again")
+
+    monkeypatch.setattr("service.models.openvino_front._convert", convert)
+    second = load_model_of("make", Compiler(cache=tmp_path))
+    assert second.compiled
+    assert second.compiled.parity == first.compiled.parity
+
+
+def test_a_front_on_disk_that_is_another_models_is_made_anew(tmp_path: Path) -> None:
+    """The code of a builder can change while the weights' digest does not."""
+    load_model_of("make", Compiler(cache=tmp_path))
+    (kept,) = tmp_path.glob("*.xml")
+    stranger = nn.Sequential(nn.Conv2d(3, 512, 32, stride=32)).eval().requires_grad_(False)
+    front = Normalised(stranger, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)).eval()
+    wrong = converted(front, torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8), None, "")
+    openvino.save_model(wrong, kept, compress_to_fp16=False)
+    again = load_model_of("make", Compiler(cache=tmp_path))
+    assert again.compiled
+    assert again.compiled.parity.is_good()
+    assert load_model_of("make", Compiler(cache=tmp_path)).compiled, "and the disk holds it now"
+
+
+def test_a_folder_that_cannot_be_written_is_no_failure(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    assert load_model_of("make", Compiler(cache=blocked / "cache")).compiled
+
+
+def test_it_refuses_to_compile_what_was_not_loaded_for_it() -> None:
+    model = replace(load_model_of("make", None), target_layer=None)
+    with pytest.raises(NotCompiled, match="no target layer"):
+        Compiler().lane(model)
