@@ -17,8 +17,9 @@ ARGS =
 PIP_INSTALL = quiet=; [ ! -e .venv/.installed ] || quiet=--quiet; \
 	.venv/bin/python -m pip install --disable-pip-version-check $$quiet -c constraints.txt
 SAFE = PYTHONSAFEPATH=1
+CLIENTS = sh tests/protocols/install.sh
 
-.PHONY: help install run test test-all browser check bench clean
+.PHONY: help install run test test-all browser protocols check bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -30,13 +31,16 @@ run: install ## start the service on http://127.0.0.1:8000 (HOST=, PORT=, ARGS= 
 
 test: .venv/.installed-test ## run every test that needs only Python (ARGS= for pytest)
 	@$(SAFE) .venv/bin/python -m pytest \
-		-m 'not browser and not labeling and not container and not ray and not gpu and not large' $(ARGS)
+		-m 'not browser and not labeling and not container and not protocols and not ray and not gpu and not large' $(ARGS)
 
 test-all: .venv/.installed-test ## run every test; one whose tool is missing is skipped and says why
 	@$(SAFE) .venv/bin/python -m pytest $(ARGS)
 
 browser: .venv/.installed-test tests/browser/node_modules/.installed ## test the page in Chromium (ARGS= for pytest)
 	@$(SAFE) .venv/bin/python -m pytest -m browser $(ARGS)
+
+protocols: .venv/.installed-test .venv-protocols/.installed .venv-x-anylabeling/.installed ## talk to it through the clients of KServe, Triton and X-AnyLabeling
+	@$(SAFE) .venv/bin/python -m pytest -m protocols $(ARGS)
 
 check: .venv/.installed-dev ## lint, format, types, imports
 	@$(SAFE) .venv/bin/python -m ruff check
@@ -48,7 +52,7 @@ bench: .venv/.installed-dev ## measure beside others, write docs/reference/bench
 	@$(SAFE) PYTHONPATH=benchmarks .venv/bin/python benchmarks/bench.py $(ARGS)
 
 clean: ## remove .venv, caches and build outputs
-	rm -rf .venv .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-protocols .venv-x-anylabeling .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist
 	rm -rf tests/browser/node_modules
 	find api_schemas benchmarks examples service tests -type d -name __pycache__ -prune \
 		-exec rm -rf {} + 2>/dev/null || true
@@ -78,6 +82,14 @@ tests/browser/node_modules/.installed: tests/browser/package.json tests/browser/
 	else \
 		echo 'camserve: npm is not installed; tests of accessibility will be skipped' >&2; \
 	fi
+
+# Environments of other programs' clients. Where one cannot be made, its tests are skipped.
+
+.venv-protocols/.installed: .venv/bin/python tests/protocols/constraints.txt
+	@$(CLIENTS) tests/protocols/constraints.txt .venv-protocols
+
+.venv-x-anylabeling/.installed: .venv/bin/python tests/protocols/constraints-x-anylabeling.txt
+	@$(CLIENTS) tests/protocols/constraints-x-anylabeling.txt .venv-x-anylabeling
 
 .venv/bin/python:
 	@for python in $(PYTHON) python3.11 python3.12 python3.13 python3; do \

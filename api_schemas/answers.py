@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, Field
 
 Rect = tuple[float, float, float, float]
@@ -169,6 +171,9 @@ class Result(BaseModel):
     explanations: list[Explanation] | None = None
     activations: list[Activation] | None = None
     masked: Masked | None = None
+    precision: Literal["int8"] | None = Field(
+        None, description="Of what computed it, where that is not float32."
+    )
     error: ImageFailure | None = None
 
 

@@ -18,11 +18,12 @@ class InputSize(BaseModel):
 
 
 class Lane(BaseModel):
-    """A way to run the model; `reason` says why it is off."""
+    """A way to run the model; `reason` says why it is off, `precision` where it is not float32."""
 
     name: str
     ready: bool
     reason: str | None = None
+    precision: str | None = None
 
 
 class Model(BaseModel):

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Literal
 
+import cv2
 import numpy as np
 import openvino
 import torch
@@ -189,19 +190,12 @@ class Peers:
 
 
 def agreement(maps: Maps, other: Maps) -> float:
-    """The least correlation of two sets of maps, both at the size of the smaller one."""
-    sizes = sorted({maps.shape[1:], other.shape[1:]})
-    scaled = [_scaled(each, sizes[0]) for each in (maps, other)]
+    """The least correlation of two sets of maps (batch, h, w), both at the size of the larger."""
+    size = max(maps.shape[1:], other.shape[1:])
+    scaled = [np.stack([cv2.resize(each, size[::-1]) for each in group]) for group in (maps, other)]
     pairs = zip(*(each.reshape(len(each), -1) for each in scaled), strict=True)
     return min(1.0 if _flat(a) and _flat(b) else float(np.corrcoef(a, b)[0, 1]) for a, b in pairs)
 
 
 def _flat(values: NDArray[Any]) -> bool:
     return bool(np.ptp(values) < 1e-6)
-
-
-def _scaled(maps: Maps, size: tuple[int, ...]) -> Maps:
-    resized: Tensor = nn.functional.interpolate(
-        torch.from_numpy(maps)[:, None], list(size), mode="bilinear", antialias=True
-    )
-    return resized[:, 0].numpy()

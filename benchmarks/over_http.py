@@ -30,6 +30,7 @@ import cv2
 import numpy as np
 import torchvision
 from clients import Load, multipart, run
+from contenders import agreement
 from core import OUT
 from measuring import Ratio, Results, markdown, photographs, quantile, ratio
 from numpy.typing import NDArray
@@ -169,11 +170,7 @@ def check(said: Sequence[Said], ours: Sequence[Said]) -> str | None:
             return f"class {one.class_id} instead of {own.class_id}"
         if one.cam is None or own.cam is None:
             continue
-        height, width = own.cam.shape
-        small = cv2.resize(one.cam, (width, height), interpolation=cv2.INTER_AREA)
-        if max(np.ptp(small), np.ptp(own.cam)) < 1e-6:
-            continue
-        found = float(np.corrcoef(small.ravel(), own.cam.ravel())[0, 1])
+        found = agreement(one.cam[None], own.cam[None])
         if not found >= AGREES:
             return f"its map correlates with ours at {found:.3f}"
     return None
@@ -193,13 +190,17 @@ class Race:
         """What is wrong with each row's answers."""
         photos = self.photos["640x480"][:3]
         said: dict[str, list[Said]] = {}
+        found: dict[str, str | None] = {}
         for row in self.rows:
             server = self.servers[row.server]
             server.resume()
-            said[row.name] = [ask(server, row.checked, photo) for photo in photos]
+            try:
+                said[row.name] = [ask(server, row.checked, photo) for photo in photos]
+            except (OSError, ValueError, KeyError) as error:
+                found[row.name] = repr(error)
             server.pause()
-        first = said[self.rows[0].name]
-        return {name: check(each, first) for name, each in said.items()}
+        first = next(iter(said.values()), [])
+        return found | {name: check(each, first) for name, each in said.items()}
 
     def measure(self, row: Row, load: str, seconds: float) -> dict[str, Any]:
         """One server under one load."""

@@ -190,11 +190,12 @@ def run_one(options: argparse.Namespace, library: str, threads: int) -> Outcome:
     compiled = library.endswith("compiled lane")
     model = contenders.load(options.model, compiled=compiled)
     assert model.target_layer is not None
-    # The compiled lane knows one layer; every other question goes to the hooked one.
+    # The compiled lane knows one layer and one size; other questions go to the hooked one.
     layers = (model.target_layer,) if compiled else options.layers
+    side = model.preprocessing.crop[0] if compiled else options.side
     shared = Shared(model, ModelPool([model], replicas=options.replicas))
     shared.net.requires_grad_("frozen" not in library)
-    asked = cases(model, layers, options.side, pictures=24 // len(layers))
+    asked = cases(model, layers, side, pictures=24 // len(layers))
     found = race(shared, library, asked, threads, options.each)
     faults = shared.pool.faults()
     return replace(found, left=", ".join(faults)) if faults else found

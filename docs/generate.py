@@ -46,6 +46,7 @@ def errors_page() -> str:
         "Every error is an `application/problem+json` body (RFC 9457). `code` is stable: switch",
         "on it. `detail` says what to do, `request_id` is also in the header `X-Request-ID` and in",
         "the server's log. 429 and 503 carry `Retry-After`, in seconds.",
+        "On the routes of other servers' protocols the body is theirs.",
         "",
         "| code | status | meaning |",
         "|---|---|---|",

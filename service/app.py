@@ -28,7 +28,7 @@ from service.fetching import Fetcher
 from service.integrations import kserve, open_inference, repository, torchserve, x_anylabeling
 from service.keys import KeyFile
 from service.metrics import Metrics, Readings
-from service.models.catalog import ModelSpec, check_names, parse_models
+from service.models.catalog import ModelSpec, check_names, parse_models, with_int8
 from service.models.config import read_config
 from service.models.lane import Compiler
 from service.models.library import Library
@@ -48,6 +48,7 @@ from service.routes.middleware import (
 from service.routes.state import Limits, Service
 from service.scheduler import Scheduler
 from service.settings import Settings
+from service.tracing import traces_from_environment
 from service.web.page import page_router
 
 _log = structlog.get_logger(__name__)
@@ -67,6 +68,7 @@ def create_app(settings: Settings, *, background: bool = False) -> FastAPI:
     Raises ConfigurationError where the settings are wrong or a model cannot be loaded.
     """
     service = build_service(settings, load=not background)
+    traces = traces_from_environment()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -82,6 +84,8 @@ def create_app(settings: Settings, *, background: bool = False) -> FastAPI:
             await _in_thread(service.library.close)
             if service.fetcher is not None:
                 await service.fetcher.aclose()
+            if traces is not None:
+                await _in_thread(traces.close)
 
     app = FastAPI(
         title="camserve",
@@ -117,7 +121,7 @@ def create_app(settings: Settings, *, background: bool = False) -> FastAPI:
     app.add_middleware(DrainUnreadBody)
     if settings.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **CORS)
-    app.add_middleware(RequestContext, metrics=service.metrics)
+    app.add_middleware(RequestContext, metrics=service.metrics, traces=traces)
     prefix = settings.root_path.rstrip("/")
     if prefix:
         app.add_middleware(BehindPrefix, prefix=prefix)
@@ -187,13 +191,13 @@ def model_specs(settings: Settings) -> tuple[ModelSpec, ...]:
     """Every model that the settings name. Raises ConfigurationError."""
     if settings.app_dir is not None and str(settings.app_dir) not in sys.path:
         sys.path.insert(0, str(settings.app_dir))
-    if settings.config is None:
-        return parse_models(settings.models, settings.weights)
-    specs = read_config(settings.config)
-    if settings.models or settings.weights:
+    specs: tuple[ModelSpec, ...] = ()
+    if settings.config is not None:
+        specs = read_config(settings.config)
+    if settings.config is None or settings.models or settings.weights:
         specs += parse_models(settings.models, settings.weights)
     check_names(specs)
-    return specs
+    return with_int8(specs, settings.int8)
 
 
 def model_loader(settings: Settings) -> Callable[[ModelSpec], LoadedModel]:

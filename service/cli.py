@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,11 +17,12 @@ from rich.table import Table
 
 from service import logs
 from service.app import build_service, create_app
-from service.connections import BoundedHead
 from service.errors import ConfigurationError
 from service.explain_files import explain_files, explain_options
 from service.flags import ERR, OF_MODELS, OUT, with_settings
-from service.model_commands import check, layers, models
+from service.memory import keep_freed_memory
+from service.model_commands import calibrate, check, layers, models
+from service.serving import DrainingServer
 from service.settings import Settings
 from service.tensorboard import open_board
 
@@ -39,23 +39,16 @@ app = typer.Typer(
 def serve(settings: Settings) -> None:
     """Serve models over HTTP."""
     logs.configure(settings.log_format)
+    keep_freed_memory()
     served = create_app(settings, background=True)
-    config = uvicorn.Config(
+    server = DrainingServer(
         served,
+        grace=settings.drain_timeout,
+        delay=settings.drain_delay,
         host=settings.host,
         port=settings.port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        http=BoundedHead,
-        ws="none",
-        timeout_graceful_shutdown=30,
     )
-    server = uvicorn.Server(config)
     _announce_when_ready(server, served)
-    # uvicorn raises the signal again when it has shut down; a service that was told to end, and
-    # answered all it had accepted, ended well.
-    signal.signal(signal.SIGTERM, lambda _number, _frame: None)
     server.run()
     entries = served.state.service.library.entries.values()
     if all(entry.state == "failed" for entry in entries):
@@ -164,7 +157,9 @@ def explain(  # noqa: PLR0913, PLR0917 - a command's parameters are its flags
         activations=activations or [],
     )
     with nullcontext() if tensorboard is None else open_board(tensorboard) as board:
-        report = explain_files(build_service(settings), images, out, options, ERR, board)
+        report = explain_files(
+            build_service(settings.uncompiled()), images, out, options, ERR, board
+        )
     table = Table("image", "prediction", "score", box=None)
     for line in report.explained:
         table.add_row(escape(str(line.path)), escape(line.label), f"{line.score:.1%}")
@@ -179,7 +174,7 @@ def explain(  # noqa: PLR0913, PLR0917 - a command's parameters are its flags
         raise typer.Exit(1)
 
 
-for command in (models, layers, check):
+for command in (models, layers, check, calibrate):
     app.command()(command)
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-MAX_HEAD_BYTES = 2 << 20
-"""Of request line and headers; a mask of a million characters may travel in the query, quoted."""
+MAX_HEAD_BYTES = 256 << 10
+"""Of request line and headers: a mask of many run lengths belongs into a JSON body."""
 
 HEAD_SECONDS = 20.0
 """From the first byte of a head, or from the connection, to the head's end."""

@@ -56,7 +56,7 @@ def _flag(name: str) -> inspect.Parameter:
     default = field.get_default()
     kind: Any = {bool: bool, int: int, float: float}.get(type(default), str)
     flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
-    if name == "models":
+    if name in ("models", "int8"):
         kind = list[str]
     text = f"{field.description} [env: CAMSERVE_{name.upper()}; default: {default or 'none'}]"
     if default == 0 and kind is int:

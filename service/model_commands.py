@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -9,9 +10,11 @@ import torchvision
 import typer
 from rich.markup import escape
 from rich.table import Table
+from torch import Tensor
 
 from service import logs
 from service.app import build_service, model_loader, model_specs
+from service.calibration import calibrate as calibrate_front
 from service.check import Checked, check_models
 from service.errors import ConfigurationError
 from service.explain_files import find_images
@@ -36,7 +39,7 @@ def models(
             OUT.print(name, markup=False, highlight=False)
         return
     table = Table("name", "builder", "classes", "input", "target layer", "version", box=None)
-    for model in build_service(settings).pool.models.values():
+    for model in build_service(settings.uncompiled()).pool.models.values():
         height, width = model.preprocessing.crop
         table.add_row(
             model.name,
@@ -74,7 +77,8 @@ def layers(
     logs.configure("text", level=40)
     # Shapes do not depend on the weights, so none are fetched for a list of them.
     listed = settings.model_copy(update={"allow_random_weights": True})
-    loaded = model_loader(settings if measure else listed)(_named(settings, model))
+    read = settings if measure else listed
+    loaded = model_loader(read.uncompiled())(_named(settings, model))
     if measure is not None:
         _print_ranking(loaded, measure, settings.max_pixels)
         return
@@ -100,13 +104,9 @@ def _named(settings: Settings, model: str) -> ModelSpec:
     return of_file[0] if of_file else parse_model(model)
 
 
-def _print_ranking(model: LoadedModel, folder: Path, max_pixels: int) -> None:
-    if model.no_layers or model.no_gradients:
-        raise ConfigurationError(
-            f"no layer of model {model.name!r} can be measured: "
-            f"{model.no_layers or model.no_gradients}."
-        )
-    pictures = [
+def _pictures(model: LoadedModel, folder: Path, max_pixels: int) -> list[Tensor]:
+    """Every image of a folder at the model's input size, uint8 (C, h, w)."""
+    return [
         open_upload(
             path.read_bytes(),
             model.preprocessing,
@@ -116,6 +116,15 @@ def _print_ranking(model: LoadedModel, folder: Path, max_pixels: int) -> None:
         ).model_input.pixels
         for path, _ in find_images([folder])
     ]
+
+
+def _print_ranking(model: LoadedModel, folder: Path, max_pixels: int) -> None:
+    if model.no_layers or model.no_gradients:
+        raise ConfigurationError(
+            f"no layer of model {model.name!r} can be measured: "
+            f"{model.no_layers or model.no_gradients}."
+        )
+    pictures = _pictures(model, folder, max_pixels)
     table = Table(
         *("", "layer", "output", "faithfulness", "insertion", "deletion"),
         *("ms per image", "per ms"),
@@ -135,6 +144,12 @@ def _print_ranking(model: LoadedModel, folder: Path, max_pixels: int) -> None:
         )
     OUT.print(table)
     ERR.print(f"{len(pictures)} images; the best layer first, * is the default target.")
+
+
+def _lanes(model: LoadedModel) -> str:
+    if model.no_layers or model.no_gradients:
+        return "predict only"
+    return "hooked, compiled" if model.compiled else "hooked"
 
 
 @with_settings(OF_MODELS)
@@ -160,11 +175,13 @@ def check(settings: Settings) -> None:
             str(len(each.model.labels)),
             f"{each.parameters:,}",
             each.model.target_layer or "none",
-            "predict only" if each.model.no_layers or each.model.no_gradients else "hooked",
+            _lanes(each.model),
             f"{each.milliseconds:.1f}",
             f"{each.mebibytes:.1f}",
         )
         off = each.model.no_layers or each.model.no_gradients
+        if off is None and each.model.not_compiled and settings.compile:
+            off = f"no compiled lane: {each.model.not_compiled}"
         if off:
             ERR.print(f"[yellow]note:[/] {escape(each.model.name)}: {escape(off)}", soft_wrap=True)
     OUT.print(table)
@@ -174,3 +191,34 @@ def check(settings: Settings) -> None:
     ERR.print(f"{checked - len(failed)} of {checked} models can be served.")
     if failed:
         raise typer.Exit(1)
+
+
+@with_settings(("config", "app_dir", "allow_random_weights", "cache_dir"))
+def calibrate(
+    settings: Settings,
+    model: Annotated[
+        str,
+        typer.Argument(help="A model of the configuration, or [NAME=]BUILDER[@WEIGHTS]."),
+    ],
+    folder: Annotated[Path, typer.Argument(help="Photographs of the kind that it will see.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the result; default: NAME.int8.")
+    ] = None,
+) -> None:
+    """Make an int8 front of a model, and measure on held-out photographs what it costs.
+
+    It is written only where its maps agree with float32, and served where you say so: the command
+    is printed.
+    """
+    logs.configure("text", level=40)
+    spec = replace(_named(settings, model), int8=None)
+    loaded = model_loader(settings)(spec)
+    place = out or Path(f"{spec.name}.int8")
+    found = calibrate_front(loaded, _pictures(loaded, folder, settings.max_pixels), place)
+    OUT.print(
+        f"On {found.pictures} photographs that did not calibrate: {found.same_class:.1%} of the "
+        f"predictions and {found.same_peak:.1%} of the peaks are the same; rank correlation of the "
+        f"maps {found.median:.3f} in the median, {found.tenth:.3f} in the worst tenth.",
+        highlight=False,
+    )
+    ERR.print(f"camserve serve --model {escape(model)} --int8 {spec.name}={escape(str(place))}")

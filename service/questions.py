@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from service.errors import InvalidOption
+from service.models.lane import Precision
 from service.models.loaded import LoadedModel
 
 Kind = Literal["output", "input", "grad_output", "grad_input"]
@@ -120,11 +121,15 @@ class Activation:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Everything about one image. Its arrays are read-only and belong to nobody else."""
+    """Everything about one image. Its arrays are read-only and belong to nobody else.
+
+    precision: of what computed it: `float32`, or `int8` where the operator chose such a front.
+    """
 
     predictions: tuple[Prediction, ...]
     explanations: tuple[Explanation, ...]
     activations: tuple[Activation, ...]
+    precision: Precision = "float32"
 
 
 def lane_of(model: LoadedModel, question: Question) -> Lane:

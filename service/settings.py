@@ -68,6 +68,11 @@ class Settings(BaseSettings):
         True,
         description="Whether a model gets a compiled lane, where one gives the same numbers.",
     )
+    int8: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="int8 fronts made by `camserve calibrate`, each NAME=FOLDER, several separated "
+        "by commas: those models are served from them. None: float32.",
+    )
     cache_dir: Path | None = Field(
         None,
         description="Folder where compiled models are kept for the next start. None: camserve in "
@@ -111,6 +116,15 @@ class Settings(BaseSettings):
         2000.0, gt=0, description="Forward passes that one explanation of one image may cost."
     )
     request_timeout: float = Field(60.0, gt=0, description="Seconds until a request gets 504.")
+    drain_timeout: float = Field(
+        30.0, ge=0, description="Seconds that accepted requests may take after SIGTERM."
+    )
+    drain_delay: float = Field(
+        0.0,
+        ge=0,
+        description="Seconds that the service goes on listening after SIGTERM at least, not ready, "
+        "so that a balancer can see it.",
+    )
     max_model_bytes: int = Field(
         0,
         ge=0,
@@ -140,8 +154,8 @@ class Settings(BaseSettings):
     )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="Origins whose pages may ask from a browser, such as https://label.example.org, "
-        "separated by commas. None: this service's own pages alone.",
+        description="Origins whose pages may ask, such as https://label.example.org; "
+        "commas between them. None: this service's own pages alone.",
     )
     allowed_image_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
@@ -155,7 +169,7 @@ class Settings(BaseSettings):
     root_path: str = Field("", description="Path prefix under which a proxy serves this.")
     log_format: Literal["text", "json"] = Field("text", description="Form of the log lines.")
 
-    @field_validator("models", "allowed_image_hosts", "cors_origins", mode="before")
+    @field_validator("models", "int8", "allowed_image_hosts", "cors_origins", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):
@@ -171,6 +185,10 @@ class Settings(BaseSettings):
     def worker_count(self) -> int:
         """`workers`, with 0 resolved: more than 16 batches at once wait for each other's memory."""
         return self.workers or min(16, available_cores())
+
+    def uncompiled(self) -> Settings:
+        """The same without compiled lanes, for commands that end sooner than those are made."""
+        return self.model_copy(update={"compile": False})
 
     @property
     def torch_threads(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from service import input_gradients, perturbation
 from service.errors import CamserveError
@@ -58,8 +59,12 @@ def run_compiled(
     model: LoadedModel, questions: Sequence[Question], *, wide: bool = False
 ) -> list[Answer | CamserveError]:
     """`run` in the compiled lane, whose questions are all answered by one pass."""
+    assert model.compiled is not None
+    precision = model.compiled.precision
     return [
-        part if isinstance(part, CamserveError) else finish(part, part.maps)
+        part
+        if isinstance(part, CamserveError)
+        else replace(finish(part, part.maps), precision=precision)
         for part in forward_compiled(model, questions, wide=wide)
     ]
 

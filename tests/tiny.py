@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -86,6 +87,10 @@ class _FailsBackward(torch.autograd.Function):
         return gradient, None
 
 
+HANGING, RELEASED = threading.Event(), threading.Event()
+"""A `hang` model sets the first where it hangs, and waits for the second."""
+
+
 class Faulty(SmallNet):
     """Fails for red pictures alone, in the way it was told to; its replicas do too."""
 
@@ -99,6 +104,9 @@ class Faulty(SmallNet):
         red = x[:, 0, 0, 0] > 1.0  # normalised: RED is 1.3, the others are below 0
         if self.fault == "forward" and bool(red.any()):
             raise RuntimeError("planted: forward")
+        if self.fault == "hang" and bool(red.any()):
+            HANGING.set()
+            RELEASED.wait()
         if self.fault == "hook":
             self.features.red = bool(red.any())
         maps = self.features(x)
@@ -125,6 +133,10 @@ def fails_in_hook() -> nn.Module:
 
 def fails_in_backward() -> nn.Module:
     return Faulty("backward")
+
+
+def hangs() -> nn.Module:
+    return Faulty("hang")
 
 
 def gives_nan() -> nn.Module:

@@ -1,8 +1,9 @@
 """What the peers share: the model, the way from bytes to its input, and the picture they answer.
 
-Written as their users would: torchvision's own decoder and transform, OpenCV for the picture. All
-draw the overlay that the service draws (the photograph at its size, 2048 px at most, the map over
-the part that the model saw, JPEG at quality 90, base64), so that the work is the same.
+Written as their users would: OpenCV to decode and to draw (at 12 MP it is faster than Pillow), and
+torchvision's transform on a tensor, its fastest. All draw the overlay that the service draws, so
+that the work is the same: the photograph at its size, 2048 px at most, the map over the part that
+the model saw, JPEG at quality 90, base64.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import torchvision
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as transforms
 
 LONGEST = 2048
@@ -53,12 +53,13 @@ def load() -> nn.Module:
 
 def opened(data: bytes) -> tuple[Tensor, NDArray[np.uint8]]:
     """The model input (1, 3, 224, 224) and the photograph, uint8 (h, w, 3)."""
-    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    photo = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
-    small = transforms.resize(photo, [RESIZE], antialias=True)
+    encoded = np.frombuffer(data, np.uint8)
+    photo = np.asarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB), np.uint8)
+    pixels = torch.from_numpy(photo).permute(2, 0, 1)
+    small = transforms.resize(pixels, [RESIZE], antialias=True)
     cut = transforms.center_crop(small, [CROP, CROP])
     values = transforms.normalize(transforms.to_dtype(cut, torch.float32, scale=True), MEAN, STD)
-    return values[None], np.ascontiguousarray(photo.permute(1, 2, 0).numpy())
+    return values[None], photo
 
 
 def overlay(cam: NDArray[np.float32], photo: NDArray[np.uint8]) -> str:

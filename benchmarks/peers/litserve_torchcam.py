@@ -3,8 +3,6 @@
 A process a core, each with its own model, extractor and single torch thread, so nothing is shared.
 """
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

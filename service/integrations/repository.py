@@ -20,7 +20,23 @@ from service.routes.access import sent_key
 from service.routes.problems import status_of
 from service.routes.state import Service, service_of
 
-router = APIRouter(prefix="/v2/repository", tags=["model repository"])
+_ERROR_BODY = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {"error": {"type": "string"}},
+}
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"description": text, "content": {"application/json": {"schema": _ERROR_BODY}}}
+    for status, text in {
+        400: "The body cannot be read, or the model cannot be loaded.",
+        401: "No admin key, or one that is not known.",
+        403: "No admin key is configured.",
+        404: "No model of that name.",
+        503: "The service is shutting down.",
+    }.items()
+}
+
+router = APIRouter(prefix="/v2/repository", tags=["model repository"], responses=_ERRORS)
 
 STATES = {
     "loading": "LOADING",

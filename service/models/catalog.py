@@ -61,6 +61,7 @@ class ModelSpec:
     sha256:    what the weights file must have.
     labels:    one a class.
     output:    how scores come from logits. select: where the logits are in what the model returns.
+    int8:      a folder that `camserve calibrate` made of this model: its front is served from it.
     source:    where this was said, such as `models.toml: model[1]`; for errors.
     """
 
@@ -76,6 +77,7 @@ class ModelSpec:
     target_layer: str | None = None
     device: str | None = None
     dtype: Dtype | None = None
+    int8: Path | None = None
     source: str | None = None
 
     def at(self, key: str) -> str:
@@ -122,6 +124,22 @@ def parse_models(arguments: Sequence[str], weights: Path | None = None) -> tuple
             )
         specs = [replace(specs[0], weights=weights)]
     return tuple(specs)
+
+
+def with_int8(specs: Sequence[ModelSpec], said: Sequence[str]) -> tuple[ModelSpec, ...]:
+    """The models with the int8 fronts that `NAME=FOLDER` name. Raises ConfigurationError."""
+    folders: dict[str, Path] = {}
+    for each in said:
+        name, separator, folder = each.partition("=")
+        if not separator or not folder or name not in {spec.name for spec in specs}:
+            known = ", ".join(spec.name for spec in specs)
+            raise ConfigurationError(
+                f"--int8 {each!r} is not NAME=FOLDER with the name of a served model ({known})."
+            )
+        folders[name] = Path(folder)
+    return tuple(
+        replace(spec, int8=folders[spec.name]) if spec.name in folders else spec for spec in specs
+    )
 
 
 def check_names(specs: Iterable[ModelSpec]) -> None:

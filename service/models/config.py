@@ -166,6 +166,7 @@ class ModelTable(_Table):
     target_layer: str | None = None
     device: str | None = None
     dtype: Annotated[Dtype | None, _one_of(get_args(Dtype))] = None
+    int8: str | None = None
 
 
 class _File(_Table):
@@ -193,6 +194,7 @@ def _spec(table: ModelTable, source: str, folder: Path) -> ModelSpec:
         target_layer=table.target_layer,
         device=table.device,
         dtype=table.dtype,
+        int8=None if table.int8 is None else folder / table.int8,
         source=source,
     )
 

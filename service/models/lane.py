@@ -7,10 +7,10 @@ checked here, and the lane is offered only where it does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import structlog
 import torch
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from service.models.loaded import LoadedModel
 
 _log = structlog.get_logger(__name__)
+
+Precision = Literal["float32", "int8"]
 
 ACTIVATION_TOLERANCE = 3e-3
 MAP_TOLERANCE = 2e-3
@@ -60,14 +62,17 @@ class Parity:
 class CompiledLane:
     """What answers the common request: predictions, and maps at `layer` from its gradient.
 
-    tail: from the layer's output to the model's output. It carries no hooks, so that all worker
-    threads share it.
+    tail:      from the layer's output to the model's output. It carries no hooks, so that all
+               worker threads share it.
+    parity:    with the hooked lane; None for an int8 front, which was measured when it was made.
+    precision: of the front: `float32`, or `int8` where the operator chose that.
     """
 
     layer: str
     front: Front
     tail: fx.GraphModule
-    parity: Parity
+    parity: Parity | None = None
+    precision: Precision = "float32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,23 +88,38 @@ class Compiler:
     streams: int = 1
     lone_threads: int = 1
 
+    def compiled(self, model: LoadedModel) -> LoadedModel:
+        """The model with a compiled lane, or with the reason why it has none.
+
+        Raises ConfigurationError as `lane` does.
+        """
+        try:
+            return replace(model, compiled=self.lane(model), not_compiled=None)
+        except NotCompiled as error:
+            return replace(model, not_compiled=f"{error}")
+
     def lane(self, model: LoadedModel) -> CompiledLane:
-        """The compiled lane of a model. Raises NotCompiled with the reason."""
-        layer = _layer(model)
+        """The compiled lane of a model.
+
+        Raises NotCompiled with the reason; ConfigurationError for an int8 front of another model.
+        """
+        layer = layer_to_cut(model)
         try:
             front, tail = split(model.module, layer)
         except Uncuttable as error:
             raise NotCompiled(f"{error}.") from error
+        if model.spec.int8 is not None:
+            return self._quantised(model, layer, tail, model.spec.int8)
         # A module written by a user keeps its weights' digest while its code changes, so that what
         # the cache holds may be another front: the check finds out.
         for anew in (False, True) if self.cache else (True,):
-            lane = self._tried(model, layer, front, tail, anew)
-            if lane.parity.is_good():
-                _log.info("front_compiled", model=model.name, layer=layer, parity=lane.parity)
+            lane, parity = self._tried(model, layer, front, tail, anew)
+            if parity.is_good():
+                _log.info("front_compiled", model=model.name, layer=layer, **asdict(parity))
                 return lane
         raise NotCompiled(
-            f"its numbers differ from the hooked lane's: activation by {lane.parity.activation:.1g}"
-            f", map by {lane.parity.map:.1g}, logits by {lane.parity.logits:.1g} of the maximum."
+            f"its numbers differ from the hooked lane's: activation by {parity.activation:.1g}, "
+            f"map by {parity.map:.1g}, logits by {parity.logits:.1g} of the maximum."
         )
 
     def _tried(
@@ -109,38 +129,42 @@ class Compiler:
         front: fx.GraphModule,
         tail: fx.GraphModule,
         anew: bool,
-    ) -> CompiledLane:
+    ) -> tuple[CompiledLane, Parity]:
         # Its import takes half a second, which commands that compile nothing need not wait for.
-        from service.models.openvino_front import (  # noqa: PLC0415
-            Normalised,
-            OpenVinoFront,
-            converted,
-        )
+        from service.models import openvino_front  # noqa: PLC0415
 
-        preprocessing = model.preprocessing
-        size = (preprocessing.channels, *preprocessing.crop)
-        key = (
-            f"{model.spec.builder} {dict(model.spec.arguments)} {model.version} {layer} {size} "
-            f"{preprocessing.mean} {preprocessing.std}"
-        )
         try:
-            graph = converted(
-                Normalised(front, preprocessing.mean, preprocessing.std).eval(),
-                torch.zeros(1, *size, dtype=torch.uint8),
-                self.cache,
-                key,
-                anew=anew,
-            )
-            compiled = OpenVinoFront(graph, streams=self.streams, lone_threads=self.lone_threads)
-            parity = _parity(model, layer, compiled, tail)
+            graph = openvino_front.graph_of(model, front, self.cache, identity(model), anew=anew)
+            compiled = openvino_front.OpenVinoFront(graph, self.streams, self.lone_threads)
+            lane = CompiledLane(layer, compiled, tail)
+            parity = parity_on(model, lane, _pictures(model))
         except Exception as error:
             # Two foreign compilers, each with errors of its own: whatever they raise is a reason.
             first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise NotCompiled(f"it cannot be compiled: {first}") from error
-        return CompiledLane(layer, compiled, tail, parity)
+        return replace(lane, parity=parity), parity
+
+    def _quantised(
+        self, model: LoadedModel, layer: str, tail: fx.GraphModule, folder: Path
+    ) -> CompiledLane:
+        from service.models import openvino_front  # noqa: PLC0415 - as above
+
+        graph = openvino_front.read(folder, identity(model))
+        compiled = openvino_front.OpenVinoFront(graph, self.streams, self.lone_threads)
+        _log.info("front_int8", model=model.name, layer=layer, folder=str(folder))
+        return CompiledLane(layer, compiled, tail, precision="int8")
 
 
-def _layer(model: LoadedModel) -> str:
+def identity(model: LoadedModel) -> str:
+    """What a front depends on, in one line: two models of the same line have the same front."""
+    spec, preprocessing = model.spec, model.preprocessing
+    return (
+        f"{spec.builder} {dict(spec.arguments)} {model.version} {model.target_layer} "
+        f"{preprocessing.channels}×{preprocessing.crop} {preprocessing.mean} {preprocessing.std}"
+    )
+
+
+def layer_to_cut(model: LoadedModel) -> str:
     """The layer to cut at. Raises NotCompiled."""
     reason = model.no_layers or model.no_gradients
     if reason is None and model.target_layer is None:
@@ -157,21 +181,20 @@ def _layer(model: LoadedModel) -> str:
     return model.target_layer
 
 
-def _parity(model: LoadedModel, layer: str, front: Front, tail: fx.GraphModule) -> Parity:
-    """Both lanes on the same pictures, alone and in a batch, in both programs of the front."""
+def parity_on(model: LoadedModel, lane: CompiledLane, batches: Iterable[Tensor]) -> Parity:
+    """How near a lane is to the hooked one on pictures, uint8 (B, C, h, w), in both programs."""
     module, worst = model.replicate(), Parity(0.0, 0.0, 0.0)
-    layout = model.layer(layer).layout
+    layout = model.layer(lane.layer).layout
     assert layout is not None
-    for number, pixels in enumerate(_pictures(model)):
-        with record(module, targets=[layer]) as seen:
+    for number, pixels in enumerate(batches):
+        with record(module, targets=[lane.layer]) as seen:
             logits = model.logits(module(model.normalised(pixels)))
-        expected = seen.targets[layer][-1]
+        expected = seen.targets[lane.layer][-1]
         gradient = torch.autograd.grad(logits.amax(dim=1).sum(), expected)[0]
-        found = front(pixels, wide=number % 2 == 1).requires_grad_()
-        made = model.logits(tail(found.clone()))
-        slope = torch.autograd.grad(
-            made.gather(1, logits.argmax(dim=1, keepdim=True)).sum(), found
-        )[0]
+        found = lane.front(pixels, wide=number % 2 == 1).requires_grad_()
+        made = model.logits(lane.tail(found.clone()))
+        same = made.gather(1, logits.argmax(dim=1, keepdim=True)).sum()
+        slope = torch.autograd.grad(same, found)[0]
         maps = [
             _signed_map(layout.as_map(activation), layout.as_map(slopes))
             for activation, slopes in ((expected.detach(), gradient), (found.detach(), slope))

@@ -17,7 +17,7 @@ from service.models.builders import Built, build
 from service.models.catalog import TARGET_LAYERS, ModelSpec
 from service.models.eager import why_no_gradients, why_no_layers
 from service.models.folding import fold
-from service.models.lane import Compiler, NotCompiled
+from service.models.lane import Compiler
 from service.models.loaded import LoadedModel, replicate
 from service.models.probe import Probe, probe
 
@@ -90,10 +90,7 @@ def _tuned(model: LoadedModel, image: Tensor, compiler: Compiler | None) -> Load
     model = replace(model, channels_last=channels_last, folded=folded)
     if compiler is None:
         return replace(model, not_compiled="Compiling is switched off.")
-    try:
-        return replace(model, compiled=compiler.lane(model))
-    except NotCompiled as error:
-        return replace(model, not_compiled=f"{error}")
+    return compiler.compiled(model)
 
 
 def _gives(logits: Tensor, model: LoadedModel, module: nn.Module, image: Tensor) -> bool:

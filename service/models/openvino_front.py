@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import openvino
 import structlog
@@ -18,7 +19,14 @@ from openvino.frontend import FrontEndManager
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from torch import Tensor, nn
 
+from service.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from service.models.loaded import LoadedModel
+
 _log = structlog.get_logger(__name__)
+
+Graph: TypeAlias = openvino.Model
 
 
 class OpenVinoFront:
@@ -35,7 +43,7 @@ class OpenVinoFront:
     lone_threads: 1 makes no wide program, which spares its packed weights.
     """
 
-    def __init__(self, graph: openvino.Model, *, streams: int, lone_threads: int) -> None:
+    def __init__(self, graph: Graph, streams: int = 1, lone_threads: int = 1) -> None:
         self._narrow = _Program(graph, streams, streams)
         self._wide = _Program(graph, 1, lone_threads) if lone_threads > 1 else self._narrow
 
@@ -46,7 +54,7 @@ class OpenVinoFront:
 class _Program:
     """A compiled graph and as many requests as threads ever used it at once."""
 
-    def __init__(self, graph: openvino.Model, streams: int, threads: int) -> None:
+    def __init__(self, graph: Graph, streams: int, threads: int) -> None:
         self._compiled = openvino.Core().compile_model(
             graph,
             "CPU",
@@ -92,9 +100,23 @@ class Normalised(nn.Module):
         return self.module((pixels.to(torch.float32) / 255 - self.mean) / self.std)
 
 
+def graph_of(
+    model: LoadedModel, front: nn.Module, cache: Path | None, key: str, *, anew: bool = False
+) -> Graph:
+    """The graph of a model's front, from uint8 pixels; see `converted`."""
+    preprocessing = model.preprocessing
+    return converted(
+        Normalised(front, preprocessing.mean, preprocessing.std).eval(),
+        torch.zeros(1, preprocessing.channels, *preprocessing.crop, dtype=torch.uint8),
+        cache,
+        key,
+        anew=anew,
+    )
+
+
 def converted(
     module: nn.Module, example: Tensor, cache: Path | None, key: str, *, anew: bool = False
-) -> openvino.Model:
+) -> Graph:
     """A module as OpenVINO's graph for any batch size; from the cache where it is there.
 
     example: uint8 (1, C, h, w). cache: a folder, made if needed; None keeps nothing.
@@ -117,7 +139,7 @@ def converted(
         return graph
 
 
-def _convert(module: nn.Module, example: Tensor) -> openvino.Model:
+def _convert(module: nn.Module, example: Tensor) -> Graph:
     # Not openvino.convert_model: that reports its use to its makers over the network.
     frontend = FrontEndManager().load_by_framework("pytorch")
     with warnings.catch_warnings():
@@ -129,7 +151,7 @@ def _convert(module: nn.Module, example: Tensor) -> openvino.Model:
     return graph
 
 
-def _saved(graph: openvino.Model, path: Path) -> openvino.Model:
+def _saved(graph: Graph, path: Path) -> Graph:
     """Write a graph where a second start finds it, whole or not at all; read back, to be mapped."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.stem}.{os.getpid()}.xml")
@@ -137,3 +159,28 @@ def _saved(graph: openvino.Model, path: Path) -> openvino.Model:
     draft.with_suffix(".bin").replace(path.with_suffix(".bin"))
     draft.replace(path)
     return openvino.Core().read_model(path)
+
+
+def write(graph: Graph, folder: Path, about: Mapping[str, Any]) -> None:
+    """Write a graph and what is known of it; `about` has the `identity` that `read` asks for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    openvino.save_model(graph, folder / "front.xml", compress_to_fp16=False)
+    (folder / "calibration.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def read(folder: Path, identity: str) -> Graph:
+    """A graph that `write` wrote. Raises ConfigurationError where it is of another model."""
+    try:
+        about = json.loads((folder / "calibration.json").read_text())
+        found = about["identity"]
+        graph = openvino.Core().read_model(folder / "front.xml")
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise ConfigurationError(
+            f"{folder} holds no int8 front; `camserve calibrate` makes one."
+        ) from error
+    if found != identity:
+        raise ConfigurationError(
+            f"the int8 front in {folder} was made of {found}, and this model is {identity}: run "
+            "`camserve calibrate` again for it."
+        )
+    return graph

@@ -76,7 +76,10 @@ class Access:
 
 
 def sent_key(headers: Headers) -> str:
-    """The key of a request, or "": of Authorization where there is one, else of X-API-Key."""
+    """The key of a request, or "": of Authorization where there is one, else of X-API-Key.
+
+    X-AnyLabeling sends it as Token.
+    """
     scheme, _, value = headers.get("authorization", "").strip().partition(" ")
     if scheme.lower() == "bearer":
         return value.strip()
@@ -86,7 +89,7 @@ def sent_key(headers: Headers) -> str:
         except (binascii.Error, ValueError):
             return ""
         return pair.partition(":")[2]
-    return headers.get("x-api-key", "")
+    return headers.get("x-api-key") or headers.get("token", "")
 
 
 def path_of(scope: Scope) -> str:

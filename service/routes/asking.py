@@ -21,7 +21,7 @@ def question(
     options: CommonOptions,
     limits: Limits,
     images: int,
-    charge: Callable[[float], None],
+    charge: Callable[[float], None] | None = None,
 ) -> Callable[[Tensor], Question]:
     """What to ask of each of so many images, once its pixels are there.
 
@@ -41,7 +41,8 @@ def question(
                 f"{limits.cost:g} are allowed. Ask for fewer samples, steps or targets, another "
                 "layer or another method."
             )
-    charge(price * images)
+    if charge is not None:
+        charge(price * images)
     return lambda pixels: replace(asked, pixels=pixels)
 
 

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.errors import InvalidOption
 from service.metrics import Metrics
 from service.routes.problems import problem, unexpected
+from service.tracing import Traces
 
 _log = structlog.get_logger("camserve.requests")
 CLIENT_CLOSED_REQUEST = 499
@@ -59,6 +60,7 @@ class RequestContext:
 
     app: ASGIApp
     metrics: Metrics
+    traces: Traces | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -94,15 +96,13 @@ class RequestContext:
     def _report(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
         self.metrics.requests.labels(route, str(status)).inc()
-        log = _log.debug if route.startswith(("/health", "/metrics")) else _log.info
-        log(
-            "request",
-            method=scope["method"],
-            route=route,
-            status=status,
-            ms=round(seconds * 1000, 1),
-            **scope.get("log", {}),
-        )
+        is_probe = route.startswith(("/health", "/metrics"))
+        said = {"method": scope["method"], "route": route, **scope.get("log", {})}
+        log = _log.debug if is_probe else _log.info
+        log("request", status=status, ms=round(seconds * 1000, 1), **said)
+        if self.traces is not None and not is_probe:
+            said["request_id"] = scope["request_id"]
+            self.traces.record(Headers(scope=scope), seconds, said, status)
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,7 +87,10 @@ def _loaded(service: Service, model: LoadedModel) -> dict[str, Any]:
         "lanes": [
             wire.Lane(name="hooked", ready=off is None, reason=off),
             wire.Lane(
-                name="compiled", ready=model.compiled is not None, reason=model.not_compiled
+                name="compiled",
+                ready=model.compiled is not None,
+                reason=model.not_compiled,
+                precision=model.compiled.precision if model.compiled else None,
             ),
         ],
         "random_weights": model.random_weights,

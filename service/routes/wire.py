@@ -63,6 +63,8 @@ def result(  # noqa: PLR0917 - called through the scheduler, which hands on what
                     for explanation in masked.explanations
                 ],
             )
+        if answer.precision != "float32":
+            fields["precision"] = answer.precision
         return wire.Result(**fields)
     except CamserveError:
         raise

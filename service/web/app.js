@@ -42,6 +42,7 @@ async function loadModels() {
 }
 
 async function useModel(name) {
+  settle();
   const known = state.models.find((each) => each.name === name);
   if (known.state === "failed") return complain(`The model ${name} could not be loaded: ${known.reason}`);
   if (known.state === "loading") return announce(`The model ${name} is loading: ${known.progress ?? "one moment"}.`);
@@ -124,6 +125,7 @@ function leave() {
 
 /** Another question about the same photograph. */
 function put(change) {
+  settle();
   Object.assign(state.question, change);
   ask();
 }
@@ -152,7 +154,6 @@ async function ask() {
 }
 
 function show(shown) {
-  settle();
   state.shown = shown;
   shown.photo.label = shown.predictions[0].label;
   live.showMap(shown, state.view);

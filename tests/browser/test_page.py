@@ -312,7 +312,8 @@ def test_the_picture_is_saved_as_the_server_would_draw_it(
     with explained.page.expect_download() as download:
         hand.press("#save-overlay")
     assert download.value.suggested_filename == "sunflower-sunflower-gradcam.jpg"
-    saved = np.asarray(Image.open(download.value.path()).convert("RGB")).astype(int)
+    with Image.open(download.value.path()) as picture:
+        saved = np.asarray(picture).astype(int)
     answer = answer_of(http, site, SAMPLE, include="overlay", format="png")
     expected = decoded(answer["explanations"][0]["overlay"]).astype(int)
     assert saved.shape == expected.shape
@@ -357,7 +358,8 @@ def test_the_copied_code_gives_the_same_result(page: Watched, hand: Hand, tmp_pa
 
     hand.press("[data-copy=code-picture]")
     run(["sh", "-c", clipboard(page)], tmp_path)
-    assert Image.open(tmp_path / "why.jpg").size == (640, 480)
+    with Image.open(tmp_path / "why.jpg") as picture:
+        assert picture.size == (640, 480)
 
     hand.press("[data-copy=code-python]")
     printed = run([sys.executable, "-c", clipboard(page)], tmp_path)

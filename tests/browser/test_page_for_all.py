@@ -56,7 +56,7 @@ def test_axe_finds_nothing_serious_in_any_state_of_the_page(window: Watched, axe
     wait_for_caption(page, "sunflower, ")
     assert faults(window, axe) == []
     page.locator("#method").select_option("rise")
-    page.locator(".progress-words").wait_for()
+    page.locator(".pane:last-child .progress-words").wait_for()
     assert faults(window, axe) == []
     page.locator(".pane:last-child .cancel").click()
     page.locator("#show-code").click()
@@ -97,7 +97,7 @@ def test_what_is_shown_is_said(window: Watched) -> None:
 def test_whoever_wants_no_motion_gets_none(window: Watched) -> None:
     explain_sample(window)
     window.page.locator("#method").select_option("rise")
-    window.page.locator(".progress-words").wait_for()
+    window.page.locator(".pane:last-child .progress-words").wait_for()
     bar = window.page.locator(".progress-bar")
     assert bar.evaluate("bar => getComputedStyle(bar).animationName") == "none"
     window.page.locator(".cancel").click()

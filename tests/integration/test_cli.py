@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -192,7 +193,7 @@ def test_what_was_accepted_is_answered_before_the_service_ends() -> None:
             "POST",
             f"{url}/explain",
             params=params,
-            content=_terminating(process, pictures.png()),
+            content=_terminating(process, url, pictures.png()),
             headers={"content-type": "image/png"},
             timeout=60,
         ) as response:
@@ -201,9 +202,35 @@ def test_what_was_accepted_is_answered_before_the_service_ends() -> None:
         assert process.wait(30) == 0
 
 
-def _terminating(process: subprocess.Popen[str], data: bytes) -> Iterator[bytes]:
-    """The body; when its last byte is handed over, the service is told to end."""
+def test_while_it_drains_it_listens_and_says_that_it_is_not_ready() -> None:
+    """Nothing new is taken, nothing accepted is lost, and a second signal ends it at once."""
+    with serving(*TINY, "--drain-delay", "1000", "--drain-timeout", "1000") as (process, url, _):
+        png = {"headers": {"content-type": "image/png"}, "timeout": 60}
+        rise = {"method": "rise", "samples": 1500}
+        with ThreadPoolExecutor(1) as threads, httpx.Client() as client:
+            slow = threads.submit(
+                httpx.post, f"{url}/explain", params=rise, content=pictures.png(), **png
+            )
+            while "camserve_images_held 1.0" not in client.get(f"{url}/metrics").text:
+                assert not slow.done()
+            process.send_signal(signal.SIGTERM)
+            while (ready := client.get(f"{url}/health/ready")).status_code == 200:
+                assert process.poll() is None
+            assert (ready.status_code, ready.json()["code"]) == (503, "shutting_down")
+            assert client.get(f"{url}/health/live").status_code == 200
+            late = client.post(f"{url}/explain", content=pictures.png(), **png)
+            assert (late.status_code, late.json()["code"]) == (503, "shutting_down")
+            assert int(late.headers["retry-after"]) > 0
+            assert slow.result().status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == -signal.SIGTERM
+
+
+def _terminating(process: subprocess.Popen[str], url: str, data: bytes) -> Iterator[bytes]:
+    """The body; before its last byte, when the request is admitted, the service is told to end."""
     yield data[:-1]
+    while "camserve_images_held 1.0" not in httpx.get(f"{url}/metrics").text:
+        assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     yield data[-1:]
 

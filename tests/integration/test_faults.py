@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 import logging
 import re
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import pictures
 import pytest
 import structlog
+import tiny
 from gates import together
 from starlette.testclient import TestClient
 
@@ -312,3 +315,56 @@ def test_routes_in_metrics_are_templates_and_not_what_clients_make_up(serve) -> 
         text = client.get("/metrics").text
         assert 'route="/models/{name}",status="404"} 3.0' in text
         assert 'route="unmatched",status="404"} 3.0' in text
+
+
+# ---- what hangs
+
+
+@pytest.mark.timeout(30)
+def test_a_model_that_hangs_costs_its_own_request_and_nobody_elses(serve) -> None:
+    """Its thread and replica are replaced; should it end after all, they are thrown away."""
+    tiny.HANGING.clear()
+    tiny.RELEASED.clear()
+    with serve(models=("tiny:hangs",), hang_timeout=0.3, max_batch=1) as client:
+        try:
+            with ThreadPoolExecutor(1) as threads:
+                hanging = threads.submit(send, client, pictures.RED_PNG)
+                assert tiny.HANGING.wait(10)
+                assert send(client, pictures.png()).status_code == 200, "another thread answers"
+                check_failure(hanging.result(10), "inference_hangs")
+            assert metric(client, "camserve_workers_hanging") == 1
+            assert metric(client, 'camserve_replicas_replaced_total{model="hangs"}') == 1
+            assert client.app.state.service.pool.hooks_live() == 0, "those of the lost one are gone"
+            check_whole(client)
+        finally:
+            tiny.RELEASED.set()
+        until(lambda: metric(client, "camserve_workers_hanging") == 0)
+        assert send(client, pictures.png()).status_code == 200
+        check_whole(client)
+
+
+@pytest.mark.timeout(30)
+def test_where_too_many_threads_hang_the_service_is_not_ready(serve) -> None:
+    """One worker, so two that hang are past the bound; a balancer sends requests elsewhere."""
+    tiny.HANGING.clear()
+    tiny.RELEASED.clear()
+    with serve(models=("tiny:hangs",), hang_timeout=0.2, max_batch=1) as client:
+        try:
+            for _ in range(2):
+                check_failure(send(client, pictures.RED_PNG), "inference_hangs")
+            ready = client.get("/health/ready")
+            assert (ready.status_code, ready.json()["code"]) == (503, "shutting_down")
+            assert client.get("/health/live").status_code == 200
+        finally:
+            tiny.RELEASED.set()
+        until(lambda: client.get("/health/ready").status_code == 200)
+        assert send(client, pictures.png()).status_code == 200
+
+
+def until(condition: Callable[[], bool]) -> None:
+    waited = threading.Event()
+    for _ in range(1000):
+        if condition():
+            return
+        waited.wait(0.01)
+    pytest.fail("it did not come true")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
+import socket
 import struct
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -328,7 +332,7 @@ BAD_V2 = {
     "too large for its datatype": (
         {"inputs": [numbers(SMALL_PIXELS.astype(int) + 300)]}, {}, 400, "not UINT8",
     ),
-    "two channels": ({"inputs": [numbers(SMALL_PIXELS[..., :2])]}, {}, 400, "(n, height, width, 3)"),
+    "two channels": ({"inputs": [numbers(SMALL_PIXELS[..., :2])]}, {}, 400, "height, width, 3)"),
     "no pixels": ({"inputs": [numbers(SMALL_PIXELS[:, :0])]}, {}, 400, "no pixels"),
     "an ambiguous layout": (
         {"inputs": [numbers(np.zeros((1, 3, 2, 3), np.uint8))]}, {}, 400, "layout",
@@ -367,7 +371,8 @@ def test_v2_refuses_in_its_own_body(client, name: str) -> None:
     [
         (b"\xff\0\0\0rest", "ends within an element"),
         (b"\1\0", "ends within an element"),
-        (b"\4\0\0\0junk", "base64"),
+        (b"\4\0\0\0junk", "not a picture"),
+        (b"\5\0\0\0data:", "data: URI"),
         (struct.pack("<I", 5) + b"\xff\xd8\xff\0\0", "broken"),
     ],
 )
@@ -447,12 +452,11 @@ def test_torchserves_explanation_is_a_nested_array(client) -> None:
     best = client.post("/explanations/small", files={"data": PNG})
     (expected,) = explained(client, include="grid")["explanations"]
     np.testing.assert_allclose(np.array(best.json()), grid_of(expected)[None], atol=1e-5)
+    path = "/explanations/small?layer=features.0"
     (expected,) = explained(client, include="grid", targets=2, layer="features.0")["explanations"]
     for answer in (
-        client.post(
-            "/explanations/small?layer=features.0", files={"data": PNG}, data={"target": "2"}
-        ),
-        client.put("/explanations/small?layer=features.0&target=2", content=PNG),
+        client.post(path, files={"data": PNG}, data={"target": "2"}),
+        client.put(f"{path}&target=2", content=PNG),
     ):
         np.testing.assert_allclose(np.array(answer.json()), grid_of(expected)[None], atol=1e-5)
 
@@ -551,6 +555,54 @@ def test_a_broken_picture_among_good_ones_fails_the_request_and_leaves_nothing(c
     assert answer.status_code == 400
     assert "cut short or broken" in answer.json()["error"]
     assert client.app.state.service.admission.images == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "keys"),
+    [
+        ("/v1/models/small:predict", {"error"}),
+        ("/v2/models/small/infer", {"error"}),
+        ("/predictions/small", {"code", "type", "message"}),
+        ("/integrations/x-anylabeling/v1/predict", {"success", "error"}),
+    ],
+)
+def test_without_a_key_each_protocol_is_refused_in_its_own_body(
+    serve, tmp_path: Path, path: str, keys: set[str]
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"labeling:{hashlib.sha256(b'a key').hexdigest()}\n")
+    with serve(api_keys_file=file) as client:
+        refused = client.post(path, content=PNG)
+        assert (refused.status_code, set(refused.json())) == (401, keys)
+        for header in ({"authorization": "Bearer a key"}, {"token": "a key"}):
+            assert client.post(path, content=PNG, headers=header).status_code != 401
+
+
+def held(server: Any, images: int) -> None:
+    """Wait until the service holds just so many images."""
+    until = time.monotonic() + 10
+    while server.service.admission.images != images:
+        assert time.monotonic() < until, f"{server.service.admission.images} are held"
+        threading.Event().wait(0.005)
+
+
+@pytest.mark.timeout(30)
+def test_a_request_whose_client_has_gone_is_dropped_unrun(run_server, http) -> None:
+    """And its place is free again."""
+    sent = f"PUT /predictions/small HTTP/1.1\r\nhost: x\r\ncontent-length: {len(PNG)}\r\n\r\n"
+    with run_server() as server, ThreadPoolExecutor(1) as threads:
+        path = f"{server.url}/predictions/small"
+        with Gate(server.service.scheduler) as gate:
+            first = threads.submit(http.put, path, content=PNG)
+            gate.wait_for_a_batch()
+            with socket.create_connection(server.address, timeout=5) as connection:
+                connection.sendall(sent.encode() + PNG)
+                held(server, 2)
+            held(server, 1)
+            gate.open()
+            assert first.result(10).status_code == 200
+            assert http.put(path, content=PNG).status_code == 200
+            assert gate.batches == [1, 1]
 
 
 def test_what_is_no_route_answers_as_the_protocol_does(client) -> None:

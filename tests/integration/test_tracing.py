@@ -1,0 +1,85 @@
+"""Traces: a span a request and a span a stage, where they are asked for and never otherwise."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pictures
+import pytest
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from service import app, tracing
+from service.tracing import Traces, traces_from_environment
+
+PNG = {"content-type": "image/png"}
+ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
+
+
+def test_a_request_is_a_span_of_its_callers_trace_with_a_span_a_stage(
+    serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exporter = InMemorySpanExporter()
+    traces = Traces(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(app, "traces_from_environment", lambda: traces)
+    trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    with serve() as client:
+        client.get("/health/live")
+        sent = {**PNG, "traceparent": f"00-{trace}-{parent}-01", "x-api-key": "secret"}
+        answer = client.post("/explain?seed=3", content=pictures.png(), headers=sent)
+        client.post("/explain", content=b"no picture", headers=PNG)
+        spans = exporter.get_finished_spans()
+    roots = [span for span in spans if span.name == "POST /explain"]
+    assert [span.attributes["http.response.status_code"] for span in roots] == [200, 415]
+    root = roots[0]
+    assert f"{root.context.trace_id:032x}" == trace
+    assert f"{root.parent.span_id:016x}" == parent
+    assert root.attributes["camserve.request_id"] == answer.headers["x-request-id"]
+    assert root.attributes["camserve.model"] == "small"
+    assert root.attributes["http.route"] == "/explain"
+    assert "secret" not in str([span.to_json() for span in spans])
+    stages = [span for span in spans if span.parent and span.parent.span_id == root.context.span_id]
+    assert [span.name for span in stages] == ["decode", "queue", "inference", "render"]
+    timing = answer.json()["timing_ms"]
+    for span in stages:
+        took = (span.end_time - span.start_time) / 1e6
+        assert took == pytest.approx(timing[span.name], abs=0.001)
+        assert root.start_time <= span.start_time <= span.end_time <= root.end_time
+    assert roots[1].context.trace_id != root.context.trace_id
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {ENDPOINT: ""},
+        {ENDPOINT: "http://127.0.0.1:1", "OTEL_SDK_DISABLED": "true"},
+        {ENDPOINT: "http://127.0.0.1:1", "OTEL_TRACES_EXPORTER": "none"},
+    ],
+)
+def test_nothing_is_traced_that_nobody_asked_for(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(tracing, "Traces", lambda *_: pytest.fail("it was built"))
+    assert traces_from_environment() is None
+
+
+def test_without_the_extra_the_service_says_so_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setenv(ENDPOINT, "http://127.0.0.1:1")
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
+    assert traces_from_environment() is None
+    assert "camserve[otel]" in caplog.text
+
+
+def test_opentelemetry_is_not_imported_unless_it_is_asked_for() -> None:
+    """In a process of its own: here the tests have imported it."""
+    code = "import sys, service.tracing as t; t.traces_from_environment(); "
+    code += "sys.exit('opentelemetry' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=False, env={"PYTHONPATH": "."})
+    assert done.returncode == 0
