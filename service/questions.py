@@ -140,7 +140,8 @@ def lane_of(model: LoadedModel, question: Question) -> Lane:
     normalisations are folded away; `hooked` is the model as it is.
     """
     lane = model.compiled
-    if lane is not None and not question.activations:
+    right_size = tuple(question.pixels.shape[1:]) == model.preprocessing.crop
+    if lane is not None and right_size and not question.activations:
         at_cut = question.method in CAM_METHODS and question.layers == (lane.layer,)
         if at_cut or not question.explains:
             return "compiled"

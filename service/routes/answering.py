@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Future
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from api_schemas.options import CommonOptions, ExplainOptions
 from service.admission import Permit
-from service.errors import CamserveError, DeadlineExceeded
+from service.errors import CamserveError, DeadlineExceeded, MalformedRequest
 from service.formats import check_format
 from service.metrics import STAGES
 from service.models.loaded import LoadedModel
@@ -79,20 +80,36 @@ async def in_time(
     `work` does.
     """
     service = service_of(request)
-    limits = service.limits
-    deadline = request.scope["started"] + limits.timeout
+    limits, seconds = service.limits, timeout_of(request)
+    deadline = request.scope["started"] + seconds
     with service.admission.admit(bodies.declared_bytes(request)) as permit:
-        body = await bodies.read_body(request, permit, limits.body_bytes, limits.timeout)
+        body = await bodies.read_body(request, permit, limits.body_bytes, seconds)
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 return await _until_gone(request, work(body, permit))
         except TimeoutError as error:
             raise DeadlineExceeded(
-                f"The answer was not ready within {limits.timeout:g} seconds; try again, or ask "
-                "for less."
+                f"The answer was not ready within {seconds:g} seconds; try again, or ask for less."
             ) from error
         except _ClientGone:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+def timeout_of(request: Request) -> float:
+    """Seconds that the request may take: `X-Request-Timeout`, at most the server's own.
+
+    Raises MalformedRequest where the header is no number above zero.
+    """
+    most = service_of(request).limits.timeout
+    said = request.headers.get("x-request-timeout")
+    if said is None:
+        return most
+    # What `float` reads beyond this, such as "1e3", "inf" or "nan", is no plain number of seconds.
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", said) or not float(said):
+        raise MalformedRequest(
+            f"X-Request-Timeout takes seconds, a number above zero such as 2.5, not {said[:40]!r}."
+        )
+    return min(most, float(said))
 
 
 @asynccontextmanager
@@ -116,7 +133,7 @@ def understand(request: Request, model: LoadedModel, options: CommonOptions, ima
     charge = functools.partial(access.reserve, request)
     question = asking.question(model, options, service.limits, images, charge)
     request.scope["log"] = {"model": model.name}
-    deadline = request.scope["started"] + service.limits.timeout
+    deadline = request.scope["started"] + timeout_of(request)
     return Work(service, model, options, question, asking.hiding(options), deadline, Clock())
 
 

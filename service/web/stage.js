@@ -98,20 +98,19 @@ export class Pane {
     this.draw(view);
   }
 
-  /** The same map, drawn another way; no request is made. */
+  /** The same map, drawn another way: no request is made, and opacity touches no pixel. */
   draw(view) {
     if (!this.shown) return;
-    const { map, seen, source } = this.shown;
     const heat = this.find(".heat");
     heat.style.opacity = view.opacity;
-    const painted = `${view.colormap} ${view.threshold}`;
-    if (this.painted !== painted) {
-      this.painted = painted;
-      heat.width = map.width;
-      heat.height = map.height;
-      const image = coloured(map, seen, source, palette(view.colormap), view.threshold);
-      heat.getContext("2d").putImageData(image, 0, 0);
-    }
+    const painted = JSON.stringify([view.colormap, view.threshold, view.regions]);
+    if (this.painted === painted) return;
+    this.painted = painted;
+    const { map, seen, source } = this.shown;
+    heat.width = map.width;
+    heat.height = map.height;
+    const image = coloured(map, seen, source, palette(view.colormap), view.threshold);
+    heat.getContext("2d").putImageData(image, 0, 0);
     this.mark(view);
   }
 

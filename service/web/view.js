@@ -15,13 +15,17 @@ export function wireView(redraw) {
   $("colormap").replaceChildren(...COLORMAPS.map((name) => new Option(name)));
   $("opacity").addEventListener("input", () => look({ opacity: $("opacity").valueAsNumber / 100 }));
   $("threshold").addEventListener("input", () => look({ threshold: $("threshold").valueAsNumber / 100 }));
-  $("colormap").addEventListener("change", () => look({ colormap: $("colormap").value }));
+  $("colormap").addEventListener("change", () => {
+    look({ colormap: $("colormap").value });
+    drawScale();
+  });
   $("regions").addEventListener("change", () => {
     const regions = $("regions").checked;
     // A region of everything says nothing: begin where the server does.
     look({ regions, threshold: regions ? state.view.threshold || 0.5 : state.view.threshold });
   });
   syncView();
+  drawScale();
 }
 
 function syncView() {
@@ -34,8 +38,11 @@ function syncView() {
   }
   $("colormap").value = colormap;
   $("regions").checked = regions;
+}
+
+function drawScale() {
   const image = new ImageData(256, 1);
-  new Uint32Array(image.data.buffer).set(palette(colormap));
+  new Uint32Array(image.data.buffer).set(palette(state.view.colormap));
   $("scale").getContext("2d").putImageData(image, 0, 0);
 }
 

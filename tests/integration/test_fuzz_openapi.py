@@ -54,7 +54,7 @@ def test_every_route_keeps_to_its_document(document: Any) -> None:
 
 def ask(cases: st.SearchStrategy[Any]) -> None:
     @settings(
-        max_examples=max(2, CASES // 100),
+        max_examples=max(2, CASES // 200),
         deadline=None,
         suppress_health_check=list(HealthCheck),
         database=None,

@@ -178,6 +178,31 @@ def test_the_deadline_is_kept_while_the_batch_still_runs(serve) -> None:
         assert send(client, pictures.png()).status_code == 200
 
 
+def test_a_client_may_ask_for_less_time(serve) -> None:
+    with serve(request_timeout=30) as client, Gate(client.app.state.service.scheduler):
+        hurried = PNG | {"x-request-timeout": "0.4"}
+        response = client.post("/explain", content=pictures.png(), headers=hurried)
+        assert (response.status_code, response.json()["code"]) == (504, "deadline_exceeded")
+        assert "0.4 seconds" in response.json()["detail"]
+
+
+def test_a_client_gets_no_more_time_than_the_service_gives(serve) -> None:
+    with serve(request_timeout=0.4) as client, Gate(client.app.state.service.scheduler):
+        patient = PNG | {"x-request-timeout": "900"}
+        response = client.post("/explain", content=pictures.png(), headers=patient)
+        assert (response.status_code, response.json()["code"]) == (504, "deadline_exceeded")
+        assert "0.4 seconds" in response.json()["detail"]
+
+
+@pytest.mark.parametrize("said", ["0", "-1", "soon", "nan", "inf", "1e3", "", "1" * 50, "0.0"])
+def test_a_time_that_is_none_is_said_so(serve, said: str) -> None:
+    with serve() as client:
+        odd = PNG | {"x-request-timeout": said}
+        response = client.post("/explain", content=pictures.png(), headers=odd)
+        assert (response.status_code, response.json()["code"]) == (400, "malformed_request")
+        assert "X-Request-Timeout" in response.json()["detail"]
+
+
 def test_what_waited_past_its_deadline_is_never_run(serve) -> None:
     with serve(request_timeout=1.5) as client:
         scheduler = client.app.state.service.scheduler

@@ -31,8 +31,9 @@ def seen(url: str, picture: Path, tmp_path_factory: pytest.TempPathFactory) -> A
     folder = Path(os.environ.get("CAMSERVE_TEST_X_ANYLABELING", ROOT / ".venv-x-anylabeling"))
     python = folder / "bin/python"
     if not python.exists():
-        pytest.skip("X-AnyLabeling is not installed: `make x-anylabeling` does it")
-    tried = subprocess.run([python, "-c", "import PyQt6.QtWidgets"], capture_output=True, text=True)
+        pytest.skip("X-AnyLabeling is not installed: `make protocols` does it")
+    qt = [str(python), "-c", "import PyQt6.QtWidgets"]
+    tried = subprocess.run(qt, capture_output=True, text=True, check=False)
     if tried.returncode:
         pytest.skip(f"Qt lacks a library of the system: {tried.stderr.splitlines()[-1]}")
     base = f"{url}/integrations/x-anylabeling"
