@@ -28,7 +28,16 @@ def serve() -> RunSite:
 
 
 @pytest.fixture(scope="session")
-def site(chromium: Browser) -> Iterator[str]:
+def chromium_path() -> str:
+    """Debian's browser."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser")
+    if path is None:
+        pytest.skip("Chromium is not installed; on Debian: apt-get install chromium")
+    return path
+
+
+@pytest.fixture(scope="session")
+def site(chromium_path: str) -> Iterator[str]:
     """A server of the built-in model and of the tests' `small`."""
     with serving("--model", "builtin", "--model", "tiny:small", "--app-dir", "tests") as url:
         yield url
@@ -41,17 +50,17 @@ def http() -> Iterator[httpx.Client]:
         yield client
 
 
-@pytest.fixture(scope="session")
-def chromium() -> Iterator[Browser]:
-    """The browser, with a camera that shows a test picture."""
-    path = shutil.which("chromium") or shutil.which("chromium-browser")
-    if path is None:
-        pytest.skip("Chromium is not installed; on Debian: apt-get install chromium")
+@pytest.fixture(scope="module")
+def chromium(chromium_path: str) -> Iterator[Browser]:
+    """The browser, with a camera that shows a test picture.
+
+    Playwright keeps an event loop in this thread while it is open: other modules want their own.
+    """
     flags = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
     if os.geteuid() == 0:
         flags.append("--no-sandbox")  # it cannot be set up by root
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=flags)
+        browser = playwright.chromium.launch(executable_path=chromium_path, args=flags)
         yield browser
         browser.close()
 

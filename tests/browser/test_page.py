@@ -21,7 +21,7 @@ from api_schemas.options import Method
 from service.cam.heatmap import COLORMAPS
 from service.cam.regions import rle_decode
 
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
 
 OTHERS = ("daisy", "dandelion", "rose", "tulip")
 

@@ -12,7 +12,7 @@ import pytest
 from browsing import SAMPLE, Watched, explain_sample, wait_for_caption
 from PIL import Image
 
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
 
 
 def alert(page: Watched) -> str:

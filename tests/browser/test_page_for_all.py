@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from browsing import SAMPLE, Watched, explain_sample, wait_for_caption
 
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
 
 OpenPage = Callable[..., Watched]
 

@@ -1,0 +1,282 @@
+"""A soak: thousands of requests, a fifth of them faulty, and what is held before and after.
+
+    with served_for_a_soak() as server:
+        soak = Soak(server, clients=16)
+        soak.run(20_000)
+    print(soak.table())
+    assert not soak.verdicts()
+
+The server runs in this process, so that its hooks, threads and tensors can be counted.
+"""
+
+from __future__ import annotations
+
+import gc
+import http.client
+import itertools
+import json
+import os
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from running import Server, running
+from soak_faults import Faults, drawing_fails, faulty_kinds
+from soak_requests import MODELS, PATIENCE, SOILED, Ask, differences, good_asks, send
+
+MEBIBYTE = 1 << 20
+SAMPLED_EVERY, SETTLED_AFTER = 100, 1000
+"""Requests between two readings of the memory, and those before the first that counts."""
+SLOPE_BOUND = 1.0
+"""MiB a thousand requests."""
+SEEN = 20
+"""Sentences about what went wrong that are kept of each kind."""
+
+SERVED = (
+    *("tiny:small", "other=tiny:other", "soak_faults:dawdles", "tiny:hangs"),
+    *(f"tiny:{name}" for name in MODELS if name not in {"small", "other"}),
+    *(f"dirty:{name}" for name in SOILED),
+)
+
+
+@contextmanager
+def served_for_a_soak(**settings: Any) -> Iterator[Server]:
+    """A server of good and faulty models, whose temporary files lie in a folder of their own."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        pytest.MonkeyPatch.context() as patch,
+        drawing_fails(),
+        running(models=SERVED, workers=4, compile=False, **settings) as server,
+    ):
+        patch.setattr(tempfile, "tempdir", folder)
+        yield server
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a server at rest holds."""
+
+    hooks: int
+    pool_faults: int
+    images: int
+    threads: int
+    file_descriptors: int
+    temporary_files: int
+    live_tensors: int
+
+    @classmethod
+    def now(cls, server: Server) -> Held:
+        """Counted in this process."""
+        gc.collect()
+        pool = server.service.pool
+        return cls(
+            hooks=pool.hooks_live(),
+            pool_faults=len(pool.faults()),
+            images=server.service.admission.images,
+            threads=threading.active_count(),
+            file_descriptors=len(os.listdir("/proc/self/fd")),
+            temporary_files=sum(1 for _ in Path(tempfile.gettempdir()).rglob("*")),
+            live_tensors=sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects()),
+        )
+
+
+@dataclass
+class Soak:
+    """Requests from several clients at once, to one server, and what came of them.
+
+    answered: good requests. faulty: how many of each kind were sent.
+    wrong:    good requests that were not answered as they were alone.
+    unforeseen: faulty requests that were not answered as they must be.
+    rss:      (requests, MiB) as they went.
+    """
+
+    server: Server
+    clients: int = 16
+    different: int = 220
+    answered: int = 0
+    faulty: Counter[str] = field(default_factory=Counter)
+    wrong: Counter[str] = field(default_factory=Counter)
+    unforeseen: Counter[str] = field(default_factory=Counter)
+    rss: list[tuple[int, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    before: Held | None = None
+    after: Held | None = None
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._faults = Faults(self.server)
+        self._asks = good_asks(self.different)
+        self._twins = self._alone()
+        self._process = psutil.Process()
+
+    def _alone(self) -> list[Any]:
+        """What each good request is answered alone."""
+        connection = http.client.HTTPConnection(*self.server.address, timeout=PATIENCE)
+        twins = []
+        for ask in self._asks:
+            status, body = send(connection, ask)
+            assert status == 200, (ask.path, body[:500])
+            twins.append(json.loads(body)["results"])
+        connection.close()
+        return twins
+
+    def run(self, requests: int) -> None:
+        """Send that many, a fifth of them faulty; Ctrl-C ends it early."""
+        for kind in self._faults.kinds:  # what is made once is made here
+            self._fault(kind)
+        self._all(20 * self.clients)
+        self._forget()
+        self.before = self._at_rest()
+        began = time.monotonic()
+        self._all(requests)
+        self.seconds = time.monotonic() - began
+        self.after = self._at_rest(self.before)
+
+    def _all(self, requests: int) -> None:
+        numbers = iter(range(requests))
+        kinds = faulty_kinds(list(self._faults.kinds))
+        threads = [
+            threading.Thread(target=self._client, args=(numbers, kinds), name="client")
+            for _ in range(self.clients)
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                thread.join()
+        except KeyboardInterrupt:
+            self._stop.set()
+            for thread in threads:
+                thread.join()
+
+    def _client(self, numbers: Iterator[int], kinds: Iterator[str]) -> None:
+        connection = http.client.HTTPConnection(*self.server.address, timeout=PATIENCE)
+        while not self._stop.is_set():
+            with self._lock:
+                number = next(numbers, None)
+                kind = next(kinds) if number is not None and number % 5 == 4 else None
+            if number is None:
+                break
+            if kind is None:
+                self._good(connection, number)
+            else:
+                self._fault(kind)
+            if number % SAMPLED_EVERY == 0:
+                self.rss.append((number, self._process.memory_info().rss / MEBIBYTE))
+        connection.close()
+
+    def _good(self, connection: http.client.HTTPConnection, number: int) -> None:
+        place = number * 7 % len(self._asks)
+        ask = self._asks[place]
+        found = self._compared(connection, ask, self._twins[place])
+        with self._lock:
+            self.answered += 1
+            if found is not None and len(self.wrong) < SEEN:
+                self.wrong[f"{ask.path}: {found}"] += 1
+
+    def _compared(self, connection: http.client.HTTPConnection, ask: Ask, twin: Any) -> str | None:
+        try:
+            status, body = send(connection, ask)
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            return repr(error)
+        if status != 200:
+            return f"{status} {body[:200]!r}"
+        return next(differences(json.loads(body)["results"], twin), None)
+
+    def _fault(self, kind: str) -> None:
+        said = None
+        try:
+            self._faults.send(kind)
+        except (AssertionError, OSError, http.client.HTTPException, TimeoutError) as error:
+            said = f"{kind}: {error!r}"
+        with self._lock:
+            self.faulty[kind] += 1
+            if said is not None and len(self.unforeseen) < SEEN:
+                self.unforeseen[said] += 1
+
+    def _forget(self) -> None:
+        """What the warming up counted, but for what went wrong in it."""
+        self.answered = 0
+        self.faulty.clear()
+        self.rss.clear()
+
+    def _at_rest(self, expected: Held | None = None) -> Held:
+        """What is held when the last connection has been closed: a few moments after the last."""
+        workers = self.server.service.scheduler.workers
+        held, before = Held.now(self.server), None
+        for _ in range(100):
+            threading.Event().wait(0.1)
+            before, held = held, Held.now(self.server)
+            idle = not workers.busy and not workers.abandoned and not held.images
+            if idle and held == (expected or before):
+                break
+        return held
+
+    # ---- what came of it
+
+    def slope(self) -> float | None:
+        """MiB a thousand requests, by least squares behind the first thousand; None: too few."""
+        kept = [(number, rss) for number, rss in self.rss if number >= SETTLED_AFTER]
+        if len(kept) < 10:
+            return None
+        numbers, rss = np.array(kept).T
+        return float(np.polyfit(numbers / 1000, rss, 1)[0])
+
+    def verdicts(self) -> list[str]:
+        """Everything that is not as it must be, in sentences."""
+        found = [f"wrong, {n} times: {what}" for what, n in self.wrong.items()]
+        found += [f"unforeseen, {n} times: {what}" for what, n in self.unforeseen.items()]
+        found += [
+            f"{name}: {was} at the start, {now} at the end"
+            for name, was, now in self._counts()
+            if was != now
+        ]
+        slope = self.slope()
+        if slope is not None and slope >= SLOPE_BOUND:
+            found.append(f"memory grows by {slope:.2f} MiB a thousand requests")
+        return found
+
+    def _counts(self) -> list[tuple[str, int, int]]:
+        if self.before is None or self.after is None:
+            return []
+        was, now = asdict(self.before), asdict(self.after)
+        names = [each.name for each in fields(Held)]
+        return [(name.replace("_", " "), was[name], now[name]) for name in names]
+
+    def table(self) -> str:
+        """In Markdown: what was sent, what is held, how memory went."""
+        total = self.answered + self.faulty.total()
+        rows = [f"| good requests | {self.answered} | {sum(self.wrong.values())} |"]
+        rows += [
+            f"| {kind} | {n} | {sum(c for s, c in self.unforeseen.items() if s.startswith(kind))} |"
+            for kind, n in sorted(self.faulty.items(), key=lambda each: -each[1])
+        ]
+        held = [f"| {name} | {was} | {now} |" for name, was, now in self._counts()]
+        slope = self.slope()
+        shown = ", ".join(f"{rss:.0f}" for _, rss in itertools.islice(self.rss, 0, None, 20))
+        replaced = sum(self.server.service.pool.replaced.values())
+        return "\n".join(
+            [
+                f"{total} requests of {self.clients} clients in {self.seconds:.0f} s; "
+                f"{replaced} replicas and {self.server.service.scheduler.workers.replaced} "
+                "threads were replaced.\n",
+                "| sent | times | not answered as it must be |\n|---|---|---|",
+                *rows,
+                "\n| held by the process | at the start | at the end |\n|---|---|---|",
+                *held,
+                f"\nResident MiB, every {20 * SAMPLED_EVERY} requests: {shown}. Slope after the "
+                f"first {SETTLED_AFTER}: {'-' if slope is None else f'{slope:.2f}'} MiB a thousand.",
+            ]
+        )
