@@ -46,7 +46,10 @@ def main() -> int:
         print(json.dumps(_measure(options.one, options.photos, options.rounds)))
         return 0
     done: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
-    names = options.models or torchvision.models.list_models(torchvision.models)
+    names = options.models or sorted(
+        torchvision.models.list_models(torchvision.models),
+        key=lambda name: torchvision.models.get_model_weights(name)["DEFAULT"].meta["num_params"],
+    )
     for name in names:
         if name not in done and name not in TOO_LARGE:
             done[name] = _in_a_process(name, options)

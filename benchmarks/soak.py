@@ -1,4 +1,4 @@
-"""Twenty thousand requests, a fifth of them faulty: is every good one answered right, what is left?
+"""Twenty thousand requests, a fifth of them faulty: what is answered right, and what is left.
 
     .venv/bin/python benchmarks/soak.py --requests 20000      # about half an hour on two cores
 
@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from measuring import ROOT, machine
@@ -31,12 +33,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--hang-timeout", type=float, default=5.0, help="of the server")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    with open(os.devnull, "w", encoding="utf-8") as nowhere:  # thousands of planted tracebacks
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also in the background
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:  # thousands of planted tracebacks
         sys.stderr, told = nowhere, sys.stderr
         logs.configure("json")
         sys.stderr = told
+
+        def say(number: int) -> None:
+            print(f"{number} requests", end="\r", file=told, flush=True)
+
         with served_for_a_soak(hang_timeout=options.hang_timeout) as server:
-            soak = Soak(server, clients=options.clients)
+            soak = Soak(server, clients=options.clients, progress=say)
             soak.run(options.requests)
             print(f"{soak.table()}\n\n{machine()}")
     found = soak.verdicts()

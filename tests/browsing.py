@@ -109,6 +109,14 @@ def wait_for_caption(page: Page, text: str) -> None:
     page.locator(".pane:last-child .progress").wait_for(state="hidden")
 
 
+def until(page: Page, expression: str) -> None:
+    """Until JavaScript is true; Playwright's own waiting is against the policy of the page."""
+    deadline = time.monotonic() + 20
+    while not page.evaluate(expression):
+        assert time.monotonic() < deadline, f"{expression} did not come true"
+        threading.Event().wait(0.02)
+
+
 @dataclass(frozen=True)
 class Hand:
     """How a person works the page: `mouse`, or `keyboard` alone, by Tab as far as it takes."""

@@ -1,4 +1,4 @@
-"""The faulty requests of a soak: each kind is sent, and says when it was not answered as it must."""
+"""The faulty requests of a soak: each kind is sent, and its answer must be the right refusal."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import socket
 import struct
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -197,9 +198,10 @@ class Faults:
 
 
 def _huge() -> bytes:
-    """The head of a PNG that says it has a hundred million pixels."""
+    """The head of a PNG that says it has 81 million pixels."""
     data = bytearray(pictures.png())
-    data[16:24] = struct.pack(">II", 10_000, 10_000)
+    data[16:24] = struct.pack(">II", 9_000, 9_000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
     return bytes(data)
 
 

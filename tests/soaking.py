@@ -15,24 +15,28 @@ import gc
 import http.client
 import itertools
 import json
-import os
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import dirty
 import numpy as np
 import psutil
 import pytest
+import soak_faults
+import tiny
 import torch
 from running import Server, running
-from soak_faults import Faults, drawing_fails, faulty_kinds
+from safetensors.torch import save_file
+from soak_faults import Faults, faulty_kinds
 from soak_requests import MODELS, PATIENCE, SOILED, Ask, differences, good_asks, send
+from torch import nn
 
 MEBIBYTE = 1 << 20
 SAMPLED_EVERY, SETTLED_AFTER = 100, 1000
@@ -42,24 +46,37 @@ SLOPE_BOUND = 1.0
 SEEN = 20
 """Sentences about what went wrong that are kept of each kind."""
 
-SERVED = (
-    *("tiny:small", "other=tiny:other", "soak_faults:dawdles", "tiny:hangs"),
-    *(f"tiny:{name}" for name in MODELS if name not in {"small", "other"}),
-    *(f"dirty:{name}" for name in SOILED),
-)
+BUILDERS: dict[str, Callable[[], nn.Module]] = {
+    "soak_faults:dawdles": soak_faults.dawdles,
+    **{f"tiny:{name}": getattr(tiny, name) for name in (*MODELS, "hangs")},
+    **{f"dirty:{name}": getattr(dirty, name) for name in SOILED},
+}
+SIDE = "64"
+"""Pixels of the models' inputs."""
 
 
 @contextmanager
 def served_for_a_soak(**settings: Any) -> Iterator[Server]:
     """A server of good and faulty models, whose temporary files lie in a folder of their own."""
     with (
+        tempfile.TemporaryDirectory() as weights,
         tempfile.TemporaryDirectory() as folder,
         pytest.MonkeyPatch.context() as patch,
-        drawing_fails(),
-        running(models=SERVED, workers=4, compile=False, **settings) as server,
+        soak_faults.drawing_fails(),
+        running(models=_weighed(Path(weights)), workers=4, compile=False, **settings) as server,
     ):
         patch.setattr(tempfile, "tempdir", folder)
         yield server
+
+
+def _weighed(folder: Path) -> tuple[str, ...]:
+    """Every model with a weights file, which says that it takes small pictures."""
+    found = []
+    for builder, build in BUILDERS.items():
+        file = folder / f"{builder.partition(':')[2]}.safetensors"
+        save_file(build().state_dict(), file, {"resize": SIDE, "crop": SIDE})
+        found.append(f"{builder}@{file}")
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +101,7 @@ class Held:
             pool_faults=len(pool.faults()),
             images=server.service.admission.images,
             threads=threading.active_count(),
-            file_descriptors=len(os.listdir("/proc/self/fd")),
+            file_descriptors=len(list(Path("/proc/self/fd").iterdir())),
             temporary_files=sum(1 for _ in Path(tempfile.gettempdir()).rglob("*")),
             live_tensors=sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects()),
         )
@@ -94,6 +111,9 @@ class Held:
 class Soak:
     """Requests from several clients at once, to one server, and what came of them.
 
+    different: good requests that there are; each is sent many times.
+    warming:  requests before the first count.
+    progress: called with the number of requests sent.
     answered: good requests. faulty: how many of each kind were sent.
     wrong:    good requests that were not answered as they were alone.
     unforeseen: faulty requests that were not answered as they must be.
@@ -103,6 +123,8 @@ class Soak:
     server: Server
     clients: int = 16
     different: int = 220
+    warming: int = 300
+    progress: Callable[[int], None] = lambda _: None
     answered: int = 0
     faulty: Counter[str] = field(default_factory=Counter)
     wrong: Counter[str] = field(default_factory=Counter)
@@ -135,7 +157,7 @@ class Soak:
         """Send that many, a fifth of them faulty; Ctrl-C ends it early."""
         for kind in self._faults.kinds:  # what is made once is made here
             self._fault(kind)
-        self._all(20 * self.clients)
+        self._all(self.warming)
         self._forget()
         self.before = self._at_rest()
         began = time.monotonic()
@@ -172,7 +194,9 @@ class Soak:
                 self._good(connection, number)
             else:
                 self._fault(kind)
+                connection.close()  # the server closes what is idle for as long as some of these
             if number % SAMPLED_EVERY == 0:
+                self.progress(number)
                 self.rss.append((number, self._process.memory_info().rss / MEBIBYTE))
         connection.close()
 
@@ -267,16 +291,15 @@ class Soak:
         slope = self.slope()
         shown = ", ".join(f"{rss:.0f}" for _, rss in itertools.islice(self.rss, 0, None, 20))
         replaced = sum(self.server.service.pool.replaced.values())
-        return "\n".join(
-            [
-                f"{total} requests of {self.clients} clients in {self.seconds:.0f} s; "
-                f"{replaced} replicas and {self.server.service.scheduler.workers.replaced} "
-                "threads were replaced.\n",
-                "| sent | times | not answered as it must be |\n|---|---|---|",
-                *rows,
-                "\n| held by the process | at the start | at the end |\n|---|---|---|",
-                *held,
-                f"\nResident MiB, every {20 * SAMPLED_EVERY} requests: {shown}. Slope after the "
-                f"first {SETTLED_AFTER}: {'-' if slope is None else f'{slope:.2f}'} MiB a thousand.",
-            ]
+        sent = (
+            f"{total} requests of {self.clients} clients in {self.seconds:.0f} s; {replaced} "
+            f"replicas and {self.server.service.scheduler.workers.replaced} threads were replaced."
         )
+        memory = (
+            f"Resident MiB, every {20 * SAMPLED_EVERY} requests: {shown}. Slope after the first "
+            f"{SETTLED_AFTER}: {'-' if slope is None else f'{slope:.2f}'} MiB a thousand."
+        )
+        sent_head = "| sent | times | not answered as it must be |\n|---|---|---|"
+        held_head = "| held by the process | at the start | at the end |\n|---|---|---|"
+        parts = [sent, "", sent_head, *rows, "", held_head, *held, "", memory]
+        return "\n".join(parts)

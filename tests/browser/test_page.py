@@ -13,7 +13,7 @@ from typing import Any, get_args
 import httpx
 import numpy as np
 import pytest
-from browsing import SAMPLE, Hand, Watched, answer_of, canvas_pixels, wait_for_caption
+from browsing import SAMPLE, Hand, Watched, answer_of, canvas_pixels, until, wait_for_caption
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -79,8 +79,9 @@ def test_photographs_are_picked_and_looked_at_one_after_the_other(
     wait_for_caption(page.page, "sunflower, ")
     thumbnails = page.page.locator("#photos button")
     assert thumbnails.count() == 2
-    page.page.wait_for_function(
-        "document.querySelector('#photos [title=\"meadow.png\"] span').textContent != 'meadow.png'"
+    until(
+        page.page,
+        "document.querySelector('#photos [title=\"meadow.png\"] span').textContent != 'meadow.png'",
     )
     named = page.page.locator("#photos [title='meadow.png'] span").inner_text()
     hand.press(thumbnails.nth(1))
@@ -146,9 +147,7 @@ def test_colours_opacity_and_threshold_are_those_of_the_server_and_ask_nothing(
     opacity = explained.page.locator("#opacity").input_value()
     assert abs(int(threshold) - 40) <= 4
     assert abs(int(opacity) - 70) <= 4
-    explained.page.wait_for_function(
-        f"document.querySelector('.heat').style.opacity == {int(opacity) / 100}"
-    )
+    until(explained.page, f"document.querySelector('.heat').style.opacity == {int(opacity) / 100}")
     pixels = drawn(explained)
     answer = answer_of(
         http, site, SAMPLE, include=["heatmap", "regions"], threshold=int(threshold) / 100
@@ -187,8 +186,9 @@ def test_regions_are_outlined_as_the_server_finds_them(
     assert [float(peak.get_attribute(name) or 0) for name in ("cx", "cy")] == expected["peak"]
     one = outlined(explained)
     hand.slide("#threshold", 80)
-    explained.page.wait_for_function(
-        f"Number(document.querySelector('.marks .box').getAttribute('width')) < {one[0][2]}"
+    until(
+        explained.page,
+        f"Number(document.querySelector('.marks .box').getAttribute('width')) < {one[0][2]}",
     )
 
 
@@ -389,8 +389,9 @@ def test_a_slow_method_says_what_it_costs_and_can_be_cancelled(
     explained.page.locator("#method").select_option("rise")
     words = explained.page.locator(".progress-words")
     words.get_by_text("RISE · up to 1,001 forward passes · ").wait_for()
-    explained.page.wait_for_function(
-        "/· [0-9]+[.][1-9] s/.test(document.querySelector('.progress-words').textContent)"
+    until(
+        explained.page,
+        "/· [0-9]+[.][1-9] s/.test(document.querySelector('.progress-words').textContent)",
     )
     hand.press(".cancel")
     explained.page.locator("#status", has_text="Cancelled.").wait_for(state="attached")

@@ -460,7 +460,8 @@ one of an unexpected exception."""
 
 def test_every_error_that_a_request_may_meet_has_its_status() -> None:
     unlisted = {each for each in every_error() if each not in STATUS}
-    assert unlisted <= GROUPS | {errors.ConfigurationError}
+    assert unlisted <= GROUPS | {errors.ConfigurationError, errors.InferenceHangs}
+    assert status_of(errors.InferenceHangs("why")) == 500, "that of its base"
 
 
 def test_every_error_has_a_status_of_its_kind() -> None:
@@ -468,6 +469,8 @@ def test_every_error_has_a_status_of_its_kind() -> None:
         error = each("why")
         if isinstance(error, errors.RequestError | errors.ImageError):
             assert 400 <= status_of(error) < 500, each
+        elif isinstance(error, errors.Unauthorized):
+            assert status_of(error) == 401
         elif isinstance(error, errors.Refused):
             assert status_of(error) in {429, 503}, each
             assert error.retry_after >= 1

@@ -1,0 +1,410 @@
+"""A client of this service, in threads (`Client`) or tasks (`AsyncClient`), without torch.
+
+    from api_schemas.client import Client
+
+    with Client("http://127.0.0.1:8000") as client:
+        result = client.explain("cat.jpg", include=["grid", "overlay"])[0]
+        print(result.predictions[0].label, result.explanations[0].grid.shape)
+        result.explanations[0].overlay.save("why.jpg")
+
+It needs httpx, numpy, Pillow and pydantic. Options are those of `api_schemas.options`, results those
+of `api_schemas.client_results`, errors those of `api_schemas.client_errors`. What a call says and how
+it is asked again is written once, in `api_schemas.client_requests`; the two classes only send and wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence, Sized
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Self, TypeVar
+from urllib.parse import quote
+
+import httpx
+import PIL.Image
+
+from api_schemas import models as wire
+from api_schemas.client_errors import (
+    ClientError,
+    InvalidOption,
+    NotFound,
+    Unauthorized,
+    UnexpectedAnswer,
+)
+from api_schemas.client_requests import (
+    Ask,
+    Heard,
+    Image,
+    Patience,
+    Send,
+    Steps,
+    classify,
+    exchange,
+    image_file,
+    read_options,
+)
+from api_schemas.client_results import Answer, Result, read_answer
+from api_schemas.options import CommonOptions, ExplainOptions, PredictOptions
+
+T = TypeVar("T")
+
+Progress = Callable[[int, int | None], None]
+"""Told how many images are done, and of how many, where that is known."""
+
+URL = "http://127.0.0.1:8000"
+
+_OF_EVERY_IMAGE = (Unauthorized, NotFound, InvalidOption)
+"""What one image of many is refused with, all will be."""
+
+
+class _Calls:
+    """What both clients know: where, with which key, and how long to ask."""
+
+    def __init__(
+        self, url: str, api_key: str | None, timeout: float, attempts: int, http: dict[str, Any]
+    ) -> None:
+        if timeout <= 0 or attempts < 1:
+            raise ValueError("`timeout` is above zero and `attempts` at least 1")
+        headers = {"Accept": "application/json"}
+        if api_key is not None:
+            headers["Authorization"] = f"Bearer {api_key}"
+        self._http_arguments = {"base_url": url, "headers": headers, **http}
+        self._patience = Patience(timeout, attempts)
+
+    def _classified(
+        self, route: str, files: Sequence[bytes | str], options: CommonOptions
+    ) -> Steps[Answer]:
+        response = yield from exchange(classify(route, files, options), self._patience)
+        return _read(response, read_answer)
+
+    def _models(self) -> Steps[list[wire.Model]]:
+        response = yield from exchange(Ask("GET", "/models"), self._patience)
+        return _read(response, wire.Models.model_validate_json).models
+
+    def _model(self, name: str | None) -> Steps[wire.ModelDetails]:
+        path = yield from self._path(name)
+        response = yield from exchange(Ask("GET", path), self._patience)
+        return _read(response, wire.ModelDetails.model_validate_json)
+
+    def _layers(self, model: str | None) -> Steps[list[wire.Layer]]:
+        path = yield from self._path(model)
+        response = yield from exchange(Ask("GET", f"{path}/layers"), self._patience)
+        return _read(response, wire.Layers.model_validate_json).layers
+
+    def _kernels(self, layer: str, model: str | None) -> Steps[PIL.Image.Image]:
+        path = yield from self._path(model)
+        ask = Ask("GET", f"{path}/kernels/{quote(layer, safe='')}")
+        response = yield from exchange(ask, self._patience)
+        return _read(response, lambda body: PIL.Image.open(io.BytesIO(body)))
+
+    def _health(self) -> Steps[wire.Health]:
+        once = replace(self._patience, attempts=1)
+        response = yield from exchange(Ask("GET", "/health/ready"), once)
+        return _read(response, wire.Health.model_validate_json)
+
+    def _path(self, model: str | None) -> Steps[str]:
+        """The path of a model; the default one's name has to be asked for."""
+        if model is None:
+            served = yield from self._models()
+            model = next(each.name for each in served if each.default)
+        return f"/models/{quote(model, safe='')}"
+
+
+class Client(_Calls):
+    """Asks from the calling thread; may be shared by threads. Close it, or use `with`.
+
+    url:      of the service, with the prefix that a proxy may put before it.
+    api_key:  sent as `Authorization: Bearer`.
+    timeout:  seconds for one call with all its retries; also told to the service, which then drops
+              what would be late.
+    attempts: how often a call is sent at most, where the service is busy or a connection is lost.
+    http:     further arguments of `httpx.Client`: `verify`, `proxy`, `transport`, …
+    """
+
+    def __init__(
+        self,
+        url: str = URL,
+        *,
+        api_key: str | None = None,
+        timeout: float = 60.0,
+        attempts: int = 5,
+        **http: Any,
+    ) -> None:
+        super().__init__(url, api_key, timeout, attempts, http)
+        self._http = httpx.Client(**self._http_arguments)
+
+    def explain(self, images: Image | Sequence[Image], **options: Any) -> Answer:
+        """Predictions and explanations of one picture or a list of them, sent as one request.
+
+        options: those of `api_schemas.options.ExplainOptions`. Raises TypeError or ValueError for
+        options that are none, ClientError; where only some pictures fail, `error` of their results
+        says so instead.
+        """
+        return self._ask("/explain", images, read_options(ExplainOptions, options))
+
+    def predict(self, images: Image | Sequence[Image], **options: Any) -> Answer:
+        """As `explain`, with predictions alone and the options of `PredictOptions`."""
+        return self._ask("/predict", images, read_options(PredictOptions, options))
+
+    def explain_many(
+        self,
+        images: Iterable[Image],
+        *,
+        concurrency: int = 8,
+        on_progress: Progress | None = None,
+        **options: Any,
+    ) -> Generator[Result, None, None]:
+        """One result an image, in the order of `images`, each asked for on its own.
+
+        A picture that cannot be read or answered is a result with `error`. Raises what would be
+        said of every image: Unauthorized, NotFound, InvalidOption. At most `concurrency` pictures
+        are read at a time and twice as many results wait to be taken, so a folder of any size fits;
+        `images` may be a generator. on_progress: called before each result is handed out, in the
+        thread that takes it.
+        """
+        read = read_options(ExplainOptions, options)
+        return self._many(images, read, _at_least_one(concurrency), on_progress)
+
+    def models(self) -> list[wire.Model]:
+        """Every served model."""
+        return self._run(self._models())
+
+    def model(self, name: str | None = None) -> wire.ModelDetails:
+        """One model with its labels; None is the default one, here and below."""
+        return self._run(self._model(name))
+
+    def layers(self, model: str | None = None) -> list[wire.Layer]:
+        """Every layer of a model, and whether it can be explained at."""
+        return self._run(self._layers(model))
+
+    def kernels(self, layer: str, model: str | None = None) -> PIL.Image.Image:
+        """The weights of a layer as a picture."""
+        return self._run(self._kernels(layer, model))
+
+    def health(self) -> wire.Health:
+        """What the service says of itself, asked once. Raises Busy where it is not ready."""
+        return self._run(self._health())
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _ask(self, route: str, images: Image | Sequence[Image], options: CommonOptions) -> Answer:
+        return self._run(self._classified(route, _files(images), options))
+
+    def _many(
+        self,
+        images: Iterable[Image],
+        options: ExplainOptions,
+        concurrency: int,
+        on_progress: Progress | None,
+    ) -> Generator[Result, None, None]:
+        waiting: deque[Future[Result]] = deque()
+        report = _reporter(images, on_progress)
+        threads = ThreadPoolExecutor(concurrency, thread_name_prefix="camserve-client")
+        try:
+            for image in images:
+                waiting.append(threads.submit(self._one, image, options))
+                if len(waiting) == 2 * concurrency:
+                    yield report(waiting.popleft().result())
+            while waiting:
+                yield report(waiting.popleft().result())
+        finally:
+            threads.shutdown(cancel_futures=True)
+
+    def _one(self, image: Image, options: ExplainOptions) -> Result:
+        try:
+            return self._ask("/explain", [image], options)[0]
+        except _OF_EVERY_IMAGE:
+            raise
+        except ClientError as error:
+            return Result(error=error)
+
+    def _run(self, steps: Steps[T]) -> T:
+        heard: Heard = None
+        try:
+            while True:
+                step = steps.send(heard)
+                if isinstance(step, Send):
+                    try:
+                        heard = self._http.send(step.request(self._http))
+                    except httpx.RequestError as error:
+                        heard = error
+                else:
+                    time.sleep(step.seconds)
+                    heard = None
+        except StopIteration as end:
+            answer: T = end.value
+            return answer
+
+
+class AsyncClient(_Calls):
+    """As `Client`, in tasks. Cancelling one closes its connection, and the service drops its work."""
+
+    def __init__(
+        self,
+        url: str = URL,
+        *,
+        api_key: str | None = None,
+        timeout: float = 60.0,
+        attempts: int = 5,
+        **http: Any,
+    ) -> None:
+        super().__init__(url, api_key, timeout, attempts, http)
+        self._http = httpx.AsyncClient(**self._http_arguments)
+
+    async def explain(self, images: Image | Sequence[Image], **options: Any) -> Answer:
+        return await self._ask("/explain", images, read_options(ExplainOptions, options))
+
+    async def predict(self, images: Image | Sequence[Image], **options: Any) -> Answer:
+        return await self._ask("/predict", images, read_options(PredictOptions, options))
+
+    def explain_many(
+        self,
+        images: Iterable[Image],
+        *,
+        concurrency: int = 8,
+        on_progress: Progress | None = None,
+        **options: Any,
+    ) -> AsyncGenerator[Result, None]:
+        """As `Client.explain_many`. Close it (`contextlib.aclosing`) where you leave it early."""
+        read = read_options(ExplainOptions, options)
+        return self._many(images, read, _at_least_one(concurrency), on_progress)
+
+    async def models(self) -> list[wire.Model]:
+        return await self._run(self._models())
+
+    async def model(self, name: str | None = None) -> wire.ModelDetails:
+        return await self._run(self._model(name))
+
+    async def layers(self, model: str | None = None) -> list[wire.Layer]:
+        return await self._run(self._layers(model))
+
+    async def kernels(self, layer: str, model: str | None = None) -> PIL.Image.Image:
+        return await self._run(self._kernels(layer, model))
+
+    async def health(self) -> wire.Health:
+        return await self._run(self._health())
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def _ask(
+        self, route: str, images: Image | Sequence[Image], options: CommonOptions
+    ) -> Answer:
+        files = await asyncio.to_thread(_files, images)
+        return await self._run(self._classified(route, files, options))
+
+    async def _many(
+        self,
+        images: Iterable[Image],
+        options: ExplainOptions,
+        concurrency: int,
+        on_progress: Progress | None,
+    ) -> AsyncGenerator[Result, None]:
+        waiting: deque[asyncio.Task[Result]] = deque()
+        report = _reporter(images, on_progress)
+        free = asyncio.Semaphore(concurrency)
+        try:
+            for image in images:
+                waiting.append(asyncio.create_task(self._one(image, options, free)))
+                if len(waiting) == 2 * concurrency:
+                    yield report(await waiting.popleft())
+            while waiting:
+                yield report(await waiting.popleft())
+        finally:
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+
+    async def _one(self, image: Image, options: ExplainOptions, free: asyncio.Semaphore) -> Result:
+        async with free:
+            try:
+                return (await self._ask("/explain", [image], options))[0]
+            except _OF_EVERY_IMAGE:
+                raise
+            except ClientError as error:
+                return Result(error=error)
+
+    async def _run(self, steps: Steps[T]) -> T:
+        heard: Heard = None
+        try:
+            while True:
+                step = steps.send(heard)
+                if isinstance(step, Send):
+                    try:
+                        heard = await self._http.send(step.request(self._http))
+                    except httpx.RequestError as error:
+                        heard = error
+                else:
+                    await asyncio.sleep(step.seconds)
+                    heard = None
+        except StopIteration as end:
+            answer: T = end.value
+            return answer
+
+
+def _files(images: Image | Sequence[Image]) -> list[bytes | str]:
+    several = images if isinstance(images, list | tuple) else [images]
+    if not several:
+        raise ValueError("there is no picture in the list")
+    return [image_file(image) for image in several]
+
+
+def _at_least_one(concurrency: int) -> int:
+    if concurrency < 1:
+        raise ValueError("`concurrency` is at least 1")
+    return concurrency
+
+
+def _reporter(images: Iterable[Image], on_progress: Progress | None) -> Callable[[Result], Result]:
+    """Passes results on and counts them."""
+    total = len(images) if isinstance(images, Sized) else None
+    done = 0
+
+    def report(result: Result) -> Result:
+        nonlocal done
+        done += 1
+        if on_progress is not None:
+            on_progress(done, total)
+        return result
+
+    return report
+
+
+def _read(response: httpx.Response, read: Callable[[bytes], T]) -> T:
+    try:
+        return read(response.content)
+    except (ValueError, OSError) as error:
+        raise UnexpectedAnswer(
+            f"The answer of {response.request.url} cannot be read; is it another version's?",
+            status=response.status_code,
+            request_id=response.headers.get("x-request-id"),
+        ) from error

@@ -1,0 +1,171 @@
+"""What can go wrong for a client, as one tree.
+
+ClientError
+├── ServiceError         the service said no; the status chooses the class
+│   ├── Unauthorized     401
+│   ├── NotFound         404: `detail` names the nearest models, layers or classes
+│   ├── ImageRefused     400, 413, 415, 424: this body or this picture
+│   ├── InvalidOption    422
+│   ├── Busy             429, 503: `retry_after` says when to come back
+│   └── DeadlineExceeded 504
+├── ConnectionFailed     nobody answered
+├── TimedOut             no answer within `timeout`
+├── UnexpectedAnswer     an answer that is not this service's
+└── UnreadableImage      the picture could not be read before anything was sent
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+
+import httpx
+import pydantic
+
+from api_schemas.problems import Problem
+
+
+class ClientError(Exception):
+    """Base of all. `code` is stable, `detail` a sentence; `status` and `request_id` where known."""
+
+    code = "client_error"
+
+    def __init__(
+        self,
+        detail: str,
+        *,
+        code: str | None = None,
+        status: int | None = None,
+        request_id: str | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.code = code or type(self).code
+        self.status = status
+        self.request_id = request_id
+
+
+class ServiceError(ClientError):
+    """The service answered with an error; `code` is one of docs/reference/errors.md."""
+
+    code = "http_error"
+
+
+class Unauthorized(ServiceError):
+    """No API key, or one that is not known."""
+
+
+class NotFound(ServiceError):
+    """No such model, layer or class."""
+
+
+class ImageRefused(ServiceError):
+    """The picture is none that is read, or too large, or could not be fetched."""
+
+
+class InvalidOption(ServiceError):
+    """An option that only the service can judge, such as one that contradicts its settings."""
+
+
+class Busy(ServiceError):
+    """The queue is full, a key's bound is reached, or no model is ready.
+
+    retry_after: seconds from now, or None where the service did not say.
+    """
+
+    retry_after: float | None = None
+
+
+class DeadlineExceeded(ServiceError):
+    """The answer was not ready at its deadline."""
+
+
+class ConnectionFailed(ClientError):
+    """No connection, or one that ended before the answer."""
+
+    code = "connection_failed"
+
+
+class TimedOut(ClientError):
+    """No answer within the client's `timeout`."""
+
+    code = "timed_out"
+
+
+class UnexpectedAnswer(ClientError):
+    """Something else answered, or a service of another version."""
+
+    code = "unexpected_answer"
+
+
+class UnreadableImage(ClientError):
+    """A file that cannot be read, or pixels that make no picture."""
+
+    code = "unreadable_image"
+
+
+_CLASSES: dict[int, type[ServiceError]] = {
+    400: ImageRefused,
+    401: Unauthorized,
+    404: NotFound,
+    413: ImageRefused,
+    415: ImageRefused,
+    422: InvalidOption,
+    424: ImageRefused,
+    429: Busy,
+    503: Busy,
+    504: DeadlineExceeded,
+}
+
+
+def service_error(
+    status: int, code: str | None, detail: str, request_id: str | None
+) -> ServiceError:
+    """The error of an answer, or of one image of several."""
+    kind = _CLASSES.get(status, ServiceError)
+    return kind(detail, code=code, status=status, request_id=request_id)
+
+
+def failure(heard: httpx.Response | httpx.RequestError) -> ClientError:
+    """The error behind an answer that is no success, or behind no answer at all."""
+    if isinstance(heard, httpx.Response):
+        return _of_response(heard)
+    if isinstance(heard, httpx.ConnectTimeout) or not isinstance(heard, httpx.TimeoutException):
+        return ConnectionFailed(f"No answer from {heard.request.url}: {heard or type(heard)}.")
+    return TimedOut(f"{heard.request.url} did not answer in time.")
+
+
+def _of_response(response: httpx.Response) -> ClientError:
+    status, request_id = response.status_code, response.headers.get("x-request-id")
+    try:
+        said = Problem.model_validate_json(response.content)
+    except pydantic.ValidationError:
+        if status < 400:
+            where = f"{response.request.method} {response.request.url}"
+            return UnexpectedAnswer(
+                f"{where} answered {status}, which is not what this service answers; is the URL "
+                "that of a camserve?",
+                status=status,
+                request_id=request_id,
+            )
+        # A proxy's page, or a server of another kind: its first words are all there is to say.
+        words = response.text[:200].strip() or response.reason_phrase
+        error = service_error(status, None, f"{status} from {response.request.url}: {words}", None)
+    else:
+        error = service_error(status, said.code, said.detail, said.request_id or request_id)
+    if isinstance(error, Busy):
+        error.retry_after = _seconds(response.headers.get("retry-after", ""))
+    return error
+
+
+def _seconds(retry_after: str) -> float | None:
+    """`Retry-After`: seconds, or a date (RFC 9110 §10.2.3)."""
+    if retry_after.isdecimal():
+        return float(retry_after)
+    try:
+        when = parsedate_to_datetime(retry_after)
+    except ValueError:
+        return None
+    if when.tzinfo is None:
+        when = when.replace(tzinfo=UTC)
+    return max(0.0, (when - datetime.now(UTC)).total_seconds())

@@ -1,0 +1,232 @@
+"""Answers with their base64 taken apart: maps as arrays, pictures as PIL images, masks as booleans.
+
+What is plain in the answer (`api_schemas.answers`) is the same here under the same name.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import PIL.Image
+from numpy.typing import NDArray
+
+from api_schemas import answers
+from api_schemas.client_errors import ClientError, service_error
+
+Floats = NDArray[np.float16] | NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Regions:
+    """Where the map is at least `threshold` of its maximum, in upright source pixels."""
+
+    threshold: float
+    peak: tuple[float, float] | None
+    boxes: list[answers.Rect]
+    polygons: list[list[tuple[float, float]]]
+    rle: answers.MaskRLE
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """Booleans (height, width) of the source."""
+        return decode_mask(self.rle)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Explanation:
+    """One map and what to know about it.
+
+    grid:    float32, 0..1 (signed methods -1..1), in the layer's or the model input's shape.
+    heatmap: mode P, the pixel value is 255·|map|, the palette the colormap.
+    overlay: the photograph under the coloured map.
+    All three, and `regions`, are None where `include` did not ask for them.
+    """
+
+    class_id: int
+    label: str
+    score: float
+    contrast: int | None
+    method: str
+    layer: str | list[str] | None
+    range: tuple[float, float]
+    flags: list[str]
+    cost: answers.Cost
+    grid: NDArray[np.float32] | None = field(repr=False)
+    heatmap: PIL.Image.Image | None = field(repr=False)
+    overlay: PIL.Image.Image | None = field(repr=False)
+    regions: Regions | None = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Activation:
+    """What a layer returned or took for one image.
+
+    array: float16 (gradients float32) of `shape`. image: the channels side by side.
+    """
+
+    layer: str
+    kind: str
+    call: int
+    part: str | None
+    shape: list[int]
+    dtype: str
+    stats: answers.Stats | None
+    channels_left_out: int
+    image: PIL.Image.Image | None = field(repr=False)
+    array: Floats | None = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Masked:
+    """The answer for the picture with a part of it hidden."""
+
+    predictions: list[answers.Prediction]
+    changes: list[answers.Change]
+    explanations: list[Explanation]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Result:
+    """The answer for one image. Where it failed `error` says why, and the rest is empty.
+
+    seen: x, y, w, h of the part that the model saw, in upright source pixels.
+    """
+
+    image: answers.ImageInfo | None = None
+    seen: answers.Rect | None = None
+    predictions: list[answers.Prediction] = field(default_factory=list)
+    explanations: list[Explanation] = field(default_factory=list)
+    activations: list[Activation] = field(default_factory=list)
+    masked: Masked | None = None
+    precision: str | None = None
+    error: ClientError | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answer:
+    """One result an image, in the order they were given; `answer[0]` is the first.
+
+    json: the body as it came, for what is kept or passed on.
+    """
+
+    id: str
+    model: answers.ModelVersion
+    results: list[Result]
+    timing_ms: answers.Timing
+    json: bytes = field(repr=False)
+
+    def __getitem__(self, index: int) -> Result:
+        return self.results[index]
+
+    def __iter__(self) -> Iterator[Result]:
+        return iter(self.results)
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+
+def read_answer(body: bytes) -> Answer:
+    """An answer of `/explain` or `/predict`. Raises ValueError for anything else."""
+    wire = answers.Answer.model_validate_json(body)
+    results = [_result(each, wire.id) for each in wire.results]
+    return Answer(wire.id, wire.model, results, wire.timing_ms, body)
+
+
+def decode_picture(picture: answers.Encoded) -> PIL.Image.Image:
+    """A picture of an answer; its pixels are read when they are first asked for."""
+    return PIL.Image.open(io.BytesIO(base64.b64decode(picture.data)))
+
+
+def decode_mask(rle: answers.MaskRLE) -> NDArray[np.bool_]:
+    """Booleans (height, width) of COCO's compressed run lengths.
+
+    Runs go down the columns and alternate, beginning outside. Each is written in digits of five
+    bits, least first, offset by 48: the sixth bit says that more follow, the highest bit of the
+    last digit is the sign; from the third on, a run is the difference to the one before last
+    (maskApi.c of pycocotools). Raises ValueError where they do not fill the mask.
+    """
+    runs: list[int] = []
+    value = bits = 0
+    for character in rle.counts.encode("ascii"):
+        digit = character - 48
+        value |= (digit & 0x1F) << bits
+        bits += 5
+        if digit & 0x20:
+            continue
+        if digit & 0x10:
+            value -= 1 << bits
+        runs.append(value + runs[-2] if len(runs) > 2 else value)
+        value = bits = 0
+    height, width = rle.size
+    if sum(runs) != height * width or min(runs, default=0) < 0 or bits:
+        raise ValueError(f"the runs do not fill a mask of {height} by {width} pixels")
+    inside = np.arange(len(runs)) % 2 == 1
+    return np.repeat(inside, runs).reshape(width, height).T
+
+
+def _numbers(data: str, dtype: str, shape: list[int]) -> Any:
+    """Little-endian values, row-major; the array is read-only."""
+    kind = np.dtype(dtype).newbyteorder("<")
+    return np.frombuffer(base64.b64decode(data), kind).reshape(shape)
+
+
+def _result(wire: answers.Result, request_id: str) -> Result:
+    if wire.error is not None:
+        said = wire.error
+        return Result(error=service_error(said.status, said.code, said.detail, request_id))
+    return Result(
+        image=wire.image,
+        seen=wire.seen,
+        predictions=wire.predictions or [],
+        explanations=[_explanation(each) for each in wire.explanations or []],
+        activations=[_activation(each) for each in wire.activations or []],
+        masked=None if wire.masked is None else _masked(wire.masked),
+        precision=wire.precision,
+    )
+
+
+def _masked(wire: answers.Masked) -> Masked:
+    explanations = [_explanation(each) for each in wire.explanations]
+    return Masked(wire.predictions, wire.changes, explanations)
+
+
+def _explanation(wire: answers.Explanation) -> Explanation:
+    grid, regions = wire.grid, wire.regions
+    return Explanation(
+        class_id=wire.class_id,
+        label=wire.label,
+        score=wire.score,
+        contrast=wire.contrast,
+        method=wire.method,
+        layer=wire.layer,
+        range=wire.range,
+        flags=wire.flags,
+        cost=wire.cost,
+        grid=None if grid is None else _numbers(grid.data, grid.dtype, grid.shape),
+        heatmap=None if wire.heatmap is None else decode_picture(wire.heatmap),
+        overlay=None if wire.overlay is None else decode_picture(wire.overlay),
+        regions=None
+        if regions is None
+        else Regions(regions.threshold, regions.peak, regions.boxes, regions.polygons, regions.rle),
+    )
+
+
+def _activation(wire: answers.Activation) -> Activation:
+    image, array = wire.image, wire.array
+    return Activation(
+        layer=wire.layer,
+        kind=wire.kind,
+        call=wire.call,
+        part=wire.part,
+        shape=wire.shape,
+        dtype=wire.dtype,
+        stats=wire.stats,
+        channels_left_out=0 if image is None else image.channels_left_out,
+        image=None if image is None else decode_picture(image),
+        array=None if array is None else _numbers(array.data, array.dtype, wire.shape),
+    )
