@@ -126,18 +126,20 @@ def _peak(process: psutil.Process) -> float:
 
 
 @contextmanager
-def serving(kind: Kind, cores: Sequence[int] = ()) -> Iterator[Server]:
+def serving(
+    kind: Kind, cores: Sequence[int] = (), log_file: Path | None = None
+) -> Iterator[Server]:
     """Start a server, wait until it is ready, and end it with all its children.
 
-    cores: those it may run on; none: those of this process. Raises RuntimeError with what it wrote
-    where it does not become ready.
+    cores: those it may run on; none: those of this process. log_file: what it writes is kept there.
+    Raises RuntimeError with what it wrote where it does not become ready.
     """
     port = _free_port()
     command = [sys.executable, *(each.replace("{port}", str(port)) for each in kind.arguments)]
     search = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, **kind.environment, "PYTHONPATH": search}
     with (
-        tempfile.TemporaryFile("w+") as log,
+        log_file.open("w+") if log_file else tempfile.TemporaryFile("w+") as log,
         _on_cores(cores),
         subprocess.Popen(  # noqa: S603 - our own command
             command,

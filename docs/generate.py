@@ -1,4 +1,4 @@
-"""Write the pages of docs/reference that say what the code says: settings, errors, metrics.
+"""Write the files of docs/reference that say what the code says: settings, errors, routes, metrics.
 
     python docs/generate.py
 
@@ -7,13 +7,14 @@ A test compares the committed pages with what this would write.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
 from service import errors
-from service.app import build_service
+from service.app import build_service, create_app
 from service.routes.problems import STATUS, status_of
 from service.settings import Settings
 
@@ -95,7 +96,18 @@ def _classes(base: type[errors.CamserveError]) -> Iterator[type[errors.CamserveE
         yield from _classes(cls)
 
 
-PAGES = {"settings.md": settings_page, "errors.md": errors_page, "metrics.md": metrics_page}
+def openapi_document() -> str:
+    """What `/openapi.json` answers."""
+    app = create_app(Settings(workers=1), background=True)
+    return json.dumps(app.openapi(), indent=2, ensure_ascii=False) + "\n"
+
+
+PAGES = {
+    "settings.md": settings_page,
+    "errors.md": errors_page,
+    "metrics.md": metrics_page,
+    "openapi.json": openapi_document,
+}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():

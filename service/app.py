@@ -272,11 +272,7 @@ def _serve_page(app: FastAPI) -> None:
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
-        document = generate()
-        schemas = document.setdefault("components", {}).setdefault("schemas", {})
-        for name, schema in docs.components().items():
-            schemas.setdefault(name, schema)
-        return document
+        return app.openapi_schema or docs.complete(generate())
 
     app.openapi = openapi  # type: ignore[method-assign]
 

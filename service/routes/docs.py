@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from http import HTTPStatus
 from typing import Any
 
 from api_schemas.answers import Answer
 from api_schemas.options import ExplainRequest, PredictRequest
 from api_schemas.problems import Problem
+from api_schemas.protocols import InferRequest, Instances, LabelingRequest
+from service.routes import examples, peers
 from service.routes.problems import PROBLEM_MEDIA_TYPE
 
 _PROBLEMS = {
@@ -25,13 +29,49 @@ _PROBLEMS = {
     504: "The answer was not ready at its deadline.",
 }
 
+_BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
+
+_CODES = {
+    400: "corrupt_image",
+    401: "unauthorized",
+    404: "unknown_layer",
+    406: "not_acceptable",
+    408: "slow_upload",
+    413: "body_too_large",
+    415: "unsupported_image",
+    424: "image_url_failed",
+    422: "invalid_option",
+    429: "queue_full",
+    500: "inference_failed",
+    503: "model_not_ready",
+    504: "deadline_exceeded",
+}
+"""One of the codes of each status."""
+
+_TAGS = {
+    "classify": "Pictures in, predictions and the evidence for them out.",
+    "models": "What is served, and the layers that requests may name.",
+    "operations": "Probes and metrics.",
+    "model repository": "Load and unload models, with an admin key.",
+    "Open Inference Protocol V2": "For clients of KServe, Triton and MLServer.",
+    "KServe V1": "For clients of KServe's first protocol and of TensorFlow Serving.",
+    "TorchServe": "For clients of TorchServe.",
+    "X-AnyLabeling": "The remote server of the labeling program.",
+}
+
+_BODIES: dict[str, type] = {
+    "POST /v1/models/{name}:predict": Instances,
+    "POST /v1/models/{name}:explain": Instances,
+    "POST /v2/models/{name}/infer": InferRequest,
+    "POST /v2/models/{name}/explain": InferRequest,
+    "POST /integrations/x-anylabeling/v1/predict": LabelingRequest,
+}
+"""What routes read that take their body apart themselves."""
+
 
 def explain() -> dict[str, Any]:
     """Keyword arguments of the route `/explain`."""
-    pictures = {
-        kind: {"schema": {"type": "string", "format": "binary"}}
-        for kind in ("image/jpeg", "image/png", "image/webp")
-    }
+    pictures = dict.fromkeys(("image/jpeg", "image/png", "image/webp"), _BINARY)
     return _described(ExplainRequest, pictures)
 
 
@@ -42,11 +82,24 @@ def predict() -> dict[str, Any]:
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The problem responses that a route may give."""
-    schema = {"schema": {"$ref": "#/components/schemas/Problem"}}
+    schema = {"$ref": "#/components/schemas/Problem"}
     return {
-        status: {"description": _PROBLEMS[status], "content": {PROBLEM_MEDIA_TYPE: schema}}
+        status: {
+            "description": _PROBLEMS[status],
+            "content": {PROBLEM_MEDIA_TYPE: {"schema": schema, "example": _problem(status)}},
+        }
         for status in statuses
     }
+
+
+def _problem(status: int) -> dict[str, Any]:
+    return Problem(
+        title=HTTPStatus(status).phrase,
+        status=status,
+        code=_CODES[status],
+        detail=_PROBLEMS[status],
+        request_id="4bf59e975b3c466190679cd8b4c403f5",
+    ).model_dump()
 
 
 def peer_errors() -> dict[int | str, dict[str, Any]]:
@@ -58,18 +111,66 @@ def peer_errors() -> dict[int | str, dict[str, Any]]:
     }
 
 
-def components() -> dict[str, Any]:
+def complete(document: dict[str, Any]) -> dict[str, Any]:
+    """What FastAPI wrote, with what it does not know: schemas, bodies, examples, tags, servers.
+
+    Servers are relative to where the document lies, so it holds behind any proxy's prefix.
+    """
+    document.setdefault("servers", [{"url": "."}])
+    document["tags"] = [{"name": name, "description": text} for name, text in _TAGS.items()]
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            _complete_operation(method, path, operation)
+    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    for name in ("HTTPValidationError", "ValidationError"):  # of FastAPI's own errors
+        schemas.pop(name, None)
+    for name, schema in _components():
+        schemas.setdefault(name, schema)
+    return document
+
+
+def _complete_operation(method: str, path: str, operation: dict[str, Any]) -> None:
+    first, _, rest = operation.pop("description", "").partition("\n\n")
+    if first:
+        operation["summary"] = " ".join(first.split()).rstrip(".")
+    if rest:
+        operation["description"] = " ".join(rest.split())
+    responses = operation["responses"]
+    if "HTTPValidationError" in str(responses.get("422")):
+        del responses["422"]
+    _describe_body(method, path, operation)
+    answer = examples.of(examples.ANSWERS, method, path)
+    if answer is not None:
+        responses["200"]["content"]["application/json"]["example"] = answer
+    for kind, status in (("4XX", 404), ("5XX", 503)):
+        theirs = peers.error(path, status, _CODES[status], _PROBLEMS[status])
+        if theirs is not None and kind in responses:
+            responses[kind]["content"]["application/json"]["example"] = theirs[1]
+
+
+def _describe_body(method: str, path: str, operation: dict[str, Any]) -> None:
+    form = examples.of(_BODIES, method, path)
+    if form is not None:
+        schema = {"$ref": f"#/components/schemas/{form.__name__}"}
+        content: dict[str, Any] = {"application/json": {"schema": schema}}
+        operation["requestBody"] = {"required": True, "content": content}
+    elif operation["tags"] == ["TorchServe"] and method == "post":
+        pictures = dict.fromkeys(("image/*", "application/octet-stream"), _BINARY)
+        operation["requestBody"] = {"required": True, "content": pictures}
+    example = examples.of(examples.REQUESTS, method, path)
+    if example is not None:
+        operation["requestBody"]["content"]["application/json"]["example"] = example
+
+
+def _components() -> Iterator[tuple[str, Any]]:
     """Schemas that routes refer to and FastAPI does not collect by itself."""
-    found: dict[str, Any] = {}
-    for model in (Problem, ExplainRequest, PredictRequest):
+    for model in (Problem, ExplainRequest, PredictRequest, *_BODIES.values()):
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-        found |= schema.pop("$defs", {})
-        found[model.__name__] = schema
-    return found
+        yield from schema.pop("$defs", {}).items()
+        yield model.__name__, schema
 
 
 def _described(form: type, pictures: dict[str, Any]) -> dict[str, Any]:
-    binary = {"schema": {"type": "string", "format": "binary"}}
     body = {
         "required": True,
         "description": "A form with parts named `image`, one raw image, or JSON with base64.",
@@ -83,8 +184,8 @@ def _described(form: type, pictures: dict[str, Any]) -> dict[str, Any]:
                     },
                 }
             },
-            "image/*": binary,
-            "application/octet-stream": binary,
+            "image/*": _BINARY,
+            "application/octet-stream": _BINARY,
             "application/json": {"schema": {"$ref": f"#/components/schemas/{form.__name__}"}},
         },
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
@@ -11,6 +13,15 @@ from service.routes.docs import problems
 from service.routes.state import service_of
 
 router = APIRouter(tags=["operations"])
+
+_SAMPLES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "One line a sample.",
+        "content": {
+            "text/plain": {"schema": {"type": "string"}, "example": "camserve_queue_size 0.0"}
+        },
+    }
+}
 
 
 @router.head("/health/live", include_in_schema=False)
@@ -39,7 +50,7 @@ async def ready(request: Request) -> Health:
     return Health(status="ready", reasons=failed) if failed else Health(status="ready")
 
 
-@router.get("/metrics", response_class=Response)
+@router.get("/metrics", response_class=Response, responses=_SAMPLES | problems(401))
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
     return Response(service_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)

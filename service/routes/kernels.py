@@ -41,7 +41,7 @@ _PICTURE: dict[int | str, dict[str, Any]] = {
 @router.get(
     "/models/{name}/kernels/{layer:path}",
     response_class=Response,
-    responses=_PICTURE | problems(404, 422, 429, 500, 503, 504),
+    responses=_PICTURE | problems(401, 404, 422, 429, 500, 503, 504),
 )
 async def kernels(request: Request, name: str, layer: str) -> Response:
     """The weights of one layer as a PNG: a first convolution in colour, others in grey.

@@ -15,7 +15,7 @@ from service.routes.state import Service, service_of
 router = APIRouter(tags=["models"])
 
 
-@router.get("/models", response_model_exclude_unset=True)
+@router.get("/models", responses=problems(401), response_model_exclude_unset=True)
 async def models(request: Request) -> wire.Models:
     """Every served model; the first is the default."""
     service = service_of(request)
@@ -24,7 +24,7 @@ async def models(request: Request) -> wire.Models:
     )
 
 
-@router.get("/models/{name}", responses=problems(404), response_model_exclude_unset=True)
+@router.get("/models/{name}", responses=problems(401, 404), response_model_exclude_unset=True)
 async def model(request: Request, name: str) -> wire.ModelDetails:
     """One model, its state and, once it is loaded, its labels."""
     service = service_of(request)
@@ -35,7 +35,7 @@ async def model(request: Request, name: str) -> wire.ModelDetails:
     return wire.ModelDetails(**fields)
 
 
-@router.get("/models/{name}/layers", responses=problems(404))
+@router.get("/models/{name}/layers", responses=problems(401, 404, 503))
 async def layers(request: Request, name: str) -> wire.Layers:
     """Every module of a model: its path, type, output shape, and whether it can be a target."""
     found = service_of(request).pool.model(name)

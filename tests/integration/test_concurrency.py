@@ -36,7 +36,7 @@ from service.settings import Settings
 from service.stepwise import run
 
 REQUESTS = 500
-CLIENTS = 32
+CLIENTS = 64
 WEIGHTS = Path(__file__).parent.parent.parent.parent / "shared/data/weights"
 REAL = WEIGHTS / "mobilenet_v2.fp16.safetensors"
 LAST = dict.fromkeys(("small", "other", "mobilenet_v2"), ("features",))
@@ -331,7 +331,7 @@ def one_by_one(parts: Service, questions: Sequence[tuple[str, Question]]) -> lis
 
 
 @pytest.mark.timeout(120)
-def test_500_questions_of_32_threads_are_answered_as_if_alone(app: FastAPI) -> None:
+def test_500_questions_of_64_threads_are_answered_as_if_alone(app: FastAPI) -> None:
     """Through `Scheduler.submit`, batches as they form; then bit for bit where none may form."""
     parts: Service = app.state.service
     wishes = asks(seed=1)
@@ -353,7 +353,7 @@ def test_500_questions_of_32_threads_are_answered_as_if_alone(app: FastAPI) -> N
 
 
 @pytest.mark.timeout(120)
-def test_500_requests_of_32_clients_are_answered_as_if_alone(app: FastAPI) -> None:
+def test_500_requests_of_64_clients_are_answered_as_if_alone(app: FastAPI) -> None:
     """Over real HTTP, from PNG files to base64."""
     parts: Service = app.state.service
     wishes = asks(seed=2)
