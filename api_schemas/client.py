@@ -7,115 +7,46 @@
         print(result.predictions[0].label, result.explanations[0].grid.shape)
         result.explanations[0].overlay.save("why.jpg")
 
-It needs httpx, numpy, Pillow and pydantic. Options are those of `api_schemas.options`, results those
-of `api_schemas.client_results`, errors those of `api_schemas.client_errors`. What a call says and how
-it is asked again is written once, in `api_schemas.client_requests`; the two classes only send and wait.
+It needs httpx, numpy, Pillow and pydantic. Options are those of `api_schemas.options`, results
+those of `api_schemas.client_results`, errors those of `api_schemas.client_errors`. What a call says
+and when it is asked again stands once, in `api_schemas.client_calls` and `client_requests`; the
+classes here only send and wait.
 """
 
 from __future__ import annotations
 
 import asyncio
-import io
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence, Sized
+from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self, TypeVar
-from urllib.parse import quote
+from typing import Any, Self, TypeVar, Unpack
 
 import httpx
 import PIL.Image
 
 from api_schemas import models as wire
-from api_schemas.client_errors import (
-    ClientError,
-    InvalidOption,
-    NotFound,
-    Unauthorized,
-    UnexpectedAnswer,
+from api_schemas.client_calls import (
+    OF_EVERY_IMAGE,
+    Calls,
+    Progress,
+    at_least_one,
+    files_of,
+    reporter,
 )
-from api_schemas.client_requests import (
-    Ask,
-    Heard,
-    Image,
-    Patience,
-    Send,
-    Steps,
-    classify,
-    exchange,
-    image_file,
-    read_options,
-)
-from api_schemas.client_results import Answer, Result, read_answer
+from api_schemas.client_errors import ClientError
+from api_schemas.client_options import ExplainArguments, PredictArguments
+from api_schemas.client_requests import Heard, Image, Images, Send, Steps, read_options
+from api_schemas.client_results import Answer, Result
 from api_schemas.options import CommonOptions, ExplainOptions, PredictOptions
 
 T = TypeVar("T")
 
-Progress = Callable[[int, int | None], None]
-"""Told how many images are done, and of how many, where that is known."""
-
 URL = "http://127.0.0.1:8000"
 
-_OF_EVERY_IMAGE = (Unauthorized, NotFound, InvalidOption)
-"""What one image of many is refused with, all will be."""
 
-
-class _Calls:
-    """What both clients know: where, with which key, and how long to ask."""
-
-    def __init__(
-        self, url: str, api_key: str | None, timeout: float, attempts: int, http: dict[str, Any]
-    ) -> None:
-        if timeout <= 0 or attempts < 1:
-            raise ValueError("`timeout` is above zero and `attempts` at least 1")
-        headers = {"Accept": "application/json"}
-        if api_key is not None:
-            headers["Authorization"] = f"Bearer {api_key}"
-        self._http_arguments = {"base_url": url, "headers": headers, **http}
-        self._patience = Patience(timeout, attempts)
-
-    def _classified(
-        self, route: str, files: Sequence[bytes | str], options: CommonOptions
-    ) -> Steps[Answer]:
-        response = yield from exchange(classify(route, files, options), self._patience)
-        return _read(response, read_answer)
-
-    def _models(self) -> Steps[list[wire.Model]]:
-        response = yield from exchange(Ask("GET", "/models"), self._patience)
-        return _read(response, wire.Models.model_validate_json).models
-
-    def _model(self, name: str | None) -> Steps[wire.ModelDetails]:
-        path = yield from self._path(name)
-        response = yield from exchange(Ask("GET", path), self._patience)
-        return _read(response, wire.ModelDetails.model_validate_json)
-
-    def _layers(self, model: str | None) -> Steps[list[wire.Layer]]:
-        path = yield from self._path(model)
-        response = yield from exchange(Ask("GET", f"{path}/layers"), self._patience)
-        return _read(response, wire.Layers.model_validate_json).layers
-
-    def _kernels(self, layer: str, model: str | None) -> Steps[PIL.Image.Image]:
-        path = yield from self._path(model)
-        ask = Ask("GET", f"{path}/kernels/{quote(layer, safe='')}")
-        response = yield from exchange(ask, self._patience)
-        return _read(response, lambda body: PIL.Image.open(io.BytesIO(body)))
-
-    def _health(self) -> Steps[wire.Health]:
-        once = replace(self._patience, attempts=1)
-        response = yield from exchange(Ask("GET", "/health/ready"), once)
-        return _read(response, wire.Health.model_validate_json)
-
-    def _path(self, model: str | None) -> Steps[str]:
-        """The path of a model; the default one's name has to be asked for."""
-        if model is None:
-            served = yield from self._models()
-            model = next(each.name for each in served if each.default)
-        return f"/models/{quote(model, safe='')}"
-
-
-class Client(_Calls):
+class Client(Calls):
     """Asks from the calling thread; may be shared by threads. Close it, or use `with`.
 
     url:      of the service, with the prefix that a proxy may put before it.
@@ -138,17 +69,16 @@ class Client(_Calls):
         super().__init__(url, api_key, timeout, attempts, http)
         self._http = httpx.Client(**self._http_arguments)
 
-    def explain(self, images: Image | Sequence[Image], **options: Any) -> Answer:
+    def explain(self, images: Images, **options: Unpack[ExplainArguments]) -> Answer:
         """Predictions and explanations of one picture or a list of them, sent as one request.
 
-        options: those of `api_schemas.options.ExplainOptions`. Raises TypeError or ValueError for
-        options that are none, ClientError; where only some pictures fail, `error` of their results
-        says so instead.
+        Raises TypeError or ValueError for options that are none, ClientError; where only some
+        pictures fail, `error` of their results says so instead.
         """
         return self._ask("/explain", images, read_options(ExplainOptions, options))
 
-    def predict(self, images: Image | Sequence[Image], **options: Any) -> Answer:
-        """As `explain`, with predictions alone and the options of `PredictOptions`."""
+    def predict(self, images: Images, **options: Unpack[PredictArguments]) -> Answer:
+        """As `explain`, with predictions alone and fewer options."""
         return self._ask("/predict", images, read_options(PredictOptions, options))
 
     def explain_many(
@@ -157,7 +87,7 @@ class Client(_Calls):
         *,
         concurrency: int = 8,
         on_progress: Progress | None = None,
-        **options: Any,
+        **options: Unpack[ExplainArguments],
     ) -> Generator[Result, None, None]:
         """One result an image, in the order of `images`, each asked for on its own.
 
@@ -168,7 +98,7 @@ class Client(_Calls):
         thread that takes it.
         """
         read = read_options(ExplainOptions, options)
-        return self._many(images, read, _at_least_one(concurrency), on_progress)
+        return self._many(images, read, at_least_one(concurrency), on_progress)
 
     def models(self) -> list[wire.Model]:
         """Every served model."""
@@ -206,7 +136,7 @@ class Client(_Calls):
         self.close()
 
     def _ask(self, route: str, images: Image | Sequence[Image], options: CommonOptions) -> Answer:
-        return self._run(self._classified(route, _files(images), options))
+        return self._run(self._classified(route, files_of(images), options))
 
     def _many(
         self,
@@ -216,7 +146,7 @@ class Client(_Calls):
         on_progress: Progress | None,
     ) -> Generator[Result, None, None]:
         waiting: deque[Future[Result]] = deque()
-        report = _reporter(images, on_progress)
+        report = reporter(images, on_progress)
         threads = ThreadPoolExecutor(concurrency, thread_name_prefix="camserve-client")
         try:
             for image in images:
@@ -231,7 +161,7 @@ class Client(_Calls):
     def _one(self, image: Image, options: ExplainOptions) -> Result:
         try:
             return self._ask("/explain", [image], options)[0]
-        except _OF_EVERY_IMAGE:
+        except OF_EVERY_IMAGE:
             raise
         except ClientError as error:
             return Result(error=error)
@@ -254,8 +184,8 @@ class Client(_Calls):
             return answer
 
 
-class AsyncClient(_Calls):
-    """As `Client`, in tasks. Cancelling one closes its connection, and the service drops its work."""
+class AsyncClient(Calls):
+    """As `Client`, in tasks. Cancelling one ends its connection; the service drops the work."""
 
     def __init__(
         self,
@@ -269,10 +199,10 @@ class AsyncClient(_Calls):
         super().__init__(url, api_key, timeout, attempts, http)
         self._http = httpx.AsyncClient(**self._http_arguments)
 
-    async def explain(self, images: Image | Sequence[Image], **options: Any) -> Answer:
+    async def explain(self, images: Images, **options: Unpack[ExplainArguments]) -> Answer:
         return await self._ask("/explain", images, read_options(ExplainOptions, options))
 
-    async def predict(self, images: Image | Sequence[Image], **options: Any) -> Answer:
+    async def predict(self, images: Images, **options: Unpack[PredictArguments]) -> Answer:
         return await self._ask("/predict", images, read_options(PredictOptions, options))
 
     def explain_many(
@@ -281,11 +211,11 @@ class AsyncClient(_Calls):
         *,
         concurrency: int = 8,
         on_progress: Progress | None = None,
-        **options: Any,
+        **options: Unpack[ExplainArguments],
     ) -> AsyncGenerator[Result, None]:
         """As `Client.explain_many`. Close it (`contextlib.aclosing`) where you leave it early."""
         read = read_options(ExplainOptions, options)
-        return self._many(images, read, _at_least_one(concurrency), on_progress)
+        return self._many(images, read, at_least_one(concurrency), on_progress)
 
     async def models(self) -> list[wire.Model]:
         return await self._run(self._models())
@@ -316,10 +246,8 @@ class AsyncClient(_Calls):
     ) -> None:
         await self.aclose()
 
-    async def _ask(
-        self, route: str, images: Image | Sequence[Image], options: CommonOptions
-    ) -> Answer:
-        files = await asyncio.to_thread(_files, images)
+    async def _ask(self, route: str, images: Images, options: CommonOptions) -> Answer:
+        files = await asyncio.to_thread(files_of, images)
         return await self._run(self._classified(route, files, options))
 
     async def _many(
@@ -330,7 +258,7 @@ class AsyncClient(_Calls):
         on_progress: Progress | None,
     ) -> AsyncGenerator[Result, None]:
         waiting: deque[asyncio.Task[Result]] = deque()
-        report = _reporter(images, on_progress)
+        report = reporter(images, on_progress)
         free = asyncio.Semaphore(concurrency)
         try:
             for image in images:
@@ -348,7 +276,7 @@ class AsyncClient(_Calls):
         async with free:
             try:
                 return (await self._ask("/explain", [image], options))[0]
-            except _OF_EVERY_IMAGE:
+            except OF_EVERY_IMAGE:
                 raise
             except ClientError as error:
                 return Result(error=error)
@@ -369,42 +297,3 @@ class AsyncClient(_Calls):
         except StopIteration as end:
             answer: T = end.value
             return answer
-
-
-def _files(images: Image | Sequence[Image]) -> list[bytes | str]:
-    several = images if isinstance(images, list | tuple) else [images]
-    if not several:
-        raise ValueError("there is no picture in the list")
-    return [image_file(image) for image in several]
-
-
-def _at_least_one(concurrency: int) -> int:
-    if concurrency < 1:
-        raise ValueError("`concurrency` is at least 1")
-    return concurrency
-
-
-def _reporter(images: Iterable[Image], on_progress: Progress | None) -> Callable[[Result], Result]:
-    """Passes results on and counts them."""
-    total = len(images) if isinstance(images, Sized) else None
-    done = 0
-
-    def report(result: Result) -> Result:
-        nonlocal done
-        done += 1
-        if on_progress is not None:
-            on_progress(done, total)
-        return result
-
-    return report
-
-
-def _read(response: httpx.Response, read: Callable[[bytes], T]) -> T:
-    try:
-        return read(response.content)
-    except (ValueError, OSError) as error:
-        raise UnexpectedAnswer(
-            f"The answer of {response.request.url} cannot be read; is it another version's?",
-            status=response.status_code,
-            request_id=response.headers.get("x-request-id"),
-        ) from error

@@ -131,7 +131,8 @@ def failure(heard: httpx.Response | httpx.RequestError) -> ClientError:
     if isinstance(heard, httpx.Response):
         return _of_response(heard)
     if isinstance(heard, httpx.ConnectTimeout) or not isinstance(heard, httpx.TimeoutException):
-        return ConnectionFailed(f"No answer from {heard.request.url}: {heard or type(heard)}.")
+        why = str(heard) or type(heard).__name__
+        return ConnectionFailed(f"No answer from {heard.request.url}: {why}.")
     return TimedOut(f"{heard.request.url} did not answer in time.")
 
 

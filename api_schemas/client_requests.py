@@ -42,6 +42,8 @@ Options = TypeVar("Options", bound=CommonOptions)
 Image = str | os.PathLike[str] | bytes | PIL.Image.Image | NDArray[np.uint8] | BinaryIO
 """A picture: path, URL (http or https), file's bytes, open file, PIL image, or RGB pixels HWC."""
 
+Images = Image | Sequence[Image]
+
 LONG_QUERY = 4000
 """Characters of a query beyond which options travel in the body: servers bound their heads."""
 
@@ -132,13 +134,13 @@ def _pause(error: ClientError, attempt: int, chance: float) -> float | None:
     Doubled with each attempt, between half and all of it by `chance` (0–1), so that clients
     who were refused together do not come back together.
     """
-    backoff = min(0.25 * 2**attempt, 8.0) * (0.5 + chance / 2)
+    backoff = min(0.25 * 2.0**attempt, 8.0) * (0.5 + chance / 2)
     if isinstance(error, Busy):
         return backoff if error.retry_after is None else error.retry_after + backoff * 0.5
     return backoff if isinstance(error, ConnectionFailed) else None
 
 
-def read_options(form: type[Options], given: Mapping[str, Any]) -> Options:
+def read_options(form: type[Options], given: Mapping[str, object]) -> Options:
     """The options of a call, checked as the service does it.
 
     A single value stands for a list of one: `layer="layer4"`, `targets=281`.
@@ -150,18 +152,18 @@ def read_options(form: type[Options], given: Mapping[str, Any]) -> Options:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]!r}?" if near else f": {', '.join(known)}"
             raise TypeError(f"there is no option {name!r}{hint}")
-    whole = {
-        name: [value] if isinstance(value, str | int) and _is_list(known[name]) else value
-        for name, value in given.items()
-    }
+    whole = {name: _whole(value, known[name]) for name, value in given.items()}
     try:
-        return form(**whole)
+        return form.model_validate(whole)
     except pydantic.ValidationError as error:
         raise ValueError("; ".join(map(_sentence, error.errors(include_url=False)))) from error
 
 
-def _is_list(option: FieldInfo) -> bool:
-    return typing.get_origin(option.annotation) is list
+def _whole(value: Any, option: FieldInfo) -> Any:
+    if isinstance(value, pydantic.BaseModel):  # a `Mask`
+        return value.model_dump(exclude_unset=True, mode="json")
+    is_one = isinstance(value, str | int) and typing.get_origin(option.annotation) is list
+    return [value] if is_one else value
 
 
 def _sentence(issue: Any) -> str:

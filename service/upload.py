@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -27,6 +28,10 @@ from service.images import (
 SPARE = 2
 """A JPEG that is scaled down while it is decoded keeps this many times the pixels a side that the
 model resizes it to, so that most of the scaling is still the antialiased resize."""
+
+SHARPNESS = 0.9
+"""A photo to draw on may be enlarged from this share of its side: nobody sees it, and the commonest
+camera's 4,000 pixels are decoded at 2,000 for a side of 2,048."""
 
 Sent = bytes | NDArray[np.uint8]
 """A picture as it came: a file, or its pixels (height, width, channels)."""
@@ -115,7 +120,7 @@ def _needed(preprocessing: Preprocessing, photo_side: int | None) -> tuple[int, 
     if preprocessing.interpolation == "nearest":  # takes single pixels, which scaling would mix
         return None
     shorter = SPARE * max(preprocessing.resize, *preprocessing.crop)
-    return shorter, max(shorter, photo_side or 0)
+    return shorter, max(shorter, math.ceil(SHARPNESS * (photo_side or 0)))
 
 
 def _of_pixels(pixels: NDArray[np.uint8], max_pixels: int) -> Source:

@@ -11,6 +11,7 @@ The server runs in this process, so that its hooks, threads and tensors can be c
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import http.client
 import itertools
@@ -79,6 +80,13 @@ def _weighed(folder: Path) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _give_back() -> None:
+    """Return freed memory to the system, where the C library knows how."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 @dataclass(frozen=True, slots=True)
 class Held:
     """What a server at rest holds."""
@@ -117,7 +125,7 @@ class Soak:
     answered: good requests. faulty: how many of each kind were sent.
     wrong:    good requests that were not answered as they were alone.
     unforeseen: faulty requests that were not answered as they must be.
-    rss:      (requests, MiB) as they went.
+    rss:      (requests, MiB, MiB with what was freed given back) as they went.
     """
 
     server: Server
@@ -129,7 +137,7 @@ class Soak:
     faulty: Counter[str] = field(default_factory=Counter)
     wrong: Counter[str] = field(default_factory=Counter)
     unforeseen: Counter[str] = field(default_factory=Counter)
-    rss: list[tuple[int, float]] = field(default_factory=list)
+    rss: list[tuple[int, float, float]] = field(default_factory=list)
     seconds: float = 0.0
     before: Held | None = None
     after: Held | None = None
@@ -197,8 +205,14 @@ class Soak:
                 connection.close()  # the server closes what is idle for as long as some of these
             if number % SAMPLED_EVERY == 0:
                 self.progress(number)
-                self.rss.append((number, self._process.memory_info().rss / MEBIBYTE))
+                self._read_memory(number)
         connection.close()
+
+    def _read_memory(self, number: int) -> None:
+        """As it is, and once the C library has given back what it keeps of freed memory."""
+        kept = self._process.memory_info().rss / MEBIBYTE
+        _give_back()
+        self.rss.append((number, kept, self._process.memory_info().rss / MEBIBYTE))
 
     def _good(self, connection: http.client.HTTPConnection, number: int) -> None:
         place = number * 7 % len(self._asks)
@@ -252,11 +266,11 @@ class Soak:
 
     def slope(self) -> float | None:
         """MiB a thousand requests, by least squares behind the first thousand; None: too few."""
-        kept = [(number, rss) for number, rss in self.rss if number >= SETTLED_AFTER]
+        kept = [(number, used) for number, _, used in self.rss if number >= SETTLED_AFTER]
         if len(kept) < 10:
             return None
-        numbers, rss = np.array(kept).T
-        return float(np.polyfit(numbers / 1000, rss, 1)[0])
+        numbers, used = np.array(kept).T
+        return float(np.polyfit(numbers / 1000, used, 1)[0])
 
     def verdicts(self) -> list[str]:
         """Everything that is not as it must be, in sentences."""
@@ -289,14 +303,17 @@ class Soak:
         ]
         held = [f"| {name} | {was} | {now} |" for name, was, now in self._counts()]
         slope = self.slope()
-        shown = ", ".join(f"{rss:.0f}" for _, rss in itertools.islice(self.rss, 0, None, 20))
+        shown = ", ".join(
+            f"{u:.0f} ({k:.0f})" for _, k, u in itertools.islice(self.rss, 0, None, 20)
+        )
         replaced = sum(self.server.service.pool.replaced.values())
         sent = (
             f"{total} requests of {self.clients} clients in {self.seconds:.0f} s; {replaced} "
             f"replicas and {self.server.service.scheduler.workers.replaced} threads were replaced."
         )
         memory = (
-            f"Resident MiB, every {20 * SAMPLED_EVERY} requests: {shown}. Slope after the first "
+            f"Resident MiB, every {20 * SAMPLED_EVERY} requests, in parentheses with what the C "
+            f"library keeps of freed memory: {shown}. Slope after the first "
             f"{SETTLED_AFTER}: {'-' if slope is None else f'{slope:.2f}'} MiB a thousand."
         )
         sent_head = "| sent | times | not answered as it must be |\n|---|---|---|"

@@ -26,7 +26,10 @@ _ERROR_BODY = {
     "properties": {"error": {"type": "string"}},
 }
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"description": text, "content": {"application/json": {"schema": _ERROR_BODY}}}
+    status: {
+        "description": text,
+        "content": {"application/json": {"schema": _ERROR_BODY, "example": {"error": text}}},
+    }
     for status, text in {
         400: "The body cannot be read, or the model cannot be loaded.",
         401: "No admin key, or one that is not known.",

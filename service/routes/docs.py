@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from http import HTTPStatus
 from typing import Any
 
+from pydantic import BaseModel
+
 from api_schemas.answers import Answer
 from api_schemas.options import ExplainRequest, PredictRequest
 from api_schemas.problems import Problem
@@ -23,7 +25,7 @@ _PROBLEMS = {
     415: "Not a content type or an image format that is read.",
     424: "An image could not be fetched from its URL.",
     422: "An option is unknown, out of range, or contradicts another.",
-    429: "The queue is full, or the key has used what it may; try again after `Retry-After` seconds.",
+    429: "The queue is full, or the key has used what it may; try again after `Retry-After`.",
     500: "The model or the drawing failed; the log has the cause under the request id.",
     503: "The service is shutting down or the model is not ready.",
     504: "The answer was not ready at its deadline.",
@@ -59,7 +61,7 @@ _TAGS = {
     "X-AnyLabeling": "The remote server of the labeling program.",
 }
 
-_BODIES: dict[str, type] = {
+_BODIES: dict[str, type[BaseModel]] = {
     "POST /v1/models/{name}:predict": Instances,
     "POST /v1/models/{name}:explain": Instances,
     "POST /v2/models/{name}/infer": InferRequest,
@@ -143,7 +145,7 @@ def _complete_operation(method: str, path: str, operation: dict[str, Any]) -> No
     if answer is not None:
         responses["200"]["content"]["application/json"]["example"] = answer
     for kind, status in (("4XX", 404), ("5XX", 503)):
-        theirs = peers.error(path, status, _CODES[status], _PROBLEMS[status])
+        theirs = peers.error(f"{path}/", status, _CODES[status], _PROBLEMS[status])
         if theirs is not None and kind in responses:
             responses[kind]["content"]["application/json"]["example"] = theirs[1]
 
@@ -164,7 +166,8 @@ def _describe_body(method: str, path: str, operation: dict[str, Any]) -> None:
 
 def _components() -> Iterator[tuple[str, Any]]:
     """Schemas that routes refer to and FastAPI does not collect by itself."""
-    for model in (Problem, ExplainRequest, PredictRequest, *_BODIES.values()):
+    models: list[type[BaseModel]] = [Problem, ExplainRequest, PredictRequest, *_BODIES.values()]
+    for model in models:
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
         yield from schema.pop("$defs", {}).items()
         yield model.__name__, schema

@@ -156,7 +156,8 @@ def test_models_layers_and_kernels(client) -> None:
     assert len(client.model("other").labels) == 5
     assert len(client.model().labels) == 7
     layers = client.layers()
-    assert [layer.path for layer in layers if layer.type == "Conv2d"] == ["features.0", "features.3"]
+    convolutions = [layer.path for layer in layers if layer.type == "Conv2d"]
+    assert convolutions == ["features.0", "features.3"]
     assert client.kernels("features.0").format == "PNG"
     assert client.kernels("features.0", "other").size == client.kernels("features.0").size
     assert client.health().status == "ready"
@@ -193,7 +194,7 @@ def test_options_are_refused_before_a_request(server, client) -> None:
 
 def count_of_explain(metrics: bytes) -> list[str]:
     lines = metrics.decode().splitlines()
-    return [line for line in lines if line.startswith("camserve_requests_total{route=\"/explain\"")]
+    return [line for line in lines if line.startswith('camserve_requests_total{route="/explain"')]
 
 
 def test_a_key_is_sent(run_server, tmp_path) -> None:
@@ -236,16 +237,18 @@ def test_a_busy_service_is_asked_again_when_it_said(run_server) -> None:
 def test_a_late_answer_is_the_services_own_504(run_server) -> None:
     with run_server() as server, Client(server.url, timeout=0.3, trust_env=False) as client:
         with Gate(server.service.scheduler) as gate:
-            with pytest.raises(errors.DeadlineExceeded, match="0.3 seconds|0.29") as caught:
+            with pytest.raises(errors.DeadlineExceeded, match="within 0") as caught:
                 client.explain(pictures.png())
             gate.open()
         assert (caught.value.code, caught.value.status) == ("deadline_exceeded", 504)
 
 
 def test_nobody_there_is_a_connection_that_failed() -> None:
-    with Client("http://127.0.0.1:9", timeout=0.2, trust_env=False) as client:
-        with pytest.raises(errors.ConnectionFailed, match="127.0.0.1:9"):
-            client.explain(pictures.png())
+    with (
+        Client("http://127.0.0.1:9", timeout=0.2, trust_env=False) as client,
+        pytest.raises(errors.ConnectionFailed, match=r"127\.0\.0\.1:9"),
+    ):
+        client.explain(pictures.png())
 
 
 @pytest.mark.parametrize("leave", ["cancel", "aclose"])

@@ -88,7 +88,7 @@ def test_every_error_has_a_body_with_an_example() -> None:
         for status, response in failures.items():
             assert response["description"], (path, status)
             for content in response["content"].values():
-                assert "example" in content or "/v2/repository" in path, (path, status)
+                assert "example" in content, (path, status)
 
 
 def test_examples_are_what_the_schemas_allow() -> None:
@@ -96,9 +96,9 @@ def test_examples_are_what_the_schemas_allow() -> None:
     for place, content in contents():
         if "example" in content:
             schema = {**content["schema"], "components": document()["components"]}
-            jsonschema_rs.validator_for(schema).validate(content["example"])
+            wrong = list(jsonschema_rs.validator_for(schema).iter_errors(content["example"]))
+            assert not wrong, (place, wrong)
             checked += 1
-            assert checked, place
     assert checked > 100
 
 

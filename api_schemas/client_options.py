@@ -1,0 +1,54 @@
+"""The options of a client's calls, for editors and type checkers; `api_schemas.options` says more.
+
+What takes several values takes one alone, too. A test holds the names against those of the service.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypedDict
+
+from api_schemas.options import (
+    ActivationForm,
+    Colormap,
+    Fit,
+    Include,
+    Mask,
+    Method,
+    OverlayFormat,
+    Size,
+)
+
+
+class _Common(TypedDict, total=False):
+    model: str
+    top_k: int
+    fit: Fit
+    activations: str | list[str]
+    activation_as: ActivationForm | list[ActivationForm]
+
+
+class PredictArguments(_Common, total=False):
+    """Of `predict`."""
+
+    activation_kind: Literal["output", "input"]
+
+
+class ExplainArguments(_Common, total=False):
+    """Of `explain` and `explain_many`."""
+
+    activation_kind: Literal["output", "input", "grad_output", "grad_input"]
+    targets: int | str | list[int | str]
+    explain_top: int
+    contrast: int | str
+    method: Method
+    layer: str | list[str]
+    include: Include | list[Include]
+    threshold: float
+    samples: int
+    steps: int
+    seed: int
+    size: Size
+    colormap: Colormap
+    format: OverlayFormat
+    opacity: float
+    mask: str | dict[str, Any] | Mask

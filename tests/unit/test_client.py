@@ -1,0 +1,408 @@
+"""client: what is sent, when it is sent again, and how answers are taken apart."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable
+from typing import Any, get_type_hints
+
+import httpx
+import numpy as np
+import pictures
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from PIL import Image
+from pycocotools import mask as coco
+
+from api_schemas import client_errors as errors
+from api_schemas.answers import MaskRLE
+from api_schemas.client import AsyncClient, Client
+from api_schemas.client_options import ExplainArguments, PredictArguments
+from api_schemas.client_requests import (
+    Ask,
+    Patience,
+    Send,
+    Wait,
+    classify,
+    exchange,
+    image_file,
+    read_options,
+)
+from api_schemas.client_results import decode_mask
+from api_schemas.options import ExplainOptions, Mask, PredictOptions
+
+ASK = Ask("GET", "/models")
+REQUEST = httpx.Request("GET", "http://service/models")
+
+
+class Clock:
+    """Time that passes where a wait is asked for, and by `lag` with every answer."""
+
+    def __init__(self, lag: float = 0.0) -> None:
+        self.seconds, self.lag = 100.0, lag
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+def talk(heard: list[Any], lag: float = 0.0, **patience: Any) -> tuple[Any, list[Any]]:
+    """How an exchange ends that hears these in turn, and its steps."""
+    clock, steps, replies = Clock(lag), [], iter(heard)
+    talking = exchange(ASK, Patience(now=clock, chance=lambda: 1.0, **patience))
+    said = None
+    try:
+        while True:
+            step = talking.send(said)
+            steps.append(step)
+            if isinstance(step, Wait):
+                clock.seconds += step.seconds
+                said = None
+            else:
+                clock.seconds += lag
+                said = next(replies)
+    except StopIteration as end:
+        return end.value, steps
+    except errors.ClientError as error:
+        return error, steps
+
+
+def answer(status: int = 200, retry_after: str | None = None, **problem: Any) -> httpx.Response:
+    headers = {} if retry_after is None else {"Retry-After": retry_after}
+    body = {"title": "", "status": status, "code": "queue_full", "detail": "Full.", **problem}
+    return httpx.Response(
+        status, json={"request_id": "r1", **body}, headers=headers, request=REQUEST
+    )
+
+
+def lost(kind: type[httpx.TransportError] = httpx.ConnectError) -> httpx.TransportError:
+    return kind("gone", request=REQUEST)
+
+
+def waits(steps: list[Any]) -> list[float]:
+    return [step.seconds for step in steps if isinstance(step, Wait)]
+
+
+# ---- asking again
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_service_is_not_asked_again_before_it_said(status: int) -> None:
+    good = answer()
+    end, steps = talk([answer(status, "7"), answer(status, "3"), good])
+    assert end is good
+    first, second = waits(steps)
+    assert 7 <= first < 8
+    assert 3 <= second < 4
+    assert [type(step) for step in steps] == [Send, Wait, Send, Wait, Send]
+
+
+def test_a_date_in_retry_after_is_read() -> None:
+    _, steps = talk([answer(429, "Wed, 21 Oct 2015 07:28:00 GMT"), answer()])
+    assert waits(steps)[0] < 1
+    assert errors.failure(answer(503, "soon")).retry_after is None
+    assert errors.failure(answer(503, "Fri, 01 Jan 2100 00:00:00 -0000")).retry_after > 1e6
+
+
+def test_without_retry_after_the_waits_double() -> None:
+    _, steps = talk([answer(503), answer(503), answer(503), answer()])
+    assert waits(steps) == [0.5, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("kind", [httpx.ConnectError, httpx.ReadError, httpx.RemoteProtocolError])
+def test_a_lost_connection_is_tried_again(kind: type[httpx.TransportError]) -> None:
+    good = answer()
+    end, steps = talk([lost(kind), lost(kind), good])
+    assert end is good
+    assert waits(steps) == [0.5, 1.0]
+
+
+def test_chance_spreads_those_who_were_refused_together() -> None:
+    talking = exchange(ASK, Patience(chance=lambda: 0.0))
+    next(talking)
+    assert talking.send(lost()) == Wait(0.25)
+
+
+def test_attempts_are_bounded() -> None:
+    end, steps = talk([lost()] * 3, attempts=3)
+    assert isinstance(end, errors.ConnectionFailed)
+    assert isinstance(end.__cause__, httpx.ConnectError)
+    assert sum(isinstance(step, Send) for step in steps) == 3
+
+
+def test_it_gives_up_where_the_wait_would_be_too_late() -> None:
+    """At once: who is told to come back in a minute, and has ten seconds, learns it now."""
+    end, steps = talk([answer(429, "60")], seconds=10)
+    assert (type(end), end.retry_after, end.status) == (errors.Busy, 60, 429)
+    assert waits(steps) == []
+
+
+def test_each_attempt_gets_what_is_left_of_the_time() -> None:
+    _, steps = talk([lost(), lost(), answer()], lag=2.0, seconds=10)
+    assert [step.seconds for step in steps if isinstance(step, Send)] == [10, 7.5, 4.5]
+    request = steps[0].request(httpx.Client(base_url="http://service"))
+    assert request.headers["x-request-timeout"] == "10.000"
+    assert request.extensions["timeout"]["read"] > 10
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 413, 415, 422, 500, 504])
+def test_what_will_not_change_is_not_asked_again(status: int) -> None:
+    end, steps = talk([answer(status)])
+    assert len(steps) == 1
+    assert (end.status, end.code, end.detail, end.request_id) == (
+        status,
+        "queue_full",
+        "Full.",
+        "r1",
+    )
+
+
+def test_no_answer_in_time_is_not_asked_again() -> None:
+    end, steps = talk([lost(httpx.ReadTimeout)])
+    assert isinstance(end, errors.TimedOut)
+    assert len(steps) == 1
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (400, errors.ImageRefused),
+        (401, errors.Unauthorized),
+        (404, errors.NotFound),
+        (415, errors.ImageRefused),
+        (422, errors.InvalidOption),
+        (500, errors.ServiceError),
+        (503, errors.Busy),
+        (504, errors.DeadlineExceeded),
+    ],
+)
+def test_the_status_chooses_the_class(status: int, kind: type[errors.ClientError]) -> None:
+    assert type(errors.failure(answer(status))) is kind
+    assert type(errors.service_error(status, "x", "y", None)) is kind
+
+
+def test_a_proxys_page_is_an_error_with_its_first_words() -> None:
+    page = httpx.Response(502, text="<h1>Bad Gateway</h1>", request=REQUEST)
+    error = errors.failure(page)
+    assert (type(error), error.code, error.status) == (errors.ServiceError, "http_error", 502)
+    assert "Bad Gateway" in error.detail
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        httpx.Response(307, headers={"location": "/login"}),
+        httpx.Response(200, text="<html>hello</html>"),
+        httpx.Response(200, json={"models": "none"}),
+    ],
+)
+def test_another_service_is_no_camserve(other: httpx.Response) -> None:
+    with (
+        Client("http://other", transport=httpx.MockTransport(lambda _: other)) as client,
+        pytest.raises(errors.UnexpectedAnswer, match="http://other/models"),
+    ):
+        client.models()
+
+
+# ---- what is sent
+
+
+def sent(call: Callable[[Client], Any], url: str = "http://service", **about: Any) -> httpx.Request:
+    """The request of a call; it is answered with nothing that is read."""
+    seen: list[httpx.Request] = []
+
+    def note(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        return httpx.Response(204)
+
+    with (
+        Client(url, transport=httpx.MockTransport(note), **about) as client,
+        pytest.raises(errors.UnexpectedAnswer),
+    ):
+        call(client)
+    (request,) = seen
+    return request
+
+
+def test_the_prefix_of_a_proxy_the_key_and_the_time_are_sent() -> None:
+    request = sent(
+        lambda client: client.layers("my/model"), "http://host/vision", api_key="k", timeout=5
+    )
+    assert request.url.raw_path == b"/vision/models/my%2Fmodel/layers"
+    assert request.headers["authorization"] == "Bearer k"
+    assert request.headers["accept"] == "application/json"
+    assert 4 < float(request.headers["x-request-timeout"]) <= 5
+
+
+def test_files_are_a_form_and_options_its_query() -> None:
+    ask = classify("/explain", [b"one", b"two"], read_options(ExplainOptions, {"layer": "a.b"}))
+    assert ask.content["params"] == {"layer": ["a.b"]}
+    assert [file[1] for _, file in ask.content["files"]] == [b"one", b"two"]
+
+
+def test_a_url_makes_the_request_json() -> None:
+    options = read_options(ExplainOptions, {"targets": [0, "cat"], "top_k": 1})
+    ask = classify("/explain", ["https://host/cat.jpg", b"two"], options)
+    assert ask.content == {
+        "json": {
+            "targets": ["0", "cat"],
+            "top_k": 1,
+            "images": [{"url": "https://host/cat.jpg"}, {"data": "dHdv"}],
+        }
+    }
+
+
+def test_options_that_would_make_a_long_query_travel_in_the_body() -> None:
+    options = read_options(ExplainOptions, {"targets": ["x" * 150] * 40})
+    assert classify("/explain", [b""], options).content["json"]["targets"] == ["x" * 150] * 40
+
+
+def test_options_are_read_as_the_service_does() -> None:
+    options = read_options(ExplainOptions, {"include": "grid", "targets": 3, "layer": ["a", "b"]})
+    assert (options.include, options.targets, options.layer) == (["grid"], ["3"], ["a", "b"])
+    with pytest.raises(TypeError, match="did you mean 'contrast'"):
+        read_options(ExplainOptions, {"contrst": 1})
+    with pytest.raises(TypeError, match="there is no option 'layer'"):
+        read_options(PredictOptions, {"layer": "a"})
+    with pytest.raises(ValueError, match=r"opacity: .*less than or equal to 1"):
+        read_options(ExplainOptions, {"opacity": 2})
+    with pytest.raises(ValueError, match="exclude each other"):
+        read_options(ExplainOptions, {"targets": [1], "explain_top": 2})
+
+
+def test_the_arguments_of_the_calls_are_the_options_of_the_service() -> None:
+    """One name for one thing, also where an editor completes it."""
+    for arguments, options in (
+        (ExplainArguments, ExplainOptions),
+        (PredictArguments, PredictOptions),
+    ):
+        assert set(arguments.__annotations__) == set(options.model_fields)
+
+
+def test_a_mask_is_a_dict_a_model_or_text() -> None:
+    boxes = {"boxes": [[0, 0, 4.5, 4]], "fill": "grey"}
+    expected = json.loads(read_options(ExplainOptions, {"mask": json.dumps(boxes)}).mask)
+    for mask in (boxes, Mask.model_validate(boxes)):
+        assert json.loads(read_options(ExplainOptions, {"mask": mask}).mask) == expected
+
+
+# ---- pictures
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
+def test_a_pil_image_of_any_mode_becomes_a_file(mode: str) -> None:
+    image = Image.fromarray(pictures.noise()).convert(mode)
+    found = pictures.opened(image_file(image))
+    assert (found.format, found.size) == ("PNG", (80, 60))
+    if mode == "RGB":
+        assert np.array_equal(np.asarray(found), pictures.noise())
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 1), (4, 6, 3), (4, 6, 4)])
+def test_pixels_become_a_file_of_the_same_pixels(shape: tuple[int, ...]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    found = pictures.opened(image_file(pixels))
+    assert np.array_equal(np.asarray(found), pixels.squeeze())
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [np.zeros((3, 8, 8), np.float32), np.zeros((2, 8, 8, 3), np.uint8), np.zeros((0, 4), np.uint8)],
+)
+def test_what_is_no_picture_is_refused(pixels: Any) -> None:
+    with pytest.raises(errors.UnreadableImage, match=r"give uint8 \(height, width"):
+        image_file(pixels)
+
+
+def test_what_is_read_from_where(tmp_path) -> None:
+    (tmp_path / "a.bin").write_bytes(b"file")
+    for image in (tmp_path / "a.bin", str(tmp_path / "a.bin"), io.BytesIO(b"file"), b"file"):
+        assert image_file(image) == b"file"
+    assert image_file("HTTPS://host/a.jpg") == "HTTPS://host/a.jpg"
+    with pytest.raises(TypeError, match="'rb'"):
+        image_file(io.StringIO("text"))
+    with pytest.raises(TypeError, match="int is no picture"):
+        image_file(3)
+    closed = io.BytesIO()
+    closed.close()
+    with pytest.raises(errors.UnreadableImage, match="closed file"):
+        image_file(closed)
+    broken = Image.open(io.BytesIO(pictures.png()[:-60]))
+    with pytest.raises(errors.UnreadableImage):
+        image_file(broken)
+
+
+# ---- masks
+
+masks = arrays.arrays(
+    np.bool_, arrays.array_shapes(min_dims=2, max_dims=2, max_side=40), fill=st.booleans()
+)
+
+
+@given(masks)
+def test_a_mask_is_read_as_pycocotools_wrote_it(mask: np.ndarray) -> None:
+    theirs = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
+    found = decode_mask(MaskRLE(size=theirs["size"], counts=theirs["counts"].decode("ascii")))
+    assert found.dtype == np.bool_
+    assert np.array_equal(found, mask)
+
+
+@pytest.mark.parametrize("counts", ["", "1", "0", "P", "ö", "O1"])
+def test_run_lengths_that_do_not_fill_the_mask_are_refused(counts: str) -> None:
+    with pytest.raises(ValueError, match=r"fill a mask|ascii"):
+        decode_mask(MaskRLE(size=(4, 5), counts=counts))
+
+
+# ---- the two classes
+
+
+def test_both_clients_have_the_same_calls() -> None:
+    def calls(kind: type) -> dict[str, Any]:
+        names = [name for name in vars(kind) if not name.startswith("_")]
+        return {name: list(get_type_hints(getattr(kind, name))) for name in names}
+
+    threads, tasks = calls(Client), calls(AsyncClient)
+    assert threads.pop("close") == tasks.pop("aclose")
+    assert threads == tasks
+
+
+def test_arguments_out_of_range_are_refused() -> None:
+    with pytest.raises(ValueError, match="timeout"):
+        Client(timeout=0)
+    with (
+        Client(transport=httpx.MockTransport(lambda _: httpx.Response(204))) as client,
+        pytest.raises(ValueError, match="concurrency"),
+    ):
+        client.explain_many([], concurrency=0)
+
+
+def test_an_array_that_does_not_fit_its_shape_is_an_unexpected_answer() -> None:
+    result = {
+        "explanations": [
+            {
+                "class_id": 0,
+                "label": "a",
+                "score": 1.0,
+                "method": "gradcam",
+                "layer": "l",
+                "range": [0, 1],
+                "flags": [],
+                "cost": {"forwards": 1},
+                "grid": {"shape": [2, 2], "data": base64.b64encode(b"\0" * 12).decode()},
+            }
+        ]
+    }
+    body = {"id": "i", "model": {"name": "m", "version": "v"}, "results": [result]}
+    text = json.dumps(body | {"timing_ms": {}})
+    mock = httpx.MockTransport(lambda _: httpx.Response(200, text=text))
+    with (
+        Client(transport=mock) as client,
+        pytest.raises(errors.UnexpectedAnswer, match="cannot be read"),
+    ):
+        client.explain(b"picture")
