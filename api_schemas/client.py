@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
@@ -135,7 +135,7 @@ class Client(Calls):
     ) -> None:
         self.close()
 
-    def _ask(self, route: str, images: Image | Sequence[Image], options: CommonOptions) -> Answer:
+    def _ask(self, route: str, images: Images, options: CommonOptions) -> Answer:
         return self._run(self._classified(route, files_of(images), options))
 
     def _many(

@@ -213,7 +213,7 @@ def _report(bench: Bench) -> bool:
         print(f"`{method}` is refused: {reason}\n")
     for table in bench.tables.all():
         print("\n".join(table.lines(rows)), end="\n\n")
-    # The peer's Grad-CAM++ adds 1e-6 to a denominator of that size: another formula than the paper's.
+    # The peer's Grad-CAM++ adds 1e-6 to a denominator of that size: not the paper's formula.
     # It is shown, and ours is judged beside the peer's code with that constant made nothing.
     judged = [row for row in rows if row != "gradcampp"]
     verdicts = [table.verdict(judged) for table in bench.tables.all()]

@@ -9,11 +9,9 @@ requests: `tests/soaking.py`. Ctrl-C ends it early, with the table of what was s
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from measuring import ROOT, machine
@@ -21,8 +19,6 @@ from measuring import ROOT, machine
 sys.path.insert(0, str(ROOT / "tests"))
 
 from soaking import Soak, served_for_a_soak
-
-from service import logs
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -34,18 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also in the background
-    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:  # thousands of planted tracebacks
-        sys.stderr, told = nowhere, sys.stderr
-        logs.configure("json")
-        sys.stderr = told
 
-        def say(number: int) -> None:
-            print(f"{number} requests", end="\r", file=told, flush=True)
+    def say(number: int) -> None:
+        print(f"{number} requests", end="\r", file=sys.stderr, flush=True)
 
-        with served_for_a_soak(hang_timeout=options.hang_timeout) as server:
-            soak = Soak(server, clients=options.clients, progress=say)
-            soak.run(options.requests)
-            print(f"{soak.table()}\n\n{machine()}")
+    with served_for_a_soak(hang_timeout=options.hang_timeout) as server:
+        soak = Soak(server, clients=options.clients, progress=say)
+        soak.run(options.requests)
+        print(f"{soak.table()}\n\n{machine()}")
     found = soak.verdicts()
     print("\n".join(found) or "Everything is as it must be.")
     if found:

@@ -22,7 +22,7 @@ from service.explain_files import explain_files, explain_options
 from service.flags import ERR, OF_MODELS, OUT, with_settings
 from service.memory import keep_freed_memory
 from service.model_commands import calibrate, check, layers, models
-from service.serving import DrainingServer
+from service.serving import SWITCH_SECONDS, DrainingServer
 from service.settings import Settings
 from service.tensorboard import open_board
 
@@ -40,6 +40,7 @@ def serve(settings: Settings) -> None:
     """Serve models over HTTP."""
     logs.configure(settings.log_format)
     keep_freed_memory()
+    sys.setswitchinterval(SWITCH_SECONDS)
     served = create_app(settings, background=True)
     server = DrainingServer(
         served,

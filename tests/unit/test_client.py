@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import contextlib
 import io
 import json
+import threading
 from collections.abc import Callable
 from typing import Any, get_type_hints
 
@@ -32,7 +35,7 @@ from api_schemas.client_requests import (
     image_file,
     read_options,
 )
-from api_schemas.client_results import decode_mask
+from api_schemas.client_results import decode_mask, read_answer
 from api_schemas.options import ExplainOptions, Mask, PredictOptions
 
 ASK = Ask("GET", "/models")
@@ -357,6 +360,85 @@ def test_a_mask_is_read_as_pycocotools_wrote_it(mask: np.ndarray) -> None:
 def test_run_lengths_that_do_not_fill_the_mask_are_refused(counts: str) -> None:
     with pytest.raises(ValueError, match=r"fill a mask|ascii"):
         decode_mask(MaskRLE(size=(4, 5), counts=counts))
+
+
+# ---- many
+
+
+def named_after(request: httpx.Request) -> httpx.Response:
+    """An answer whose only label is the picture that was sent."""
+    body = request.read()
+    label = body.partition(b"\r\n\r\n")[2].partition(b"\r\n")[0].decode()
+    found = {"predictions": [{"class_id": 0, "label": label, "score": 1.0, "logit": 1.0}]}
+    answer = {"id": "i", "model": {"name": "m", "version": "v"}, "results": [found]}
+    return httpx.Response(200, json=answer | {"timing_ms": {}})
+
+
+def labels(results: list[Any]) -> list[str]:
+    return [result.predictions[0].label for result in results]
+
+
+def test_results_keep_their_order_where_the_first_is_the_slowest() -> None:
+    """And never more than `concurrency` are on their way."""
+    others = threading.Barrier(2)
+    under_way, most, lock = 0, 0, threading.Lock()
+
+    def reply(request: httpx.Request) -> httpx.Response:
+        nonlocal under_way, most
+        with lock:
+            under_way += 1
+            most = max(most, under_way)
+        answer = named_after(request)
+        if labels(read_answer(answer.content).results)[0] in ("0", "5"):
+            others.wait(5)  # the first is answered when the sixth is
+        with lock:
+            under_way -= 1
+        return answer
+
+    images = [str(index).encode() for index in range(9)]
+    with Client(transport=httpx.MockTransport(reply)) as client:
+        results = list(client.explain_many(images, concurrency=3))
+    assert labels(results) == [image.decode() for image in images]
+    assert 2 <= most <= 3
+
+
+def test_progress_counts_what_is_handed_out_and_knows_no_end_of_a_generator() -> None:
+    seen: list[tuple[int, int | None]] = []
+    images = (str(index).encode() for index in range(3))
+    with Client(transport=httpx.MockTransport(named_after)) as client:
+        for _ in client.explain_many(images, on_progress=lambda *at: seen.append(at)):
+            pass
+    assert seen == [(1, None), (2, None), (3, None)]
+
+
+def test_tasks_that_are_left_early_are_cancelled() -> None:
+    """The one that hangs, too: nothing of it stays behind."""
+
+    async def main() -> list[str]:
+        hangs, cancelled = asyncio.Event(), []
+
+        async def reply(request: httpx.Request) -> httpx.Response:
+            answer = named_after(request)
+            (label,) = labels(read_answer(answer.content).results)
+            if label != "0":
+                hangs.set()
+                try:
+                    await asyncio.Event().wait()
+                except asyncio.CancelledError:
+                    cancelled.append(label)
+                    raise
+            return answer
+
+        async with AsyncClient(transport=httpx.MockTransport(reply)) as client:
+            images = [b"0", b"1", b"2", b"3", b"4"]
+            async with contextlib.aclosing(client.explain_many(images, concurrency=2)) as many:
+                found = labels([await anext(many)])
+                await hangs.wait()
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+        assert cancelled
+        return found
+
+    assert asyncio.run(main()) == ["0"]
 
 
 # ---- the two classes

@@ -17,8 +17,8 @@ from service.errors import (
     CorruptImage,
     DeadlineExceeded,
     InferenceFailed,
-    OutOfMemory,
     NonFiniteOutput,
+    OutOfMemory,
     ShuttingDown,
     UnknownModel,
 )

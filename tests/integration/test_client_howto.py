@@ -1,0 +1,47 @@
+"""`docs/how-to/use-the-python-client.md`: its Python, top to bottom, against the built-in model."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent.parent
+PAGE = ROOT / "docs" / "how-to" / "use-the-python-client.md"
+
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.timeout(60)
+def test_the_examples_of_the_page_do_what_it_says(
+    run_server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    sample = ROOT / "examples" / "sunflower.jpg"
+    shutil.copy(sample, "sunflower.jpg")
+    Path("photographs").mkdir()
+    shutil.copy(sample, "photographs/a.jpg")
+    Path("photographs/b.jpg").write_bytes(b"broken")
+    names: dict[str, Any] = {}
+    with run_server(models=()) as server:
+        for block in BLOCK.findall(PAGE.read_text(encoding="utf-8")):
+            code = block.replace("http://127.0.0.1:8000", server.url)
+            exec(compile(code, str(PAGE), "exec"), names)  # noqa: S102 - the page's own words
+    said = capsys.readouterr().out
+    assert re.match(r"sunflower \d+%\n", said)
+    assert "float32" in said
+    assert "of the photograph" in said
+    assert "sunflower\nunsupported_image\n" in said
+    assert "unknown_layer 404" in said
+    assert "1 of 2\na.jpg sunflower [(" in said
+    assert "2 of 2\nb.jpg " in said
+    assert said.count("\nsunflower\n") >= 3
+    assert names["why"].grid.max() == 1
+    for name in ("why.jpg", "kernels.png"):
+        with Image.open(name) as picture:
+            picture.load()
