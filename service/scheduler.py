@@ -171,7 +171,10 @@ class Scheduler:
         try:
             outcomes = list(zip(jobs, self._outcomes(batch), strict=True))
         except BaseException as error:  # noqa: BLE001 - a future left pending would hang its client
-            self._failed(jobs, error)
+            if not batch.given_up:
+                self._failed(jobs, error)
+            return
+        if batch.given_up:
             return
         seconds = time.monotonic() - started
         for job, outcome in outcomes:
@@ -196,11 +199,22 @@ class Scheduler:
             return [first.rest.step(replica) or first.rest]
 
     def give_up(self, batch: _Batch) -> None:
-        """Fail the jobs of a batch that hangs, and lend its replica no more; for `_Batch` alone."""
+        """Drop a batch that hangs, and lend its replica no more; for `_Batch` alone.
+
+        A lone job fails. Of several one hangs, and the others shall not suffer: each runs alone.
+        """
+        batch.given_up = True
         if batch.replica is not None:
             self._pool.abandon(batch.replica)
-        for job in batch.jobs:
-            job.fail(hangs())
+        if len(batch.jobs) > 1:
+            self._queue_alone(batch.jobs)
+        else:
+            batch.jobs[0].fail(hangs())
+
+    def _queue_alone(self, jobs: list[Job]) -> None:
+        for job in reversed(jobs):
+            job.alone = True
+            self._queue(job, first=True)
 
     def _failed(self, jobs: list[Job], error: BaseException) -> None:
         """One member may have spoiled its batch: run each alone before blaming anyone."""
@@ -211,9 +225,7 @@ class Scheduler:
                 "or a later layer."
             )
         if len(jobs) > 1:
-            for job in reversed(jobs):
-                job.alone = True
-                self._queue(job, first=True)
+            self._queue_alone(jobs)
             return
         if isinstance(error, CamserveError):
             jobs[0].fail(error)
@@ -233,6 +245,7 @@ class _Batch:
         self._scheduler = scheduler
         self.jobs = jobs
         self.replica: Replica | None = None
+        self.given_up = False
 
     def run(self) -> None:
         self._scheduler.run_batch(self)

@@ -19,8 +19,7 @@ _log = structlog.get_logger(__name__)
 SWITCH_SECONDS = 0.0005
 """For `sys.setswitchinterval`: how long a worker computes before the event loop gets its turn.
 
-Python's own 5 ms are waited at each of the many reads and writes of a refusal: under four times the
-load that the service can take, requests then wait in the sockets for longer than their deadline.
+Python's own 5 ms may be waited at each of the many reads and writes of a refusal.
 """
 
 

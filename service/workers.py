@@ -43,6 +43,7 @@ class Workers:
     `max_abandoned` threads hang at the same time no more are made: `healthy` is False from then on,
     until one comes back.
 
+    max_abandoned: None means twice `count`.
     take:    waits for a task; None means that there will be no more.
     threads: of torch, in each worker.
     """
@@ -60,7 +61,8 @@ class Workers:
         self._count = count
         self._threads = threads
         self._hang_seconds = hang_seconds
-        self._max_abandoned = count if max_abandoned is None else max_abandoned
+        # A task that hangs in company is tried again alone, so that it may take two.
+        self._max_abandoned = 2 * count if max_abandoned is None else max_abandoned
         self._lock = threading.Lock()
         self._all: list[_Worker] = []
         self._replaced = 0

@@ -193,7 +193,11 @@ def replicate(module: nn.Module) -> nn.Module:
     TorchScript modules are shared whole: nothing can be hooked into them, and they cannot be copied
     without their parameters.
     """
-    memo: dict[int, Tensor | nn.Module] = {id(p): p for p in module.parameters()}
+    # Parameters of its own over the same memory and version counter: to write and read one `.grad`
+    # in two threads can crash torch.
+    memo: dict[int, Tensor | nn.Module] = {
+        id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in module.parameters()
+    }
     for each in module.modules():
         if isinstance(each, ScriptModule):
             memo[id(each)] = each

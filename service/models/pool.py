@@ -233,12 +233,14 @@ class ModelPool:
         return self._versions[id(model)]
 
     def _take_back(self, served: _Served, replica: Replica) -> None:
+        faults = replica.condition.faults(Condition.of(replica.module))
         with self._changed:
-            if self._lent.pop(id(replica), None) is None:
-                served.users -= 1  # it was abandoned, and another is in its place
+            if self._lent.pop(id(replica), None) is None:  # abandoned: another is in its place
+                if PARAMETERS_CHANGED in faults and replica.model is served.model:
+                    self._reload_weights(served)
+                served.users -= 1
                 self._free_if_done(served)
                 return
-        faults = replica.condition.faults(Condition.of(replica.module))
         fresh = self._replace(served, replica, faults) if faults else replica
         with self._changed:
             if fresh.model is not served.model:  # the weights were read again meanwhile

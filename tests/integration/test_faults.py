@@ -344,13 +344,30 @@ def test_a_model_that_hangs_costs_its_own_request_and_nobody_elses(serve) -> Non
 
 
 @pytest.mark.timeout(30)
+def test_who_shares_a_batch_with_one_that_hangs_is_answered(serve) -> None:
+    tiny.HANGING.clear()
+    tiny.RELEASED.clear()
+    files = [pictures.png(), pictures.RED_PNG, pictures.png(seed=2)]
+    with serve(models=("tiny:hangs",), hang_timeout=0.3) as client:
+        try:
+            answers = together(client.app.state.service.scheduler, asks(client, files))
+            assert [answer.status_code for answer in answers] == [200, 500, 200]
+            check_failure(answers[1], "inference_hangs")
+            check_whole(client)
+        finally:
+            tiny.RELEASED.set()
+        until(lambda: metric(client, "camserve_workers_hanging") == 0)
+        check_whole(client)
+
+
+@pytest.mark.timeout(30)
 def test_where_too_many_threads_hang_the_service_is_not_ready(serve) -> None:
-    """One worker, so two that hang are past the bound; a balancer sends requests elsewhere."""
+    """One worker, so three that hang are past the bound; a balancer sends requests elsewhere."""
     tiny.HANGING.clear()
     tiny.RELEASED.clear()
     with serve(models=("tiny:hangs",), hang_timeout=0.2, max_batch=1) as client:
         try:
-            for _ in range(2):
+            for _ in range(3):
                 check_failure(send(client, pictures.RED_PNG), "inference_hangs")
             ready = client.get("/health/ready")
             assert (ready.status_code, ready.json()["code"]) == (503, "shutting_down")
