@@ -68,7 +68,7 @@ def errors_page() -> str:
 
 def metrics_page() -> str:
     """A table of every metric."""
-    service = build_service(Settings(workers=1))
+    service = build_service(Settings(workers=1, compile=False))
     lines = [
         "# Metrics",
         "",
@@ -98,7 +98,7 @@ def _classes(base: type[errors.CamserveError]) -> Iterator[type[errors.CamserveE
 
 def openapi_document() -> str:
     """What `/openapi.json` answers."""
-    app = create_app(Settings(workers=1), background=True)
+    app = create_app(Settings(workers=1, compile=False), background=True)
     return json.dumps(app.openapi(), indent=2, ensure_ascii=False) + "\n"
 
 

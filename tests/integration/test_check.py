@@ -55,7 +55,8 @@ def test_check_refuses_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     assert "models.toml, line 1" in result.output
 
 
-def test_layers_are_ranked_on_the_users_images(tmp_path: Path) -> None:
+def test_layers_are_ranked_on_the_users_images(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")  # the table's heading stands in one line there
     (tmp_path / "models.toml").write_text(GOOD)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.png").write_bytes(pictures.png())

@@ -63,10 +63,11 @@ def change_parameter(module: nn.Module) -> None:
         module.head.weight.mul_(2)
 
 
-OWN_SOILS = (leave_hook, leave_training_mode, change_buffer)
-"""Of the replica alone."""
-SOILS = (*OWN_SOILS, leave_gradient, leave_thawed, change_parameter)
-"""And of what all replicas share; who was abandoned must not touch that."""
+SOILS = (
+    *(leave_hook, leave_training_mode, change_buffer),
+    *(leave_gradient, leave_thawed, change_parameter),
+)
+"""Of the replica alone, but for the last: that is in the memory which all replicas share."""
 
 
 # ---- models
@@ -237,8 +238,7 @@ class PoolStates(RuleBasedStateMachine):
         self, lent: Lent, soils: list[Callable[[nn.Module], None]], crashes: bool
     ) -> None:
         replaced = self.pool.replaced.get(lent.version.name, 0)
-        possible = OWN_SOILS if lent.abandoned else SOILS
-        next(soil for soil in soils if soil in possible)(lent.replica.module)
+        soils[0](lent.replica.module)
         self.outcasts.add(lent.replica.module)
         self._release(lent, crashes=crashes)
         if not lent.abandoned:
