@@ -14,10 +14,9 @@ _KEPT_BYTES = 1 << 30
 def keep_freed_memory() -> bool:
     """Let glibc keep what is freed, up to a GiB: the next activation needs it again.
 
-    Otherwise each large tensor is mapped anew and every page of it faults: a quarter of the time of
-    a pass that keeps many activations. `MALLOC_MMAP_THRESHOLD_` and `MALLOC_TRIM_THRESHOLD_` in the
-    environment do the same and go before. Returns whether it was done; other C libraries have no
-    such setting.
+    Otherwise each large tensor is mapped anew and every page of it faults. `MALLOC_MMAP_THRESHOLD_`
+    and `MALLOC_TRIM_THRESHOLD_` in the environment do the same and go before. Returns whether it
+    was done; other C libraries have no such setting.
     """
     if {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys():
         return False
