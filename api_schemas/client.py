@@ -153,6 +153,7 @@ class Client(Calls):
                 waiting.append(threads.submit(self._one, image, options))
                 if len(waiting) == 2 * concurrency:
                     yield report(waiting.popleft().result())
+            threads.shutdown(wait=False)  # a caller's zip() may never ask past the last result
             while waiting:
                 yield report(waiting.popleft().result())
         finally:

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import hashlib
 import io
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -322,6 +323,18 @@ def test_few_pictures_are_read_ahead(client) -> None:
         assert next(many).error is None
     many.close()
     assert asked <= 3 + 4
+
+
+def test_no_thread_waits_behind_the_last_result(client) -> None:
+    """`zip(pictures, results)` never asks for one more, and its generator may live for long."""
+    several = [pictures.png(seed=seed) for seed in range(3)]
+    many = client.explain_many(several, concurrency=2)
+    assert len(list(zip(several, many, strict=False))) == 3
+    threads = [t for t in threading.enumerate() if t.name.startswith("camserve-client")]
+    for thread in threads:
+        thread.join(5)
+        assert not thread.is_alive()
+    assert next(many, None) is None
 
 
 def test_tasks_ask_everything_that_threads_do(server) -> None:
