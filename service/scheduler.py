@@ -29,12 +29,14 @@ class Scheduler:
     """One pool of threads for everything that takes time, so that the event loop never waits.
 
     Short calls (decoding, rendering) go first: a rendered answer frees its place, and what is
-    decoded meets in one batch. A free thread then takes what waits for one model and lane, up to
-    `max_batch`: an idle server answers a lone request at once, a busy one batches by itself. Models
+    decoded meets in one batch. There is a thread more than batches may run, so that a call never
+    waits behind them. A free thread takes what waits for one model and lane, up to `max_batch`: an
+    idle server answers a lone request at once, a busy one batches by itself. Models
     take turns. A method of many passes is worked off in steps and goes to the back of the queue
     between them. Jobs whose future was cancelled (the client is gone) or whose deadline has passed
     are dropped, unrun or between two steps.
 
+    workers:   batches that run side by side.
     max_delay: seconds that a batch which is not full waits for more. Zero is best unless a large
                device is fed by many slow clients.
     threads_per_worker: intra-op threads of torch; one, where there are as many workers as cores.
@@ -63,8 +65,14 @@ class Scheduler:
         self._jobs: OrderedDict[int, deque[Job]] = OrderedDict()
         self._wake = threading.Condition()
         self._open = True
+        self._side_by_side = workers
+        self._running: set[_Batch] = set()
         self.workers = Workers(
-            self._take, count=workers, threads=threads_per_worker, hang_seconds=hang_seconds
+            self._take,
+            count=workers + 1,
+            threads=threads_per_worker,
+            hang_seconds=hang_seconds,
+            max_abandoned=2 * workers,  # what hangs in company is tried again alone
         )
 
     def start(self) -> None:
@@ -124,15 +132,22 @@ class Scheduler:
         """What a worker does next; None when everything is done and nothing more will come."""
         with self._wake:
             while True:
-                self._wake.wait_for(lambda: self._calls or self._jobs or not self._open)
+                self._wake.wait_for(self._something_to_do)
                 if self._calls:
                     return self._calls.popleft()
                 if not self._jobs:
                     return None
                 wait = self._delay()
                 if wait <= 0:
-                    return _Batch(self, self._take_batch())
+                    batch = _Batch(self, self._take_batch())
+                    self._running.add(batch)
+                    return batch
                 self._wake.wait(wait)
+
+    def _something_to_do(self) -> bool:
+        if self._jobs:
+            return bool(self._calls) or len(self._running) < self._side_by_side
+        return bool(self._calls) or not self._open
 
     def _delay(self) -> float:
         """Seconds until the batch whose turn it is should go, though it is not full."""
@@ -162,7 +177,13 @@ class Scheduler:
             return not self._calls and not self._jobs and self.workers.busy <= 1
 
     def run_batch(self, batch: _Batch) -> None:
-        """Answer the jobs of a batch; for `_Batch` alone."""
+        """Answer the jobs of a batch, and let another one run; for `_Batch` alone."""
+        try:
+            self._answer(batch)
+        finally:
+            self._ended(batch)
+
+    def _answer(self, batch: _Batch) -> None:
         jobs = batch.jobs
         if not jobs:
             return
@@ -198,12 +219,19 @@ class Scheduler:
                 return self._runner(replica, questions)
             return [first.rest.step(replica) or first.rest]
 
+    def _ended(self, batch: _Batch) -> None:
+        """Another batch may run instead; twice said is as good as once."""
+        with self._wake:
+            self._running.discard(batch)
+            self._wake.notify_all()
+
     def give_up(self, batch: _Batch) -> None:
         """Drop a batch that hangs, and lend its replica no more; for `_Batch` alone.
 
         A lone job fails. Of several one hangs, and the others shall not suffer: each runs alone.
         """
         batch.given_up = True
+        self._ended(batch)
         if batch.replica is not None:
             self._pool.abandon(batch.replica)
         if len(batch.jobs) > 1:

@@ -65,27 +65,30 @@ class Gate:
 
 
 class Hold:
-    """A short call that keeps the only worker busy, from when it is its turn until `release`."""
+    """Short calls that keep every thread busy, from when it is their turn until `release`."""
 
     def __init__(self, scheduler: Scheduler) -> None:
-        self._running, self._released = threading.Event(), threading.Event()
-        scheduler.call(self._wait)
+        self._running, self._released = threading.Semaphore(0), threading.Event()
+        self._count = scheduler.workers._count
+        for _ in range(self._count):
+            scheduler.call(self._wait)
 
     def _wait(self) -> None:
-        self._running.set()
+        self._running.release()
         self._released.wait(PATIENCE)
 
     def wait_until_it_holds(self) -> None:
-        """Return when the worker is busy with it."""
-        assert self._running.wait(PATIENCE), "no worker came"
+        """Return when all threads are busy with it."""
+        for _ in range(self._count):
+            assert self._running.acquire(timeout=PATIENCE), "no worker came"
 
     def release(self) -> None:
-        """Let the worker go on."""
+        """Let them go on."""
         self._released.set()
 
 
 def wait_until(scheduler: Scheduler, is_so: Callable[[Scheduler], bool]) -> None:
-    """Return when `is_so`; whatever enters a queue is noticed. Its only worker must be held."""
+    """Return when `is_so`; whatever enters a queue is noticed. Its threads must be held."""
     with scheduler._wake:
         assert scheduler._wake.wait_for(lambda: is_so(scheduler), PATIENCE), "it never came so"
 
@@ -106,7 +109,7 @@ def queued(
 ) -> Iterator[list[Future[T]]]:
     """Send requests of one raw image each; inside the `with` their images wait for a batch.
 
-    The scheduler must have one worker. jobs: how many images reach the queue, where some fail
+    jobs: how many images reach the queue, where some fail
     before.
     """
     first = Hold(scheduler)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import pictures
 import pytest
 import tiny
 import torchvision  # noqa: F401 - slow to import; here no clock runs
+from gates import Hold
 from numpy.typing import NDArray
 from starlette.testclient import TestClient
 
@@ -136,12 +136,12 @@ def test_pictures_of_kernels_count_among_what_is_admitted(serve: Any) -> None:
 
 def test_a_picture_that_is_not_ready_in_time_is_504(serve: Any) -> None:
     with serve(request_timeout=0.05) as client:
-        held = threading.Event()
-        client.app.state.service.scheduler.call(held.wait, 4)
+        held = Hold(client.app.state.service.scheduler)
+        held.wait_until_it_holds()
         try:
             problem = get(client, "/models/small/kernels/head", 504).json()
         finally:
-            held.set()
+            held.release()
     assert problem["code"] == "deadline_exceeded"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import nets
 import pictures
 import pytest
-from gates import PATIENCE, calls_waiting, wait_until
+from gates import PATIENCE, jobs_waiting, wait_until
 from starlette.testclient import TestClient
 
 from service.perturbation import CHUNK
@@ -205,7 +205,7 @@ def test_a_cheap_request_is_answered_between_the_chunks(serve: Any, watch: Any) 
         assert passes.came.wait(PATIENCE)
         cheap = threads.submit(post, client)
         cheap.add_done_callback(lambda _: done.append("cheap"))
-        wait_until(scheduler, calls_waiting(1))
+        wait_until(scheduler, jobs_waiting(1))
         passes.go.set()
         assert cheap.result(PATIENCE).status_code == 200
         assert long.result(PATIENCE).status_code == 200
