@@ -34,6 +34,9 @@ Options = TypeVar("Options", bound=CommonOptions)
 _OURS_ALONE = frozenset({"model", "mask", "activations", "activation_as", "activation_kind"})
 _LISTS = frozenset({"targets", "layer", "include"})
 
+MAX_NUMBERS = 5_000_000
+"""In a JSON body, where tensors may be lists of numbers: 33 pictures of 224 x 224."""
+
 
 @dataclass(frozen=True, slots=True)
 class Asked:
@@ -164,6 +167,7 @@ def parsed(form: type[Form], body: bytes) -> Form:
 
 def json_of(body: bytes) -> Any:
     """What a JSON body says. Raises MalformedRequest."""
+    bodies.check_json(body, MAX_NUMBERS, "send images as base64, or tensors as bytes.")
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:

@@ -15,6 +15,11 @@ from service.questions import LAYER_METHODS, Kind, Question, check_method, cost
 from service.routes.state import Limits
 from service.upload import Hiding
 
+DRAWN_MEGAPIXEL = 0.05
+ACTIVATION_MEBIBYTE = 0.02
+"""What a key is charged for pictures and activations, in forward passes: of a resnet50, measured by
+`benchmarks/round_the_model.py` and rounded up."""
+
 
 def question(
     model: LoadedModel,
@@ -25,7 +30,8 @@ def question(
 ) -> Callable[[Tensor], Question]:
     """What to ask of each of so many images, once its pixels are there.
 
-    charge: told what all of them cost, in forward passes; it may refuse.
+    charge: told what all of them cost, in forward passes, with what is drawn and captured; it may
+            refuse.
     Raises UnknownLayer, UnknownClass, and InvalidOption for what does not fit this model or costs
     more than the service allows.
     """
@@ -42,7 +48,9 @@ def question(
                 "layer or another method."
             )
     if charge is not None:
-        charge(price * images)
+        captured = model.activation_bytes(paths, inputs=kind.endswith("input")) / 2**20
+        extra = _drawn(options, asked, limits) * DRAWN_MEGAPIXEL + captured * ACTIVATION_MEBIBYTE
+        charge((price + extra) * images)
     return lambda pixels: replace(asked, pixels=pixels)
 
 
@@ -57,6 +65,15 @@ def hiding(options: CommonOptions) -> Hiding | None:
         fill=mask.fill,
         rest=mask.hide == "rest",
     )
+
+
+def _drawn(options: CommonOptions, asked: Question, limits: Limits) -> float:
+    """Megapixels that may have to be drawn for one image, whose own size is not known yet."""
+    if not isinstance(options, ExplainOptions) or options.size != "source":
+        return 0.0
+    pictures = len({"heatmap", "overlay"}.intersection(options.include))
+    maps = (len(asked.targets) or asked.explain_top) * (2 if options.mask is not None else 1)
+    return pictures * maps * limits.render_side**2 / 1e6
 
 
 def _captures(

@@ -211,18 +211,22 @@ class _Form:
         self.ended = True
 
 
+def check_json(body: bytes, max_values: int, advice: str) -> None:
+    """Bound what a JSON body is made of, before it is. Raises MalformedRequest with the advice."""
+    names = max(map(body.count, (b":", b"{", b"[")))
+    if names > MAX_JSON_NAMES or body.count(b",") > max_values:
+        raise MalformedRequest(
+            f"The JSON has more than {MAX_JSON_NAMES} names or {max_values} values; {advice}"
+        )
+
+
 def json_request(body: bytes, form: type[Options], max_images: int) -> tuple[list[Image], Options]:
     """Images and options of a JSON request; an image that is no base64 is its own error.
 
     form: `ExplainRequest` or `PredictRequest`.
     Raises MalformedRequest, InvalidOption, BodyTooLarge.
     """
-    names = max(map(body.count, (b":", b"{", b"[")))
-    if names > MAX_JSON_NAMES or body.count(b",") > MAX_JSON_VALUES:
-        raise MalformedRequest(
-            f"The JSON has more than {MAX_JSON_NAMES} names or {MAX_JSON_VALUES} values; images "
-            "are sent as base64, not as lists of numbers."
-        )
+    check_json(body, MAX_JSON_VALUES, "images are sent as base64, not as lists of numbers.")
     try:
         request = form.model_validate_json(body)
     except pydantic.ValidationError as error:

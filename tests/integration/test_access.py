@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,13 +17,16 @@ import pytest
 from gates import Gate
 from starlette.testclient import TestClient
 
+from api_schemas.options import PredictOptions
 from service import keys as keys_module
 from service import logs
 from service.app import create_app
+from service.routes import asking
 from service.settings import Settings
 
 PNG = {"content-type": "image/png"}
 KEY, TIGHT, ADMIN = "a long random text", "another one", "the admin's"
+FRUGAL = "a third"
 
 
 def line(name: str, key: str, limits: str = "") -> str:
@@ -47,7 +51,8 @@ def predict(client: TestClient, headers: dict[str, str], **query: Any) -> Any:
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("keys")
     api, admin = folder / "api", folder / "admin"
-    api.write_text(line("labeling", KEY) + line("tight", TIGHT, "concurrency=1 cost=100"))
+    keys = [line("labeling", KEY), line("tight", TIGHT, "concurrency=1 cost=100")]
+    api.write_text("".join([*keys, line("frugal", FRUGAL, "cost=2")]))
     admin.write_text(line("ops", ADMIN))
     return {"api_keys_file": api, "admin_keys_file": admin}
 
@@ -111,6 +116,8 @@ def test_every_route_wants_a_key_but_those_that_are_open(guarded: TestClient) ->
         "/favicon.ico",
         "/health/live",
         "/health/ready",
+        "/integrations/label-studio/overlay.png",
+        "/integrations/label-studio/webhook",
         "/metrics",
         "/openapi.json",
         "/page/x",
@@ -214,6 +221,26 @@ def test_what_a_key_can_never_pay_is_refused_before_any_work(guarded: TestClient
     query = {"method": "rise", "samples": 50}
     several = guarded.post("/explain", params=query, files=files, headers=bearer(TIGHT))
     assert several.status_code == 422
+
+
+def test_what_is_drawn_is_on_a_key_s_bill(guarded: TestClient) -> None:
+    """Three overlays and three heatmaps of up to 2048 x 2048 are 1.26 forward passes more."""
+    drawn = {"method": "gradcam", "explain_top": 3, "include": ["overlay", "heatmap"]}
+    response = predict(guarded, bearer(FRUGAL), **drawn)
+    assert (response.status_code, response.json()["code"]) == (422, "invalid_option")
+    assert "costs 2.25829 forward passes" in response.json()["detail"]
+    assert predict(guarded, bearer(FRUGAL), **drawn, size="model").status_code == 200
+    assert predict(guarded, bearer(FRUGAL), **drawn | {"explain_top": 1}).status_code == 200
+
+
+def test_what_is_captured_is_on_a_key_s_bill(guarded: TestClient) -> None:
+    service = guarded.app.state.service
+    charged: list[float] = []
+    with service.pool.use("small") as model:
+        options = PredictOptions(activations=["features.0"])
+        asking.question(model, options, service.limits, 4, charged.append)
+        floats = math.prod(model.layer("features.0").shape)
+    assert charged == [pytest.approx(4 * (1 + 0.02 * 4 * floats / 2**20))]
 
 
 # ---- headers and origins

@@ -19,6 +19,7 @@ from starlette.testclient import TestClient
 
 from service import connections
 from service.formats import format_of
+from service.integrations import asked
 from service.routes import bodies
 
 PNG = {"content-type": "image/png"}
@@ -145,6 +146,26 @@ def test_heavy_json_is_refused_before_it_is_parsed(
         400,
         "malformed_request",
     )
+
+
+PEERS = (
+    "/v1/models/small:predict",
+    "/v1/models/small:explain",
+    "/v2/models/small/infer",
+    "/predictions/small",
+    "/integrations/x-anylabeling/v1/predict",
+)
+
+
+@pytest.mark.parametrize("route", PEERS)
+@pytest.mark.parametrize("body", HEAVY.values(), ids=HEAVY)
+def test_heavy_json_of_other_protocols_is_refused_before_it_is_parsed(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, route: str, body: bytes
+) -> None:
+    monkeypatch.setattr(asked.orjson, "loads", lambda _: pytest.fail("it was parsed"))
+    response = client.post(route, content=body, headers=JSON)
+    assert response.status_code == 400
+    assert "send images as base64, or tensors as bytes" in response.text
 
 
 @pytest.mark.parametrize("depth", [10, 150, 5_000])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -253,6 +254,34 @@ def test_on_sighup_the_configuration_is_read_again(tmp_path: Path) -> None:
         process.send_signal(signal.SIGHUP)
         assert httpx.get(f"{url}/health/ready").status_code == 200
         assert names(url) == ["b"]
+
+
+def test_on_sighup_the_keys_are_read_again(tmp_path: Path) -> None:
+    """At once; a file that is spoiled leaves those that were."""
+
+    def write(key: str) -> None:
+        keys.write_text(f"one:{hashlib.sha256(key.encode()).hexdigest()}\n")
+
+    def status(key: str) -> int:
+        headers = {"authorization": f"Bearer {key}"}
+        return httpx.get(f"{url}/models", headers=headers).status_code
+
+    keys = tmp_path / "keys"
+    write("old")
+    arguments = ("--model", "tiny:small", "--api-keys-file", str(keys))
+    with serving(*arguments) as (process, url, _):
+        assert (status("old"), status("new")) == (200, 401)
+        # The stamp is kept, so that only the signal can be what makes the service look.
+        stamp = keys.stat()
+        write("new")
+        os.utime(keys, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+        process.send_signal(signal.SIGHUP)
+        while status("new") != 200:
+            assert process.poll() is None
+        assert status("old") == 401
+        keys.write_text("nonsense")
+        process.send_signal(signal.SIGHUP)
+        assert (status("old"), status("new")) == (401, 200)
 
 
 def names(url: str) -> list[str]:
