@@ -12,14 +12,17 @@ PYTHON =
 HOST =
 PORT =
 ARGS =
+# For `make load`: a server that runs; without it one is started.
+URL =
 
 # Installs with pip, which talks during the first, long installation and is quiet afterwards.
 PIP_INSTALL = quiet=; [ ! -e .venv/.installed ] || quiet=--quiet; \
 	.venv/bin/python -m pip install --disable-pip-version-check $$quiet -c constraints.txt
 SAFE = PYTHONSAFEPATH=1
 CLIENTS = sh tests/protocols/install.sh
+LOAD = $(SAFE) PYTHONPATH=benchmarks:deploy/load .venv/bin/python
 
-.PHONY: help install run test test-all browser protocols check bench clean
+.PHONY: help install run test test-all browser protocols labeling ray load capacity check docs bench image container clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -39,8 +42,14 @@ test-all: .venv/.installed-test ## run every test; one whose tool is missing is 
 browser: .venv/.installed-test tests/browser/node_modules/.installed ## test the page in Chromium (ARGS= for pytest)
 	@$(SAFE) .venv/bin/python -m pytest -m browser $(ARGS)
 
-protocols: .venv/.installed-test .venv-protocols/.installed .venv-x-anylabeling/.installed ## talk to it through the clients of KServe, Triton and X-AnyLabeling
+protocols: .venv/.installed-test .venv-protocols/.installed .venv-x-anylabeling/.installed .venv-cvat/.installed .venv-fiftyone/.installed .venv-labelbox/.installed ## talk to it through the clients of KServe, Triton, X-AnyLabeling, CVAT, FiftyOne and Labelbox
 	@$(SAFE) .venv/bin/python -m pytest -m protocols $(ARGS)
+
+labeling: .venv/.installed-test .venv-label-studio/.installed ## be the backend of a real Label Studio, seen in Chromium (ARGS= for pytest)
+	@$(SAFE) .venv/bin/python -m pytest -m labeling $(ARGS)
+
+ray: .venv/.installed-dev ## run it on a Ray cluster of two nodes (ARGS= for pytest)
+	@$(SAFE) sh tests/cluster/alone.sh .venv/bin/python -m pytest -m ray $(ARGS)
 
 check: .venv/.installed-dev ## lint, format, types, imports
 	@$(SAFE) .venv/bin/python -m ruff check
@@ -48,11 +57,28 @@ check: .venv/.installed-dev ## lint, format, types, imports
 	@$(SAFE) .venv/bin/python -m mypy
 	@$(SAFE) .venv/bin/lint-imports --no-logo
 
+docs: .venv-docs/.installed ## build the documentation into build/docs; a broken link fails it
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
+	@echo 'camserve: the documentation is in build/docs/index.html'
+
+image: ## build the container's image, camserve:latest
+	docker build --tag camserve:latest --build-arg REVISION="$$(git rev-parse HEAD 2>/dev/null)" \
+		--build-arg VERSION="$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' service/__init__.py)" .
+
+container: .venv/.installed-test .venv-deploy/.installed .venv-protocols/.installed ## build the image and run it; test manifests, alerts and the dashboard
+	@$(SAFE) .venv/bin/python -m pytest -m container -s $(ARGS)
+
+load: .venv/.installed-dev ## load a server (or ARGS='--url URL') up to more than it takes, report in build/load
+	@$(LOAD) deploy/load/load.py $(URL:%=--url %) $(ARGS)
+
+capacity: .venv/.installed-dev ## load it under several settings, write docs/reference/capacity.md (a quarter of an hour)
+	@$(LOAD) deploy/load/capacity.py $(ARGS)
+
 bench: .venv/.installed-dev ## measure beside others, write docs/reference/benchmarks.md (ARGS=--quick: 2 minutes)
 	@$(SAFE) PYTHONPATH=benchmarks .venv/bin/python benchmarks/bench.py $(ARGS)
 
 clean: ## remove .venv, caches and build outputs
-	rm -rf .venv .venv-protocols .venv-x-anylabeling .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-deploy .venv-docs .venv-protocols .venv-x-anylabeling .venv-cvat .venv-fiftyone .venv-labelbox .venv-label-studio .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist
 	rm -rf tests/browser/node_modules
 	find api_schemas benchmarks examples service tests -type d -name __pycache__ -prune \
 		-exec rm -rf {} + 2>/dev/null || true
@@ -83,13 +109,34 @@ tests/browser/node_modules/.installed: tests/browser/package.json tests/browser/
 		echo 'camserve: npm is not installed; tests of accessibility will be skipped' >&2; \
 	fi
 
+.venv-docs/.installed: .venv/bin/python docs/requirements.txt
+	@echo 'camserve: installing what builds the documentation'
+	@.venv/bin/python -m venv --clear .venv-docs
+	@.venv-docs/bin/python -m pip install --disable-pip-version-check --quiet -r docs/requirements.txt
+	@touch $@
+
 # Environments of other programs' clients. Where one cannot be made, its tests are skipped.
 
 .venv-protocols/.installed: .venv/bin/python tests/protocols/constraints.txt
 	@$(CLIENTS) tests/protocols/constraints.txt .venv-protocols
 
+.venv-deploy/.installed: .venv/bin/python tests/container/constraints.txt
+	@$(CLIENTS) tests/container/constraints.txt .venv-deploy
+
+.venv-label-studio/.installed: .venv/bin/python tests/labeling/constraints.txt
+	@$(CLIENTS) tests/labeling/constraints.txt .venv-label-studio
+
 .venv-x-anylabeling/.installed: .venv/bin/python tests/protocols/constraints-x-anylabeling.txt
 	@$(CLIENTS) tests/protocols/constraints-x-anylabeling.txt .venv-x-anylabeling
+
+.venv-cvat/.installed: .venv/bin/python tests/protocols/constraints-cvat.txt
+	@$(CLIENTS) tests/protocols/constraints-cvat.txt .venv-cvat
+
+.venv-fiftyone/.installed: .venv/bin/python tests/protocols/constraints-fiftyone.txt
+	@$(CLIENTS) tests/protocols/constraints-fiftyone.txt .venv-fiftyone
+
+.venv-labelbox/.installed: .venv/bin/python tests/protocols/constraints-labelbox.txt
+	@$(CLIENTS) tests/protocols/constraints-labelbox.txt .venv-labelbox
 
 .venv/bin/python:
 	@for python in $(PYTHON) python3.11 python3.12 python3.13 python3; do \

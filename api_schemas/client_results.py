@@ -133,7 +133,7 @@ class Answer:
 def read_answer(body: bytes) -> Answer:
     """An answer of `/explain` or `/predict`. Raises ValueError for anything else."""
     wire = answers.Answer.model_validate_json(body)
-    results = [_result(each, wire.id) for each in wire.results]
+    results = [read_result(each, wire.id) for each in wire.results]
     return Answer(wire.id, wire.model, results, wire.timing_ms, body)
 
 
@@ -175,7 +175,8 @@ def _numbers(data: str, dtype: str, shape: list[int]) -> Any:
     return np.frombuffer(base64.b64decode(data), kind).reshape(shape)
 
 
-def _result(wire: answers.Result, request_id: str) -> Result:
+def read_result(wire: answers.Result, request_id: str | None = None) -> Result:
+    """One of the results of an answer."""
     if wire.error is not None:
         said = wire.error
         return Result(error=service_error(said.status, said.code, said.detail, request_id))

@@ -1,4 +1,4 @@
-"""Requests of other servers' protocols: KServe's V1, the Open Inference Protocol V2, X-AnyLabeling.
+"""Requests of other programs' protocols: KServe V1, Open Inference V2, and labeling tools'.
 
 Field names and shapes are the protocols'; what is free text or free form there is so here.
 """
@@ -73,3 +73,51 @@ class LabelingRequest(BaseModel):
     model: str
     image: str = Field(description="A data: URI.")
     params: LabelingParameters = LabelingParameters()
+
+
+class LabelStudioSetup(BaseModel):
+    """The body of a Label Studio backend's `/setup`; the host and token it names are not used."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    project: str = ""
+    label_config: str = Field(alias="schema")
+    extra_params: dict[str, Any] | str | None = Field(
+        None, description="Options of /explain, and `labels`: classes to labels."
+    )
+
+
+class LabelStudioTask(BaseModel):
+    """A task: what its label_config calls `$image` is in `data`."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    id: int | str | None = None
+    data: dict[str, Any]
+
+
+class LabelStudioContext(BaseModel):
+    """What is in the page where somebody clicked; the click is the last."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    result: list[dict[str, Any]] = []
+
+
+class LabelStudioParams(BaseModel):
+    """`context` is null for a selection of tasks."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    context: LabelStudioContext | None = None
+
+
+class LabelStudioRequest(BaseModel):
+    """The body of a Label Studio backend's `/predict`."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    tasks: list[LabelStudioTask]
+    project: str = ""
+    label_config: str
+    params: LabelStudioParams = LabelStudioParams()

@@ -92,14 +92,8 @@ class Server:
         self.pid = process.pid
 
     def usage(self) -> Usage:
-        """Of the process and all its children. Pages that they share are counted in each."""
-        cpu, peak = 0.0, 0.0
-        for process in self._processes():
-            with suppress(psutil.Error, OSError):
-                times = process.cpu_times()
-                cpu += times.user + times.system
-                peak += _peak(process)
-        return Usage(cpu, peak)
+        """Of the process and all its children."""
+        return usage(self.pid)
 
     def pause(self) -> None:
         """Stop all its threads where they are."""
@@ -112,8 +106,23 @@ class Server:
             process.resume()
 
     def _processes(self) -> list[psutil.Process]:
-        main = psutil.Process(self.pid)
-        return [main, *main.children(recursive=True)]
+        return _family(self.pid)
+
+
+def usage(pid: int) -> Usage:
+    """Of a process and all its children. Pages that they share are counted in each."""
+    cpu, peak = 0.0, 0.0
+    for process in _family(pid):
+        with suppress(psutil.Error, OSError):
+            times = process.cpu_times()
+            cpu += times.user + times.system
+            peak += _peak(process)
+    return Usage(cpu, peak)
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    main = psutil.Process(pid)
+    return [main, *main.children(recursive=True)]
 
 
 def _peak(process: psutil.Process) -> float:

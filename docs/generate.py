@@ -1,6 +1,6 @@
-"""Write the files of docs/reference that say what the code says: settings, errors, routes, metrics.
+"""Write what the documentation says of the code, and llms.txt, which says what there is to read.
 
-    python docs/generate.py
+    PYTHONPATH=. python docs/generate.py
 
 A test compares the committed pages with what this would write.
 """
@@ -8,17 +8,22 @@ A test compares the committed pages with what this would write.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args, get_origin
 
+import typer.main
+import yaml
 from prometheus_client import CollectorRegistry
 
-from service import errors
+from service import cli, errors
 from service.app import build_service, create_app
 from service.routes.problems import STATUS, status_of
 from service.settings import Settings
 
-REFERENCE = Path(__file__).parent / "reference"
+DOCS = Path(__file__).parent
+METHODS = ("get", "post", "put", "patch", "delete")
 
 
 def settings_page() -> str:
@@ -85,7 +90,11 @@ def metrics_page() -> str:
 def _metric_rows(registry: CollectorRegistry) -> Iterator[str]:
     for metric in registry.collect():
         name = f"{metric.name}_total" if metric.type == "counter" else metric.name
-        labels = {"camserve_requests": "route, status", "camserve_replicas_replaced": "model"}
+        labels = {
+            "camserve_device_memory_bytes": "device",
+            "camserve_replicas_replaced": "model",
+            "camserve_requests": "route, status",
+        }
         label = labels.get(metric.name, "stage" if "stage" in metric.name else "")
         yield f"| `{name}` | {metric.type} | {label} | {metric.documentation} |"
 
@@ -102,14 +111,157 @@ def openapi_document() -> str:
     return json.dumps(app.openapi(), indent=2, ensure_ascii=False) + "\n"
 
 
+def routes_page() -> str:
+    """Every operation of the OpenAPI document: summary, parameters, bodies, answers."""
+    document = create_app(Settings(workers=1, compile=False), background=True).openapi()
+    lines = [
+        "# Routes",
+        "",
+        "Try each at `/docs` of a running service. [openapi.json](openapi.json) has the schemas",
+        "and examples; [Errors](errors.md) says what a problem body holds.",
+    ]
+    for tag in document["tags"]:
+        found = [
+            (path, method, each)
+            for path, methods in document["paths"].items()
+            for method, each in methods.items()
+            if method in METHODS and each["tags"][0] == tag["name"]
+        ]
+        if found:
+            lines += ["", f"## {tag['name']}", "", tag["description"]]
+        for path, method, each in found:
+            lines += ["", f"### `{method.upper()} {path}`", "", *_operation(each)]
+    return "\n".join(lines) + "\n"
+
+
+def _operation(operation: dict[str, Any]) -> Iterator[str]:
+    yield f"**{operation['summary']}.** {operation.get('description', '')}".rstrip()
+    bodies = operation.get("requestBody", {}).get("content", {})
+    if bodies:
+        yield f"\nBody: {', '.join(f'`{kind}`' for kind in bodies)}."
+    parameters = operation.get("parameters", [])
+    if parameters:
+        yield "\n| option | in | takes | meaning |"
+        yield "|---|---|---|---|"
+    for each in parameters:
+        text = _cell(each.get("description") or each["schema"].get("description", ""))
+        yield f"| `{each['name']}` | {each['in']} | {_takes(each['schema'])} | {text} |"
+    if parameters:
+        yield ""
+    answers = operation["responses"].items()
+    good = [f"{status} {_kinds(each)}" for status, each in answers if status < "400"]
+    bad = sorted(status for status, _ in answers if status >= "400")
+    yield f"Answers {', '.join(good)}" + (f"; problems {', '.join(bad)}." if bad else ".")
+
+
+def _kinds(answer: dict[str, Any]) -> str:
+    kinds = ", ".join(f"`{kind}`" for kind in answer.get("content", {}))
+    return f"with {kinds}" if kinds else "without a body"
+
+
+def _takes(schema: dict[str, Any]) -> str:
+    """What a parameter takes, in a few words."""
+    schema = next((each for each in schema.get("anyOf", []) if each.get("type") != "null"), schema)
+    if "items" in schema:
+        return f"{_takes(schema['items'])}, repeated"
+    if "enum" in schema:
+        return ", ".join(f"`{each}`" for each in schema["enum"])
+    least, most = schema.get("minimum"), schema.get("maximum")
+    bounds = f" {least:g}–{most:g}" if least is not None and most is not None else ""
+    return f"{schema.get('type', 'anything')}{bounds}"
+
+
+def cli_page() -> str:
+    """Every command with its arguments and flags, as `--help` has them."""
+    lines = [
+        "# Command line",
+        "",
+        "`make` installs it as `.venv/bin/camserve`; `python -m service` is the same. Every",
+        "command answers `--help`. [How to use it](../how-to/use-the-command-line.md).",
+        "",
+        "A flag that is left out is taken from its environment variable, then its default. Tables",
+        "and `--json` go to standard output; progress (on a terminal only), notes and errors to",
+        "standard error.",
+        "",
+        cli.EXIT_CODES,
+        "",
+        "`camserve --install-completion` completes commands, flags and their values in bash, zsh,",
+        "fish and PowerShell; `camserve --show-completion` prints the script instead.",
+    ]
+    group = typer.main.get_command(cli.app)
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        lines += ["", f"## `camserve {name}`", "", *_command(command)]
+    return "\n".join(lines) + "\n"
+
+
+def _command(command: Any) -> Iterator[str]:
+    yield re.sub(r"\s*\n\s*(?!\n)", " ", str(command.help).strip())
+    kinds = [each.type_descriptor.annotation for each in command.params if each.name != "help"]
+    taken = [each for each in command.params if each.param_type_name == "argument"]
+    words = [each.metavar or each.name.upper() for each in taken]
+    yield f"\n```text\ncamserve {command.name} [FLAGS] {' '.join(words)}".rstrip() + "\n```"
+    yield "\n| | takes | meaning |"
+    yield "|---|---|---|"
+    flags = [each for each in command.params if each.param_type_name == "option"]
+    shown = words + [", ".join((*each.opts, *each.secondary_opts)) for each in flags]
+    for each, name, kind in zip((*taken, *flags), shown, kinds, strict=False):
+        yield f"| `{name}` | {_kind(kind)} | {_cell(each.help)} |"
+
+
+def _kind(annotation: Any) -> str:
+    """What a flag takes, in a word; nothing for a switch."""
+    if get_origin(annotation) is list:
+        return f"{_kind(get_args(annotation)[0])}, repeated"
+    return {bool: "", int: "integer", float: "number", Path: "path"}.get(annotation, "text")
+
+
+def _cell(text: str | None) -> str:
+    """One line of a table; rich's escapes and the columns' bars made harmless."""
+    return " ".join((text or "").replace("\\[", "[").split()).replace("|", "\\|")
+
+
+def llms_txt() -> str:
+    """Title, sentence and place of every page, in the order of the site (https://llmstxt.org)."""
+    site = yaml.safe_load((DOCS / "site" / "mkdocs.yml").read_text(encoding="utf-8"))
+    lines = [f"# {site['site_name']}", "", f"> {site['site_description']}."]
+    for part in site["nav"]:
+        ((title, inside),) = part.items()
+        pages = [page for page in _pages(inside) if (DOCS / page).exists()]
+        if pages:
+            lines += ["", f"## {title}", ""]
+        for page in pages:
+            heading, sentence = _heading(DOCS / page)
+            lines.append(f"- [{heading}]({page}): {sentence}")
+    return "\n".join(lines) + "\n"
+
+
+def _pages(nav: Any) -> Iterator[str]:
+    """The pages of a part of the site's navigation."""
+    if isinstance(nav, str):
+        yield nav
+    for each in nav if isinstance(nav, list) else nav.values() if isinstance(nav, dict) else ():
+        yield from _pages(each)
+
+
+def _heading(page: Path) -> tuple[str, str]:
+    """A page's title, and the first sentence below it without its links and marks."""
+    title, *paragraphs = page.read_text(encoding="utf-8").strip().split("\n\n")
+    text = next(each for each in paragraphs if each[0].isalnum() or each[0] in "`*[")
+    plain = re.sub(r"\[([^]]*)\]\([^)]*\)|\*\*", r"\1", " ".join(text.split()))
+    return title.lstrip("# "), re.split(r"(?<=[.!?:]) ", plain, maxsplit=1)[0].rstrip(".:") + "."
+
+
 PAGES = {
-    "settings.md": settings_page,
-    "errors.md": errors_page,
-    "metrics.md": metrics_page,
-    "openapi.json": openapi_document,
+    "reference/settings.md": settings_page,
+    "reference/errors.md": errors_page,
+    "reference/metrics.md": metrics_page,
+    "reference/routes.md": routes_page,
+    "reference/cli.md": cli_page,
+    "reference/openapi.json": openapi_document,
+    "llms.txt": llms_txt,
 }
 
 if __name__ == "__main__":
     for name, page in PAGES.items():
-        (REFERENCE / name).write_text(page(), encoding="utf-8")
-        print(f"docs/reference/{name}")
+        (DOCS / name).write_text(page(), encoding="utf-8")
+        print(f"docs/{name}")

@@ -25,8 +25,10 @@ from service.addresses import parse_hosts
 from service.admission import Admission
 from service.errors import ConfigurationError
 from service.fetching import Fetcher
-from service.integrations import kserve, open_inference, repository, torchserve, x_anylabeling
+from service.integrations.routers import ROUTERS
 from service.keys import KeyFile
+from service.label_studio_host import LabelStudio, LabelStudioHost
+from service.memory import device_memory, memory_limit
 from service.metrics import Metrics, Readings
 from service.models.catalog import ModelSpec, check_names, parse_models, with_int8
 from service.models.config import read_config
@@ -59,15 +61,16 @@ GRACE_SECONDS = 30.0
 _DOCS_FILES = importlib.resources.files(fastapi_offline) / "static"
 
 
-def create_app(settings: Settings, *, background: bool = False) -> FastAPI:
+def create_app(settings: Settings, *, background: bool = False, only: str | None = None) -> FastAPI:
     """The service as an ASGI app; its threads live in its lifespan.
 
     background: load the models after the start, so that probes are answered meanwhile; what fails
     is in their states. Otherwise they are loaded here.
+    only: the name of the one model to serve, of those in the settings.
 
     Raises ConfigurationError where the settings are wrong or a model cannot be loaded.
     """
-    service = build_service(settings, load=not background)
+    service = build_service(settings, load=not background, only=only)
     traces = traces_from_environment()
 
     @asynccontextmanager
@@ -82,8 +85,9 @@ def create_app(settings: Settings, *, background: bool = False) -> FastAPI:
             service.admission.close()
             await _in_thread(lambda: service.scheduler.close(GRACE_SECONDS))
             await _in_thread(service.library.close)
-            if service.fetcher is not None:
-                await service.fetcher.aclose()
+            for fetcher in (service.fetcher, service.label_studio.host):
+                if fetcher is not None:
+                    await fetcher.aclose()
             if traces is not None:
                 await _in_thread(traces.close)
 
@@ -96,17 +100,7 @@ def create_app(settings: Settings, *, background: bool = False) -> FastAPI:
         redoc_url=None,
     )
     app.state.service = service
-    for router in (
-        classify.router,
-        models.router,
-        kernels.router,
-        health.router,
-        repository.router,
-        open_inference.router,
-        kserve.router,
-        torchserve.router,
-        x_anylabeling.router,
-    ):
+    for router in (classify.router, models.router, kernels.router, health.router, *ROUTERS):
         app.include_router(router)
     _serve_page(app)
     problems.install(app, options=list(ExplainOptions.model_fields))
@@ -128,11 +122,12 @@ def create_app(settings: Settings, *, background: bool = False) -> FastAPI:
     return app
 
 
-def build_service(settings: Settings, *, load: bool = True) -> Service:
+def build_service(settings: Settings, *, load: bool = True, only: str | None = None) -> Service:
     """Build all parts and, unless told not to, load the models; no thread runs yet."""
+    specs = [spec for spec in model_specs(settings) if only in (None, spec.name)]
     load_one = model_loader(settings)
     pool = ModelPool(replicas=settings.worker_count, reload=lambda model: load_one(model.spec))
-    library = Library(pool, model_specs(settings), load_one, max_bytes=settings.max_model_bytes)
+    library = Library(pool, specs, load_one, max_bytes=settings.max_model_bytes)
     if load:
         library.load_all()
     metrics = Metrics()
@@ -154,8 +149,12 @@ def build_service(settings: Settings, *, load: bool = True) -> Service:
             lambda: scheduler.workers.abandoned,
         ),
         "hooks_live": ("Hooks on all replicas beyond the models' own.", pool.hooks_live),
+        "memory_limit_bytes": (
+            "Memory that this process may use: its container's limit, or the machine's.",
+            memory_limit,
+        ),
     }
-    metrics.watch(Readings(gauges, lambda: pool.replaced))
+    metrics.watch(Readings(gauges, lambda: pool.replaced, device_memory))
     limits = Limits(
         images=settings.max_images,
         body_bytes=settings.max_body_bytes,
@@ -176,7 +175,23 @@ def build_service(settings: Settings, *, load: bool = True) -> Service:
         admin_keys=None if settings.admin_keys_file is None else KeyFile(settings.admin_keys_file),
         fetcher=_fetcher(settings) if settings.allowed_image_hosts else None,
         api_keys=None if settings.api_keys_file is None else KeyFile(settings.api_keys_file),
+        label_studio=_label_studio(settings),
     )
+
+
+def _label_studio(settings: Settings) -> LabelStudio:
+    secrets = (settings.label_studio_token, settings.overlay_secret)
+    token, secret = (value.get_secret_value() if value else None for value in secrets)
+    host = None
+    if settings.label_studio_url:
+        host = LabelStudioHost(
+            settings.label_studio_url,
+            token,
+            allowed=parse_hosts(settings.allowed_image_hosts),
+            max_bytes=settings.max_body_bytes,
+            seconds=settings.image_url_timeout,
+        )
+    return LabelStudio(host, secret)
 
 
 def _fetcher(settings: Settings) -> Fetcher:

@@ -1,42 +1,48 @@
-"""Explaining files without a server: the scheduler's work, results as files in a folder."""
+"""Explaining files without a server: the scheduler's work, results wherever they are kept."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import orjson
-import pydantic
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from api_schemas.answers import Result
 from api_schemas.options import ExplainOptions
 from service.cam.heatmap import render_heatmap
-from service.errors import CamserveError, ConfigurationError, InvalidOption
+from service.errors import CamserveError
+from service.image_files import read_image
 from service.models.loaded import LoadedModel
 from service.questions import Answer, Question
 from service.routes import wire
-from service.routes.asking import question
-from service.routes.problems import describe
+from service.routes.asking import hiding, question
 from service.routes.state import Service
 from service.tensorboard import Board
-from service.upload import Upload, open_upload
+from service.upload import Hiding, Upload, open_upload
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+AT_ONCE = 16
+"""Images that are read, asked or kept at a time."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Explained:
-    """A file that was explained."""
+    """A file that was explained; `name` is its own below the out folder."""
 
     path: Path
-    label: str
-    score: float
+    name: Path
+    model: LoadedModel
+    options: ExplainOptions
+    upload: Upload
+    answer: Answer
+    result: Result
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,92 +50,81 @@ class Failed:
     """A file that was not, and why."""
 
     path: Path
+    name: Path
+    code: str
     detail: str
 
 
-@dataclass(slots=True)
-class Report:
-    """What became of each file, in the order they were given."""
+Outcome = Explained | Failed
 
-    explained: list[Explained] = field(default_factory=list)
-    failed: list[Failed] = field(default_factory=list)
+Keeper = Callable[[Outcome], None]
+"""Keeps what became of a file; called by several threads, in any order."""
 
 
-def find_images(paths: Iterable[Path]) -> list[tuple[Path, Path]]:
-    """Every image file with the name, without suffix, that its results get below the out folder.
-
-    Files are taken as they are; folders are searched through, for the suffixes we read.
-    Raises ConfigurationError for a path that does not exist or a folder without images.
-    """
-    found: list[tuple[Path, Path]] = []
-    for path in paths:
-        if path.is_dir():
-            inside = sorted(each for each in path.rglob("*") if each.suffix.lower() in SUFFIXES)
-            if not inside:
-                raise ConfigurationError(f"no image is in the folder {path}.")
-            found += [(each, each.relative_to(path)) for each in inside]
-        elif path.exists():
-            found.append((path, Path(path.name)))
-        else:
-            raise ConfigurationError(f"there is no file {path}.")
-    taken = Counter(name.with_suffix("") for _, name in found)
-    return [
-        (path, name if taken[name.with_suffix("")] > 1 else name.with_suffix(""))
-        for path, name in found
-    ]
-
-
-def explain_options(**values: Any) -> ExplainOptions:
-    """The options of `/explain`. Raises InvalidOption with what is wrong in words."""
-    try:
-        return ExplainOptions(**values)
-    except pydantic.ValidationError as error:
-        raise InvalidOption(describe(error.errors(include_url=False))) from error
-
-
-def explain_files(  # noqa: PLR0917 - what, of what, where to, and who is told
+@contextmanager
+def explain_files(
     service: Service,
-    paths: Sequence[Path],
-    out: Path,
+    images: Sequence[tuple[Path, Path]],
     options: ExplainOptions,
+    keepers: Sequence[Keeper],
     console: Console,
-    board: Board | None = None,
-) -> Report:
-    """Write NAME.overlay.jpeg, NAME.heatmap.png and NAME.json for each image.
+) -> Iterator[Iterator[Outcome]]:
+    """What becomes of each image of `find_images`, in their order, while the rest is under way.
 
-    On the board each overlay is NAME/CLASS, and each captured layer's maps NAME/LAYER. A progress
-    bar runs on `console` where there are several. Raises what `find_images` and `question` raise; a
-    file that fails is in the report.
+    A progress bar runs on `console` where that is a terminal and there are several. Raises what
+    `question` raises; a file that fails is an outcome.
     """
-    images = find_images(paths)
-    model = service.pool.model(None)
-    ask = question(model, options, service.limits, images=1)
-    job = _Job(service, model, options, ask, board)
-    ended: dict[Path, Explained | Failed] = {}
     service.scheduler.start()
     try:
-        with (
-            ThreadPoolExecutor(max_workers=16) as waiters,
-            Progress(console=console, disable=len(images) < 2) as progress,
-        ):
-            bar = progress.add_task("explaining", total=len(images))
-            futures = [
-                waiters.submit(job.explain, path, out / name, str(name)) for path, name in images
-            ]
-            for future in as_completed(futures):
-                result = future.result()
-                ended[result.path] = result
-                progress.advance(bar)
+        with explain_images(service, images, options, keepers, console) as outcomes:
+            yield outcomes
     finally:
         service.scheduler.close()
-    report = Report()
-    for path, _ in images:
-        line = ended[path]
-        if isinstance(line, Explained):
-            report.explained.append(line)
-        else:
-            report.failed.append(line)
-    return report
+
+
+@contextmanager
+def explain_images(  # noqa: PLR0917 - as `explain_files`, and how files are read
+    service: Service,
+    images: Sequence[tuple[Path, Path]],
+    options: ExplainOptions,
+    keepers: Sequence[Keeper],
+    console: Console,
+    read: Callable[[Path], bytes] = read_image,
+) -> Iterator[Iterator[Outcome]]:
+    """As `explain_files`, in a service whose threads run, and go on when it ends.
+
+    read: the bytes of an image; what it raises, an OSError or one of ours, is the image's.
+    """
+    model = service.pool.model(None)
+    ask = question(model, options, service.limits, images=1)
+    job = _Job(service, model, options, ask, hiding(options), keepers, read)
+    with (
+        ThreadPoolExecutor(max_workers=AT_ONCE) as waiters,
+        Progress(console=console, disable=len(images) < 2 or not console.is_terminal) as bars,
+    ):
+        bar = bars.add_task("explaining", total=len(images))
+        try:
+            yield _in_order(waiters, job, images, lambda: bars.advance(bar))
+        finally:
+            waiters.shutdown(wait=False, cancel_futures=True)
+
+
+def _in_order(
+    waiters: ThreadPoolExecutor,
+    job: _Job,
+    images: Sequence[tuple[Path, Path]],
+    ended: Callable[[], None],
+) -> Iterator[Outcome]:
+    """Outcomes in the order of the images, of which at most AT_ONCE are in memory."""
+    left, waiting = iter(images), deque[Future[Outcome]]()
+    while True:
+        for path, name in islice(left, AT_ONCE - len(waiting)):
+            waiting.append(waiters.submit(job.explain, path, name))
+        if not waiting:
+            return
+        outcome = waiting.popleft().result()
+        ended()
+        yield outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,52 +135,111 @@ class _Job:
     model: LoadedModel
     options: ExplainOptions
     question: Callable[[Tensor], Question]
-    board: Board | None
+    hiding: Hiding | None
+    keepers: Sequence[Keeper]
+    read: Callable[[Path], bytes]
 
-    def explain(self, path: Path, out: Path, name: str) -> Explained | Failed:
+    def explain(self, path: Path, name: Path) -> Outcome:
         """Explain one file; waits in this thread while the scheduler's threads work."""
-        scheduler, limits = self.service.scheduler, self.service.limits
+        outcome: Outcome
         try:
-            upload = scheduler.call(
-                open_upload,
-                path.read_bytes(),
-                self.model.preprocessing,
-                self.options.fit,
-                max_pixels=limits.pixels,
-                photo_side=limits.render_side,
-            ).result()
-            asked = self.question(upload.model_input.pixels)
-            answer = scheduler.submit(self.model, asked).result().answer
-            return scheduler.call(self.write, path, upload, answer, out, name).result()
+            outcome = self._explained(path, name)
         except CamserveError as error:
-            return Failed(path, error.detail)
+            outcome = Failed(path, name, error.code, error.detail)
         except OSError as error:
-            return Failed(path, f"{error.strerror or error}")
+            outcome = Failed(path, name, "unreadable_file", f"{error.strerror or error}")
+        try:
+            for keep in self.keepers:
+                self.service.scheduler.call(keep, outcome).result()
+        except CamserveError as error:  # the overlay or the heatmap cannot be drawn
+            return Failed(path, name, error.code, error.detail)
+        except OSError as error:
+            return Failed(path, name, "unwritable_file", f"{error.strerror or error}")
+        return outcome
 
-    def write(self, path: Path, upload: Upload, answer: Answer, out: Path, name: str) -> Explained:
-        """Write the files of one image; further classes carry their id in the name."""
-        side, style = self.service.limits.render_side, wire.style_of(self.options)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        for place, explanation in enumerate(answer.explanations):
-            tag = f".{explanation.class_id}" if place else ""
+    def _explained(self, path: Path, name: Path) -> Explained:
+        scheduler, limits = self.service.scheduler, self.service.limits
+        upload = scheduler.call(
+            open_upload,
+            self.read(path),
+            self.model.preprocessing,
+            self.options.fit,
+            max_pixels=limits.pixels,
+            photo_side=limits.render_side,
+            hiding=self.hiding,
+        ).result()
+        answer = self._ask(self.question(upload.model_input.pixels))
+        masked = None
+        if upload.masked is not None:
+            targets = tuple(explanation.class_id for explanation in answer.explanations)
+            again = self.question(upload.masked.model_input.pixels)
+            masked = self._ask(replace(again, targets=targets, activations=()))
+        result = scheduler.call(
+            wire.result, self.model, upload, answer, self.options, limits.render_side, masked
+        ).result()
+        return Explained(path, name, self.model, self.options, upload, answer, result)
+
+    def _ask(self, asked: Question) -> Answer:
+        return self.service.scheduler.submit(self.model, asked).result().answer
+
+
+def into_folder(out: Path, side: int, *, numbers: bool = True) -> Keeper:
+    """Write NAME.overlay.jpeg, NAME.heatmap.png and NAME.json of each image into a folder.
+
+    Further classes carry their id in the name. side: of the longer side of heatmaps, pixels.
+    numbers: whether the JSON is written.
+    """
+
+    def keep(outcome: Outcome) -> None:
+        if isinstance(outcome, Failed):
+            return
+        upload, style = outcome.upload, wire.style_of(outcome.options)
+        place = out / outcome.name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        for index, explanation in enumerate(outcome.answer.explanations):
+            tag = f".{explanation.class_id}" if index else ""
             drawn = wire.overlay(upload, explanation, style)
-            _beside(out, f"{tag}.overlay.{style.format}").write_bytes(drawn.data)
-            geometry = upload.model_input.geometry
-            heatmap = render_heatmap(explanation.grid, geometry, style, side)
-            _beside(out, f"{tag}.heatmap.png").write_bytes(heatmap.data)
-            if self.board is not None:
-                self.board.add(f"{name}/{self.model.labels[explanation.class_id]}", drawn)
-        if self.board is not None:
-            for activation in answer.activations:
-                call = f".{activation.call}" if activation.call else ""
-                maps, _ = wire.picture_of(self.model, activation)
-                self.board.add(f"{name}/{activation.layer}{activation.part}{call}", maps)
-        numbers = wire.result(self.model, upload, answer, self.options, side)
-        _beside(out, ".json").write_bytes(
-            orjson.dumps(numbers.model_dump(exclude_unset=True), option=orjson.OPT_INDENT_2)
-        )
-        best = answer.predictions[0]
-        return Explained(path, self.model.labels[best.class_id], best.score)
+            _beside(place, f"{tag}.overlay.{style.format}").write_bytes(drawn.data)
+            heatmap = render_heatmap(explanation.grid, upload.model_input.geometry, style, side)
+            _beside(place, f"{tag}.heatmap.png").write_bytes(heatmap.data)
+        if numbers:
+            said = outcome.result.model_dump(exclude_unset=True)
+            _beside(place, ".json").write_bytes(orjson.dumps(said, option=orjson.OPT_INDENT_2))
+
+    return keep
+
+
+def onto_board(board: Board) -> Keeper:
+    """Each overlay as NAME/CLASS, and each captured layer's maps as NAME/LAYER."""
+
+    def keep(outcome: Outcome) -> None:
+        if isinstance(outcome, Failed):
+            return
+        model, style = outcome.model, wire.style_of(outcome.options)
+        for explanation in outcome.answer.explanations:
+            drawn = wire.overlay(outcome.upload, explanation, style)
+            board.add(f"{outcome.name}/{model.labels[explanation.class_id]}", drawn)
+        for activation in outcome.answer.activations:
+            call = f".{activation.call}" if activation.call else ""
+            maps, _ = wire.picture_of(model, activation)
+            board.add(f"{outcome.name}/{activation.layer}{activation.part}{call}", maps)
+
+    return keep
+
+
+def as_json(outcome: Outcome, service: Service) -> bytes:
+    """One line: `file`, `model`, and what `/explain` answers of an image, `error` if it failed."""
+    model = service.pool.model(None)
+    said = {
+        "file": str(outcome.path),
+        "model": {"name": model.name, "version": model.version},
+        **(
+            {"error": {"code": outcome.code, "detail": outcome.detail}}
+            if isinstance(outcome, Failed)
+            else outcome.result.model_dump(exclude_unset=True)
+        ),
+    }
+    return orjson.dumps(said, option=orjson.OPT_APPEND_NEWLINE)
 
 
 def _beside(out: Path, ending: str) -> Path:

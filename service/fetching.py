@@ -12,8 +12,9 @@ import asyncio
 import functools
 import socket
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 from urllib.parse import urljoin
 
 import certifi
@@ -31,7 +32,10 @@ MAX_CONNECTIONS = 32
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 _TYPES = ("", "application/octet-stream", "binary/octet-stream")
+_ACCEPT = "image/*, */*;q=0.5"  # Label Studio has pictures, and 406 for `image/*` alone
 _ADDRESSES_TRIED = 3
+_MAX_ANSWER = 1 << 16
+"""Bytes of what answers a `post`."""
 
 
 class _Unusable(Exception):
@@ -63,16 +67,32 @@ class Fetcher:
             limits=httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=0),
         )
 
-    async def fetch(self, url: str, take: Callable[[int], None]) -> bytes:
+    async def fetch(
+        self, url: str, take: Callable[[int], None], authorization: str | None = None
+    ) -> bytes:
         """The bytes behind a URL; `take` is told of each chunk's size and may raise.
 
+        authorization: the header, for the host and port of the URL and for no other on the way.
         Raises ImageUrlRefused for what the URL says, and ImageUrlFailed, always in the same words,
         for all that is learnt on the way, so that nobody can explore a network by it.
         """
         place = locate(url, self._hosts)
+        return await self._in_time(place, self._follow(place, take, authorization))
+
+    async def post(self, url: str, body: bytes) -> bytes:
+        """What answers JSON that is sent to a URL, without redirects. Raises as `fetch` does."""
+        place = locate(url, self._hosts)
+        return await self._in_time(place, self._exchange(place, body))
+
+    async def aclose(self) -> None:
+        """Close what is still open."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        await self._transport.aclose()
+
+    async def _in_time(self, place: Place, answer: Coroutine[Any, Any, bytes]) -> bytes:
         try:
             async with asyncio.timeout(self._seconds):
-                return await self._follow(place, take)
+                return await answer
         except (_Unusable, ImageUrlRefused, httpx.HTTPError, OSError, ValueError) as error:
             _log.info("image_url_failed", host=place.host, reason=_reason(error))
             raise ImageUrlFailed(
@@ -81,14 +101,29 @@ class Fetcher:
                 "image."
             ) from error
 
-    async def aclose(self) -> None:
-        """Close what is still open."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        await self._transport.aclose()
+    async def _exchange(self, place: Place, body: bytes) -> bytes:
+        headers = {"Accept": "application/json", "Content-Type": "application/json"}
+        response = await self._send(place, headers, body)
+        try:
+            if response.status_code != 200:
+                raise _Unusable(f"status {response.status_code}")
+            chunks = bytearray()
+            async for chunk in response.aiter_raw():
+                chunks += chunk
+                if len(chunks) > _MAX_ANSWER:
+                    raise _Unusable("too many bytes")
+            return bytes(chunks)
+        finally:
+            await response.aclose()
 
-    async def _follow(self, place: Place, take: Callable[[int], None]) -> bytes:
+    async def _follow(
+        self, place: Place, take: Callable[[int], None], authorization: str | None
+    ) -> bytes:
+        headers = {"Accept": _ACCEPT}
+        if authorization is not None:
+            headers["Authorization"] = authorization
         for _ in range(MAX_REDIRECTS + 1):
-            response = await self._get(place)
+            response = await self._send(place, headers)
             try:
                 if response.status_code not in _REDIRECTS:
                     return await self._read(response, take)
@@ -98,17 +133,23 @@ class Fetcher:
             leads_to = locate(location, self._hosts)
             if place.scheme == "https" and leads_to.scheme == "http":
                 raise _Unusable("redirected from https to http")
+            if (leads_to.host, leads_to.port) != (place.host, place.port):
+                headers.pop("Authorization", None)
             place = leads_to
         raise _Unusable(f"more than {MAX_REDIRECTS} redirects")
 
-    async def _get(self, place: Place) -> httpx.Response:
+    async def _send(
+        self, place: Place, headers: Mapping[str, str], body: bytes | None = None
+    ) -> httpx.Response:
+        """GET, or POST where there is a body."""
         addresses = await self._resolve(place.host, place.port)
         if not all(is_allowed(each, private=place.private) for each in addresses):
             raise _Unusable("the host has an address that is not allowed")
         failed: httpx.TransportError | None = None
         for address in addresses[:_ADDRESSES_TRIED]:
             try:
-                return await self._transport.handle_async_request(self._request(place, address))
+                request = self._request(place, address, headers, body)
+                return await self._transport.handle_async_request(request)
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 failed = error
         raise failed or _Unusable("no address")
@@ -119,9 +160,11 @@ class Fetcher:
         found = await asyncio.get_running_loop().run_in_executor(self._threads, ask)
         return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
-    def _request(self, place: Place, address: str) -> httpx.Request:
+    def _request(
+        self, place: Place, address: str, headers: Mapping[str, str], body: bytes | None
+    ) -> httpx.Request:
         return httpx.Request(
-            "GET",
+            "GET" if body is None else "POST",
             httpx.URL(
                 scheme=place.scheme,
                 host=address,
@@ -130,11 +173,12 @@ class Fetcher:
             ),
             headers={
                 "Host": place.host_header,
-                "Accept": "image/*",
                 "Accept-Encoding": "identity",
                 "Connection": "close",
                 "User-Agent": "camserve",
+                **headers,
             },
+            content=body,
             extensions={
                 "sni_hostname": place.host,
                 # Time is bounded round the whole; this leaves some for the next address.

@@ -5,50 +5,78 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pydantic
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from service.errors import CamserveError
+from api_schemas.options import ExplainOptions
+from service.errors import CamserveError, InvalidOption
 from service.settings import Settings
 
 OUT = Console()
 ERR = Console(stderr=True)
 
-_FLAGS = {"models": "--model"}
+_FLAGS = {"models": "--model", "targets": "--target"}
 OF_MODELS = ("config", "models", "weights", "app_dir", "allow_random_weights", "device", "workers")
 
 
-def with_settings(names: Sequence[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+Command = Callable[..., None]
+
+
+def with_settings(names: Sequence[str]) -> Callable[[Command], Command]:
     """Give a command a flag for each named setting; what is not given comes from the environment.
 
     The command receives the `Settings` as its first argument in place of those flags.
     """
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
-
-        def run(**values: Any) -> None:
-            given = {name: values.pop(name) for name in names}
-            with told_plainly():
-                settings = Settings(**{k: v for k, v in given.items() if v not in (None, [])})
-                command(settings, **values)
-
-        run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
-            + [_flag(name) for name in names]
-        )
-        run.__annotations__ = {
-            name: parameter.annotation
-            for name, parameter in inspect.signature(run).parameters.items()
-        }
-        run.__doc__, run.__name__ = command.__doc__, command.__name__
-        return run
+    def decorate(command: Command) -> Command:
+        return _made_of_flags(command, [_flag(name) for name in names], Settings)
 
     return decorate
+
+
+def with_options(command: Command) -> Command:
+    """Give a command a flag for each option of `/explain`, but what to send.
+
+    The command receives the `ExplainOptions` as its first argument in place of those flags.
+    """
+    names = [name for name in ExplainOptions.model_fields if name not in ("model", "include")]
+    return _made_of_flags(command, [_option(name) for name in names], explain_options)
+
+
+def explain_options(**values: Any) -> ExplainOptions:
+    """The options of `/explain`. Raises InvalidOption with what is wrong in words."""
+    try:
+        return ExplainOptions(include=["grid"], **values)
+    except pydantic.ValidationError as error:
+        from service.routes.problems import describe  # noqa: PLC0415 - loads a web framework
+
+        raise InvalidOption(describe(error.errors(include_url=False))) from error
+
+
+def _made_of_flags(
+    command: Command, flags: Sequence[inspect.Parameter], make: Callable[..., Any]
+) -> Command:
+    """The command with flags in place of its first argument, which is made of those given."""
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+
+    def run(*before: Any, **values: Any) -> None:
+        given = {flag.name: values.pop(flag.name) for flag in flags}
+        with told_plainly():
+            first = make(**{k: v for k, v in given.items() if v not in (None, [])})
+            command(first, *before, **values)
+
+    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own] + list(flags)
+    )
+    run.__annotations__ = {
+        name: parameter.annotation for name, parameter in inspect.signature(run).parameters.items()
+    }
+    run.__doc__, run.__name__ = command.__doc__, command.__name__
+    return run
 
 
 def _flag(name: str) -> inspect.Parameter:
@@ -58,9 +86,13 @@ def _flag(name: str) -> inspect.Parameter:
     flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
     if name in ("models", "int8"):
         kind = list[str]
-    text = f"{field.description} [env: CAMSERVE_{name.upper()}; default: {default or 'none'}]"
-    if default == 0 and kind is int:
-        text = text.replace("default: none", "default: 0")
+    if kind is bool and default:
+        flag += f"/--no-{flag.removeprefix('--')}"
+    shown = ", ".join(default) if isinstance(default, tuple) else default
+    text = (
+        f"{field.description} [env: CAMSERVE_{name.upper()}; "
+        f"default: {'none' if shown in (None, '') else str(shown)}]"
+    )
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
@@ -68,6 +100,33 @@ def _flag(name: str) -> inspect.Parameter:
         annotation=Annotated[
             kind | None,
             typer.Option(flag, help=escape(text), show_default=False),
+        ],
+    )
+
+
+def _option(name: str) -> inspect.Parameter:
+    field = ExplainOptions.model_fields[name]
+    several = get_origin(field.annotation) is list
+    taken = get_args(field.annotation)[0] if several else field.annotation
+    kind: Any = taken if taken in (int, float) else str
+    choices = [str(each) for each in get_args(taken)] if get_origin(taken) is Literal else []
+    default = field.get_default()
+    text = field.description or ""
+    text += f" One of: {', '.join(choices)}." if choices and choices[0] not in text else ""
+    if default not in (None, []):
+        text += f" [default: {', '.join(default) if several else default}]"
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[
+            list[kind] | None if several else kind | None,
+            typer.Option(
+                _FLAGS.get(name, f"--{name.replace('_', '-')}"),
+                help=escape(text),
+                show_default=False,
+                autocompletion=(lambda: choices) if choices else None,
+            ),
         ],
     )
 

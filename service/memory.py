@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from pathlib import Path
 
 import torch
 
@@ -39,3 +40,23 @@ def release_memory() -> None:
     """Give back what torch keeps of a device's memory for later."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def device_memory() -> dict[str, int]:
+    """Bytes that torch holds on each GPU; none where there is no GPU."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return {f"cuda:{index}": torch.cuda.memory_reserved(index) for index in range(count)}
+
+
+def memory_limit(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that this process may use: the container's limit, or the machine's memory.
+
+    cgroup: where the control groups are mounted, version 2 or 1.
+    """
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for file in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:
+            return min(machine, int((cgroup / file).read_text()))
+        except (OSError, ValueError):  # another version, or "max"
+            continue
+    return machine

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -19,6 +25,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)  # memory, CPU seconds, files, start
         self.requests = Counter(
             "camserve_requests",
             "Requests answered, by route template and status.",
@@ -53,17 +60,20 @@ class Metrics:
 class Readings(Collector):
     """Figures that exist elsewhere, asked for at each scrape so that they cannot drift.
 
-    gauges:   name → (help, function).
-    replaced: how many replicas of each model came back dirty.
+    gauges:        name → (help, function).
+    replaced:      how many replicas of each model came back dirty.
+    device_memory: bytes held on each GPU.
     """
 
     def __init__(
         self,
         gauges: Mapping[str, tuple[str, Callable[[], float]]],
         replaced: Callable[[], Mapping[str, int]],
+        device_memory: Callable[[], Mapping[str, int]],
     ) -> None:
         self._gauges = gauges
         self._replaced = replaced
+        self._device_memory = device_memory
 
     def collect(self) -> Iterable[Metric]:
         for name, (text, read) in self._gauges.items():
@@ -76,3 +86,11 @@ class Readings(Collector):
         for model, count in self._replaced().items():
             replaced.add_metric([model], count)
         yield replaced
+        memory = GaugeMetricFamily(
+            "camserve_device_memory_bytes",
+            "Memory of a GPU that this process holds for tensors, free or in use.",
+            labels=["device"],
+        )
+        for device, held in self._device_memory().items():
+            memory.add_metric([device], held)
+        yield memory

@@ -1,29 +1,30 @@
-"""`camserve models`, `layers` and `check`: what would be served, looked at before it is."""
+"""`camserve models`, `layers` and `check`: what would be served, looked at before it is.
+
+Modules that load torch are imported by the functions that need them, as in `cli`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torchvision
 import typer
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor
 
 from service import logs
-from service.app import build_service, model_loader, model_specs
-from service.calibration import calibrate as calibrate_front
-from service.check import Checked, check_models
 from service.errors import ConfigurationError
-from service.explain_files import find_images
-from service.faithfulness import candidates, rank
 from service.flags import ERR, OF_MODELS, OUT, with_settings
+from service.image_files import find_images
 from service.models.catalog import BUILTIN, ModelSpec, parse_model
-from service.models.loaded import LoadedModel
 from service.settings import Settings
-from service.upload import open_upload
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from service.check import Checked
+    from service.models.loaded import LoadedModel
 
 
 @with_settings(OF_MODELS)
@@ -34,6 +35,8 @@ def models(
     ] = False,
 ) -> None:
     """Show the models that would be served, or those that could be."""
+    from service.app import build_service
+
     if available:
         for name in (BUILTIN, *_torchvision_builders(), "timm/NAME", "package.module:function"):
             OUT.print(name, markup=False, highlight=False)
@@ -53,6 +56,8 @@ def models(
 
 
 def _torchvision_builders() -> list[str]:
+    import torchvision
+
     return [f"torchvision/{name}" for name in torchvision.models.list_models(torchvision.models)]
 
 
@@ -74,6 +79,8 @@ def layers(
     ] = None,
 ) -> None:
     """List a model's layers: path, type, output shape, parameters; * marks the default target."""
+    from service.app import model_loader
+
     logs.configure("text", level=40)
     # Shapes do not depend on the weights, so none are fetched for a list of them.
     listed = settings.model_copy(update={"allow_random_weights": True})
@@ -99,6 +106,8 @@ def layers(
 
 def _named(settings: Settings, model: str) -> ModelSpec:
     """The model of that name in the file, else the one that the form of `--model` describes."""
+    from service.app import model_specs
+
     specs = model_specs(settings)
     of_file = [spec for spec in specs if spec.name == model] if settings.config else []
     return of_file[0] if of_file else parse_model(model)
@@ -106,6 +115,8 @@ def _named(settings: Settings, model: str) -> ModelSpec:
 
 def _pictures(model: LoadedModel, folder: Path, max_pixels: int) -> list[Tensor]:
     """Every image of a folder at the model's input size, uint8 (C, h, w)."""
+    from service.upload import open_upload
+
     return [
         open_upload(
             path.read_bytes(),
@@ -119,6 +130,8 @@ def _pictures(model: LoadedModel, folder: Path, max_pixels: int) -> list[Tensor]
 
 
 def _print_ranking(model: LoadedModel, folder: Path, max_pixels: int) -> None:
+    from service.faithfulness import candidates, rank
+
     if model.no_layers or model.no_gradients:
         raise ConfigurationError(
             f"no layer of model {model.name!r} can be measured: "
@@ -158,6 +171,9 @@ def check(settings: Settings) -> None:
 
     The exit code is 1 where any model failed; the others are checked all the same.
     """
+    from service.app import model_loader, model_specs
+    from service.check import check_models
+
     logs.configure("text", level=40)
     table = Table("name", "classes", "parameters", "target layer", "lanes", box=None)
     for heading in ("ms per image", "MiB"):
@@ -210,6 +226,9 @@ def calibrate(
     It is written only where its maps agree with float32, and served where you say so: the command
     is printed.
     """
+    from service.app import model_loader
+    from service.calibration import calibrate as calibrate_front
+
     logs.configure("text", level=40)
     spec = replace(_named(settings, model), int8=None)
     loaded = model_loader(settings)(spec)

@@ -6,16 +6,34 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 MEBIBYTE = 1 << 20
 Format = Literal["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]
 
 
-def available_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def available_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores this process may use at once: those it may run on, within a container's quota.
+
+    Part of a core counts only where there is no whole one.
+
+    cgroup: where the control groups are mounted, version 2 or 1.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(cores or 1, _quota(cgroup)))
+
+
+def _quota(cgroup: Path) -> int:
+    """Whole cores that the quota pays for; as good as none without a quota."""
+    unbounded = 1 << 30
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            quota, period = " ".join((cgroup / file).read_text() for file in files).split()
+            return int(quota) // int(period) if int(quota) > 0 else unbounded
+        except (OSError, ValueError):  # another version, or "max"
+            continue
+    return unbounded
 
 
 class Settings(BaseSettings):
@@ -165,6 +183,20 @@ class Settings(BaseSettings):
     )
     image_url_timeout: float = Field(
         10.0, gt=0, description="Seconds to fetch one image by its URL."
+    )
+    label_studio_url: str | None = Field(
+        None,
+        description="The Label Studio that pictures of tasks are fetched from, such as "
+        "http://localhost:8080; it alone is asked with the token. None: no such pictures.",
+    )
+    label_studio_token: SecretStr | None = Field(
+        None,
+        description="Token for it: a personal access token, or a legacy one of 40 digits.",
+    )
+    overlay_secret: SecretStr | None = Field(
+        None,
+        description="Signs the keys of live overlays (`camserve overlay-token`); another one makes "
+        "all keys void. None: no overlays.",
     )
     root_path: str = Field("", description="Path prefix under which a proxy serves this.")
     log_format: Literal["text", "json"] = Field("text", description="Form of the log lines.")

@@ -11,7 +11,13 @@ from pydantic import BaseModel
 from api_schemas.answers import Answer
 from api_schemas.options import ExplainRequest, PredictRequest
 from api_schemas.problems import Problem
-from api_schemas.protocols import InferRequest, Instances, LabelingRequest
+from api_schemas.protocols import (
+    InferRequest,
+    Instances,
+    LabelingRequest,
+    LabelStudioRequest,
+    LabelStudioSetup,
+)
 from service.routes import examples, peers
 from service.routes.problems import PROBLEM_MEDIA_TYPE
 
@@ -59,6 +65,7 @@ _TAGS = {
     "KServe V1": "For clients of KServe's first protocol and of TensorFlow Serving.",
     "TorchServe": "For clients of TorchServe.",
     "X-AnyLabeling": "The remote server of the labeling program.",
+    "Label Studio": "The machine learning backend of the labeling program.",
 }
 
 _BODIES: dict[str, type[BaseModel]] = {
@@ -67,6 +74,8 @@ _BODIES: dict[str, type[BaseModel]] = {
     "POST /v2/models/{name}/infer": InferRequest,
     "POST /v2/models/{name}/explain": InferRequest,
     "POST /integrations/x-anylabeling/v1/predict": LabelingRequest,
+    "POST /integrations/label-studio/setup": LabelStudioSetup,
+    "POST /integrations/label-studio/predict": LabelStudioRequest,
 }
 """What routes read that take their body apart themselves."""
 

@@ -25,6 +25,22 @@ _REGIONS = {
     "polygons": [[[140.0, 120.0], [320.0, 120.0], [320.0, 285.0], [140.0, 285.0]]],
     "rle": {"size": [480, 640], "counts": "Pmk1U1k=00000000o^h4"},
 }
+_LABEL_CONFIG = (
+    '<View><Image name="image" value="$image"/><BrushLabels name="cam" toName="image">'
+    '<Label value="cam"/></BrushLabels></View>'
+)
+_VERSION = "builtin-24bec9d19b86-gradcam-layer3"
+_BRUSH = {
+    "id": "c027ad3599",
+    "from_name": "cam",
+    "to_name": "image",
+    "type": "brushlabels",
+    "score": 0.9968,
+    "original_width": 640,
+    "original_height": 480,
+    "image_rotation": 0,
+    "value": {"format": "rle", "rle": [0, 18, 192, 0, 57, 27, 252], "brushlabels": ["cam"]},
+}
 _EXPLANATION = {
     "class_id": 53,
     "label": "sunflower",
@@ -132,6 +148,17 @@ REQUESTS: Mapping[str, Any] = {
         "image": f"data:image/jpeg;base64,{JPEG}",
         "params": {"conf_threshold": 0.5, "current_task": "cam_polygon"},
     },
+    "POST /integrations/label-studio/setup": {
+        "project": "1.1795168170",
+        "schema": _LABEL_CONFIG,
+        "extra_params": {"method": "layercam", "labels": {"sunflower": "yellow flower"}},
+    },
+    "POST /integrations/label-studio/predict": {
+        "tasks": [{"id": 7, "data": {"image": "/data/upload/1/ab12-cat.jpg"}}],
+        "project": "1.1795168170",
+        "label_config": _LABEL_CONFIG,
+        "params": {"context": None},
+    },
 }
 """By method and path, JSON."""
 
@@ -181,6 +208,13 @@ ANSWERS: Mapping[str, Any] = {
     "POST /integrations/x-anylabeling/v1/predict": {
         "success": True,
         "data": {"shapes": [_SHAPE], "description": "sunflower 1.00"},
+    },
+    "GET /integrations/label-studio/health": {"status": "UP"},
+    "POST /integrations/label-studio/setup": {"model_version": _VERSION},
+    "GET /integrations/label-studio/versions": {"versions": [_VERSION]},
+    "POST /integrations/label-studio/webhook": {"status": "ok"},
+    "POST /integrations/label-studio/predict": {
+        "results": [{"result": [_BRUSH], "score": 0.9968, "model_version": _VERSION}]
     },
 }
 """By method and path, of status 200, JSON."""

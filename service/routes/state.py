@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fastapi import Request
 
 from service.admission import Admission
 from service.fetching import Fetcher
 from service.keys import KeyFile
+from service.label_studio_host import LabelStudio
 from service.metrics import Metrics
 from service.models.library import Library
 from service.models.pool import ModelPool
@@ -42,6 +43,7 @@ class Service:
     admin_keys: KeyFile | None = None
     fetcher: Fetcher | None = None
     api_keys: KeyFile | None = None
+    label_studio: LabelStudio = field(default_factory=LabelStudio)
 
 
 def service_of(request: Request) -> Service:

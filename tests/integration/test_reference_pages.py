@@ -11,8 +11,14 @@ DOCS = Path(__file__).parent.parent.parent / "docs"
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("name", ["settings.md", "errors.md", "metrics.md"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"reference/{name}.md" for name in ("settings", "errors", "metrics", "routes", "cli")),
+        "llms.txt",
+    ],
+)
 def test_a_reference_page_is_what_the_code_would_write(name: str) -> None:
     """`python docs/generate.py` writes them anew."""
     pages = runpy.run_path(str(DOCS / "generate.py"))["PAGES"]
-    assert (DOCS / "reference" / name).read_text(encoding="utf-8") == pages[name]()
+    assert (DOCS / name).read_text(encoding="utf-8") == pages[name]()

@@ -1,0 +1,135 @@
+# camserve for CPU and GPU, from one file.
+#
+#   docker build -t camserve .
+#   docker build -t camserve --build-arg PIP_EXTRA_INDEX_URL=… .    an index with the CPU build of torch
+#   docker build -t camserve --build-arg EXTRAS=otel,timm .         more of pyproject.toml's extras
+#
+# docs/how-to/deploy.md says how large it is and why.
+
+ARG PYTHON_VERSION=3.11
+
+FROM python:${PYTHON_VERSION}-slim-bookworm AS base
+ENV LANG=C.UTF-8 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONSAFEPATH=1 \
+    PYTHONUNBUFFERED=1
+
+
+# The requirements as files of their own, so that a change of anything else in pyproject.toml (the
+# version, a rule of the linter) does not install torch again.
+FROM base AS requirements
+ARG EXTRAS=otel
+WORKDIR /requirements
+COPY pyproject.toml constraints.txt ./
+RUN python - <<'END'
+import os, pathlib, re, tomllib
+
+described = tomllib.loads(pathlib.Path("pyproject.toml").read_text())
+project = described["project"]
+
+
+def needed(extras):
+    for extra in filter(None, extras.split(",")):
+        for each in project["optional-dependencies"][extra.strip()]:
+            # An extra may name others of this project, which no index has.
+            own = re.fullmatch(r"camserve\[(.+)\]", each)
+            yield from needed(own[1]) if own else [each]
+
+
+service = [*project["dependencies"], *needed(os.environ["EXTRAS"])]
+pathlib.Path("service.txt").write_text("\n".join(service) + "\n")
+pathlib.Path("build.txt").write_text("\n".join(described["build-system"]["requires"]) + "\n")
+END
+
+
+# An empty environment without pip, which the next two stages fill from the outside.
+FROM base AS empty
+RUN python -m venv --without-pip /opt/camserve
+# Empty build arguments count as none. An index that asks for a password gets it from a secret:
+# `--secret id=netrc,src=$HOME/.netrc` leaves no trace in the image or its history.
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_TRUSTED_HOST
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_ROOT_USER_ACTION=ignore
+
+
+FROM empty AS dependencies
+# What torch asks for and this service never uses: Triton needs a C compiler at run time.
+ARG LEAVE_OUT=triton
+COPY --from=requirements /requirements/service.txt /requirements/constraints.txt /requirements/
+# What was fetched is kept for the next build, in a folder for each index: pip's own cache keeps only
+# what an index allows it to keep.
+RUN --mount=type=cache,target=/fetched \
+    --mount=type=secret,id=netrc,target=/root/.netrc \
+    pip() { python -m pip --python /opt/camserve/bin/python "$@"; } \
+    && cd /requirements \
+    && fetched=/fetched/$(echo "$PIP_INDEX_URL $PIP_EXTRA_INDEX_URL" | sha256sum | cut -c 1-16) \
+    && pip download --no-cache-dir --dest "$fetched" -c constraints.txt -r service.txt \
+    && pip install --no-compile --no-index --find-links "$fetched" -c constraints.txt -r service.txt \
+    && if [ -n "$LEAVE_OUT" ]; then pip uninstall --yes $LEAVE_OUT; fi
+# Headers and test suites serve no request. Bytecode is written now, since later the root is
+# read-only, and trusts itself, since files' times change on their way through layers. What does not
+# compile is written for another Python, and nobody imports it.
+RUN cd /opt/camserve/lib/python3*/site-packages \
+    && rm -rf torch/include torch/share torch/test torch/bin/*test* \
+    && { python -m compileall -q -j 0 --invalidation-mode unchecked-hash -x '/tests?/' . || true; }
+
+
+FROM empty AS code
+COPY --from=requirements /requirements/build.txt /requirements/
+RUN --mount=type=cache,target=/root/.cache/pip \
+    --mount=type=secret,id=netrc,target=/root/.netrc \
+    python -m pip install --requirement /requirements/build.txt
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE NOTICE ./
+COPY api_schemas api_schemas
+COPY service service
+RUN python -m pip wheel --quiet --no-build-isolation --no-deps --no-index --wheel-dir /wheels . \
+    && python -m pip --python /opt/camserve/bin/python install \
+        --no-compile --no-deps --no-index /wheels/*.whl \
+    && python -m compileall -q --invalidation-mode unchecked-hash /opt/camserve/lib
+
+
+FROM base AS final
+# /cache is for a volume: torchvision's and timm's weights, and converted fronts of models.
+RUN groupadd --gid 10001 camserve \
+    && useradd --uid 10001 --gid 10001 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin \
+        camserve \
+    && install --directory --owner=10001 --group=10001 /cache /models \
+    && python -m pip uninstall --quiet --yes --root-user-action ignore pip setuptools wheel \
+    && python -m compileall -q --invalidation-mode unchecked-hash /usr/local/lib/python3*/ \
+        -x '/(test|tests|lib2to3|idlelib|turtledemo|site-packages)/'
+COPY --link --from=dependencies /opt/camserve /opt/camserve
+COPY --link --from=code /opt/camserve /opt/camserve
+
+# The memory that one batch frees is what the next one needs: see docs/how-to/tune.md.
+ENV PATH=/opt/camserve/bin:/usr/local/bin:/usr/bin:/bin \
+    HOME=/tmp \
+    MALLOC_MMAP_THRESHOLD_=1073741824 \
+    MALLOC_TRIM_THRESHOLD_=1073741824 \
+    TORCH_HOME=/cache/torch \
+    HF_HOME=/cache/huggingface \
+    CAMSERVE_CACHE_DIR=/cache/camserve \
+    CAMSERVE_HOST=0.0.0.0 \
+    CAMSERVE_PORT=8000 \
+    CAMSERVE_LOG_FORMAT=json
+
+USER 10001:10001
+WORKDIR /models
+EXPOSE 8000
+
+# Ready, not only alive: what waits for this container waits for its models.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=300s --start-interval=1s --retries=3 \
+    CMD ["python", "-ISc", "import http.client, os, sys; ask = http.client.HTTPConnection('127.0.0.1', int(os.environ['CAMSERVE_PORT']), timeout=4); ask.request('GET', '/health/ready'); sys.exit(ask.getresponse().status != 200)"]
+
+ENTRYPOINT ["camserve"]
+CMD ["serve"]
+
+ARG VERSION=0.1.0
+ARG REVISION=
+LABEL org.opencontainers.image.title="camserve" \
+      org.opencontainers.image.description="PyTorch image classifiers over HTTP, every prediction with the evidence for it" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"

@@ -1,0 +1,1 @@
+"""`camserve export`: pictures explained, in the form that a labeling tool imports."""

@@ -1,0 +1,37 @@
+"""The picture of a task, wherever Label Studio says that it is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from service.errors import ImageUrlRefused
+from service.integrations.asked import file_in
+from service.routes import bodies
+from service.routes.state import Service
+
+_WEB = re.compile(r"https?://", re.IGNORECASE)
+
+
+async def picture(
+    service: Service, source: str, task: object, take: Callable[[int], None]
+) -> bytes:
+    """The file behind the value of an Image tag.
+
+    A data: URI is the file itself. Paths, and addresses in storages of Label Studio (`s3://…`), are
+    asked of the Label Studio that the operator named, with its token; other URLs of the hosts that
+    images may be fetched from, without.
+
+    take: told of the size of each chunk. Raises ImageError, and whatever `take` raises.
+    """
+    if source[:5].lower() == "data:":
+        return file_in(source)
+    host = service.label_studio.host
+    if _WEB.match(source) and (host is None or not host.is_its(source)):
+        return await bodies.image_bytes(source, service.fetcher, take)
+    if host is None:
+        raise ImageUrlRefused(
+            "The task's picture lies in Label Studio, and this service was not told where that is; "
+            "set CAMSERVE_LABEL_STUDIO_URL and CAMSERVE_LABEL_STUDIO_TOKEN."
+        )
+    return await host.fetch(source, task, take)

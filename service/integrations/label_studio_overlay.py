@@ -1,0 +1,115 @@
+"""`overlay.png`: the photo of a task with its evidence over it, live in the labeling page.
+
+    <Image name="heat" value="http://service/integrations/label-studio/overlay.png?key=…&amp;src=$image"/>
+
+Label Studio puts the address of the task's picture in the place of `$image`, unencoded, and the
+browser fetches the whole with CORS and without credentials. So `src` is all that follows it, and
+the key is a token that says which pictures may be seen, and from pages of which origin.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from typing import Any
+from urllib.parse import unquote
+
+from fastapi import APIRouter, Request, Response
+
+from api_schemas.options import ExplainOptions
+from service import overlay_tokens
+from service.admission import Permit
+from service.errors import DeadlineExceeded, ImageUrlRefused, MalformedRequest, Unauthorized
+from service.integrations.label_studio_images import picture
+from service.overlay_tokens import Grant
+from service.routes import answering
+from service.routes.docs import problems
+from service.routes.state import service_of
+from service.routes.wire import overlay, style_of
+
+router = APIRouter(prefix="/integrations/label-studio", tags=["Label Studio"])
+
+CACHE_SECONDS = 300
+"""How long a browser may show an overlay without asking again."""
+
+_QUERY = re.compile(r"key=([A-Za-z0-9_.-]*)&src=(.*)", re.DOTALL)
+_ENCODED = re.compile(r"(?:%2F|https?%3A)", re.IGNORECASE)
+
+_PICTURE: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The photo with its evidence over it.",
+        "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
+
+
+def _parameter(name: str, text: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "in": "query",
+        "required": True,
+        "description": text,
+        "schema": {"type": "string"},
+    }
+
+
+@router.get(
+    "/overlay.png",
+    response_class=Response,
+    responses=_PICTURE | problems(400, 401, 415, 424, 429, 500, 503, 504),
+    openapi_extra={
+        "parameters": [
+            _parameter("key", "Made by `camserve overlay-token`."),
+            _parameter("src", "The address of the picture; all that follows, encoded or not."),
+        ]
+    },
+)
+async def overlay_png(request: Request) -> Response:
+    """The evidence for the best class of a task's picture, drawn over it."""
+    grant, source = _asked(request)
+    left = request.scope["started"] + answering.timeout_of(request) - time.monotonic()
+    with service_of(request).admission.admit() as permit:
+        try:
+            async with asyncio.timeout(left):
+                data = await _drawn(request, grant, source, permit)
+        except TimeoutError as error:
+            raise DeadlineExceeded("The overlay was not ready in time; try again.") from error
+    headers = {
+        "Access-Control-Allow-Origin": grant.origin,
+        "Cache-Control": f"private, max-age={CACHE_SECONDS}",
+        "Vary": "Origin",
+    }
+    return Response(data, media_type="image/png", headers=headers)
+
+
+def _asked(request: Request) -> tuple[Grant, str]:
+    """Who asks, and for what. Raises MalformedRequest, Unauthorized, ImageUrlRefused."""
+    found = _QUERY.fullmatch(request.scope["query_string"].decode("latin-1"))
+    if found is None:
+        raise MalformedRequest("Ask for overlay.png?key=KEY&src=$image, in this order.")
+    secret = service_of(request).label_studio.secret
+    if secret is None:
+        raise Unauthorized("There are no overlays here; CAMSERVE_OVERLAY_SECRET is not set.")
+    grant = overlay_tokens.read(found[1], secret)
+    source = unquote(found[2]) if _ENCODED.match(found[2]) else found[2]
+    if source.startswith(f"{grant.origin}/"):  # Label Studio writes its own address before some
+        source = source.removeprefix(grant.origin)
+    if not grant.covers(source):
+        raise ImageUrlRefused("The overlay's key opens other pictures than this one.")
+    return grant, source
+
+
+async def _drawn(request: Request, grant: Grant, source: str, permit: Permit) -> bytes:
+    service = service_of(request)
+    given = {"method": grant.method} if grant.method else {}
+    options = ExplainOptions.model_validate(
+        {"model": grant.model, "include": ["overlay"], "format": "png", **given}
+    )
+    async with answering.model_in_use(request, options.model) as model:
+        work = answering.understand(request, model, options, 1)
+        data = await picture(service, source, None, lambda size: permit.grow(0, size))
+        found = await answering.ask(work, data)
+        (explanation, *_) = found.answer.explanations
+        drawn = await answering.drawn(work, overlay, found.upload, explanation, style_of(options))
+        return drawn.data

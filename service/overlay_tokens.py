@@ -1,0 +1,106 @@
+"""Signed tokens that open overlays of some pictures to the pages of one origin.
+
+    token = sign(Grant(("/data/upload/1/",), "http://localhost:8080"), secret)
+    grant = read(token, secret)             # or Unauthorized
+    grant.covers("/data/upload/1/ab12-cat.jpg")
+
+A labeling page asks for its overlays without credentials and without encoding the address of the
+picture, so the token stands in the project's configuration, where every annotator may read it. It
+therefore names what it opens: pictures by the beginnings of their addresses, and nothing else.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import json
+import re
+import time
+from dataclasses import asdict, dataclass
+from urllib.parse import unquote
+
+from service.errors import InvalidOption, Unauthorized
+
+_ORIGIN = re.compile(r"https?://[^/?#\s]+")
+_PREFIX = re.compile(r"(?:/|https?://[^/?#\s]+/)\S*")
+_BETWEEN = re.compile(r"[/=?&]")
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What the holder of a token may see.
+
+    prefixes: beginnings of addresses of pictures, paths of Label Studio or URLs.
+    origin:   of the pages that may read the overlay, such as http://localhost:8080.
+    model, method: what explains; None is the service's default.
+    expires:  seconds since 1970; None never.
+
+    Raises InvalidOption.
+    """
+
+    prefixes: tuple[str, ...]
+    origin: str
+    model: str | None = None
+    method: str | None = None
+    expires: float | None = None
+
+    def __post_init__(self) -> None:
+        if not _ORIGIN.fullmatch(self.origin):
+            raise InvalidOption(
+                f"{self.origin!r} is no origin; write scheme, host and port, such as "
+                "http://localhost:8080."
+            )
+        strays = [each for each in self.prefixes if not _PREFIX.fullmatch(each) or _strays(each)]
+        if strays or not self.prefixes:
+            raise InvalidOption(
+                f"{', '.join(map(repr, strays)) or 'Nothing'} is no beginning of pictures' "
+                "addresses; write a path of Label Studio, such as /data/upload/1/, or a URL with a "
+                "host and a slash."
+            )
+
+    def covers(self, source: str) -> bool:
+        """Whether a picture's address begins as one of the prefixes, and stays below it."""
+        below = [each for each in self.prefixes if source.startswith(each)]
+        # A second parameter could name another file than the one that was looked at.
+        own = max((each.count("&") for each in below), default=0)
+        local = source.startswith("/")
+        return bool(below) and not _strays(source) and not (local and source.count("&") > own)
+
+
+def sign(grant: Grant, secret: str) -> str:
+    """A grant as a token: base64 of JSON, a dot, and its HMAC-SHA256."""
+    said = {name: value for name, value in asdict(grant).items() if value is not None}
+    payload = _base64(json.dumps(said, separators=(",", ":")).encode())
+    return f"{payload}.{_base64(_mac(payload, secret))}"
+
+
+def read(token: str, secret: str) -> Grant:
+    """The grant of a token. Raises Unauthorized where it was not signed here or has expired."""
+    payload, _, signature = token.partition(".")
+    expected = _base64(_mac(payload, secret))
+    if not hmac.compare_digest(signature.encode(), expected.encode()):
+        raise Unauthorized("The overlay's key was not signed here; make one with overlay-token.")
+    try:
+        said = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+        grant = Grant(**{**said, "prefixes": tuple(said["prefixes"])})
+    except (binascii.Error, ValueError, TypeError, KeyError) as error:
+        raise Unauthorized("The overlay's key is of another version; make a new one.") from error
+    if grant.expires is not None and time.time() > grant.expires:
+        raise Unauthorized("The overlay's key has expired; make a new one with overlay-token.")
+    return grant
+
+
+def _strays(address: str) -> bool:
+    """Whether an address has a part that leads elsewhere than it looks."""
+    plain = unquote(unquote(address))
+    return "\\" in plain or bool({".", ".."} & set(_BETWEEN.split(plain)))
+
+
+def _mac(payload: str, secret: str) -> bytes:
+    return hmac.new(secret.encode(), payload.encode(), hashlib.sha256).digest()
+
+
+def _base64(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")

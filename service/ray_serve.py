@@ -1,0 +1,170 @@
+"""The same app under Ray Serve: replicas on many machines, as many as the load asks for.
+
+    serve run service.ray_serve:app
+    serve run service.ray_serve:many_models models='["torchvision/resnet50", "builtin"]'
+
+`deploy/ray/` has the configuration files. Settings come as arguments and from the environment of
+the nodes. Ray sends requests to replicas that are ready, asks them for their health, and lets them
+finish before they end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qs
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.config import BackpressureConfig
+from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from service import logs
+from service.app import create_app, model_specs
+from service.errors import CamserveError, UnknownModel, nearest
+from service.memory import keep_freed_memory
+from service.routes.problems import problem
+from service.routes.state import Service
+from service.serving import SWITCH_SECONDS
+from service.settings import Settings
+
+DEPLOYMENT: dict[str, Any] = {
+    "name": "camserve",
+    "ray_actor_options": {"num_cpus": 1},
+    "max_ongoing_requests": 16,
+    "max_queued_requests": 64,
+    "backpressure_config": BackpressureConfig(status_code=503, retry_after_s=1),
+    "graceful_shutdown_timeout_s": 35,
+}
+"""Where a configuration file says nothing else. How many replicas, it must say."""
+
+
+def prepared(arguments: dict[str, Any]) -> Settings:
+    """The settings of a replica in this process, which is set up for them.
+
+    Workers: as many as the cores that Ray gave the replica, not those of the machine.
+    """
+    cores = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
+    workers = max(1, int(cores))
+    settings = Settings(**{"workers": workers, "lone_threads": workers, **arguments})
+    logs.configure(settings.log_format)
+    keep_freed_memory()
+    sys.setswitchinterval(SWITCH_SECONDS)
+    return settings
+
+
+class Replica:
+    """One process with the models of the settings, all loaded before it is ready."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self._app = create_app(prepared(arguments))
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return self._app
+
+    def check_health(self) -> None:
+        """Ray replaces a replica where this raises."""
+        _check(self._app)
+
+
+class ManyModels:
+    """One process that has some of many models: those that were asked for last.
+
+    Each is an app of its own. A request says which it wants in the header
+    `serve_multiplexed_model_id`, by which Ray finds a replica that has it, or in the query as
+    `model`; the first model where it says neither.
+    """
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self._settings = prepared(arguments)
+        self._names = [spec.name for spec in model_specs(self._settings)]
+        self._loaded: list[_Model] = []
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return _Asgi(self._answer)
+
+    def check_health(self) -> None:
+        """Ray replaces a replica where this raises."""
+        for model in self._loaded:
+            _check(model.app)
+
+    @serve.multiplexed(max_num_models_per_replica=3)  # type: ignore[untyped-decorator]
+    async def _model(self, name: str) -> _Model:
+        """Load a model. Raises ConfigurationError."""
+        model = _Model(await asyncio.to_thread(create_app, self._settings, only=name))
+        await model.open()
+        self._loaded = [each for each in self._loaded if each.is_open] + [model]
+        return model
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        query = parse_qs(scope["query_string"].decode("latin-1"))
+        name = serve.get_multiplexed_model_id() or query.get("model", self._names)[0]
+        try:
+            if name not in self._names:
+                raise UnknownModel(f"No model is called {name!r}.{nearest(name, self._names)}")
+            model = await self._model(name)
+        except CamserveError as error:
+            await problem(Request(scope), error)(scope, receive, send)
+            return
+        await model.app(scope, receive, send)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asgi:
+    """An app without a life of its own, in a form in which uvicorn knows it for ASGI."""
+
+    answer: ASGIApp
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            await self.answer(scope, receive, send)
+            return
+        for moment in ("startup", "shutdown"):
+            await receive()
+            await send({"type": f"lifespan.{moment}.complete"})
+
+
+class _Model:
+    """One model's app; Ray deletes the one that was not asked for the longest."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self.app = app
+        self.is_open = False
+        self._loop = asyncio.get_running_loop()
+
+    async def open(self) -> None:
+        """Start the app's threads."""
+        self._life = self.app.router.lifespan_context(self.app)
+        await self._life.__aenter__()
+        self.is_open = True
+
+    async def close(self) -> None:
+        """Let the app finish what it took, and end its threads."""
+        if self.is_open:
+            self.is_open = False
+            await self._life.__aexit__(None, None, None)
+
+    def __del__(self) -> None:
+        """Called by Ray in a thread, and once more when nothing refers to this."""
+        if self.is_open and self._loop.is_running():
+            asyncio.run_coroutine_threadsafe(self.close(), self._loop).result()
+
+
+def _check(app: FastAPI) -> None:
+    service: Service = app.state.service
+    if not service.scheduler.workers.healthy:
+        raise RuntimeError("Too many worker threads hang.")
+
+
+def app(arguments: dict[str, Any]) -> Any:
+    """Replicas that have all the models. arguments: settings by name, as in the environment."""
+    return serve.deployment(**DEPLOYMENT)(serve.ingress()(Replica)).bind(arguments)
+
+
+def many_models(arguments: dict[str, Any]) -> Any:
+    """Replicas that have three of the models at most, each."""
+    return serve.deployment(**DEPLOYMENT)(serve.ingress()(ManyModels)).bind(arguments)

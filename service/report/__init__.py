@@ -1,0 +1,1 @@
+"""`camserve explain --report`: one HTML file on all images of a run."""
