@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import threading
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -154,7 +154,7 @@ def _convert(module: nn.Module, example: Tensor) -> Graph:
 def _saved(graph: Graph, path: Path) -> Graph:
     """Write a graph where a second start finds it, whole or not at all; read back, to be mapped."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.stem}.{os.getpid()}.xml")
+    draft = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.xml")  # containers share a PID
     openvino.save_model(graph, draft, compress_to_fp16=False)
     draft.with_suffix(".bin").replace(path.with_suffix(".bin"))
     draft.replace(path)
