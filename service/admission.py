@@ -50,20 +50,26 @@ class Admission:
     def take(self, images: int, declared_bytes: int, *, held: int) -> None:
         """Count places; `held` are those the same request has. For `Permit` alone."""
         with self._lock:
-            if not held and not self._open:
-                raise ShuttingDown("The service is shutting down; ask another instance.")
-            # What is larger than the whole bound is let in alone, or it could never be served.
-            crowded = self._images > held
-            if crowded and (
-                self._images + images > self.max_images
-                or self._bytes + declared_bytes > self.max_bytes
-            ):
-                raise QueueFull(
-                    f"{self._images} images are waiting or running, which is as many as this "
-                    "service holds; try again after the seconds in Retry-After."
-                )
+            self._refuse(images, declared_bytes, held)
             self._images += images
             self._bytes += declared_bytes
+
+    def check(self) -> None:
+        """Raise QueueFull or ShuttingDown where `admit` would; nothing is taken."""
+        self._refuse(1, 0, 0)
+
+    def _refuse(self, images: int, declared_bytes: int, held: int) -> None:
+        if not held and not self._open:
+            raise ShuttingDown("The service is shutting down; ask another instance.")
+        # What is larger than the whole bound is let in alone, or it could never be served.
+        crowded = self._images > held
+        if crowded and (
+            self._images + images > self.max_images or self._bytes + declared_bytes > self.max_bytes
+        ):
+            raise QueueFull(
+                f"{self._images} images are waiting or running, which is as many as this "
+                "service holds; try again after the seconds in Retry-After."
+            )
 
     def give(self, images: int, declared_bytes: int) -> None:
         """Free places. For `Permit` alone."""

@@ -16,6 +16,7 @@ import fastapi_offline
 import structlog
 import torch
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from starlette.middleware.cors import CORSMiddleware
 
@@ -45,6 +46,7 @@ from service.routes.middleware import (
     BehindPrefix,
     BoundedQuery,
     DrainUnreadBody,
+    RefusedWhenFull,
     RequestContext,
 )
 from service.routes.state import Limits, Service
@@ -105,6 +107,8 @@ def create_app(settings: Settings, *, background: bool = False, only: str | None
     _serve_page(app)
     problems.install(app, options=list(ExplainOptions.model_fields))
     bounds = Bounds(settings.key_rate, settings.key_concurrency, settings.key_cost)
+    routes = {each.path: each for each in classify.router.routes if isinstance(each, APIRoute)}
+    app.add_middleware(RefusedWhenFull, admission=service.admission, routes=routes)
     app.add_middleware(BoundedQuery)
     app.add_middleware(
         Access,

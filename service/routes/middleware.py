@@ -13,9 +13,11 @@ from typing import Any
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import InvalidOption
+from service.admission import Admission
+from service.errors import InvalidOption, QueueFull, ShuttingDown
 from service.metrics import Metrics
 from service.routes.problems import problem, unexpected
 from service.tracing import Traces
@@ -137,6 +139,30 @@ class BoundedQuery:
             error = InvalidOption(f"The query has more than {self.names} options; send fewer.")
             await problem(Request(scope), error)(scope, receive, send)
             return
+        await self.app(scope, receive, send)
+
+
+@dataclass(frozen=True, slots=True)
+class RefusedWhenFull:
+    """Refuses a request to one of `routes`, by their paths, for which admission has no place.
+
+    The routes ask admission themselves. But of what an overloaded service is sent most is refused,
+    and before a route is asked its options are understood, which takes longer than all the rest.
+    """
+
+    app: ASGIApp
+    admission: Admission
+    routes: Mapping[str, BaseRoute]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        route = self.routes.get(scope.get("path", ""))
+        if route is not None and scope["method"] == "POST":
+            try:
+                self.admission.check()
+            except (QueueFull, ShuttingDown) as error:
+                scope["route"] = route
+                await problem(Request(scope), error)(scope, receive, send)
+                return
         await self.app(scope, receive, send)
 
 

@@ -75,6 +75,17 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_try_again(full, http) -> 
     assert full.service.admission.images == 1
 
 
+@pytest.mark.parametrize("route", ["/explain", "/predict"])
+def test_what_is_refused_for_want_of_a_place_is_not_looked_into(full, http, route: str) -> None:
+    """Its options would take longer to understand than all the rest of a refusal."""
+    count = f'camserve_requests_total{{route="{route}",status="429"}}'
+    before = value(http, full, count)
+    response = http.post(f"{full.url}{route}?metod=x", content=b"x", headers=PNG)
+    assert (response.status_code, response.json()["code"]) == (429, "queue_full")
+    assert value(http, full, count) == before + 1
+    assert http.post(f"{full.url}/nowhere", content=b"x").status_code == 404
+
+
 def test_probes_models_and_metrics_answer_while_the_queue_is_full(full, http) -> None:
     for route in ("/health/live", "/health/ready", "/models", "/models/small/layers"):
         assert http.get(f"{full.url}{route}").status_code == 200
