@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from typing import Any
 
 import pictures
 import pytest
+import tiny
 from starlette.testclient import TestClient
 from webhosts import web
 
@@ -323,7 +323,6 @@ def test_where_others_fill_the_queue_it_waits_and_is_not_refused(serve) -> None:
 @pytest.mark.timeout(60)
 def test_what_time_does_not_reach_is_empty(serve) -> None:
     """The only worker hangs at the second task; the first one is kept."""
-    tiny = sys.modules["tiny"]
     tiny.RELEASED.clear()
     models = {"models": ("tiny:hangs",), "max_batch": 1}
     with serve(**models, request_timeout=4) as client:
