@@ -167,7 +167,8 @@ def parsed(form: type[Form], body: bytes) -> Form:
 
 def json_of(body: bytes) -> Any:
     """What a JSON body says. Raises MalformedRequest."""
-    bodies.check_json(body, MAX_NUMBERS, "send images as base64, or tensors as bytes.")
+    advice = "send images as base64, or tensors as bytes."
+    bodies.check_json(body, MAX_NUMBERS, MAX_NUMBERS // 3, advice)  # a list for each pixel
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:

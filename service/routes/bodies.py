@@ -211,12 +211,14 @@ class _Form:
         self.ended = True
 
 
-def check_json(body: bytes, max_values: int, advice: str) -> None:
+def check_json(body: bytes, max_values: int, max_lists: int, advice: str) -> None:
     """Bound what a JSON body is made of, before it is. Raises MalformedRequest with the advice."""
-    names = max(map(body.count, (b":", b"{", b"[")))
-    if names > MAX_JSON_NAMES or body.count(b",") > max_values:
+    names = max(body.count(b":"), body.count(b"{"))
+    lists, values = body.count(b"["), body.count(b",")
+    if names > MAX_JSON_NAMES or lists > max_lists or values > max_values:
         raise MalformedRequest(
-            f"The JSON has more than {MAX_JSON_NAMES} names or {max_values} values; {advice}"
+            f"The JSON has more than {MAX_JSON_NAMES} names, {max_lists} lists or {max_values} "
+            f"values; {advice}"
         )
 
 
@@ -226,7 +228,8 @@ def json_request(body: bytes, form: type[Options], max_images: int) -> tuple[lis
     form: `ExplainRequest` or `PredictRequest`.
     Raises MalformedRequest, InvalidOption, BodyTooLarge.
     """
-    check_json(body, MAX_JSON_VALUES, "images are sent as base64, not as lists of numbers.")
+    advice = "images are sent as base64, not as lists of numbers."
+    check_json(body, MAX_JSON_VALUES, MAX_JSON_NAMES, advice)
     try:
         request = form.model_validate_json(body)
     except pydantic.ValidationError as error:
