@@ -322,10 +322,9 @@ def test_where_others_fill_the_queue_it_waits_and_is_not_refused(serve) -> None:
 
 @pytest.mark.timeout(60)
 def test_what_time_does_not_reach_is_empty(serve) -> None:
-    """The only worker hangs at the second task; the first one is kept."""
+    """One task at a time; the second one hangs, and the first one is kept."""
     tiny.RELEASED.clear()
-    models = {"models": ("tiny:hangs",), "max_batch": 1}
-    with serve(**models, request_timeout=4) as client:
+    with serve(models=("tiny:hangs",), max_queue=2, request_timeout=4) as client:
         try:
             stuck = {"image": data_uri(pictures.RED_PNG)}
             found = results(predict(client, [TASK, stuck, TASK]))
