@@ -108,6 +108,7 @@ ENV PATH=/opt/camserve/bin:/usr/local/bin:/usr/bin:/bin \
     HOME=/tmp \
     MALLOC_MMAP_THRESHOLD_=1073741824 \
     MALLOC_TRIM_THRESHOLD_=1073741824 \
+    MALLOC_ARENA_MAX=2 \
     TORCH_HOME=/cache/torch \
     HF_HOME=/cache/huggingface \
     CAMSERVE_CACHE_DIR=/cache/camserve \

@@ -1,6 +1,6 @@
 """Twenty thousand requests, a fifth of them faulty: what is answered right, and what is left.
 
-    .venv/bin/python benchmarks/soak.py --requests 20000      # about half an hour on two cores
+    .venv/bin/python benchmarks/soak.py --requests 20000      # about ten minutes on two cores
 
 The parts are those of `tests/integration/test_soak.py`, which is the same with four hundred
 requests: `tests/soaking.py`. Ctrl-C ends it early, with the table of what was sent until then.
@@ -20,6 +20,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from soaking import Soak, served_for_a_soak
 
+from service.memory import tune_allocator
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run it, print the table, and fail where anything is not as it must be."""
@@ -29,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--hang-timeout", type=float, default=5.0, help="of the server")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    tune_allocator()  # as `camserve serve` does
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also in the background
 
     def say(number: int) -> None:

@@ -8,24 +8,29 @@ from pathlib import Path
 
 import torch
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_KEPT_BYTES = 1 << 30
+_MALLOPT = {
+    "MALLOC_TRIM_THRESHOLD_": (-1, 1 << 30),
+    "MALLOC_MMAP_THRESHOLD_": (-3, 1 << 30),
+    "MALLOC_ARENA_MAX": (-8, 2),
+}
+"""The variables that glibc reads, each with mallopt's number for it and our value."""
 
 
-def keep_freed_memory() -> bool:
-    """Let glibc keep what is freed, up to a GiB: the next activation needs it again.
+def tune_allocator() -> None:
+    """Tell glibc how memory is used here, but for what the environment tells it.
 
-    Otherwise each large tensor is mapped anew and every page of it faults. `MALLOC_MMAP_THRESHOLD_`
-    and `MALLOC_TRIM_THRESHOLD_` in the environment do the same and go before. Returns whether it
-    was done; other C libraries have no such setting.
+    It keeps what is freed, up to a GiB, since the next activation needs it again; otherwise each
+    large tensor is mapped anew and every page of it faults. And all threads share two arenas: with
+    its eight a core, each with gaps of its own, memory grew for as long as it was watched.
+
+    Other C libraries have no such settings.
     """
-    if {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys():
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
-        return False
-    return all(mallopt(name, _KEPT_BYTES) for name in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD))
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return
+    for variable, (number, value) in _MALLOPT.items():
+        if variable not in os.environ:
+            mallopt(number, value)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

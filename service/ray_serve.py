@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service import logs
 from service.app import create_app, model_specs
 from service.errors import CamserveError, UnknownModel, nearest
-from service.memory import keep_freed_memory
+from service.memory import tune_allocator
 from service.routes.problems import problem
 from service.routes.state import Service
 from service.serving import SWITCH_SECONDS
@@ -52,7 +52,7 @@ def prepared(arguments: dict[str, Any]) -> Settings:
     workers = max(1, int(cores))
     settings = Settings(**{"workers": workers, "lone_threads": workers, **arguments})
     logs.configure(settings.log_format)
-    keep_freed_memory()
+    tune_allocator()
     sys.setswitchinterval(SWITCH_SECONDS)
     return settings
 

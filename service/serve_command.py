@@ -16,7 +16,7 @@ from service import logs
 from service.app import create_app
 from service.errors import ConfigurationError
 from service.flags import ERR
-from service.memory import keep_freed_memory
+from service.memory import tune_allocator
 from service.serving import SWITCH_SECONDS, DrainingServer
 from service.settings import Settings
 
@@ -24,7 +24,7 @@ from service.settings import Settings
 def run(settings: Settings) -> None:
     """Serve until a signal ends it. Raises ConfigurationError where no model could be loaded."""
     logs.configure(settings.log_format)
-    keep_freed_memory()
+    tune_allocator()
     sys.setswitchinterval(SWITCH_SECONDS)
     served = create_app(settings, background=True)
     server = DrainingServer(

@@ -71,8 +71,8 @@ class _Program:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         with self._request() as request:
-            # Into the request's own memory: with shared inputs OpenVINO 2026.4 writes into the array
-            # of an earlier caller, and its own copying takes longer.
+            # Into the request's own memory: with shared inputs OpenVINO 2026.4 writes into the
+            # array of an earlier caller, and its own copying takes longer.
             given = request.get_input_tensor(0)
             given.shape = pixels.shape
             given.data[:] = pixels.numpy()

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import ctypes
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,3 +41,39 @@ def test_metrics_say_what_memory_is_held_and_how_much_may_be() -> None:
     values = {sample.name: sample.value for family in families for sample in family.samples}
     assert values["process_resident_memory_bytes"] > 10 << 20
     assert values["camserve_memory_limit_bytes"] == memory_limit()
+
+
+ARENAS = """
+import ctypes, sys, threading
+from service.memory import tune_allocator
+
+tune_allocator()
+together = threading.Barrier(8)
+
+def allocate():
+    together.wait()
+    kept = [bytearray(1000) for _ in range(1000)]
+    together.wait()
+
+threads = [threading.Thread(target=allocate) for _ in range(8)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+libc = ctypes.CDLL(None)
+libc.fopen.restype = ctypes.c_void_p
+file = ctypes.c_void_p(libc.fopen(sys.argv[1].encode(), b"w"))
+libc.malloc_info(0, file)
+libc.fclose(file)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="not the C library glibc")
+@pytest.mark.parametrize(("asked", "most"), [(None, 2), ("4", 4)])
+def test_threads_share_two_arenas_or_as_many_as_the_environment_says(
+    tmp_path: Path, asked: str | None, most: int
+) -> None:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    if asked is not None:
+        environment["MALLOC_ARENA_MAX"] = asked
+    file = tmp_path / "arenas.xml"
+    subprocess.run([sys.executable, "-c", ARENAS, file], check=True, env=environment)
+    assert file.read_text().count("<heap nr=") == most
