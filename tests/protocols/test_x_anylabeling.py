@@ -32,7 +32,7 @@ def seen(url: str, picture: Path, tmp_path_factory: pytest.TempPathFactory) -> A
     python = folder / "bin/python"
     if not python.exists():
         pytest.skip("X-AnyLabeling is not installed: `make protocols` does it")
-    qt = [str(python), "-c", "import PyQt6.QtWidgets"]
+    qt = [str(python), "-c", "import PyQt6.QtMultimedia, PyQt6.QtWidgets"]
     tried = subprocess.run(qt, capture_output=True, text=True, check=False)
     if tried.returncode:
         pytest.skip(f"Qt lacks a library of the system: {tried.stderr.splitlines()[-1]}")
