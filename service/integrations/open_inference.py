@@ -43,8 +43,9 @@ async def server() -> dict[str, Any]:
 
 
 @router.get("/health/live")
-async def live() -> dict[str, bool]:
-    """The process answers."""
+async def live(request: Request) -> dict[str, bool]:
+    """The process answers; 503 where too many of its threads hang."""
+    await health.live(request)
     return {"live": True, "ready": True}
 
 

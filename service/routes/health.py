@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from api_schemas.models import Health
 from service.errors import ModelNotReady, ShuttingDown
 from service.routes.docs import problems
-from service.routes.state import service_of
+from service.routes.state import Service, service_of
 
 router = APIRouter(tags=["operations"])
 
@@ -25,9 +25,10 @@ _SAMPLES: dict[int | str, dict[str, Any]] = {
 
 
 @router.head("/health/live", include_in_schema=False)
-@router.get("/health/live")
-async def live() -> Health:
-    """The process answers."""
+@router.get("/health/live", responses=problems(503))
+async def live(request: Request) -> Health:
+    """The process answers, and not too many of its threads hang."""
+    _refuse_where_threads_hang(service_of(request))
     return Health(status="live")
 
 
@@ -38,8 +39,7 @@ async def ready(request: Request) -> Health:
     service = service_of(request)
     if not service.admission.is_open:
         raise ShuttingDown("The service is shutting down; ask another instance.")
-    if not service.scheduler.workers.healthy:
-        raise ShuttingDown("Too many worker threads hang; restart this instance.")
+    _refuse_where_threads_hang(service)
     entries = service.library.entries
     loading = [name for name, entry in entries.items() if entry.state == "loading"]
     failed = {name: entry.reason or "" for name, entry in entries.items() if entry.reason}
@@ -54,3 +54,8 @@ async def ready(request: Request) -> Health:
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
     return Response(service_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _refuse_where_threads_hang(service: Service) -> None:
+    if not service.scheduler.workers.healthy:
+        raise ShuttingDown("Too many worker threads hang; restart this instance.")

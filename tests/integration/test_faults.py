@@ -361,20 +361,27 @@ def test_who_shares_a_batch_with_one_that_hangs_is_answered(serve) -> None:
 
 
 @pytest.mark.timeout(30)
-def test_where_too_many_threads_hang_the_service_is_not_ready(serve) -> None:
-    """One worker, so three that hang are past the bound; a balancer sends requests elsewhere."""
+def test_where_too_many_threads_hang_the_service_is_neither_ready_nor_live(serve) -> None:
+    """One worker, so three that hang are past the bound.
+
+    A balancer sends requests elsewhere, and what restarts containers restarts this one, unless a
+    thread comes back before.
+    """
     tiny.HANGING.clear()
     tiny.RELEASED.clear()
-    with serve(models=("tiny:hangs",), hang_timeout=0.2, max_batch=1) as client:
+    with serve(models=("tiny:hangs",), hang_timeout=0.5, max_batch=1) as client:
         try:
             for _ in range(3):
                 check_failure(send(client, pictures.RED_PNG), "inference_hangs")
-            ready = client.get("/health/ready")
-            assert (ready.status_code, ready.json()["code"]) == (503, "shutting_down")
-            assert client.get("/health/live").status_code == 200
+            for probe in ("/health/ready", "/health/live"):
+                answer = client.get(probe)
+                assert (answer.status_code, answer.json()["code"]) == (503, "shutting_down")
+                assert client.head(probe).status_code == 503
+                assert client.get(f"/v2{probe}").status_code == 503
         finally:
             tiny.RELEASED.set()
         until(lambda: client.get("/health/ready").status_code == 200)
+        assert client.get("/health/live").status_code == 200
         assert send(client, pictures.png()).status_code == 200
 
 

@@ -85,6 +85,7 @@ def test_the_image_keeps_the_rules_that_its_readers_count_on() -> None:
         assert re.search(rf"^{instruction} \[", DOCKERFILE, re.MULTILINE), "not in exec form"
     environment = image_environment()
     assert environment["MALLOC_MMAP_THRESHOLD_"] == environment["MALLOC_TRIM_THRESHOLD_"]
+    assert environment["MALLOC_ARENA_MAX"] == "2"
     assert re.search(r"\bPYTHONSAFEPATH=1\b", DOCKERFILE)
     kept = ("CAMSERVE_CACHE_DIR", "TORCH_HOME", "HF_HOME")
     assert all(environment[name].startswith("/cache/") for name in kept)
@@ -280,6 +281,14 @@ def test_probes_ask_paths_that_need_no_key(manifests: list[dict[str, Any]]) -> N
     (container,) = containers(manifests)
     for name in ("startup", "readiness", "liveness"):
         assert container[f"{name}Probe"]["httpGet"]["path"] in OPEN
+
+
+def test_who_is_not_alive_for_a_minute_is_restarted(manifests: list[dict[str, Any]]) -> None:
+    """A minute: a thread that hangs may come back, and then nothing needs a restart."""
+    for container in [*containers(manifests), *kserve_containers()]:
+        probe = container["livenessProbe"]
+        assert probe["httpGet"]["path"] == "/health/live"
+        assert probe["periodSeconds"] * probe["failureThreshold"] == 60
 
 
 def test_the_scaler_reads_a_metric_that_the_adapter_makes_of_ours(
