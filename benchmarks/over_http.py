@@ -17,6 +17,7 @@ import os
 import random
 import shlex
 import statistics
+import subprocess
 import sys
 import tempfile
 import urllib.request
@@ -69,11 +70,21 @@ class Row:
 
 
 OURS, OURS_PREDICT = "camserve /explain", "camserve /predict"
+HEATMAP = "camserve /explain, heatmap alone"
 NARROW = "camserve /explain, one thread a request"
+INT8 = "camserve /explain, int8 front"
 EAGER, OPENVINO = "FastAPI + eager torch /predict", "FastAPI + OpenVINO /predict"
 ROWS = (
     Row(OURS, "camserve", "/explain?include=overlay", "/explain?include=overlay&include=grid"),
     Row(OURS_PREDICT, "camserve", "/predict", "/predict"),
+    Row(HEATMAP, "camserve", "/explain", "/explain", ("640x480/4", "12MP/4")),
+    Row(
+        INT8,
+        "camserve-int8",
+        "/explain?include=overlay",
+        "/explain?include=overlay&include=grid",
+        (BUSY,),
+    ),
     Row(
         NARROW,
         "camserve-narrow",
@@ -95,14 +106,17 @@ ROWS = (
     Row(EAGER, "eager", "/predict", "/predict"),
     Row(OPENVINO, "openvino", "/predict", "/predict"),
 )
-EXPLAINERS = tuple(row.name for row in ROWS[3:8])
+EXPLAINERS = tuple(
+    row.name for row in ROWS if "/explain" in row.path and not row.server.startswith("camserve")
+)
 """The rows of the peers that explain."""
 
 
-def kinds(model: Model, more: Sequence[str] = ()) -> dict[str, Kind]:
-    """How each server is started; `more` are arguments of camserve serve."""
+def kinds(model: Model, int8: Path, more: Sequence[str] = ()) -> dict[str, Kind]:
+    """How each server is started. int8: of the front. more: arguments of camserve serve."""
     return {
         "camserve": camserve(model, *more),
+        "camserve-int8": camserve(model, "--int8", f"bench={int8}", *more),
         "camserve-narrow": camserve(model, "--lone-threads", "1", *more),
         "gradcam": fastapi("fastapi_gradcam", model),
         "gradcam-tuned": fastapi("fastapi_gradcam", model, BENCH_TUNED="1"),
@@ -122,6 +136,21 @@ def random_weights(folder: Path) -> Path:
         torch_random.manual_seed(0)
         save_file(torchvision.models.resnet50(weights=None).state_dict(), file)
     return file
+
+
+def calibrate(model: Model, front: Path) -> None:
+    """Make an int8 front with `camserve calibrate`; where it is refused, that is said.
+
+    Random weights and photographs that are mostly drawn do for its speed, and say nothing about
+    its price in agreement.
+    """
+    folder = front.parent / "photographs"
+    folder.mkdir()
+    for number, photo in enumerate(photographs(*SIZES["640x480"], count=48)):
+        (folder / f"{number}.jpg").write_bytes(photo)
+    weights = f"@{model.weights}" if model.weights else ""
+    command = [sys.executable, "-m", "service", "calibrate", f"{model.builder}{weights}"]
+    subprocess.run([*command, str(folder), "--out", str(front)], check=False)  # noqa: S603 - ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,13 +360,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if weights is None and options.model == "torchvision/resnet50":
         weights = random_weights(options.out.parent)
     results = Results(options.out, again=options.again)
-    all_kinds = kinds(Model(options.model, weights, options.layer), shlex.split(options.serve))
-    wanted = {name: all_kinds[name] for name in options.servers or all_kinds}
+    model = Model(options.model, weights, options.layer)
     sizes = {load.split("/")[0] for load in (*options.loads, "640x480")}
     photos = {size: photographs(*SIZES[size], count=8) for size in sizes}
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         os.environ["CAMSERVE_CACHE_DIR"] = folder  # of this run alone
+        front = Path(folder) / "int8"
+        all_kinds = kinds(model, front, shlex.split(options.serve))
+        wanted = {name: all_kinds[name] for name in options.servers or all_kinds}
+        if "camserve-int8" in wanted:
+            calibrate(model, front)
         race = Race(start(wanted, options.cores, stack), photos)
         wrong = race.check()
         results.keep("http-check", {}, wrong)

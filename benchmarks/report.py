@@ -16,6 +16,8 @@ from over_http import (
     BUSY,
     EAGER,
     EXPLAINERS,
+    HEATMAP,
+    INT8,
     LOADS,
     NARROW,
     OPENVINO,
@@ -109,8 +111,18 @@ def _http_targets() -> list[Target]:
             lambda results: over_http.against(results, BUSY, "cpu", OURS, OPENVINO),
             1.1,
         ),
-        Target("4 clients, a 12 MP photograph ÷ a 640x480 one, in time", _large, 1.5),
+        Target(f"{_LARGE}, heatmap", _large(HEATMAP), 1.5),
+        Target(f"{_LARGE}, overlay of 2048 pixels", _large(OURS), 1.5),
+        Target(
+            f"16 clients, int8 front, requests/s ÷ {OPENVINO}'s in float32",
+            lambda results: over_http.against(results, BUSY, "rate", INT8, OPENVINO),
+            1.5,
+            least=True,
+        ),
     ]
+
+
+_LARGE = "4 clients, a 12 MP photograph ÷ a 640x480 one, in time"
 
 
 def _memory_targets() -> list[Target]:
@@ -151,10 +163,15 @@ def _spread(results: Results) -> Ratio | None:
     return ratio(list(p99.values()), list(p50.values())) if p50 else None
 
 
-def _large(results: Results) -> Ratio | None:
-    small, large = (series(results, load, OURS, "rate") for load in ("640x480/4", "12MP/4"))
-    both = sorted(small.keys() & large.keys())
-    return ratio([small[n] for n in both], [large[n] for n in both]) if both else None
+def _large(name: str) -> Callable[[Results], Ratio | None]:
+    """A row's time for a large photograph in units of that for a small one."""
+
+    def figure(results: Results) -> Ratio | None:
+        small, large = (series(results, load, name, "rate") for load in ("640x480/4", "12MP/4"))
+        both = sorted(small.keys() & large.keys())
+        return ratio([small[n] for n in both], [large[n] for n in both]) if both else None
+
+    return figure
 
 
 def verdicts(results: Results) -> str:
