@@ -66,7 +66,7 @@ image: ## build the container's image, camserve:latest
 		--build-arg VERSION="$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' service/__init__.py)" .
 
 container: .venv/.installed-test .venv-deploy/.installed .venv-protocols/.installed ## build the image and run it; test manifests, alerts and the dashboard
-	@$(SAFE) .venv/bin/python -m pytest -m container -s $(ARGS)
+	@$(SAFE) .venv/bin/python -m pytest -m container $(ARGS)
 
 load: .venv/.installed-dev ## load a server (or ARGS='--url URL') up to more than it takes, report in build/load
 	@$(LOAD) deploy/load/load.py $(URL:%=--url %) $(ARGS)
