@@ -248,7 +248,7 @@ class _Selection:
             side = self._service.limits.render_side
             shown.append((image, Evidence(self.work.model, found, self._asked.parameters, side)))
         return await answering.drawn(
-            self.work, prediction, shown, self._version, keep_empty=self._asked.is_interactive
+            self.work, prediction, shown, self._version, of_click=self._asked.is_interactive
         )
 
 

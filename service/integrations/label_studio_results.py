@@ -82,16 +82,22 @@ class Evidence:
 
 
 def prediction(
-    images: Sequence[tuple[TaskImage, Evidence]], version: str, *, keep_empty: bool = False
+    images: Sequence[tuple[TaskImage, Evidence]], version: str, *, of_click: bool = False
 ) -> bytes:
     """A task's place in the answer, JSON; `[]` where nothing fits the project's labels.
 
     Label Studio would keep an empty prediction and not ask this version again.
 
-    keep_empty: whether to give it all the same.
+    of_click: whether it answers a click. Then it may be empty, and makes no choice: the page would
+    put that over the annotator's own at once, before the suggested regions are accepted.
     """
-    result = [each for image, evidence in images for each in _of_image(image, evidence)]
-    if not result and not keep_empty:
+    result = [
+        each
+        for image, evidence in images
+        for each in _of_image(image, evidence)
+        if not (of_click and each["type"] == "choices")
+    ]
+    if not result and not of_click:
         return b"[]"
     score = min(evidence.score for _, evidence in images) if images else 0.0
     return orjson.dumps({"result": result, "score": score, "model_version": version})

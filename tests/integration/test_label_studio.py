@@ -370,6 +370,12 @@ def test_a_click_asks_for_the_evidence_of_its_class(client, click, target) -> No
     assert [x, y] == pytest.approx(evidence["regions"]["peak"])
 
 
+@pytest.mark.parametrize("click", [clicked("class 5"), clicked("class 5", "choices", "kind")])
+def test_a_click_leaves_the_annotators_choice_alone(client, click) -> None:
+    (found,) = results(predict(client, clicked=click))
+    assert of_type(found["result"], "choices") == []
+
+
 def test_two_clicks_give_marks_of_their_own(client) -> None:
     """The page keeps the first ones beside the second ones."""
     ids = [

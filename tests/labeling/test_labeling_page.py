@@ -17,7 +17,7 @@ import pytest
 from label_studio import PASSWORD, USER, LabelStudio
 from numpy.typing import NDArray
 from PIL import Image
-from playwright.sync_api import Browser, Page, Response, Route, expect
+from playwright.sync_api import Browser, BrowserContext, Page, Response, Route, expect
 
 from service.overlay_tokens import Grant, sign
 
@@ -26,12 +26,7 @@ pytestmark = [pytest.mark.labeling, pytest.mark.timeout(600)]
 WAIT_MS = 90_000
 BRUSH = (255, 51, 0)
 
-CONFIG = """<View>
-  <View style="display: grid; grid-template-columns: 1fr 1fr; gap: 8px">
-    <Image name="image" value="$image"/>
-    <Image name="heat" value="{overlay}?key={key}&amp;src=$image"/>
-  </View>
-  <Choices name="flower" toName="image" showInline="true">
+LABELS = """<Choices name="flower" toName="image" showInline="true">
     <Choice value="daisy"/><Choice value="dandelion"/><Choice value="rose"/>
     <Choice value="sunflower"/><Choice value="tulip"/>
   </Choices>
@@ -42,7 +37,19 @@ CONFIG = """<View>
   <KeyPointLabels name="point" toName="image">
     <Label value="peak" smart="true" background="#00cc44"/>
     <Label value="rose" smart="true" background="#cc00cc"/>
-  </KeyPointLabels>
+  </KeyPointLabels>"""
+
+CONFIG = f"""<View>
+  <View style="display: grid; grid-template-columns: 1fr 1fr; gap: 8px">
+    <Image name="image" value="$image"/>
+    <Image name="heat" value="{{overlay}}?key={{key}}&amp;src=$image"/>
+  </View>
+  {LABELS}
+</View>"""
+
+AS_LARGE_AS_THE_PHOTO = f"""<View>
+  <Image name="image" value="$image" maxWidth="640px"/>
+  {LABELS}
 </View>"""
 
 
@@ -81,9 +88,17 @@ class Opened:
         return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(np.int64)
 
 
+def area_of(page: Page, place: int = 0) -> tuple[int, int, int, int]:
+    """Left, top, width and height of a photograph on the page, the first or another."""
+    area = page.locator("canvas").nth(place).bounding_box()
+    assert area is not None
+    left, top, width, height = (round(area[name]) for name in ("x", "y", "width", "height"))
+    return left, top, width, height
+
+
 @pytest.fixture(scope="module")
-def opened(chromium: Browser, studio: LabelStudio, task: dict[str, Any]) -> Iterator[Opened]:
-    """Somebody is logged in and has opened the task; nothing outside of this machine is asked."""
+def someone(chromium: Browser, studio: LabelStudio) -> Iterator[BrowserContext]:
+    """A browser in which somebody is logged in; nothing outside of this machine is asked."""
 
     def stay_here(route: Route) -> None:
         here = route.request.url.startswith(("http://127.0.0.1:", "data:", "blob:"))
@@ -98,11 +113,24 @@ def opened(chromium: Browser, studio: LabelStudio, task: dict[str, Any]) -> Iter
     page.fill("input[name=password]", PASSWORD)
     page.click("button[type=submit]")
     page.wait_for_url(f"{studio.url}/")
-    found = Opened(page)
-    page.goto(f"{studio.url}/projects/{task['project']}/data?labeling=1")
-    expect(page.locator("canvas").first).to_be_visible(timeout=WAIT_MS)
-    yield found
+    page.close()
+    yield context
     context.close()
+
+
+def labeling_page(someone: BrowserContext, studio: LabelStudio, project: int) -> Opened:
+    """The first task of a project, opened."""
+    page = someone.new_page()
+    found = Opened(page)
+    page.goto(f"{studio.url}/projects/{project}/data?labeling=1")
+    expect(page.locator("canvas").first).to_be_visible(timeout=WAIT_MS)
+    return found
+
+
+@pytest.fixture(scope="module")
+def opened(someone: BrowserContext, studio: LabelStudio, task: dict[str, Any]) -> Opened:
+    """Somebody has opened the predicted task."""
+    return labeling_page(someone, studio, task["project"])
 
 
 def test_class_box_brush_and_peak_are_filled_in(opened: Opened) -> None:
@@ -122,9 +150,7 @@ def test_the_brush_is_painted_where_the_map_is(
     """As opaque as the map is strong, graded; not at all outside of what the model saw."""
     page = opened.page
     expect(page.locator(".lsf-tree").get_by_text("cam", exact=True)).to_be_visible()
-    area = page.locator("canvas").first.bounding_box()
-    assert area is not None
-    left, top, width, height = (round(area[name]) for name in ("x", "y", "width", "height"))
+    left, top, width, height = area_of(page)
     shown = opened.shown("label-studio")[top : top + height, left : left + width]
     photo = Image.open(io.BytesIO(photos["sunflower.jpg"])).convert("RGB")
     plain = np.asarray(photo.resize((width, height))).astype(np.int64)
@@ -154,4 +180,69 @@ def test_the_live_overlay_is_beside_it(opened: Opened, studio: LabelStudio) -> N
     for answer in opened.overlays:
         assert answer.status == 200
         assert answer.headers["access-control-allow-origin"] == studio.url
-    expect(opened.page.locator("canvas")).not_to_have_count(1)
+    overlay = Image.open(io.BytesIO(opened.overlays[-1].body())).convert("RGB")
+    left, top, width, height = area_of(opened.page, place=-1)
+    expected = np.asarray(overlay.resize((width, height))).astype(np.int64)
+    shown = opened.shown("label-studio-overlay")[top : top + height, left : left + width]
+    free = np.s_[:, : round(0.9 * width)]  # the rest is under the page's tools
+    assert np.abs(shown - expected)[free].mean() < 4
+
+
+def test_the_box_is_drawn_around_the_evidence(opened: Opened, backend: Any, photos) -> None:
+    left, top, width, height = area_of(opened.page)
+    shown = opened.shown("label-studio-box")[top : top + height, left : left + width]
+    (x, y, w, h) = backend.explained(photos["sunflower.jpg"])["regions"]["boxes"][0]
+    right, bottom = round((x + w) * width / 640), round((y + h) * height / 480)
+    middle = round((x + w / 2) * width / 640), round((y + h / 2) * height / 480)
+    blue = shown[..., 2] - shown[..., 0]
+    for across in (
+        blue[middle[1], right - 8 : right + 9],
+        blue[bottom - 8 : bottom + 9, middle[0]],
+    ):
+        assert across[5:12].max() > max(across[:4].max(), across[-4:].max()) + 50
+
+
+def test_a_click_with_the_smart_point_suggests_the_evidence_of_its_class(
+    someone: BrowserContext, studio: LabelStudio, backend: Any, photos: dict[str, bytes]
+) -> None:
+    """By mouse alone; suggestions are drawn, and become regions where they are accepted."""
+    project = studio.project(AS_LARGE_AS_THE_PHOTO)
+    studio.upload(project, photos)
+    studio.attach(project, backend.url, backend.key)
+    studio.retrieve(project)
+    opened = labeling_page(someone, studio, project)
+    page = opened.page
+    listed = page.locator(".lsf-tree")
+    expect(listed.get_by_text("cam", exact=True)).to_be_visible()
+    page.get_by_text("Auto-Annotation", exact=True).click()
+    page.locator(".lsf-tool_smart").first.hover()
+    page.locator(".lsf-tool_smart").get_by_label("key-point-tool").click()
+    page.locator(".lsf-label", has_text="rose").click()
+    left, top, width, height = area_of(page)
+    assert (width, height) == (640, 480)
+    before = opened.shown("label-studio-before-the-click")
+    with page.expect_response("**/interactive-annotating*") as answered:
+        page.mouse.click(left + 0.7 * 640, top + 0.9 * 480)
+    expect(page.get_by_text("3 suggestions")).to_be_visible()
+    after = opened.shown("label-studio-suggestions")
+
+    asked = answered.value.request.post_data_json["context"]["result"][-1]["value"]
+    assert asked["keypointlabels"] == ["rose"]
+    assert [asked["x"], asked["y"]] == pytest.approx([70, 90], abs=1)
+    rose = backend.explained(photos["sunflower.jpg"], "&targets=rose")
+    given = {each["type"]: each["value"] for each in answered.value.json()["data"]["result"]}
+    assert set(given) == {"brushlabels", "rectanglelabels", "keypointlabels"}
+    (x, y) = rose["regions"]["peak"]
+    peak = given["keypointlabels"]
+    assert [peak["x"] * 6.4, peak["y"] * 4.8] == pytest.approx([x, y])
+    levels = np.asarray(Image.open(io.BytesIO(base64.b64decode(rose["heatmap"]["data"]))))
+    place = np.s_[top : top + 480, left : left + 640]
+    assert opacity(after[place], before[place], levels > 100) > 0.1
+    assert opacity(after[place], before[place], levels == 0) < 0.01
+
+    page.get_by_test_id("bottombar-accept-suggestions-button").click()
+    for label in ("cam", "evidence"):
+        expect(listed.get_by_text(label, exact=True)).to_have_count(2)
+    opened.shown("label-studio-accepted")
+    expect(listed.get_by_text("rose", exact=True)).to_be_visible()
+    expect(page.get_by_role("checkbox", name="sunflower")).to_be_checked()
