@@ -22,6 +22,12 @@ SWITCH_SECONDS = 0.0005
 Python's own 5 ms may be waited at each of the many reads and writes of a refusal.
 """
 
+KEEP_ALIVE_SECONDS = 75
+"""Of a connection that nothing is asked on.
+
+Balancers keep theirs for a minute; were ours closed sooner, a request could be on its way then.
+"""
+
 
 class DrainingServer(uvicorn.Server):
     """On SIGTERM or Ctrl-C: takes nothing new, finishes what it accepted, then ends with 0.
@@ -43,6 +49,7 @@ class DrainingServer(uvicorn.Server):
                 server_header=False,
                 http=BoundedHead,
                 ws="none",
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=int(grace),
                 **options,
             )

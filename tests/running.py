@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from service.app import create_app
 from service.connections import BoundedHead
 from service.routes.state import Service
+from service.serving import KEEP_ALIVE_SECONDS
 from service.settings import Settings
 
 
@@ -44,6 +45,7 @@ def running(**settings: Any) -> Iterator[Server]:
             server_header=False,
             http=BoundedHead,
             ws="none",
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
         )
     )
     began, start = threading.Event(), server.startup

@@ -19,6 +19,8 @@ import pytest
 from gates import Emptied, Gate, queued
 from starlette.testclient import TestClient
 
+from service.serving import DrainingServer
+
 PNG = {"content-type": "image/png"}
 LARGE = 20_000_000
 
@@ -304,6 +306,12 @@ def test_a_closed_service_takes_nothing_new_and_finishes_what_it_took(serve) -> 
         assert (ready.status_code, ready.json()["code"]) == (503, "shutting_down")
         assert live.status_code == 200
         assert service.admission.images == 0
+
+
+def test_an_idle_connection_outlives_the_minute_that_balancers_keep_theirs(serve) -> None:
+    with serve() as client:
+        server = DrainingServer(client.app, grace=1, delay=0)
+        assert server.config.timeout_keep_alive > 60
 
 
 def test_a_form_that_was_accepted_is_finished_after_the_close(run_server, http) -> None:
