@@ -29,6 +29,20 @@ Balancers keep theirs for a minute; were ours closed sooner, a request could be 
 """
 
 
+def config_of(app: FastAPI, **options: Any) -> uvicorn.Config:
+    """How uvicorn serves the app; `options` are more of uvicorn's."""
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        http=BoundedHead,
+        ws="none",
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        **options,
+    )
+
+
 class DrainingServer(uvicorn.Server):
     """On SIGTERM or Ctrl-C: takes nothing new, finishes what it accepted, then ends with 0.
 
@@ -41,19 +55,7 @@ class DrainingServer(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, *, grace: float, delay: float, **options: Any) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                http=BoundedHead,
-                ws="none",
-                timeout_keep_alive=KEEP_ALIVE_SECONDS,
-                timeout_graceful_shutdown=int(grace),
-                **options,
-            )
-        )
+        super().__init__(config_of(app, timeout_graceful_shutdown=int(grace), **options))
         self._admission = app.state.service.admission
         self._grace = grace
         self._delay = delay

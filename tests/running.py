@@ -12,9 +12,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.app import create_app
-from service.connections import BoundedHead
 from service.routes.state import Service
-from service.serving import KEEP_ALIVE_SECONDS
+from service.serving import config_of
 from service.settings import Settings
 
 
@@ -37,17 +36,7 @@ def running(**settings: Any) -> Iterator[Server]:
     """The service in uvicorn, started and stopped as `camserve serve` does it."""
     values = {"models": ("tiny:small",), "device": "cpu", "workers": 1, **settings}
     app = create_app(Settings(**values))
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            http=BoundedHead,
-            ws="none",
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        )
-    )
+    server = uvicorn.Server(config_of(app))
     began, start = threading.Event(), server.startup
     ends, shutdown = threading.Event(), server.shutdown
 
