@@ -43,10 +43,10 @@ browser: .venv/.installed-test tests/browser/node_modules/.installed ## test the
 	@$(SAFE) .venv/bin/python -m pytest -m browser $(ARGS)
 
 protocols: .venv/.installed-test .venv-protocols/.installed .venv-x-anylabeling/.installed .venv-cvat/.installed .venv-fiftyone/.installed .venv-labelbox/.installed ## talk to it through the clients of KServe, Triton, X-AnyLabeling, CVAT, FiftyOne and Labelbox
-	@$(SAFE) .venv/bin/python -m pytest -m protocols $(ARGS)
+	@$(SAFE) .venv/bin/python -m pytest -o testpaths='tests/protocols tests/integration/test_client_alone.py' -m protocols $(ARGS)
 
 labeling: .venv/.installed-test .venv-label-studio/.installed ## be the backend of a real Label Studio, seen in Chromium (ARGS= for pytest)
-	@$(SAFE) .venv/bin/python -m pytest -m labeling $(ARGS)
+	@$(SAFE) .venv/bin/python -m pytest -o testpaths='tests/labeling' -m labeling $(ARGS)
 
 ray: .venv/.installed-dev ## run it on a Ray cluster of two nodes (ARGS= for pytest)
 	@$(SAFE) sh tests/cluster/alone.sh .venv/bin/python -m pytest -m ray $(ARGS)
