@@ -1,4 +1,4 @@
-"""Lanes of the Makefile that collect a part of the tests alone, because all of them take a minute."""
+"""Lanes of the Makefile that collect their own tests alone: collecting all takes a minute."""
 
 from __future__ import annotations
 
