@@ -5,6 +5,7 @@
     │   ├── MalformedRequest        malformed_request
     │   ├── EmptyBody               empty_body
     │   ├── InvalidOption           invalid_option
+    │   ├── HeadTooLarge            head_too_large
     │   ├── BodyTooLarge            body_too_large
     │   ├── SlowUpload              slow_upload
     │   ├── UnsupportedMediaType    unsupported_media_type
@@ -76,6 +77,12 @@ class InvalidOption(RequestError):
     """An option is unknown, out of range, or contradicts another."""
 
     code = "invalid_option"
+
+
+class HeadTooLarge(RequestError):
+    """Request line and headers are over the limit."""
+
+    code = "head_too_large"
 
 
 class BodyTooLarge(RequestError):

@@ -27,6 +27,7 @@ STATUS: dict[type[CamserveError], int] = {
     errors.MalformedRequest: 400,
     errors.EmptyBody: 400,
     errors.InvalidOption: 422,
+    errors.HeadTooLarge: 431,
     errors.BodyTooLarge: 413,
     errors.SlowUpload: 408,
     errors.UnsupportedMediaType: 415,

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from http.client import HTTPConnection
 from typing import Any
 
+import httpx
 import numpy as np
 import pictures
 import pytest
@@ -38,16 +39,44 @@ def read_to_the_end(connection: socket.socket) -> bytes:
 
 
 @pytest.mark.parametrize("part", ["a line", "one header", "many headers"])
-def test_a_head_without_end_is_cut_off(run_server, http, part: str) -> None:
+def test_a_head_without_end_is_refused_and_cut_off(
+    run_server, http, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
     """Uvicorn alone would keep it all in memory."""
+    monkeypatch.setattr(connections, "LINGER_SECONDS", 0.1)
     more = {"a line": b"x" * 999, "one header": b"x" * 999, "many headers": b"x: y\r\n" * 200}[part]
     start = b"GET /" if part == "a line" else b"GET / HTTP/1.1\r\nhost: x\r\na: "
     with run_server() as server, socket.create_connection(server.address, timeout=5) as connection:
         connection.sendall(start)
-        endless = more * (50_000_000 // len(more))
         with pytest.raises(OSError, match=r"reset|pipe|abort"):
-            connection.sendall(endless)
+            connection.sendall(more * (200_000_000 // len(more)))
         assert http.get(f"{server.url}/health/live").status_code == 200
+
+
+@pytest.mark.parametrize("earlier", [0, 1])
+def test_who_sends_too_long_a_head_reads_what_to_do(run_server, earlier: int) -> None:
+    """Also on a connection that answered before, and with less than twice the limit."""
+    with run_server() as server, httpx.Client(trust_env=False) as client:
+        for _ in range(earlier):
+            assert client.get(f"{server.url}/models").status_code == 200
+        response = client.get(f"{server.url}/models", headers={"x": "y" * 300_000})
+        assert refused(response) == (431, "head_too_large")
+        assert response.headers["content-type"] == "application/problem+json"
+        assert response.headers["connection"] == "close"
+        assert client.get(f"{server.url}/models", headers={"x": "y" * 250_000}).status_code == 200
+
+
+@pytest.mark.parametrize("first", [10, -2])
+def test_a_body_that_comes_with_the_end_of_its_head_is_none_of_it(run_server, first: int) -> None:
+    """Also where the end itself comes in two pieces."""
+    body = pictures.png() + bytes(600_000)
+    head = b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\nconnection: close\r\n"
+    head += f"content-length: {len(body)}\r\n\r\n".encode()
+    with run_server() as server, socket.create_connection(server.address, timeout=5) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.sendall(head[:first])
+        connection.sendall(head[first:] + body)
+        assert read_to_the_end(connection).startswith(b"HTTP/1.1 200 ")
 
 
 @pytest.mark.parametrize("begun", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nhost: x\r\n"])
