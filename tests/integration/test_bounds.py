@@ -43,7 +43,7 @@ def test_a_head_without_end_is_refused_and_cut_off(
     run_server, http, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     """Uvicorn alone would keep it all in memory."""
-    monkeypatch.setattr(connections, "LINGER_SECONDS", 0.1)
+    monkeypatch.setattr(connections, "LINGER_SECONDS", 0)
     more = {"a line": b"x" * 999, "one header": b"x" * 999, "many headers": b"x: y\r\n" * 200}[part]
     start = b"GET /" if part == "a line" else b"GET / HTTP/1.1\r\nhost: x\r\na: "
     with run_server() as server, socket.create_connection(server.address, timeout=5) as connection:
