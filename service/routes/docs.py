@@ -32,6 +32,7 @@ _PROBLEMS = {
     424: "An image could not be fetched from its URL.",
     422: "An option is unknown, out of range, or contradicts another.",
     429: "The queue is full, or the key has used what it may; try again after `Retry-After`.",
+    431: "Request line and headers together are over the limit; send options in a JSON body.",
     500: "The model or the drawing failed; the log has the cause under the request id.",
     503: "The service is shutting down or the model is not ready.",
     504: "The answer was not ready at its deadline.",
@@ -50,6 +51,7 @@ _CODES = {
     424: "image_url_failed",
     422: "invalid_option",
     429: "queue_full",
+    431: "head_too_large",
     500: "inference_failed",
     503: "model_not_ready",
     504: "deadline_exceeded",
@@ -147,6 +149,8 @@ def _complete_operation(method: str, path: str, operation: dict[str, Any]) -> No
     if rest:
         operation["description"] = " ".join(rest.split())
     responses = operation["responses"]
+    if "4XX" not in responses:  # every route may be sent a head without end
+        responses |= {str(status): of for status, of in problems(431).items()}
     if "HTTPValidationError" in str(responses.get("422")):
         del responses["422"]
     _describe_body(method, path, operation)

@@ -30,10 +30,14 @@ for kind in ("image/*", "application/octet-stream"):
 @pytest.fixture(scope="module")
 def document(run_server) -> Iterator[Any]:
     with run_server(models=("tiny:small", "other=tiny:other"), max_cost=50) as server:
-        yield schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+        yield schemathesis.openapi.from_url(f"{server.url}/openapi.json", config=CONFIG)
 
 
 CHECKED = CHECKS.get_all()
+REFUSALS = ["400", "401", "404", "405", "406", "413", "415", "422", "429", "431", "503"]
+CONFIG = schemathesis.Config.from_dict(
+    {"checks": {"negative_data_rejection": {"expected-statuses": REFUSALS}}}
+)
 REFUSES_WHAT_IS_VALID = {
     "POST /explain": "options that exclude each other; text that must be base64, or an allowed URL",
     "POST /predict": "as /explain",
