@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service import logs
 from service.app import create_app, model_specs
 from service.errors import CamserveError, UnknownModel, nearest
-from service.memory import tune_allocator
+from service.memory import spare_collector, tune_allocator
 from service.routes.problems import problem
 from service.routes.state import Service
 from service.serving import SWITCH_SECONDS
@@ -53,6 +53,7 @@ def prepared(arguments: dict[str, Any]) -> Settings:
     settings = Settings(**{"workers": workers, "lone_threads": workers, **arguments})
     logs.configure(settings.log_format)
     tune_allocator()
+    spare_collector()
     sys.setswitchinterval(SWITCH_SECONDS)
     return settings
 

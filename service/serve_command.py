@@ -16,7 +16,7 @@ from service import logs
 from service.app import create_app
 from service.errors import ConfigurationError
 from service.flags import ERR
-from service.memory import tune_allocator
+from service.memory import spare_collector, tune_allocator
 from service.serving import SWITCH_SECONDS, DrainingServer
 from service.settings import Settings
 
@@ -27,6 +27,7 @@ def run(settings: Settings) -> None:
     tune_allocator()
     sys.setswitchinterval(SWITCH_SECONDS)
     served = create_app(settings, background=True)
+    spare_collector()
     server = DrainingServer(
         served,
         grace=settings.drain_timeout,

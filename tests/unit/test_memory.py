@@ -77,3 +77,22 @@ def test_threads_share_two_arenas_or_as_many_as_the_environment_says(
     file = tmp_path / "arenas.xml"
     subprocess.run([sys.executable, "-c", ARENAS, file], check=True, env=environment)
     assert file.read_text().count("<heap nr=") == most
+
+
+COLLECTED = """
+import gc
+from service.app import build_service
+from service.memory import spare_collector
+from service.settings import Settings
+
+spare_collector()
+service = build_service(Settings(models=("builtin",), workers=2))
+assert service.pool.models
+print(gc.get_freeze_count(), len(gc.get_objects()))
+"""
+
+
+def test_a_full_collection_passes_over_what_was_imported_and_not_over_models() -> None:
+    printed = subprocess.check_output([sys.executable, "-c", COLLECTED], text=True)
+    frozen, collectable = (int(each) for each in printed.splitlines()[-1].split())
+    assert frozen > 5 * collectable > 5_000
