@@ -5,15 +5,32 @@ from __future__ import annotations
 import functools
 import io
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pictures
+import psutil
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 CASES = int(os.environ.get("CAMSERVE_FUZZ_CASES", "500"))
 """Of all fuzz tests together; 20,000 in a night."""
+
+GROWTH_BYTES = 512 << 20
+"""What the service may hold more after any number of cases; one picture of the largest size that
+the tests allow takes 12 MB."""
+
+
+@contextmanager
+def memory_bounded() -> Iterator[None]:
+    """The process, which serves and asks, does not grow with the cases."""
+    process = psutil.Process()
+    before = process.memory_info().rss
+    yield
+    grown = process.memory_info().rss - before
+    assert grown < GROWTH_BYTES, f"grew by {grown >> 20} MiB"
 
 
 def fuzzed(share: float) -> settings:

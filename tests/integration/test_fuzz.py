@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import pictures
 import pytest
-from fuzzing import broken_pictures, fuzzed, real_pictures
+from fuzzing import broken_pictures, fuzzed, memory_bounded, real_pictures
 from hypothesis import given
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
@@ -29,9 +29,8 @@ PNG = {"content-type": "image/png"}
 
 @pytest.fixture(scope="module")
 def fuzzed_client(serve) -> Iterator[TestClient]:
-    with serve(
-        models=("tiny:small", "other=tiny:other"), max_pixels=4_000_000, max_cost=50
-    ) as client:
+    served = serve(models=("tiny:small", "other=tiny:other"), max_pixels=4_000_000, max_cost=50)
+    with served as client, memory_bounded():
         yield client
 
 

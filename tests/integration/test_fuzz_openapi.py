@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import schemathesis
-from fuzzing import CASES, real_pictures
+from fuzzing import CASES, memory_bounded, real_pictures
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
@@ -29,7 +29,8 @@ for kind in ("image/*", "application/octet-stream"):
 
 @pytest.fixture(scope="module")
 def document(run_server) -> Iterator[Any]:
-    with run_server(models=("tiny:small", "other=tiny:other"), max_cost=50) as server:
+    served = run_server(models=("tiny:small", "other=tiny:other"), max_cost=50)
+    with served as server, memory_bounded():
         yield schemathesis.openapi.from_url(f"{server.url}/openapi.json", config=CONFIG)
 
 
