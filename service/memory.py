@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import os
@@ -43,6 +44,7 @@ def spare_collector() -> None:
     """
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # or libraries would report at the end what they had not cleared
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -183,7 +183,9 @@ def test_serve_announces_its_address_and_ends_at_once_on_ctrl_c() -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(20) in (0, 130, -signal.SIGINT)
         assert process.stderr is not None
-        assert "Traceback" not in process.stderr.read()
+        rest = process.stderr.read()
+        assert "Traceback" not in rest
+        assert "Finished server process" in rest.splitlines()[-1], "nothing else is said at the end"
 
 
 def test_what_was_accepted_is_answered_before_the_service_ends() -> None:
