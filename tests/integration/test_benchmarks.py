@@ -17,6 +17,8 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
+pytest.importorskip("litserve", reason="no extra `bench`")
+
 ROOT = Path(__file__).parent.parent.parent
 TINY = {"BENCH_MODEL": "tiny:small", "BENCH_WEIGHTS": "", "BENCH_LAYER": "features"}
 
