@@ -1,6 +1,6 @@
 """`make bench`: the core and HTTP in one run, the page with its plot, and what is met and missed.
 
-    make bench                               # under 20 minutes on two cores
+    make bench                               # 23 minutes on two cores
     make bench ARGS=--quick                  # two minutes, two models, a few servers; no page
     make bench ARGS='--parts core http memory --again'
 
