@@ -10,6 +10,7 @@ from fastapi import Request
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.errors import HeadTooLarge
+from service.routes.middleware import SECURITY_HEADERS
 from service.routes.problems import problem
 
 MAX_HEAD_BYTES = 256 << 10
@@ -91,6 +92,7 @@ def _refusal() -> bytes:
     )
     # What the request was for is not known: it has not been read to its end.
     response = problem(Request({"type": "http", "path": "/"}), error)
+    response.headers.update(SECURITY_HEADERS)
     lines = [f"HTTP/1.1 {response.status_code} {HTTPStatus(response.status_code).phrase}".encode()]
     lines += [name + b": " + value for name, value in response.raw_headers]
     return b"\r\n".join([*lines, b"connection: close", b"", bytes(response.body)])

@@ -63,6 +63,7 @@ def test_who_sends_too_long_a_head_reads_what_to_do(run_server, earlier: int) ->
         assert refused(response) == (431, "head_too_large")
         assert response.headers["content-type"] == "application/problem+json"
         assert response.headers["connection"] == "close"
+        assert response.headers["x-content-type-options"] == "nosniff"
         assert client.get(f"{server.url}/models", headers={"x": "y" * 250_000}).status_code == 200
 
 
