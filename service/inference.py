@@ -11,15 +11,13 @@ import torch
 from torch import Tensor
 
 from service.cam.hooks import Calls, Recording, gradients, record
-from service.cam.layouts import Layout
-from service.cam.methods import GRADIENT_CAMS, fuse, precise, scale, weighted
+from service.cam.methods import scale
 from service.captures import Pass, Place, captures, frozen
 from service.errors import CamserveError, InvalidOption, NonFiniteOutput
-from service.models.head import head_weights
+from service.maps import GRADIENT_CAM_OF, cam, gradient_maps
 from service.models.loaded import LoadedModel
 from service.models.pool import Replica
 from service.questions import (
-    CAM_METHODS,
     LAYER_METHODS,
     Activation,
     Answer,
@@ -119,23 +117,30 @@ def _parts(
     layers: Sequence[str],
 ) -> list[Part | CamserveError]:
     """What one forward pass gave each image. layers: the target layers of all questions."""
-    targets = [_targets(question, row) for question, row in zip(questions, logits, strict=True)]
-    found = _differentiate(logits, questions, targets, seen, layers)
+    # Once for the batch: each look at a value on a GPU waits until that has done all before it.
     rows = logits.detach().cpu()
+    finite = rows.isfinite().all(dim=1).tolist()
+    targets = [
+        _targets(question, row) if is_finite else ()
+        for question, row, is_finite in zip(questions, rows, finite, strict=True)
+    ]
+    found = _differentiate(logits, questions, targets, seen, layers)
     done = Pass(model, questions, targets, seen, found)
-    return [_part(done, image, rows[image]) for image in range(len(questions))]
+    maps = gradient_maps(done)
+    return [_part(done, image, rows[image], finite[image], maps) for image in range(len(questions))]
 
 
 def finish(part: Part, maps: Sequence[Tensor]) -> Answer:
     """The answer for one image, with the map (h, w) of each of its targets."""
-    model, question = part.model, part.question
-    scores = model.scores(part.logits)
-    best = part.logits.topk(min(question.top_k, part.logits.shape[0])).indices.tolist()
+    model, logits = part.model, part.logits
+    scores = model.scores(logits)
+    best = logits.topk(min(part.question.top_k, logits.shape[0]))
+    best_scores = scores[best.indices]
     return Answer(
-        tuple(Prediction(i, float(scores[i]), float(part.logits[i])) for i in best),
+        tuple(map(Prediction, best.indices.tolist(), best_scores.tolist(), best.values.tolist())),
         tuple(
-            _explanation(part, class_id, float(scores[class_id]), cam)
-            for class_id, cam in zip(part.targets, maps, strict=True)
+            _explanation(part, class_id, float(scores[class_id]), made)
+            for class_id, made in zip(part.targets, maps, strict=True)
         ),
         part.captured,
     )
@@ -171,12 +176,13 @@ def _differentiate(
 ) -> dict[Place, Tensor]:
     """The gradient of every target at the target layers, of the first at what is captured."""
     most = max(1, *(len(ids) for ids in targets))
-    weights = logits.new_zeros((most, *logits.shape)).detach()
+    weights = torch.zeros((most, *logits.shape), dtype=logits.dtype)
     for image, (question, ids) in enumerate(zip(questions, targets, strict=True)):
         for place, class_id in enumerate(ids):
             weights[place, image, class_id] += 1
             if question.contrast is not None:
                 weights[place, image, question.contrast] -= 1
+    weights = weights.to(logits.device)
     sides: dict[Kind, Calls] = {"grad_output": seen.targets, "grad_input": seen.input_targets}
     points: dict[Place, Tensor] = {
         (kind, key, call): tensor
@@ -197,8 +203,14 @@ def _differentiate(
     return found
 
 
-def _part(done: Pass, image: int, logits: Tensor) -> Part | CamserveError:
-    if not bool(logits.isfinite().all()):
+def _part(
+    done: Pass,
+    image: int,
+    logits: Tensor,
+    finite: bool,
+    made: Mapping[tuple[int, int], Tensor],
+) -> Part | CamserveError:
+    if not finite:
         return NonFiniteOutput(
             "The model answered this image with NaN or infinity, so there is nothing to explain; "
             "check the weights and the precision of the model."
@@ -208,8 +220,10 @@ def _part(done: Pass, image: int, logits: Tensor) -> Part | CamserveError:
     own = {path: done.seen.targets[path][-1].detach()[image : image + 1] for path in layers}
     maps: list[Tensor] = []
     try:
-        if question.explains and question.method in CAM_METHODS | {"guided_gradcam"}:
-            maps = [_cam(done, image, place, own, logits) for place in range(len(targets))]
+        if question.explains and question.method == "cam":
+            maps = [cam(done, image, class_id, own, logits) for class_id in targets]
+        elif question.explains and question.method in GRADIENT_CAM_OF:
+            maps = [made[image, place] for place in range(len(targets))]
     except InvalidOption as error:
         return error
     return Part(
@@ -224,39 +238,8 @@ def _part(done: Pass, image: int, logits: Tensor) -> Part | CamserveError:
     )
 
 
-def _cam(done: Pass, image: int, place: int, own: Mapping[str, Tensor], logits: Tensor) -> Tensor:
-    """The map (h, w) of one target, fused over its layers, on the CPU.
-
-    A layer that ran several times is explained at its last call, the one nearest to the output.
-    """
-    question = done.questions[image]
-    cams = []
-    for path, values in own.items():
-        layout = layout_of_layer(done.model, path)
-        activation = precise(layout.as_map(values))
-        if question.method == "cam":
-            weights = head_weights(done.model, path, activation, logits)
-            row = weights[done.targets[image][place]]
-            if question.contrast is not None:
-                row = row - weights[question.contrast]
-            cams.append(weighted(activation, row[None].to(activation))[0].cpu())
-            continue
-        last = len(done.seen.targets[path]) - 1
-        gradient = done.found["grad_output", path, last][place, image : image + 1]
-        method = GRADIENT_CAMS.get(question.method or "", GRADIENT_CAMS["gradcam"])
-        cams.append(method(activation, precise(layout.as_map(gradient)))[0].cpu())
-    return fuse(cams)
-
-
-def layout_of_layer(model: LoadedModel, path: str) -> Layout:
-    """The layout of a layer that was checked to have one."""
-    layout = model.layer(path).layout
-    assert layout is not None
-    return layout
-
-
-def _explanation(part: Part, class_id: int, score: float, cam: Tensor) -> Explanation:
-    question, (grid, low, high) = part.question, scale(cam)
+def _explanation(part: Part, class_id: int, score: float, made: Tensor) -> Explanation:
+    question, (grid, low, high) = part.question, scale(made)
     assert question.method is not None
     flags = {
         "all_zero": not bool(grid.any()),

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from service.cam.hooks import replacing
 from service.cam.methods import fuse, upsample, weighted
-from service.inference import Part, layout_of_layer
+from service.inference import Part
+from service.maps import layout_of_layer
 from service.models.cut import Uncuttable, tail
 from service.models.pool import Replica
 from service.questions import windows

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
 from typing import Any
 
@@ -75,9 +76,12 @@ class LoadedModel:
     def normalised(self, pixels: Tensor) -> Tensor:
         """uint8 (B, C, h, w) → the model's dtype on its device, as torchvision's presets do."""
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
-        batch = pixels.to(device).to(torch.float32).div_(255)
-        mean = torch.tensor(self.preprocessing.mean, device=device)[:, None, None]
-        std = torch.tensor(self.preprocessing.std, device=device)[:, None, None]
+        mean, std = (
+            _on_each_channel(values, device)
+            for values in (self.preprocessing.mean, self.preprocessing.std)
+        )
+        # As bytes: a fourth of what floats would take on their way to a GPU.
+        batch = pixels.to(device, non_blocking=True).to(torch.float32).div_(255)
         batch = batch.sub_(mean).div_(std).to(self.dtype)
         return batch.to(memory_format=torch.channels_last) if self.channels_last else batch
 
@@ -207,6 +211,12 @@ def replicate(module: nn.Module) -> nn.Module:
         computed = [v for v in vars(each).values() if isinstance(v, Tensor) and not v.is_leaf]
         memo |= {id(value): value.detach().clone() for value in computed}
     return copy.deepcopy(module, memo)
+
+
+@lru_cache
+def _on_each_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """One number a channel, (C, 1, 1), kept: to send it to a GPU anew makes every batch wait."""
+    return torch.tensor(values)[:, None, None].to(device)
 
 
 def _matches(pattern: str, layer: Layer) -> bool:
