@@ -22,7 +22,7 @@ SAFE = PYTHONSAFEPATH=1
 CLIENTS = sh tests/protocols/install.sh
 LOAD = $(SAFE) PYTHONPATH=benchmarks:deploy/load .venv/bin/python
 
-.PHONY: help install run test test-all browser protocols labeling ray load capacity check docs bench image container clean
+.PHONY: help install run test test-all browser protocols labeling ray gpu load capacity check docs bench image container clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +50,9 @@ labeling: .venv/.installed-test .venv-label-studio/.installed ## be the backend 
 
 ray: .venv/.installed-dev ## run it on a Ray cluster of two nodes (ARGS= for pytest)
 	@$(SAFE) sh tests/cluster/alone.sh .venv/bin/python -m pytest -m ray $(ARGS)
+
+gpu: .venv/.installed-test ## run what needs a CUDA device (ARGS= for pytest)
+	@$(SAFE) .venv/bin/python -m pytest -m gpu $(ARGS)
 
 check: .venv/.installed-dev ## lint, format, types, imports
 	@$(SAFE) .venv/bin/python -m ruff check

@@ -171,7 +171,7 @@ class Result(BaseModel):
     explanations: list[Explanation] | None = None
     activations: list[Activation] | None = None
     masked: Masked | None = None
-    precision: Literal["int8"] | None = Field(
+    precision: Literal["bf16", "int8"] | None = Field(
         None, description="Of what computed it, where that is not float32."
     )
     error: ImageFailure | None = None

@@ -18,7 +18,10 @@ class InputSize(BaseModel):
 
 
 class Lane(BaseModel):
-    """A way to run the model; `reason` says why it is off, `precision` where it is not float32."""
+    """A way to run the model.
+
+    `precision` is what it computes in; `reason` says why it is off, or not in the precision chosen.
+    """
 
     name: str
     ready: bool

@@ -72,12 +72,20 @@ class Row:
 OURS, OURS_PREDICT = "camserve /explain", "camserve /predict"
 HEATMAP = "camserve /explain, heatmap alone"
 NARROW = "camserve /explain, one thread a request"
+BF16 = "camserve /explain, bf16 front"
 INT8 = "camserve /explain, int8 front"
 EAGER, OPENVINO = "FastAPI + eager torch /predict", "FastAPI + OpenVINO /predict"
 ROWS = (
     Row(OURS, "camserve", "/explain?include=overlay", "/explain?include=overlay&include=grid"),
     Row(OURS_PREDICT, "camserve", "/predict", "/predict"),
     Row(HEATMAP, "camserve", "/explain", "/explain", ("640x480/4", "12MP/4")),
+    Row(
+        BF16,
+        "camserve-bf16",
+        "/explain?include=overlay",
+        "/explain?include=overlay&include=grid",
+        (ALONE, BUSY),
+    ),
     Row(
         INT8,
         "camserve-int8",
@@ -116,6 +124,7 @@ def kinds(model: Model, int8: Path, more: Sequence[str] = ()) -> dict[str, Kind]
     """How each server is started. int8: of the front. more: arguments of camserve serve."""
     return {
         "camserve": camserve(model, *more),
+        "camserve-bf16": camserve(model, "--precision", "bf16", *more),
         "camserve-int8": camserve(model, "--int8", f"bench={int8}", *more),
         "camserve-narrow": camserve(model, "--lone-threads", "1", *more),
         "gradcam": fastapi("fastapi_gradcam", model),

@@ -135,12 +135,13 @@ def build_service(settings: Settings, *, load: bool = True, only: str | None = N
     if load:
         library.load_all()
     metrics = Metrics()
-    admission = Admission(max_images=settings.max_queue, max_bytes=settings.max_queue_bytes)
+    admission = Admission(max_images=settings.places, max_bytes=settings.max_queue_bytes)
     scheduler = Scheduler(
         pool,
         metrics,
         workers=settings.worker_count,
-        max_batch=settings.max_batch,
+        helpers=settings.helper_count,
+        max_batch=settings.batch_size,
         max_delay=settings.batch_delay,
         threads_per_worker=settings.torch_threads,
         hang_seconds=settings.hang_timeout,
@@ -226,6 +227,8 @@ def model_loader(settings: Settings) -> Callable[[ModelSpec], LoadedModel]:
         cache=settings.cache_folder,
         streams=settings.worker_count,
         lone_threads=settings.lone_thread_count,
+        largest=settings.batch_size,
+        precision=settings.precision,
     )
 
     def load_one(spec: ModelSpec) -> LoadedModel:

@@ -29,7 +29,7 @@ LEAST_AGREEMENT = 0.95
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How near the int8 front's answers are to those in float32, on pictures it has not seen.
+    """How near the answers of another front are to those in float32, on pictures.
 
     pictures:     how many.
     same_class:   the share of them with the same first prediction.
@@ -66,7 +66,7 @@ def calibrate(model: LoadedModel, pictures: Sequence[Tensor], folder: Path) -> A
     graph = openvino_front.graph_of(model, front, None, identity(model))
     quantised = _quantised(graph, pictures[::2])
     lane = replace(model.compiled, front=openvino_front.OpenVinoFront(quantised), precision="int8")
-    found = _agreement(model, replace(model, compiled=lane), pictures[1::2])
+    found = agreement(model, replace(model, compiled=lane), pictures[1::2])
     if found.tenth < LEAST_AGREEMENT:
         raise ConfigurationError(
             f"the int8 front of {model.name!r} is refused: on a tenth of {found.pictures} pictures "
@@ -95,15 +95,16 @@ def _quantised(graph: openvino_front.Graph, pictures: Sequence[Tensor]) -> openv
     )
 
 
-def _agreement(exact: LoadedModel, quantised: LoadedModel, pictures: Sequence[Tensor]) -> Agreement:
+def agreement(exact: LoadedModel, other: LoadedModel, pictures: Sequence[Tensor]) -> Agreement:
+    """How near the compiled lane of another form of a model is to that of the exact one."""
     layers = exact.target_layers(())
     same_class, same_peak, correlations = 0, 0, []
     for picture in pictures:
         one = _answer(exact, Question(picture, layers=layers))
         asked = Question(picture, layers=layers, targets=(one.predictions[0].class_id,))
-        other = _answer(quantised, asked)
-        same_class += one.predictions[0].class_id == other.predictions[0].class_id
-        maps = one.explanations[0].grid, other.explanations[0].grid
+        two = _answer(other, asked)
+        same_class += one.predictions[0].class_id == two.predictions[0].class_id
+        maps = one.explanations[0].grid, two.explanations[0].grid
         same_peak += int(maps[0].argmax() == maps[1].argmax())
         correlations.append(rank_correlation(*maps))
     return Agreement(

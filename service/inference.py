@@ -71,7 +71,7 @@ def forward(replica: Replica, questions: Sequence[Question]) -> list[Part | Cams
     not suit, gets its error in its place and does not spoil the others.
     """
     model = replica.model
-    pixels = model.normalised(torch.stack([question.pixels for question in questions]))
+    pixels = model.normalised(model.batch([question.pixels for question in questions]))
     kinds = {kind: _captured(questions, kind) for kind in _KINDS}
     layers = _union(question.layers for question in questions if question.explains)
     differentiated = (*layers, *kinds["grad_output"])
@@ -100,7 +100,7 @@ def forward_compiled(
     """
     lane = model.compiled
     assert lane is not None
-    activation = lane.front(torch.stack([question.pixels for question in questions]), wide=wide)
+    activation = lane.front(model.batch([question.pixels for question in questions]), wide=wide)
     graph = any(question.explains for question in questions)
     with nullcontext() if graph else torch.no_grad():
         activation.requires_grad_(graph)

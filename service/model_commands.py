@@ -162,7 +162,10 @@ def _print_ranking(model: LoadedModel, folder: Path, max_pixels: int) -> None:
 def _lanes(model: LoadedModel) -> str:
     if model.no_layers or model.no_gradients:
         return "predict only"
-    return "hooked, compiled" if model.compiled else "hooked"
+    if model.compiled is None:
+        return "hooked"
+    precision = model.compiled.precision
+    return "hooked, compiled" + ("" if precision == "float32" else f" ({precision})")
 
 
 @with_settings(OF_MODELS)
@@ -198,6 +201,8 @@ def check(settings: Settings) -> None:
         off = each.model.no_layers or each.model.no_gradients
         if off is None and each.model.not_compiled and settings.compile:
             off = f"no compiled lane: {each.model.not_compiled}"
+        if off is None and each.model.compiled:
+            off = each.model.compiled.instead
         if off:
             ERR.print(f"[yellow]note:[/] {escape(each.model.name)}: {escape(off)}", soft_wrap=True)
     OUT.print(table)
@@ -230,7 +235,7 @@ def calibrate(
     from service.calibration import calibrate as calibrate_front
 
     logs.configure("text", level=40)
-    spec = replace(_named(settings, model), int8=None)
+    spec = replace(_named(settings, model), int8=None, precision="float32")
     loaded = model_loader(settings)(spec)
     place = out or Path(f"{spec.name}.int8")
     found = calibrate_front(loaded, _pictures(loaded, folder, settings.max_pixels), place)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from service.errors import InvalidOption
-from service.models.lane import Precision
+from service.models.front import Precision
 from service.models.loaded import LoadedModel
 
 Kind = Literal["output", "input", "grad_output", "grad_input"]
@@ -123,7 +123,7 @@ class Activation:
 class Answer:
     """Everything about one image. Its arrays are read-only and belong to nobody else.
 
-    precision: of what computed it: `float32`, or `int8` where the operator chose such a front.
+    precision: of what computed it: `float32`, or what the operator chose (`bf16`, `int8`).
     """
 
     predictions: tuple[Prediction, ...]

@@ -46,11 +46,13 @@ DEPLOYMENT: dict[str, Any] = {
 def prepared(arguments: dict[str, Any]) -> Settings:
     """The settings of a replica in this process, which is set up for them.
 
-    Workers: as many as the cores that Ray gave the replica, not those of the machine.
+    Workers: as many as the cores that Ray gave the replica, not those of the machine; of one with
+    a GPU, as many as a GPU wants.
     """
-    cores = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
-    workers = max(1, int(cores))
-    settings = Settings(**{"workers": workers, "lone_threads": workers, **arguments})
+    resources = ray.get_runtime_context().get_assigned_resources()
+    cores = max(1, int(resources.get("CPU", 1)))
+    workers = {} if resources.get("GPU") else {"workers": cores}
+    settings = Settings(**{**workers, "lone_threads": cores, **arguments})
     logs.configure(settings.log_format)
     tune_allocator()
     spare_collector()

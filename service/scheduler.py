@@ -29,14 +29,14 @@ class Scheduler:
     """One pool of threads for everything that takes time, so that the event loop never waits.
 
     Short calls (decoding, rendering) go first: a rendered answer frees its place, and what is
-    decoded meets in one batch. There is a thread more than batches may run, so that a call never
+    decoded meets in one batch. There are more threads than batches may run, so that a call never
     waits behind them. A free thread takes what waits for one model and lane, up to `max_batch`: an
     idle server answers a lone request at once, a busy one batches by itself. Models
     take turns. A method of many passes is worked off in steps and goes to the back of the queue
     between them. Jobs whose future was cancelled (the client is gone) or whose deadline has passed
     are dropped, unrun or between two steps.
 
-    workers:   batches that run side by side.
+    workers:   batches that run side by side. helpers: threads more than these.
     max_delay: seconds that a batch which is not full waits for more. Zero is best unless a large
                device is fed by many slow clients.
     threads_per_worker: intra-op threads of torch; one, where there are as many workers as cores.
@@ -44,12 +44,13 @@ class Scheduler:
                replaced (`Workers`).
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is a setting
         self,
         pool: ModelPool,
         metrics: Metrics,
         *,
         workers: int,
+        helpers: int = 1,
         max_batch: int = 4,
         max_delay: float = 0.0,
         threads_per_worker: int = 1,
@@ -69,7 +70,7 @@ class Scheduler:
         self._running: set[_Batch] = set()
         self.workers = Workers(
             self._take,
-            count=workers + 1,
+            count=workers + helpers,
             threads=threads_per_worker,
             hang_seconds=hang_seconds,
             max_abandoned=2 * workers,  # what hangs in company is tried again alone

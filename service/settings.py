@@ -67,7 +67,8 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=256,
-        description="Worker threads, each with its own replica; 0: one a core, at most 16.",
+        description="Batches that run side by side, each on its own replica; 0: one a core, at "
+        "most 16; on a GPU 2.",
     )
     threads_per_worker: int = Field(
         0,
@@ -86,6 +87,12 @@ class Settings(BaseSettings):
         True,
         description="Whether a model gets a compiled lane, where one gives the same numbers.",
     )
+    precision: Literal["float32", "bf16"] = Field(
+        "float32",
+        description="What the compiled lane computes in: float32, or bf16, twice as fast where the "
+        "device has it; every answer then says so. A model whose numbers it changes too much, or a "
+        "processor without it, gets float32 all the same, and /models says why.",
+    )
     int8: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         description="int8 fronts made by `camserve calibrate`, each NAME=FOLDER, several separated "
@@ -96,7 +103,12 @@ class Settings(BaseSettings):
         description="Folder where compiled models are kept for the next start. None: camserve in "
         "the user's cache folder.",
     )
-    max_batch: int = Field(4, ge=1, le=256, description="Images in one forward pass at most.")
+    max_batch: int = Field(
+        0,
+        ge=0,
+        le=256,
+        description="Images in one forward pass at most; 0: 4, on a GPU 64.",
+    )
     batch_delay: float = Field(
         0.0,
         ge=0,
@@ -110,7 +122,10 @@ class Settings(BaseSettings):
         "replica are replaced.",
     )
     max_queue: int = Field(
-        64, ge=1, description="Images held at once, waiting or running; more are refused with 429."
+        0,
+        ge=0,
+        description="Images held at once, waiting or running; more are refused with 429. 0: 64, on "
+        "a GPU 256.",
     )
     max_queue_bytes: int = Field(
         256 * MEBIBYTE, ge=1, description="Declared body bytes held at once; more are refused."
@@ -214,9 +229,37 @@ class Settings(BaseSettings):
         return cls._split(value.upper()) if isinstance(value, str) else value
 
     @property
+    def uses_gpu(self) -> bool:
+        """Whether models go to a GPU, unless one of them says otherwise."""
+        if self.device != "auto":
+            return self.device.startswith("cuda")
+        import torch  # noqa: PLC0415 - takes seconds, which `camserve --help` need not wait for
+
+        return torch.cuda.is_available()
+
+    @property
     def worker_count(self) -> int:
-        """`workers`, with 0 resolved: more than 16 batches at once wait for each other's memory."""
-        return self.workers or min(16, available_cores())
+        """`workers`, with 0 resolved.
+
+        More than 16 batches at once wait for each other's memory. On a GPU a second one is made
+        ready while the first runs; more would be smaller, and share it.
+        """
+        return self.workers or (2 if self.uses_gpu else min(16, available_cores()))
+
+    @property
+    def helper_count(self) -> int:
+        """Threads that decode and draw beside the batches: on a GPU the cores have nothing else."""
+        return available_cores() if self.uses_gpu else 1
+
+    @property
+    def batch_size(self) -> int:
+        """`max_batch`, with 0 resolved."""
+        return self.max_batch or (64 if self.uses_gpu else 4)
+
+    @property
+    def places(self) -> int:
+        """`max_queue`, with 0 resolved."""
+        return self.max_queue or (256 if self.uses_gpu else 64)
 
     def uncompiled(self) -> Settings:
         """The same without compiled lanes, for commands that end sooner than those are made."""
@@ -225,7 +268,8 @@ class Settings(BaseSettings):
     @property
     def torch_threads(self) -> int:
         """`threads_per_worker`, with 0 resolved."""
-        return self.threads_per_worker or max(1, available_cores() // self.worker_count)
+        fair = 1 if self.uses_gpu else max(1, available_cores() // self.worker_count)
+        return self.threads_per_worker or fair
 
     @property
     def lone_thread_count(self) -> int:

@@ -22,10 +22,11 @@ from torchcam.methods.gradient import _GradCAM
 from service.errors import CamserveError
 from service.images import Preprocessing
 from service.models.catalog import ModelSpec, parse_model
-from service.models.loaded import LoadedModel, replicate
+from service.models.loaded import LoadedModel
 from service.models.loading import load_model
 from service.models.pool import ModelPool, Replica
 from service.models.probe import probe
+from service.models.replicas import replicate
 from service.questions import Answer, Explanation, Question
 from service.stepwise import Unfinished, run
 

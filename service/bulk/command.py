@@ -13,7 +13,7 @@ from service.flags import OF_MODELS, with_options, with_settings
 from service.settings import Settings
 
 
-@with_settings((*OF_MODELS, "compile", "int8", "cache_dir", "max_batch"))
+@with_settings((*OF_MODELS, "compile", "precision", "int8", "cache_dir", "max_batch"))
 @with_options
 def bulk(  # noqa: PLR0913, PLR0917 - a command's parameters are its flags
     options: ExplainOptions,

@@ -17,6 +17,8 @@ ENTRY = re.compile(r"[A-Z][A-Z0-9_]*")
 
 Output = Literal["softmax", "sigmoid", "none"]
 Dtype = Literal["float32", "float16", "bfloat16"]
+Floating = Literal["float32", "bf16"]
+"""What a front can be computed in; `bf16`, torch.bfloat16, keeps 8 bits of each number's digits."""
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
 Select = int | str | None
 """Which element of a tuple (by place) or of a dict or dataclass (by key) holds the logits."""
@@ -61,6 +63,7 @@ class ModelSpec:
     sha256:    what the weights file must have.
     labels:    one a class.
     output:    how scores come from logits. select: where the logits are in what the model returns.
+    precision: of its front; None: that of the service.
     int8:      a folder that `camserve calibrate` made of this model: its front is served from it.
     source:    where this was said, such as `models.toml: model[1]`; for errors.
     """
@@ -77,6 +80,7 @@ class ModelSpec:
     target_layer: str | None = None
     device: str | None = None
     dtype: Dtype | None = None
+    precision: Floating | None = None
     int8: Path | None = None
     source: str | None = None
 

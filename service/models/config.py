@@ -17,6 +17,7 @@ from service.models.catalog import (
     ENTRY,
     NAME,
     Dtype,
+    Floating,
     InputSpec,
     Interpolation,
     ModelSpec,
@@ -166,6 +167,7 @@ class ModelTable(_Table):
     target_layer: str | None = None
     device: str | None = None
     dtype: Annotated[Dtype | None, _one_of(get_args(Dtype))] = None
+    precision: Annotated[Floating | None, _one_of(get_args(Floating))] = None
     int8: str | None = None
 
 
@@ -194,6 +196,7 @@ def _spec(table: ModelTable, source: str, folder: Path) -> ModelSpec:
         target_layer=table.target_layer,
         device=table.device,
         dtype=table.dtype,
+        precision=table.precision,
         int8=None if table.int8 is None else folder / table.int8,
         source=source,
     )

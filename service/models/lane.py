@@ -7,35 +7,40 @@ checked here, and the lane is offered only where it does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING
 
 import structlog
 import torch
 from torch import Tensor, fx
 
 from service.cam.hooks import record
+from service.models.catalog import Floating
 from service.models.cut import Uncuttable, split
+from service.models.front import Front, Precision
 
 if TYPE_CHECKING:
     from service.models.loaded import LoadedModel
 
 _log = structlog.get_logger(__name__)
 
-Precision = Literal["float32", "int8"]
 
-ACTIVATION_TOLERANCE = 3e-3
-MAP_TOLERANCE = 2e-3
-LOGIT_TOLERANCE = 2e-3
-"""Largest differences from the hooked lane, each as a share of the largest absolute value."""
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """Largest differences from the hooked lane, each as a share of the largest absolute value."""
+
+    activation: float
+    map: float
+    logits: float
 
 
-class Front(Protocol):
-    """Pixels uint8 (B, C, h, w) to the target layer's output, float32 (B, ...), its own memory."""
-
-    def __call__(self, pixels: Tensor, *, wide: bool = False) -> Tensor: ...
+TOLERANCES: Mapping[Floating, Tolerance] = {
+    "float32": Tolerance(3e-3, 2e-3, 2e-3),
+    "bf16": Tolerance(0.15, 0.1, 0.1),
+}
+"""What rounding explains and no error does. bf16 rounds by up to 1/256 at every operation."""
 
 
 class NotCompiled(Exception):
@@ -50,11 +55,17 @@ class Parity:
     map: float
     logits: float
 
-    def is_good(self) -> bool:
+    def is_within(self, tolerance: Tolerance) -> bool:
         return (
-            self.activation <= ACTIVATION_TOLERANCE
-            and self.map <= MAP_TOLERANCE
-            and self.logits <= LOGIT_TOLERANCE
+            self.activation <= tolerance.activation
+            and self.map <= tolerance.map
+            and self.logits <= tolerance.logits
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"activation by {self.activation:.1g}, map by {self.map:.1g}, logits by "
+            f"{self.logits:.1g} of the maximum"
         )
 
 
@@ -65,7 +76,8 @@ class CompiledLane:
     tail:      from the layer's output to the model's output. It carries no hooks, so that all
                worker threads share it.
     parity:    with the hooked lane; None for an int8 front, which was measured when it was made.
-    precision: of the front: `float32`, or `int8` where the operator chose that.
+    precision: of the front: `float32`, or what the operator chose: `bf16`, `int8`.
+    instead:   why the front is not in the precision that was chosen.
     """
 
     layer: str
@@ -73,6 +85,7 @@ class CompiledLane:
     tail: fx.GraphModule
     parity: Parity | None = None
     precision: Precision = "float32"
+    instead: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +95,15 @@ class Compiler:
     cache:        a folder where converted fronts are kept for the next start; None keeps none.
     streams:      how many requests run side by side, one thread each.
     lone_threads: threads of a request that is alone.
+    largest:      images in the largest batch.
+    precision:    `bf16` where the numbers stay near enough (TOLERANCES), else float32 all the same.
     """
 
     cache: Path | None = None
     streams: int = 1
     lone_threads: int = 1
+    largest: int = 4
+    precision: Floating = "float32"
 
     def compiled(self, model: LoadedModel) -> LoadedModel:
         """The model with a compiled lane, or with the reason why it has none.
@@ -104,51 +121,88 @@ class Compiler:
         Raises NotCompiled with the reason; ConfigurationError for an int8 front of another model.
         """
         layer = layer_to_cut(model)
-        try:
-            front, tail = split(model.module, layer)
-        except Uncuttable as error:
-            raise NotCompiled(f"{error}.") from error
         if model.spec.int8 is not None:
-            return self._quantised(model, layer, tail, model.spec.int8)
+            return self._quantised(model, layer, model.spec.int8)
+        precision = model.spec.precision or self.precision
+        if precision == "float32":
+            return self._checked(model, layer, precision)
+        try:
+            return self._checked(model, layer, precision)
+        except NotCompiled as error:
+            _log.warning("front_in_float32_instead", model=model.name, detail=f"{error}")
+            return replace(self._checked(model, layer, "float32"), instead=f"In bf16 {error}")
+
+    def _checked(self, model: LoadedModel, layer: str, precision: Floating) -> CompiledLane:
+        """A lane whose numbers are near enough. Raises NotCompiled."""
         # A module written by a user keeps its weights' digest while its code changes, so that what
         # the cache holds may be another front: the check finds out.
         for anew in (False, True) if self.cache else (True,):
-            lane, parity = self._tried(model, layer, front, tail, anew)
-            if parity.is_good():
-                _log.info("front_compiled", model=model.name, layer=layer, **asdict(parity))
+            lane, parity = self._tried(model, layer, precision, anew)
+            if parity.is_within(TOLERANCES[precision]):
+                _log.info(
+                    "front_compiled",
+                    model=model.name,
+                    layer=layer,
+                    precision=precision,
+                    **asdict(parity),
+                )
                 return lane
-        raise NotCompiled(
-            f"its numbers differ from the hooked lane's: activation by {parity.activation:.1g}, "
-            f"map by {parity.map:.1g}, logits by {parity.logits:.1g} of the maximum."
-        )
+        raise NotCompiled(f"its numbers differ from the hooked lane's: {parity}.")
 
     def _tried(
-        self,
-        model: LoadedModel,
-        layer: str,
-        front: fx.GraphModule,
-        tail: fx.GraphModule,
-        anew: bool,
+        self, model: LoadedModel, layer: str, precision: Floating, anew: bool
     ) -> tuple[CompiledLane, Parity]:
-        # Its import takes half a second, which commands that compile nothing need not wait for.
-        from service.models import openvino_front  # noqa: PLC0415
-
         try:
-            graph = openvino_front.graph_of(model, front, self.cache, identity(model), anew=anew)
-            compiled = openvino_front.OpenVinoFront(graph, self.streams, self.lone_threads)
-            lane = CompiledLane(layer, compiled, tail)
-            parity = parity_on(model, lane, _pictures(model))
+            if model.device.type == "cpu":
+                front, tail = self._on_the_cpu(model, layer, precision, anew)
+                batches = [1, 1, 3, 2]  # each program alone, and in a batch
+            else:
+                front, tail, batches = self._on_its_device(model, layer, precision)
+            lane = CompiledLane(layer, front, tail, precision=precision)
+            parity = parity_on(model, lane, _pictures(model, batches))
+        except Uncuttable as error:
+            raise NotCompiled(f"{error}.") from error
+        except NotCompiled:
+            raise
         except Exception as error:
-            # Two foreign compilers, each with errors of its own: whatever they raise is a reason.
+            # Foreign compilers, each with errors of its own: whatever they raise is a reason.
             first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise NotCompiled(f"it cannot be compiled: {first}") from error
         return replace(lane, parity=parity), parity
 
-    def _quantised(
-        self, model: LoadedModel, layer: str, tail: fx.GraphModule, folder: Path
-    ) -> CompiledLane:
-        from service.models import openvino_front  # noqa: PLC0415 - as above
+    def _on_the_cpu(
+        self, model: LoadedModel, layer: str, precision: Floating, anew: bool
+    ) -> tuple[Front, fx.GraphModule]:
+        # Its import takes half a second, which commands that compile nothing need not wait for.
+        from service.models import openvino_front  # noqa: PLC0415
 
+        if precision == "bf16" and not openvino_front.has_bf16():
+            raise NotCompiled("this processor does not compute: it has no AVX512-BF16 and no AMX.")
+        front, tail = split(model.module, layer)
+        graph = openvino_front.graph_of(model, front, self.cache, identity(model), anew=anew)
+        made = openvino_front.OpenVinoFront(graph, self.streams, self.lone_threads, precision)
+        return made, tail
+
+    def _on_its_device(
+        self, model: LoadedModel, layer: str, precision: Floating
+    ) -> tuple[Front, fx.GraphModule, list[int]]:
+        from service.models.torch_front import TorchFront, sizes  # noqa: PLC0415 - for GPUs alone
+
+        folded = model.folded
+        whole = folded.module if folded and layer not in folded.layers else model.module
+        front, tail = split(whole, layer)
+        made = TorchFront(model, front, precision=precision, largest=self.largest, cache=self.cache)
+        return made, tail, [3, *sizes(self.largest)]
+
+    def _quantised(self, model: LoadedModel, layer: str, folder: Path) -> CompiledLane:
+        from service.models import openvino_front  # noqa: PLC0415 - as in _on_the_cpu
+
+        if model.device.type != "cpu":
+            raise NotCompiled(f"its int8 front is for the CPU, and it is on {model.device}.")
+        try:
+            _, tail = split(model.module, layer)
+        except Uncuttable as error:
+            raise NotCompiled(f"{error}.") from error
         graph = openvino_front.read(folder, identity(model))
         compiled = openvino_front.OpenVinoFront(graph, self.streams, self.lone_threads)
         _log.info("front_int8", model=model.name, layer=layer, folder=str(folder))
@@ -169,9 +223,6 @@ def layer_to_cut(model: LoadedModel) -> str:
     reason = model.no_layers or model.no_gradients
     if reason is None and model.target_layer is None:
         reason = "it has no target layer to be cut at"
-    device = next((p.device.type for p in model.module.parameters()), "cpu")
-    if reason is None and device != "cpu":
-        reason = f"it is on {device}, and its front is compiled for the CPU alone"
     if reason is None and model.dtype != torch.float32:
         reason = f"its parameters are {str(model.dtype).removeprefix('torch.')}, not float32"
     if reason is not None or model.target_layer is None:
@@ -212,11 +263,11 @@ def _signed_map(activation: Tensor, gradient: Tensor) -> Tensor:
     return (activation * gradient.mean(dim=(2, 3), keepdim=True)).sum(dim=1)
 
 
-def _pictures(model: LoadedModel) -> Iterator[Tensor]:
-    """Batches of uint8 (B, C, h, w): noise, and noise with the spectrum of photographs (1/f)."""
+def _pictures(model: LoadedModel, batches: Sequence[int]) -> Iterator[Tensor]:
+    """Batches of uint8 (B, C, h, w): noise of two, and noise with photographs' spectrum (1/f)."""
     generator = torch.Generator().manual_seed(0)
     channels, (height, width) = model.preprocessing.channels, model.preprocessing.crop
-    for batch in (1, 1, 3, 2):
+    for batch in batches:
         white = torch.randn(batch, channels, height, width, generator=generator)
         rows, columns = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None]
         distance = (rows**2 + columns**2).sqrt().clamp(min=1 / max(height, width))

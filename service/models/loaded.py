@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 from collections.abc import Sequence
@@ -13,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.jit import ScriptModule
 
 from service.errors import InvalidOption, UnknownClass, UnknownLayer, nearest
 from service.images import Preprocessing
@@ -22,6 +20,7 @@ from service.models.folding import Folded
 from service.models.lane import CompiledLane
 from service.models.output import logits_in
 from service.models.probe import Layer
+from service.models.replicas import replicate
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +72,28 @@ class LoadedModel:
             (p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32
         )
 
+    @property
+    def device(self) -> torch.device:
+        """Where the module computes: where its first parameter is."""
+        return next((p.device for p in self.module.parameters()), torch.device("cpu"))
+
+    def batch(self, images: Sequence[Tensor]) -> Tensor:
+        """uint8 images (C, h, w) as one batch on the CPU, ready for the way to a GPU."""
+        if self.device.type != "cuda":
+            return torch.stack(list(images))
+        pinned = torch.empty(
+            (len(images), *images[0].shape), dtype=images[0].dtype, pin_memory=True
+        )
+        return torch.stack(list(images), out=pinned)
+
     def normalised(self, pixels: Tensor) -> Tensor:
         """uint8 (B, C, h, w) → the model's dtype on its device, as torchvision's presets do."""
-        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
         mean, std = (
-            _on_each_channel(values, device)
+            _on_each_channel(values, self.device)
             for values in (self.preprocessing.mean, self.preprocessing.std)
         )
         # As bytes: a fourth of what floats would take on their way to a GPU.
-        batch = pixels.to(device, non_blocking=True).to(torch.float32).div_(255)
+        batch = pixels.to(self.device, non_blocking=True).to(torch.float32).div_(255)
         batch = batch.sub_(mean).div_(std).to(self.dtype)
         return batch.to(memory_format=torch.channels_last) if self.channels_last else batch
 
@@ -189,28 +201,6 @@ class LoadedModel:
                 f"{nearest(target, self.labels)} GET /models/{self.name} lists them all."
             )
         return ids[0]
-
-
-def replicate(module: nn.Module) -> nn.Module:
-    """Copy a module tree: parameters shared by storage, hooks and buffers its own (ADR 1).
-
-    TorchScript modules are shared whole: nothing can be hooked into them, and they cannot be copied
-    without their parameters.
-    """
-    # Parameters of its own over the same memory and version counter: to write and read one `.grad`
-    # in two threads can crash torch.
-    memo: dict[int, Tensor | nn.Module] = {
-        id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in module.parameters()
-    }
-    for each in module.modules():
-        if isinstance(each, ScriptModule):
-            memo[id(each)] = each
-            continue
-        # A weight that a hook computes anew in each forward pass (`weight_norm`, pruning) is no
-        # leaf, and `deepcopy` refuses those.
-        computed = [v for v in vars(each).values() if isinstance(v, Tensor) and not v.is_leaf]
-        memo |= {id(value): value.detach().clone() for value in computed}
-    return copy.deepcopy(module, memo)
 
 
 @lru_cache

@@ -18,8 +18,9 @@ from service.models.catalog import TARGET_LAYERS, ModelSpec
 from service.models.eager import why_no_gradients, why_no_layers
 from service.models.folding import fold
 from service.models.lane import Compiler
-from service.models.loaded import LoadedModel, replicate
+from service.models.loaded import LoadedModel
 from service.models.probe import Probe, probe
+from service.models.replicas import replicate
 
 GREY = ((0.449,), (0.226,))
 """Mean and standard deviation of ImageNet in grey, where a model of one channel says none."""
@@ -38,6 +39,9 @@ def load_model(
 
     Raises ConfigurationError with a sentence that says what to change.
     """
+    if device.startswith("cuda"):
+        # float32 in a request's answer means float32: torch's convolutions would round to TF32.
+        torch.backends.cudnn.allow_tf32 = False
     built = build(spec, allow_random_weights)
     module = built.module.eval().requires_grad_(False).to(device)
     if spec.dtype is not None:

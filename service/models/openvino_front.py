@@ -20,6 +20,7 @@ from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from torch import Tensor, nn
 
 from service.errors import ConfigurationError
+from service.models.front import Normalised, Precision
 
 if TYPE_CHECKING:
     from service.models.loaded import LoadedModel
@@ -30,10 +31,7 @@ Graph: TypeAlias = openvino.Model
 
 
 class OpenVinoFront:
-    """Pixels to the activation of the layer where the model was cut.
-
-    `front(pixels)` takes uint8 (B, C, h, w) and returns float32 (B, ...) in memory of its own; any
-    number of threads may call it at once.
+    """Pixels to the activation of the layer where the model was cut; see `Front`.
 
     Two programs of one graph: the narrow one runs a request on one thread, `streams` of them side
     by side, which answers most requests a second; the wide one runs one request on `lone_threads`
@@ -41,11 +39,19 @@ class OpenVinoFront:
 
     graph:        the converted front, for any batch size.
     lone_threads: 1 makes no wide program, which spares its packed weights.
+    precision:    `bf16` where the processor has it (`has_bf16`); a graph of int8 stays as it is.
     """
 
-    def __init__(self, graph: Graph, streams: int = 1, lone_threads: int = 1) -> None:
-        self._narrow = _Program(graph, streams, streams)
-        self._wide = _Program(graph, 1, lone_threads) if lone_threads > 1 else self._narrow
+    def __init__(
+        self,
+        graph: Graph,
+        streams: int = 1,
+        lone_threads: int = 1,
+        precision: Precision = "float32",
+    ) -> None:
+        hint = "bf16" if precision == "bf16" else "f32"
+        self._narrow = _Program(graph, streams, streams, hint)
+        self._wide = _Program(graph, 1, lone_threads, hint) if lone_threads > 1 else self._narrow
 
     def __call__(self, pixels: Tensor, *, wide: bool = False) -> Tensor:
         return (self._wide if wide else self._narrow)(pixels)
@@ -54,7 +60,7 @@ class OpenVinoFront:
 class _Program:
     """A compiled graph and as many requests as threads ever used it at once."""
 
-    def __init__(self, graph: Graph, streams: int, threads: int) -> None:
+    def __init__(self, graph: Graph, streams: int, threads: int, hint: str) -> None:
         self._compiled = openvino.Core().compile_model(
             graph,
             "CPU",
@@ -63,7 +69,7 @@ class _Program:
                 "INFERENCE_NUM_THREADS": threads,
                 # Pinned, the streams of two programs would share one core.
                 "ENABLE_CPU_PINNING": False,
-                "INFERENCE_PRECISION_HINT": "f32",
+                "INFERENCE_PRECISION_HINT": hint,
             },
         )
         self._lock = threading.Lock()
@@ -90,18 +96,9 @@ class _Program:
             self._idle.append(request)
 
 
-class Normalised(nn.Module):
-    """A module that takes uint8 pixels: normalised inside, so that the compiler can fuse it."""
-
-    def __init__(self, module: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        super().__init__()
-        self.module = module
-        self.mean = torch.tensor(mean)[:, None, None]
-        self.std = torch.tensor(std)[:, None, None]
-
-    def forward(self, pixels: Tensor) -> Any:
-        """uint8 (B, C, h, w) to whatever the module makes of it, normalised."""
-        return self.module((pixels.to(torch.float32) / 255 - self.mean) / self.std)
+def has_bf16() -> bool:
+    """Whether this processor computes in bf16 (AVX512-BF16 or AMX)."""
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def graph_of(

@@ -89,7 +89,7 @@ def _loaded(service: Service, model: LoadedModel) -> dict[str, Any]:
             wire.Lane(
                 name="compiled",
                 ready=model.compiled is not None,
-                reason=model.not_compiled,
+                reason=model.compiled.instead if model.compiled else model.not_compiled,
                 precision=model.compiled.precision if model.compiled else None,
             ),
         ],

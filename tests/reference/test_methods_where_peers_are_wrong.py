@@ -9,7 +9,7 @@ from torch import Tensor
 from torchcam.methods import GradCAM as TorchGradCAM
 from torchcam.methods import GradCAMpp
 
-from service.models.loaded import replicate
+from service.models.replicas import replicate
 from service.questions import Question
 
 pytestmark = [pytest.mark.reference, pytest.mark.timeout(60)]

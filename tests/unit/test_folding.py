@@ -11,8 +11,8 @@ from tiny import loaded
 from torch import nn
 
 from service.models.folding import fold
-from service.models.loaded import replicate
 from service.models.pool import ModelPool
+from service.models.replicas import replicate
 from service.questions import Question, lane_of
 from service.stepwise import run
 

@@ -17,11 +17,13 @@ from tiny import SmallNet
 from torch import nn
 
 from service.models import lane as lanes
+from service.models import openvino_front
 from service.models.catalog import ModelSpec
-from service.models.lane import Compiler, NotCompiled, Parity
+from service.models.front import Normalised
+from service.models.lane import TOLERANCES, Compiler, NotCompiled, Parity
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model
-from service.models.openvino_front import Normalised, converted
+from service.models.openvino_front import converted
 from service.models.pool import ModelPool
 from service.questions import Question, lane_of
 from service.stepwise import run, run_compiled
@@ -146,6 +148,49 @@ def test_predictions_and_explanations_mix_in_a_batch(model) -> None:
         assert one.predictions[0].class_id == other.predictions[0].class_id
 
 
+needs_bf16 = pytest.mark.skipif(
+    not openvino_front.has_bf16(), reason="this processor computes no bf16"
+)
+
+
+@needs_bf16
+def test_bf16_is_near_and_said_in_every_answer(model) -> None:
+    rounded = load_model_of("make", Compiler(precision="bf16"))
+    assert rounded.compiled.precision == "bf16"
+    assert rounded.compiled.instead is None
+    asked = questions(3, targets=(0, 7))
+    for wide in (False, True):
+        found = run_compiled(rounded, asked, wide=wide)
+        for one, other in zip(found, run_compiled(model, asked), strict=True):
+            assert (one.precision, other.precision) == ("bf16", "float32")
+            for mine, theirs in zip(one.explanations, other.explanations, strict=True):
+                assert 0 < np.abs(mine.grid - theirs.grid).max() < 0.1, "rounded, and no more"
+
+
+@needs_bf16
+@pytest.mark.parametrize(("said", "of_service"), [("bf16", "float32"), ("float32", "bf16")])
+def test_what_is_said_of_a_model_goes_before_what_is_said_of_all(said: str, of_service) -> None:
+    found = load_model_of("make", Compiler(precision=of_service), precision=said)
+    assert found.compiled.precision == said
+
+
+@needs_bf16
+def test_bf16_that_is_too_far_off_is_refused_for_float32(monkeypatch) -> None:
+    strict = dict(lanes.TOLERANCES) | {"bf16": lanes.Tolerance(1e-6, 1e-6, 1e-6)}
+    monkeypatch.setattr(lanes, "TOLERANCES", strict)
+    found = load_model_of("make", Compiler(precision="bf16")).compiled
+    assert found.precision == "float32"
+    assert found.parity.is_within(lanes.TOLERANCES["float32"])
+    assert "In bf16 its numbers differ from the hooked lane's" in found.instead
+
+
+def test_a_processor_without_bf16_gives_float32_and_says_why(monkeypatch) -> None:
+    monkeypatch.setattr(openvino_front, "has_bf16", lambda: False)
+    found = load_model_of("make", Compiler(precision="bf16")).compiled
+    assert found.precision == "float32"
+    assert "In bf16 this processor does not compute" in found.instead
+
+
 def test_what_the_cut_cannot_show_goes_to_the_hooked_lane(model) -> None:
     (plain,) = questions(1)
     assert lane_of(model, plain) == "compiled"
@@ -252,7 +297,7 @@ def test_a_front_on_disk_that_is_another_models_is_made_anew(tmp_path: Path) -> 
     openvino.save_model(wrong, kept, compress_to_fp16=False)
     again = load_model_of("make", Compiler(cache=tmp_path))
     assert again.compiled
-    assert again.compiled.parity.is_good()
+    assert again.compiled.parity.is_within(TOLERANCES["float32"])
     assert load_model_of("make", Compiler(cache=tmp_path)).compiled, "and the disk holds it now"
 
 

@@ -8,8 +8,8 @@ from tiny import SmallNet, loaded
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from service.models.loaded import replicate
 from service.models.pool import ModelPool
+from service.models.replicas import replicate
 from service.questions import Answer, Question
 from service.stepwise import run
 
