@@ -3,9 +3,10 @@
     .venv/bin/python benchmarks/gpu.py                         # a CUDA device; else it says so
     .venv/bin/python benchmarks/gpu.py --device cpu --model torchvision/resnet18 --batches 1 2
 
-Explained is what the service does on a GPU: uint8 pixels in pinned memory to the card, normalised
-there, forward, gradient at the target layer, map, and the maps back. Stages are timed by CUDA
-events (on a CPU by the clock), both forms in turn, and ratios are medians over the rounds.
+Three tables. The service's lanes, from uint8 pixels on the CPU to finished answers, beside forward
+passes of the same batch, all in turn; ratios are medians over the rounds. What an explanation is
+made of in the compiled lane, each stage waited for, so that their sum is more than the whole. And
+what stands round the model, done by the CPU as the service does it and done by the card.
 """
 
 from __future__ import annotations
@@ -13,167 +14,220 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
+import cv2
+import numpy as np
 import torch
-from measuring import ROOT, Results, machine, markdown, ratio
+import torchvision
+from measuring import ROOT, Results, in_turn, machine, markdown, photograph, ratio
 from torch import Tensor
+from torchvision.transforms.v2 import functional as transforms
 
-from service.cam.hooks import record
+from service.cam.heatmap import COLORMAPS, Style, render_overlay
 from service.cam.methods import GRADIENT_CAMS
-from service.models.catalog import parse_model
+from service.images import decode, fit_to_model, preview
+from service.models.catalog import Floating, parse_model
+from service.models.lane import Compiler
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model
+from service.models.pool import ModelPool
+from service.questions import Question
+from service.stepwise import run, run_compiled
 
-STAGES = ("to the card", "normalise", "forward", "gradient", "map", "back")
+PRECISIONS: tuple[Floating, ...] = ("float32", "bf16")
+LIMIT = 64_000_000
+EAGER = "forward, eager"
+STAGES = ("to the card", "front", "tail", "gradient", "map", "back")
+
+Variants = Mapping[str, Callable[[], object]]
 
 
-class Clock:
-    """Milliseconds of each stage of one pass, on the card or on the CPU."""
+def loaded(name: str, device: str, largest: int) -> dict[Floating, LoadedModel]:
+    """The model with its compiled lane in each precision. Raises SystemExit where it has none."""
+    found: dict[Floating, LoadedModel] = {}
+    for precision in PRECISIONS:
+        model = load_model(
+            parse_model(name),
+            device=device,
+            allow_random_weights=True,
+            compiler=Compiler(largest=largest, precision=precision),
+        )
+        if model.compiled is None:
+            raise SystemExit(f"{name} has no compiled lane: {model.not_compiled}")
+        if model.compiled.precision == precision:
+            found[precision] = model
+        else:
+            print(f"Without {precision}: {model.compiled.instead}")
+    return found
 
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._marks: list[tuple[str, object, object]] = []
 
-    def _now(self) -> object:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+def pictures(model: LoadedModel, count: int) -> list[Tensor]:
+    """uint8 (3, h, w), as many as asked for."""
+    height, width = model.preprocessing.crop
+    generator = torch.Generator().manual_seed(0)
+    shape = (count, 3, height, width)
+    return list(torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator))
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time what is queued inside."""
-        begun = self._now()
-        yield
-        self._marks.append((name, begun, self._now()))
 
-    def read(self) -> dict[str, float]:
-        """Wait for the card; milliseconds by stage."""
-        if self._cuda:
+def lanes(models: Mapping[Floating, LoadedModel], pool: ModelPool, batch: int) -> Variants:
+    """What is compared for one batch size; each waits until its results are on the CPU."""
+    exact = models["float32"]
+    pixels = pictures(exact, batch)
+    found: dict[str, Callable[[], object]] = {}
+    module = exact.replicate()
+
+    def forward(autocast: bool) -> None:
+        rounded = torch.autocast(exact.device.type, torch.bfloat16, enabled=autocast)
+        with torch.inference_mode(), rounded:
+            module(exact.normalised(exact.batch(pixels))).argmax(1).cpu()
+
+    def hooked() -> None:
+        with pool.lease(exact, folded=True) as replica:
+            run(replica, asked)
+
+    asked = [Question(each, layers=exact.target_layers(())) for each in pixels]
+    plain = [Question(each, method=None) for each in pixels]
+    for precision, model in models.items():
+        found[f"{EAGER}, {precision}"] = partial(forward, precision == "bf16")
+        found[f"/predict, compiled, {precision}"] = partial(run_compiled, model, plain)
+        found[f"/explain, compiled, {precision}"] = partial(run_compiled, model, asked)
+    return found | {"/explain, hooked, float32": hooked}
+
+
+def stages(model: LoadedModel, batch: int, rounds: int) -> dict[str, float]:
+    """Milliseconds of the stages of an explanation in the compiled lane, the card waited for."""
+    lane = model.compiled
+    assert lane is not None
+    layout = model.layer(lane.layer).layout
+    assert layout is not None
+    pixels = pictures(model, batch)
+    times: dict[str, list[float]] = {name: [] for name in STAGES}
+    begun = 0.0
+
+    def ended(name: str) -> None:
+        nonlocal begun
+        if model.device.type == "cuda":
             torch.cuda.synchronize()
-        found: dict[str, float] = {}
-        for name, begun, ended in self._marks:
-            if isinstance(begun, torch.cuda.Event) and isinstance(ended, torch.cuda.Event):
-                found[name] = begun.elapsed_time(ended)
-            elif isinstance(begun, float) and isinstance(ended, float):
-                found[name] = (ended - begun) * 1000
-        return found
+        times[name].append(1000 * (time.perf_counter() - begun))
+        begun = time.perf_counter()
+
+    for _ in range(rounds + 2):
+        begun = time.perf_counter()
+        model.batch(pixels).to(model.device, non_blocking=True)
+        ended("to the card")
+        activation = lane.front(model.batch(pixels)).requires_grad_()
+        ended("front")
+        logits = model.logits(lane.tail(activation.clone()))
+        ended("tail")
+        (gradient,) = torch.autograd.grad(logits.amax(dim=1).sum(), activation)
+        ended("gradient")
+        maps = [layout.as_map(each.detach()).float() for each in (activation, gradient)]
+        cam = GRADIENT_CAMS["gradcam"](*maps)
+        ended("map")
+        cam.cpu()
+        logits.detach().cpu()
+        ended("back")
+    return {name: statistics.median(each[2:]) for name, each in times.items()}
 
 
-class Card:
-    """One model on one device, in one precision."""
+def around(model: LoadedModel, batch: int) -> dict[str, Variants]:
+    """By task: the CPU as the service does it, and the card where torch has it; `batch` images."""
+    file = photograph(0)
+    source = decode(file, max_pixels=LIMIT)
+    fitted = fit_to_model(source, model.preprocessing)
+    photo, cam = preview(source, 640), np.random.default_rng(0).random((7, 7), np.float32)
+    device, size = model.device, [model.preprocessing.resize]
+    hwc = np.ascontiguousarray(fitted.pixels.permute(1, 2, 0).numpy())
+    table = torch.from_numpy(np.array(COLORMAPS["turbo"])).to(device)
+    grids = torch.from_numpy(cam).expand(batch, 1, 7, 7).to(device)
+    encoded = torch.frombuffer(bytearray(file), dtype=torch.uint8)
 
-    def __init__(self, model: LoadedModel, device: torch.device, *, bf16: bool) -> None:
-        assert model.target_layer is not None
-        layout = model.layer(model.target_layer).layout
-        assert layout is not None
-        self.model, self.device, self.bf16 = model, device, bf16
-        self.layer, self.layout, self.net = model.target_layer, layout, model.replicate()
+    def resized_there() -> None:
+        whole = model.batch([torch.from_numpy(source.pixels).permute(2, 0, 1)] * batch)
+        small = transforms.resize(whole.to(device, non_blocking=True), size, antialias=True)
+        transforms.center_crop(small, list(model.preprocessing.crop)).sum().cpu()
 
-    def precision(self) -> AbstractContextManager[object]:
-        """bf16 autocast, where it is wanted."""
-        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+    def coloured_there() -> None:
+        whole = model.batch([torch.from_numpy(photo).permute(2, 0, 1)] * batch).to(device)
+        shape = (photo.shape[0], photo.shape[1])
+        levels = torch.nn.functional.interpolate(grids, size=shape, mode="bilinear")
+        colours = table[(levels[:, 0] * 255).long()].permute(0, 3, 1, 2)
+        mixed = (colours.float() * 0.5 + whole.float() * 0.5).to(torch.uint8)
+        for each in mixed.permute(0, 2, 3, 1).contiguous().cpu().numpy():
+            cv2.imencode(".jpg", each)
 
-    def pixels(self, batch: int) -> Tensor:
-        """uint8 (batch, 3, h, w) on the CPU, pinned where there is a card."""
-        height, width = self.model.preprocessing.crop
-        made = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8)
-        return made.pin_memory() if self.device.type == "cuda" else made
+    def here(step: Callable[[], object]) -> Callable[[], None]:
+        def all_of_them() -> None:
+            for _ in range(batch):
+                step()
 
-    def forward(self, pixels: Tensor) -> dict[str, float]:
-        """A prediction alone."""
-        clock = Clock(self.device)
-        with clock.stage("forward"), torch.inference_mode(), self.precision():
-            values = self.model.normalised(pixels.to(self.device, non_blocking=True))
-            self.net(values).argmax(1).cpu()
-        return clock.read()
+        return all_of_them
 
-    def explain(self, pixels: Tensor) -> dict[str, float]:
-        """A prediction and the Grad-CAM of its best class."""
-        clock = Clock(self.device)
-        with clock.stage("to the card"):
-            there = pixels.to(self.device, non_blocking=True)
-        with clock.stage("normalise"):
-            values = self.model.normalised(there)
-        with record(self.net, targets=[self.layer]) as seen:
-            with clock.stage("forward"), self.precision():
-                logits = self.model.logits(self.net(values))
-            with clock.stage("gradient"):
-                at = seen.targets[self.layer][-1]
-                (gradient,) = torch.autograd.grad(logits.amax(dim=1).sum(), at)
-        with clock.stage("map"):
-            maps = [self.layout.as_map(each.detach()).float() for each in (at, gradient)]
-            cam = GRADIENT_CAMS["gradcam"](*maps)
-        with clock.stage("back"):
-            cam.cpu()
-            logits.argmax(1).cpu()
-        return clock.read()
-
-
-def measure(card: Card, batch: int, rounds: int) -> tuple[list[float], dict[str, list[float]]]:
-    """Milliseconds of forward passes, and of every stage of an explanation, in turn."""
-    pixels = card.pixels(batch)
-    for _ in range(3):
-        card.forward(pixels)
-        card.explain(pixels)
-    forward: list[float] = []
-    stages: dict[str, list[float]] = {name: [] for name in STAGES}
-    for _ in range(rounds):
-        forward.append(_wall(card, lambda: card.forward(pixels)))
-        for name, taken in card.explain(pixels).items():
-            stages[name].append(taken)
-        stages.setdefault("all", []).append(_wall(card, lambda: card.explain(pixels)))
-    return forward, stages
-
-
-def _wall(card: Card, work: Callable[[], object]) -> float:
-    """Milliseconds until the card is done."""
-    start = time.perf_counter()
-    work()
-    if card.device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) * 1000
+    overlay = partial(render_overlay, cam, fitted.geometry, Style(), photo, hwc)
+    found: dict[str, dict[str, Callable[[], object]]] = {
+        "JPEG to pixels": {"CPU": here(partial(decode, file, max_pixels=LIMIT))},
+        "pixels to model input": {
+            "CPU": here(partial(fit_to_model, source, model.preprocessing)),
+            "card": resized_there,
+        },
+        "map to overlay, JPEG": {"CPU": here(overlay), "card": coloured_there},
+    }
+    if device.type == "cuda":
+        found["JPEG to pixels"]["card"] = lambda: [
+            each.sum().cpu()
+            for each in torchvision.io.decode_jpeg([encoded] * batch, device=device)
+        ]
+    return dict(found)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure every batch size in both precisions and print the table."""
+    """Measure every batch size and print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--model", default="torchvision/resnet50")
     parser.add_argument("--batches", nargs="+", type=int, default=(1, 2, 4, 8, 16, 32, 64))
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each batch size")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu.json")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         print("There is no CUDA device here, so nothing was measured.")
         return
-    model = load_model(parse_model(options.model), device=options.device, allow_random_weights=True)
-    results, rows = Results(options.out, again=True), []
-    for bf16 in (False, True):
-        card = Card(model, device, bf16=bf16)
-        for batch in options.batches:
-            forward, stages = measure(card, batch, options.rounds)
-            results.keep(f"gpu/{'bf16' if bf16 else 'f32'}/{batch}", {}, [forward, stages])
-            middle = {name: statistics.median(each) for name, each in stages.items()}
-            rates = [1000 * batch / each for each in (statistics.median(forward), middle["all"])]
-            rows.append(
-                [
-                    "bf16" if bf16 else "float32",
-                    str(batch),
-                    *(f"{each:.1f}" for each in rates),
-                    str(ratio(stages["all"], forward)),
-                    *(f"{middle[name]:.2f}" for name in STAGES),
-                ]
-            )
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
-    print(f"{options.model} on {name}; {machine()}\n")
-    header = ["precision", "batch", "forward/s", "explained/s", "explain ÷ forward"]
-    print(markdown([*header, *(f"{stage}, ms" for stage in STAGES)], rows))
+    torch.set_num_threads(1)
+    models = loaded(options.model, options.device, max(options.batches))
+    pool = ModelPool([models["float32"]], replicas=1)
+    results = Results(options.out, again=True)
+    rates, parts = [], []
+    for batch in options.batches:
+        times = in_turn(lanes(models, pool, batch), options.seconds)
+        results.keep(f"gpu/{batch}", {}, {name: each.wall for name, each in times.items()})
+        for name, each in times.items():
+            own = "bf16" if "bf16" in name else "float32"
+            beside = (f"{EAGER}, {own}", f"/predict, compiled, {own}")
+            ratios = [str(ratio(each.wall, times[other].wall)) for other in beside]
+            rate = batch / statistics.median(each.wall)
+            rates.append([str(batch), name, f"{rate:.1f}", *ratios])
+        for precision, model in models.items():
+            took = stages(model, batch, 5)
+            row = [str(batch), precision, *(f"{took[name]:.2f}" for name in STAGES)]
+            parts.append(row)
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    print(f"{options.model} on {card}; {machine()}\n")
+    header = ["batch", "", "images/s", "÷ eager forward, in time", "÷ compiled /predict"]
+    print(markdown(header, rates))
+    print(f"\n{markdown(['batch', 'front', *(f'{stage}, ms' for stage in STAGES)], parts)}\n")
+    rows = []
+    for task, ways in around(models["float32"], max(options.batches)).items():
+        took = {way: statistics.median(each.wall) for way, each in in_turn(ways, 1.0).items()}
+        count = max(options.batches)
+        each = [
+            f"{1000 * took[way] / count:.3f}" if way in took else "–" for way in ("CPU", "card")
+        ]
+        rows.append([task, *each])
+    print(markdown([f"ms an image, of {max(options.batches)}", "one core", "the card"], rows))
 
 
 if __name__ == "__main__":

@@ -183,11 +183,12 @@ def test_the_slope_of_memory_forgets_the_start_and_one_outlier():
 
 @pytest.mark.timeout(30)
 def test_the_card_s_stages_are_timed_on_a_cpu_too(tmp_path: Path, capsys):
-    tiny = ["--device", "cpu", "--model", "tiny:small", "--batches", "1", "--rounds", "1"]
+    tiny = ["--device", "cpu", "--model", "tiny:small", "--batches", "2", "--seconds", "0"]
     gpu.main([*tiny, "--out", str(tmp_path / "gpu.json")])
     table = capsys.readouterr().out
-    assert "| float32 | 1 |" in table
-    assert "| bf16 | 1 |" in table
+    assert "| 2 | /explain, compiled, float32 |" in table
+    assert "| 2 | /explain, hooked, float32 |" in table
+    assert "| map to overlay, JPEG |" in table
 
 
 def test_without_a_card_the_script_says_so(capsys, monkeypatch):

@@ -10,12 +10,15 @@ from service.models import openvino_front
 pytestmark = pytest.mark.timeout(60)
 
 
+def compiled_lane(client):
+    lanes = client.get("/models/small").json()["lanes"]
+    return next(lane for lane in lanes if lane["name"] == "compiled")
+
+
 @pytest.mark.skipif(not openvino_front.has_bf16(), reason="this processor computes no bf16")
 def test_answers_and_models_say_bf16(serve) -> None:
     with serve(compile=True, precision="bf16") as client:
-        (lane,) = [
-            each for each in client.get("/models/small").json()["lanes"] if each["name"] == "compiled"
-        ]
+        lane = compiled_lane(client)
         assert (lane["ready"], lane["precision"]) == (True, "bf16")
         for path in ("/explain", "/predict"):
             (result,) = client.post(path, files={"image": png()}).json()["results"]
@@ -27,9 +30,7 @@ def test_answers_and_models_say_bf16(serve) -> None:
 def test_a_processor_without_it_answers_in_float32_and_says_why(serve, monkeypatch) -> None:
     monkeypatch.setattr(openvino_front, "has_bf16", lambda: False)
     with serve(compile=True, precision="bf16") as client:
-        (lane,) = [
-            each for each in client.get("/models/small").json()["lanes"] if each["name"] == "compiled"
-        ]
+        lane = compiled_lane(client)
         assert lane["ready"]
         assert "this processor does not compute" in lane["reason"]
         (result,) = client.post("/explain", files={"image": png()}).json()["results"]
