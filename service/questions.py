@@ -169,7 +169,7 @@ def cost(model: LoadedModel, question: Question) -> float:
     A forward pass with a gradient at the input counts FORWARD_AND_BACKWARD, and one less for each
     further target; a tail of the model (ablationcam) its share of the model's operations.
     """
-    if not question.explains:
+    if not question.explains or question.method in CAM_METHODS:
         return 1.0
     targets = len(question.targets) or question.explain_top
     gradients = 1 + (FORWARD_AND_BACKWARD - 1) * targets

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 import structlog
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from service.models.catalog import Floating
+from service.models.cut import traced
 from service.models.front import Normalised
 from service.models.replicas import replicate
 
@@ -56,9 +57,12 @@ class TorchFront:
         self._device, self._bf16 = model.device, precision == "bf16"
         layout = torch.channels_last if model.channels_last else torch.contiguous_format
         preprocessing = model.preprocessing
-        self._module = Normalised(
+        whole = Normalised(
             _in_bf16(front) if self._bf16 else front, preprocessing.mean, preprocessing.std, layout
         ).to(self._device)
+        # One flat graph, whose code is its own: torch.compile counts by code how often it compiled,
+        # and after eight times compiles no more.
+        self._module: Run = fx.GraphModule(whole, traced(whole))
         self._graphs: Graphs | None = None
         if self._device.type != "cuda":
             return
@@ -67,8 +71,9 @@ class TorchFront:
             largest, preprocessing.channels, height, width, dtype=torch.uint8, device=self._device
         )
         with torch.cuda.device(self._device):
-            run = _compiled(self._run, pixels[:2], cache) if _can_compile() else self._run
-            self._graphs = Graphs(run, pixels, cuda_graph())
+            if _can_compile():
+                self._compile(pixels[:2], cache)
+            self._graphs = Graphs(self._run, pixels, cuda_graph())
 
     def __call__(self, pixels: Tensor, *, wide: bool = False) -> Tensor:  # noqa: ARG002
         if self._graphs is not None and len(pixels) <= self._graphs.largest:
@@ -78,8 +83,20 @@ class TorchFront:
 
     def _run(self, pixels: Tensor) -> Tensor:
         with torch.no_grad(), self._autocast():
-            activation: Tensor = self._module(pixels)
-            return activation.float()
+            return self._module(pixels).float()
+
+    def _compile(self, pixels: Tensor, cache: Path | None) -> None:
+        """Have the module compiled for any batch size; it stays as it is where torch cannot."""
+        if cache is not None:
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
+        plain = self._module
+        self._module = torch.compile(plain, dynamic=True)
+        try:
+            self._run(pixels)
+        except Exception as error:  # noqa: BLE001 - whatever a compiler raises is a reason
+            self._module = plain
+            first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            _log.warning("front_runs_uncompiled", detail=first)
 
     def _autocast(self) -> AbstractContextManager[object]:
         if not self._bf16:
@@ -148,20 +165,6 @@ def cuda_graph() -> Callable[[Run, Tensor], Recorded]:
 def _can_compile() -> bool:
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     return compiler is not None and find_spec("triton") is not None
-
-
-def _compiled(run: Run, pixels: Tensor, cache: Path | None) -> Run:
-    """The function compiled for any batch size, or as it is where torch cannot compile it."""
-    if cache is not None:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
-    made: Run = torch.compile(run, dynamic=True)
-    try:
-        made(pixels)
-    except Exception as error:  # noqa: BLE001 - whatever a compiler raises is a reason
-        first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        _log.warning("front_runs_uncompiled", detail=first)
-        return run
-    return made
 
 
 def _in_bf16(front: nn.Module) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,12 @@ from torch import Tensor, nn
 
 from service.models import torch_front
 from service.models.catalog import InputSpec, ModelSpec
-from service.models.lane import Compiler
+from service.models.cut import split
+from service.models.lane import TOLERANCES, CompiledLane, Compiler, parity_on
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model
 from service.models.pool import ModelPool
-from service.models.torch_front import Graphs
+from service.models.torch_front import Graphs, TorchFront
 from service.questions import Question
 from service.stepwise import run, run_compiled
 
@@ -148,27 +150,61 @@ def test_a_batch_gets_its_own_rows_in_its_own_memory() -> None:
     assert rows == [[2, 4, 6, 8, 10, 12], [14, 16, 18], [20], [22, 24]]
 
 
-# ---- torch.compile
+# ---- what the CPU can tell of the rest
+
+
+def uncompiled(function: str) -> LoadedModel:
+    size = InputSpec(size=(SIZE, SIZE), resize=SIZE)
+    spec = ModelSpec(function, f"test_torch_front_models:{function}", input=size)
+    return load_model(spec, allow_random_weights=True)
+
+
+def front_of(model: LoadedModel, **more) -> tuple[TorchFront, CompiledLane]:
+    layer = model.target_layers(())[0]
+    front, tail = split(model.module, layer)
+    made = TorchFront(model, front, **more)
+    return made, CompiledLane(layer, made, tail)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("function", ["residual", "plain"])
+def test_its_numbers_are_near_the_hooked_lanes(function: str, precision) -> None:
+    model = uncompiled(function)
+    _, lane = front_of(model, precision=precision)
+    found = parity_on(model, lane, [torch.stack([q.pixels for q in questions(model, 3)])])
+    assert found.is_within(TOLERANCES[precision])
+    assert (found.activation > 1e-4) == (precision == "bf16")
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
 @pytest.mark.timeout(300)
 def test_what_torch_compiles_gives_the_same_for_any_batch(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    module = plain().eval().requires_grad_(False)
-
-    def run(pixels: Tensor) -> Tensor:
-        with torch.no_grad():
-            return module(pixels.float() / 255)
-
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    model = uncompiled("plain")
+    compiled, _ = front_of(model, precision="bf16")
+    plainly, _ = front_of(model, precision="bf16")
+    pixels = torch.stack([question.pixels for question in questions(model, 5)])
     with capture_logs() as logs:
-        compiled = torch_front._compiled(run, pixels[:2], None)
+        compiled._compile(pixels[:2], None)
     assert not logs
-    assert compiled is not run
+    assert compiled._module is not plainly._module
     for count in (1, 2, 5):
-        torch.testing.assert_close(compiled(pixels[:count]), run(pixels[:count]))
+        found, expected = compiled(pixels[:count]), plainly(pixels[:count])
+        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.02 * float(expected.max()))
+
+
+def test_every_front_is_compiled_however_many_there_are(monkeypatch) -> None:
+    """Torch gives up on code that it compiled eight times."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    model, before = uncompiled("plain"), compiled_graphs()
+    pixels = torch.stack([question.pixels for question in questions(model, 2)])
+    for _ in range(10):
+        front_of(model)[0]._compile(pixels, None)
+    assert compiled_graphs() - before == 10
+
+
+def compiled_graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def test_what_torch_cannot_compile_runs_as_it_is_and_says_so(monkeypatch) -> None:
@@ -179,11 +215,16 @@ def test_what_torch_cannot_compile_runs_as_it_is_and_says_so(monkeypatch) -> Non
         return fail
 
     monkeypatch.setattr(torch, "compile", broken)
+    model = uncompiled("plain")
+    front, _ = front_of(model)
+    pixels = torch.stack([question.pixels for question in questions(model, 2)])
+    expected = front(pixels)
     with capture_logs() as logs:
-        assert torch_front._compiled(doubled, pixels_of(1, 2), None) is doubled
+        front._compile(pixels, None)
     assert [(each["event"], each["detail"]) for each in logs] == [
         ("front_runs_uncompiled", "no Triton")
     ]
+    assert torch.equal(front(pixels), expected)
 
 
 def test_weights_are_cast_once_in_a_copy() -> None:
