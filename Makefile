@@ -20,6 +20,8 @@ PIP_INSTALL = quiet=; [ ! -e .venv/.installed ] || quiet=--quiet; \
 	.venv/bin/python -m pip install --disable-pip-version-check $$quiet -c constraints.txt
 SAFE = PYTHONSAFEPATH=1
 CLIENTS = sh tests/protocols/install.sh
+# The service's tests that `make gpu` runs a second time, with the models on the GPU.
+ON_GPU = explain captures_http stepwise_http mask concurrency faults overload repository protocols
 LOAD = $(SAFE) PYTHONPATH=benchmarks:deploy/load .venv/bin/python
 
 .PHONY: help install run test test-all browser protocols labeling ray gpu load capacity check docs bench image container clean
@@ -51,8 +53,10 @@ labeling: .venv/.installed-test .venv-label-studio/.installed ## be the backend 
 ray: .venv/.installed-dev ## run it on a Ray cluster of two nodes (ARGS= for pytest)
 	@$(SAFE) sh tests/cluster/alone.sh .venv/bin/python -m pytest -m ray $(ARGS)
 
-gpu: .venv/.installed-test ## run what needs a CUDA device (ARGS= for pytest)
+gpu: .venv/.installed-test ## run what needs a CUDA device, and the service's tests on it (ARGS= for pytest)
 	@$(SAFE) .venv/bin/python -m pytest -m gpu $(ARGS)
+	@if .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		$(SAFE) CAMSERVE_TEST_DEVICE=cuda .venv/bin/python -m pytest $(ON_GPU:%=tests/integration/test_%.py) $(ARGS); fi
 
 check: .venv/.installed-dev ## lint, format, types, imports
 	@$(SAFE) .venv/bin/python -m ruff check

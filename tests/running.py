@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -15,6 +16,9 @@ from service.app import create_app
 from service.routes.state import Service
 from service.serving import config_of
 from service.settings import Settings
+
+DEVICE = os.environ.get("CAMSERVE_TEST_DEVICE", "cpu")
+"""Where the models of tests are served: `make gpu` says cuda."""
 
 
 class Server:
@@ -34,7 +38,7 @@ class Server:
 @contextmanager
 def running(**settings: Any) -> Iterator[Server]:
     """The service in uvicorn, started and stopped as `camserve serve` does it."""
-    values = {"models": ("tiny:small",), "device": "cpu", "workers": 1, **settings}
+    values = {"models": ("tiny:small",), "device": DEVICE, "workers": 1, **settings}
     app = create_app(Settings(**values))
     server = uvicorn.Server(config_of(app))
     began, start = threading.Event(), server.startup

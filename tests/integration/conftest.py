@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from running import Server, running
+from running import DEVICE, Server, running
 from starlette.testclient import TestClient
 
 from service.app import create_app
@@ -21,7 +21,7 @@ RunServer = Callable[..., AbstractContextManager[Server]]
 @contextmanager
 def served(**settings: Any) -> Iterator[TestClient]:
     """A client of a new app with these settings; its threads end with the `with`."""
-    values = {"models": ("tiny:small",), "device": "cpu", "workers": 1, **settings}
+    values = {"models": ("tiny:small",), "device": DEVICE, "workers": 1, **settings}
     with TestClient(create_app(Settings(**values))) as client:
         yield client
 
