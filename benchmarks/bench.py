@@ -1,8 +1,8 @@
 """`make bench`: the core and HTTP in one run, the page with its plot, and what is met and missed.
 
-    make bench                               # 23 minutes on two cores
-    make bench ARGS=--quick                  # two minutes, two models, a few servers; no page
-    make bench ARGS='--parts core http memory --again'
+    make bench                               # half an hour on two cores
+    make bench ARGS=--quick                  # three minutes, two models, a few servers; no page
+    make bench ARGS="--parts http --again"
 
 Each part is a process of its own. What is finished is in --out at once: after an interruption the
 same command goes on from there. After a complete run, or with `--again`, it begins anew.
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the parts, and report whatever is finished, even where one failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true", help="a short form that writes no page")
-    parser.add_argument("--parts", nargs="+", choices=SCRIPTS, default=("core", "http"))
+    parser.add_argument("--parts", nargs="+", choices=SCRIPTS, default=tuple(SCRIPTS))
     parser.add_argument("--again", action="store_true", help="measure also what --out has")
     parser.add_argument("--out", type=Path, help="where results are kept")
     options = parser.parse_args(arguments)

@@ -13,6 +13,7 @@ import over_http
 from measuring import ROOT, Ratio, Results, ratio
 from over_http import (
     ALONE,
+    BF16,
     BUSY,
     EAGER,
     EXPLAINERS,
@@ -129,6 +130,16 @@ def _http_targets() -> list[Target]:
         ),
         Target(f"{_LARGE}, heatmap", _large(HEATMAP), 1.5),
         Target(f"{_LARGE}, overlay of 2048 pixels", _large(OURS), 1.5),
+        *(
+            Target(
+                f"16 clients, bf16 front, requests/s ÷ {other}'s",
+                times(other, BF16),
+                bound,
+                least=True,
+            )
+            for other, bound in faster.items()
+        ),
+        Target("1 client, bf16 front, all cores, p50 ÷ the fastest peer's", _lone(BF16), 0.60),
         Target(
             f"16 clients, int8 front, requests/s ÷ {OPENVINO}'s in float32",
             lambda results: over_http.against(results, BUSY, "rate", INT8, OPENVINO),

@@ -6,12 +6,15 @@ import asyncio
 from http import HTTPStatus
 from typing import Any
 
+import structlog
 from fastapi import Request
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.errors import HeadTooLarge
 from service.routes.middleware import SECURITY_HEADERS
 from service.routes.problems import problem
+
+_log = structlog.get_logger(__name__)
 
 MAX_HEAD_BYTES = 256 << 10
 """Of request line and headers: a mask of many run lengths belongs into a JSON body."""
@@ -60,6 +63,8 @@ class BoundedHead(HttpToolsProtocol):
 
     def _refuse(self) -> None:
         self._end_head()
+        # No middleware sees it, which would have logged it.
+        _log.info("head_too_large", client=self.client and self.client[0])
         self._refused = self.loop.call_later(LINGER_SECONDS, self.transport.close)
         if self.cycle is None or self.cycle.response_complete:  # else it would cut into an answer
             self.transport.write(_refusal())

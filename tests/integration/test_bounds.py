@@ -17,6 +17,7 @@ import pictures
 import pytest
 from PIL import Image, ImageFile
 from starlette.testclient import TestClient
+from structlog.testing import capture_logs
 
 from service import connections
 from service.formats import format_of
@@ -59,7 +60,9 @@ def test_who_sends_too_long_a_head_reads_what_to_do(run_server, earlier: int) ->
     with run_server() as server, httpx.Client(trust_env=False) as client:
         for _ in range(earlier):
             assert client.get(f"{server.url}/models").status_code == 200
-        response = client.get(f"{server.url}/models", headers={"x": "y" * 300_000})
+        with capture_logs() as logs:
+            response = client.get(f"{server.url}/models", headers={"x": "y" * 300_000})
+        assert {"event": "head_too_large", "client": "127.0.0.1", "log_level": "info"} in logs
         assert refused(response) == (431, "head_too_large")
         assert response.headers["content-type"] == "application/problem+json"
         assert response.headers["connection"] == "close"
