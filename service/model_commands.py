@@ -168,7 +168,7 @@ def _lanes(model: LoadedModel) -> str:
     return "hooked, compiled" + ("" if precision == "float32" else f" ({precision})")
 
 
-@with_settings(OF_MODELS)
+@with_settings((*OF_MODELS, "precision"))
 def check(settings: Settings) -> None:
     """Load every model, let each explain one picture, and say what does not work; for a CI.
 
