@@ -89,8 +89,8 @@ class Settings(BaseSettings):
     )
     precision: Literal["float32", "bf16"] = Field(
         "float32",
-        description="What the compiled lane computes in: float32, or bf16, twice as fast where the "
-        "device has it; every answer then says so. A model whose numbers it changes too much, or a "
+        description="What the compiled lane computes in: float32, or bf16, faster where the device "
+        "has it; every answer then says so. A model whose numbers it changes too much, or a "
         "processor without it, gets float32 all the same, and /models says why.",
     )
     int8: Annotated[tuple[str, ...], NoDecode] = Field(
