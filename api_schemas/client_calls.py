@@ -34,6 +34,13 @@ Progress = Callable[[int, int | None], None]
 OF_EVERY_IMAGE = (Unauthorized, NotFound, InvalidOption)
 """What one image of many is refused with, all will be."""
 
+EVERY_CONNECTION_KEPT = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+"""Each thread or task that asks has a connection of its own; idle ones are closed after 5 seconds.
+
+httpx's default is 100, of which 20 are kept. Where some are surplus, its pool can close one that it
+has just given to another request, whose answer is then lost (encode/httpcore#1110).
+"""
+
 
 class Calls:
     """What both clients know: where, with which key, and how long to ask."""
@@ -46,7 +53,8 @@ class Calls:
         headers = {"Accept": "application/json"}
         if api_key is not None:
             headers["Authorization"] = f"Bearer {api_key}"
-        self._http_arguments = {"base_url": url, "headers": headers, **http}
+        limits = EVERY_CONNECTION_KEPT
+        self._http_arguments = {"base_url": url, "headers": headers, "limits": limits, **http}
         self._patience = Patience(timeout, attempts)
 
     def _classified(

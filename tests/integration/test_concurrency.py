@@ -27,6 +27,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from structlog.testing import capture_logs
 
+from api_schemas.client_calls import EVERY_CONNECTION_KEPT
 from service.app import create_app
 from service.metrics import Metrics
 from service.questions import Answer, Question, lane_of
@@ -357,7 +358,11 @@ def test_500_requests_of_64_clients_are_answered_as_if_alone(app: FastAPI) -> No
     """Over real HTTP, from PNG files to base64."""
     parts: Service = app.state.service
     wishes = asks(seed=2)
-    with capture_logs(), served(app) as url, httpx.Client(base_url=url, timeout=60) as client:
+    with (
+        capture_logs(),
+        served(app) as url,
+        httpx.Client(base_url=url, timeout=60, limits=EVERY_CONNECTION_KEPT) as client,
+    ):
         alone = [ask_over_http(client, ask) for ask in wishes]
         found = together(lambda ask: ask_over_http(client, ask), wishes)
     same(wishes, found, alone, half=1e-3)

@@ -7,8 +7,11 @@ import base64
 import contextlib
 import io
 import json
+import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, get_type_hints
 
 import httpx
@@ -442,6 +445,70 @@ def test_tasks_that_are_left_early_are_cancelled() -> None:
 
 
 # ---- the two classes
+
+
+class Counting(ThreadingHTTPServer):
+    """Answers `GET /models` once `together` requests have come, and counts its connections."""
+
+    request_queue_size = 128
+    daemon_threads = True
+
+    def __init__(self, together: int) -> None:
+        super().__init__(("127.0.0.1", 0), NoModels)
+        self.together = threading.Barrier(together)
+        self.connections = 0
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        self.connections += 1
+        return super().get_request()
+
+
+class NoModels(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Counting
+
+    def do_GET(self) -> None:
+        self.server.together.wait(10)
+        self.send_response(200)
+        self.send_header("Content-Length", "13")
+        self.end_headers()
+        self.wfile.write(b'{"models":[]}')
+
+    def log_message(self, *args: object) -> None:
+        """Nothing: a test's output is not the place."""
+
+
+@pytest.fixture
+def counting() -> Iterator[Counting]:
+    with Counting(together=40) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_threads_that_share_a_client_keep_their_connections(counting: Counting) -> None:
+    """By default 20 of these 40 would be closed, at times one that is in use."""
+    url = f"http://127.0.0.1:{counting.server_address[1]}"
+    with Client(url, trust_env=False) as client, ThreadPoolExecutor(40) as threads:
+        for _ in range(3):
+            assert list(threads.map(lambda _: client.models(), range(40))) == [[]] * 40
+    assert counting.connections == 40
+
+
+def test_tasks_that_share_a_client_keep_their_connections(counting: Counting) -> None:
+    async def main() -> None:
+        url = f"http://127.0.0.1:{counting.server_address[1]}"
+        async with AsyncClient(url, trust_env=False) as client:
+            for _ in range(3):
+                found = await asyncio.gather(*(client.models() for _ in range(40)))
+                assert found == [[]] * 40
+
+    asyncio.run(main())
+    assert counting.connections == 40
 
 
 def test_both_clients_have_the_same_calls() -> None:
