@@ -173,10 +173,13 @@ def encoders(photo: Photo) -> Steps:
         "heatmap PNG in colour, OpenCV level 1": in_colour,
         "heatmap PNG, indexed, Pillow level 6": lambda: saved(indexed, 6),
         "heatmap PNG, indexed, Pillow level 1": lambda: saved(indexed, 1),
-        "heatmap PNG, indexed, differences, level 6": lambda: zlib.compress(
+        "heatmap PNG, indexed, differences, zlib level 6": lambda: zlib.compress(
             np.diff(levels, axis=1, prepend=0).tobytes(), 6
         ),
-        "**heatmap PNG, indexed, differences, level 1**": lambda: level_png(
+        "heatmap PNG, indexed, differences, zlib level 1": lambda: zlib.compress(
+            np.diff(levels, axis=1, prepend=0).tobytes(), 1
+        ),
+        "**heatmap PNG, indexed, differences, ISA-L**": lambda: level_png(
             levels, COLORMAPS["turbo"]
         ),
     }

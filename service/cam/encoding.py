@@ -1,17 +1,17 @@
 """Pixels to files: indexed PNG for maps, JPEG, PNG or WebP for photographs.
 
-All of it lets other threads run: zlib, OpenCV and Pillow release the interpreter's lock.
+All of it lets other threads run: ISA-L, OpenCV and Pillow release the interpreter's lock.
 """
 
 from __future__ import annotations
 
 import io
 import struct
-import zlib
 from typing import Literal
 
 import cv2
 import numpy as np
+from isal import isal_zlib
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -55,8 +55,8 @@ def level_png(levels: NDArray[np.uint8], palette: NDArray[np.uint8] | None) -> b
     """Write uint8 (h, w) as an indexed PNG, or, without a palette, uint8 (256, 3), as a grey one.
 
     By hand, because no library filters indexed PNGs. A heatmap is smooth, so the difference from
-    the pixel at the left compresses far better than the pixel: at 640 x 480 and level 1 this takes
-    .75 of Pillow's time and gives less than half of its bytes.
+    the pixel at the left compresses far better than the pixel. ISA-L takes a sixth of zlib's time
+    at level 1 for a heatmap, and half for the channels of a layer, and makes hardly a byte more.
     """
     height, width = levels.shape
     filtered = np.empty((height, width + 1), dtype=np.uint8)
@@ -65,11 +65,11 @@ def level_png(levels: NDArray[np.uint8], palette: NDArray[np.uint8] | None) -> b
     np.subtract(levels[:, 1:], levels[:, :-1], out=filtered[:, 2:])
     kind = 0 if palette is None else 3
     header = struct.pack(">IIBBBBB", width, height, 8, kind, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(filtered.data, 1)), (b"IEND", b"")]
+    chunks = [(b"IHDR", header), (b"IDAT", isal_zlib.compress(filtered.data)), (b"IEND", b"")]
     if palette is not None:
         chunks.insert(1, (b"PLTE", palette.tobytes()))
     parts = [b"\x89PNG\r\n\x1a\n"]
     for name, body in chunks:
-        check = zlib.crc32(body, zlib.crc32(name))
+        check = isal_zlib.crc32(body, isal_zlib.crc32(name))
         parts += [struct.pack(">I", len(body)), name, body, struct.pack(">I", check)]
     return b"".join(parts)
