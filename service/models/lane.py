@@ -154,8 +154,7 @@ class Compiler:
     ) -> tuple[CompiledLane, Parity]:
         try:
             if model.device.type == "cpu":
-                front, tail = self._on_the_cpu(model, layer, precision, anew)
-                batches = [1, 1, 3, 2]  # each program alone, and in a batch
+                front, tail, batches = self._on_the_cpu(model, layer, precision, anew)
             else:
                 front, tail, batches = self._on_its_device(model, layer, precision)
             lane = CompiledLane(layer, front, tail, precision=precision)
@@ -172,7 +171,7 @@ class Compiler:
 
     def _on_the_cpu(
         self, model: LoadedModel, layer: str, precision: Floating, anew: bool
-    ) -> tuple[Front, fx.GraphModule]:
+    ) -> tuple[Front, fx.GraphModule, list[int]]:
         # Its import takes half a second, which commands that compile nothing need not wait for.
         from service.models import openvino_front  # noqa: PLC0415
 
@@ -180,8 +179,10 @@ class Compiler:
             raise NotCompiled("this processor does not compute: it has no AVX512-BF16 and no AMX.")
         front, tail = split(model.module, layer)
         graph = openvino_front.graph_of(model, front, self.cache, identity(model), anew=anew)
-        made = openvino_front.OpenVinoFront(graph, self.streams, self.lone_threads, precision)
-        return made, tail
+        made = openvino_front.OpenVinoFront(
+            graph, self.streams, self.lone_threads, precision, self.largest
+        )
+        return made, tail, made.trials
 
     def _on_its_device(
         self, model: LoadedModel, layer: str, precision: Floating
@@ -204,7 +205,9 @@ class Compiler:
         except Uncuttable as error:
             raise NotCompiled(f"{error}.") from error
         graph = openvino_front.read(folder, identity(model))
-        compiled = openvino_front.OpenVinoFront(graph, self.streams, self.lone_threads)
+        compiled = openvino_front.OpenVinoFront(
+            graph, self.streams, self.lone_threads, largest=self.largest
+        )
         _log.info("front_int8", model=model.name, layer=layer, folder=str(folder))
         return CompiledLane(layer, compiled, tail, precision="int8")
 

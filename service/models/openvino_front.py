@@ -7,7 +7,7 @@ import json
 import threading
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -29,17 +29,26 @@ _log = structlog.get_logger(__name__)
 
 Graph: TypeAlias = openvino.Model
 
+FIXED_UP_TO = 32 * 2**20
+"""Bytes of weights up to which a front has programs for fixed batch sizes: where the layers are
+small, what OpenVINO does between them for batches of any size is a twentieth to a tenth of the
+time. In larger fronts it is a hundredth, and each program packs all weights once more."""
+
 
 class OpenVinoFront:
     """Pixels to the activation of the layer where the model was cut; see `Front`.
 
     Two programs of one graph: the narrow one runs a request on one thread, `streams` of them side
     by side, which answers most requests a second; the wide one runs one request on `lone_threads`
-    threads, which answers a lone request soonest. They agree to rounding.
+    threads, which answers a lone request soonest. They agree to rounding. A front of few weights
+    (`FIXED_UP_TO`) has further programs for what is usual: one image alone, and `largest` of them.
 
     graph:        the converted front, for any batch size.
     lone_threads: 1 makes no wide program, which spares its packed weights.
     precision:    `bf16` where the processor has it (`has_bf16`); a graph of int8 stays as it is.
+    largest:      images in the largest batch.
+
+    trials: batch sizes that run every program once, if every second batch is wide.
     """
 
     def __init__(
@@ -48,13 +57,35 @@ class OpenVinoFront:
         streams: int = 1,
         lone_threads: int = 1,
         precision: Precision = "float32",
+        largest: int = 1,
     ) -> None:
         hint = "bf16" if precision == "bf16" else "f32"
-        self._narrow = _Program(graph, streams, streams, hint)
-        self._wide = _Program(graph, 1, lone_threads, hint) if lone_threads > 1 else self._narrow
+        is_small = _bytes_of_weights(graph) <= FIXED_UP_TO
+        together, alone = ({largest}, {1}) if is_small else (set(), set())
+        if lone_threads > 1:
+            self._narrow = _Programs(graph, streams, streams, hint, together)
+            self._wide = _Programs(graph, 1, lone_threads, hint, alone)
+        else:
+            self._narrow = self._wide = _Programs(graph, streams, streams, hint, together | alone)
+        self.trials = [1, 1, 3, 2, *together]
 
     def __call__(self, pixels: Tensor, *, wide: bool = False) -> Tensor:
         return (self._wide if wide else self._narrow)(pixels)
+
+
+class _Programs:
+    """A graph compiled for any batch size, and once more for each of the fixed ones."""
+
+    def __init__(
+        self, graph: Graph, streams: int, threads: int, hint: str, fixed: Iterable[int]
+    ) -> None:
+        self._any = _Program(graph, streams, threads, hint)
+        self._fixed = {
+            size: _Program(_of_batch_size(graph, size), streams, threads, hint) for size in fixed
+        }
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        return self._fixed.get(len(pixels), self._any)(pixels)
 
 
 class _Program:
@@ -94,6 +125,18 @@ class _Program:
         # One that raised is not used again.
         with self._lock:
             self._idle.append(request)
+
+
+def _bytes_of_weights(graph: Graph) -> int:
+    constants = (node for node in graph.get_ordered_ops() if node.get_type_name() == "Constant")
+    return sum(node.data.nbytes for node in constants)
+
+
+def _of_batch_size(graph: Graph, size: int) -> Graph:
+    fixed = graph.clone()
+    rest = graph.inputs[0].get_partial_shape()[1:]
+    fixed.reshape(openvino.PartialShape([size, *rest]))
+    return fixed
 
 
 def has_bf16() -> bool:

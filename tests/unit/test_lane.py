@@ -39,6 +39,12 @@ def make() -> nn.Module:
         return torchvision.models.resnet18(weights=None, num_classes=11)
 
 
+def simple() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return SmallNet()
+
+
 def branching() -> nn.Module:
     class Branching(SmallNet):
         def forward(self, x):
@@ -224,6 +230,40 @@ def test_four_threads_disturb_neither_each_other_nor_their_inputs(model) -> None
         torch.testing.assert_close(found, kept[number], rtol=0, atol=1e-5)
     assert all(torch.equal(one, other) for one, other in zip(batches, copies, strict=True))
     assert all(torch.equal(one, other) for one, other in zip(alone, kept, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("lone_threads", "fixed"), [(1, ["1", "4", "?"]), (2, ["1", "4", "?", "?"])]
+)
+@pytest.mark.parametrize("is_small", [True, False])
+def test_few_weights_are_packed_for_the_usual_batch_sizes_too(
+    monkeypatch, lone_threads: int, fixed: list[str], is_small: bool
+) -> None:
+    """Each program is compared with the hooked lane at load, and batches of any size are right."""
+    made, ran = [], set()
+
+    class Watched(openvino_front._Program):
+        def __init__(self, graph, *about):
+            super().__init__(graph, *about)
+            made.append(self)
+            self.size = str(graph.inputs[0].get_partial_shape()[0])
+
+        def __call__(self, pixels):
+            ran.add(self)
+            assert self.size in ("?", str(len(pixels)))
+            return super().__call__(pixels)
+
+    monkeypatch.setattr(openvino_front, "_Program", Watched)
+    if not is_small:
+        monkeypatch.setattr(openvino_front, "FIXED_UP_TO", 0)
+    model = load_model_of("simple", Compiler(streams=2, lone_threads=lone_threads, largest=4))
+    sizes = sorted(program.size for program in made)
+    assert sizes == (fixed if is_small else [size for size in fixed if size == "?"])
+    assert ran == set(made)
+    for size in range(1, 6):
+        batch = torch.stack([picture(seed) for seed in range(size)])
+        parity = lanes.parity_on(model, model.compiled, [batch, batch])
+        assert parity.is_within(TOLERANCES["float32"])
 
 
 def test_the_picture_that_is_not_finite_fails_alone() -> None:
