@@ -32,7 +32,7 @@ Graph: TypeAlias = openvino.Model
 FIXED_UP_TO = 32 * 2**20
 """Bytes of weights up to which a front has programs for fixed batch sizes: where the layers are
 small, what OpenVINO does between them for batches of any size is a twentieth to a tenth of the
-time. In larger fronts it is a hundredth, and each program packs all weights once more."""
+time. In larger fronts it is less, and each program packs all weights once more."""
 
 
 class OpenVinoFront:
