@@ -80,9 +80,14 @@ class _Programs:
         self, graph: Graph, streams: int, threads: int, hint: str, fixed: Iterable[int]
     ) -> None:
         self._any = _Program(graph, streams, threads, hint)
-        self._fixed = {
-            size: _Program(_of_batch_size(graph, size), streams, threads, hint) for size in fixed
-        }
+        self._fixed: dict[int, _Program] = {}
+        for size in fixed:
+            of_size = _of_batch_size(graph, size)
+            program = self._fixed[size] = _Program(of_size, streams, threads, hint)
+            # The streams take turns, and each takes its memory when it first runs: now, rather than
+            # when for the first time as many requests meet.
+            for _ in range(streams):
+                program(torch.zeros(*of_size.inputs[0].shape, dtype=torch.uint8))
 
     def __call__(self, pixels: Tensor) -> Tensor:
         return self._fixed.get(len(pixels), self._any)(pixels)

@@ -245,11 +245,12 @@ def test_few_weights_are_packed_for_the_usual_batch_sizes_too(
     class Watched(openvino_front._Program):
         def __init__(self, graph, *about):
             super().__init__(graph, *about)
-            made.append(self)
             self.size = str(graph.inputs[0].get_partial_shape()[0])
+            made.append(self)
 
         def __call__(self, pixels):
-            ran.add(self)
+            if pixels.any():  # nor is running it on nothing, for its memory, a comparison
+                ran.add(self)
             assert self.size in ("?", str(len(pixels)))
             return super().__call__(pixels)
 
