@@ -34,6 +34,10 @@ FIXED_UP_TO = 32 * 2**20
 small, what OpenVINO does between them for batches of any size is a twentieth to a tenth of the
 time. In larger fronts it is less, and each program packs all weights once more."""
 
+FIXED_BATCH = 8
+"""Images up to which the largest batch has a program of a fixed size: its memory is taken at once,
+on every stream."""
+
 
 class OpenVinoFront:
     """Pixels to the activation of the layer where the model was cut; see `Front`.
@@ -61,7 +65,8 @@ class OpenVinoFront:
     ) -> None:
         hint = "bf16" if precision == "bf16" else "f32"
         is_small = _bytes_of_weights(graph) <= FIXED_UP_TO
-        together, alone = ({largest}, {1}) if is_small else (set(), set())
+        alone = {1} if is_small else set()
+        together = {largest} if is_small and largest <= FIXED_BATCH else set()
         if lone_threads > 1:
             self._narrow = _Programs(graph, streams, streams, hint, together)
             self._wide = _Programs(graph, 1, lone_threads, hint, alone)

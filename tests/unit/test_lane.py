@@ -233,11 +233,18 @@ def test_four_threads_disturb_neither_each_other_nor_their_inputs(model) -> None
 
 
 @pytest.mark.parametrize(
-    ("lone_threads", "fixed"), [(1, ["1", "4", "?"]), (2, ["1", "4", "?", "?"])]
+    ("lone_threads", "largest", "expected"),
+    [
+        (1, 4, ["1", "4", "?"]),
+        (2, 4, ["1", "4", "?", "?"]),
+        (2, 2, ["1", "2", "?", "?"]),
+        (2, 1, ["1", "1", "?", "?"]),
+        (2, 64, ["1", "?", "?"]),
+    ],
 )
 @pytest.mark.parametrize("is_small", [True, False])
 def test_few_weights_are_packed_for_the_usual_batch_sizes_too(
-    monkeypatch, lone_threads: int, fixed: list[str], is_small: bool
+    monkeypatch, lone_threads: int, largest: int, expected: list[str], is_small: bool
 ) -> None:
     """Each program is compared with the hooked lane at load, and batches of any size are right."""
     made, ran = [], set()
@@ -257,9 +264,10 @@ def test_few_weights_are_packed_for_the_usual_batch_sizes_too(
     monkeypatch.setattr(openvino_front, "_Program", Watched)
     if not is_small:
         monkeypatch.setattr(openvino_front, "FIXED_UP_TO", 0)
-    model = load_model_of("simple", Compiler(streams=2, lone_threads=lone_threads, largest=4))
+    compiler = Compiler(streams=2, lone_threads=lone_threads, largest=largest)
+    model = load_model_of("simple", compiler)
     sizes = sorted(program.size for program in made)
-    assert sizes == (fixed if is_small else [size for size in fixed if size == "?"])
+    assert sizes == (expected if is_small else ["?"] * expected.count("?"))
     assert ran == set(made)
     for size in range(1, 6):
         batch = torch.stack([picture(seed) for seed in range(size)])
