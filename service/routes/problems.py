@@ -155,5 +155,9 @@ def _sentence(issue: Any, known: Sequence[str]) -> str:
     message = message[:1].lower() + message[1:]
     if issue["type"] == "literal_error":
         choices = re.findall("'([^']*)'", issue["ctx"]["expected"])
+        several = str(issue["input"]).split(",")
+        if around and len(several) > 1 and set(several) <= set(choices):
+            each = "&".join(f"{around[0]}={value}" for value in several)
+            return f"{around[0]}: give each value on its own: {each}, or a list in JSON"
         message += f".{nearest(str(issue['input']), choices)}".rstrip(".")
     return f"{place}: {message}" if place else message

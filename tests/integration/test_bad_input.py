@@ -128,6 +128,13 @@ OPTIONS = {
     ),
     "unknown fit": ("fit=stretch", 422, "invalid_option", ["fit:", "'squash'"]),
     "unknown include": ("include=heatmaps", 422, "invalid_option", ["include", "'heatmap'"]),
+    "several with a comma": (
+        "include=heatmap,overlay",
+        422,
+        "invalid_option",
+        ["include: give each value on its own: include=heatmap&include=overlay"],
+    ),
+    "unknown, with a comma": ("include=heatmap,x", 422, "invalid_option", ["include", "'heatmap'"]),
     "unknown colormap": ("colormap=grey", 422, "invalid_option", ["colormap:", "'gray'"]),
     "unknown format": ("format=gif", 422, "invalid_option", ["format:", "'webp'"]),
     "unknown size": ("size=full", 422, "invalid_option", ["size:", "'native'"]),
