@@ -174,10 +174,10 @@ def encoders(photo: Photo) -> Steps:
         "heatmap PNG, indexed, Pillow level 6": lambda: saved(indexed, 6),
         "heatmap PNG, indexed, Pillow level 1": lambda: saved(indexed, 1),
         "heatmap PNG, indexed, differences, zlib level 6": lambda: zlib.compress(
-            np.diff(levels, axis=1, prepend=0).tobytes(), 6
+            np.diff(levels, axis=1, prepend=np.uint8(0)).tobytes(), 6
         ),
         "heatmap PNG, indexed, differences, zlib level 1": lambda: zlib.compress(
-            np.diff(levels, axis=1, prepend=0).tobytes(), 1
+            np.diff(levels, axis=1, prepend=np.uint8(0)).tobytes(), 1
         ),
         "**heatmap PNG, indexed, differences, ISA-L**": lambda: level_png(
             levels, COLORMAPS["turbo"]
