@@ -55,8 +55,8 @@ def level_png(levels: NDArray[np.uint8], palette: NDArray[np.uint8] | None) -> b
     """Write uint8 (h, w) as an indexed PNG, or, without a palette, uint8 (256, 3), as a grey one.
 
     By hand, because no library filters indexed PNGs. A heatmap is smooth, so the difference from
-    the pixel at the left compresses far better than the pixel. ISA-L takes a sixth of zlib's time
-    at level 1 for a heatmap, and half for the channels of a layer, and makes hardly a byte more.
+    the pixel at the left compresses far better than the pixel. With ISA-L it takes a third of
+    what it took with zlib's level 1, for as many bytes (benchmarks/round_the_model.py).
     """
     height, width = levels.shape
     filtered = np.empty((height, width + 1), dtype=np.uint8)

@@ -64,7 +64,7 @@ class OpenVinoFront:
         largest: int = 1,
     ) -> None:
         hint = "bf16" if precision == "bf16" else "f32"
-        is_small = _bytes_of_weights(graph) <= FIXED_UP_TO
+        is_small = bytes_of_weights(graph) <= FIXED_UP_TO
         alone = {1} if is_small else set()
         together = {largest} if is_small and largest <= FIXED_BATCH else set()
         if lone_threads > 1:
@@ -137,7 +137,8 @@ class _Program:
             self._idle.append(request)
 
 
-def _bytes_of_weights(graph: Graph) -> int:
+def bytes_of_weights(graph: Graph) -> int:
+    """What all constants of a graph take."""
     constants = (node for node in graph.get_ordered_ops() if node.get_type_name() == "Constant")
     return sum(node.data.nbytes for node in constants)
 

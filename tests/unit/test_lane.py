@@ -256,7 +256,7 @@ def test_few_weights_are_packed_for_the_usual_batch_sizes_too(
             made.append(self)
 
         def __call__(self, pixels):
-            if pixels.any():  # nor is running it on nothing, for its memory, a comparison
+            if pixels.any():  # zeros are run for their memory alone
                 ran.add(self)
             assert self.size in ("?", str(len(pixels)))
             return super().__call__(pixels)
