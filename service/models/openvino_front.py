@@ -31,8 +31,8 @@ Graph: TypeAlias = openvino.Model
 
 FIXED_UP_TO = 32 * 2**20
 """Bytes of weights up to which a front has programs for fixed batch sizes: where the layers are
-small, what OpenVINO does between them for batches of any size is a twentieth to a tenth of the
-time. In larger fronts it is less, and each program packs all weights once more."""
+small, what OpenVINO does between them for batches of any size is up to a tenth of the time. In
+larger fronts it is mostly less, and each program packs all weights once more."""
 
 FIXED_BATCH = 8
 """Images up to which the largest batch has a program of a fixed size: its memory is taken at once,
