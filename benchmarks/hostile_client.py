@@ -165,6 +165,8 @@ def _answer(stream: _Answers, method: str) -> str:
         return CUT if begun else SILENT
     except (OSError, http.client.HTTPException):
         return CUT if begun else CLOSED
+    if response.length:  # the connection ended before its body
+        return CUT
     return f"{response.status} {_code(body) if response.status >= 400 else ''}".strip()
 
 

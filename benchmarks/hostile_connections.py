@@ -179,7 +179,8 @@ def _after_the_head() -> Iterator[Hostile]:
     yield Hostile(
         "B10",
         "one line end behind an answer, silent for 90 s",
-        lambda _: [answered + b"\r\n"],
+        lambda _: [answered, b"\r\n"],
+        pause=1.0,
         answers=2,
         patience=90,
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import os
 import resource
 import selectors
 import socket
@@ -186,8 +187,15 @@ def _raise_files(wanted: int) -> None:
 def _peers(plan: Peers) -> Iterator[Counter[str]]:
     """All of them while inside; at the end what became of them."""
     found: Counter[str] = Counter()
-    command = [sys.executable, str(Path(__file__).resolve()), json.dumps(asdict(plan))]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:  # noqa: S603
+    script = Path(__file__).resolve()
+    command = [sys.executable, str(script), json.dumps(asdict(plan))]
+    search = os.pathsep.join(filter(None, (str(script.parent), os.environ.get("PYTHONPATH"))))
+    with subprocess.Popen(  # noqa: S603 - this very file
+        command,
+        env={**os.environ, "PYTHONPATH": search},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         if process.stdout.readline() != b"connected\n":

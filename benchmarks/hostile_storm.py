@@ -43,7 +43,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"include": ["overlay", "grid", "regions"], "format": "png"},
     {"include": "grid", "explain_top": 3, "fit": "pad"},
     {"include": "grid", "method": "layercam"},
-    {"include": "none", "activations": "layer1.*", "activation_as": "stats"},
+    {"include": "none", "activations": "*", "activation_as": "stats"},
 )
 
 

@@ -15,6 +15,7 @@ HEADING = "## Hostile requests"
 SMALL = 1_000_000
 """Bytes of a request that may stop the event loop for `SMALL_SECONDS`; others for `SECONDS`."""
 SMALL_SECONDS, SECONDS = 0.1, 0.5
+_BESIDE = "beside it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +59,16 @@ class Row:
             found.append(f"{1000 * self.late:.0f} ms, of {1000 * self.allowed:.0f} allowed")
         if self.memory > budget:
             found.append(f"{self.memory >> 20} MiB, of {budget >> 20} allowed")
+        return found + ([self.failed] if self.failed else [])
+
+    @property
+    def failed(self) -> str:
+        """What is wrong with the answers; empty: nothing."""
         if " 500" in f" {self.answer}":
-            found.append("500")
-        return found
+            return "500"
+        if _BESIDE in self.answer and f"{_BESIDE} 200" not in self.answer:
+            return "a good request was not answered"
+        return ""
 
     def better(self, other: Row) -> Row:
         """The row with the least of what two runs measured: the rest was the machine's."""
@@ -110,7 +118,7 @@ def _measured(row: Row, budget: int) -> tuple[str, str, str]:
     return (
         f"**{late}**" if row.late >= row.allowed else late,
         f"**{memory}**" if row.memory > budget else memory,
-        f"**{answer}**" if " 500" in f" {answer}" else answer,
+        f"**{answer}**" if row.failed else answer,
     )
 
 
