@@ -8,13 +8,15 @@
 
 Each row of the table is sent to `camserve serve` at rest, by a client in a process of its own. A
 task on the server's event loop records how late it is woken; the kernel records the peak of its
-memory. The server has the 3 GiB of the container that is deployed. A row that breaks a bound is repeated, and counts with the least that was measured, since
-what differs is the machine. It ends with 1 where a bound is broken.
+memory. The server has the 3 GiB of the container that is deployed. A row that breaks a bound is
+repeated, and counts with the least that was measured, since what differs is the machine. It ends
+with 1 where a bound is broken.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 import tempfile
@@ -22,6 +24,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -52,10 +55,14 @@ UNANNOUNCED = 1024 * MEBIBYTE
 """The budget where no setting announces one."""
 
 
-def rows_of(pattern: str) -> list[Hostile]:
-    """The requests whose item and name match."""
+def rows_of(pattern: str, patience: float = math.inf) -> list[Hostile]:
+    """The requests whose item and name match; their clients wait for so many seconds at most."""
     every = [*connections(), *texts(), *images()]
-    return [row for row in every if re.search(pattern, f"{row.item} {row.name}")]
+    return [
+        replace(row, patience=min(row.patience, patience))
+        for row in every
+        if re.search(pattern, f"{row.item} {row.name}")
+    ]
 
 
 def budget_of(limit: int) -> int:
@@ -74,8 +81,9 @@ def budget_of(limit: int) -> int:
 class Bench:
     """Measures rows against a watched server."""
 
-    def __init__(self, server: Watched, folder: Path) -> None:
+    def __init__(self, server: Watched, folder: Path, works_on: float) -> None:
         self._server = server
+        self._works_on = works_on
         self._folder = folder
         self._good = photograph(0, 320, 240)
 
@@ -90,11 +98,11 @@ class Bench:
         if server.ensure():
             self._warm()
         plan = planned(hostile, names, server.port, self._folder / "request")
-        server.settles(WORKS_ON)
+        server.settles(self._works_on)
         rest = server.at_rest()
         with lateness_here() as here, self._beside(hostile) as beside:
             outcome = sent(plan, self._folder / "plan")
-        is_busy = not server.settles(WORKS_ON) and server.is_alive()
+        is_busy = not server.settles(self._works_on) and server.is_alive()
         late, peak = server.lateness(), server.peak()
         killed = not server.is_alive()
         if is_busy or killed:
@@ -197,9 +205,10 @@ def section(rows: Sequence[Row], budget: int, how: str, before: dict[str, Row]) 
 
 def make_table(start: Start, how: str, options: argparse.Namespace) -> bool:
     """Measure, print, write; whether every bound holds."""
-    rows, budget = rows_of(options.rows), options.budget << 20 or budget_of(options.memory)
+    rows = rows_of(options.rows, options.patience)
+    budget = options.budget << 20 or budget_of(options.memory)
     with tempfile.TemporaryDirectory() as folder, Watched(start) as server:
-        bench = Bench(server, Path(folder))
+        bench = Bench(server, Path(folder), min(WORKS_ON, options.patience))
         found = measure(bench, rows, budget, options.again, options.save)
     made = section(found, budget, how, hostile_table.load(BEFORE))
     print(f"\n{made}")
@@ -218,6 +227,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--container", metavar="IMAGE", help="serve from it instead")
     parser.add_argument("--log", type=Path, help="where the server's log is kept")
     parser.add_argument("--rows", default="", help="expression over item and name")
+    parser.add_argument("--patience", type=float, default=math.inf, help="seconds of a client")
     parser.add_argument("--again", type=int, default=2, help="repeats of what breaks a bound")
     parser.add_argument("--budget", type=int, default=0, help="MiB above rest; 0: as announced")
     parser.add_argument("--save", type=Path, help="keep the rows as JSON")
@@ -249,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             how = f"the container {options.container} with {options.memory >> 20} MiB"
         print(f"served under {how}", flush=True)
         if options.storm:
-            holds = storm(start, rows_of(options.rows), options)
+            holds = storm(start, rows_of(options.rows, options.patience), options)
         elif options.slow_peers:
             holds = slow_peers(start, options)
         else:
