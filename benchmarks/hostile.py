@@ -106,7 +106,7 @@ class Bench:
         late, peak = server.lateness(), server.peak()
         killed = not server.is_alive()
         if is_busy or killed:
-            server.stop()
+            server.kill()
         answer = "; ".join([str(outcome), *beside])
         size = sum(plan.sizes)
         memory = max(0, peak - rest)

@@ -98,13 +98,19 @@ class Storm:
 
     def _send(self, ask: Ask) -> tuple[int, bytes, float]:
         """Status, body, and the seconds to wait where it was refused."""
-        connection = http.client.HTTPConnection("127.0.0.1", self._server.port, timeout=PATIENCE)
+        connection = http.client.HTTPConnection("127.0.0.1", self._port(), timeout=PATIENCE)
         try:
             connection.request("POST", ask.path, ask.body, ask.headers)
             response = connection.getresponse()
             return response.status, response.read(), float(response.headers["retry-after"] or 1)
         finally:
             connection.close()
+
+    def _port(self) -> int:
+        """Where the server listens; waits while it is started again."""
+        while not self._server.runs:
+            time.sleep(0.1)
+        return self._server.port
 
     def run(self, requests: int, seconds: float, clients: int) -> None:
         """All hostile requests, evenly in that time; good clients for as long."""
@@ -147,7 +153,7 @@ class Storm:
                 return
             due, row, plan = turn
             time.sleep(max(0.0, due - time.monotonic()))
-            plan = replace(plan, port=self._server.port)
+            plan = replace(plan, port=self._port())
             outcome = sent(plan, self._folder / f"plan-{number}")
             with self._lock:
                 for answer, count in outcome.answers.items():

@@ -148,6 +148,11 @@ class Watched:
         return self._now.port
 
     @property
+    def runs(self) -> bool:
+        """Whether it has been started, and not stopped since."""
+        return self._running is not None
+
+    @property
     def pid(self) -> int:
         return self._now.pid
 
@@ -175,6 +180,12 @@ class Watched:
     def stop(self) -> None:
         self._stack.close()
         self._running = self._ticks = None
+
+    def kill(self) -> None:
+        """End it at once: it may not be able to end by itself."""
+        with suppress(psutil.Error):
+            psutil.Process(self.pid).kill()
+        self.stop()
 
     def is_alive(self) -> bool:
         try:
