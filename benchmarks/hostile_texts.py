@@ -367,7 +367,7 @@ def _counted() -> Iterator[Hostile]:
     )
     yield Hostile(
         "A6",
-        "V2: 10,000 inputs",
+        "V2: 4,900 inputs",
         lambda n: posted_json(
             f"/v2/models/{n.model}/infer",
             {"inputs": [{"name": "", "shape": [1], "datatype": "BYTES"}] * 4900},
@@ -575,11 +575,11 @@ def _labelings() -> Iterator[Hostile]:
         "Label Studio: 18,000 labels of a project",
         lambda _: set_up(view(_CHOICES), extra_params={"labels": mapping}),
     )
-    for project in range(20):
-        yield Hostile(
-            "C19",
-            f"Label Studio: parameters of 1 MB, project {project}",
-            lambda _, p=project: set_up(
-                view(_CHOICES), f"p{p}", extra_params={"labels": {"rose": "r" * 1_000_000}}
-            ),
-        )
+    parameters = {"labels": {"rose": "r" * 1_000_000}}
+    yield Hostile(
+        "C19",
+        "Label Studio: 200 projects with parameters of 1 MB",
+        lambda _: [set_up(view(_CHOICES), f"p{n}", extra_params=parameters)[0] for n in range(200)],
+        answers=200,
+        patience=60,
+    )
