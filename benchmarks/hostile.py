@@ -107,7 +107,7 @@ class Bench:
         killed = not server.is_alive()
         if is_busy or killed:
             server.kill()
-        answer = "; ".join([str(outcome), *beside])
+        answer = "; ".join([f"{outcome} in {outcome.seconds:.1f} s", *beside])
         size = sum(plan.sizes)
         memory = max(0, peak - rest)
         values = (size, outcome.sent, late, max(here, default=0.0), memory, answer)
