@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,6 +17,8 @@ SMALL = 1_000_000
 """Bytes of a request that may stop the event loop for `SMALL_SECONDS`; others for `SECONDS`."""
 SMALL_SECONDS, SECONDS = 0.1, 0.5
 _BESIDE = "beside it"
+_FAILURE = re.compile(r"(?:^|, |× )500(?! ×)\b")
+"""The status 500, not five hundred of another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,7 @@ class Row:
     @property
     def failed(self) -> str:
         """What is wrong with the answers; empty: nothing."""
-        if " 500" in f" {self.answer}":
+        if _FAILURE.search(self.answer):
             return "500"
         if _BESIDE in self.answer and f"{_BESIDE} 200" not in self.answer:
             return "a good request was not answered"

@@ -42,6 +42,7 @@ def test_what_holds_breaks_nothing():
         ({"killed": True}, "the server ended"),
         ({"answer": "3 × 500 internal_error"}, "500"),
         ({"answer": "500 internal_error"}, "500"),
+        ({"answer": "200, 500 internal_error in 0.1 s"}, "500"),
         ({"answer": "no answer; beside it 429 in 0.0 s"}, "a good request was not answered"),
     ],
 )
@@ -56,6 +57,7 @@ def test_each_bound_is_checked(values, said):
         {"late": 0.499, "size": 1_000_000},
         {"memory": BUDGET},
         {"answer": "422 1500 names"},
+        {"answer": "500 × 200"},
         {"answer": "no answer; beside it 200 in 0.0 s"},
     ],
 )
