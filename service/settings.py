@@ -223,6 +223,19 @@ class Settings(BaseSettings):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
 
+    @field_validator("label_studio_token", "overlay_secret", mode="after")
+    @classmethod
+    def _unset_where_blank(cls, value: SecretStr | None) -> SecretStr | None:
+        return value if value is not None and value.get_secret_value().strip() else None
+
+    @field_validator("api_keys_file", "admin_keys_file", mode="before")
+    @classmethod
+    def _refuse_blank(cls, value: object) -> object:
+        # Unset would open the service; "" would be read as the current folder.
+        if isinstance(value, str) and not value.strip():
+            raise ValueError("is empty; name a file, or leave it out where no key is wanted")
+        return value
+
     @field_validator("image_formats", mode="before")
     @classmethod
     def _split_formats(cls, value: object) -> object:

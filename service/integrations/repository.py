@@ -116,7 +116,7 @@ def _refused(request: Request, service: Service) -> JSONResponse | None:
         detail = "No admin key is configured: set CAMSERVE_ADMIN_KEYS_FILE to manage models."
         return JSONResponse({"error": detail}, status_code=403)
     # Not as the password of Basic: a browser would send it along with other pages' requests.
-    basic = request.headers.get("authorization", "").lower().startswith("basic")
+    basic = request.headers.get("authorization", "").strip().lower().startswith("basic")
     if basic or service.admin_keys.owner(sent_key(request.headers)) is None:
         detail = "Send an admin key: Authorization: Bearer KEY, or X-API-Key: KEY."
         return JSONResponse(

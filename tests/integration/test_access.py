@@ -21,6 +21,7 @@ from api_schemas.options import PredictOptions
 from service import keys as keys_module
 from service import logs
 from service.app import create_app
+from service.errors import ConfigurationError
 from service.routes import asking
 from service.settings import Settings
 
@@ -105,6 +106,49 @@ def test_without_a_key_it_is_401_with_a_challenge(
     assert response.headers["content-type"] == "application/problem+json"
     assert response.headers["www-authenticate"].startswith('Bearer realm="camserve", Basic ')
     assert response.headers["x-request-id"] == response.json()["request_id"]
+
+
+NOBODY = {
+    "no header": {},
+    "an empty bearer": {"authorization": "Bearer "},
+    "bearer alone": {"authorization": "Bearer"},
+    "an empty password": basic("labeling", ""),
+    "a blank password": basic("", " "),
+    "no password": {"authorization": "Basic " + base64.b64encode(b"labeling").decode()},
+    "Basic alone": {"authorization": "Basic "},
+    "another scheme": {"authorization": "Digest x"},
+    "an empty X-API-Key": {"x-api-key": ""},
+    "an empty Token": {"token": ""},
+    "empty everywhere": {"authorization": "", "x-api-key": " ", "token": ""},
+}
+
+
+@pytest.mark.parametrize("headers", NOBODY.values(), ids=NOBODY)
+def test_no_key_is_nobody_even_where_a_line_holds_the_hash_of_nothing(
+    serve, files, headers: dict[str, str]
+) -> None:
+    """As if the check of the file had been passed: keys of both kinds, each with a blank one."""
+    with serve(**files) as client:
+        service = client.app.state.service
+        for keys in (service.api_keys, service.admin_keys):
+            blank = {f"blank-{n}": _blank_key(f"blank-{n}", text) for n, text in enumerate(("", " "))}
+            keys._keys = {**keys._keys, **blank}
+        assert predict(client, headers).status_code == 401
+        assert client.post("/v2/repository/index", headers=headers).status_code == 401
+
+
+def _blank_key(name: str, text: str) -> keys_module.Key:
+    return keys_module.Key(name, hashlib.sha256(text.encode()).hexdigest())
+
+
+@pytest.mark.parametrize("setting", ["api_keys_file", "admin_keys_file"])
+def test_a_service_does_not_start_with_the_hash_of_an_empty_key(
+    tmp_path: Path, setting: str
+) -> None:
+    path = tmp_path / "keys"
+    path.write_text(line("one", ""))
+    with pytest.raises(ConfigurationError, match="keys, line 1: .*hash of an empty key"):
+        create_app(Settings(models=("tiny:small",), workers=1, **{setting: path}))
 
 
 def test_every_route_wants_a_key_but_those_that_are_open(guarded: TestClient) -> None:
