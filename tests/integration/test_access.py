@@ -131,7 +131,9 @@ def test_no_key_is_nobody_even_where_a_line_holds_the_hash_of_nothing(
     with serve(**files) as client:
         service = client.app.state.service
         for keys in (service.api_keys, service.admin_keys):
-            blank = {f"blank-{n}": _blank_key(f"blank-{n}", text) for n, text in enumerate(("", " "))}
+            blank = {
+                f"blank-{n}": _blank_key(f"blank-{n}", text) for n, text in enumerate(("", " "))
+            }
             keys._keys = {**keys._keys, **blank}
         assert predict(client, headers).status_code == 401
         assert client.post("/v2/repository/index", headers=headers).status_code == 401
@@ -147,7 +149,7 @@ def test_a_service_does_not_start_with_the_hash_of_an_empty_key(
 ) -> None:
     path = tmp_path / "keys"
     path.write_text(line("one", ""))
-    with pytest.raises(ConfigurationError, match="keys, line 1: .*hash of an empty key"):
+    with pytest.raises(ConfigurationError, match=r"keys, line 1: .*hash of an empty key"):
         create_app(Settings(models=("tiny:small",), workers=1, **{setting: path}))
 
 
