@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.resources
-import ipaddress
 import signal
 import sys
 import threading
@@ -41,6 +40,7 @@ from service.models.pool import ModelPool
 from service.quotas import Bounds, Quotas
 from service.routes import classify, docs, health, kernels, models, problems
 from service.routes.access import Access
+from service.routes.hosts import HostCheck, host_rule, is_loopback
 from service.routes.middleware import (
     CORS,
     BehindPrefix,
@@ -116,6 +116,9 @@ def create_app(settings: Settings, *, background: bool = False, only: str | None
         quotas=Quotas(bounds),
         open_metrics=settings.open_metrics,
     )
+    hosts = host_rule(settings.host, settings.allowed_hosts, keys=service.api_keys is not None)
+    if hosts is not None:
+        app.add_middleware(HostCheck, rule=hosts)
     app.add_middleware(DrainUnreadBody)
     if settings.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **CORS)
@@ -262,11 +265,7 @@ def _reread_on_hang_up(service: Service, settings: Settings) -> None:
 
 def _warn_of_open_doors(settings: Settings) -> None:
     """Say so where others can reach the service and need no key."""
-    try:
-        near = ipaddress.ip_address(settings.host).is_loopback
-    except ValueError:
-        near = settings.host == "localhost"
-    if not near and settings.api_keys_file is None:
+    if not is_loopback(settings.host) and settings.api_keys_file is None:
         _log.warning(
             "open_to_all",
             host=settings.host,

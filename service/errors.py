@@ -3,6 +3,7 @@
     CamserveError
     ├── RequestError                what the client sent cannot be answered
     │   ├── MalformedRequest        malformed_request
+    │   ├── HostNotAllowed          host_not_allowed
     │   ├── EmptyBody               empty_body
     │   ├── InvalidOption           invalid_option
     │   ├── HeadTooLarge            head_too_large
@@ -65,6 +66,12 @@ class RequestError(CamserveError):
 
 class MalformedRequest(RequestError):
     """The body cannot be read as what it says it is."""
+
+
+class HostNotAllowed(RequestError):
+    """The `Host` header names a host that this service does not answer for."""
+
+    code = "host_not_allowed"
 
 
 class EmptyBody(RequestError):

@@ -46,13 +46,15 @@ DEPLOYMENT: dict[str, Any] = {
 def prepared(arguments: dict[str, Any]) -> Settings:
     """The settings of a replica in this process, which is set up for them.
 
+    Ray's proxy listens, not the replica, so the service takes itself for one that others reach.
     Workers: as many as the cores that Ray gave the replica, not those of the machine; of one with
     a GPU, as many as a GPU wants.
     """
     resources = ray.get_runtime_context().get_assigned_resources()
     cores = max(1, int(resources.get("CPU", 1)))
     workers = {} if resources.get("GPU") else {"workers": cores}
-    settings = Settings(**{**workers, "lone_threads": cores, **arguments})
+    given = {"host": "0.0.0.0", **workers, "lone_threads": cores, **arguments}  # noqa: S104
+    settings = Settings(**given)
     logs.configure(settings.log_format)
     tune_allocator()
     spare_collector()

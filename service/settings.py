@@ -185,6 +185,13 @@ class Settings(BaseSettings):
     open_metrics: bool = Field(
         True, description="Whether /metrics needs no API key where there are keys."
     )
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Names in the Host header that are accepted, comma-separated: NAME, *.NAME for "
+        "all names under it, an IP address, or * for every host. localhost and loopback addresses "
+        "always are, and where the service listens beyond them every IP address. Unset: with API "
+        "keys every host; without keys no name that a public DNS zone can have.",
+    )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         description="Origins whose pages may ask, such as https://label.example.org; "
@@ -216,7 +223,9 @@ class Settings(BaseSettings):
     root_path: str = Field("", description="Path prefix under which a proxy serves this.")
     log_format: Literal["text", "json"] = Field("text", description="Form of the log lines.")
 
-    @field_validator("models", "int8", "allowed_image_hosts", "cors_origins", mode="before")
+    @field_validator(
+        "models", "int8", "allowed_hosts", "allowed_image_hosts", "cors_origins", mode="before"
+    )
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):

@@ -25,6 +25,7 @@ _log = structlog.get_logger(__name__)
 
 STATUS: dict[type[CamserveError], int] = {
     errors.MalformedRequest: 400,
+    errors.HostNotAllowed: 421,
     errors.EmptyBody: 400,
     errors.InvalidOption: 422,
     errors.HeadTooLarge: 431,

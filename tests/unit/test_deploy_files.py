@@ -27,6 +27,7 @@ from kustomizing import containers, kustomized
 import service
 from service.app import GRACE_SECONDS, build_service
 from service.routes.access import OPEN
+from service.routes.hosts import host_rule
 from service.settings import Settings
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -128,6 +129,22 @@ def test_compose_binds_to_this_machine_alone_and_gives_no_more_rights_than_neede
         assert set(each["deploy"]["resources"]["limits"]) == {"cpus", "memory", "pids"}, name
         if name != "label-studio":
             assert each["read_only"], name
+
+
+def test_names_that_our_files_reach_the_service_by_are_accepted_hosts() -> None:
+    """Without a setting, as in the container without keys; KServe's gateway has its own names."""
+    texts = [path.read_text() for path in (ROOT / "docker-compose.yml", *DEPLOY.rglob("*.py"))]
+    hosts = {host for text in texts for host in re.findall(r"http://(camserve[\w.:-]*)", text)}
+    scraped = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
+    for job in scraped["scrape_configs"]:
+        hosts |= {f"{name}:8000" for names in job["dns_sd_configs"] for name in names["names"]}
+    assert {"camserve:8000", "camserve-gpu:8000"} <= hosts
+    rule = host_rule(image_environment()["CAMSERVE_HOST"], (), keys=False)
+    assert rule is not None
+    assert [host for host in hosts if not rule.accepts(host)] == []
+    for container in kserve_containers():
+        environment = {each["name"]: each["value"] for each in container["env"]}
+        assert environment["CAMSERVE_ALLOWED_HOSTS"] == "*"
 
 
 def seconds(text: str) -> float:
