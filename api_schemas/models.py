@@ -79,4 +79,9 @@ class Health(BaseModel):
     """A probe's answer."""
 
     status: str
-    reasons: dict[str, str] = Field({}, description="Why a model is not, or not newly, served.")
+    states: dict[str, str] = Field(
+        {}, description="Models that are not served, or not in their newest version."
+    )
+    reasons: dict[str, str] = Field(
+        {}, description="Why; only in the answer to a request with an API key."
+    )

@@ -184,6 +184,7 @@ def build_service(settings: Settings, *, load: bool = True, only: str | None = N
         fetcher=_fetcher(settings) if settings.allowed_image_hosts else None,
         api_keys=None if settings.api_keys_file is None else KeyFile(settings.api_keys_file),
         label_studio=_label_studio(settings),
+        is_near=is_loopback(settings.host),
     )
 
 

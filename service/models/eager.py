@@ -7,6 +7,8 @@ at its answers.
 
 from __future__ import annotations
 
+import re
+
 import structlog
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ from service.models.catalog import Select
 from service.models.output import logits_in
 
 _log = structlog.get_logger(__name__)
+
+_FOLDERS = re.compile(r"(?:/[\w.@+~-]+)+/")
 
 
 def eager(module: nn.Module, name: str) -> nn.Module:
@@ -76,5 +80,6 @@ def why_no_gradients(
 
 
 def _first_line(error: Exception) -> str:
+    """The beginning of what it says, without the folders of files: clients are told it."""
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200].rstrip(".")
+    return _FOLDERS.sub("", text.splitlines()[0][:200]).rstrip(".")

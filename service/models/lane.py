@@ -113,6 +113,7 @@ class Compiler:
         try:
             return replace(model, compiled=self.lane(model), not_compiled=None)
         except NotCompiled as error:
+            _log.info("front_not_compiled", model=model.name, detail=f"{error}")
             return replace(model, not_compiled=f"{error}")
 
     def lane(self, model: LoadedModel) -> CompiledLane:

@@ -132,7 +132,7 @@ class Library:
     def demand(self, name: str | None) -> Future[None] | None:
         """Note that a model is asked for; the future of its loading where it was put aside.
 
-        Raises UnknownModel, and ModelNotReady with the reason where it cannot be had now.
+        Raises UnknownModel, and ModelNotReady where it cannot be had now.
         """
         entry = self.entry(self.default if name is None else name)
         with self._lock:
@@ -143,8 +143,11 @@ class Library:
             return self.load(entry.spec.name)
         if entry.state == "unloaded":
             raise UnknownModel(f"Model {entry.spec.name!r} is not loaded; an operator unloaded it.")
-        reason = f" {entry.reason}" if entry.reason else ""
-        raise ModelNotReady(f"Model {entry.spec.name!r} is {entry.state}.{reason}", retry_after=5)
+        # The reason may name files: whoever may see it finds it in /models.
+        raise ModelNotReady(
+            f"Model {entry.spec.name!r} is {entry.state}; GET /models/{entry.spec.name} says more.",
+            retry_after=5,
+        )
 
     def entry(self, name: str) -> Entry:
         """The entry of a model. Raises UnknownModel with the nearest names."""

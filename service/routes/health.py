@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -9,6 +10,8 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from api_schemas.models import Health
 from service.errors import ModelNotReady, ShuttingDown
+from service.models.library import Entry
+from service.routes.access import may_see_reasons
 from service.routes.docs import problems
 from service.routes.state import Service, service_of
 
@@ -42,18 +45,35 @@ async def ready(request: Request) -> Health:
     _refuse_where_threads_hang(service)
     entries = service.library.entries
     loading = [name for name, entry in entries.items() if entry.state == "loading"]
-    failed = {name: entry.reason or "" for name, entry in entries.items() if entry.reason}
+    failed = {name: entry for name, entry in entries.items() if entry.reason}
     if loading or not service.pool.models:
-        reasons = " ".join(f"{name}: {reason}" for name, reason in failed.items())
         waiting = f"Loading: {', '.join(loading)}." if loading else "No model is loaded."
-        raise ModelNotReady(f"{waiting} {reasons}".strip(), retry_after=2)
-    return Health(status="ready", reasons=failed) if failed else Health(status="ready")
+        raise ModelNotReady(f"{waiting} {_sentence(request, failed)}".strip(), retry_after=2)
+    return _health(request, failed)
 
 
 @router.get("/metrics", response_class=Response, responses=_SAMPLES | problems(401))
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
     return Response(service_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _health(request: Request, failed: Mapping[str, Entry]) -> Health:
+    """The answer of a service that is ready, though it has models to look at."""
+    if not failed:
+        return Health(status="ready")
+    health = Health(status="ready", states={name: each.state for name, each in failed.items()})
+    if may_see_reasons(request):
+        health.reasons = {name: each.reason or "" for name, each in failed.items()}
+    return health
+
+
+def _sentence(request: Request, failed: Mapping[str, Entry]) -> str:
+    """What is wrong with models; why, only to who may see it."""
+    if may_see_reasons(request):
+        return " ".join(f"{name}: {each.reason}" for name, each in failed.items())
+    states = ", ".join(f"{name} is {each.state}" for name, each in failed.items())
+    return f"{states}; GET /models has the reasons." if states else ""
 
 
 def _refuse_where_threads_hang(service: Service) -> None:

@@ -66,6 +66,9 @@ CHALLENGE = 'Bearer realm="camserve", Basic realm="camserve", charset="UTF-8"'
 """Of every 401. A browser asks for a password by it: the key."""
 
 
+NOT_LOADABLE = "The model cannot be loaded; GET /models says more, and the log of the service."
+
+
 def status_of(error: CamserveError) -> int:
     """The status of an error's class, or of its nearest base in the table."""
     return next(STATUS[cls] for cls in type(error).__mro__ if cls in STATUS)
@@ -73,6 +76,10 @@ def status_of(error: CamserveError) -> int:
 
 def problem(request: Request, error: CamserveError) -> JSONResponse:
     """The response for an error; what lies on the server's side is logged with its cause."""
+    if isinstance(error, errors.ConfigurationError):
+        # Of a model that is loaded on demand: its sentence may name files.
+        _log.error(error.code, detail=error.detail)
+        error = errors.ConfigurationError(NOT_LOADABLE)
     status = status_of(error)
     if status == HTTPStatus.INTERNAL_SERVER_ERROR:
         _log.error(error.code, exc_info=error)

@@ -32,7 +32,10 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """The parts that every route may use."""
+    """The parts that every route may use.
+
+    is_near: whether only this machine can reach the service.
+    """
 
     pool: ModelPool
     library: Library
@@ -44,6 +47,7 @@ class Service:
     fetcher: Fetcher | None = None
     api_keys: KeyFile | None = None
     label_studio: LabelStudio = field(default_factory=LabelStudio)
+    is_near: bool = False
 
 
 def service_of(request: Request) -> Service:
