@@ -67,7 +67,8 @@ def _parameter(name: str, text: str) -> dict[str, Any]:
 )
 async def overlay_png(request: Request) -> Response:
     """The evidence for the best class of a task's picture, drawn over it."""
-    grant, source = _asked(request)
+    secret = service_of(request).label_studio.secret
+    grant, source = read_query(request.scope["query_string"], secret)
     left = request.scope["started"] + answering.timeout_of(request) - time.monotonic()
     with service_of(request).admission.admit() as permit:
         try:
@@ -83,12 +84,14 @@ async def overlay_png(request: Request) -> Response:
     return Response(data, media_type="image/png", headers=headers)
 
 
-def _asked(request: Request) -> tuple[Grant, str]:
-    """Who asks, and for what. Raises MalformedRequest, Unauthorized, ImageUrlRefused."""
-    found = _QUERY.fullmatch(request.scope["query_string"].decode("latin-1"))
+def read_query(query: bytes, secret: str | None) -> tuple[Grant, str]:
+    """What the key of an overlay's query opens, and the image's address that follows it.
+
+    Raises MalformedRequest, Unauthorized, ImageUrlRefused.
+    """
+    found = _QUERY.fullmatch(query.decode("latin-1"))
     if found is None:
         raise MalformedRequest("Ask for overlay.png?key=KEY&src=$image, in this order.")
-    secret = service_of(request).label_studio.secret
     if secret is None:
         raise Unauthorized("There are no overlays here; CAMSERVE_OVERLAY_SECRET is not set.")
     grant = overlay_tokens.read(found[1], secret)

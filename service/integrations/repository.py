@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from service.errors import CamserveError, ConfigurationError
 from service.models.library import Entry
-from service.routes.access import sent_key
+from service.routes.access import is_admin
 from service.routes.problems import status_of
 from service.routes.state import Service, service_of
 
@@ -115,9 +115,7 @@ def _refused(request: Request, service: Service) -> JSONResponse | None:
     if service.admin_keys is None:
         detail = "No admin key is configured: set CAMSERVE_ADMIN_KEYS_FILE to manage models."
         return JSONResponse({"error": detail}, status_code=403)
-    # Not as the password of Basic: a browser would send it along with other pages' requests.
-    basic = request.headers.get("authorization", "").strip().lower().startswith("basic")
-    if basic or service.admin_keys.owner(sent_key(request.headers)) is None:
+    if not is_admin(request.headers, service.admin_keys):
         detail = "Send an admin key: Authorization: Bearer KEY, or X-API-Key: KEY."
         return JSONResponse(
             {"error": detail}, status_code=401, headers={"WWW-Authenticate": "Bearer"}

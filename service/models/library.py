@@ -89,6 +89,12 @@ class Library:
         """Load every model in the library's thread; a failure is in its entry."""
         return [self.load(name) for name in self.entries]
 
+    def load_on_demand(self) -> None:
+        """Load no model now, and each when a request asks for it."""
+        with self._lock:
+            for name in self._entries:
+                self._set(name, state="unloaded", on_demand=True)
+
     def load(self, name: str) -> Future[None]:
         """Load a model, or a new version of it; the future ends when it serves.
 

@@ -96,6 +96,15 @@ def sent_key(headers: Headers) -> str:
     return headers.get("x-api-key") or headers.get("token", "")
 
 
+def is_admin(headers: Headers, keys: KeyFile | None) -> bool:
+    """Whether a request carries an admin key.
+
+    Not as the password of Basic: a browser would send it along with other pages' requests.
+    """
+    basic = headers.get("authorization", "").strip().lower().startswith("basic")
+    return keys is not None and not basic and keys.owner(sent_key(headers)) is not None
+
+
 def may_see_reasons(request: Request) -> bool:
     """Whether the answer may say why a model is not served: with file paths and exception texts.
 

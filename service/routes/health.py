@@ -46,7 +46,7 @@ async def ready(request: Request) -> Health:
     entries = service.library.entries
     loading = [name for name, entry in entries.items() if entry.state == "loading"]
     failed = {name: entry for name, entry in entries.items() if entry.reason}
-    if loading or not service.pool.models:
+    if loading or not (service.pool.models or any(each.on_demand for each in entries.values())):
         waiting = f"Loading: {', '.join(loading)}." if loading else "No model is loaded."
         raise ModelNotReady(f"{waiting} {_sentence(request, failed)}".strip(), retry_after=2)
     return _health(request, failed)
