@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.admission import Admission
 from service.errors import InvalidOption, QueueFull, ShuttingDown
 from service.metrics import Metrics
+from service.routes.access import path_of
 from service.routes.problems import problem, unexpected
 from service.tracing import Traces
 
@@ -155,7 +156,7 @@ class RefusedWhenFull:
     routes: Mapping[str, BaseRoute]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        route = self.routes.get(scope.get("path", ""))
+        route = self.routes.get(path_of(scope)) if scope["type"] == "http" else None
         if route is not None and scope["method"] == "POST":
             try:
                 self.admission.check()
