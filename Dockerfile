@@ -7,9 +7,8 @@
 # Nothing that an index sends is run before its hash is known: deploy/image has the hashes, `make lock`
 # writes them. docs/how-to/deploy.md says more, and how large the image is and why.
 
-ARG PYTHON_VERSION=3.11
 # By its tag it is what the registry has today; a release names the digest, too.
-ARG PYTHON_IMAGE=python:${PYTHON_VERSION}-slim-bookworm
+ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS base
 ENV LANG=C.UTF-8 \

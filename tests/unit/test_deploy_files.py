@@ -196,7 +196,7 @@ def test_the_base_image_is_an_argument_so_that_a_release_can_name_its_digest() -
     stages = re.findall(r"^FROM (\S+) AS (\S+)$", DOCKERFILE, re.MULTILINE)
     names = {name for _, name in stages}
     assert [image for image, _ in stages if image not in names] == ["${PYTHON_IMAGE}"]
-    assert "\nARG PYTHON_IMAGE=python:${PYTHON_VERSION}-slim-bookworm\n" in DOCKERFILE
+    assert "\nARG PYTHON_IMAGE=python:3.11-slim-bookworm\n" in DOCKERFILE
     services = compose()["services"]
     assert "FROM $${PYTHON_IMAGE}" in services["load"]["build"]["dockerfile_inline"]
     for name in ("camserve", "load"):
