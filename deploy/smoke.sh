@@ -95,20 +95,21 @@ END
 proves_the_sbom() { # it was held against its schema when it was built
   local counted
   counted=$(inside python - <<'END'
-import importlib.metadata, json, platform, re, subprocess
+import importlib.metadata, json, platform, re, subprocess, urllib.parse
 
 with open("/usr/local/share/sbom/camserve.cdx.json") as file:
     document = json.load(file)
 assert (document["bomFormat"], document["specVersion"]) == ("CycloneDX", "1.6"), document["bomFormat"]
-listed = {each["purl"].partition("?")[0].lower() for each in document["components"]}
+purls = [each["purl"].partition("?")[0].lower() for each in document["components"]]
+listed = set(map(urllib.parse.unquote, purls))
 for each in importlib.metadata.distributions():
     name = re.sub(r"[-_.]+", "-", each.name).lower()
     if name != "camserve":
-        assert f"pkg:pypi/{name}@{each.version}".replace("+", "%2b").lower() in listed, name
+        assert f"pkg:pypi/{name}@{each.version}".lower() in listed, name
 show = ["dpkg-query", "--show", "--showformat", "${db:Status-Abbrev}|${Package}\n"]
-installed = subprocess.run(show, check=True, capture_output=True, text=True).stdout.split()
-debian = {each.removeprefix("ii|") for each in installed if each.startswith("ii|")}
-assert debian == {each.split("/")[2].split("@")[0] for each in listed if each.startswith("pkg:deb/")}
+installed = subprocess.run(show, check=True, capture_output=True, text=True).stdout
+debian = set(re.findall(r"^ii +[|](.+)$", installed, re.MULTILINE))
+assert debian == {each.split("/")[-1].split("@")[0] for each in listed if each.startswith("pkg:deb/")}
 assert f"pkg:generic/cpython@{platform.python_version()}" in listed
 assert document["metadata"]["component"]["name"] == "camserve"
 print(len(document["components"]))

@@ -70,10 +70,11 @@ class HostRule:
         return listed or (self.undotted and "." not in host)
 
     def __str__(self) -> str:
-        kinds = [*self.names, *(f"*{suffix}" for suffix in self.suffixes)]
-        kinds += ["every IP address" if self.addresses else "loopback addresses"]
-        kinds += ["every name without a dot"] if self.undotted else []
-        return ", ".join(kinds)
+        """What is accepted, without names of this machine or of the list: strangers are told it."""
+        kinds = ["localhost", "every IP address" if self.addresses else "loopback addresses"]
+        if self.undotted:
+            kinds += ["names without a dot", *(f"*{suffix}" for suffix in PRIVATE_SUFFIXES)]
+        return ", ".join([*kinds, "and the names that CAMSERVE_ALLOWED_HOSTS lists"])
 
 
 def host_rule(listens_on: str, listed: Sequence[str], *, keys: bool) -> HostRule | None:
@@ -127,8 +128,8 @@ class HostCheck:
             await self.app(scope, receive, send)
             return
         error = HostNotAllowed(
-            f"The Host header names {strange[:100]!r}, and this service accepts {self.rule}. If "
-            "this name is meant to lead here, add it to CAMSERVE_ALLOWED_HOSTS."
+            f"The Host header names {strange[:100]!r}, and this service accepts {self.rule}. "
+            "Add the name there if it is meant to lead here."
         )
         await problem(Request(scope), error)(scope, receive, send)
 

@@ -67,8 +67,8 @@ def test_a_rebound_name_has_nothing_explained_and_learns_what_to_do(client: Test
         assert refused.status_code == 421
     body = client.post("/explain", **sent).json()
     assert (body["code"], body["status"]) == ("host_not_allowed", 421)
-    assert "accepts localhost, loopback addresses" in body["detail"]
-    assert "add it to CAMSERVE_ALLOWED_HOSTS" in body["detail"]
+    assert "accepts localhost, loopback addresses, and the names that" in body["detail"]
+    assert "CAMSERVE_ALLOWED_HOSTS lists. Add the name there" in body["detail"]
     assert client.post("/explain", content=pictures.png(), headers=PNG | LOCAL).status_code == 200
 
 
@@ -76,6 +76,19 @@ def test_a_long_host_is_cut_in_the_answer(client: TestClient) -> None:
     refused = client.get("/", headers={"host": "a" * 50_000})
     assert refused.status_code == 421
     assert len(refused.content) < 1000
+
+
+def test_a_refusal_names_neither_the_machine_nor_what_is_listed(
+    serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page that was led here can read it."""
+    monkeypatch.setattr(socket, "gethostname", lambda: "build-host-17")
+    for settings in ({"host": "0.0.0.0"}, {"allowed_hosts": ("inside.example",)}):  # noqa: S104
+        with serve(**settings) as client:
+            said = client.get("/models", headers=EVIL).text
+            assert "evil.example" in said
+            assert "build-host-17" not in said
+            assert "inside.example" not in said
 
 
 @pytest.mark.parametrize("pair", [("localhost", "evil.example"), ("evil.example", "localhost")])
