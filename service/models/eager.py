@@ -80,6 +80,6 @@ def why_no_gradients(
 
 
 def _first_line(error: Exception) -> str:
-    """The beginning of what it says, without the folders of files: clients are told it."""
+    """The beginning of what it says, without folders of files: clients read it."""
     text = str(error).strip() or type(error).__name__
     return _FOLDERS.sub("", text.splitlines()[0][:200]).rstrip(".")

@@ -149,7 +149,7 @@ class Library:
             return self.load(entry.spec.name)
         if entry.state == "unloaded":
             raise UnknownModel(f"Model {entry.spec.name!r} is not loaded; an operator unloaded it.")
-        # The reason may name files: whoever may see it finds it in /models.
+        # The reason may name files; /models shows it where that is allowed.
         raise ModelNotReady(
             f"Model {entry.spec.name!r} is {entry.state}; GET /models/{entry.spec.name} says more.",
             retry_after=5,

@@ -70,7 +70,7 @@ class HostRule:
         return listed or (self.undotted and "." not in host)
 
     def __str__(self) -> str:
-        """What is accepted, without names of this machine or of the list: strangers are told it."""
+        """What is accepted, without names of this machine or of the list: strangers read it."""
         kinds = ["localhost", "every IP address" if self.addresses else "loopback addresses"]
         if self.undotted:
             kinds += ["names without a dot", *(f"*{suffix}" for suffix in PRIVATE_SUFFIXES)]

@@ -16,7 +16,7 @@ from service.routes.state import Service, service_of
 router = APIRouter(tags=["models"])
 
 HIDDEN = "The log of the service has the reason; it may name files."
-"""Instead of a reason, where whoever asks has no key and may be anybody."""
+"""Shown in place of a reason where the client may be anybody."""
 
 
 @router.get("/models", responses=problems(401), response_model_exclude_unset=True)

@@ -85,10 +85,10 @@ def test_a_refusal_names_neither_the_machine_nor_what_is_listed(
     monkeypatch.setattr(socket, "gethostname", lambda: "build-host-17")
     for settings in ({"host": "0.0.0.0"}, {"allowed_hosts": ("inside.example",)}):  # noqa: S104
         with serve(**settings) as client:
-            said = client.get("/models", headers=EVIL).text
-            assert "evil.example" in said
-            assert "build-host-17" not in said
-            assert "inside.example" not in said
+            text = client.get("/models", headers=EVIL).text
+            assert "evil.example" in text
+            assert "build-host-17" not in text
+            assert "inside.example" not in text
 
 
 @pytest.mark.parametrize("pair", [("localhost", "evil.example"), ("evil.example", "localhost")])
@@ -146,17 +146,17 @@ def ask(address: tuple[str, int], *lines: str, body: bytes = b"") -> bytes:
 
 
 def test_a_real_server_answers_421_before_it_has_read_the_body(run_server) -> None:
-    photo = pictures.png()
+    image = pictures.png()
     head = ["POST /explain HTTP/1.1", "content-type: image/png", "connection: close"]
-    length = f"content-length: {len(photo)}"
+    length = f"content-length: {len(image)}"
     with run_server() as server:
-        refused = ask(server.address, *head, "host: evil.example", length, body=photo)
+        refused = ask(server.address, *head, "host: evil.example", length, body=image)
         assert refused.startswith(b"HTTP/1.1 421 ")
         # The request line may name another host: what counts is what a browser cannot choose.
         line = "GET http://localhost/models HTTP/1.1"
         refused = ask(server.address, line, "host: evil.example", "connection: close")
         assert refused.startswith(b"HTTP/1.1 421 ")
-        answered = ask(server.address, *head, "host: localhost", length, body=photo)
+        answered = ask(server.address, *head, "host: localhost", length, body=image)
         assert answered.startswith(b"HTTP/1.1 200 ")
 
 

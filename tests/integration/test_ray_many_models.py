@@ -143,7 +143,9 @@ def test_with_its_key_a_request_has_its_model_loaded(
         assert loads == ["b", "a"]
 
 
-def test_an_unknown_name_is_told_only_with_a_key(replica: Replica, keys: dict[str, Any]) -> None:
+def test_an_unknown_name_is_answered_404_only_with_a_key(
+    replica: Replica, keys: dict[str, Any]
+) -> None:
     with replica(**keys) as (client, loads):
         assert predict(client, "/predict?model=aa").status_code == 401
         unknown = predict(client, "/predict?model=aa", **KEY)

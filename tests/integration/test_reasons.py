@@ -1,4 +1,4 @@
-"""Why a model is not served names files: it is told to who has a key, or sits at the machine."""
+"""Why a model is not served names files: it is shown to a client with a key, or on the machine."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def builder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def told(client: TestClient, path: str, **headers: str) -> str:
-    """All that an answer says."""
+def answer_of(client: TestClient, path: str, **headers: str) -> str:
+    """Headers and body of an answer."""
     answer = client.get(path, headers=headers)
     return f"{answer.headers} {answer.text}"
 
@@ -86,9 +86,9 @@ def test_open_probes_say_which_models_are_not_served_and_never_why(
     with loaded(*models, **settings, app_dir=builder) as client:
         for path in OPEN_PROBES:
             for headers in ({}, {"x-api-key": "wrong"}, {"authorization": "Bearer "}):
-                said = told(client, path, **headers)
-                assert SECRET not in said, path
-                assert "without running code" not in said, path
+                text = answer_of(client, path, **headers)
+                assert SECRET not in text, path
+                assert "without running code" not in text, path
         answer = client.get("/health/ready")
         failed = {"bad": "failed", "missing": "failed", "raises": "failed"}
         if good:
@@ -99,14 +99,14 @@ def test_open_probes_say_which_models_are_not_served_and_never_why(
             assert "GET /models has the reasons" in answer.json()["detail"]
 
 
-def test_a_request_with_a_key_is_told_why_in_the_probe_and_in_models(
+def test_a_request_with_a_key_gets_the_reason_in_the_probe_and_in_models(
     broken: Path, keys: Path
 ) -> None:
     with loaded("good=tiny:small", bad(broken), api_keys_file=keys) as client:
         ready = client.get("/health/ready", headers=KEY).json()
         assert SECRET in ready["reasons"]["bad"]
         assert SECRET in client.get("/models/bad", headers=KEY).json()["reason"]
-        assert SECRET in told(client, "/models", **KEY)
+        assert SECRET in answer_of(client, "/models", **KEY)
     with loaded(bad(broken), api_keys_file=keys) as client:
         assert SECRET in client.get("/health/ready", headers=KEY).json()["detail"]
 
@@ -118,10 +118,10 @@ def test_without_keys_models_says_why_only_where_nobody_else_can_ask(broken: Pat
     with loaded(*models, host="0.0.0.0") as client:  # noqa: S104 - nothing listens
         assert client.get("/models/bad").json()["reason"] == HIDDEN
         for path in ("/models", "/models/bad", "/v1/models/bad", "/v2/models/bad"):
-            assert SECRET not in told(client, path)
+            assert SECRET not in answer_of(client, path)
 
 
-def test_why_a_lane_is_off_is_told_like_the_reason_of_a_model(
+def test_why_a_lane_is_off_is_shown_like_the_reason_of_a_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It quotes what a compiler raised."""
@@ -132,10 +132,10 @@ def test_why_a_lane_is_off_is_told_like_the_reason_of_a_model(
 
     monkeypatch.setattr(LoadedModel, "__init__", uncompiled)
     with loaded("tiny:small") as client:
-        assert SECRET in told(client, "/models/small")
+        assert SECRET in answer_of(client, "/models/small")
     with loaded("tiny:small", host="0.0.0.0") as client:  # noqa: S104 - nothing listens
-        assert SECRET not in told(client, "/models/small")
-        assert HIDDEN in told(client, "/models/small")
+        assert SECRET not in answer_of(client, "/models/small")
+        assert HIDDEN in answer_of(client, "/models/small")
 
 
 @pytest.mark.parametrize("with_keys", [True, False])
