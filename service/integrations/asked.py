@@ -22,7 +22,7 @@ from service.errors import (
     UnknownVersion,
 )
 from service.models.loaded import LoadedModel
-from service.routes import answering, bodies
+from service.routes import access, answering, bodies
 from service.routes.answering import Answered, Work
 from service.routes.problems import describe
 from service.routes.state import Service, service_of
@@ -106,14 +106,16 @@ def _works(request: Request, model: LoadedModel, plan: Plan, permit: Permit) -> 
     permit.grow(count - 1)
     distinct: list[Work] = []
     works: list[Work] = []
+    costs: list[float] = []
     for asked in plan.asked:
         work = next((each for each in distinct if each.options == asked.options), None)
         if work is None:
             alike = sum(other.options == asked.options for other in plan.asked)
-            work = answering.understand(request, model, asked.options, alike)
+            work = answering.understand(request, model, asked.options, alike, costs.append)
             work = replace(work, clock=works[0].clock if works else work.clock)
             distinct.append(work)
         works.append(work)
+    access.reserve(request, sum(costs))
     if plan.every_class:
         works = [replace(work, question=_of_every_class(work)) for work in works]
     return works

@@ -195,9 +195,8 @@ class _Selection:
         self._parts = [b"[]"] * len(asked.tasks)
         self._until = request.scope["started"] + _seconds(request)
         self._version = model_version(model, asked.parameters.options)
-        self.work: Work = answering.understand(
-            request, model, asked.options(model), max(1, self._window)
-        )
+        images = max(1, len(asked.tasks) * len(asked.images))
+        self.work: Work = answering.understand(request, model, asked.options(model), images)
 
     async def answers(self) -> list[bytes]:
         """JSON for each task, in order; `[]` where it failed or time was too short.

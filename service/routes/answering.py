@@ -127,10 +127,20 @@ async def model_in_use(request: Request, name: str | None) -> AsyncIterator[Load
         yield model
 
 
-def understand(request: Request, model: LoadedModel, options: CommonOptions, images: int) -> Work:
-    """Everything that can be refused before any image is opened is refused here."""
+def understand(
+    request: Request,
+    model: LoadedModel,
+    options: CommonOptions,
+    images: int,
+    charge: Callable[[float], None] | None = None,
+) -> Work:
+    """Everything that can be refused before any image is opened is refused here.
+
+    charge: takes what these images cost, where a request's sum is reserved by the caller; None
+            reserves it here.
+    """
     service = service_of(request)
-    charge = functools.partial(access.reserve, request)
+    charge = charge or functools.partial(access.reserve, request)
     question = asking.question(model, options, service.limits, images, charge)
     request.scope["log"] = {"model": model.name}
     deadline = request.scope["started"] + timeout_of(request)

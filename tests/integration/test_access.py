@@ -289,6 +289,91 @@ def test_what_is_captured_is_on_a_key_s_bill(guarded: TestClient) -> None:
     assert charged == [pytest.approx(4 * (1 + 0.02 * 4 * floats / 2**20))]
 
 
+def _v1(count: int, **more: Any) -> dict[str, Any]:
+    image = base64.b64encode(pictures.png()).decode()
+    instances = [
+        {"b64": image} | ({"target": str(number)} if more else {}) for number in range(count)
+    ]
+    return {"json": {"instances": instances}}
+
+
+def _v2(count: int) -> dict[str, Any]:
+    data = [base64.b64encode(pictures.png()).decode()] * count
+    tensor = {"name": "image", "shape": [count], "datatype": "BYTES", "data": data}
+    return {"json": {"inputs": [tensor]}}
+
+
+def _tensor(count: int) -> dict[str, Any]:
+    tensor = {"name": "image", "shape": [count, 8, 8, 3], "datatype": "UINT8"}
+    return {"json": {"inputs": [tensor | {"data": [7] * (count * 192)}]}}
+
+
+def _form(count: int, part: str = "data") -> dict[str, Any]:
+    return {"files": [(part, pictures.png())] * count}
+
+
+def _tasks(count: int) -> dict[str, Any]:
+    image = "data:image/png;base64," + base64.b64encode(pictures.png()).decode()
+    config = (
+        '<View><Image name="i" value="$i"/><BrushLabels name="c" toName="i">'
+        '<Label value="class 0"/></BrushLabels></View>'
+    )
+    tasks = [{"id": number, "data": {"i": image}} for number in range(count)]
+    return {"json": {"tasks": tasks, "project": "1.1", "label_config": config, "params": {}}}
+
+
+def _images_of_a_task(count: int) -> dict[str, Any]:
+    made = _tasks(1)["json"]
+    image = made["tasks"][0]["data"]["i"]
+    config = "".join(
+        f'<Image name="i{number}" value="$i{number}"/><BrushLabels name="c{number}" '
+        f'toName="i{number}"><Label value="class 0"/></BrushLabels>'
+        for number in range(count)
+    )
+    data = {f"i{number}": image for number in range(count)}
+    tasks = [{"id": 1, "data": data}]
+    return {"json": made | {"tasks": tasks, "label_config": f"<View>{config}</View>"}}
+
+
+SPLIT = [
+    ("/explain", lambda count: _form(count, "image")),
+    ("/predict", lambda count: _form(count, "image")),
+    ("/v1/models/small:predict", _v1),
+    ("/v1/models/small:explain", _v1),
+    ("/v1/models/small:explain", lambda count: _v1(count, target=True)),
+    ("/v2/models/small/infer", _v2),
+    ("/v2/models/small/explain", _v2),
+    ("/v2/models/small/explain", _tensor),
+    ("/predictions/small", _form),
+    ("/explanations/small", _form),
+    ("/integrations/label-studio/predict", _tasks),
+    ("/integrations/label-studio/predict", _images_of_a_task),
+]
+"""Requests of so many images to a route. With another target each their options differ."""
+
+
+@pytest.mark.parametrize(("route", "body"), SPLIT)
+def test_a_request_that_is_split_costs_the_sum_of_its_parts(
+    guarded: TestClient, route: str, body: Any
+) -> None:
+    """Of a key with `cost=2`; none of the parts costs more than a little over one pass."""
+    query = "?include=none" if route.startswith(("/explain", "/explanations", "/v1")) else ""
+    query = "" if route.endswith(":predict") else query
+    assert guarded.post(route + query, **body(1), headers=bearer(FRUGAL)).status_code == 200
+    assert guarded.post(route + query, **body(3), headers=bearer(KEY)).status_code == 200
+    refused = guarded.post(route + query, **body(3), headers=bearer(FRUGAL))
+    assert refused.status_code in {400, 422}, refused.text
+    assert "costs 3" in refused.text
+    assert "'frugal'" in refused.text
+
+
+def test_many_targets_at_an_early_layer_are_on_a_key_s_bill(guarded: TestClient) -> None:
+    asked = {"method": "gradcam", "layer": "features.0", "include": "none"}
+    assert predict(guarded, bearer(FRUGAL), **asked).status_code == 200
+    refused = predict(guarded, bearer(FRUGAL), **asked, explain_top=7)
+    assert (refused.status_code, refused.json()["code"]) == (422, "invalid_option")
+
+
 # ---- headers and origins
 
 ROUTES = ["/", "/docs", "/health/live", "/models", "/nothing", "/openapi.json", "/metrics"]

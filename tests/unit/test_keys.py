@@ -248,8 +248,8 @@ def test_the_cost_at_once_is_bounded_and_given_back() -> None:
     quotas = Quotas(Bounds(cost=100))
     key = Key("one", "")
     with quotas.visit(key) as first, quotas.visit(key) as second:
-        first.reserve(60)
-        first.reserve(50)  # of one request the largest counts
+        first.reserve(35)
+        first.reserve(25)  # of one request the sum counts
         second.reserve(40)
         with pytest.raises(KeyLimit, match="cost 100 forward passes already"):
             second.reserve(41)
