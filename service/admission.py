@@ -14,20 +14,30 @@ class Admission:
 
     max_images: images of all admitted requests, from their arrival to their answer.
     max_bytes:  declared bytes of their bodies.
+    max_answer_bytes: of their answers: what these may take, and once they are made what they do.
     """
 
-    def __init__(self, *, max_images: int, max_bytes: int) -> None:
+    def __init__(
+        self, *, max_images: int, max_bytes: int, max_answer_bytes: int = 256 << 20
+    ) -> None:
         self.max_images = max_images
         self.max_bytes = max_bytes
+        self.max_answer_bytes = max_answer_bytes
         self._lock = threading.Lock()
         self._images = 0
         self._bytes = 0
+        self._answer_bytes = 0
         self._open = True
 
     @property
     def images(self) -> int:
         """Images held now."""
         return self._images
+
+    @property
+    def answer_bytes(self) -> int:
+        """Bytes of answers held now, or priced and not yet made."""
+        return self._answer_bytes
 
     @property
     def is_open(self) -> bool:
@@ -53,6 +63,21 @@ class Admission:
             self._refuse(images, declared_bytes, held)
             self._images += images
             self._bytes += declared_bytes
+
+    def hold_answer(self, more: int, *, held: int) -> None:
+        """Count bytes of an answer of which `held` are counted already. For `Permit` alone.
+
+        Raises QueueFull. Fewer bytes (`more` below 0) and a lone answer are always taken.
+        """
+        with self._lock:
+            others = self._answer_bytes - held
+            if more > 0 and others and self._answer_bytes + more > self.max_answer_bytes:
+                raise QueueFull(
+                    f"Answers of {others} bytes are being made or sent, and this one may take "
+                    f"{held + more} more; at most {self.max_answer_bytes} are held at once. Try "
+                    "again after the seconds in Retry-After, or ask for less."
+                )
+            self._answer_bytes += more
 
     def check(self) -> None:
         """Raise QueueFull or ShuttingDown where `admit` would; nothing is taken."""
@@ -85,6 +110,7 @@ class Permit:
         self._admission = admission
         self._images = 0
         self._bytes = 0
+        self._answer_bytes = 0
 
     def grow(self, images: int, declared_bytes: int = 0) -> None:
         """Take places for more images or bytes. Raises QueueFull; what is held stays held."""
@@ -92,8 +118,22 @@ class Permit:
         self._images += images
         self._bytes += declared_bytes
 
+    @property
+    def answer_bytes(self) -> int:
+        """Bytes that are held for the answer."""
+        return self._answer_bytes
+
+    def hold_answer(self, size: int) -> None:
+        """Hold this many bytes for the answer, in place of those held for it so far.
+
+        Raises QueueFull where it is more and the service holds too many; what is held stays held.
+        """
+        self._admission.hold_answer(size - self._answer_bytes, held=self._answer_bytes)
+        self._answer_bytes = size
+
     def release(self) -> None:
         """Give everything back; a second call does nothing."""
+        self.hold_answer(0)
         self._admission.give(self._images, self._bytes)
         self._images = self._bytes = 0
 

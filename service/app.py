@@ -138,7 +138,11 @@ def build_service(settings: Settings, *, load: bool = True, only: str | None = N
     if load:
         library.load_all()
     metrics = Metrics()
-    admission = Admission(max_images=settings.places, max_bytes=settings.max_queue_bytes)
+    admission = Admission(
+        max_images=settings.places,
+        max_bytes=settings.max_queue_bytes,
+        max_answer_bytes=settings.max_held_answer_bytes or max(memory_limit() // 8, 256 << 20),
+    )
     scheduler = Scheduler(
         pool,
         metrics,
@@ -152,6 +156,10 @@ def build_service(settings: Settings, *, load: bool = True, only: str | None = N
     gauges: dict[str, tuple[str, Callable[[], float]]] = {
         "queue_size": ("Images that wait for a worker.", lambda: scheduler.waiting),
         "images_held": ("Images admitted and not yet answered.", lambda: admission.images),
+        "answer_bytes_held": (
+            "Bytes of answers that are being made or sent.",
+            lambda: admission.answer_bytes,
+        ),
         "workers_hanging": (
             "Worker threads that were given up and have not come back.",
             lambda: scheduler.workers.abandoned,
@@ -170,6 +178,7 @@ def build_service(settings: Settings, *, load: bool = True, only: str | None = N
         render_side=settings.max_render_side,
         activation_bytes=settings.max_activation_bytes,
         cost=settings.max_cost,
+        answer_bytes=settings.max_answer_bytes,
         timeout=settings.request_timeout,
         formats=settings.image_formats,
     )

@@ -41,7 +41,9 @@ def maps_at_layers(done: Pass, places: range, gradients: Mapping[str, Tensor]) -
     cams: Cams = {}
     for (method, path), asked in groups.items():
         if gradients:
-            made = _maps_of(done, method, path, asked, gradients[path], places.start)
+            made: Sequence[Tensor] = _maps_of(
+                done, method, path, asked, gradients[path], places.start
+            )
         else:
             made = _without_gradient(done, method, path, asked)
         cams |= {(*key, path): map_ for key, map_ in zip(asked, made, strict=True)}
@@ -63,8 +65,8 @@ def _maps_of(  # noqa: PLR0917 - one call
     asked: Sequence[tuple[int, int]],
     gradient: Tensor,
     first: int,
-) -> Tensor:
-    """Maps (N, h, w) on the CPU of N pairs (image, place); `gradient` begins with place `first`."""
+) -> Sequence[Tensor]:
+    """Maps (h, w) on the CPU of N pairs (image, place); `gradient` begins with place `first`."""
     layout = layout_of_layer(done.model, path)
     activation = done.seen.targets[path][-1].detach()
     if asked == [(image, first) for image in range(len(activation))]:  # the common batch: no copies
@@ -73,7 +75,7 @@ def _maps_of(  # noqa: PLR0917 - one call
         images, places = torch.tensor(asked).T.to(activation.device)
         activation, gradient = activation[images], gradient[places - first, images]
     maps = (precise(layout.as_map(values)) for values in (activation, gradient))
-    return GRADIENT_CAMS[method](*maps).cpu()
+    return GRADIENT_CAMS[method](*maps).cpu().unbind()
 
 
 def _without_gradient(

@@ -145,6 +145,18 @@ class Settings(BaseSettings):
     max_activation_bytes: int = Field(
         64 * MEBIBYTE, ge=1, description="Bytes of float32 activations of one request."
     )
+    max_answer_bytes: int = Field(
+        64 * MEBIBYTE,
+        ge=1,
+        description="Bytes that one answer may take, reckoned before any work; more is refused "
+        "with 422.",
+    )
+    max_held_answer_bytes: int = Field(
+        0,
+        ge=0,
+        description="Bytes of all answers that are being made or sent; more are refused with 429. "
+        "0: an eighth of the memory, at least 256 MiB.",
+    )
     max_cost: float = Field(
         2000.0, gt=0, description="Forward passes that one explanation of one image may cost."
     )

@@ -21,8 +21,10 @@ from service.errors import (
     MalformedRequest,
     UnknownVersion,
 )
+from service.headers import Size
 from service.models.loaded import LoadedModel
 from service.routes import access, answering, bodies
+from service.routes.answer_bytes import Bill, Price, Sizes, size_before
 from service.routes.answering import Answered, Work
 from service.routes.problems import describe
 from service.routes.state import Service, service_of
@@ -62,11 +64,14 @@ class Plan:
 
     respond:     makes the response; both it and what made this plan run in worker threads.
     every_class: predictions of all classes, whatever `top_k` is.
+    price:       how many bytes of the answer are about one picture; None: the place that it would
+                 have in an answer of `/explain` or `/predict`.
     """
 
     asked: Sequence[Asked]
     respond: Callable[[Sequence[Reply]], Response]
     every_class: bool = False
+    price: Callable[[Sizes], Price] | None = None
 
 
 async def answer(
@@ -88,8 +93,13 @@ async def answer(
         async with answering.model_in_use(request, of_model) as model:
             plan = await answering.result_of(scheduler.call(read, model, body))
             works = _works(request, model, plan, permit)
-            replies = await _replies(works, plan.asked)
+            most = works[0].service.limits.pixels
+            sizes = [size_before(each.picture, most) for each in plan.asked]
+            bill = works[0].bill
+            bill.add(sum(work.price(size) for work, size in zip(works, sizes, strict=True)))
+            replies = await _replies(works, plan.asked, sizes)
             response = await answering.drawn(works[0], plan.respond, replies)
+            bill.made(len(response.body))
             response.headers.update(answering.report(request, works[0], len(works)))
             return response
 
@@ -111,8 +121,16 @@ def _works(request: Request, model: LoadedModel, plan: Plan, permit: Permit) -> 
         work = next((each for each in distinct if each.options == asked.options), None)
         if work is None:
             alike = sum(other.options == asked.options for other in plan.asked)
-            work = answering.understand(request, model, asked.options, alike, costs.append)
-            work = replace(work, clock=works[0].clock if works else work.clock)
+            work = answering.understand(
+                request, model, asked.options, alike, permit, charge=costs.append
+            )
+            if plan.price is not None:
+                work = replace(work, price=plan.price(work.sizes))
+            if works:
+                work = replace(work, clock=works[0].clock, bill=works[0].bill)
+            else:
+                bill = Bill(permit, work.service.limits.answer_bytes, work.sizes.advice(count))
+                work = replace(work, bill=bill)
             distinct.append(work)
         works.append(work)
     access.reserve(request, sum(costs))
@@ -121,10 +139,14 @@ def _works(request: Request, model: LoadedModel, plan: Plan, permit: Permit) -> 
     return works
 
 
-async def _replies(works: Sequence[Work], asked: Sequence[Asked]) -> list[Reply]:
+async def _replies(
+    works: Sequence[Work], asked: Sequence[Asked], sizes: Sequence[Size]
+) -> list[Reply]:
     """What is answered about each picture. Raises what the first one failed with."""
     pictures = (each.picture for each in asked)
-    found = await asyncio.gather(*map(answering.ask, works, pictures), return_exceptions=True)
+    found = await asyncio.gather(
+        *map(answering.ask, works, pictures, sizes), return_exceptions=True
+    )
     replies: list[Reply] = []
     for work, each in zip(works, found, strict=True):
         if isinstance(each, BaseException):

@@ -13,7 +13,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import orjson
@@ -33,9 +33,10 @@ from service.integrations.label_studio_config import (
     parameters_in,
 )
 from service.integrations.label_studio_images import picture
-from service.integrations.label_studio_results import Evidence, prediction
+from service.integrations.label_studio_results import Evidence, prediction, price
 from service.models.loaded import LoadedModel
 from service.routes import answering, bodies, docs
+from service.routes.answer_bytes import Bill, size_before
 from service.routes.answering import Work, as_error
 from service.routes.state import Service, service_of
 
@@ -77,7 +78,7 @@ async def setup(request: Request) -> Response:
         body = await bodies.read_body(request, permit, SETUP_BYTES, SETUP_SECONDS)
     asked, parameters = await answering.result_of(service.scheduler.call(_set_up, body))
     async with answering.model_in_use(request, parameters.options.model) as model:
-        answering.understand(request, model, parameters.options, 1)
+        answering.understand(request, model, parameters.options, 1, permit)
         version = model_version(model, parameters.options)
     service.label_studio.remember(asked.project, asked.extra_params)
     return _json(orjson.dumps({"model_version": version}))
@@ -196,7 +197,14 @@ class _Selection:
         self._until = request.scope["started"] + _seconds(request)
         self._version = model_version(model, asked.parameters.options)
         images = max(1, len(asked.tasks) * len(asked.images))
-        self.work: Work = answering.understand(request, model, asked.options(model), images)
+        work = answering.understand(request, model, asked.options(model), images, permit)
+        most, advice = self._service.limits.answer_bytes, work.sizes.advice(images)
+        self.work: Work = replace(
+            work,
+            price=price(asked.images, work.sizes),
+            # Most tasks take far less than they may, which only those that were drawn tell.
+            bill=Bill(permit, most, advice, in_turn=True),
+        )
 
     async def answers(self) -> list[bytes]:
         """JSON for each task, in order; `[]` where it failed or time was too short.
@@ -240,15 +248,29 @@ class _Selection:
 
     async def _answer(self, task: LabelStudioTask, permit: Permit) -> bytes:
         shown: list[tuple[TaskImage, Evidence]] = []
-        for image in self._asked.images:
-            source = image.source(task.data)
-            data = await picture(self._service, source, task.id, lambda size: permit.grow(0, size))
-            found = await answering.ask(self.work, data)
-            side = self._service.limits.render_side
-            shown.append((image, Evidence(self.work.model, found, self._asked.parameters, side)))
-        return await answering.drawn(
-            self.work, prediction, shown, self._version, of_click=self._asked.is_interactive
-        )
+        part = b""
+        try:
+            for image in self._asked.images:
+                shown += [(image, await self._evidence(image, task, permit))]
+            part = await answering.drawn(
+                self.work, prediction, shown, self._version, of_click=self._asked.is_interactive
+            )
+        finally:
+            self.work.bill.made(len(part), sum(each.found.priced for _, each in shown))
+        return part
+
+    async def _evidence(self, image: TaskImage, task: LabelStudioTask, permit: Permit) -> Evidence:
+        work, limits = self.work, self._service.limits
+        source = image.source(task.data)
+        data = await picture(self._service, source, task.id, lambda size: permit.grow(0, size))
+        size = size_before(data, limits.pixels)
+
+        async def hold() -> None:
+            work.bill.add(work.price(size))
+
+        await _patiently(hold, self._until)
+        found = await answering.ask(work, data, size)
+        return Evidence(work.model, found, self._asked.parameters, limits.render_side)
 
 
 def _seconds(request: Request) -> float:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote
 
@@ -24,6 +25,7 @@ from service.errors import DeadlineExceeded, ImageUrlRefused, MalformedRequest, 
 from service.integrations.label_studio_images import picture
 from service.overlay_tokens import Grant
 from service.routes import answering
+from service.routes.answer_bytes import size_before
 from service.routes.docs import problems
 from service.routes.state import service_of
 from service.routes.wire import overlay, style_of
@@ -57,7 +59,7 @@ def _parameter(name: str, text: str) -> dict[str, Any]:
 @router.get(
     "/overlay.png",
     response_class=Response,
-    responses=_PICTURE | problems(400, 401, 415, 424, 429, 500, 503, 504),
+    responses=_PICTURE | problems(400, 401, 415, 422, 424, 429, 500, 503, 504),
     openapi_extra={
         "parameters": [
             _parameter("key", "Made by `camserve overlay-token`."),
@@ -110,9 +112,13 @@ async def _drawn(request: Request, grant: Grant, source: str, permit: Permit) ->
         {"model": grant.model, "include": ["overlay"], "format": "png", **given}
     )
     async with answering.model_in_use(request, options.model) as model:
-        work = answering.understand(request, model, options, 1)
+        work = answering.understand(request, model, options, 1, permit)
+        work = replace(work, price=work.sizes.overlay)
         data = await picture(service, source, None, lambda size: permit.grow(0, size))
-        found = await answering.ask(work, data)
+        size = size_before(data, service.limits.pixels)
+        work.bill.add(work.price(size))
+        found = await answering.ask(work, data, size)
         (explanation, *_) = found.answer.explanations
         drawn = await answering.drawn(work, overlay, found.upload, explanation, style_of(options))
+        work.bill.made(len(drawn.data))
         return drawn.data

@@ -134,6 +134,7 @@ async def _answer(
             [Asked(each, chosen) for each in sent],
             lambda replies: _respond(model, name, wanted, replies),
             every_class=True,
+            price=lambda sizes: outputs.price(wanted.outputs, sizes),
         )
 
     return await answer(request, named(service_of(request), name, version), read)
@@ -196,14 +197,15 @@ def _options(asked: InferRequest, wanted: _Wanted, default: Sequence[str]) -> Co
 
 
 def _respond(model: LoadedModel, name: str, wanted: _Wanted, replies: Sequence[Reply]) -> Response:
-    described, tails = [], []
+    described: list[dict[str, Any]] = []
+    tails: list[bytes] = []
     for output, classes, binary in wanted.outputs:
         made: Output = outputs.MAKERS[output](replies)
         if classes:
             made = outputs.classification(made, model, classes)
         if binary:
             place, raw = made.in_binary()
-            tails.append(raw)
+            tails += raw
         else:
             place = made.in_json()
         described.append(place)

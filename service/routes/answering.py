@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ParamSpec, TypeVar
 
+import torch
 from fastapi import Request, Response
 from torch import Tensor
 
@@ -23,10 +24,12 @@ from api_schemas.options import CommonOptions, ExplainOptions
 from service.admission import Permit
 from service.errors import CamserveError, DeadlineExceeded, MalformedRequest
 from service.formats import check_format
+from service.headers import Size
 from service.metrics import STAGES
 from service.models.loaded import LoadedModel
 from service.questions import Answer, Question
 from service.routes import access, asking, bodies
+from service.routes.answer_bytes import UNKNOWN, Bill, Price, Sizes
 from service.routes.middleware import CLIENT_CLOSED_REQUEST
 from service.routes.state import Service, service_of
 from service.upload import Hiding, Sent, Upload, open_upload
@@ -47,7 +50,11 @@ class Clock:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What is to be done for each image of a request."""
+    """What is to be done for each image of a request.
+
+    sizes, price: how many bytes each part of an image's place in the answer takes at most, and the
+                  whole of it. bill: of the request, where they are counted.
+    """
 
     service: Service
     model: LoadedModel
@@ -56,15 +63,22 @@ class Work:
     hiding: Hiding | None
     deadline: float
     clock: Clock
+    sizes: Sizes
+    price: Price
+    bill: Bill
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """One image, opened and answered; `masked` with a part of it hidden, where that was asked."""
+    """One image, opened and answered; `masked` with a part of it hidden, where that was asked.
+
+    priced: bytes that are held for its place in the answer.
+    """
 
     upload: Upload
     answer: Answer
     masked: Answer | None
+    priced: int
 
 
 class _ClientGone(Exception):
@@ -132,10 +146,13 @@ def understand(
     model: LoadedModel,
     options: CommonOptions,
     images: int,
+    permit: Permit,
+    *,
     charge: Callable[[float], None] | None = None,
 ) -> Work:
-    """Everything that can be refused before any image is opened is refused here.
+    """Everything that can be refused before any image is looked at is refused here.
 
+    permit: holds the bytes of the answer, once the images' sizes are known.
     charge: takes what these images cost, where a request's sum is reserved by the caller; None
             reserves it here.
     """
@@ -144,11 +161,46 @@ def understand(
     question = asking.question(model, options, service.limits, images, charge)
     request.scope["log"] = {"model": model.name}
     deadline = request.scope["started"] + timeout_of(request)
-    return Work(service, model, options, question, asking.hiding(options), deadline, Clock())
+    sizes = Sizes(model, options, question(torch.empty(0)), service.limits.render_side)
+    return Work(
+        service,
+        model,
+        options,
+        question,
+        asking.hiding(options),
+        deadline,
+        Clock(),
+        sizes,
+        sizes.result,
+        Bill(permit, service.limits.answer_bytes, sizes.advice(images)),
+    )
 
 
-async def ask(work: Work, data: Sent) -> Answered:
-    """Open one image, put the question to the model, and where asked again with a part hidden."""
+async def ask(work: Work, data: Sent, size: Size = UNKNOWN) -> Answered:
+    """Open one image, put the question to the model, and where asked again with a part hidden.
+
+    size: of the image, whose price the caller added to the bill. What it takes more is added here;
+          where this fails nothing of it stays held.
+    """
+    priced = work.price(size)
+    try:
+        upload = await _opened(work, data)
+        whole = max(priced, work.price((upload.width, upload.height)))
+        work.bill.add(whole - priced)
+        priced = whole
+        answer = await _infer(work, work.question(upload.model_input.pixels))
+        if upload.masked is None:
+            return Answered(upload, answer, None, priced)
+        targets = tuple(explanation.class_id for explanation in answer.explanations)
+        again = work.question(upload.masked.model_input.pixels)
+        masked = await _infer(work, replace(again, targets=targets, activations=()))
+        return Answered(upload, answer, masked, priced)
+    except BaseException:
+        work.bill.take_back(priced)
+        raise
+
+
+async def _opened(work: Work, data: Sent) -> Upload:
     service, options = work.service, work.options
     wants_photo = isinstance(options, ExplainOptions) and "overlay" in options.include
     if isinstance(data, bytes):
@@ -166,13 +218,7 @@ async def ask(work: Work, data: Sent) -> Answered:
         )
     )
     work.clock.seconds["decode"] += time.monotonic() - started
-    answer = await _infer(work, work.question(upload.model_input.pixels))
-    if upload.masked is None:
-        return Answered(upload, answer, None)
-    targets = tuple(explanation.class_id for explanation in answer.explanations)
-    again = work.question(upload.masked.model_input.pixels)
-    masked = await _infer(work, replace(again, targets=targets, activations=()))
-    return Answered(upload, answer, masked)
+    return upload
 
 
 async def _infer(work: Work, question: Question) -> Answer:

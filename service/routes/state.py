@@ -27,6 +27,7 @@ class Limits:
     activation_bytes: int
     cost: float
     timeout: float
+    answer_bytes: int = 64 << 20
     formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 

@@ -109,3 +109,40 @@ def test_nothing_is_lost_between_threads() -> None:
     assert places.images == 0
     with places.admit(1000):
         pass
+
+
+# ---- bytes of answers
+
+
+def test_bytes_of_answers_are_bounded_over_all_permits_and_given_back() -> None:
+    places = Admission(max_images=9, max_bytes=9, max_answer_bytes=1000)
+    with places.admit() as one, places.admit() as other:
+        one.hold_answer(600)
+        other.hold_answer(400)
+        with pytest.raises(QueueFull, match=r"600 bytes .* 401 more; at most 1000") as refused:
+            other.hold_answer(401)
+        assert refused.value.retry_after >= 1
+        assert other.answer_bytes == 400, "what was held stays held"
+        one.hold_answer(10)  # the answer is made, and smaller
+        other.hold_answer(990)
+        assert places.answer_bytes == 1000
+    assert places.answer_bytes == 0
+
+
+def test_an_answer_over_the_whole_budget_is_let_in_alone() -> None:
+    places = Admission(max_images=9, max_bytes=9, max_answer_bytes=1000)
+    with places.admit() as one, places.admit() as other:
+        one.hold_answer(5000)
+        one.hold_answer(6000)
+        with pytest.raises(QueueFull):
+            other.hold_answer(1)
+        other.hold_answer(0)
+
+
+def test_bytes_of_answers_are_given_back_once() -> None:
+    places = Admission(max_images=9, max_bytes=9, max_answer_bytes=1000)
+    permit = places.admit()
+    permit.hold_answer(500)
+    permit.release()
+    permit.release()
+    assert (places.answer_bytes, places.images) == (0, 0)
