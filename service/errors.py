@@ -203,7 +203,7 @@ class Refused(CamserveError):
 
 
 class QueueFull(Refused):
-    """As many images wait as the service will hold."""
+    """As many images wait, or as many bytes of answers are held, as the service will hold."""
 
 
 class KeyLimit(Refused):

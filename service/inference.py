@@ -34,10 +34,12 @@ LOW_RESOLUTION = 7
 SATURATED = 0.9999
 """A score above this is flagged `saturated`: its gradient says little."""
 
-WALK_BYTES = 32 << 20
+WALK_BYTES = 4 << 20
 """Bytes of gradients at the target layers that one walk of the graph gives: as many targets as fit
-share a walk, and their maps are made before the next one. A hundred targets at an early layer
-would hold hundreds of megabytes at once."""
+share a walk, and their maps are made before the next one.
+
+A walk holds many times that on its way. A hundred targets at resnet18's conv1 peak 92 MiB above
+rest, all in one walk 1,544 MiB; in processor time it is not slower."""
 
 
 @dataclass(frozen=True, slots=True)

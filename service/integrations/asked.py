@@ -96,7 +96,8 @@ async def answer(
             most = works[0].service.limits.pixels
             sizes = [size_before(each.picture, most) for each in plan.asked]
             bill = works[0].bill
-            bill.add(sum(work.price(size) for work, size in zip(works, sizes, strict=True)))
+            grids = sum(work.sizes.grids for work in works)
+            bill.add(grids + sum(work.price(size) for work, size in zip(works, sizes, strict=True)))
             replies = await _replies(works, plan.asked, sizes)
             response = await answering.drawn(works[0], plan.respond, replies)
             bill.made(len(response.body))

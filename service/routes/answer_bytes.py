@@ -144,6 +144,12 @@ class Sizes:
             (each.grid for each in layouts if each is not None), key=lambda grid: grid[0] * grid[1]
         )
 
+    @property
+    def grids(self) -> int:
+        """The maps themselves, float32, where all are kept until the last image is answered."""
+        rows, columns = self.cells
+        return self.maps * 4 * rows * columns if self.question.explains else 0
+
     def predictions(self, count: int | None = None) -> int:
         """The best classes with labels and scores, JSON."""
         listed = min(count or self.options.top_k, len(self.model.labels))
@@ -159,8 +165,7 @@ class Sizes:
         if "overlay" in include:
             size += base64_bytes(self.overlay(source))
         if "grid" in include:
-            rows, columns = self.cells
-            size += base64_bytes(4 * rows * columns)
+            size += base64_bytes(self.grids // self.maps)
         if "regions" in include:
             size += region_bytes(source, self.cells, self.render_side)
         return size
