@@ -83,9 +83,10 @@ def _without_gradient(
 ) -> list[Tensor]:
     """Maps (h, w) of a method that knows no class, made once an image."""
     images = list(dict.fromkeys(image for image, _ in asked))
-    activation = precise(
-        layout_of_layer(done.model, path).as_map(done.seen.targets[path][-1].detach()[images])
-    )
+    activation = done.seen.targets[path][-1].detach()
+    if len(images) < len(activation):
+        activation = activation[torch.tensor(images).to(activation.device)]
+    activation = precise(layout_of_layer(done.model, path).as_map(activation))
     made = dict(zip(images, GRADIENT_CAMS[method](activation, activation).cpu(), strict=True))
     return [made[image] for image, _ in asked]
 
