@@ -168,8 +168,10 @@ def _sent(model: LoadedModel, asked: InferRequest, tail: bytes) -> Sequence[Sent
 def _wanted(asked: InferRequest, default: Sequence[str]) -> _Wanted:
     binary = bool((asked.parameters or {}).get("binary_data_output", False))
     named_outputs = asked.outputs or [RequestedOutput(name=name) for name in default]
-    found = []
+    found: list[tuple[str, int, bool]] = []
     for output in named_outputs:
+        if any(output.name == name for name, _, _ in found):
+            raise InvalidOption(f"The output {output.name!r} is named twice; name it once.")
         said = output.parameters or {}
         if output.name not in outputs.NAMES:
             raise InvalidOption(
