@@ -191,9 +191,13 @@ def _options(asked: InferRequest, wanted: _Wanted, default: Sequence[str]) -> Co
     given = {k: v for k, v in (asked.parameters or {}).items() if k not in protocols}
     if default is outputs.OF_INFER and not names & outputs.EXPLAINING:
         return options(PredictOptions, given)
-    if "overlay" in names:  # what else `include` names is for `explain`
+    # What else `include` names is for `explain`; a heatmap is named where that would not get it.
+    drawn = [name for name in ("overlay", "heatmap") if name in names]
+    drawn = [name for name in drawn if name == "overlay" or "explain" not in names]
+    if drawn:
         also = given.get("include", [])
-        given["include"] = ["overlay", *([also] if isinstance(also, str) else also)]
+        also = also if isinstance(also, list) else [also]
+        given["include"] = [*drawn, *(each for each in also if each != "none")]
     given.setdefault("include", ["none"])
     return options(ExplainOptions, given)
 

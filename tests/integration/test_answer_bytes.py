@@ -263,6 +263,13 @@ def test_an_output_that_is_named_twice_is_refused(client: TestClient) -> None:
         assert "is named twice" in refused.text
 
 
+@pytest.mark.parametrize("include", [5, None, {"overlay": 1}, [["overlay"]]])
+def test_what_is_no_list_of_words_is_the_client_s_mistake(client: TestClient, include: Any) -> None:
+    refused = _infer(client, ["overlay"], binary=True, include=include)
+    assert refused.status_code == 400, refused.text
+    assert "include" in refused.text
+
+
 def test_tasks_of_label_studio_share_the_bound_by_what_they_really_take(
     serve: Any, made: list[tuple[int, int]]
 ) -> None:
