@@ -46,6 +46,7 @@ from service.routes.middleware import (
     BehindPrefix,
     BoundedQuery,
     DrainUnreadBody,
+    HeadAsGet,
     RefusedWhenFull,
     RequestContext,
 )
@@ -123,6 +124,7 @@ def create_app(settings: Settings, *, background: bool = False, only: str | None
     if settings.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **CORS)
     app.add_middleware(RequestContext, metrics=service.metrics, traces=traces)
+    app.add_middleware(HeadAsGet)
     prefix = settings.root_path.rstrip("/")
     if prefix:
         app.add_middleware(BehindPrefix, prefix=prefix)

@@ -27,7 +27,6 @@ _SAMPLES: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.head("/health/live", include_in_schema=False)
 @router.get("/health/live", responses=problems(503))
 async def live(request: Request) -> Health:
     """The process answers, and not too many of its threads hang."""
@@ -35,7 +34,6 @@ async def live(request: Request) -> Health:
     return Health(status="live")
 
 
-@router.head("/health/ready", include_in_schema=False)
 @router.get("/health/ready", responses=problems(503), response_model_exclude_unset=True)
 async def ready(request: Request) -> Health:
     """Models are loaded and new requests are taken."""

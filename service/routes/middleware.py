@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 
 import structlog
@@ -44,7 +45,7 @@ SECURITY_HEADERS = {
 """Of every answer."""
 
 CORS: Mapping[str, Any] = {
-    "allow_methods": ["GET", "POST"],
+    "allow_methods": ["GET", "HEAD", "POST"],
     "allow_headers": ["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
     "expose_headers": ["Retry-After", "Server-Timing", "X-Request-ID"],
     "max_age": 600,
@@ -100,12 +101,42 @@ class RequestContext:
         route = getattr(scope.get("route"), "path", "unmatched")
         self.metrics.requests.labels(route, str(status)).inc()
         is_probe = route.startswith(("/health", "/metrics"))
-        said = {"method": scope["method"], "route": route, **scope.get("log", {})}
+        method = scope.get("sent_method", scope["method"])
+        said = {"method": method, "route": route, **scope.get("log", {})}
         log = _log.debug if is_probe else _log.info
         log("request", status=status, ms=round(seconds * 1000, 1), **said)
         if self.traces is not None and not is_probe:
             said["request_id"] = scope["request_id"]
             self.traces.record(Headers(scope=scope), seconds, said, status)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadAsGet:
+    """Answers HEAD as GET is answered, without the body."""
+
+    app: ASGIApp
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_head = scope["type"] == "http" and scope["method"] == "HEAD"
+
+        async def send_head(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                if message["status"] == HTTPStatus.METHOD_NOT_ALLOWED:
+                    _name_head(MutableHeaders(scope=message))
+            elif is_head:
+                message = {**message, "body": b""}
+            await send(message)
+
+        if is_head:
+            scope = {**scope, "method": "GET", "sent_method": "HEAD"}
+        await self.app(scope, receive, send_head)
+
+
+def _name_head(headers: MutableHeaders) -> None:
+    """Where a route says that it takes GET, it takes HEAD."""
+    methods = [each.strip() for each in headers.get("allow", "").split(",")]
+    if "GET" in methods and "HEAD" not in methods:
+        headers["allow"] = ", ".join([*methods, "HEAD"])
 
 
 @dataclass(frozen=True, slots=True)
