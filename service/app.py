@@ -54,6 +54,7 @@ from service.routes.state import Limits, Service
 from service.scheduler import Scheduler
 from service.settings import Settings
 from service.tracing import traces_from_environment
+from service.transfers import Transfers
 from service.web.page import page_router
 
 _log = structlog.get_logger(__name__)
@@ -140,10 +141,17 @@ def build_service(settings: Settings, *, load: bool = True, only: str | None = N
     if load:
         library.load_all()
     metrics = Metrics()
+    transfers = Transfers(
+        rate=settings.min_transfer_rate,
+        grace=settings.transfer_grace,
+        most=settings.max_uploads,
+        most_per_client=settings.max_uploads_per_client,
+    )
     admission = Admission(
         max_images=settings.places,
         max_bytes=settings.max_queue_bytes,
         max_answer_bytes=settings.max_held_answer_bytes or max(memory_limit() // 8, 256 << 20),
+        make_room=transfers.make_room,
     )
     scheduler = Scheduler(
         pool,
@@ -161,6 +169,14 @@ def build_service(settings: Settings, *, load: bool = True, only: str | None = N
         "answer_bytes_held": (
             "Bytes of answers that are being made or sent.",
             lambda: admission.answer_bytes,
+        ),
+        "requests_arriving": (
+            "Requests that have arrived in part.",
+            lambda: transfers.arriving,
+        ),
+        "answers_leaving": (
+            "Answers that their clients have not read to the end.",
+            lambda: transfers.leaving,
         ),
         "workers_hanging": (
             "Worker threads that were given up and have not come back.",
@@ -191,6 +207,7 @@ def build_service(settings: Settings, *, load: bool = True, only: str | None = N
         admission,
         metrics,
         limits,
+        transfers,
         admin_keys=None if settings.admin_keys_file is None else KeyFile(settings.admin_keys_file),
         fetcher=_fetcher(settings) if settings.allowed_image_hosts else None,
         api_keys=None if settings.api_keys_file is None else KeyFile(settings.api_keys_file),

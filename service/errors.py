@@ -99,7 +99,7 @@ class BodyTooLarge(RequestError):
 
 
 class SlowUpload(RequestError):
-    """The body did not arrive in time."""
+    """The body did not arrive in time, or came too slowly."""
 
     code = "slow_upload"
 

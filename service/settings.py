@@ -128,7 +128,31 @@ class Settings(BaseSettings):
         "a GPU 256.",
     )
     max_queue_bytes: int = Field(
-        256 * MEBIBYTE, ge=1, description="Declared body bytes held at once; more are refused."
+        256 * MEBIBYTE, ge=1, description="Bytes of bodies held at once; more are refused."
+    )
+    max_uploads: int = Field(
+        512,
+        ge=1,
+        description="Requests that have arrived in part, at once. Above it the slowest one is "
+        "ended, and where none is slow, a new one is refused with 429.",
+    )
+    max_uploads_per_client: int = Field(
+        256,
+        ge=1,
+        description="The same for one address (of IPv6, one /64 network). All clients behind a "
+        "balancer that names none of them (X-Forwarded-For) have its address.",
+    )
+    min_transfer_rate: int = Field(
+        16384,
+        ge=1,
+        description="Bytes a second that a client must send of a body, and read of an answer; a "
+        "slower upload gets 408, a slower reader is disconnected.",
+    )
+    transfer_grace: float = Field(
+        20.0,
+        gt=0,
+        description="Seconds that a client may stop, or fall behind that rate. It is ended earlier "
+        "where others need its place.",
     )
     max_images: int = Field(32, ge=1, description="Images in one request.")
     max_body_bytes: int = Field(32 * MEBIBYTE, ge=1, description="Bytes in one request's body.")

@@ -12,9 +12,9 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import orjson
 import structlog
@@ -23,7 +23,7 @@ from fastapi import APIRouter, Request, Response
 from api_schemas.options import CommonOptions, ExplainOptions, PredictOptions
 from api_schemas.protocols import LabelStudioRequest, LabelStudioSetup, LabelStudioTask
 from service.admission import Permit
-from service.errors import InvalidOption, QueueFull
+from service.errors import InvalidOption
 from service.integrations.asked import parsed
 from service.integrations.label_studio_config import (
     Parameters,
@@ -42,7 +42,6 @@ from service.routes.state import Service, service_of
 
 router = APIRouter(prefix="/integrations/label-studio", tags=["Label Studio"])
 _log = structlog.get_logger(__name__)
-T = TypeVar("T")
 
 LABEL_STUDIO_SECONDS = 100.0
 """How long Label Studio waits for predictions."""
@@ -50,15 +49,12 @@ LABEL_STUDIO_SECONDS = 100.0
 SHARE_OF_TIME = 0.9
 """Of the time for a request; the rest is for what was begun, and for the way back."""
 
-PAUSE = 0.05
-"""Seconds until a task asks again for a place among the images held."""
-
 SETUP_BYTES, SETUP_SECONDS = 1 << 20, 3.0
 
 LISTED = 20
 """Predictions that are looked at where a project lets several classes be chosen."""
 
-_PROBLEMS = docs.problems(400, 401, 404, 413, 422, 429, 503, 504)
+_PROBLEMS = docs.problems(400, 401, 404, 408, 413, 422, 429, 503, 504)
 
 
 @router.get("/health", responses=docs.problems(401))
@@ -118,7 +114,7 @@ async def predict(request: Request) -> Response:
             return _json(_listed(parts), header)
 
     until = request.scope["started"] + _seconds(request)
-    return await _patiently(lambda: answering.in_time(request, work), until)
+    return await answering.in_time(request, work, waits=until)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +220,7 @@ class _Selection:
         for index, task in self._waiting:
             try:
                 ask = functools.partial(self._placed, task, place)
-                self._parts[index] = await _patiently(ask, self._until)
+                self._parts[index] = await answering.patiently(ask, self._until)
             except Exception as error:  # noqa: BLE001 - of one task; the others are kept
                 known = as_error(error)
                 _log.warning(
@@ -268,7 +264,7 @@ class _Selection:
         async def hold() -> None:
             work.bill.add(work.price(size))
 
-        await _patiently(hold, self._until)
+        await answering.patiently(hold, self._until)
         found = await answering.ask(work, data, size)
         return Evidence(work.model, found, self._asked.parameters, limits.render_side)
 
@@ -276,17 +272,6 @@ class _Selection:
 def _seconds(request: Request) -> float:
     """What a request may take, with time left for the way back."""
     return min(answering.timeout_of(request), LABEL_STUDIO_SECONDS) * SHARE_OF_TIME
-
-
-async def _patiently(ask: Callable[[], Awaitable[T]], until: float) -> T:
-    """Ask again as long as the service is full and there is time. Raises QueueFull."""
-    while True:
-        try:
-            return await ask()
-        except QueueFull:
-            if time.monotonic() + PAUSE > until:
-                raise
-            await asyncio.sleep(PAUSE)
 
 
 def _listed(parts: list[bytes]) -> bytes:

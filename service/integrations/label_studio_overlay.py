@@ -72,12 +72,12 @@ async def overlay_png(request: Request) -> Response:
     secret = service_of(request).label_studio.secret
     grant, source = read_query(request.scope["query_string"], secret)
     left = request.scope["started"] + answering.timeout_of(request) - time.monotonic()
-    with service_of(request).admission.admit() as permit:
-        try:
-            async with asyncio.timeout(left):
-                data = await _drawn(request, grant, source, permit)
-        except TimeoutError as error:
-            raise DeadlineExceeded("The overlay was not ready in time; try again.") from error
+    permit = answering.held(request).keep(service_of(request).admission.admit())
+    try:
+        async with asyncio.timeout(left):
+            data = await _drawn(request, grant, source, permit)
+    except TimeoutError as error:
+        raise DeadlineExceeded("The overlay was not ready in time; try again.") from error
     headers = {
         "Access-Control-Allow-Origin": grant.origin,
         "Cache-Control": f"private, max-age={CACHE_SECONDS}",

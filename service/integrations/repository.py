@@ -14,8 +14,11 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from service.errors import CamserveError, ConfigurationError
+from service.admission import Permit
+from service.errors import CamserveError, ConfigurationError, EmptyBody
+from service.integrations.asked import parsed
 from service.models.library import Entry
+from service.routes import bodies
 from service.routes.access import is_admin
 from service.routes.problems import status_of
 from service.routes.state import Service, service_of
@@ -41,6 +44,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 router = APIRouter(prefix="/v2/repository", tags=["model repository"], responses=_ERRORS)
 
+INDEX_BYTES, INDEX_SECONDS = 1 << 16, 10.0
+"""Of a body that says one thing."""
+
 STATES = {
     "loading": "LOADING",
     "ready": "READY",
@@ -55,19 +61,45 @@ class IndexRequest(BaseModel):
     ready: bool = False
 
 
-@router.post("/index", response_model=None)
-async def index(request: Request, asked: IndexRequest | None = None) -> Any:
+_INDEX_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {
+        "description": text,
+        "content": {"application/json": {"schema": _ERROR_BODY, "example": {"error": text}}},
+    }
+    for status, text in {
+        408: "The body did not arrive in time.",
+        413: "The body is too large.",
+        429: "Too many requests arrive at once.",
+    }.items()
+}
+_INDEX_BODY = {"content": {"application/json": {"schema": IndexRequest.model_json_schema()}}}
+
+
+@router.post(
+    "/index",
+    response_model=None,
+    responses=_INDEX_ERRORS,
+    openapi_extra={"requestBody": _INDEX_BODY},
+)
+async def index(request: Request) -> Any:
     """Every model with its state and, where it is not served, the reason."""
     service = service_of(request)
     refused = _refused(request, service)
     if refused is not None:
         return refused
+    asked = await _index_request(request)
     entries = service.library.entries.values()
-    return [
-        _line(service, entry)
-        for entry in entries
-        if not (asked and asked.ready) or entry.state == "ready"
-    ]
+    return [_line(service, entry) for entry in entries if not asked.ready or entry.state == "ready"]
+
+
+async def _index_request(request: Request) -> IndexRequest:
+    """What was sent, if anything was. Raises what `read_body` and `parsed` do."""
+    with Permit(service_of(request).admission) as permit:
+        try:
+            body = await bodies.read_body(request, permit, INDEX_BYTES, INDEX_SECONDS)
+        except EmptyBody:
+            return IndexRequest()
+        return parsed(IndexRequest, body)
 
 
 @router.post("/models/{name}/load", response_model=None)

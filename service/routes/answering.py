@@ -10,7 +10,7 @@ import asyncio
 import functools
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -21,8 +21,8 @@ from fastapi import Request, Response
 from torch import Tensor
 
 from api_schemas.options import CommonOptions, ExplainOptions
-from service.admission import Permit
-from service.errors import CamserveError, DeadlineExceeded, MalformedRequest
+from service.admission import Held, Permit
+from service.errors import CamserveError, DeadlineExceeded, MalformedRequest, QueueFull
 from service.formats import check_format
 from service.headers import Size
 from service.metrics import STAGES
@@ -36,6 +36,9 @@ from service.upload import Hiding, Sent, Upload, open_upload
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+PAUSE = 0.05
+"""Seconds until a place among the images held is asked for again."""
 
 
 @dataclass(slots=True)
@@ -86,27 +89,70 @@ class _ClientGone(Exception):
 
 
 async def in_time(
-    request: Request, work: Callable[[bytes, Permit], Coroutine[Any, Any, Response]]
+    request: Request,
+    work: Callable[[bytes, Permit], Coroutine[Any, Any, Response]],
+    *,
+    waits: float | None = None,
 ) -> Response:
-    """Take a permit, read the body, and work until the answer, the deadline or the hang-up.
+    """Read the body, take a place, and work until the answer, the deadline or the disconnect.
 
+    The permit is held until the answer has left.
+
+    waits: until when to wait for a place (`time.monotonic`); None: a full service refuses at once,
+    before the body is read.
     Raises QueueFull, ShuttingDown, DeadlineExceeded, what `bodies.read_body` raises, and what
     `work` does.
     """
     service = service_of(request)
     limits, seconds = service.limits, timeout_of(request)
     deadline = request.scope["started"] + seconds
-    with service.admission.admit(bodies.declared_bytes(request)) as permit:
-        body = await bodies.read_body(request, permit, limits.body_bytes, seconds)
+    if waits is None:
+        service.admission.check()
+    permit = held(request).keep(service.admission.expect())
+    body = await bodies.read_body(request, permit, limits.body_bytes, seconds)
+    try:
+        async with asyncio.timeout(deadline - time.monotonic()):
+            return await _until_gone(request, _placed(work, body, permit, waits))
+    except TimeoutError as error:
+        raise DeadlineExceeded(
+            f"The answer was not ready within {seconds:g} seconds; try again, or ask for less."
+        ) from error
+    except _ClientGone:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+async def _placed(
+    work: Callable[[bytes, Permit], Coroutine[Any, Any, Response]],
+    body: bytes,
+    permit: Permit,
+    waits: float | None,
+) -> Response:
+    async def take() -> None:
+        permit.grow(1)
+
+    await (take() if waits is None else patiently(take, waits))
+    return await work(body, permit)
+
+
+async def patiently(ask: Callable[[], Awaitable[T]], until: float) -> T:
+    """Try again as long as the service is full and there is time. Raises QueueFull.
+
+    ask: what may be called twice; a body, for one, is read once.
+    """
+    while True:
         try:
-            async with asyncio.timeout(deadline - time.monotonic()):
-                return await _until_gone(request, work(body, permit))
-        except TimeoutError as error:
-            raise DeadlineExceeded(
-                f"The answer was not ready within {seconds:g} seconds; try again, or ask for less."
-            ) from error
-        except _ClientGone:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
+            return await ask()
+        except QueueFull:
+            if time.monotonic() + PAUSE > until:
+                raise
+            await asyncio.sleep(PAUSE)
+
+
+def held(request: Request) -> Held:
+    """What this request holds until its answer has left."""
+    kept = request.scope["held"]
+    assert isinstance(kept, Held)
+    return kept
 
 
 def timeout_of(request: Request) -> float:

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.admission import Admission
+from service.admission import Admission, Held
 from service.errors import InvalidOption, QueueFull, ShuttingDown
 from service.metrics import Metrics
 from service.routes.access import path_of
@@ -59,6 +59,8 @@ _ID = re.compile(r"[A-Za-z0-9._-]{1,100}")
 class RequestContext:
     """Gives each request an id (its own `X-Request-ID`, or a new one), logs and counts it.
 
+    What the request holds is given back once its answer has left: `send` returns from the last
+    message when the socket has taken it (`service.outbox`).
     An exception that no handler took becomes a 500 problem body here; nothing of it leaves.
     """
 
@@ -76,18 +78,24 @@ class RequestContext:
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=scope["request_id"])
         status = 0
+        answered = 0.0
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
+            nonlocal status, answered
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = scope["request_id"]
                 headers.update(SECURITY_HEADERS)
+            answered = time.monotonic()
             await send(message)
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                held.release()
 
+        held: Held = scope.setdefault("held", Held())
         try:
-            await self.app(scope, receive, send_with_id)
+            with held:
+                await self.app(scope, receive, send_with_id)
         except ClientDisconnect:  # while it sent its body: nobody is left to answer
             status = CLIENT_CLOSED_REQUEST
         except Exception as error:  # noqa: BLE001 - the last stop before the server
@@ -95,7 +103,7 @@ class RequestContext:
             if not status:
                 await unexpected(Request(scope))(scope, receive, send_with_id)
         finally:
-            self._report(scope, status, time.monotonic() - started)
+            self._report(scope, status, (answered or time.monotonic()) - started)
 
     def _report(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")

@@ -14,6 +14,7 @@ from service.metrics import Metrics
 from service.models.library import Library
 from service.models.pool import ModelPool
 from service.scheduler import Scheduler
+from service.transfers import Transfers
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ class Service:
     admission: Admission
     metrics: Metrics
     limits: Limits
+    transfers: Transfers
     admin_keys: KeyFile | None = None
     fetcher: Fetcher | None = None
     api_keys: KeyFile | None = None
