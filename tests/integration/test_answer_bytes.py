@@ -340,10 +340,11 @@ def test_an_answer_in_the_making_is_held_at_what_it_takes(
     release = Permit.release
 
     def note(self: Any) -> None:
-        held.append(self.answer_bytes)
+        if self.answer_bytes:  # a second release finds nothing
+            held.append(self.answer_bytes)
         release(self)
 
     monkeypatch.setattr(Permit, "release", note)
     answer = upload(client, 2, include=["heatmap", "overlay"])
-    assert held[-1] == len(answer.content)
+    assert held == [len(answer.content)]
     assert json.loads(answer.content)["results"]
