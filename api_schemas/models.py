@@ -45,6 +45,10 @@ class Model(BaseModel):
     lanes: list[Lane] | None = None
     random_weights: bool | None = None
     replicas: int | None = None
+    stateful: list[str] | None = Field(
+        None,
+        description="What the model changes in each forward pass; restored after each request.",
+    )
 
 
 class ModelDetails(Model):

@@ -17,6 +17,7 @@ from torch.jit import ScriptModule
 from service.cam.hooks import record
 from service.models.catalog import Select
 from service.models.output import logits_in
+from service.models.torch_state import kept_torch_state
 
 _log = structlog.get_logger(__name__)
 
@@ -66,7 +67,10 @@ def why_no_gradients(
     """
     taken = image if layer else image.clone().requires_grad_()
     try:
-        with record(module, targets=[layer] if layer else []) as seen:
+        with (
+            kept_torch_state(random=False),
+            record(module, targets=[layer] if layer else []) as seen,
+        ):
             logits = logits_in(module(taken), select)
         at = seen.targets[layer][-1] if layer else taken
         gradient: Tensor | None = torch.autograd.grad(logits.max(), at, allow_unused=True)[0]

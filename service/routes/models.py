@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from api_schemas import models as wire
+from service.models.condition import ATTRIBUTE
 from service.models.library import Entry
 from service.models.loaded import LoadedModel
 from service.routes.access import may_see_reasons
@@ -103,4 +104,10 @@ def _loaded(service: Service, model: LoadedModel, *, shown: bool) -> dict[str, A
         ],
         "random_weights": model.random_weights,
         "replicas": service.pool.size(model.name),
+        **({"stateful": _changes(model)} if model.stateful else {}),
     }
+
+
+def _changes(model: LoadedModel) -> list[str]:
+    """Paths of attributes, and words for the rest."""
+    return [fault.removeprefix(ATTRIBUTE) for fault in model.stateful]
