@@ -23,7 +23,7 @@ from api_schemas.options import ExplainOptions
 from service import __version__
 from service.addresses import parse_hosts
 from service.admission import Admission
-from service.errors import ConfigurationError
+from service.errors import ConfigurationError, ShuttingDown
 from service.fetching import Fetcher
 from service.integrations.routers import ROUTERS
 from service.keys import KeyFile
@@ -277,19 +277,23 @@ def model_loader(settings: Settings) -> Callable[[ModelSpec], LoadedModel]:
 
 def _reread_on_hang_up(service: Service, settings: Settings) -> None:
     """On SIGHUP read keys and models' files again: new versions replace the old ones."""
+    one_at_a_time = threading.Lock()
 
     def reread() -> None:
-        for keys in (service.api_keys, service.admin_keys):
-            if keys is not None:
-                keys.reread()
-        try:
-            service.library.replace_all(model_specs(settings))
-        except ConfigurationError as error:
-            _log.error("reread_failed", detail=error.detail)
+        with one_at_a_time:
+            for keys in (service.api_keys, service.admin_keys):
+                if keys is not None:
+                    keys.reread()
+            try:
+                service.library.replace_all(model_specs(settings))
+            except (ConfigurationError, ShuttingDown) as error:
+                _log.error("reread_failed", detail=error.detail)
 
+    loop = asyncio.get_running_loop()
     # Signals reach the main thread alone; in a test's thread there is nothing to install.
     if threading.current_thread() is threading.main_thread():
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reread)
+        # Files may be on a slow disk: they are not read on the loop.
+        loop.add_signal_handler(signal.SIGHUP, lambda: loop.run_in_executor(None, reread))
 
 
 def _warn_of_open_doors(settings: Settings) -> None:

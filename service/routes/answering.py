@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, ParamSpec, TypeVar
 
@@ -39,6 +39,9 @@ T = TypeVar("T")
 
 PAUSE = 0.05
 """Seconds until a place among the images held is asked for again."""
+
+LOADS = 3
+"""How often a request has its model loaded: others may take its place before the request runs."""
 
 
 @dataclass(slots=True)
@@ -179,10 +182,14 @@ async def model_in_use(request: Request, name: str | None) -> AsyncIterator[Load
     Raises UnknownModel, ModelNotReady, ConfigurationError.
     """
     service = service_of(request)
-    loading = service.library.demand(name)
-    if loading is not None:
-        # Others may wait for the same model: whoever hangs up must not stop its loading.
-        await asyncio.shield(asyncio.wrap_future(loading))
+    for _ in range(LOADS):
+        loading = service.library.demand(name)
+        if loading is None:
+            break
+        # Others may wait for the same model: whoever hangs up must not stop its loading. Where it
+        # failed, what is known of the model by then says when to come back.
+        with suppress(CamserveError):
+            await asyncio.shield(asyncio.wrap_future(loading))
     with service.pool.use(name or service.library.default) as model:
         yield model
 

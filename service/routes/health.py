@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,10 +42,14 @@ async def ready(request: Request) -> Health:
     if not service.admission.is_open:
         raise ShuttingDown("The service is shutting down; ask another instance.")
     _refuse_where_threads_hang(service)
+    _have_repaired(service)
     entries = service.library.entries
-    loading = [name for name, entry in entries.items() if entry.state == "loading"]
+    # A model that a request loads again keeps no others from being served.
+    loading = [
+        n for n, entry in entries.items() if entry.state == "loading" and not entry.on_demand
+    ]
     failed = {name: entry for name, entry in entries.items() if entry.reason}
-    if loading or not (service.pool.models or any(each.on_demand for each in entries.values())):
+    if loading or not any(each.state == "ready" or each.on_demand for each in entries.values()):
         waiting = f"Loading: {', '.join(loading)}." if loading else "No model is loaded."
         raise ModelNotReady(f"{waiting} {_sentence(request, failed)}".strip(), retry_after=2)
     return _health(request, failed)
@@ -53,7 +58,17 @@ async def ready(request: Request) -> Health:
 @router.get("/metrics", response_class=Response, responses=_SAMPLES | problems(401))
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
-    return Response(service_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
+    # Counting hooks looks through every module of every replica.
+    render = service_of(request).metrics.render
+    text = await asyncio.get_running_loop().run_in_executor(None, render)
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+
+def _have_repaired(service: Service) -> None:
+    """Have what failed tried again where its delay has passed: no request may come to do it."""
+    service.library.retry()
+    if service.pool.wants_mending:
+        service.scheduler.call(service.pool.mend)
 
 
 def _health(request: Request, failed: Mapping[str, Entry]) -> Health:
