@@ -68,7 +68,6 @@ def load_model(
     height, width = preprocessing.crop
     image = torch.zeros(1, preprocessing.channels, height, width, device=device, dtype=model.dtype)
     tried = _tried(model, image)
-    stateful = _settled(model, image)
     target = _target_layer(spec, built, tried)
     no_layers = why_no_layers(module)
     return _tuned(
@@ -79,7 +78,6 @@ def load_model(
             layers=tried.layers,
             no_layers=no_layers,
             no_gradients=why_no_gradients(replicate(module), image, target, spec.select),
-            stateful=stateful,
         ),
         torch.rand(image.shape, generator=torch.Generator().manual_seed(0)).to(image),
         compiler,
@@ -105,7 +103,9 @@ def _outside_inference_mode(module: nn.Module) -> nn.Module:
 def _tuned(model: LoadedModel, image: Tensor, compiler: Compiler | None) -> LoadedModel:
     """The model in its fastest forms that give the same numbers. image: normalised (1, C, h, w)."""
     if model.no_layers or model.no_gradients:  # scripted or quantised: as it was made
-        return replace(model, not_compiled=model.no_layers or model.no_gradients)
+        stateful = _settled(model, model.module, image)
+        reason = model.no_layers or model.no_gradients
+        return replace(model, not_compiled=reason, stateful=stateful)
     with kept_torch_state(random=False), torch.no_grad():
         expected = model.logits(model.replicate()(image))
     model.module.to(memory_format=torch.channels_last)
@@ -113,9 +113,14 @@ def _tuned(model: LoadedModel, image: Tensor, compiler: Compiler | None) -> Load
     if not channels_last:  # a `view` of what has its channels last
         model.module.to(memory_format=torch.contiguous_format)
     folded = fold(model.replicate())
-    if folded is not None and not _gives(expected, model, folded.module, image):
+    if folded is not None and not _gives(expected, model, replicate(folded.module), image):
         folded = None
-    model = replace(model, channels_last=channels_last, folded=folded)
+    # Behind everything that converts modules: some drop what they computed then.
+    modules = [model.module] if folded is None else [model.module, folded.module]
+    stateful = {fault for module in modules for fault in _settled(model, module, image)}
+    model = replace(
+        model, channels_last=channels_last, folded=folded, stateful=tuple(sorted(stateful))
+    )
     if compiler is None:
         return replace(model, not_compiled="Compiling is switched off.")
     return compiler.compiled(model)
@@ -150,10 +155,10 @@ def _tried(model: LoadedModel, image: Tensor) -> Probe:
         ) from error
 
 
-def _settled(model: LoadedModel, image: Tensor) -> tuple[str, ...]:
-    """What the model changes at every call. Raises ConfigurationError where it must not."""
+def _settled(model: LoadedModel, module: nn.Module, image: Tensor) -> tuple[str, ...]:
+    """What a form of the model changes at every call. Raises ConfigurationError for parameters."""
     try:
-        found = settle(model.module, image)
+        found = settle(module, image)
     except ConfigurationError as error:
         raise ConfigurationError(f"{model.spec.at('builder')}: {error}.") from error
     if found:

@@ -53,12 +53,22 @@ def settle(master: nn.Module, image: Tensor) -> tuple[str, ...]:
             "tensor there, or make it a buffer"
         )
     lazy = [path for path in built if f"{ATTRIBUTE}{path}" not in faults]
-    if lazy:
-        second = replicate(master)
+    constant = _constants(lazy, first, master, image)
+    faults |= {f"{ATTRIBUTE}{path}" for path in lazy if path not in constant}
+    return tuple(sorted(faults))
+
+
+def _constants(lazy: list[str], first: nn.Module, master: nn.Module, image: Tensor) -> set[str]:
+    """Those of what a first call built that another replica builds equally; the master gets them."""
+    if not lazy:
+        return set()
+    second = replicate(master)
+    try:
         with torch.no_grad():
             _call(second, _noise(image, 3))
-        faults |= {f"{ATTRIBUTE}{p}" for p in lazy if not _transplanted(p, first, second, master)}
-    return tuple(sorted(faults))
+    except Exception:  # noqa: BLE001 - as above
+        return set()
+    return {path for path in lazy if _transplanted(path, first, second, master)}
 
 
 def _call(module: nn.Module, image: Tensor) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.concurrency import run_in_threadpool
 
 from api_schemas.models import Health
 from service.errors import ModelNotReady, ShuttingDown
@@ -58,9 +58,8 @@ async def ready(request: Request) -> Health:
 @router.get("/metrics", response_class=Response, responses=_SAMPLES | problems(401))
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
-    # Counting hooks looks through every module of every replica.
-    render = service_of(request).metrics.render
-    text = await asyncio.get_running_loop().run_in_executor(None, render)
+    # Not on the event loop: counting hooks looks through every module of every replica.
+    text = await run_in_threadpool(service_of(request).metrics.render)
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 

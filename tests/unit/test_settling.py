@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import keeping
 import pytest
 import torch
 from keeping import KEEPS, Keeping
@@ -158,3 +159,38 @@ def test_a_model_that_was_built_in_inference_mode_is_explained() -> None:
     model = load_model(spec, allow_random_weights=True)
     assert model.no_gradients is None
     assert not any(tensor.is_inference() for tensor in model.module.state_dict().values())
+
+
+class Forgetful(SmallNet):
+    """Drops its table when it is converted or set to a mode, as timm's LeViT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> nn.Module:
+        self.table = {}
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.table = {}
+        return super()._apply(*args, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "bias" not in self.table:
+            self.table["bias"] = torch.ones(7)
+        return super().forward(x) + self.table["bias"]
+
+
+def test_constants_are_built_behind_everything_that_drops_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(keeping, "forgetful", Forgetful, raising=False)
+    model = load_model(ModelSpec("tiny", "keeping:forgetful"), allow_random_weights=True)
+    assert model.stateful == ()
+    assert model.folded is not None
+    pool = ModelPool([model], replicas=1)
+    for folded in (False, True):
+        with pool.lease("tiny", folded=folded) as replica:
+            replica.module(IMAGE)
+    assert pool.replaced == {"tiny": 0}
