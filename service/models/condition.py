@@ -370,7 +370,7 @@ def _tensors(modules: Modules, table: str) -> Iterator[Tensor]:
     """Each tensor in these tables once."""
     seen: set[int] = set()
     for _, each in modules:
-        for tensor in _table(each, table).values():
+        for tensor in list(_table(each, table).values()):  # others may change it meanwhile
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))
                 yield tensor

@@ -59,7 +59,7 @@ def settle(master: nn.Module, image: Tensor) -> tuple[str, ...]:
 
 
 def _constants(lazy: list[str], first: nn.Module, master: nn.Module, image: Tensor) -> set[str]:
-    """Those of what a first call built that another replica builds equally; the master gets them."""
+    """What another replica builds equally of another image; the master gets it."""
     if not lazy:
         return set()
     second = replicate(master)
