@@ -117,9 +117,9 @@ def _tuned(model: LoadedModel, image: Tensor, compiler: Compiler | None) -> Load
         folded = None
     # Behind everything that converts modules: some drop what they computed then.
     modules = [model.module] if folded is None else [model.module, folded.module]
-    stateful = {fault for module in modules for fault in _settled(model, module, image)}
+    found = {fault for module in modules for fault in _settled(model, module, image)}
     model = replace(
-        model, channels_last=channels_last, folded=folded, stateful=tuple(sorted(stateful))
+        model, channels_last=channels_last, folded=folded, stateful=tuple(sorted(found))
     )
     if compiler is None:
         return replace(model, not_compiled="Compiling is switched off.")
