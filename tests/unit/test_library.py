@@ -260,7 +260,7 @@ def test_one_failure_that_passes_marks_a_model_failed_until_it_is_asked_for_agai
     played.load("a")
     played.work(failing())
     assert played.library.entry("a").state == "failed"
-    with pytest.raises(ModelNotReady, match="no such file") as refused:
+    with pytest.raises(ModelNotReady, match="is failed; GET /models/a says more") as refused:
         played.library.demand("a")
     assert refused.value.retry_after == 5
     assert not played.tasks
