@@ -16,7 +16,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from api_schemas.options import ExplainOptions
 from service.cam.heatmap import Picture, Style
+from service.durable import whole
+from service.errors import ConfigurationError
 from service.explain_files import Explained, Failed, Outcome
+from service.image_files import text_of
 from service.models.loaded import LoadedModel
 from service.routes import wire
 from service.upload import Upload
@@ -62,11 +65,17 @@ class ContactSheet:
         at: TracebackType | None,
     ) -> None:
         if kind is None:
-            self._draw().save(self._path, quality=90)
+            try:
+                with whole(self._path) as draft:
+                    self._draw().save(draft, quality=90)
+            except OSError as failed:
+                raise ConfigurationError(
+                    f"{text_of(self._path)} cannot be written: {failed.strerror}."
+                ) from failed
 
     def keep(self, outcome: Outcome) -> None:
         """A tile for an image, or for its failure."""
-        path = str(outcome.path)
+        path = text_of(outcome.path)
         if isinstance(outcome, Failed):
             tile = Tile(None, outcome.code.replace("_", " "), "failed", path)
         else:

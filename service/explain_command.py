@@ -27,7 +27,7 @@ from service.explain_files import (
     onto_board,
 )
 from service.flags import ERR, OUT
-from service.image_files import find_images
+from service.image_files import find_images, text_of
 from service.report.page import HtmlReport
 from service.routes.state import Service
 from service.settings import Settings
@@ -76,10 +76,10 @@ def run(settings: Settings, options: ExplainOptions, given: list[str], wanted: W
     if not wanted.lines:
         OUT.print(table.rows)
     for failed in table.failed:
-        sentence = f"[red]failed:[/] {escape(str(failed.path))}: {escape(failed.detail)}"
+        sentence = f"[red]failed:[/] {escape(text_of(failed.path))}: {escape(failed.detail)}"
         ERR.print(sentence, soft_wrap=True)
     counts = f"{table.explained} explained, {len(table.failed)} failed"
-    places = ", ".join(map(str, wanted.places()))
+    places = ", ".join(map(text_of, wanted.places()))
     ERR.print(f"{counts} → {escape(places)}" if places else counts, soft_wrap=True)
     if wanted.opened and table.explained:
         _open(wanted, images[0][1] if len(images) == 1 else None, options.format)
@@ -141,7 +141,7 @@ class _Told:
             return
         self.explained += 1
         best = outcome.result.predictions[0]  # type: ignore[index]
-        row = [escape(str(outcome.path)), escape(best.label), f"{best.score:.1%}"]
+        row = [escape(text_of(outcome.path)), escape(best.label), f"{best.score:.1%}"]
         masked = outcome.result.masked
         if masked is not None:
             changes = [f"{each.label} {each.score:.1%}" for each in masked.changes]
@@ -158,4 +158,5 @@ def _open(wanted: Wanted, only: Path | None, overlay: str) -> None:
     if place == wanted.folder and only is not None:
         place = place / only.with_name(f"{only.name}.overlay.{overlay}")
     if not webbrowser.open(place.absolute().as_uri()):
-        ERR.print(f"no browser could be opened; the result is {escape(str(place))}", soft_wrap=True)
+        result = escape(text_of(place))
+        ERR.print(f"no browser could be opened; the result is {result}", soft_wrap=True)

@@ -18,8 +18,9 @@ from torch import Tensor
 from api_schemas.answers import Result
 from api_schemas.options import ExplainOptions
 from service.cam.heatmap import render_heatmap
+from service.durable import write_whole
 from service.errors import CamserveError
-from service.image_files import read_image
+from service.image_files import read_image, text_of
 from service.models.loaded import LoadedModel
 from service.questions import Answer, Question
 from service.routes import wire
@@ -183,11 +184,17 @@ class _Job:
         return self.service.scheduler.submit(self.model, asked).result().answer
 
 
-def into_folder(out: Path, side: int, *, numbers: bool = True) -> Keeper:
+def into_folder(
+    out: Path,
+    side: int,
+    write: Callable[[Path, bytes], None] = write_whole,
+    *,
+    numbers: bool = True,
+) -> Keeper:
     """Write NAME.overlay.jpeg, NAME.heatmap.png and NAME.json of each image into a folder.
 
     Further classes carry their id in the name. side: of the longer side of heatmaps, pixels.
-    numbers: whether the JSON is written.
+    write: writes each file. numbers: whether the JSON is written; it is the last.
     """
 
     def keep(outcome: Outcome) -> None:
@@ -199,12 +206,12 @@ def into_folder(out: Path, side: int, *, numbers: bool = True) -> Keeper:
         for index, explanation in enumerate(outcome.answer.explanations):
             tag = f".{explanation.class_id}" if index else ""
             drawn = wire.overlay(upload, explanation, style)
-            _beside(place, f"{tag}.overlay.{style.format}").write_bytes(drawn.data)
+            write(_beside(place, f"{tag}.overlay.{style.format}"), drawn.data)
             heatmap = render_heatmap(explanation.grid, upload.model_input.geometry, style, side)
-            _beside(place, f"{tag}.heatmap.png").write_bytes(heatmap.data)
+            write(_beside(place, f"{tag}.heatmap.png"), heatmap.data)
         if numbers:
             said = outcome.result.model_dump(exclude_unset=True)
-            _beside(place, ".json").write_bytes(orjson.dumps(said, option=orjson.OPT_INDENT_2))
+            write(_beside(place, ".json"), orjson.dumps(said, option=orjson.OPT_INDENT_2))
 
     return keep
 
@@ -218,11 +225,11 @@ def onto_board(board: Board) -> Keeper:
         model, style = outcome.model, wire.style_of(outcome.options)
         for explanation in outcome.answer.explanations:
             drawn = wire.overlay(outcome.upload, explanation, style)
-            board.add(f"{outcome.name}/{model.labels[explanation.class_id]}", drawn)
+            board.add(f"{text_of(outcome.name)}/{model.labels[explanation.class_id]}", drawn)
         for activation in outcome.answer.activations:
             call = f".{activation.call}" if activation.call else ""
             maps, _ = wire.picture_of(model, activation)
-            board.add(f"{outcome.name}/{activation.layer}{activation.part}{call}", maps)
+            board.add(f"{text_of(outcome.name)}/{activation.layer}{activation.part}{call}", maps)
 
     return keep
 
@@ -231,7 +238,7 @@ def as_json(outcome: Outcome, service: Service) -> bytes:
     """One line: `file`, `model`, and what `/explain` answers of an image, `error` if it failed."""
     model = service.pool.model(None)
     said = {
-        "file": str(outcome.path),
+        "file": text_of(outcome.path),
         "model": {"name": model.name, "version": model.version},
         **(
             {"error": {"code": outcome.code, "detail": outcome.detail}}

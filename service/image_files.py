@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import glob
+import os
+import re
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from service.errors import ConfigurationError, nearest
@@ -31,6 +33,16 @@ def find_images(paths: Iterable[Path | str]) -> list[tuple[Path, Path]]:
     return list(zip(found, _unlike_each_other(list(found.items())), strict=True))
 
 
+def text_of(path: Path | str) -> str:
+    r"""A path as text that is UTF-8; no other path has it.
+
+    A byte that is not UTF-8 is `\xNN`. A backslash that begins such a form in the path itself is
+    `\x5c`, so that `\xNN` stands for a byte always.
+    """
+    escaped = re.sub(rb"\\(?=x[0-9a-fA-F]{2})", rb"\\x5c", os.fsencode(path))
+    return escaped.decode("utf-8", "backslashreplace")
+
+
 def read_image(path: Path) -> bytes:
     """A file's bytes, or what comes on standard input. Raises OSError."""
     return sys.stdin.buffer.read() if path == STDIN else path.read_bytes()
@@ -43,19 +55,19 @@ def _named_by(given: str) -> list[tuple[Path, Path]]:
     if path.is_dir():
         inside = _images(path.rglob("*"))
         if not inside:
-            raise ConfigurationError(f"no image is in the folder {path}.")
+            raise ConfigurationError(f"no image is in the folder {text_of(path)}.")
         return [(each, each.relative_to(path)) for each in inside]
     if path.exists():
         return [(path, Path(path.name))]
     if glob.has_magic(given):
         inside = _images(Path(each) for each in glob.iglob(given, recursive=True))  # noqa: PTH207
         if not inside:
-            raise ConfigurationError(f"no image matches {given}.")
+            raise ConfigurationError(f"no image matches {text_of(given)}.")
         root = _before_the_pattern(path)
         return [(each, each.relative_to(root)) for each in inside]
     beside = path.parent.iterdir() if path.parent.is_dir() else ()
-    close = nearest(path.name, (each.name for each in beside))
-    raise ConfigurationError(f"there is no file {path}.{close}")
+    close = nearest(path.name, (text_of(each.name) for each in beside))
+    raise ConfigurationError(f"there is no file {text_of(path)}.{close}")
 
 
 def _images(paths: Iterable[Path]) -> list[Path]:
@@ -71,16 +83,32 @@ def _before_the_pattern(pattern: Path) -> Path:
 
 def _unlike_each_other(found: list[tuple[Path, Path]]) -> list[Path]:
     """The shortest form of each name that no other has: bare, with suffix, with its folders."""
-    bare = Counter(name.with_suffix("") for _, name in found)
-    full = Counter(name for _, name in found)
-    return [
-        _inside_out(path)
-        if full[name] > 1
-        else name
-        if bare[name.with_suffix("")] > 1
-        else name.with_suffix("")
-        for path, name in found
+    forms = [
+        (name.with_suffix(""), name, _inside_out(path), _inside_out(path) / f"{place}")
+        for place, (path, name) in enumerate(found)
     ]
+    lengths = [0] * len(found)
+    while longer := _alike([form[n] for form, n in zip(forms, lengths, strict=True)], lengths):
+        for place in longer:
+            lengths[place] += 1
+    return [form[length] for form, length in zip(forms, lengths, strict=True)]
+
+
+def _alike(names: Sequence[Path], lengths: Sequence[int]) -> list[int]:
+    """Places of the names whose results would have names of another's results.
+
+    Results of further classes carry the class: those of `a` are `a.7.…`, and so are those of `a.7`.
+    """
+    count = Counter(names)
+    return [
+        place
+        for place, name in enumerate(names)
+        if lengths[place] < 3
+        and (count[name] > 1 or (_OF_A_CLASS.search(name.name) and name.with_suffix("") in count))
+    ]
+
+
+_OF_A_CLASS = re.compile(r"[.][0-9]+$")
 
 
 def _inside_out(path: Path) -> Path:

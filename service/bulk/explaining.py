@@ -12,6 +12,7 @@ from rich.console import Console
 from api_schemas.options import ExplainOptions
 from service.bulk.inputs import Input
 from service.bulk.results import Row, Work
+from service.durable import write_synced
 from service.errors import ConfigurationError
 from service.explain_files import Explained, Outcome, explain_images, into_folder
 from service.models.loaded import LoadedModel
@@ -52,7 +53,8 @@ class Explaining:
         """The rows of each shard, once it is there.
 
         Once `stopped`, the rows so far become a shorter shard, and no more are begun.
-        Raises ConfigurationError where the results cannot be written.
+        Raises ConfigurationError where the results cannot be written or the folder belongs to
+        another run by now.
         """
         named = {
             Path(shard.name, f"{place:06}"): each
@@ -61,7 +63,7 @@ class Explaining:
         }
         limits = self.service.limits
         keepers = (
-            [into_folder(self.work.place, limits.render_side, numbers=False)]
+            [into_folder(self.work.place, limits.render_side, write_synced, numbers=False)]
             if self.pictures
             else []
         )
@@ -77,18 +79,16 @@ class Explaining:
             for shard in shards:
                 rows = []
                 for each, outcome in zip(shard.inputs, outcomes, strict=False):
-                    rows.append(self._row(each, outcome, f"pictures/{shard.name}"))
+                    rows.append(self._row(each, outcome, self.work.pictures(shard.name)))
                     if stopped():
                         break
                 if len(rows) < len(shard.inputs):
                     cut_short = shard, rows
                     break
-                self.work.finish(shard.name, rows)
-                yield rows
+                yield self.work.finish(shard.name, rows)
         if cut_short is not None:  # now that no thread draws any more
             shard, rows = cut_short
-            self.work.finish(shard.name, rows)
-            yield rows
+            yield self.work.finish(shard.name, rows)
 
     def _row(self, image: Input, outcome: Outcome, folder: str) -> Row:
         model = self.service.pool.model(None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +13,14 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from service.errors import BodyTooLarge, ConfigurationError
-from service.image_files import SUFFIXES
+from service.image_files import SUFFIXES, text_of
 
 
 @dataclass(frozen=True, slots=True)
 class Input:
     """One image.
 
-    name: as SRC has it: below a folder, or as a listing says it; no other input has it.
+    name: as SRC has it: below a folder (`text_of`), or as a listing says it; no other input has it.
     location: where it is: a path of this machine, or a URL that pyarrow reads (s3, gs, file …).
     """
 
@@ -33,7 +32,7 @@ class Input:
         try:
             with _opened(self.location) as file:
                 data: bytes = file.read(max_bytes + 1)
-        except pa.ArrowException as error:
+        except (pa.ArrowException, ValueError) as error:  # a NUL in the name is a ValueError
             raise OSError(str(error)) from error
         if len(data) > max_bytes:
             raise BodyTooLarge(
@@ -51,35 +50,49 @@ def list_inputs(source: str, column: str) -> list[Input]:
     """
     try:
         listed = list(_listed(source, column))
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{source} cannot be read: {error}") from error
+    except (OSError, pa.ArrowException, UnicodeError) as error:
+        raise ConfigurationError(f"{text_of(source)} cannot be read: {error}") from error
     inputs = list({each.name: each for each in listed}.values())
     if not inputs:
-        raise ConfigurationError(f"no image is in {source}.")
+        raise ConfigurationError(f"no image is in {text_of(source)}.")
     return inputs
 
 
+def place_of(source: str) -> str:
+    """The same text for the same SRC, wherever the command is given."""
+    return source.rstrip("/") if "://" in source else text_of(Path(source).resolve())
+
+
 def _listed(source: str, column: str) -> Iterator[Input]:
-    system, path = _place(source)
-    info = system.get_file_info(path)
-    if info.type == fs.FileType.NotFound:
-        raise ConfigurationError(f"there is no {source}.")
-    if info.type == fs.FileType.Directory:
+    kind = _kind(source)
+    if kind == fs.FileType.NotFound:
+        raise ConfigurationError(f"there is no {text_of(source)}.")
+    if kind == fs.FileType.Directory:
         yield from _in_bucket(source) if "://" in source else _in_folder(Path(source))
         return
-    with system.open_input_file(path) as file:
-        names = _column(file, source, column) if path.endswith(".parquet") else _lines(file)
+    with _opened(source) as file:
+        is_table = source.endswith(".parquet")
+        names = _column(file, source, column) if is_table else _lines(file, source)
     folder = source.rpartition("/")[0] if "://" in source else str(Path(source).absolute().parent)
     for name in names:
         there = "://" in name or Path(name).is_absolute()
         yield Input(name, name if there else f"{folder}/{name}")
 
 
+def _kind(source: str) -> Any:
+    if "://" in source:
+        system, path = _place(source)
+        return system.get_file_info(path).type
+    here = Path(source)  # not by pyarrow, whose paths are UTF-8
+    if here.is_dir():
+        return fs.FileType.Directory
+    return fs.FileType.File if here.exists() else fs.FileType.NotFound
+
+
 def _in_folder(folder: Path) -> Iterator[Input]:
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in SUFFIXES and path.is_file():
-            name = os.fsencode(path.relative_to(folder).as_posix())  # which may not be UTF-8
-            yield Input(name.decode("utf-8", "backslashreplace"), str(path.absolute()))
+            yield Input(text_of(path.relative_to(folder)), str(path.absolute()))
 
 
 def _in_bucket(source: str) -> Iterator[Input]:
@@ -106,9 +119,19 @@ def _column(file: Any, source: str, column: str) -> Iterable[str]:
     return [name for name in values.to_pylist() if name]
 
 
-def _lines(file: Any) -> Iterable[str]:
-    text: str = file.read().decode("utf-8-sig")
-    return [line.strip() for line in text.splitlines() if line.strip()]
+def _lines(file: Any, source: str) -> Iterable[str]:
+    """Lines end with LF or CR LF, and nothing else ends one: a name may hold other separators."""
+    data: bytes = file.read()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ConfigurationError(
+            f"line {line} of {text_of(source)} is not UTF-8; save the list as UTF-8, or give the "
+            "folder of the images itself, whose names may have any bytes."
+        ) from error
+    lines = (line.removesuffix("\r") for line in text.split("\n"))
+    return [line for line in lines if line.strip()]
 
 
 def _opened(location: str) -> Any:
@@ -119,9 +142,7 @@ def _opened(location: str) -> Any:
 
 
 def _place(location: str) -> tuple[Any, str]:
-    """The file system of a location and the path there; nothing in the path is an escape."""
-    if "://" not in location:
-        return fs.LocalFileSystem(), str(Path(location).absolute())
+    """The file system of a URL and the path there; nothing in the path is an escape."""
     scheme, _, rest = location.partition("://")
     host, _, path = rest.partition("/")
     system, root = _file_system(f"{scheme}://{host}/")

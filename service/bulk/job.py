@@ -15,11 +15,17 @@ from api_schemas.options import ExplainOptions
 from service import logs
 from service.app import build_service, model_specs
 from service.bulk.explaining import Explaining, Shard, cut
-from service.bulk.inputs import Input, list_inputs
-from service.bulk.results import Question, Results, Row, open_results
+from service.bulk.identity import of_model, of_spec
+from service.bulk.inputs import Input, list_inputs, place_of
+from service.bulk.results import Identity, Results, Row, open_results
 from service.errors import ConfigurationError
 from service.flags import ERR
+from service.image_files import text_of
 from service.settings import Settings
+
+_DECIDING = ("precision", "allow_random_weights", "max_render_side")
+"""Settings that change answers. Those of speed do not, and a higher limit may be what a second run
+is for: it changes errors alone."""
 
 Stopped = Callable[[], int]
 """The number of the signal that asked to stop, or 0."""
@@ -33,19 +39,28 @@ class Job:
     options: ExplainOptions
     pictures: bool
 
-    def question(self) -> Question:
-        """What a folder of results is for. Raises ConfigurationError for the models' settings."""
-        spec = model_specs(self.settings)[0]
+    def identity(self, source: str, column: str) -> Identity:
+        """What decides about the results before a model is loaded.
+
+        Raises ConfigurationError for the models' settings, OSError for their files.
+        """
         return {
-            "model": f"{spec.name}={spec.builder}@{spec.weights or ''}",
-            "pictures": self.pictures,
+            "source": place_of(source),
+            "column": column if source.endswith(".parquet") else None,
+            "model": of_spec(model_specs(self.settings)[0]),
+            "settings": {name: getattr(self.settings, name) for name in _DECIDING},
             "options": self.options.model_dump(mode="json"),
+            "pictures": self.pictures,
         }
 
     @contextmanager
     def explaining(self, results: Results) -> Iterator[Explaining]:
-        """A service of this process, its threads running, that writes to the results."""
-        service = build_service(self.settings)
+        """A service of this process, its threads running, that writes to the results.
+
+        Raises ConfigurationError where the model is another than the one that answered so far.
+        """
+        service = build_service(self.settings, only=model_specs(self.settings)[0].name)
+        results.check_model(of_model(service.pool.model(None)))
         work = results.work()
         service.scheduler.start()
         try:
@@ -71,7 +86,11 @@ def run(  # noqa: PLR0917 - what, of what, where to, and how
     """Explain what has no row yet. Raises typer.Exit where not all is well, ConfigurationError."""
     logs.configure("text", level=40)
     inputs = list_inputs(source, column)
-    with open_results(folder, job.question()) as results, _signals() as stopped:
+    try:
+        identity = job.identity(source, column)
+    except OSError as error:
+        raise ConfigurationError(f"{error.filename}: {error.strerror or error}.") from error
+    with open_results(folder, identity) as results, _signals() as stopped:
         done = results.done()
         left = [each for each in inputs if each.name not in done]
         if len(left) < len(inputs):
@@ -116,7 +135,7 @@ def _conclude(
     failed = sum(code is not None for code in there)
     ERR.print(
         f"{len(there) - failed:,} explained, {failed:,} failed, {len(inputs) - len(there):,} left "
-        f"→ {escape(str(folder))}",
+        f"→ {escape(text_of(folder))}",
         soft_wrap=True,
     )
     if signalled:

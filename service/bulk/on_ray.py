@@ -19,6 +19,7 @@ from rich.progress import Progress
 
 from service.bulk.explaining import Shard
 from service.bulk.results import Results, Row
+from service.errors import ConfigurationError
 from service.flags import ERR
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ def explain_on_ray(
 ) -> Iterator[Iterator[list[Row]]]:
     """The `path` and `error_code` of each shard's rows, once it is there.
 
-    Once `stopped`, it ends with the shard that is finished next; those under way are lost.
+    Once `stopped`, it ends with the shard that is finished next; those under way are lost. Raises
+    ConfigurationError for what an actor refuses.
     """
     ray.init(address=share.address, log_to_driver=False, configure_logging=False)
     try:
@@ -57,6 +59,8 @@ def explain_on_ray(
 
 def _each(finished: Any, advance: Any, stopped: Stopped) -> Iterator[list[Row]]:
     for task in finished.iter_rows():
+        if task["refused"]:
+            raise ConfigurationError(task["refused"])
         rows: list[Row] = pickle.loads(task["rows"])  # noqa: S301 - written by our own actor
         advance(len(rows))
         yield rows
@@ -71,15 +75,28 @@ def _of_one_actor(job: Job, share: Share) -> Job:
 
 
 class _Explainer:
-    """An actor: it loads the model once, and explains shard after shard until Ray ends it."""
+    """An actor: it loads the model once, and explains shard after shard until Ray ends it.
+
+    What it refuses is a result like another: where an actor raises, Ray starts one more, and then
+    says that an actor died.
+    """
 
     def __init__(self, job: Job, results: Results) -> None:
         self._life = ExitStack()  # kept: it would end with the last name for it
-        self._explaining = self._life.enter_context(job.explaining(results))
+        self._refused = ""
+        try:
+            self._explaining = self._life.enter_context(job.explaining(results))
+        except (ConfigurationError, OSError) as error:
+            self._refused = str(error)
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
         shard: Shard = pickle.loads(task["shard"])  # noqa: S301 - written by `explain_on_ray`
         nobody = Console(quiet=True)
-        (rows,) = self._explaining.explain([shard], nobody, lambda: False)
+        rows: list[Row] = []
+        try:
+            if not self._refused:
+                (rows,) = self._explaining.explain([shard], nobody, lambda: False)
+        except (ConfigurationError, OSError) as error:
+            self._refused = str(error)
         short = [{"path": row["path"], "error_code": row.get("error_code")} for row in rows]
-        return {"rows": pickle.dumps(short)}
+        return {"rows": pickle.dumps(short), "refused": self._refused}

@@ -19,10 +19,11 @@ from api_schemas.client_results import Result, read_result
 from api_schemas.options import ExplainOptions
 from service import logs
 from service.app import build_service
+from service.durable import whole
 from service.errors import ConfigurationError
 from service.explain_files import Failed, Outcome, explain_files
 from service.flags import ERR
-from service.image_files import find_images
+from service.image_files import find_images, text_of
 from service.settings import Settings
 
 Images = Sequence[tuple[Path, str]]
@@ -80,7 +81,7 @@ def run(
     picture failed. Raises ConfigurationError, and what `find_images` and `explain_files` raise.
     """
     logs.configure("text", level=40)
-    images = [(path, name.with_name(path.name).as_posix()) for path, name in find_images(given)]
+    images = [(path, text_of(name.with_name(path.name))) for path, name in find_images(given)]
     asked = options.model_copy(update={"include": ["regions"]})
     failed: list[tuple[str, str]] = []
 
@@ -94,13 +95,13 @@ def run(
         _there(answers, images, asked)
         if isinstance(answers, Remote)
         else _here(answers, images, asked) as source,
-        _whole(out) as file,
+        _written(out) as file,
     ):
         write(file, source, named(source.results))
     for name, detail in failed:
         ERR.print(f"[red]failed:[/] {escape(name)}: {escape(detail)}", soft_wrap=True)
     counts = f"{len(images) - len(failed)} explained, {len(failed)} failed"
-    ERR.print(f"{counts} → {escape(str(out))}", soft_wrap=True)
+    ERR.print(f"{counts} → {escape(text_of(out))}", soft_wrap=True)
     if failed:
         raise typer.Exit(1)
 
@@ -137,14 +138,10 @@ def _here(settings: Settings, images: Images, options: ExplainOptions) -> Iterat
 
 
 @contextmanager
-def _whole(out: Path) -> Iterator[TextIO]:
+def _written(out: Path) -> Iterator[TextIO]:
     """A file that takes its name once it is written. Raises ConfigurationError."""
-    part = out.with_name(f".{out.name}.part")
     try:
-        with part.open("w", encoding="utf-8") as file:
+        with whole(out) as draft, draft.open("w", encoding="utf-8") as file:
             yield file
-        part.replace(out)
     except OSError as error:
-        raise ConfigurationError(f"{out} cannot be written: {error.strerror}.") from error
-    finally:
-        part.unlink(missing_ok=True)
+        raise ConfigurationError(f"{text_of(out)} cannot be written: {error.strerror}.") from error

@@ -19,6 +19,7 @@ from openvino.frontend import FrontEndManager
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from torch import Tensor, nn
 
+from service import durable
 from service.errors import ConfigurationError
 from service.models.front import Normalised, Precision
 
@@ -210,17 +211,29 @@ def _saved(graph: Graph, path: Path) -> Graph:
     """Write a graph where a second start finds it, whole or not at all; read back, to be mapped."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.xml")  # containers share a PID
-    openvino.save_model(graph, draft, compress_to_fp16=False)
-    draft.with_suffix(".bin").replace(path.with_suffix(".bin"))
-    draft.replace(path)
+    try:
+        openvino.save_model(graph, draft, compress_to_fp16=False)
+        # The graph is the last: what `converted` finds is whole, also after a power cut.
+        for suffix in (".bin", ".xml"):
+            durable.sync(draft.with_suffix(suffix))
+            draft.with_suffix(suffix).replace(path.with_suffix(suffix))
+            durable.sync_folder(path.parent)
+    finally:
+        for suffix in (".bin", ".xml"):
+            draft.with_suffix(suffix).unlink(missing_ok=True)
     return openvino.Core().read_model(path)
 
 
 def write(graph: Graph, folder: Path, about: Mapping[str, Any]) -> None:
-    """Write a graph and what is known of it; `about` has the `identity` that `read` asks for."""
-    folder.mkdir(parents=True, exist_ok=True)
-    openvino.save_model(graph, folder / "front.xml", compress_to_fp16=False)
-    (folder / "calibration.json").write_text(json.dumps(about, indent=2) + "\n")
+    """Write a graph and what is known of it; `about` has the `identity` that `read` asks for.
+
+    What is known of it is removed first and written last: in between `read` finds no front.
+    """
+    durable.make_folder(folder)
+    (folder / "calibration.json").unlink(missing_ok=True)
+    durable.sync_folder(folder)
+    _saved(graph, folder / "front.xml")
+    durable.write_whole(folder / "calibration.json", f"{json.dumps(about, indent=2)}\n".encode())
 
 
 def read(folder: Path, identity: str) -> Graph:

@@ -20,7 +20,10 @@ from service import __version__
 from service.cam.encoding import encode
 from service.cam.heatmap import Style, render_heatmap
 from service.contact_sheet import small_photo
+from service.durable import write_whole
+from service.errors import ConfigurationError
 from service.explain_files import Explained, Failed, Outcome
+from service.image_files import text_of
 from service.models.loaded import LoadedModel
 from service.questions import Explanation
 
@@ -58,7 +61,12 @@ class HtmlReport:
         at: TracebackType | None,
     ) -> None:
         if kind is None:
-            self._path.write_text(self._page(), encoding="utf-8")
+            try:
+                write_whole(self._path, self._page().encode())
+            except OSError as failed:
+                raise ConfigurationError(
+                    f"{text_of(self._path)} cannot be written: {failed.strerror}."
+                ) from failed
 
     def keep(self, outcome: Outcome) -> None:
         """A card for an image, or a line for its failure."""
@@ -145,7 +153,7 @@ def _best(outcome: Explained) -> Prediction:
 
 def _card(outcome: Explained) -> str:
     best = _best(outcome)
-    mark = hashlib.sha256(str(outcome.name).encode()).hexdigest()[:12]
+    mark = hashlib.sha256(text_of(outcome.name).encode()).hexdigest()[:12]
     figures = "".join(
         _figure(outcome, explanation, mark, first=not place)
         for place, explanation in enumerate(outcome.answer.explanations)
@@ -155,7 +163,7 @@ def _card(outcome: Explained) -> str:
     return f"""<article data-label="{escape(best.label)}" data-score="{best.score:.6f}">
 {figures}
 <h2>{escape(best.label)} <b>{best.score:.1%}</b></h2>
-<p class="name">{escape(str(outcome.path))}</p>
+<p class="name">{escape(text_of(outcome.path))}</p>
 <ol>{_others(outcome.result.predictions or [])}</ol>
 {"".join(f'<p class="note">{escape(note)}</p>' for note in notes)}
 </article>"""
@@ -181,9 +189,9 @@ def _figure(outcome: Explained, explanation: Explanation, mark: str, *, first: b
         photo = f'<image id="photo-{mark}" {size} href="{data}"/>'
     label = outcome.model.labels[explanation.class_id]
     clip = f"seen-{mark}-{explanation.class_id}"
-    said = f"{outcome.path}: where the evidence for {label} lies"
+    said = f"{text_of(outcome.path)}: where the evidence for {label} lies"
     caption = f"<figcaption>{escape(label)} {explanation.score:.1%}</figcaption>"
-    return f"""<figure><button type="button" aria-label="Enlarge {escape(str(outcome.path))}">
+    return f"""<figure><button type="button" aria-label="Enlarge {escape(text_of(outcome.path))}">
 <svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(said)}">
 <clipPath id="{clip}"><rect {seen}/></clipPath>
 {photo}<g class="heat"><image {size} clip-path="url(#{clip})" preserveAspectRatio="none"
@@ -210,7 +218,7 @@ def _hidden(result: Result) -> list[str]:
 
 def _failures(failed: Iterable[Failed]) -> str:
     lines = "".join(
-        f"<li><b>{escape(str(each.path))}</b> {escape(each.detail)}</li>"
+        f"<li><b>{escape(text_of(each.path))}</b> {escape(each.detail)}</li>"
         for each in sorted(failed, key=lambda each: each.name)
     )
     if not lines:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +20,9 @@ import pictures
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tiny
+import torch
+from disks import playing
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -187,18 +192,214 @@ def test_what_a_killed_run_left_half_written_is_removed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--target", "3"], "another question: options differ"),
-        (["--model", "tiny:other"], "another question: model differ"),
-        (["--no-pictures"], "another question: pictures differ"),
+        (["--target", "3"], 'options.targets was [] and is ["3"]'),
+        (["--method", "layercam"], "options.method was gradcam and is layercam"),
+        (["--layer", "features.0"], 'options.layer was [] and is ["features.0"]'),
+        (["--model", "tiny:other"], "model.builder was tiny:small and is tiny:other"),
+        (["--no-pictures"], "pictures was true and is false"),
     ],
 )
-def test_a_folder_is_for_one_question(tmp_path: Path, more: Sequence[str], words: str) -> None:
+def test_a_folder_is_for_one_job(tmp_path: Path, more: Sequence[str], words: str) -> None:
     source, out = photos(tmp_path / "in", 1), tmp_path / "out"
     assert bulk(source, out).exit_code == 0
     given = [*TINY, *more] if "--model" not in more else ["--workers", "1", *more]
     result = CliRunner().invoke(app, ["bulk", str(source), str(out), *given])
     assert result.exit_code == 2
     assert words in " ".join(result.output.split())
+
+
+def test_a_folder_of_results_is_for_one_source(tmp_path: Path) -> None:
+    """Another source with the same names would be done before it began."""
+    out = tmp_path / "out"
+    assert bulk(photos(tmp_path / "in", 2), out).exit_code == 0
+    result = bulk(photos(tmp_path / "others", 2), out)
+    assert result.exit_code == 2
+    said = result.output.replace("\n", "")
+    assert f"source was {tmp_path}/in and is {tmp_path}/others" in said
+    assert "Nothing was explained. Use another folder for this job" in said
+
+
+def test_a_column_is_a_source_of_its_own(tmp_path: Path) -> None:
+    photos(tmp_path / "in", 2)
+    table = pa.table({"one": ["in/00000.jpg"], "two": ["in/00001.jpg"]})
+    pq.write_table(table, tmp_path / "list.parquet")
+    assert bulk(tmp_path / "list.parquet", tmp_path / "out", "--column", "one").exit_code == 0
+    result = bulk(tmp_path / "list.parquet", tmp_path / "out", "--column", "two")
+    assert result.exit_code == 2
+    assert "column was one and is two" in " ".join(result.output.split())
+
+
+def test_the_same_source_may_be_written_in_another_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = photos(tmp_path / "in", 2), tmp_path / "out"
+    assert bulk(source, out).exit_code == 0
+    (tmp_path / "link").symlink_to(source)
+    monkeypatch.chdir(tmp_path)
+    for same in ("in", "in/", "./link", f"{source}/../in"):
+        result = bulk(same, out)
+        assert result.exit_code == 0, result.output
+        assert "2 of 2 images are done" in result.output
+
+
+def test_a_folder_of_results_is_for_the_content_of_one_weights_file(tmp_path: Path) -> None:
+    source, out = photos(tmp_path / "in", 1), tmp_path / "out"
+    for name, seed in (("w.pt", 1), ("other.pt", 2)):
+        torch.save(tiny.SmallNet(seed=seed).state_dict(), tmp_path / name)
+    shutil.copy(tmp_path / "w.pt", tmp_path / "moved.pt")
+
+    def run(weights: str) -> Any:
+        command = ["bulk", str(source), str(out), *TINY, "--weights", str(tmp_path / weights)]
+        return CliRunner().invoke(app, command)
+
+    assert run("w.pt").exit_code == 0
+    assert run("moved.pt").exit_code == 0, "the same weights, elsewhere"
+    shutil.copy(tmp_path / "other.pt", tmp_path / "w.pt")
+    result = run("w.pt")
+    assert result.exit_code == 2
+    assert "model.weights was sha256:" in result.output
+
+
+def test_a_folder_of_results_is_for_the_labels_and_input_of_one_model(tmp_path: Path) -> None:
+    source, out = photos(tmp_path / "in", 1), tmp_path / "out"
+    labels, config = tmp_path / "labels.txt", tmp_path / "models.toml"
+
+    def run(more: str = "") -> Any:
+        config.write_text(f'[[model]]\nname = "a"\nbuilder = "tiny:small"\n{more}')
+        command = ["bulk", str(source), str(out), "--config", str(config), "--device", "cpu"]
+        return CliRunner().invoke(app, command)
+
+    names = [f"class {place}" for place in range(7)]
+    labels.write_text("\n".join(names))
+    said = 'labels = "labels.txt"\n'
+    assert run(said).exit_code == 0
+    labels.write_text("\n".join(reversed(names)))
+    assert "model.labels was sha256:" in run(said).output
+    labels.write_text("\n".join(names))
+    assert (
+        "model.input.mean was not given and is [0.5]"
+        in run(f"{said}input = {{ mean = 0.5 }}").output
+    )
+    assert run(said).exit_code == 0
+
+
+def test_a_model_whose_code_changed_does_not_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The description is the same; what it builds is not."""
+    source, out = photos(tmp_path / "in", 1), tmp_path / "out"
+    assert bulk(source, out).exit_code == 0
+    monkeypatch.setattr("tiny.small", lambda: tiny.SmallNet(seed=99))
+    (source / "new.jpg").write_bytes(pictures.jpeg(seed=9))
+    result = bulk(source, out)
+    assert result.exit_code == 2
+    assert "version was " in result.output
+    assert len(rows(out)) == 1
+
+
+def test_a_limit_may_be_raised_for_the_images_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = photos(tmp_path / "in", 1), tmp_path / "out"
+    monkeypatch.setenv("CAMSERVE_MAX_BODY_BYTES", "100")
+    assert bulk(source, out).exit_code == 1
+    monkeypatch.delenv("CAMSERVE_MAX_BODY_BYTES")
+    parts(out)[0].unlink()
+    assert bulk(source, out).exit_code == 0
+    assert [row["error_code"] for row in rows(out)] == [None]
+
+
+ODD_NAMES = (
+    *(b"a\xff.jpg", b"a\\xff.jpg", b"a\\xFF.jpg", b"a\\x5cxff.jpg", b"a\\\xff.jpg"),
+    *(b"a\\\\xff.jpg", b"a\xed\xb3\xbf.jpg", b"a\xc3\xbf.jpg", b"a\\.jpg", b"a\\xf.jpg"),
+    *("a\u2028b.jpg".encode(), b"a\x0bb.jpg", b"a\nb.jpg", b" a .jpg"),
+)
+"""Of files: bytes that are not UTF-8, texts that look like an escape of one, separators."""
+
+
+def test_each_name_is_one_row_and_can_be_read_back(tmp_path: Path) -> None:
+    source = photos(tmp_path / "in", 0)
+    for name in ODD_NAMES:
+        Path(os.fsdecode(os.fsencode(source) + b"/" + name)).write_bytes(pictures.jpeg(32, 24))
+    assert bulk(source, tmp_path / "out").exit_code == 0
+    found = [row["path"] for row in rows(tmp_path / "out")]
+    assert len(found) == len(ODD_NAMES)
+    assert {as_documented(path) for path in found} == set(ODD_NAMES)
+    for plain in ("a\u00ff.jpg", "a\\.jpg", "a\u2028b.jpg", " a .jpg"):
+        assert plain in found, "what needs no escape is as it was"
+
+
+def as_documented(path: str) -> bytes:
+    """The bytes of a name, by the lines of the how-to."""
+    page = (ROOT / "docs" / "how-to" / "explain-many-images.md").read_text()
+    (code,) = re.findall(r"```python no-test\n(import re\n.*?)```", page, re.DOTALL)
+    scope: dict[str, Any] = {"path": path}
+    exec(code, scope)  # noqa: S102 - our own page
+    found: bytes = scope["name"]
+    return found
+
+
+def test_a_source_whose_own_name_is_not_utf_8_is_read(tmp_path: Path) -> None:
+    source = photos(Path(os.fsdecode(os.fsencode(tmp_path) + b"/in\xff")), 1)
+    for _ in range(2):
+        result = bulk(source, tmp_path / "out")
+        assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "out" / "job.json").read_text())["source"].endswith("in\\xff")
+
+
+@pytest.mark.parametrize("separator", ["\n", "\r\n"])
+def test_only_a_line_feed_ends_a_line_of_a_listing(tmp_path: Path, separator: str) -> None:
+    """`splitlines` knows ten more characters that do; names may hold them."""
+    others = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
+    names = [f"a{mark}b.jpg" for mark in f"{others}\r\t "] + [" c.jpg", "d.jpg ", "\u2028e.jpg"]
+    for name in names:
+        (tmp_path / name).write_bytes(pictures.jpeg(32, 24))
+    text = separator.join(["", *names, "", "  ", ""])
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert bulk(tmp_path / "list.txt", tmp_path / "out").exit_code == 0
+    assert sorted(row["path"] for row in rows(tmp_path / "out")) == sorted(names)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_listing_that_is_not_utf_8_is_refused_with_its_line(
+    tmp_path: Path, encoding: str
+) -> None:
+    (tmp_path / "list.txt").write_bytes("a.jpg\nb.jpg\n\u00e9.jpg\n".encode(encoding))
+    result = bulk(tmp_path / "list.txt", tmp_path / "out")
+    assert result.exit_code == 2
+    line = 3 if encoding == "latin-1" else 1
+    assert f"line {line} of " in result.output
+    assert "is not UTF-8" in " ".join(result.output.split())
+
+
+def test_a_name_that_no_file_can_have_is_a_row_with_its_error(tmp_path: Path) -> None:
+    photos(tmp_path / "in", 1)
+    names = ["in/00000.jpg", "in/\0.jpg", "n" * 5000]
+    pq.write_table(pa.table({"path": names}), tmp_path / "list.parquet")
+    assert bulk(tmp_path / "list.parquet", tmp_path / "out").exit_code == 1
+    found = {row["path"]: row["error_code"] for row in rows(tmp_path / "out")}
+    assert found == dict(zip(names, [None, "unreadable_file", "unreadable_file"], strict=True))
+
+
+def test_every_image_is_on_the_disk_before_its_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = photos(tmp_path / "in", 3), tmp_path / "out"
+    shards = []
+    with playing(tmp_path, monkeypatch) as disk:
+
+        def check(path: Path) -> None:
+            if path.suffix == ".parquet":
+                shards.append(path)
+                for row in pq.read_table(path).to_pylist():
+                    images = [*row["overlays"], *row["heatmaps"]]
+                    assert len(images) == 2
+                    assert all(disk.is_kept(out / image) for image in images)
+
+        disk.when_named.append(check)
+        assert bulk(source, out, "--shard-size", "2").exit_code == 0
+        assert len(shards) == 2
+        assert all(disk.is_kept(shard) for shard in shards)
 
 
 def test_two_jobs_do_not_write_to_one_folder(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import io
 import json
 import os
@@ -17,6 +18,7 @@ from typing import Any
 
 import pictures
 import pytest
+from disks import playing
 from PIL import Image
 from typer.testing import CliRunner, Result
 
@@ -120,6 +122,58 @@ def test_a_file_is_explained_once_and_two_of_one_name_in_two_places() -> None:
     written = sorted(Path("out").rglob("*.json"))
     assert len(written) == 2
     assert all(str(each).endswith(("x/a.png.json", "y/a.png.json")) for each in written)
+
+
+def test_no_two_images_have_one_name_for_their_results() -> None:
+    """The second class of `a` is `a.6`; so would be the first one of `a.6`."""
+    names = ["a.png", "a.6.png", "a.6.png.png", "b.01.png", "b.02.png", "c.png", "c.jpg"]
+    photos(*names)
+    explain(*names, "--target", "5", "--target", "6", "--out", "out")
+    written = [each.name for each in Path("out").rglob("*") if each.is_file()]
+    assert len(written) == 5 * len(names)
+    assert {"a.json", "a.6.png.json", "b.01.json", "c.png.json"} <= set(written)
+    for name in ("a", "a.6.png", "c.jpg"):
+        assert {f"{name}.overlay.jpeg", f"{name}.6.overlay.jpeg"} <= set(written)
+
+
+def test_a_name_that_is_not_utf_8_is_explained_and_shown_by_its_bytes() -> None:
+    names = [os.fsdecode(b"a\xff.png"), r"a\xff.png"]
+    photos(*names)
+    Path(os.fsdecode(b"bad\xfe.png")).write_bytes(b"no picture")
+    out = ("--out", "out", "--sheet", "all.png", "--report", "why.html")
+    result = explain(".", "--json", *out, code=1)
+    shown = [r"a\x5cxff.png", r"a\xff.png", r"bad\xfe.png"]
+    assert sorted(each["file"] for each in lines(result)) == shown
+    assert r"failed: bad\xfe.png" in words(result.stderr)
+    page = Path("why.html").read_text()
+    assert all(each in page for each in shown)
+    assert len(list(Path("out").glob("*.overlay.jpeg"))) == 2
+
+
+def test_every_result_is_on_the_disk_when_it_has_its_name(monkeypatch) -> None:
+    photos("a.png")
+    named = []
+    with playing(Path.cwd(), monkeypatch) as disk:
+        disk.when_named.append(lambda path: named.append(path.stat().st_ino in disk.synced))
+        explain("a.png", "--out", "out", "--sheet", "all.png", "--report", "why.html")
+        for path in [*Path.cwd().glob("out/*"), Path.cwd() / "all.png", Path.cwd() / "why.html"]:
+            assert disk.names[path.parent.stat().st_ino][path.name] == path.stat().st_ino, path
+    assert named == [True] * 5
+
+
+@pytest.mark.parametrize(("flag", "name"), [("--sheet", "all.png"), ("--report", "why.html")])
+def test_what_cannot_be_written_whole_leaves_what_was_there(monkeypatch, flag, name) -> None:
+    photos("a.png")
+    Path(name).write_bytes(b"before")
+
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    result = explain("a.png", flag, name, code=2)
+    assert f"{name} cannot be written: No space left on device." in words(result.stderr)
+    assert Path(name).read_bytes() == b"before"
+    assert sorted(each.name for each in Path.cwd().iterdir()) == sorted(["a.png", name])
 
 
 def test_hiding_a_part_is_told_beside_the_score() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pictures
 import pytest
+from disks import playing
 from PIL import Image
 from pycocotools.coco import COCO
 from typer.testing import CliRunner
@@ -150,6 +152,26 @@ def test_what_is_wrong_for_all_is_one_sentence_and_writes_nothing(
         assert "has no layer 'absent'" in said
     assert not out.exists()
     assert sorted(each.name for each in tmp_path.iterdir()) == ["photos"]
+
+
+def test_an_export_is_on_the_disk_when_it_has_its_name(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "coco.json"
+    with playing(tmp_path, monkeypatch) as disk:
+        disk.when_named.append(lambda path: synced.append(path.stat().st_ino in disk.synced))
+        synced: list[bool] = []
+        export("coco", photos, "--out", out, *HERE, "tiny:small")
+        assert disk.is_kept(out)
+    assert synced == [True]
+
+
+def test_a_name_that_is_not_utf_8_is_exported_as_text(photos: Path, tmp_path: Path) -> None:
+    (photos / "upright.png").rename(photos / os.fsdecode(b"up\xff.png"))
+    out = tmp_path / "coco.json"
+    export("coco", photos, "--out", out, *HERE, "tiny:small")
+    names = {each["file_name"] for each in json.loads(out.read_text())["images"]}
+    assert names == {"phone/turned.jpg", r"up\xff.png"}
 
 
 def test_the_commands_of_the_how_to_do_what_it_says(

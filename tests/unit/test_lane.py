@@ -13,9 +13,11 @@ import openvino
 import pytest
 import torch
 import torchvision
+from disks import playing
 from tiny import SmallNet
 from torch import nn
 
+from service.errors import ConfigurationError
 from service.models import lane as lanes
 from service.models import openvino_front
 from service.models.catalog import ModelSpec
@@ -334,6 +336,36 @@ def test_a_second_start_takes_the_front_from_disk(tmp_path: Path, monkeypatch) -
     second = load_model_of("make", Compiler(cache=tmp_path))
     assert second.compiled
     assert second.compiled.parity == first.compiled.parity
+
+
+def test_a_front_has_its_name_once_its_weights_are_on_the_disk(tmp_path: Path, monkeypatch) -> None:
+    named = []
+    with playing(tmp_path, monkeypatch) as disk:
+
+        def check(path: Path) -> None:
+            named.append(path.suffix)
+            assert path.stat().st_ino in disk.synced
+            if path.suffix == ".xml":
+                assert disk.is_kept(path.with_suffix(".bin"))
+
+        disk.when_named.append(check)
+        load_model_of("make", Compiler(cache=tmp_path))
+        assert disk.is_kept(next(tmp_path.glob("*.xml")))
+    assert named == [".bin", ".xml"]
+
+
+def test_an_int8_front_that_is_half_written_is_none(tmp_path: Path, monkeypatch) -> None:
+    graph = converted(nn.Flatten(), torch.zeros(1, 3, 4, 4, dtype=torch.uint8), None, "")
+    openvino_front.write(graph, tmp_path, {"identity": "a model"})
+
+    def cut(*_: object) -> None:
+        raise OSError("cut")
+
+    monkeypatch.setattr("service.durable.sync", cut)
+    with pytest.raises(OSError, match="cut"):
+        openvino_front.write(graph, tmp_path, {"identity": "a model"})
+    with pytest.raises(ConfigurationError, match="holds no int8 front"):
+        openvino_front.read(tmp_path, "a model")
 
 
 def test_a_front_on_disk_that_is_another_models_is_made_anew(tmp_path: Path) -> None:
