@@ -197,7 +197,7 @@ class Scheduler:
             self._ended(batch)
 
     def _answer(self, batch: _Batch) -> None:
-        jobs = batch.jobs
+        jobs = batch.begin()
         if not jobs:
             return
         started = time.monotonic()
@@ -205,10 +205,10 @@ class Scheduler:
         try:
             outcomes = list(zip(jobs, self._outcomes(batch), strict=True))
         except BaseException as error:  # noqa: BLE001 - a future left pending would hang its client
-            if not batch.given_up:
+            if batch.settle():
                 self._failed(jobs, error)
             return
-        if batch.given_up:
+        if not batch.settle():
             return
         seconds = time.monotonic() - started
         for job, outcome in outcomes:
@@ -230,11 +230,14 @@ class Scheduler:
                 return run_compiled(model, questions, wide=self._is_alone())
         folded = first.lane == "folded"
         with self._pool.lease(first.model, LEASE_SECONDS, folded=folded) as replica:
-            batch.replica = replica
-            self._pool.sound(replica.model)
-            if first.rest is None:
-                return self._runner(replica, questions)
-            return [first.rest.step(replica) or first.rest]
+            batch.hold(replica)
+            try:
+                self._pool.sound(replica.model)
+                if first.rest is None:
+                    return self._runner(replica, questions)
+                return [first.rest.step(replica) or first.rest]
+            finally:
+                batch.let_go()
 
     def _ended(self, batch: _Batch) -> None:
         """Another batch may run instead; twice said is as good as once."""
@@ -245,17 +248,17 @@ class Scheduler:
     def give_up(self, batch: _Batch) -> None:
         """Drop a batch that hangs, and lend its replica no more; for `_Batch` alone.
 
-        A lone job fails. Of several one hangs, and the others shall not suffer: each runs alone.
+        A single job fails. Of several one hangs, and the others shall not suffer: each runs alone.
+        Jobs that were answered meanwhile, or go on with their next step, are left alone.
         """
-        batch.given_up = True
         self._ended(batch)
-        if (replica := batch.replica) is not None:
-            self._pool.drop(replica)
+        jobs, is_lost = batch.abandon(self._pool)
+        if is_lost:
             self._mend()
-        if len(batch.jobs) > 1:
-            self._queue_alone(batch.jobs)
-        else:
-            batch.jobs[0].fail(hangs())
+        if len(jobs) > 1:
+            self._queue_alone(jobs)
+        elif jobs:
+            jobs[0].fail(hangs())
 
     def _mend(self) -> None:
         """Have the pool build what it misses, in a worker: building runs the model's code."""
@@ -294,13 +297,56 @@ class Scheduler:
 
 
 class _Batch:
-    """Jobs that share a forward pass, or one step of a long one."""
+    """Jobs that share a forward pass, or one step of a long one.
+
+    Its worker settles it when it has the answers, or the watchdog when it hangs: whoever does so
+    first deals with the jobs, and nobody else.
+    """
 
     def __init__(self, scheduler: Scheduler, jobs: list[Job]) -> None:
         self._scheduler = scheduler
         self.jobs = jobs
-        self.replica: Replica | None = None
-        self.given_up = False
+        self._lock = threading.Lock()
+        self._replica: Replica | None = None
+        self._settled = False
+
+    def begin(self) -> list[Job]:
+        """The jobs that are still wanted now; the others are dropped. Empty where it was given up.
+
+        Between taking a batch and running it a client may disconnect, or a deadline pass.
+        """
+        wanted = [job for job in self.jobs if job.is_wanted()]
+        with self._lock:
+            self.jobs = [] if self._settled else wanted
+            return self.jobs
+
+    def hold(self, replica: Replica) -> None:
+        """Note what it runs on. Raises InferenceHangs where it was given up while it waited."""
+        with self._lock:
+            if self._settled:
+                raise hangs()
+            self._replica = replica
+
+    def let_go(self) -> None:
+        """The replica goes back: from now on it may be somebody else's."""
+        with self._lock:
+            self._replica = None
+
+    def settle(self) -> bool:
+        """Whether the caller is the first to deal with the jobs."""
+        with self._lock:
+            first, self._settled = not self._settled, True
+            return first
+
+    def abandon(self, pool: ModelPool) -> tuple[list[Job], bool]:
+        """Settle it for its worker; the jobs to deal with, and whether its replica is lost."""
+        with self._lock:
+            if self._settled:
+                return [], False
+            self._settled = True
+            if self._replica is not None:
+                pool.drop(self._replica)
+            return self.jobs, self._replica is not None
 
     def run(self) -> None:
         self._scheduler.run_batch(self)

@@ -21,7 +21,10 @@ class Task(Protocol):
         """Do it, and tell whoever waits; raises nothing that a waiting one should know."""
 
     def give_up(self) -> None:
-        """Tell whoever waits that it hangs; called from another thread while it still runs."""
+        """Tell whoever waits that it hangs; called from another thread while it still runs.
+
+        It may end at this very moment, or have ended: what it answered by then holds.
+        """
 
 
 @dataclass(slots=True, eq=False)
@@ -156,19 +159,19 @@ class Workers:
             self._replaced += 1
         _log.error("worker_died")
         if worker.task is not None:
-            worker.task.give_up()
+            _give_up(worker.task)
 
     def _watch(self) -> None:
         while not self._closing.wait(min(1.0, self._hang_seconds / 4)):
-            now = time.monotonic()
             for worker in self._workers():
-                if not worker.abandoned and worker.task and now - worker.since > self._hang_seconds:
-                    self._abandon(worker)
+                self._abandon_if_it_hangs(worker)
 
-    def _abandon(self, worker: _Worker) -> None:
+    def _abandon_if_it_hangs(self, worker: _Worker) -> None:
         with self._lock:
-            task = worker.task
-            if task is None:
+            # Looked at under the lock, and nothing before it: the worker may have ended a task that
+            # hung, and have begun another one, which must not be given up in its place.
+            task, seconds = worker.task, time.monotonic() - worker.since
+            if task is None or worker.abandoned or seconds <= self._hang_seconds:
                 return
             worker.abandoned = True
             self._replaced += 1
@@ -177,4 +180,12 @@ class Workers:
             if replace:
                 self._add()
         _log.error("worker_hangs", seconds=self._hang_seconds, hanging=hanging, replaced=replace)
+        _give_up(task)
+
+
+def _give_up(task: Task) -> None:
+    """Give a task up; what that raises ends neither the watchdog nor the thread that ends."""
+    try:
         task.give_up()
+    except Exception as error:  # noqa: BLE001 - nobody would watch the others any more
+        _log.error("give_up_failed", exc_info=error)
