@@ -72,12 +72,16 @@ async def setup(request: Request) -> Response:
     service = service_of(request)
     with Permit(service.admission) as permit:  # no place: a full queue does not keep it out
         body = await bodies.read_body(request, permit, SETUP_BYTES, SETUP_SECONDS)
-    asked, parameters = await answering.result_of(service.scheduler.call(_set_up, body))
-    async with answering.model_in_use(request, parameters.options.model) as model:
-        answering.understand(request, model, parameters.options, 1, permit)
-        version = model_version(model, parameters.options)
-    service.label_studio.remember(asked.project, asked.extra_params)
-    return _json(orjson.dumps({"model_version": version}))
+
+    async def work() -> Response:
+        asked, parameters = await answering.result_of(service.scheduler.call(_set_up, body))
+        async with answering.model_in_use(request, parameters.options.model) as model:
+            answering.understand(request, model, parameters.options, 1, permit)
+            version = model_version(model, parameters.options)
+        service.label_studio.remember(asked.project, asked.extra_params)
+        return _json(orjson.dumps({"model_version": version}))
+
+    return await answering.watched(request, work)
 
 
 @router.get("/versions", responses=docs.problems(401))

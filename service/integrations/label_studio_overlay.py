@@ -9,9 +9,7 @@ the key is a token that says which pictures may be seen, and from pages of which
 
 from __future__ import annotations
 
-import asyncio
 import re
-import time
 from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote
@@ -21,7 +19,7 @@ from fastapi import APIRouter, Request, Response
 from api_schemas.options import ExplainOptions
 from service import overlay_tokens
 from service.admission import Permit
-from service.errors import DeadlineExceeded, ImageUrlRefused, MalformedRequest, Unauthorized
+from service.errors import ImageUrlRefused, MalformedRequest, Unauthorized
 from service.integrations.label_studio_images import picture
 from service.overlay_tokens import Grant
 from service.routes import answering
@@ -71,19 +69,17 @@ async def overlay_png(request: Request) -> Response:
     """The evidence for the best class of a task's picture, drawn over it."""
     secret = service_of(request).label_studio.secret
     grant, source = read_query(request.scope["query_string"], secret)
-    left = request.scope["started"] + answering.timeout_of(request) - time.monotonic()
-    permit = answering.held(request).keep(service_of(request).admission.admit())
-    try:
-        async with asyncio.timeout(left):
-            data = await _drawn(request, grant, source, permit)
-    except TimeoutError as error:
-        raise DeadlineExceeded("The overlay was not ready in time; try again.") from error
-    headers = {
-        "Access-Control-Allow-Origin": grant.origin,
-        "Cache-Control": f"private, max-age={CACHE_SECONDS}",
-        "Vary": "Origin",
-    }
-    return Response(data, media_type="image/png", headers=headers)
+
+    async def work(permit: Permit) -> Response:
+        data = await _drawn(request, grant, source, permit)
+        headers = {
+            "Access-Control-Allow-Origin": grant.origin,
+            "Cache-Control": f"private, max-age={CACHE_SECONDS}",
+            "Vary": "Origin",
+        }
+        return Response(data, media_type="image/png", headers=headers)
+
+    return await answering.in_time_without_body(request, work)
 
 
 def read_query(query: bytes, secret: str | None) -> tuple[Grant, str]:

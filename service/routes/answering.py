@@ -108,20 +108,11 @@ async def in_time(
     """
     service = service_of(request)
     limits, seconds = service.limits, timeout_of(request)
-    deadline = request.scope["started"] + seconds
     if waits is None:
         service.admission.check()
     permit = held(request).keep(service.admission.expect())
     body = await bodies.read_body(request, permit, limits.body_bytes, seconds)
-    try:
-        async with asyncio.timeout(deadline - time.monotonic()):
-            return await _until_gone(request, _placed(work, body, permit, waits))
-    except TimeoutError as error:
-        raise DeadlineExceeded(
-            f"The answer was not ready within {seconds:g} seconds; try again, or ask for less."
-        ) from error
-    except _ClientGone:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return await watched(request, lambda: _placed(work, body, permit, waits))
 
 
 async def _placed(
@@ -341,3 +332,31 @@ async def _until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
 async def _hang_up(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+async def in_time_without_body(
+    request: Request, work: Callable[[Permit], Coroutine[Any, Any, Response]]
+) -> Response:
+    """As `in_time`, of a route without a body: a permit, a deadline, and an end with the client.
+
+    Raises QueueFull, ShuttingDown, DeadlineExceeded, MalformedRequest, and what `work` does.
+    """
+    permit = held(request).keep(service_of(request).admission.admit())
+    return await watched(request, lambda: work(permit))
+
+
+async def watched(request: Request, work: Callable[[], Coroutine[Any, Any, Response]]) -> Response:
+    """Work until the answer, the deadline or the disconnect, without a place; the body is read.
+
+    Raises DeadlineExceeded, MalformedRequest, and what `work` does.
+    """
+    seconds = timeout_of(request)
+    try:
+        async with asyncio.timeout(request.scope["started"] + seconds - time.monotonic()):
+            return await _until_gone(request, work())
+    except TimeoutError as error:
+        raise DeadlineExceeded(
+            f"The answer was not ready within {seconds:g} seconds; try again, or ask for less."
+        ) from error
+    except _ClientGone:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)

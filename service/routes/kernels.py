@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from service.admission import Permit
 from service.cam.file_sizes import photo_bytes
 from service.cam.kernels import KernelGrid, draw_kernels, sees_colours, weight_of
-from service.errors import DeadlineExceeded, InvalidOption
+from service.errors import InvalidOption
 from service.models.loaded import LoadedModel
 from service.routes import answering
 from service.routes.answer_bytes import Bill
@@ -44,7 +43,7 @@ _PICTURE: dict[int | str, dict[str, Any]] = {
 @router.get(
     "/models/{name}/kernels/{layer:path}",
     response_class=Response,
-    responses=_PICTURE | problems(401, 404, 422, 429, 500, 503, 504),
+    responses=_PICTURE | problems(400, 401, 404, 422, 429, 500, 503, 504),
 )
 async def kernels(request: Request, name: str, layer: str) -> Response:
     """The weights of one layer as a PNG: a first convolution in colour, others in grey.
@@ -55,21 +54,17 @@ async def kernels(request: Request, name: str, layer: str) -> Response:
     service = service_of(request)
     model = service.pool.model(name)
     side = service.limits.render_side
-    deadline = request.scope["started"] + service.limits.timeout
-    permit = answering.held(request).keep(service.admission.admit())
-    bill = Bill(permit, service.limits.answer_bytes, "Name a layer with fewer kernels.")
-    bill.add(min(service.limits.answer_bytes, photo_bytes((side, side), "png")))
-    try:
-        async with asyncio.timeout(deadline - time.monotonic()):
-            grid = await asyncio.wrap_future(service.scheduler.call(_draw, model, layer, side))
-    except TimeoutError as error:
-        raise DeadlineExceeded(
-            f"The picture was not ready within {service.limits.timeout:g} seconds; try again."
-        ) from error
-    bill.add(max(0, len(grid.picture.data) - permit.answer_bytes))
-    bill.made(len(grid.picture.data))
-    headers = {"X-Kernels": str(grid.kernels), "X-Kernels-Left-Out": str(grid.left_out)}
-    return Response(grid.picture.data, media_type=grid.picture.media_type, headers=headers)
+
+    async def work(permit: Permit) -> Response:
+        bill = Bill(permit, service.limits.answer_bytes, "Name a layer with fewer kernels.")
+        bill.add(min(service.limits.answer_bytes, photo_bytes((side, side), "png")))
+        grid = await answering.result_of(service.scheduler.call(_draw, model, layer, side))
+        bill.add(max(0, len(grid.picture.data) - permit.answer_bytes))
+        bill.made(len(grid.picture.data))
+        headers = {"X-Kernels": str(grid.kernels), "X-Kernels-Left-Out": str(grid.left_out)}
+        return Response(grid.picture.data, media_type=grid.picture.media_type, headers=headers)
+
+    return await answering.in_time_without_body(request, work)
 
 
 def _draw(model: LoadedModel, path: str, max_side: int) -> KernelGrid:
