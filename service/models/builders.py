@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import importlib
 import importlib.resources
+import inspect
+import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 import torchvision
 from torch import nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from service.errors import ConfigurationError, nearest
 from service.images import Preprocessing
@@ -20,7 +24,15 @@ from service.models.builtin.network import flower_net
 from service.models.catalog import BUILTIN, ENTRY, ModelSpec, Output
 from service.models.eager import eager
 from service.models.metadata import output_in, preprocessing_in
-from service.models.weights import Weights, classes_in, digest, labels_in, load_into, read_weights
+from service.models.weights import (
+    Weights,
+    classes_in,
+    digest,
+    fits,
+    labels_in,
+    load_into,
+    read_weights,
+)
 
 DOWNLOAD_TIMEOUT = 10.0
 """Seconds that a connection to fetch weights may stall."""
@@ -75,23 +87,57 @@ def _build_torchvision(spec: ModelSpec, name: str, allow_random_weights: bool) -
         )
     entry = _entry(spec, name)
     preprocessing, categories = _from_entry(entry)
+    labels = None if "num_classes" in spec.arguments else categories
 
     def make(**more: Any) -> Any:
         arguments = _quiet(name) | dict(spec.arguments) | more
         return _called(spec, torchvision.models.get_model, name, **arguments)
 
     if spec.weights and not _names_entry(spec):
-        weights = _weights(spec)
-        classes = _classes(spec, weights, lambda: make(weights=None))
-        module = make(weights=None, num_classes=classes)
-        return _filled(spec, module, weights, categories if classes == len(categories) else None)
+        return _torchvision_file(spec, name, make)
     if allow_random_weights:
         module = _randomised(lambda: make(weights=None))
         version = digest(module.state_dict())
-        return Built(module, version, categories, preprocessing, random_weights=True)
+        return Built(module, version, labels, preprocessing, random_weights=True)
     with _fetching(spec):
         module = torchvision.models.get_model(name, weights=entry, **spec.arguments)
-    return Built(module, digest(module.state_dict()), categories, preprocessing)
+    return Built(module, digest(module.state_dict()), labels, preprocessing)
+
+
+def _torchvision_file(spec: ModelSpec, name: str, make: Callable[..., nn.Module]) -> Built:
+    """An architecture of torchvision with the weights of a file.
+
+    Only a file that torchvision published has its classes: one of a user's own with as many has
+    others. Heads that are for training alone are left out: those of a fine-tuned model often have
+    the classes of the weights that it began with.
+    """
+    weights = _weights(spec)
+    no_aux = {"aux_logits": False} if name in _WITH_AUX else {}
+    given: dict[str, Any] = no_aux | {"weights": None}
+    given = {key: value for key, value in given.items() if key not in spec.arguments}
+    module = make(**given, **_classes(spec, weights, lambda **more: make(**given, **more)))
+    entries = torchvision.models.get_model_weights(name)
+    published = next((each for each in entries if _is_of_url(weights, each.url)), None)
+    preprocessing, labels = (None, None) if published is None else _from_entry(published)
+    return _filled(
+        spec,
+        module,
+        weights,
+        labels,
+        preprocessing,
+        unused=_OF_AUX if "aux_logits" in given else None,
+    )
+
+
+_WITH_AUX = ("googlenet", "inception_v3")
+
+_OF_AUX = re.compile(r"(aux1|aux2|AuxLogits)\.")
+
+
+def _is_of_url(weights: Weights, url: str) -> bool:
+    """Whether a file is the one of a URL, whose name ends with digits of its sha256."""
+    digits = re.search(r"-([0-9a-f]{8,})\.pth$", url)
+    return digits is not None and weights.sha256.startswith(digits[1])
 
 
 def _names_entry(spec: ModelSpec) -> bool:
@@ -132,7 +178,7 @@ def _build_timm(spec: ModelSpec, name: str, allow_random_weights: bool) -> Built
 
     if spec.weights is not None:
         weights = _weights(spec)
-        module = make(num_classes=_classes(spec, weights, make))
+        module = make(**_classes(spec, weights, make))
         return _filled(spec, module, weights, default=_timm_preprocessing(timm, module))
     if allow_random_weights:
         module = _randomised(make)
@@ -142,9 +188,19 @@ def _build_timm(spec: ModelSpec, name: str, allow_random_weights: bool) -> Built
     return Built(
         module,
         digest(module.state_dict()),
-        preprocessing=_timm_preprocessing(timm, module),
+        _of_imagenet(spec, timm, module),
+        _timm_preprocessing(timm, module),
         random_weights=allow_random_weights,
     )
+
+
+def _of_imagenet(spec: ModelSpec, timm: Any, module: nn.Module) -> tuple[str, ...] | None:
+    """ImageNet's names, where timm's own weights have its 1,000 classes."""
+    if "num_classes" in spec.arguments:
+        return None
+    if timm.data.infer_imagenet_subset(module) != "imagenet-1k":
+        return None
+    return tuple(torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"])
 
 
 def _timm_preprocessing(timm: Any, module: nn.Module) -> Preprocessing:
@@ -170,15 +226,74 @@ def _build_function(spec: ModelSpec) -> Built:
             f"{spec.at('builder')}: cannot import {spec.builder!r} ({error}); --app-dir says where "
             "to import from."
         ) from error
-    made = _called(spec, function, **spec.arguments)
-    if not isinstance(made, nn.Module):
+    weights = None if spec.weights is None else _weights(spec)
+    base = preprocessing_in({} if weights is None else weights.metadata, Preprocessing())
+
+    def make(**more: Any) -> nn.Module:
+        made = _called(spec, function, **dict(spec.arguments) | more)
+        if not isinstance(made, nn.Module):
+            raise ConfigurationError(
+                f"{spec.at('builder')}: {spec.builder}() returned {type(made).__name__}, not a "
+                "module."
+            )
+        return _completed(spec, eager(made, spec.name), base)
+
+    if weights is None:
+        module = make()
+        return Built(module, digest(module.state_dict()))
+    return _filled(spec, _with_classes(spec, function, weights, make), weights)
+
+
+_CLASSES = ("num_classes", "n_classes", "nb_classes", "classes", "num_labels")
+"""What functions that build models call the number of classes."""
+
+
+def _with_classes(
+    spec: ModelSpec, function: Callable[..., Any], weights: Weights, make: Callable[..., nn.Module]
+) -> nn.Module:
+    """The module with as many classes as the weights have, where the function takes a number."""
+    taken = _parameters(function)
+    name = next((each for each in _CLASSES if each in taken), None)
+    if name is None or name in spec.arguments:
+        return make()
+    if taken[name].default is not inspect.Parameter.empty:
+        module = make()
+        if fits(module, weights, _source(spec)):
+            return module
+    try:
+        found = _classes(spec, weights, make, name)
+    except ConfigurationError:  # it cannot be sketched: what is wrong is said as without a sketch
+        found = {}
+    return make(**found)
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):  # of a built-in
+        return {}
+
+
+def _completed(spec: ModelSpec, module: nn.Module, base: Preprocessing) -> nn.Module:
+    """The module with its lazy layers made, by one pass of an image.
+
+    base: what the weights say about the input. Raises ConfigurationError where that pass fails.
+    """
+    lazy = (UninitializedParameter, UninitializedBuffer)
+    if not any(isinstance(each, lazy) for each in chain(module.parameters(), module.buffers())):
+        return module
+    said = spec.input
+    given = [len(values) for values in (said.mean or (), said.std or ()) if len(values) > 1]
+    shape = (said.channels or max(given, default=base.channels), *(said.size or base.crop))
+    try:
+        with torch.no_grad():
+            module.eval()(torch.zeros(1, *shape))
+    except Exception as error:  # the user's model may raise anything
         raise ConfigurationError(
-            f"{spec.at('builder')}: {spec.builder}() returned {type(made).__name__}, not a module."
-        )
-    module = eager(made, spec.name)
-    if spec.weights is not None:
-        return _filled(spec, module, _weights(spec))
-    return Built(module, digest(module.state_dict()))
+            f"{spec.at('builder')} has lazy layers, which the first image completes, and one of "
+            f"{'×'.join(map(str, shape))} fails ({error}); say `input.size` and `input.channels`."
+        ) from error
+    return module
 
 
 def _called(spec: ModelSpec, function: Callable[..., Any], *names: str, **arguments: Any) -> Any:
@@ -193,16 +308,28 @@ def _called(spec: ModelSpec, function: Callable[..., Any], *names: str, **argume
 
 def _weights(spec: ModelSpec) -> Weights:
     assert spec.weights is not None
-    return read_weights(spec.weights, spec.sha256, spec.source and spec.at("weights"))
+    where = spec.source and spec.at("weights")
+    return read_weights(spec.weights, spec.sha256, where, spec.weights_key)
 
 
-def _classes(spec: ModelSpec, weights: Weights, make: Callable[[], nn.Module]) -> int:
-    """How many classes the weights file has, unless the arguments say it."""
-    if "num_classes" in spec.arguments:
-        return int(spec.arguments["num_classes"])
+def _source(spec: ModelSpec) -> str:
+    """How an error about what is in the weights file begins."""
+    return f"{spec.at('weights')}: the weights file"
+
+
+def _classes(
+    spec: ModelSpec, weights: Weights, make: Callable[..., nn.Module], name: str = "num_classes"
+) -> dict[str, int]:
+    """The argument for as many classes as the weights file has; empty where it is given.
+
+    make: takes the number of classes as the argument `name`.
+    """
+    if name in spec.arguments:
+        return {}
     with torch.device("meta"):
-        sketch = make()
-    return classes_in(sketch, weights)
+        sketches = make(**{name: 1013}), make(**{name: 1019})  # like no other size in a model
+    found = classes_in(sketches, weights, _source(spec))
+    return {} if found is None else {name: found}
 
 
 def _filled(
@@ -211,12 +338,17 @@ def _filled(
     weights: Weights,
     labels: tuple[str, ...] | None = None,
     default: Preprocessing | None = None,
+    *,
+    unused: re.Pattern[str] | None = None,
 ) -> Built:
-    """Load a weights file; its metadata says how to feed the model, else the defaults hold."""
-    load_into(module, weights, f"{spec.at('weights')}: the weights file")
+    """Load a weights file; its metadata says how to feed the model, else the defaults hold.
+
+    unused: matches keys of parts that the module was built without.
+    """
+    load_into(module, weights, _source(spec), unused.match if unused else None)
     return Built(
         module,
-        weights.sha256,
+        weights.version,
         labels_in(weights.metadata) or labels,
         preprocessing_in(weights.metadata, default or Preprocessing()),
         weights.metadata.get("target_layer"),

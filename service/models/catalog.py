@@ -61,6 +61,7 @@ class ModelSpec:
                takes what the builder brings (torchvision: its default weights, from its cache or
                the network).
     sha256:    what the weights file must have.
+    weights_key: names in front of the weights in that file, where several fit.
     labels:    one a class.
     output:    how scores come from logits. select: where the logits are in what the model returns.
     precision: of its front; None: that of the service.
@@ -73,6 +74,7 @@ class ModelSpec:
     weights: Path | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
     sha256: str | None = None
+    weights_key: str | None = None
     labels: tuple[str, ...] | None = None
     input: InputSpec = InputSpec()
     output: Output | None = None

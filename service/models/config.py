@@ -121,6 +121,12 @@ def _select(value: object) -> object:
     return value
 
 
+def _key(value: object) -> object:
+    if not isinstance(value, str) or not value.strip("."):
+        raise ValueError(f"takes names joined by dots, such as 'state_dict_ema', not {value!r}")
+    return value.strip(".")
+
+
 def _digest(value: object) -> object:
     if not isinstance(value, str) or not re.fullmatch("[0-9a-fA-F]{64}", value):
         raise ValueError(f"takes the 64 hexadecimal digits of a sha256, not {value!r}")
@@ -161,6 +167,7 @@ class ModelTable(_Table):
     arguments: dict[str, Any] = Field(default_factory=dict)
     weights: str | None = None
     sha256: Annotated[str | None, BeforeValidator(_digest)] = None
+    weights_key: Annotated[str | None, BeforeValidator(_key)] = None
     labels: Annotated[str | tuple[str, ...] | None, BeforeValidator(_labels)] = None
     input: InputTable = InputTable()
     output: OutputTable = OutputTable()
@@ -183,12 +190,17 @@ def _spec(table: ModelTable, source: str, folder: Path) -> ModelSpec:
     weights = None if table.weights is None else _weights(table, source, folder)
     if table.sha256 is not None and (weights is None or ENTRY.fullmatch(str(weights))):
         raise ConfigurationError(f"{source}.sha256: pins a weights file, and `weights` names none.")
+    if table.weights_key is not None and (weights is None or ENTRY.fullmatch(str(weights))):
+        raise ConfigurationError(
+            f"{source}.weights_key: chooses in a weights file, and `weights` names none."
+        )
     return ModelSpec(
         name=table.name,
         builder=table.builder,
         weights=weights,
         arguments=table.arguments,
         sha256=table.sha256,
+        weights_key=table.weights_key,
         labels=_read_labels(table.labels, f"{source}.labels", folder),
         input=InputSpec(**{key: getattr(given, key) for key in InputTable.model_fields}),
         output=table.output.activation,

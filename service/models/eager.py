@@ -1,17 +1,18 @@
 """What compiled, scripted and quantised modules allow: where hooks fire and gradients come through.
 
 A module that `torch.compile` wrapped is served as the module inside it, whose layers take hooks. A
-TorchScript module runs as a whole; it is served for predictions and for the methods that only look
-at its answers.
+TorchScript module and an exported program run as a whole; they are served for predictions and for
+the methods that only look at answers.
 """
 
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 
 import structlog
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.jit import ScriptModule
 
 from service.cam.hooks import record
@@ -48,11 +49,49 @@ def _inside(module: nn.Module) -> nn.Module:
     return module
 
 
+def in_eval_mode(module: nn.Module) -> nn.Module:
+    """The module in eval mode, its parameters frozen; exported and frozen ones are so already.
+
+    Raises ValueError where it was exported in training mode, which cannot be changed any more.
+    """
+    if isinstance(module, fx.GraphModule):
+        _check_exported(module)
+    with suppress(NotImplementedError):  # an exported program has no modes
+        module.eval()
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    return module
+
+
+def _is_exported(module: nn.Module) -> bool:
+    """Whether `torch.export` made it: its graph calls functions, and no module but its checks."""
+    if not isinstance(module, fx.GraphModule):
+        return False
+    called = {node.target for node in module.graph.nodes if node.op == "call_module"}
+    return called <= {"_guards_fn"}
+
+
+def _check_exported(module: fx.GraphModule) -> None:
+    for node in module.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        for index, argument in enumerate(schema.arguments if schema else ()):
+            given = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+            if argument.name in ("train", "training") and given is True:
+                raise ValueError(
+                    f"it was exported in training mode ({node.name}); export model.eval() instead"
+                )
+
+
 def why_no_layers(module: nn.Module) -> str | None:
     """Why nothing can be recorded inside the model; None where hooks fire."""
     if isinstance(module, ScriptModule):
         return (
             "it is a TorchScript module, which runs as a whole and takes no hooks; serve the "
+            "module that it was made from"
+        )
+    if _is_exported(module):
+        return (
+            "it is an exported program, which runs as one graph and takes no hooks; serve the "
             "module that it was made from"
         )
     return None

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import structlog
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from service.errors import ConfigurationError, nearest
@@ -17,7 +16,7 @@ from service.images import Preprocessing
 from service.models.builders import Built, build
 from service.models.catalog import TARGET_LAYERS, ModelSpec
 from service.models.condition import parts_of
-from service.models.eager import why_no_gradients, why_no_layers
+from service.models.eager import in_eval_mode, why_no_gradients, why_no_layers
 from service.models.folding import fold
 from service.models.lane import Compiler
 from service.models.loaded import LoadedModel
@@ -49,7 +48,7 @@ def load_model(
         # float32 in a request's answer means float32: torch's convolutions would round to TF32.
         torch.backends.cudnn.allow_tf32 = False
     built = build(spec, allow_random_weights)
-    module = _outside_inference_mode(built.module).eval().requires_grad_(False).to(device)
+    module = _in_eval_mode(spec, _outside_inference_mode(built.module)).to(device)
     if spec.dtype is not None:
         module = module.to(getattr(torch, spec.dtype))
     preprocessing = _preprocessing(spec, built.preprocessing or Preprocessing())
@@ -98,6 +97,13 @@ def _outside_inference_mode(module: nn.Module) -> nn.Module:
                     copies[id(tensor)] = nn.Parameter(copy) if kind == "_parameters" else copy
                 table[name] = copies[id(tensor)]
     return module
+
+
+def _in_eval_mode(spec: ModelSpec, module: nn.Module) -> nn.Module:
+    try:
+        return in_eval_mode(module)
+    except ValueError as error:
+        raise ConfigurationError(f"{spec.at('builder')} cannot be served: {error}.") from error
 
 
 def _tuned(model: LoadedModel, image: Tensor, compiler: Compiler | None) -> LoadedModel:
@@ -167,20 +173,13 @@ def _settled(model: LoadedModel, module: nn.Module, image: Tensor) -> tuple[str,
 
 
 def _labels(spec: ModelSpec, built: Built, classes: int) -> tuple[str, ...]:
-    labels = spec.labels or built.labels or _default_labels(classes)
+    labels = spec.labels or built.labels or tuple(f"class {index}" for index in range(classes))
     if len(labels) != classes:
         raise ConfigurationError(
             f"{spec.at('labels')} has {classes} classes and {len(labels)} labels; "
             "give it the labels of these weights, one a class."
         )
     return labels
-
-
-def _default_labels(classes: int) -> tuple[str, ...]:
-    if classes == 1000:
-        weights = torchvision.models.ResNet18_Weights.DEFAULT
-        return tuple(weights.meta["categories"])
-    return tuple(f"class {index}" for index in range(classes))
 
 
 def _target_layer(spec: ModelSpec, built: Built, tried: Probe) -> str | None:

@@ -6,9 +6,8 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, permutations
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from service.errors import ConfigurationError
+from service.models.checkpoints import Chosen, Entry, choose, entries_of
+from service.models.unpickling import read_inert
 
 _log = structlog.get_logger(__name__)
-
-WRAPPERS = ("state_dict", "model_state_dict", "model")
-"""Keys under which training scripts save the state dict."""
-
-PREFIXES = ("module.", "model.", "_orig_mod.")
-"""What DataParallel, Lightning and torch.compile put before every key."""
 
 SHOWN = 5
 """How many keys of a kind a report names."""
@@ -33,17 +28,31 @@ SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A state dict, the text beside it, and the sha256 of where it came from."""
+    """What a weights file holds: tensors, the text beside them, and the sha256 of the file.
 
-    tensors: Mapping[str, Tensor]
+    key: names in front of what is used of it, where the user chose; see `checkpoints.choose`.
+    """
+
+    entries: Sequence[Entry]
     sha256: str
     metadata: Mapping[str, str] = field(default_factory=dict)
+    key: str | None = None
+
+    @property
+    def version(self) -> str:
+        """The sha256 of the file; of another set of weights in the same file it is another one."""
+        if self.key is None:
+            return self.sha256
+        return hashlib.sha256(f"{self.sha256} {self.key}".encode()).hexdigest()
 
 
-def read_weights(path: Path, sha256: str | None = None, where: str | None = None) -> Weights:
-    """Read a safetensors file, or a state dict that `torch.save` wrote (`weights_only=True`).
+def read_weights(
+    path: Path, sha256: str | None = None, where: str | None = None, key: str | None = None
+) -> Weights:
+    """Read a safetensors file, or what `torch.save` wrote; nothing in it is executed.
 
     sha256: what the file must have; one that has not is not opened.
+    key:    names in front of the weights to use, such as `state_dict_ema`; None finds them.
     where:  how errors begin, such as `models.toml: model[0].weights`.
 
     Raises ConfigurationError where the file is missing, is neither, or would run code.
@@ -61,23 +70,31 @@ def read_weights(path: Path, sha256: str | None = None, where: str | None = None
             "was pinned, and was not opened."
         )
     if path.suffix == ".safetensors":
-        return _read_safetensors(path, name, found)
-    return Weights(_unwrapped(_unpickled(path, name), name), found)
+        metadata, entries = _read_safetensors(path, name)
+    else:
+        metadata, entries = {}, _state_dicts(_unpickled(path, name), name)
+    if key is not None and not any(each.name.startswith(f"{key}.") for each in entries):
+        known = sorted({each.name.partition(".")[0] for each in entries})
+        raise ConfigurationError(
+            f"{name} has no weights under weights_key {key!r}; its names begin with "
+            f"{', '.join(known[:SHOWN])}{' …' if len(known) > SHOWN else ''}."
+        )
+    return Weights(entries, found, metadata, key)
 
 
-def _read_safetensors(path: Path, name: str, sha256: str) -> Weights:
+def _read_safetensors(path: Path, name: str) -> tuple[dict[str, str], list[Entry]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dict
+            keys = file.keys()
+            return metadata, [Entry("", key, file.get_tensor(key)) for key in keys]
     except (SafetensorError, OSError) as error:
         raise ConfigurationError(f"{name} is not a safetensors file: {error}.") from error
-    return Weights(tensors, sha256, metadata)
 
 
 def _unpickled(path: Path, name: str) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return read_inert(path)
     except Exception as error:  # torch.load raises almost anything for a file that is not its own
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f" It wants to run {wanted[1]}, which was not done." if wanted else ""
@@ -87,34 +104,35 @@ def _unpickled(path: Path, name: str) -> Any:
         ) from error
 
 
-def _unwrapped(found: Any, name: str) -> dict[str, Tensor]:
-    """The state dict in what training scripts save around it."""
-    inside: list[str] = []
-    while isinstance(found, Mapping):
-        wrapper = next((key for key in WRAPPERS if isinstance(found.get(key), Mapping)), None)
-        if wrapper is None:
-            break
-        inside.append(wrapper)
-        found = found[wrapper]
-    if inside:
-        _log.info("weights_unwrapped", file=name, found_under=".".join(inside))
-    if not isinstance(found, Mapping) or not all(isinstance(v, Tensor) for v in found.values()):
+def _state_dicts(found: Any, name: str) -> list[Entry]:
+    """The tensors of every state dict in what training scripts save around it."""
+    entries = list(entries_of(found))
+    if not entries:
         raise ConfigurationError(
             f"{name} holds {type(found).__name__}, not a state dict of tensors. Save it again "
             "with torch.save(model.state_dict(), …)."
         )
-    return dict(found)
+    return entries
 
 
-def load_into(module: nn.Module, weights: Weights, source: str) -> None:
-    """Copy every tensor of `weights` into `module`; prefixes that wrappers leave are taken off.
+def load_into(
+    module: nn.Module,
+    weights: Weights,
+    source: str,
+    unused: Callable[[str], object] | None = None,
+) -> None:
+    """Copy the tensors of `weights` that are the module's into it (`checkpoints.choose`).
 
-    Raises ConfigurationError that lists missing, unexpected and mis-shaped keys.
+    unused: whether a key that the module lacks is of a part that predictions do not need.
+
+    Raises ConfigurationError that lists missing, unexpected and mis-shaped keys, or the several
+    sets of weights that fit.
     """
     wanted = module.state_dict()
-    tensors, prefixes = _without_prefixes(weights.tensors, wanted)
-    if prefixes:
-        _log.info("weights_prefixes_removed", source=source, prefixes=prefixes)
+    chosen = _chosen(weights, wanted, source)
+    spare = [key for key in chosen.tensors if unused and key not in wanted and unused(key)]
+    tensors = {key: value for key, value in chosen.tensors.items() if key not in spare}
+    _tell(chosen, spare, source)
     # A counter that inference never reads; files converted from other formats lack it.
     missing = [
         key for key in wanted if key not in tensors and not key.endswith("num_batches_tracked")
@@ -135,25 +153,27 @@ def load_into(module: nn.Module, weights: Weights, source: str) -> None:
     module.load_state_dict(tensors, strict=False)
 
 
-def _without_prefixes(
-    tensors: Mapping[str, Tensor], wanted: Mapping[str, Any]
-) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors under the keys that fit best, and the prefixes that were taken off for it.
+def _chosen(weights: Weights, wanted: Mapping[str, Tensor], source: str) -> Chosen:
+    chosen = choose(weights.entries, wanted, weights.key)
+    if chosen.others:
+        names = [f"{weights.key}.{each}" if weights.key else each for each in chosen.others]
+        raise ConfigurationError(
+            f"{source} holds several weights that fit the model: "
+            f"{', '.join(repr(each) for each in names)}. Say which with weights_key in "
+            f"models.toml, for instance weights_key = {json.dumps(names[0])}."
+        )
+    return chosen
 
-    A prefix is taken off where most keys have it; the others stay as they are, and are reported if
-    nothing wants them.
-    """
-    best, taken = dict(tensors), list[str]()
-    for prefixes in chain.from_iterable(permutations(PREFIXES, n) for n in (1, 2, 3)):
-        shorter = tensors
-        for prefix in prefixes:
-            if 2 * sum(key.startswith(prefix) for key in shorter) <= len(shorter):
-                break
-            shorter = {key.removeprefix(prefix): value for key, value in shorter.items()}
-        fits = sum(key in wanted for key in shorter)
-        if len(shorter) == len(tensors) and fits > sum(key in wanted for key in best):
-            best, taken = dict(shorter), list(prefixes)
-    return best, taken
+
+def _tell(chosen: Chosen, spare: Sequence[str], source: str) -> None:
+    """Say in one line what was taken of a file that holds more than the model's own keys."""
+    said = {
+        "under": chosen.prefix.rstrip("."),
+        "dropped": _few_of([*chosen.dropped, *spare]),
+        "averages_not_used": ", ".join(each.rstrip(".") for each in chosen.averaged),
+    }
+    if chosen.fits and any(said.values()):
+        _log.info("weights_taken", source=source, **{k: v for k, v in said.items() if v})
 
 
 def _with_nearest(key: str, unexpected: list[str]) -> str:
@@ -161,15 +181,40 @@ def _with_nearest(key: str, unexpected: list[str]) -> str:
     return f"{key} (the file has {close[0]})" if close else key
 
 
-def classes_in(module: nn.Module, weights: Weights, default: int = 1000) -> int:
-    """How many classes the file has: the first dimension where only the head's shape differs."""
+def fits(module: nn.Module, weights: Weights, source: str) -> bool:
+    """Whether the weights that have the module's keys have its shapes, too; True for other keys.
+
+    Raises ConfigurationError where several weights fit.
+    """
     wanted = module.state_dict()
-    tensors, _ = _without_prefixes(weights.tensors, wanted)
-    for key, tensor in wanted.items():
-        other = tensors.get(key)
-        if other is not None and other.ndim and tensor.ndim and tensor.shape[:1] == (default,):
-            return int(other.shape[0])
-    return default
+    chosen = _chosen(weights, wanted, source)
+    pairs = ((chosen.tensors[key], wanted[key]) for key in chosen.tensors if key in wanted)
+    return not chosen.fits or all(tensor.shape == other.shape for tensor, other in pairs)
+
+
+def classes_in(sketches: tuple[nn.Module, nn.Module], weights: Weights, source: str) -> int | None:
+    """How many classes a file has, or None where its keys do not say it.
+
+    sketches: the model for two numbers of classes; what differs between them is the head.
+    Raises ConfigurationError where several heads of the file have several numbers.
+    """
+    one, other = (sketch.state_dict() for sketch in sketches)
+    tensors = _chosen(weights, one, source).tensors
+    counts = {
+        key: int(tensors[key].shape[axis])
+        for key, tensor in one.items()
+        if key in tensors and tensors[key].ndim == tensor.ndim
+        for axis, size in enumerate(tensor.shape)
+        if key in other and size != other[key].shape[axis]
+    }
+    found = sorted(set(counts.values()))
+    if len(found) > 1:
+        heads = ", ".join(f"{key}: {count}" for key, count in sorted(counts.items())[:SHOWN])
+        raise ConfigurationError(
+            f"{source} has heads of {' and '.join(map(str, found))} classes ({heads}); say which "
+            "with arguments = { num_classes = … } in models.toml."
+        )
+    return found[0] if found else None
 
 
 def digest(state: Mapping[str, Any]) -> str:
@@ -206,11 +251,13 @@ def labels_in(metadata: Mapping[str, str]) -> tuple[str, ...] | None:
     return tuple(labels)
 
 
-def _few(what: str, keys: list[str], count: int = SHOWN) -> str:
-    if not keys:
-        return ""
+def _few_of(keys: Sequence[str], count: int = SHOWN) -> str:
     more = f" and {len(keys) - count} more" if len(keys) > count else ""
-    return f"{what}: {', '.join(keys[:count])}{more}. "
+    return f"{', '.join(keys[:count])}{more}"
+
+
+def _few(what: str, keys: list[str], count: int = SHOWN) -> str:
+    return f"{what}: {_few_of(keys, count)}. " if keys else ""
 
 
 def _sha256(path: Path) -> str:

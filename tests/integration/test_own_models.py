@@ -254,13 +254,14 @@ def test_what_is_wrong_with_a_model_is_a_sentence_and_nothing_is_run(
     assert not (tmp_path / "it-ran").exists()
     (tmp_path / "bad.safetensors").write_bytes(b"\xff" * 8 + b"{}")
     assert "not a safetensors file" in broken(serve, tmp_path, "weights = 'bad.safetensors'")
-    other = {f"net.{key}": value for key, value in SmallNet().state_dict().items()}
+    state = SmallNet().state_dict()
+    other = {key.replace("features", "trunk_features"): value for key, value in state.items()}
     torch.save(other, tmp_path / "other.pt")
     detail = broken(serve, tmp_path, "weights = 'other.pt'")
-    assert "missing: features.0.weight (the file has net.features.0.weight)" in detail
-    assert "unexpected: net.features.0.weight" in detail
+    assert "missing: features.0.weight (the file has trunk_features.0.weight)" in detail
+    assert "unexpected: trunk_features.0.weight" in detail
     torch.save(SmallNet(classes=4).state_dict(), tmp_path / "four.pt")
-    detail = broken(serve, tmp_path, "weights = 'four.pt'")
+    detail = broken(serve, tmp_path, "weights = 'four.pt'\narguments = { classes = 7 }")
     assert "head.weight: (4, 16) in the file, (7, 16) here" in detail
     (tmp_path / "labels.json").write_text(json.dumps(["one"]))
     assert "7 classes and 1 labels" in broken(serve, tmp_path, "labels = 'labels.json'")

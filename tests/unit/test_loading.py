@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import pickle
@@ -16,6 +17,8 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision
+from cheap_weights import cheaply
+from structlog.testing import capture_logs
 from tiny import SmallNet
 from torch import nn
 
@@ -407,12 +410,61 @@ def test_a_file_says_how_many_classes_there_are(tmp_path: Path, no_network) -> N
 
 
 @pytest.mark.timeout(20)
-def test_a_file_of_all_classes_has_the_labels_of_the_default_weights(
-    tmp_path: Path, no_network
-) -> None:
+def test_a_users_own_thousand_classes_have_no_names_of_imagenet(tmp_path: Path, no_network) -> None:
     torch.save(torchvision.models.squeezenet1_1().state_dict(), tmp_path / "w.pt")
     model = load(f"torchvision/squeezenet1_1@{tmp_path / 'w.pt'}")
+    assert model.labels == tuple(f"class {index}" for index in range(1000))
+
+
+@pytest.mark.timeout(20)
+def test_a_file_that_torchvision_published_has_its_labels_and_its_transform(
+    tmp_path: Path, monkeypatch, no_network
+) -> None:
+    """Known by its sha256, the first digits of which are in the name of every such file."""
+    file = save_state(tmp_path / "w.pt", torchvision.models.squeezenet1_1())
+    digits = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+    entry = torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1
+    published = dataclasses.replace(entry.value, url=f"https://a.test/squeezenet-{digits}.pth")
+    monkeypatch.setattr(entry, "_value_", published)
+    model = load(f"torchvision/squeezenet1_1@{file}")
     assert model.labels[281] == "tabby"
+    assert model.preprocessing.resize == entry.transforms().resize_size[0]
+
+
+@pytest.mark.timeout(20)
+def test_other_classes_than_the_entrys_have_no_labels_of_it(no_network) -> None:
+    spec = ModelSpec("a", "torchvision/squeezenet1_1", arguments={"num_classes": 4})
+    model = load_model(spec, allow_random_weights=True)
+    assert model.labels == ("class 0", "class 1", "class 2", "class 3")
+
+
+def test_a_function_of_a_thousand_classes_has_no_names_of_imagenet(builders) -> None:
+    builders("from tiny import SmallNet\ndef make(): return SmallNet(classes=1000)")
+    assert load("my_builders:make").labels[281] == "class 281"
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [("inception_v3", "AuxLogits.fc"), ("googlenet", "aux1.fc2")]
+)
+@pytest.mark.timeout(60)
+def test_a_fine_tuned_head_beside_a_training_head_of_a_thousand_counts_the_classes(
+    tmp_path: Path, no_network, name: str, part: str
+) -> None:
+    """As tutorials do it: `model.fc` is replaced, and the head for training alone is left."""
+    trained: Any = cheaply(
+        lambda: torchvision.models.get_model(name, weights=None, init_weights=False)
+    )
+    assert trained.get_submodule(part).out_features == 1000
+    trained.fc = torch.nn.Linear(trained.fc.in_features, 3)
+    with capture_logs() as logs:
+        model = load(f"torchvision/{name}@{save_state(tmp_path / 'w.pt', trained)}")
+    assert model.labels == ("class 0", "class 1", "class 2")
+    assert torch.equal(model.module.fc.bias, trained.fc.bias)
+    assert any(each.get("dropped", "").startswith(part.partition(".")[0]) for each in logs)
+    trained.aux_logits, without = False, {"AuxLogits", "aux1", "aux2"}
+    state = {k: v for k, v in trained.state_dict().items() if k.partition(".")[0] not in without}
+    torch.save(state, tmp_path / "w.pt")
+    assert len(load(f"torchvision/{name}@{tmp_path / 'w.pt'}").labels) == 3
 
 
 @pytest.mark.timeout(20)
