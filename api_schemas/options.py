@@ -38,8 +38,8 @@ Box = tuple[float, float, float, float]
 
 
 def _text(value: object) -> object:
-    """JSON may give class ids as numbers: `"targets": [281]`."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    """JSON may give class ids as numbers: `"targets": [281]`. A number is never a label."""
+    return f"id:{value}" if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 Target = Annotated[str, Field(min_length=1, max_length=200), BeforeValidator(_text)]
@@ -121,8 +121,8 @@ class ExplainOptions(CommonOptions):
     targets: list[Target] = Field(
         [],
         max_length=100,
-        description="Classes to explain, by id or exact label; all digits is an id. "
-        "Default: the best prediction.",
+        description="Classes to explain, by id or exact label; all digits is an id. `id:3` and "
+        "`label:3` say which is meant. Default: the best prediction.",
     )
     explain_top: int = Field(1, ge=1, le=100, description="Explain the n best predictions.")
     contrast: Target | None = Field(

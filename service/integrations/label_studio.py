@@ -156,7 +156,7 @@ class _Predicting:
             for class_id, label in enumerate(model.labels):
                 own = control.label_of(*self.parameters.names_of(label))
                 if own is not None and own in named:
-                    return str(class_id)
+                    return f"id:{class_id}"
         return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import tomllib
@@ -24,6 +23,7 @@ from service.models.catalog import (
     Output,
     check_names,
 )
+from service.models.labels import labels_of_text
 
 SHOWN = 5
 """How many mistakes one error lists."""
@@ -227,36 +227,20 @@ def _weights(table: ModelTable, source: str, folder: Path) -> Path:
 def _read_labels(
     said: str | tuple[str, ...] | None, where: str, folder: Path
 ) -> tuple[str, ...] | None:
-    """Labels given in the file, or those of a file: a JSON list, or one a line."""
+    """Labels given in the file, or those of a file (`labels.labels_of_text`)."""
     if said is None or isinstance(said, tuple):
         return said
     path = folder / said
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except (FileNotFoundError, IsADirectoryError) as error:
         raise ConfigurationError(_missing(where, path)) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{where}: cannot read {path} as UTF-8 text: {error}.") from error
-    if path.suffix == ".json" or text.lstrip().startswith("["):
-        return _json_labels(text, where, path)
-    labels = [line.strip() for line in text.rstrip().splitlines()]
-    if "" in labels:
-        raise ConfigurationError(
-            f"{where}: line {labels.index('') + 1} of {path} is empty; it takes one label a line."
-        )
-    if not labels:
-        raise ConfigurationError(f"{where}: {path} is empty; it takes one label a line.")
-    return tuple(labels)
-
-
-def _json_labels(text: str, where: str, path: Path) -> tuple[str, ...]:
     try:
-        found = json.loads(text)
+        return labels_of_text(text, path.suffix.lower())
     except ValueError as error:
-        raise ConfigurationError(f"{where}: {path} is not JSON: {error}.") from error
-    if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
-        raise ConfigurationError(f"{where}: {path} must hold a JSON list of texts, one a class.")
-    return tuple(found)
+        raise ConfigurationError(f"{where}: {path} {error}.") from error
 
 
 def _missing(where: str, path: Path) -> str:

@@ -180,18 +180,20 @@ class LoadedModel:
         return 4 * sum(map(math.prod, shapes))
 
     def class_id(self, target: str) -> int:
-        """The class of an id (all digits) or an exact label.
+        """The class of an id (all digits, or `id:3`) or of an exact label (or `label:3`).
 
-        Raises UnknownClass with the nearest labels, InvalidOption where a label names several.
+        Raises UnknownClass with the nearest labels, InvalidOption where a label names several, or
+        digits could be an id and a label.
         """
-        if target.isascii() and target.isdecimal():
-            if int(target) < len(self.labels):
-                return int(target)
-            raise UnknownClass(
-                f"Model {self.name!r} has no class {target}; its ids are 0 to "
-                f"{len(self.labels) - 1}."
-            )
+        kind, _, name = target.partition(":")
         ids = [index for index, label in enumerate(self.labels) if label == target]
+        if target.isascii() and target.isdecimal():
+            return self._class_of_digits(target, ids)
+        if not ids and kind == "id" and name.isascii() and name.isdecimal():
+            return self._class_of_digits(name, [])
+        if not ids and kind == "label":
+            target = name
+            ids = [index for index, label in enumerate(self.labels) if label == target]
         if len(ids) > 1:
             raise InvalidOption(
                 f"The label {target!r} names several classes: {', '.join(map(str, ids))}; "
@@ -203,6 +205,23 @@ class LoadedModel:
                 f"{nearest(target, self.labels)} GET /models/{self.name} lists them all."
             )
         return ids[0]
+
+    def _class_of_digits(self, digits: str, labelled: Sequence[int]) -> int:
+        """The class of an id; `labelled` are those whose label is these digits."""
+        others = [index for index in labelled if index != int(digits)]
+        classes = f"class {', '.join(map(str, others))}"
+        if int(digits) >= len(self.labels):
+            hint = f" {digits!r} is the label of {classes}: label:{digits} means it."
+            raise UnknownClass(
+                f"Model {self.name!r} has no class {digits}; its ids are 0 to "
+                f"{len(self.labels) - 1}.{hint if others else ''}"
+            )
+        if others:
+            raise InvalidOption(
+                f"{digits!r} is the id of the class labelled {self.labels[int(digits)]!r} and the "
+                f"label of {classes}; write id:{digits} or label:{digits}."
+            )
+        return int(digits)
 
 
 @lru_cache

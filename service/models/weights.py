@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from service.errors import ConfigurationError
 from service.models.checkpoints import Chosen, Entry, choose, entries_of
+from service.models.labels import labels_of_text
 from service.models.unpickling import read_inert
 
 _log = structlog.get_logger(__name__)
@@ -239,16 +240,15 @@ def _digest_into(hasher: Any, key: str, value: object) -> None:
 
 
 def labels_in(metadata: Mapping[str, str]) -> tuple[str, ...] | None:
-    """The labels that a safetensors file carries as a JSON list, or None."""
+    """The labels that a safetensors file carries as JSON, or None. Raises ConfigurationError."""
     if "labels" not in metadata:
         return None
     try:
-        labels: Any = json.loads(metadata["labels"])
-    except ValueError:
-        labels = None
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise ConfigurationError("the metadata `labels` of the weights file is not a JSON list.")
-    return tuple(labels)
+        return labels_of_text(metadata["labels"], ".json")
+    except ValueError as error:
+        raise ConfigurationError(
+            f"the metadata `labels` of the weights file {error}; it takes a JSON list of texts."
+        ) from error
 
 
 def _few_of(keys: Sequence[str], count: int = SHOWN) -> str:

@@ -18,14 +18,20 @@ export function optionsOf({ question, model }) {
     if (value !== preset) pairs.push([name, value]);
   };
   if (!model.default) put("model", model.name);
-  put("targets", question.target, null);
-  put("contrast", question.contrast, null);
+  put("targets", targetOf(model, question.target), null);
+  put("contrast", targetOf(model, question.contrast), null);
   put("method", question.method, DEFAULTS.method);
   if (method(question.method).layer) put("layer", question.layer, null);
   put("fit", question.fit, DEFAULTS.fit);
   if (question.method === "rise") put("samples", question.samples, DEFAULTS.samples);
   if (question.method === "integrated_gradients") put("steps", question.steps, DEFAULTS.steps);
   return pairs;
+}
+
+/** A class as the server takes it: an id that is also the label of another class says that it is one. */
+function targetOf(model, target) {
+  const isOther = (label, id) => label === String(target) && id !== target;
+  return typeof target === "number" && model.labels.some(isOther) ? `id:${target}` : target;
 }
 
 /** How the map is drawn, as options; a threshold of 0 is no region's. */

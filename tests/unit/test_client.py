@@ -257,7 +257,7 @@ def test_a_url_makes_the_request_json() -> None:
     ask = classify("/explain", ["https://host/cat.jpg", b"two"], options)
     assert ask.content == {
         "json": {
-            "targets": ["0", "cat"],
+            "targets": ["id:0", "cat"],
             "top_k": 1,
             "images": [{"url": "https://host/cat.jpg"}, {"data": "dHdv"}],
         }
@@ -271,7 +271,7 @@ def test_options_that_would_make_a_long_query_travel_in_the_body() -> None:
 
 def test_options_are_read_as_the_service_does() -> None:
     options = read_options(ExplainOptions, {"include": "grid", "targets": 3, "layer": ["a", "b"]})
-    assert (options.include, options.targets, options.layer) == (["grid"], ["3"], ["a", "b"])
+    assert (options.include, options.targets, options.layer) == (["grid"], ["id:3"], ["a", "b"])
     with pytest.raises(TypeError, match="did you mean 'contrast'"):
         read_options(ExplainOptions, {"contrst": 1})
     with pytest.raises(TypeError, match="there is no option 'layer'"):

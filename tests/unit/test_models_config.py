@@ -112,10 +112,42 @@ def test_the_second_model_has_its_own_place(write) -> None:
     [
         ("l.txt", "a\nb c\n\n", ("a", "b c")),
         ("l.txt", "\ufeffa\r\nä\r\n", ("a", "ä")),
+        ("l.txt", "a\u2028b\nc\x0bd\x85e\n", ("a\u2028b", "c\x0bd\x85e")),
         ("l.json", '["a", "b"]', ("a", "b")),
+        ("class_to_idx.json", '{"dog": 1, "cat": 0}', ("cat", "dog")),
+        ("class_to_idx.json", '{"7": 0, "3": 1}', ("7", "3")),
+        ("l.json", '{"dog": "1", "cat": "0"}', ("cat", "dog")),
+        ("l.json", '{"1": "dog", "0": "cat"}', ("cat", "dog")),
+        ("l.json", '{"0": "7", "1": "3"}', ("7", "3")),
+        (
+            "imagenet_class_index.json",
+            '{"0": ["n1", "tench"], "1": ["n2", "ray"]}',
+            ("tench", "ray"),
+        ),
+        (
+            "config.json",
+            '{"model_type": "x", "id2label": {"0": "cat", "1": "dog"}}',
+            ("cat", "dog"),
+        ),
+        ("info.json", '{"epoch": 3, "class_to_idx": {"dog": 1, "cat": 0}}', ("cat", "dog")),
+        ("info.json", '{"classes": ["cat", "dog"]}', ("cat", "dog")),
+        ("l.txt", '{"0": "cat", "1": "dog"}', ("cat", "dog")),
+        ("l.csv", "id,name\n1,dog\n0,cat\n", ("cat", "dog")),
+        ("l.csv", "\ufeffName;Class_ID\r\ndog;1\r\ncat;0\r\n", ("cat", "dog")),
+        (
+            "l.csv",
+            'wnid,index,label,count\nn2,1,"ray, grey",3\nn1,0,tench,9\n',
+            ("tench", "ray, grey"),
+        ),
+        ("l.csv", "0,cat\n1,dog\n", ("cat", "dog")),
+        ("l.csv", "dog,1\ncat,0\n", ("cat", "dog")),
+        ("l.csv", "index,synset\n0,cat\n1,dog\n", ("cat", "dog")),
+        ("l.tsv", "idx\tlabel\n1\t7\n0\t3\n", ("3", "7")),
     ],
 )
-def test_labels_are_lines_or_a_json_list(tmp_path: Path, write, name, text, expected) -> None:
+def test_labels_are_read_as_data_sets_leave_them(
+    tmp_path: Path, write, name, text, expected
+) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8", newline="")
     (spec,) = read_config(write(TINY + f"labels = '{name}'"))
     assert spec.labels == expected
@@ -124,11 +156,24 @@ def test_labels_are_lines_or_a_json_list(tmp_path: Path, write, name, text, expe
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("l.txt", b"a\n\nb\n", "line 2"),
+        ("l.txt", b"a\n\nb\n", "nothing on line 2"),
         ("l.txt", b"", "is empty"),
         ("l.txt", b"\xff\xfe", "UTF-8"),
         ("l.json", b"[1, 2]", "JSON list"),
         ("l.json", b"{", "not JSON"),
+        ("l.json", b"{}", "{label: id} or {id: label}"),
+        ("l.json", b'{"cat": true}', "{label: id} or {id: label}"),
+        ("l.json", b'{"cat": "a", "dog": "b"}', "{label: id} or {id: label}"),
+        ("l.json", b'{"cat": 1, "dog": 2}', "2 labels and none for the id 0; ids are 0 to 1"),
+        ("l.json", b'{"cat": 0, "dog": 0}', "two labels for the id 0"),
+        ("l.json", b'{"cat": -1, "dog": 0}', "none for the id 1"),
+        ("l.json", b'{"0": "a", "00": "b"}', "two labels for the id 0"),
+        ("l.csv", b"", "is empty; it takes a row"),
+        ("l.csv", b"cat\ndog\n", "it takes one of ids (id, index"),
+        ("l.csv", b"id,a,b\n0,x,y\n", "one of them must be called label or name"),
+        ("l.csv", b"id,name\n0,x\n1\n", "too few columns in its row 2"),
+        ("l.csv", b"id,name\nn01,x\n", "has 'n01' in its column of ids"),
+        ("l.csv", b"id,name\n1,x\n2,y\n", "none for the id 0"),
     ],
 )
 def test_a_label_file_that_holds_something_else_is_told(
@@ -136,7 +181,7 @@ def test_a_label_file_that_holds_something_else_is_told(
 ) -> None:
     (tmp_path / name).write_bytes(content)
     detail = refused(write(TINY + f"labels = '{name}'"))
-    assert "model[0].labels: " in detail
+    assert f"model[0].labels: {tmp_path / name} " in detail or "cannot read" in detail
     assert words in detail
 
 
