@@ -26,7 +26,7 @@ from service.explain_files import (
     into_folder,
     onto_board,
 )
-from service.flags import ERR, OUT
+from service.flags import ERR, OUT, say_left_out
 from service.image_files import find_images, text_of
 from service.report.page import HtmlReport
 from service.routes.state import Service
@@ -60,7 +60,7 @@ def run(settings: Settings, options: ExplainOptions, given: list[str], wanted: W
     Raises what `find_images`, `build_service` and `explain_files` raise, and ConfigurationError for
     a place that nothing can be written to.
     """
-    logs.configure("text", level=40)
+    logs.configure_command()
     images = find_images(given)
     _check_places(wanted)
     service = build_service(settings.uncompiled())
@@ -75,6 +75,7 @@ def run(settings: Settings, options: ExplainOptions, given: list[str], wanted: W
                 sys.stdout.buffer.flush()
     if not wanted.lines:
         OUT.print(table.rows)
+    say_left_out(given)
     for failed in table.failed:
         sentence = f"[red]failed:[/] {escape(text_of(failed.path))}: {escape(failed.detail)}"
         ERR.print(sentence, soft_wrap=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from api_schemas.options import ExplainOptions
 from service.errors import CamserveError, InvalidOption
+from service.image_files import left_out_of
 from service.settings import Settings
 
 OUT = Console()
@@ -129,6 +130,13 @@ def _option(name: str) -> inspect.Parameter:
             ),
         ],
     )
+
+
+def say_left_out(given: Iterable[str]) -> None:
+    """Say on standard error what folders on a command line hold beside images."""
+    line = left_out_of(given)
+    if line:
+        ERR.print(escape(line), soft_wrap=True)
 
 
 @contextmanager

@@ -12,10 +12,53 @@ from pathlib import Path
 
 from service.errors import ConfigurationError, nearest
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+SUFFIXES = frozenset(
+    {
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".pjpeg", ".pjp"),
+        *(".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
+    }
+)
+"""Of the files that are taken of a folder; one that is named is taken whatever it is called."""
+
+NAMED = 5
+"""How many files that were left out one line names."""
 
 STDIN = Path("-")
 """Names standard input, as other commands have it; a file of that name is `./-`."""
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file of a folder is called as an image is; macOS puts `._a.jpg` beside `a.jpg`."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith("._")
+
+
+def left_out_of(paths: Iterable[Path | str]) -> str:
+    """A line that names what folders hold beside images, or "".
+
+    Files that are hidden, or in a hidden folder, are not meant.
+    """
+    others = [
+        text_of(path)
+        for folder in map(Path, paths)
+        if folder.is_dir()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not is_image(path) and not _is_hidden(path.relative_to(folder))
+    ]
+    if not others:
+        return ""
+    more = f" and {len(others) - NAMED:,} more" if len(others) > NAMED else ""
+    files = "1 file" if len(others) == 1 else f"{len(others):,} files"
+    return (
+        f"left out {files} without a suffix of an image: {', '.join(others[:NAMED])}{more}. Name a "
+        "file itself to read it."
+    )
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") or part in _OF_SYSTEMS for part in path.parts)
+
+
+_OF_SYSTEMS = frozenset({"Thumbs.db", "desktop.ini", "__MACOSX"})
 
 
 def find_images(paths: Iterable[Path | str]) -> list[tuple[Path, Path]]:
@@ -55,7 +98,10 @@ def _named_by(given: str) -> list[tuple[Path, Path]]:
     if path.is_dir():
         inside = _images(path.rglob("*"))
         if not inside:
-            raise ConfigurationError(f"no image is in the folder {text_of(path)}.")
+            others = left_out_of([path])
+            raise ConfigurationError(
+                f"no image is in the folder {text_of(path)}{f'; {others}' if others else '.'}"
+            )
         return [(each, each.relative_to(path)) for each in inside]
     if path.exists():
         return [(path, Path(path.name))]
@@ -71,7 +117,7 @@ def _named_by(given: str) -> list[tuple[Path, Path]]:
 
 
 def _images(paths: Iterable[Path]) -> list[Path]:
-    return sorted(each for each in paths if each.suffix.lower() in SUFFIXES and each.is_file())
+    return sorted(each for each in paths if is_image(each) and each.is_file())
 
 
 def _before_the_pattern(pattern: Path) -> Path:

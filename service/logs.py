@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Collection
 from typing import Literal
 
 import structlog
@@ -11,9 +12,33 @@ import structlog
 LogFormat = Literal["text", "json"]
 
 
-def configure(log_format: LogFormat = "text", level: int = logging.INFO) -> None:
-    """Send every log, the server's own included, to standard error in one form."""
+OF_COMMANDS = frozenset({"model_failed"})
+"""Events that a command tells itself, in one sentence at its end."""
+
+
+def configure_command() -> None:
+    """Send errors to standard error, but for those that a command tells itself."""
+    configure("text", logging.ERROR, without=OF_COMMANDS)
+
+
+def configure(
+    log_format: LogFormat = "text",
+    level: int = logging.INFO,
+    *,
+    without: Collection[str] = (),
+) -> None:
+    """Send every log, the server's own included, to standard error in one form.
+
+    without: events that are not logged.
+    """
+
+    def choose(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        if event["event"] in without:
+            raise structlog.DropEvent
+        return event
+
     shared: list[structlog.typing.Processor] = [
+        choose,
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),

@@ -14,9 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from service import logs
-from service.errors import ConfigurationError
+from service.errors import CamserveError, ConfigurationError
 from service.flags import ERR, OF_MODELS, OUT, with_settings
-from service.image_files import find_images
+from service.image_files import find_images, text_of
 from service.models.catalog import BUILTIN, ModelSpec, parse_model
 from service.settings import Settings
 
@@ -37,6 +37,7 @@ def models(
     """Show the models that would be served, or those that could be."""
     from service.app import build_service
 
+    logs.configure_command()
     if available:
         for name in (BUILTIN, *_torchvision_builders(), "timm/NAME", "package.module:function"):
             OUT.print(name, markup=False, highlight=False)
@@ -81,7 +82,7 @@ def layers(
     """List a model's layers: path, type, output shape, parameters; * marks the default target."""
     from service.app import model_loader
 
-    logs.configure("text", level=40)
+    logs.configure_command()
     # Shapes do not depend on the weights, so none are fetched for a list of them.
     listed = settings.model_copy(update={"allow_random_weights": True})
     read = settings if measure else listed
@@ -114,19 +115,26 @@ def _named(settings: Settings, model: str) -> ModelSpec:
 
 
 def _pictures(model: LoadedModel, folder: Path, max_pixels: int) -> list[Tensor]:
-    """Every image of a folder at the model's input size, uint8 (C, h, w)."""
+    """Every image of a folder at the model's input size, uint8 (C, h, w).
+
+    Raises ConfigurationError for the first that cannot be read.
+    """
     from service.upload import open_upload
 
-    return [
-        open_upload(
-            path.read_bytes(),
-            model.preprocessing,
-            "crop",
-            max_pixels=max_pixels,
-            photo_side=None,
-        ).model_input.pixels
-        for path, _ in find_images([folder])
-    ]
+    pixels: list[Tensor] = []
+    for path, _ in find_images([folder]):
+        try:
+            upload = open_upload(
+                path.read_bytes(),
+                model.preprocessing,
+                "crop",
+                max_pixels=max_pixels,
+                photo_side=None,
+            )
+        except CamserveError as error:
+            raise ConfigurationError(f"{text_of(path)}: {error.detail}") from error
+        pixels.append(upload.model_input.pixels)
+    return pixels
 
 
 def _print_ranking(model: LoadedModel, folder: Path, max_pixels: int) -> None:
@@ -177,7 +185,7 @@ def check(settings: Settings) -> None:
     from service.app import model_loader, model_specs
     from service.check import check_models
 
-    logs.configure("text", level=40)
+    logs.configure_command()
     table = Table("name", "classes", "parameters", "target layer", "lanes", box=None)
     for heading in ("ms per image", "MiB"):
         table.add_column(heading, justify="right")
@@ -234,7 +242,7 @@ def calibrate(
     from service.app import model_loader
     from service.calibration import calibrate as calibrate_front
 
-    logs.configure("text", level=40)
+    logs.configure_command()
     spec = replace(_named(settings, model), int8=None, precision="float32")
     loaded = model_loader(settings)(spec)
     place = out or Path(f"{spec.name}.int8")

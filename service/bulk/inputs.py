@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from service.errors import BodyTooLarge, ConfigurationError
-from service.image_files import SUFFIXES, text_of
+from service.image_files import is_image, text_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def _kind(source: str) -> Any:
 
 def _in_folder(folder: Path) -> Iterator[Input]:
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in SUFFIXES and path.is_file():
+        if is_image(path) and path.is_file():
             yield Input(text_of(path.relative_to(folder)), str(path.absolute()))
 
 
@@ -99,7 +99,7 @@ def _in_bucket(source: str) -> Iterator[Input]:
     system, path = _place(source.rstrip("/"))
     found = system.get_file_info(fs.FileSelector(path, recursive=True))
     for each in sorted(found, key=lambda info: info.path):
-        if each.type == fs.FileType.File and Path(each.path).suffix.lower() in SUFFIXES:
+        if each.type == fs.FileType.File and is_image(Path(each.path)):
             name = each.path.removeprefix(path).lstrip("/")
             yield Input(name, f"{source.rstrip('/')}/{name}")
 

@@ -19,7 +19,7 @@ from service.bulk.identity import of_model, of_spec
 from service.bulk.inputs import Input, list_inputs, place_of
 from service.bulk.results import Identity, Results, Row, open_results
 from service.errors import ConfigurationError
-from service.flags import ERR
+from service.flags import ERR, say_left_out
 from service.image_files import text_of
 from service.settings import Settings
 
@@ -84,7 +84,7 @@ def run(  # noqa: PLR0917 - what, of what, where to, and how
     job: Job, source: str, column: str, folder: Path, shard_size: int, share: Share | None
 ) -> None:
     """Explain what has no row yet. Raises typer.Exit where not all is well, ConfigurationError."""
-    logs.configure("text", level=40)
+    logs.configure_command()
     inputs = list_inputs(source, column)
     try:
         identity = job.identity(source, column)
@@ -100,6 +100,7 @@ def run(  # noqa: PLR0917 - what, of what, where to, and how
             with _finished(job, shards, results, share, stopped) as finished:
                 for rows in finished:
                     done.update({row["path"]: row.get("error_code") for row in rows})
+        say_left_out([source])
         _conclude(inputs, done, folder, stopped())
 
 

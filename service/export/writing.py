@@ -22,7 +22,7 @@ from service.app import build_service
 from service.durable import whole
 from service.errors import ConfigurationError
 from service.explain_files import Failed, Outcome, explain_files
-from service.flags import ERR
+from service.flags import ERR, say_left_out
 from service.image_files import find_images, text_of
 from service.settings import Settings
 
@@ -80,7 +80,7 @@ def run(
     answers: who explains: a service, or with these settings this process. Ends with code 1 where a
     picture failed. Raises ConfigurationError, and what `find_images` and `explain_files` raise.
     """
-    logs.configure("text", level=40)
+    logs.configure_command()
     images = [(path, text_of(name.with_name(path.name))) for path, name in find_images(given)]
     asked = options.model_copy(update={"include": ["regions"]})
     failed: list[tuple[str, str]] = []
@@ -98,6 +98,7 @@ def run(
         _written(out) as file,
     ):
         write(file, source, named(source.results))
+    say_left_out(given)
     for name, detail in failed:
         ERR.print(f"[red]failed:[/] {escape(name)}: {escape(detail)}", soft_wrap=True)
     counts = f"{len(images) - len(failed)} explained, {len(failed)} failed"

@@ -146,6 +146,19 @@ def test_a_folder_is_listed_through_pyarrow_as_a_bucket_is(tmp_path: Path) -> No
     assert [row["path"] for row in rows(tmp_path / "out")] == [f"{n:05}.jpg" for n in range(3)]
 
 
+def test_what_a_folder_holds_beside_images_is_said(tmp_path: Path) -> None:
+    source = photos(tmp_path / "in", 1)
+    for name in ("b.jfif", "c.jpe"):
+        shutil.copy(source / "00000.jpg", source / name)
+    (source / "._00000.jpg").write_bytes(b"of macOS")
+    (source / "notes.txt").write_text("no image")
+    result = bulk(source, tmp_path / "out")
+    assert result.exit_code == 0
+    assert [row["path"] for row in rows(tmp_path / "out")] == ["00000.jpg", "b.jfif", "c.jpe"]
+    assert "left out 1 file without a suffix of an image: " in result.output
+    assert "notes.txt" in result.output
+
+
 def test_a_file_over_the_limit_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAMSERVE_MAX_BODY_BYTES", "100")
     assert bulk(photos(tmp_path / "in", 1), tmp_path / "out").exit_code == 1

@@ -176,6 +176,72 @@ def test_what_cannot_be_written_whole_leaves_what_was_there(monkeypatch, flag, n
     assert sorted(each.name for each in Path.cwd().iterdir()) == sorted(["a.png", name])
 
 
+def test_a_folder_says_what_it_left_out_and_reads_every_suffix_of_an_image() -> None:
+    photos("p/a.PNG", "p/b.jpe", "p/c.jfif", "p/d.pjpeg", "p/deep/e.jpg", "p/x.heic", "p/no-suffix")
+    for name in ("._a.PNG", ".DS_Store", ".git/object", "Thumbs.db", "._x.heic", "deep/notes.txt"):
+        Path("p", name).parent.mkdir(exist_ok=True)
+        Path("p", name).write_bytes(b"no image")
+    result = explain("p", "--json")
+    names = ["p/a.PNG", "p/b.jpe", "p/c.jfif", "p/d.pjpeg", "p/deep/e.jpg"]
+    assert [each["file"] for each in lines(result)] == names
+    assert (
+        "left out 3 files without a suffix of an image: p/deep/notes.txt, p/no-suffix, p/x.heic. "
+        "Name a file itself to read it."
+    ) in words(result.stderr)
+    assert [each["file"] for each in lines(explain("p/x.heic", "--json"))] == ["p/x.heic"]
+
+
+def test_of_many_files_that_were_left_out_a_few_are_named() -> None:
+    photos("p/a.png", *(f"p/{n:02}.raw" for n in range(20)))
+    said = words(explain("p", "--json").stderr)
+    assert "left out 20 files without a suffix of an image: p/00.raw" in said
+    assert "p/04.raw and 15 more. " in said
+    assert "05.raw" not in said
+
+
+def test_a_folder_of_images_alone_says_nothing() -> None:
+    photos("p/a.png")
+    assert "left out" not in explain("p", "--json").stderr
+
+
+def test_a_folder_without_images_is_refused_with_what_it_has() -> None:
+    Path("p").mkdir()
+    Path("p/a.heic").write_bytes(b"")
+    said = words(explain("p", code=2).stderr)
+    assert "no image is in the folder p; left out 1 file without a suffix of an image: p/a" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["explain", "a.png", "--model", "torchvision/nope"],
+            "torchvision has no classifier 'nope'",
+        ),
+        (
+            ["bulk", ".", "out", "--model", "torchvision/nope"],
+            "torchvision has no classifier 'nope'",
+        ),
+        (["export", "coco", ".", "--model", "no:such"], "cannot import 'no:such'"),
+        (["models", "--model", "torchvision/nope"], "torchvision has no classifier 'nope'"),
+        (["explain", "a.png", "--layer", "nope", *TINY], "has no layer 'nope'"),
+        (["calibrate", "tiny:small", "."], "bad.png: The bytes are not"),
+    ],
+)
+def test_one_error_is_one_sentence(arguments: list[str], sentence: str) -> None:
+    """Not once by the log and once by the command; and it names the file."""
+    photos("a.png")
+    Path("bad.png").write_bytes(b"no picture")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+    command = [sys.executable, "-m", "service", *arguments]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 2
+    assert ran.stdout == ""
+    (line,) = ran.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert sentence in line
+
+
 def test_hiding_a_part_is_told_beside_the_score() -> None:
     photos("a.png")
     mask = json.dumps({"boxes": [[0, 0, 40, 40]], "hide": "rest"})
