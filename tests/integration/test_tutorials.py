@@ -13,7 +13,8 @@ import torch
 import torchvision
 from PIL import Image
 from reading import ROOT, Block, blocks, differences, reader
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
@@ -63,7 +64,12 @@ def test_right_for_the_right_reason_with_a_real_aeroplane(tmp_path: Path) -> Non
         is_of_the_airport, blocks(DOCS / "tutorials" / "right-for-the-right-reason.md")
     )
     shutil.copy(photograph, tmp_path / "airport.jpg")
-    with reader(tmp_path, CAMSERVE_WEIGHTS=str(weights)) as reading:
+    names = torchvision.models.MobileNet_V2_Weights.DEFAULT.meta["categories"]
+    labelled = tmp_path / "labelled.safetensors"  # no file that torchvision published
+    with safe_open(weights, "pt") as file:
+        about = (file.metadata() or {}) | {"labels": json.dumps(names)}
+    save_file(load_file(weights), labelled, about)
+    with reader(tmp_path, CAMSERVE_WEIGHTS=str(labelled)) as reading:
         compare(reading.shell(block.text), block)
     hidden = json.loads((tmp_path / "hidden" / "airport.json").read_text())
     assert hidden["explanations"][0]["score"] == pytest.approx(0.29, abs=0.02)
