@@ -29,7 +29,7 @@ _BETWEEN = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 
 _OF_TRAINING = re.compile(
     r"(\w+_)?(criterions?|loss(es)?|loss_?(fn|func|function)s?|metrics?|acc|accuracy|auroc|f1)(_\w+)?"
-    r"|n_averaged|num_updates|decay"
+    r"|(\w+_)?(class|pos)_weights?|n_averaged|num_updates|decay"
 )
 """Names of modules and buffers that are known to be no part of a model."""
 

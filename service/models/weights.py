@@ -149,9 +149,19 @@ def load_into(
         raise ConfigurationError(
             f"{source} does not fit the model. {_few('missing', close)}"
             f"{_few('unexpected', unexpected)}{_few('wrong shape', misshaped)}"
-            "Is it the weights of another architecture?"
+            f"{_way_out(chosen, only_more=not missing and not misshaped)}"
         )
     module.load_state_dict(tensors, strict=False)
+
+
+def _way_out(chosen: Chosen, *, only_more: bool) -> str:
+    under = chosen.prefix.rstrip(".")
+    if not (chosen.fits and only_more and under):
+        return "Is it the weights of another architecture?"
+    return (
+        f"All keys of the model are there under {under!r}: serve the whole of what was trained, or "
+        f"leave the rest out with weights_key = {json.dumps(under)} in models.toml."
+    )
 
 
 def _chosen(weights: Weights, wanted: Mapping[str, Tensor], source: str) -> Chosen:

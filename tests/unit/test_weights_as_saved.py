@@ -121,6 +121,11 @@ def averaged(decay: float | None) -> dict[str, Any]:
             {"state_dict": state(prefix="model.") | {"criterion.pos_weight": torch.ones(3)}},
             "criterion.pos_weight",
         ),
+        (
+            "weighted",
+            {"state_dict": state(prefix="net.") | {"class_weights": torch.ones(7)}},
+            "class_weights",
+        ),
         ("metrics", state(prefix="net.") | {"train_acc.total": torch.ones(1)}, "train_acc.total"),
         ("bare", state() | {"loss_fn.weight": torch.ones(7)}, "loss_fn.weight"),
         ("inner", state(prefix="net.") | {"net.loss.weight": torch.ones(7)}, "net.loss.weight"),
@@ -144,6 +149,7 @@ def test_what_may_be_a_part_of_what_was_trained_is_named_and_refused(
         saved(tmp_path / "w.pt", content)
     assert f"unexpected: {beside}. " in error.value.detail
     assert "missing" not in error.value.detail
+    assert 'leave the rest out with weights_key = "state_dict.model"' in error.value.detail
     assert is_as(saved(tmp_path / "w.pt", content, "state_dict.model"), TRAINED), "it was chosen"
 
 
