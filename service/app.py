@@ -24,6 +24,7 @@ from api_schemas.options import ExplainOptions
 from service import __version__
 from service.addresses import parse_hosts
 from service.admission import Admission
+from service.budget import DecodeBudget
 from service.errors import ConfigurationError
 from service.fetching import Fetcher
 from service.integrations.routers import ROUTERS
@@ -181,6 +182,7 @@ def build_service(settings: Settings, *, load: bool = True, only: str | None = N
         fetcher=_fetcher(settings) if settings.allowed_image_hosts else None,
         api_keys=None if settings.api_keys_file is None else KeyFile(settings.api_keys_file),
         label_studio=_label_studio(settings),
+        decoding=DecodeBudget(settings.max_decode_bytes),
     )
 
 

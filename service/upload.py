@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from service.budget import DecodeBudget
 from service.cam.masking import Fill, boxes_mask, hide
 from service.cam.regions import rle_decode
-from service.channels import decode_channels, for_model, for_people
+from service.channels import (
+    channel_bytes,
+    decode_channels,
+    for_model,
+    for_people,
+    open_headers,
+)
 from service.errors import ImageTooLarge, InvalidOption
 from service.images import (
     TOO_LARGE,
@@ -21,6 +30,7 @@ from service.images import (
     Preprocessing,
     Rect,
     Source,
+    decoded_pixels,
     fit_to_model,
     preview,
 )
@@ -32,6 +42,9 @@ model resizes it to, so that most of the scaling is still the antialiased resize
 SHARPNESS = 0.9
 """A photo to draw on may be enlarged from this share of its side: nobody sees it, and the commonest
 camera's 4,000 pixels are decoded at 2,000 for a side of 2,048."""
+
+_SCALING = 2 if "AVX" in torch.backends.cpu.get_cpu_capability() else 14
+"""Bytes a pixel that scaling RGB takes: where the processor has no such instructions, floats."""
 
 Sent = bytes | NDArray[np.uint8]
 """A picture as it came: a file, or its pixels (height, width, channels)."""
@@ -95,24 +108,45 @@ def open_upload(
     max_pixels: int,
     photo_side: int | None,
     hiding: Hiding | None = None,
+    budget: DecodeBudget | None = None,
+    deadline: float | None = None,
 ) -> Upload:
     """Decode, fit to the model, and keep a photo of at most `photo_side` pixels (None: no photo).
 
     Pixels at the model's input size are the model input, whatever `fit` is.
-    Raises the ImageErrors of `decode`, and InvalidOption where `hiding` does not fit the picture.
+
+    budget:   what the memory is taken from before anything is decoded; None: nothing bounds it.
+    deadline: until when its bytes are waited for, on `time.monotonic()`'s clock; None: for ever.
+
+    Raises the ImageErrors of `decode`, InvalidOption where `hiding` does not fit the picture, and
+    DeadlineExceeded.
     """
     if isinstance(data, bytes):
         keep = None if hiding is not None else _needed(preprocessing, photo_side)
-        source = decode_channels(data, preprocessing.channels, max_pixels=max_pixels, keep=keep)
+        headers = open_headers(data, preprocessing.channels, max_pixels)
+        decoding = channel_bytes(headers, keep)
+        pixels, stored = headers[0].pixels, decoded_pixels(headers[0], keep)
     else:
-        source = _of_pixels(data, max_pixels)
+        _check_pixels(data, max_pixels)
+        pixels = stored = data.shape[0] * data.shape[1]
+        decoding = 0
         fit = "squash" if data.shape[:2] == preprocessing.crop else fit
-    masked = None
-    if hiding is not None:
-        mask = hiding.mask((source.width, source.height))
-        hidden = replace(source, pixels=hide(source.pixels, mask, hiding.fill))
-        masked = _opened(hidden, preprocessing, fit, photo_side)
-    return replace(_opened(source, preprocessing, fit, photo_side), masked=masked)
+    hidden_bytes = 0 if hiding is None else _hiding_bytes(pixels, preprocessing)
+    needed = max(decoding, _fitting_bytes(stored, preprocessing) + hidden_bytes)
+    with contextlib.nullcontext() if budget is None else budget.take(needed, deadline):
+        if isinstance(data, bytes):
+            source = decode_channels(
+                data, preprocessing.channels, max_pixels=max_pixels, keep=keep, headers=headers
+            )
+        else:
+            source = _of_pixels(data)
+        masked = None
+        if hiding is not None:
+            mask = hiding.mask((source.width, source.height))
+            hidden = replace(source, pixels=hide(source.pixels, mask, hiding.fill))
+            masked = _opened(hidden, preprocessing, fit, photo_side)
+            del hidden, mask
+        return replace(_opened(source, preprocessing, fit, photo_side), masked=masked)
 
 
 def _needed(preprocessing: Preprocessing, photo_side: int | None) -> tuple[int, int] | None:
@@ -123,13 +157,32 @@ def _needed(preprocessing: Preprocessing, photo_side: int | None) -> tuple[int, 
     return shorter, max(shorter, math.ceil(SHARPNESS * (photo_side or 0)))
 
 
-def _of_pixels(pixels: NDArray[np.uint8], max_pixels: int) -> Source:
+def _fitting_bytes(pixels: int, preprocessing: Preprocessing) -> int:
+    """Memory for the decoded pixels, and for scaling them to the model input and the photo.
+
+    torch scales RGB as it is, and other numbers of channels as floats.
+    """
+    channels = preprocessing.channels
+    if channels == 3:
+        return pixels * (3 + _SCALING)
+    return pixels * (max(3, channels) + 5 * channels)
+
+
+def _hiding_bytes(pixels: int, preprocessing: Preprocessing) -> int:
+    """Memory for the picture with a part hidden, and for the mask and its inverse."""
+    return pixels * (max(3, preprocessing.channels) + 3)
+
+
+def _check_pixels(pixels: NDArray[np.uint8], max_pixels: int) -> None:
     height, width, channels = pixels.shape
     if height * width * channels > 3 * max_pixels:
         raise ImageTooLarge(
             f"The picture has {width} x {height} pixels. {TOO_LARGE.format(max_pixels)}"
         )
-    return Source(pixels, "RAW", hashlib.sha256(pixels.tobytes()).hexdigest())
+
+
+def _of_pixels(pixels: NDArray[np.uint8]) -> Source:
+    return Source(pixels, "RAW", hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest())
 
 
 def _opened(

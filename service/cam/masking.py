@@ -36,16 +36,16 @@ def hide(
     if pixels.shape[:2] != mask.shape:
         raise ValueError(f"a mask of {mask.shape} does not lie on a picture of {pixels.shape}")
     if fill == "mean":
-        filling = np.full_like(pixels, np.rint(_mean(pixels)))
+        hidden = np.full_like(pixels, np.rint(_mean(pixels)))
     elif fill == "blur":
-        filling = _blurred(pixels)
+        hidden = _blurred(pixels)
     elif fill == "grey":
-        filling = np.full_like(pixels, GREY)
+        hidden = np.full_like(pixels, GREY)
     else:
         raise ValueError(f"fill is 'mean', 'blur' or 'grey', not {fill!r}")
     # OpenCV's copy takes a twentieth of the time of numpy's with a mask.
-    hidden = cv2.copyTo(filling, np.ascontiguousarray(mask).view(np.uint8), pixels.copy())
-    return np.asarray(hidden, dtype=np.uint8)
+    shown = np.logical_not(mask, order="C").view(np.uint8)
+    return np.asarray(cv2.copyTo(pixels, shown, hidden), dtype=np.uint8)
 
 
 def boxes_mask(boxes: Iterable[Rect], size: tuple[int, int]) -> NDArray[np.bool_]:

@@ -153,6 +153,8 @@ async def ask(work: Work, data: Sent) -> Answered:
             max_pixels=service.limits.pixels,
             photo_side=service.limits.render_side if wants_photo else None,
             hiding=work.hiding,
+            budget=service.decoding,
+            deadline=work.deadline,
         )
     )
     work.clock.seconds["decode"] += time.monotonic() - started
