@@ -69,16 +69,17 @@ def decode_channels(
     """Decode an upload for a model of so many channels: RGB pixels, or the pages of a TIFF.
 
     keep: as in `decode`. headers: the file's own, where they were read before. Raises as
-    `open_headers`.
+    `open_headers`, and NotPlain as `decode`.
     """
+    if channels in (1, 3) or not data:
+        header = headers[0] if headers else None
+        return decode(data, max_pixels=max_pixels, keep=keep, header=header)
     headers = headers or open_headers(data, channels, max_pixels)
-    if channels in (1, 3):
-        return decode(data, max_pixels=max_pixels, keep=keep, header=headers[0])
     width, height = headers[0].upright
     pages = np.empty((height, width, channels), np.uint8)
     with image_errors(max_pixels):
         for page, header in enumerate(headers):
-            stored, _ = decode_stored(header, data)
+            stored = decode_stored(header, data)
             pages[:, :, page] = _grey(upright(stored, header.orientation))
     return Source(pages, "TIFF", hashlib.sha256(data).hexdigest())
 

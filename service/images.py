@@ -33,10 +33,10 @@ from service.decoders.webp import decode_webp
 from service.errors import CorruptImage, EmptyImage, ImageError, ImageTooLarge, UnsupportedImage
 from service.headers import read_header
 from service.headers.bmp import BmpHeader
-from service.headers.header import Header, cut_short
+from service.headers.header import SPARE_BYTES, Header, cut_short
 from service.headers.jpeg import JpegHeader
 from service.headers.png import PngHeader
-from service.headers.tiff import TiffHeader
+from service.headers.tiff import JPEG, TiffHeader
 from service.headers.webp import WebpHeader
 from service.jpeg import MAX_ASPECT, MAX_JPEG_SCANS, decode_jpeg, scale_of, scans, upright
 from service.modes import rgb_pixels
@@ -145,16 +145,22 @@ def decode(
 
     keep:   of a large JPEG this many pixels of the (shorter, longer) side are enough, so that it
             may be scaled down while it is decoded (`jpeg.scale_of`); None: every pixel is wanted.
-    header: the file's own, where it was read before.
+    header: the file's own, where it was read before, to decode within what it says that takes.
 
     Raises EmptyImage, UnsupportedImage, CorruptImage or ImageTooLarge, for whatever bytes, and
-    nothing else.
+    nothing else; with `header` NotPlain too.
     """
-    header = header or open_header(data, max_pixels)
+    if header is None:
+        header = open_header(data, max_pixels)
+        with contextlib.suppress(NotPlain):
+            return decode(data, max_pixels=max_pixels, keep=keep, header=header)
+        header = for_pillow(header)
     with image_errors(max_pixels):
-        pixels, full_size = decode_stored(header, data, keep)
+        pixels = decode_stored(header, data, keep)
+        scaled = pixels.shape[:2] != (header.height, header.width)
         pixels = upright(pixels, header.orientation)
-    return Source(pixels, header.format, hashlib.sha256(data).hexdigest(), full_size)
+    digest = hashlib.sha256(data).hexdigest()
+    return Source(pixels, header.format, digest, header.upright if scaled else None)
 
 
 def open_header(data: bytes, max_pixels: int) -> Header:
@@ -175,7 +181,7 @@ def image_errors(max_pixels: int) -> Iterator[None]:
     """Whatever readers raise as one of the four image errors."""
     try:
         yield
-    except ImageError:
+    except (ImageError, NotPlain):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
         raise ImageTooLarge(
@@ -194,35 +200,51 @@ def check_bounds(header: Header, data: bytes, max_pixels: int) -> None:
         raise ImageTooLarge(
             f"The picture has {width} x {height} pixels. {TOO_LARGE.format(max_pixels)}"
         )
-    has_scans = header.format == "JPEG" or (isinstance(header, TiffHeader) and not header.packed)
-    if has_scans and scans(data) > MAX_JPEG_SCANS:
+    if _passes(header, data) > MAX_JPEG_SCANS:
         raise UnsupportedImage(
             f"The {header.format} has more than {MAX_JPEG_SCANS} scans; save it again as a "
             "baseline JPEG."
         )
 
 
+def _passes(header: Header, data: bytes) -> float:
+    """How often a decoder of JPEG passes over all pixels."""
+    if isinstance(header, TiffHeader) and header.compression == JPEG:
+        width, height = header.segment
+        return scans(data) * width * height / header.pixels
+    return scans(data) if header.format == "JPEG" else 0
+
+
+class NotPlain(Exception):
+    """A JPEG that Pillow must decode; `for_pillow` says what that takes."""
+
+
+def for_pillow(header: Header) -> Header:
+    """The header of a file that turned out to be NotPlain."""
+    return header.for_pillow() if isinstance(header, JpegHeader) else header
+
+
 def decode_stored(
     header: Header, data: bytes, keep: tuple[int, int] | None = None
-) -> tuple[NDArray[np.uint8], tuple[int, int] | None]:
-    """The pixels as they are stored, and the upright size where they were scaled down.
+) -> NDArray[np.uint8]:
+    """The pixels as they are stored. Takes `decoding_bytes`.
 
-    Takes `decoding_bytes`. Raises what the readers raise.
+    Raises NotPlain, and what the readers raise.
     """
-    if isinstance(header, JpegHeader):
+    if isinstance(header, JpegHeader) and not header.by_pillow:
         found = decode_jpeg(header, data, keep)
-        if found is not None:
-            scaled = found.shape[:2] != (header.height, header.width)
-            return found, header.upright if scaled else None
+        if found is None:
+            raise NotPlain
+        return found
     if isinstance(header, PngHeader) and header.depth == 16:
-        return decode_png16(header, data), None
+        return decode_png16(header, data)
     if isinstance(header, WebpHeader):
-        return decode_webp(header, data), None
+        return decode_webp(header, data)
     if isinstance(header, BmpHeader):
-        return decode_bmp(header, data), None
+        return decode_bmp(header, data)
     if isinstance(header, TiffHeader) and header.packed:
-        return decode_tiff(header, data), None
-    return _by_pillow(header, data), None
+        return decode_tiff(header, data)
+    return _by_pillow(header, data)
 
 
 def _by_pillow(header: Header, data: bytes) -> NDArray[np.uint8]:
@@ -240,17 +262,18 @@ def _by_pillow(header: Header, data: bytes) -> NDArray[np.uint8]:
 def decoded_pixels(header: Header, keep: tuple[int, int] | None = None) -> int:
     """How many pixels `decode` gives."""
     size = header.upright
-    scale = scale_of(size, keep) if isinstance(header, JpegHeader) else 1
+    scalable = isinstance(header, JpegHeader) and not header.by_pillow
+    scale = scale_of(size, keep) if scalable else 1
     return math.prod(-(-side // scale) for side in size)
 
 
 def decoding_bytes(header: Header, keep: tuple[int, int] | None = None) -> int:
-    """Memory that decoding to upright RGB takes at most, the file itself aside."""
+    """Memory that decoding to upright RGB takes at most, beside the file as it was sent."""
     width, height = header.extent
     result = 3 * decoded_pixels(header, keep)
     stored = int(header.pixel_bytes * width * height) + header.fixed_bytes
     turned = result if header.orientation > 1 else 0
-    return result + max(stored, turned)
+    return result + max(stored, turned) + SPARE_BYTES
 
 
 def fit_to_model(source: Source, preprocessing: Preprocessing, fit: Fit = "crop") -> ModelInput:

@@ -73,12 +73,10 @@ def scale_of(size: tuple[int, int], keep: tuple[int, int] | None) -> int:
 def decode_jpeg(header: JpegHeader, data: bytes, keep: tuple[int, int] | None) -> Pixels | None:
     """Decode a JPEG of which the header was read.
 
-    Returns uint8 (height, width, 3), RGB, as stored, scaled down by `scale_of`; None if the file is
-    CMYK or anything about it is broken or unusual. Takes no memory for more pixels than the header
+    Returns uint8 (height, width, 3), RGB, as stored, scaled down by `scale_of`; None if anything
+    about the file is broken or unusual. Takes no memory for more pixels than the header
     says.
     """
-    if header.components > 3:
-        return None
     size = header.width, header.height
     return _stored(data, size, scale_of(size, keep))
 

@@ -142,9 +142,8 @@ class Settings(BaseSettings):
     max_decode_bytes: int = Field(
         0,
         ge=0,
-        description="Bytes of memory that images may take while they are decoded, all together; the "
-        "others wait. One that takes more by itself gets 413. 0: a quarter of the container's "
-        "memory limit.",
+        description="Bytes of memory that decoding images may take, all together; the others wait. "
+        "An image that takes more by itself gets 413. 0: a quarter of the container's limit.",
     )
     max_render_side: int = Field(
         2048, ge=16, description="Longer side of rendered pictures, in pixels."

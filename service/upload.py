@@ -23,15 +23,18 @@ from service.channels import (
     open_headers,
 )
 from service.errors import ImageTooLarge, InvalidOption
+from service.headers.header import SPARE_BYTES, cut_short
 from service.images import (
     TOO_LARGE,
     Fit,
     ModelInput,
+    NotPlain,
     Preprocessing,
     Rect,
     Source,
     decoded_pixels,
     fit_to_model,
+    for_pillow,
     preview,
 )
 
@@ -121,32 +124,85 @@ def open_upload(
     Raises the ImageErrors of `decode`, InvalidOption where `hiding` does not fit the picture, and
     DeadlineExceeded.
     """
-    if isinstance(data, bytes):
-        keep = None if hiding is not None else _needed(preprocessing, photo_side)
-        headers = open_headers(data, preprocessing.channels, max_pixels)
-        decoding = channel_bytes(headers, keep)
-        pixels, stored = headers[0].pixels, decoded_pixels(headers[0], keep)
-    else:
+    request = _Request(preprocessing, fit, photo_side, hiding)
+    available = _Memory(budget, deadline)
+    if not isinstance(data, bytes):
         _check_pixels(data, max_pixels)
-        pixels = stored = data.shape[0] * data.shape[1]
-        decoding = 0
-        fit = "squash" if data.shape[:2] == preprocessing.crop else fit
-    hidden_bytes = 0 if hiding is None else _hiding_bytes(pixels, preprocessing)
-    needed = max(decoding, _fitting_bytes(stored, preprocessing) + hidden_bytes)
-    with contextlib.nullcontext() if budget is None else budget.take(needed, deadline):
-        if isinstance(data, bytes):
+        if data.shape[:2] == preprocessing.crop:
+            request = replace(request, fit="squash")
+        pixels = data.shape[0] * data.shape[1]
+        with available.take(request.bytes_for(pixels, pixels)):
+            return request.opened(_of_pixels(data))
+    keep = None if hiding is not None else _needed(preprocessing, photo_side)
+    headers = open_headers(data, preprocessing.channels, max_pixels)
+    for attempt in (headers, tuple(map(for_pillow, headers))):
+        fitting = request.bytes_for(headers[0].pixels, decoded_pixels(attempt[0], keep))
+        with (
+            contextlib.suppress(NotPlain),
+            available.take(max(channel_bytes(attempt, keep), fitting)),
+        ):
             source = decode_channels(
-                data, preprocessing.channels, max_pixels=max_pixels, keep=keep, headers=headers
+                data, preprocessing.channels, max_pixels=max_pixels, keep=keep, headers=attempt
             )
-        else:
-            source = _of_pixels(data)
+            return request.opened(source)
+    raise cut_short()
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """What an upload's memory is taken from, and until when it is waited for."""
+
+    budget: DecodeBudget | None
+    deadline: float | None
+
+    def take(self, amount: int) -> contextlib.AbstractContextManager[None]:
+        if self.budget is None:
+            return contextlib.nullcontext()
+        return self.budget.take(amount, self.deadline)
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What is made of a source, as `open_upload` has it."""
+
+    preprocessing: Preprocessing
+    fit: Fit
+    photo_side: int | None
+    hiding: Hiding | None
+
+    def bytes_for(self, pixels: int, decoded: int) -> int:
+        """Memory for an image of so many pixels, of which so many were decoded, and all of this.
+
+        torch scales RGB as it is, and other numbers of channels as floats. A mask has its inverse.
+        """
+        channels = self.preprocessing.channels
+        width = max(3, channels)
+        scaling = _SCALING if channels == 3 else 5 * channels
+        hidden = 0 if self.hiding is None else pixels * (width + 3)
+        return decoded * (width + scaling) + hidden + 6 * (self.photo_side or 0) ** 2 + SPARE_BYTES
+
+    def opened(self, source: Source) -> Upload:
         masked = None
-        if hiding is not None:
-            mask = hiding.mask((source.width, source.height))
-            hidden = replace(source, pixels=hide(source.pixels, mask, hiding.fill))
-            masked = _opened(hidden, preprocessing, fit, photo_side)
+        if self.hiding is not None:
+            mask = self.hiding.mask((source.width, source.height))
+            hidden = replace(source, pixels=hide(source.pixels, mask, self.hiding.fill))
+            masked = self._fitted(hidden)
             del hidden, mask
-        return replace(_opened(source, preprocessing, fit, photo_side), masked=masked)
+        return replace(self._fitted(source), masked=masked)
+
+    def _fitted(self, source: Source) -> Upload:
+        photo, side = None, self.photo_side
+        if side is not None:
+            photo = preview(for_people(source), side)
+        seen = for_model(source, self.preprocessing.channels)
+        return Upload(
+            width=source.width,
+            height=source.height,
+            format=source.format,
+            sha256=source.sha256,
+            model_input=fit_to_model(seen, self.preprocessing, self.fit),
+            photo=photo,
+        )
 
 
 def _needed(preprocessing: Preprocessing, photo_side: int | None) -> tuple[int, int] | None:
@@ -155,22 +211,6 @@ def _needed(preprocessing: Preprocessing, photo_side: int | None) -> tuple[int, 
         return None
     shorter = SPARE * max(preprocessing.resize, *preprocessing.crop)
     return shorter, max(shorter, math.ceil(SHARPNESS * (photo_side or 0)))
-
-
-def _fitting_bytes(pixels: int, preprocessing: Preprocessing) -> int:
-    """Memory for the decoded pixels, and for scaling them to the model input and the photo.
-
-    torch scales RGB as it is, and other numbers of channels as floats.
-    """
-    channels = preprocessing.channels
-    if channels == 3:
-        return pixels * (3 + _SCALING)
-    return pixels * (max(3, channels) + 5 * channels)
-
-
-def _hiding_bytes(pixels: int, preprocessing: Preprocessing) -> int:
-    """Memory for the picture with a part hidden, and for the mask and its inverse."""
-    return pixels * (max(3, preprocessing.channels) + 3)
 
 
 def _check_pixels(pixels: NDArray[np.uint8], max_pixels: int) -> None:
@@ -183,16 +223,3 @@ def _check_pixels(pixels: NDArray[np.uint8], max_pixels: int) -> None:
 
 def _of_pixels(pixels: NDArray[np.uint8]) -> Source:
     return Source(pixels, "RAW", hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest())
-
-
-def _opened(
-    source: Source, preprocessing: Preprocessing, fit: Fit, photo_side: int | None
-) -> Upload:
-    return Upload(
-        width=source.width,
-        height=source.height,
-        format=source.format,
-        sha256=source.sha256,
-        model_input=fit_to_model(for_model(source, preprocessing.channels), preprocessing, fit),
-        photo=None if photo_side is None else preview(for_people(source), photo_side),
-    )

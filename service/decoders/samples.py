@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-BAND_PIXELS = 1 << 18
+BAND_PIXELS = 1 << 16
 """Pixels that are converted at a time: what a conversion takes besides its result is small."""
 
 Pixels = NDArray[np.uint8]

@@ -68,6 +68,7 @@ def _bands(header: TiffHeader, data: bytes) -> Iterator[tuple[slice, _Samples]]:
                 for plane, part in zip(planes, parts, strict=True):
                     samples[:, :, plane] = part[:, :, 0]
             yield slice(top + band.start, top + band.stop), samples
+        del groups  # before the next ones are unpacked
 
 
 def _group(header: TiffHeader, data: bytes, plane: int, first: int, last: int) -> _Rows:

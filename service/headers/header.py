@@ -19,6 +19,10 @@ Span = tuple[int, int]
 """Where a part of a file begins and ends, in bytes."""
 
 
+SPARE_BYTES = 6 << 20
+"""What decoding and scaling take besides, whatever the image: bands of rows, tables, small files."""
+
+
 @dataclass(frozen=True, slots=True)
 class Header:
     """What a file says of its first image before a pixel is decoded.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from service.headers.exif import orientation_of
 from service.headers.header import Header, Span, check_parts, cut_short, unsupported
@@ -31,10 +31,19 @@ _XMP_NAME = b"http://ns.adobe.com/xap/1.0/\0"
 
 @dataclass(frozen=True, slots=True)
 class JpegHeader(Header):
-    """`components`: 1 grey, 3 colour, 4 CMYK. `kept`: where the segments for the decoder are."""
+    """`components`: 1 grey, 3 colour, 4 CMYK. `kept`: where the segments for the decoder are.
+
+    by_pillow: whether Pillow decodes it, which takes more memory and does not scale.
+    """
 
     components: int = 3
+    by_pillow: bool = False
     kept: tuple[Span, ...] = ()
+
+    def for_pillow(self) -> JpegHeader:
+        """The header for decoding by Pillow, which keeps four bytes a pixel."""
+        size = sum(end - start for start, end in self.kept)
+        return replace(self, by_pillow=True, pixel_bytes=self.pixel_bytes + 4, fixed_bytes=size)
 
     def pillow_bytes(self, data: bytes) -> bytes:
         return b"".join([b"\xff\xd8", *(data[start:end] for start, end in self.kept)])
@@ -108,7 +117,7 @@ def _header(found: _Found, in_first_scan: int, kept: tuple[Span, ...]) -> JpegHe
     if len(sampling) != components or not components:
         raise cut_short()
     _check_kind(marker, bits, components)
-    return JpegHeader(
+    header = JpegHeader(
         format="JPEG",
         width=width,
         height=height,
@@ -118,6 +127,7 @@ def _header(found: _Found, in_first_scan: int, kept: tuple[Span, ...]) -> JpegHe
         components=components,
         kept=kept,
     )
+    return header.for_pillow() if components > 3 else header
 
 
 def _check_kind(marker: int, bits: int, components: int) -> None:

@@ -39,7 +39,6 @@ class PngHeader(Header):
     transparent: the content of the chunk tRNS.
     significant: bits a sample that the chunk sBIT says there are; `depth` without one.
     head, tail:  where the chunks that make the pixels are, before the pixel data and from there on.
-    whole:       whether the file ends as a PNG does.
     """
 
     depth: int = 8
@@ -49,7 +48,6 @@ class PngHeader(Header):
     head: tuple[Span, ...] = ()
     transparency: tuple[Span, ...] = ()
     tail: tuple[Span, ...] = ()
-    whole: bool = True
 
     def pillow_bytes(self, data: bytes) -> bytes:
         return self._joined(data, (*self.head, *self.transparency, *self.tail))
@@ -82,8 +80,7 @@ def read(data: bytes) -> PngHeader:
                 others.setdefault(_key(data, name, start), (start, place))
         parts += 1
         check_parts(parts, metadata, "PNG chunks")
-    whole = name == b"IEND" and place <= len(data)
-    return _header(data, head, tail, others, whole=whole)
+    return _header(data, head, tail, others)
 
 
 def _key(data: bytes, name: bytes, start: int) -> bytes:
@@ -94,12 +91,7 @@ def _key(data: bytes, name: bytes, start: int) -> bytes:
 
 
 def _header(
-    data: bytes,
-    head: Sequence[Span],
-    tail: Sequence[Span],
-    others: Mapping[bytes, Span],
-    *,
-    whole: bool,
+    data: bytes, head: Sequence[Span], tail: Sequence[Span], others: Mapping[bytes, Span]
 ) -> PngHeader:
     if len(data) < 33 or not head or head[0] != (8, 33) or data[12:16] != b"IHDR":
         raise cut_short()
@@ -122,7 +114,6 @@ def _header(
         head=tuple(head),
         transparency=tuple(span for name, span in others.items() if name == b"tRNS"),
         tail=tuple(tail),
-        whole=whole,
     )
 
 
@@ -161,7 +152,7 @@ def _text(data: bytes, span: Span) -> bytes:
 
 
 def _stored(colour: int, depth: int) -> int:
-    """Bytes a pixel of what the decoder makes: Pillow's modes, or OpenCV's arrays of 16 bits."""
+    """Bytes a pixel of Pillow's modes; of RGBA in 16 bits the upper bytes are kept besides."""
     if depth == 16:
-        return {GREY: 2, RGB: 6}.get(colour, 8)
+        return {GREY: 2, RGBA: 5}.get(colour, 4)
     return 1 if colour in (GREY, PALETTE) else 4

@@ -383,6 +383,17 @@ def _kind(header: TiffHeader, bits: tuple[int, ...]) -> str:
     return ", ".join(parts)
 
 
+def _group_bytes(header: TiffHeader, length: int) -> int:
+    """What unpacking a group of segments takes: them as stored, in libtiff, and as a result."""
+    counts = header.directory.array(TILE_COUNTS if header.tiled else COUNTS)
+    together = max(1, GROUP_BYTES // max(header.segment_bytes, 1)) * header.across
+    stored = min(length, int(counts.max(initial=0)) * together)
+    held = max(header.segment_bytes, GROUP_BYTES)
+    if header.compression == UNCOMPRESSED:
+        return 2 * held
+    return 3 * stored + (3 if header.tiled else 2) * held
+
+
 def _priced(header: TiffHeader, data: bytes) -> TiffHeader:
     """The header with what decoding takes. Raises CorruptImage where segments are missing."""
     if header.pixels and 0 in header.segment:
@@ -392,9 +403,8 @@ def _priced(header: TiffHeader, data: bytes) -> TiffHeader:
     if len(offsets) < header.across * header.down * planes:
         raise cut_short()
     packed = header.compression in PACKED and header.photometric not in (YCBCR, LAB)
-    held = max(header.segment_bytes, GROUP_BYTES)
     if packed:
-        return replace(header, pixel_bytes=0, fixed_bytes=2 * len(data) + 3 * held)
+        return replace(header, pixel_bytes=0, fixed_bytes=_group_bytes(header, len(data)))
     # libtiff makes RGBA of a segment; a progressive JPEG keeps 16 bits a sample.
     held = header.segment[0] * header.segment[1] * (4 + 2 * header.samples)
     return replace(header, packed=False, pixel_bytes=4, fixed_bytes=2 * len(data) + held)

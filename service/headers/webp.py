@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from service.headers.exif import orientation_of
 from service.headers.header import Header, Span, check_parts, cut_short
 
+_PIXEL_BYTES = {(False, False): 4.5, (False, True): 8, (True, False): 6, (True, True): 9}
+"""By whether an image is lossless and whether it has alpha: measured, with libwebp and OpenCV."""
+
 _LOSSY, _LOSSLESS = b"VP8 ", b"VP8L"
 
 
@@ -114,8 +117,7 @@ def _header(found: _Found, data: bytes) -> WebpHeader:
         width=canvas[0],
         height=canvas[1],
         orientation=orientation_of(found.exif, found.xmp),
-        # What libwebp keeps of lossless images and of alpha, and RGBA where there is alpha.
-        pixel_bytes=(4 if lossless else 0) + (5 if alpha else 0),
+        pixel_bytes=_PIXEL_BYTES[lossless, alpha],
         fixed_bytes=len(data),
         size=size,
         corner=found.corner,
