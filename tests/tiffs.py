@@ -163,3 +163,27 @@ def write(
             inside, b"\0"
         )
     return start + content + count + entries + struct.pack(f"{order}{word}", following) + outside
+
+
+def joined(files: Sequence[bytes]) -> bytes:
+    """Little-endian files of one directory each as the pages of one file."""
+    data, link = b"II*\0" + bytes(4), 4
+    for file in files:
+        base = len(data) + len(data) % 2
+        data = data.ljust(base, b"\0") + file
+        (place,) = struct.unpack_from("<I", file, 4)
+        (count,) = struct.unpack_from("<H", file, place)
+        moved = bytearray(data)
+        struct.pack_into("<I", moved, link, base + place)
+        for entry in range(count):
+            at = base + place + 2 + 12 * entry
+            tag, kind, number, value = struct.unpack_from("<HHII", moved, at)
+            is_outside = number * {3: 2, 4: 4}[kind] > 4
+            if is_outside or tag == 273:
+                struct.pack_into("<I", moved, at + 8, value + base)
+            if is_outside and tag == 273:
+                offsets = struct.unpack_from(f"<{number}I", moved, value + base)
+                struct.pack_into(f"<{number}I", moved, value + base, *(o + base for o in offsets))
+        link = base + place + 2 + 12 * count
+        data = bytes(moved)
+    return data

@@ -20,7 +20,7 @@ Span = tuple[int, int]
 
 
 SPARE_BYTES = 6 << 20
-"""What decoding and scaling take besides, whatever the image: bands of rows, tables, small files."""
+"""What decoding and scaling take besides, whatever the image: bands of rows, tables."""
 
 
 @dataclass(frozen=True, slots=True)
