@@ -426,7 +426,7 @@ def test_an_interlaced_png_is_as_good(mode: str) -> None:
 def test_significant_bits_of_a_png_scale_values_that_were_left_small(
     significant: int, colour: int
 ) -> None:
-    """sBIT says nothing where values were scaled up to 16 bits, as the specification wants."""
+    """Where values were scaled up, as the specification wants, the chunk sBIT changes nothing."""
     samples = {0: 1, 2: 3, 4: 2, 6: 4}[colour]
     largest = (1 << significant) - 1
     small = np.random.default_rng(0).integers(0, largest + 1, (*SIZE, samples))
