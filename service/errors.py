@@ -158,7 +158,7 @@ class EmptyImage(ImageError):
 
 
 class UnsupportedImage(ImageError):
-    """The bytes are not a picture in a format that we read."""
+    """The bytes are not an image of a format and kind that is read."""
 
     code = "unsupported_image"
 
@@ -168,7 +168,7 @@ class CorruptImage(ImageError):
 
 
 class ImageTooLarge(ImageError):
-    """The picture has more pixels than the limit."""
+    """The image has more pixels or metadata, or takes more memory, than the limit."""
 
     code = "image_too_large"
 

@@ -105,7 +105,7 @@ def _segments(
     """The stored bytes of segments; `size`: of each, where the file need not say it."""
     offsets = header.directory.array(tiff.TILE_OFFSETS if header.tiled else tiff.OFFSETS)
     counts = header.directory.array(tiff.TILE_COUNTS if header.tiled else tiff.COUNTS)
-    if size is None and len(counts) <= max(numbers):
+    if max(numbers) >= len(offsets) or (size is None and max(numbers) >= len(counts)):
         raise cut_short()
     found = []
     for number in numbers:

@@ -395,12 +395,8 @@ def _group_bytes(header: TiffHeader, length: int) -> int:
 
 
 def _priced(header: TiffHeader, data: bytes) -> TiffHeader:
-    """The header with what decoding takes. Raises CorruptImage where segments are missing."""
+    """The header with what decoding takes. Raises CorruptImage."""
     if header.pixels and 0 in header.segment:
-        raise cut_short()
-    planes = header.samples if header.planar else 1
-    offsets = header.directory.array(TILE_OFFSETS if header.tiled else OFFSETS)
-    if len(offsets) < header.across * header.down * planes:
         raise cut_short()
     packed = header.compression in PACKED and header.photometric not in (YCBCR, LAB)
     if packed:

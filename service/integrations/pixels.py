@@ -49,7 +49,7 @@ def pictures(
     batch = _channels_last(tensor, preprocessing.channels, layout)
     if 0 in batch.shape[1:]:
         raise InvalidImageData(f"A picture of shape {list(batch.shape[1:])} has no pixels.")
-    return list(_bytes(batch, preprocessing, values))
+    return [_bytes(each, preprocessing, values) for each in batch]
 
 
 def _channels_last(tensor: NDArray[Any], channels: int, layout: Layout | None) -> NDArray[Any]:
@@ -74,20 +74,24 @@ def _channels_last(tensor: NDArray[Any], channels: int, layout: Layout | None) -
 
 
 def _bytes(
-    batch: NDArray[Any], preprocessing: Preprocessing, values: Values | None
+    image: NDArray[Any], preprocessing: Preprocessing, values: Values | None
 ) -> NDArray[np.uint8]:
-    if batch.dtype == np.uint8 and values in (None, "byte"):
-        return np.array(batch, order="C")  # a copy: what came with the body cannot be written
-    kind = values or ("unit" if batch.dtype.kind == "f" else "byte")
-    levels = batch.astype(np.float32)
+    """One image of a batch. Takes a float32 for each value, and the result."""
+    if image.dtype == np.uint8 and values in (None, "byte"):
+        return np.array(image, order="C")  # a copy: what came with the body cannot be written
+    kind = values or ("unit" if image.dtype.kind == "f" else "byte")
+    levels = image.astype(np.float32)
     if kind == "normalized":
         mean, std = (np.array(each, np.float32) for each in (preprocessing.mean, preprocessing.std))
-        levels = levels * std + mean
+        levels *= std
+        levels += mean
     if kind != "byte":
         levels *= 255
     if levels.size and not (levels.min() >= -_SLACK and levels.max() <= 255 + _SLACK):
         raise InvalidImageData(
-            f"Values from {batch.min():g} to {batch.max():g} are not `{kind}`. Say `values`: byte "
+            f"Values from {image.min():g} to {image.max():g} are not `{kind}`. Say `values`: byte "
             "(0 to 255), unit (0 to 1), or normalized (as the model itself takes them)."
         )
-    return np.ascontiguousarray(np.rint(levels).clip(0, 255).astype(np.uint8))
+    np.rint(levels, out=levels)
+    np.clip(levels, 0, 255, out=levels)
+    return np.ascontiguousarray(levels.astype(np.uint8))
