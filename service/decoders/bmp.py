@@ -6,16 +6,18 @@ import cv2
 import numpy as np
 
 from service.decoders.samples import Pixels, bands, levels, over_white, unpacked
-from service.headers.bmp import PLAIN, BmpHeader, row_bytes
+from service.headers.bmp import PLAIN, BmpHeader
 from service.headers.header import cut_short
 
 
 def decode_bmp(header: BmpHeader, data: bytes) -> Pixels:
     """uint8 (height, width, 3). Takes a band of rows more than that. Raises CorruptImage."""
+    if header.offset + header.stored_bytes > len(data):
+        raise cut_short()
     if header.compression != PLAIN:
         return _decode_run_lengths(header, data)
     height, width = header.height, header.width
-    stored = np.frombuffer(data, np.uint8, row_bytes(header) * height, header.offset)
+    stored = np.frombuffer(data, np.uint8, header.stored_bytes, header.offset)
     rows = stored.reshape(height, -1)
     if not header.top_down:
         rows = rows[::-1]

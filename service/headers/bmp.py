@@ -25,7 +25,7 @@ class BmpHeader(Header):
 
     masks: of red, green, blue and alpha, where a pixel has 16 bits or more.
     palette: uint8 (colours, 3), blue first, as bytes.
-    top_down: whether the upper row comes first.
+    top_down: whether the upper row comes first. run_bytes: of run lengths, as the header has it.
     """
 
     bits: int = 24
@@ -34,6 +34,17 @@ class BmpHeader(Header):
     masks: tuple[int, int, int, int] = _DEFAULT_MASKS[24]
     palette: bytes = b""
     top_down: bool = False
+    run_bytes: int = 0
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row without compression: a multiple of four."""
+        return (self.width * self.bits + 31) // 32 * 4
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all pixels; a writer has to give the size of run lengths."""
+        return self.row_bytes * self.height if self.compression == PLAIN else self.run_bytes
 
 
 def read(data: bytes) -> BmpHeader:
@@ -54,7 +65,7 @@ def read(data: bytes) -> BmpHeader:
     _check_kind(bits, compression, second=size == _OS2_SECOND)
     masks = _masks(data, size, bits, compression)
     palette, after = _palette(data, 14 + size, 3 if size == _OS2 else 4, bits, colours)
-    header = BmpHeader(
+    return BmpHeader(
         format="BMP",
         width=max(width, 0),
         height=abs(height),
@@ -66,17 +77,8 @@ def read(data: bytes) -> BmpHeader:
         masks=masks,
         palette=palette,
         top_down=height < 0,
+        run_bytes=stored,
     )
-    # The size of run lengths is nowhere else; a writer has to give it.
-    needed = row_bytes(header) * header.height if header.compression == PLAIN else stored
-    if header.offset + needed > len(data) and header.pixels:
-        raise cut_short()
-    return header
-
-
-def row_bytes(header: BmpHeader) -> int:
-    """Bytes of a row without compression: a multiple of four."""
-    return (header.width * header.bits + 31) // 32 * 4
 
 
 def _check_kind(bits: int, compression: int, *, second: bool) -> None:

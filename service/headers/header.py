@@ -10,7 +10,7 @@ MAX_PARTS = 65_536
 """Segments, chunks or blocks of one file that are walked over. Encoders write a few hundred; the
 most is one image in PNG chunks of 512 bytes each."""
 
-MAX_METADATA_BYTES = 16 << 20
+MAX_METADATA_BYTES = 24 << 20
 """Bytes of texts, profiles, EXIF and XMP in one file. The largest that cameras write, depth maps in
 XMP, take a few million."""
 

@@ -280,6 +280,8 @@ def write(order: str, fields: Mapping[int, tuple[int, ArrayLike]], content: byte
 def _directory(data: bytes, order: str, place: int, *, big: bool) -> Directory:
     counting, entry, step = ("Q", "HHQ", 20) if big else ("H", "HHI", 12)
     (count,) = struct.unpack_from(f"{order}{counting}", data, place)
+    if place + step * count > len(data):
+        raise cut_short()
     if count > MAX_ENTRIES:
         raise ImageTooLarge(
             f"A directory of the TIFF has {count:,} entries, and at most {MAX_ENTRIES:,} are read; "

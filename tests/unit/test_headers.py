@@ -78,7 +78,7 @@ ENDLESS = {
     "EXIF": (lambda: in_jpeg(segment(0xE1, b"Exif\0\0") * (PARTS + 1)), "65,536 JPEG segments"),
     "JPEG comments": (lambda: in_jpeg(segment(0xFE, b"") * (PARTS + 1)), "65,536 JPEG segments"),
     "profile": (
-        lambda: in_jpeg(segment(0xE2, bytes(65_000)) * 260),
+        lambda: in_jpeg(segment(0xE2, bytes(65_000)) * 400),
         "bytes of metadata in its JPEG",
     ),
     "JPEG padding": (lambda: in_jpeg(b"\xff" * (BYTES + 1)), "bytes of metadata in its JPEG"),
