@@ -36,6 +36,7 @@ from service.images import (
     fit_to_model,
     for_pillow,
     preview,
+    preview_size,
 )
 
 SPARE = 2
@@ -130,13 +131,13 @@ def open_upload(
         _check_pixels(data, max_pixels)
         if data.shape[:2] == preprocessing.crop:
             request = replace(request, fit="squash")
-        pixels = data.shape[0] * data.shape[1]
-        with available.take(request.bytes_for(pixels, pixels)):
+        height, width = data.shape[:2]
+        with available.take(request.bytes_for((width, height), width * height)):
             return request.opened(_of_pixels(data))
     keep = None if hiding is not None else _needed(preprocessing, photo_side)
     headers = open_headers(data, preprocessing.channels, max_pixels)
     for attempt in (headers, tuple(map(for_pillow, headers))):
-        fitting = request.bytes_for(headers[0].pixels, decoded_pixels(attempt[0], keep))
+        fitting = request.bytes_for(headers[0].upright, decoded_pixels(attempt[0], keep))
         with (
             contextlib.suppress(NotPlain),
             available.take(max(channel_bytes(attempt, keep), fitting)),
@@ -170,16 +171,18 @@ class _Request:
     photo_side: int | None
     hiding: Hiding | None
 
-    def bytes_for(self, pixels: int, decoded: int) -> int:
-        """Memory for an image of so many pixels, of which so many were decoded, and all of this.
+    def bytes_for(self, size: tuple[int, int], decoded: int) -> int:
+        """Memory for an image of `size`, of which so many pixels were decoded, and all of this.
 
         torch scales RGB as it is, and other numbers of channels as floats. A mask has its inverse.
         """
         channels = self.preprocessing.channels
         width = max(3, channels)
         scaling = _SCALING if channels == 3 else 5 * channels
-        hidden = 0 if self.hiding is None else pixels * (width + 3)
-        return decoded * (width + scaling) + hidden + 6 * (self.photo_side or 0) ** 2 + SPARE_BYTES
+        hidden = 0 if self.hiding is None else math.prod(size) * (width + 3)
+        side = self.photo_side
+        photo = 0 if side is None else 6 * math.prod(preview_size(size, side))
+        return decoded * (width + scaling) + hidden + photo + SPARE_BYTES
 
     def opened(self, source: Source) -> Upload:
         masked = None

@@ -6,6 +6,7 @@ import io
 import struct
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,8 +60,8 @@ def _as_four_bytes(file: bytes) -> bytes:
     return file[:12] + head + struct.pack(">I", zlib.crc32(head)) + file[33:]
 
 
-def _band(image: Image.Image, rows: slice) -> NDArray[np.uint8]:
-    band: NDArray[np.uint8] = np.asarray(image.crop((0, rows.start, image.width, rows.stop)))
+def _band(image: Image.Image, rows: slice) -> NDArray[Any]:
+    band: NDArray[Any] = np.asarray(image.crop((0, rows.start, image.width, rows.stop)))
     return band
 
 
