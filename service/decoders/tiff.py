@@ -54,13 +54,14 @@ def _bands(header: TiffHeader, data: bytes) -> Iterator[tuple[slice, _Samples]]:
     """Bands of rows, and their samples (rows, width, samples), those that are needed at least."""
     needed = {*range(_base(header)), *([] if header.alpha is None else [header.alpha])}
     planes = sorted(needed) if header.planar else [0]
+    wide = max(1, header.samples * header.bits // 32)  # a band is bounded in bytes, not in pixels
     together = max(1, tiff.GROUP_BYTES // max(header.segment_bytes, 1))
     for first in range(0, header.down, together):
         last = min(first + together, header.down)
         top = first * header.segment[1]
         bottom = min(last * header.segment[1], header.height)
         groups = [_group(header, data, plane, first, last) for plane in planes]
-        for band in bands(header.width, bottom - top):
+        for band in bands(header.width * wide, bottom - top):
             parts = [_samples(header, rows(band)) for rows in groups]
             samples = parts[0]
             if header.planar:

@@ -57,8 +57,8 @@ GROUP_BYTES = 1 << 20
 MAX_ENTRIES = 1_024
 """In one directory; files have a few dozen."""
 
-MAX_VALUES = 4_000_000
-"""Offsets of strips or tiles: one for each row of the tallest image that is 16 pixels wide."""
+MAX_VALUES = 1_000_000
+"""Of one tag: offsets of strips or tiles. Tiles of 16 x 16 make 250,000 of 64 million pixels."""
 
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, CMYK, YCBCR, LAB = 0, 1, 2, 3, 5, 6, 8
 _PHOTOMETRICS = {0: "white is zero", 1: "grey", 2: "RGB", 3: "palette", 4: "mask", 5: "CMYK"}
@@ -304,12 +304,15 @@ def _values(
     form = _KINDS[kind]
     dtype = np.dtype(f"{offset[0]}{_NUMPY[form[0]]}")
     count *= len(form)
-    if count > MAX_VALUES:
-        raise cut_short()
     if count * dtype.itemsize > struct.calcsize(f"={offset[1]}"):
         (place,) = struct.unpack_from(offset, data, place)
     if place + count * dtype.itemsize > len(data):
         raise cut_short()
+    if count > MAX_VALUES:
+        raise ImageTooLarge(
+            f"The TIFF has {count:,} strips or tiles, and at most {MAX_VALUES:,} are read; save it "
+            "in larger ones and send it again."
+        )
     found = np.frombuffer(data, dtype, count, place)
     return tuple(found.tolist()) if count <= 1024 else found.astype(np.int64)
 

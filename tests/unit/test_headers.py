@@ -277,6 +277,13 @@ def test_a_tiff_whose_values_lie_beyond_its_end_is_corrupt() -> None:
                 decode(data[:length], max_pixels=LIMIT)
 
 
+def test_a_tiff_of_a_million_tiles_is_too_large() -> None:
+    """Each of them costs a step, however few pixels it has."""
+    tags = {324: (4, [8] * 1_000_001), 325: (4, [1]), 322: (4, [1]), 323: (4, [1])}
+    with pytest.raises(ImageTooLarge, match=r"1,000,001 strips or tiles"):
+        decode(tiffs.tiff(np.zeros((4, 4, 1)), more=tags), max_pixels=LIMIT)
+
+
 def test_a_tiff_directory_that_points_to_itself_ends() -> None:
     data = bytearray(tiffs.tiff(np.zeros((4, 4, 1))))
     (place,) = struct.unpack_from("<I", data, 4)
