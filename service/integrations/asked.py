@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -87,7 +88,7 @@ async def answer(
         )
         async with answering.model_in_use(request, of_model) as model:
             plan = await answering.result_of(scheduler.call(read, model, body))
-            works = _works(request, model, plan, permit)
+            works = await _works(request, model, plan, permit)
             replies = await _replies(works, plan.asked)
             response = await answering.drawn(works[0], plan.respond, replies)
             response.headers.update(answering.report(request, works[0], len(works)))
@@ -96,27 +97,31 @@ async def answer(
     return await answering.in_time(request, work)
 
 
-def _works(request: Request, model: LoadedModel, plan: Plan, permit: Permit) -> list[Work]:
-    """The work of each picture, on one clock. Raises EmptyBody, BodyTooLarge, QueueFull."""
-    count, most = len(plan.asked), service_of(request).limits.images
+async def _works(request: Request, model: LoadedModel, plan: Plan, permit: Permit) -> list[Work]:
+    """The work of each image, on one clock. Raises EmptyBody, BodyTooLarge, QueueFull."""
+    count = len(plan.asked)
     if not count:
-        raise EmptyBody("The request has no picture; send at least one.")
-    if count > most:
-        raise BodyTooLarge(f"The request has more than {most} pictures; send them in several.")
+        raise EmptyBody("The request has no image; send at least one.")
+    check_count(count, service_of(request).limits.images)
     permit.grow(count - 1)
-    distinct: list[Work] = []
-    works: list[Work] = []
-    for asked in plan.asked:
-        work = next((each for each in distinct if each.options == asked.options), None)
-        if work is None:
-            alike = sum(other.options == asked.options for other in plan.asked)
-            work = answering.understand(request, model, asked.options, alike)
-            work = replace(work, clock=works[0].clock if works else work.clock)
-            distinct.append(work)
-        works.append(work)
-    if plan.every_class:
-        works = [replace(work, question=_of_every_class(work)) for work in works]
-    return works
+    keys = [each.options.model_dump_json() for each in plan.asked]
+    alike = Counter(keys)
+    by_options: dict[str, Work] = {}
+    for key, asked in zip(keys, plan.asked, strict=True):
+        if key in by_options:
+            continue
+        work = await answering.understand(request, model, asked.options, alike[key])
+        if plan.every_class:
+            work = replace(work, question=_of_every_class(work))
+        first = next(iter(by_options.values()), work)
+        by_options[key] = replace(work, clock=first.clock)
+    return [by_options[key] for key in keys]
+
+
+def check_count(images: int, most: int) -> None:
+    """Raise BodyTooLarge for more images than one request may have."""
+    if images > most:
+        raise BodyTooLarge(f"The request has more than {most} images; send them in several.")
 
 
 async def _replies(works: Sequence[Work], asked: Sequence[Asked]) -> list[Reply]:

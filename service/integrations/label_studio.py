@@ -77,7 +77,7 @@ async def setup(request: Request) -> Response:
         body = await bodies.read_body(request, permit, SETUP_BYTES, SETUP_SECONDS)
     asked, parameters = await answering.result_of(service.scheduler.call(_set_up, body))
     async with answering.model_in_use(request, parameters.options.model) as model:
-        answering.understand(request, model, parameters.options, 1)
+        await answering.understand(request, model, parameters.options, 1)
         version = model_version(model, parameters.options)
     service.label_studio.remember(asked.project, asked.extra_params)
     return _json(orjson.dumps({"model_version": version}))
@@ -111,7 +111,10 @@ async def predict(request: Request) -> Response:
         if not asked.images and not asked.is_interactive:
             return _json(_listed([b"[]"] * len(asked.tasks)))
         async with answering.model_in_use(request, asked.parameters.options.model) as model:
-            selection = _Selection(request, model, asked, permit)
+            window = min(len(asked.tasks), max(1, service.admission.max_images // 2))
+            options = await answering.result_of(service.scheduler.call(asked.options, model))
+            work = await answering.understand(request, model, options, max(1, window))
+            selection = _Selection(request, work, asked, permit, window)
             parts = await selection.answers()
             header = answering.report(request, selection.work, len(parts))
             return _json(_listed(parts), header)
@@ -185,19 +188,17 @@ class _Selection:
     """
 
     def __init__(
-        self, request: Request, model: LoadedModel, asked: _Predicting, permit: Permit
+        self, request: Request, work: Work, asked: _Predicting, permit: Permit, window: int
     ) -> None:
+        self.work = work
         self._asked = asked
         self._permit = permit
         self._service = service_of(request)
-        self._window = min(len(asked.tasks), max(1, self._service.admission.max_images // 2))
+        self._window = window
         self._waiting = iter(enumerate(asked.tasks))
         self._parts = [b"[]"] * len(asked.tasks)
         self._until = request.scope["started"] + _seconds(request)
-        self._version = model_version(model, asked.parameters.options)
-        self.work: Work = answering.understand(
-            request, model, asked.options(model), max(1, self._window)
-        )
+        self._version = model_version(work.model, asked.parameters.options)
 
     async def answers(self) -> list[bytes]:
         """JSON for each task, in order; `[]` where it failed or time was too short.

@@ -107,7 +107,7 @@ async def _drawn(request: Request, grant: Grant, source: str, permit: Permit) ->
         {"model": grant.model, "include": ["overlay"], "format": "png", **given}
     )
     async with answering.model_in_use(request, options.model) as model:
-        work = answering.understand(request, model, options, 1)
+        work = await answering.understand(request, model, options, 1)
         data = await picture(service, source, None, lambda size: permit.grow(0, size))
         found = await answering.ask(work, data)
         (explanation, *_) = found.answer.explanations

@@ -7,7 +7,6 @@ with `understand`, and then for each image calls `ask` and `drawn`.
 from __future__ import annotations
 
 import asyncio
-import functools
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -28,7 +27,7 @@ from service.models.loaded import LoadedModel
 from service.questions import Answer, Question
 from service.routes import access, asking, bodies
 from service.routes.middleware import CLIENT_CLOSED_REQUEST
-from service.routes.state import Service, service_of
+from service.routes.state import Limits, Service, service_of
 from service.upload import Hiding, Sent, Upload, open_upload
 
 P = ParamSpec("P")
@@ -127,14 +126,34 @@ async def model_in_use(request: Request, name: str | None) -> AsyncIterator[Load
         yield model
 
 
-def understand(request: Request, model: LoadedModel, options: CommonOptions, images: int) -> Work:
-    """Everything that can be refused before any image is opened is refused here."""
+async def understand(
+    request: Request, model: LoadedModel, options: CommonOptions, images: int
+) -> Work:
+    """Everything that can be refused before any image is opened is refused here.
+
+    Names, patterns and masks are resolved in a worker thread; what the request costs is charged to
+    its key here, on the event loop.
+    """
     service = service_of(request)
-    charge = functools.partial(access.reserve, request)
-    question = asking.question(model, options, service.limits, images, charge)
+    prices: list[float] = []
+    question, hiding = await result_of(
+        service.scheduler.call(_resolved, model, options, service.limits, images, prices.append)
+    )
+    for price in prices:
+        access.reserve(request, price)
     request.scope["log"] = {"model": model.name}
     deadline = request.scope["started"] + timeout_of(request)
-    return Work(service, model, options, question, asking.hiding(options), deadline, Clock())
+    return Work(service, model, options, question, hiding, deadline, Clock())
+
+
+def _resolved(
+    model: LoadedModel,
+    options: CommonOptions,
+    limits: Limits,
+    images: int,
+    charge: Callable[[float], None],
+) -> tuple[Callable[[Tensor], Question], Hiding | None]:
+    return asking.question(model, options, limits, images, charge), asking.hiding(options)
 
 
 async def ask(work: Work, data: Sent) -> Answered:

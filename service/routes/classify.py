@@ -64,7 +64,7 @@ async def _classify(
     if image_format and isinstance(options, ExplainOptions):
         options = options.model_copy(update={"format": image_format, "include": ["overlay"]})
     async with answering.model_in_use(request, options.model) as model:
-        work = answering.understand(request, model, options, len(uploads))
+        work = await answering.understand(request, model, options, len(uploads))
         take = bodies.bounded(permit, work.service.limits.body_bytes)
         results = await asyncio.gather(
             *(_one(work, upload, image_format, take) for upload in uploads), return_exceptions=True

@@ -140,7 +140,7 @@ def test_v1_takes_nested_numbers_and_the_model_sees_just_those(
     [
         ({"instances": {"b64": B64}}, 400, "instances"),
         ({}, 400, "instances"),
-        ({"instances": []}, 400, "no picture"),
+        ({"instances": []}, 400, "no image"),
         ({"instances": [{"b64": "no base64!"}]}, 400, "base64"),
         ({"instances": [{"b64": B64[:40]}]}, 400, "broken"),
         ({"instances": [{"url": "https://example.com/a.jpg"}]}, 400, "'url'"),
