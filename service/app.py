@@ -44,6 +44,7 @@ from service.routes.access import Access
 from service.routes.middleware import (
     CORS,
     BehindPrefix,
+    BoundedHeaders,
     BoundedQuery,
     DrainUnreadBody,
     RefusedWhenFull,
@@ -119,6 +120,7 @@ def create_app(settings: Settings, *, background: bool = False, only: str | None
     app.add_middleware(DrainUnreadBody)
     if settings.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **CORS)
+    app.add_middleware(BoundedHeaders)
     app.add_middleware(RequestContext, metrics=service.metrics, traces=traces)
     prefix = settings.root_path.rstrip("/")
     if prefix:

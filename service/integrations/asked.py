@@ -173,6 +173,7 @@ def parsed(form: type[Form], body: bytes) -> Form:
 def json_of(body: bytes) -> Any:
     """What a JSON body says. Raises MalformedRequest."""
     advice = "send images as base64, or tensors as bytes."
+    body = bodies.utf8_json(body)
     bodies.check_json(body, MAX_NUMBERS, MAX_NUMBERS // 3, advice)  # a list for each pixel
     try:
         return orjson.loads(body)
@@ -182,12 +183,10 @@ def json_of(body: bytes) -> Any:
 
 def query(request: Request) -> dict[str, Any]:
     """The query's parameters; one that is repeated is a list."""
-    given = request.query_params
-    return {
-        name: values if len(values) > 1 else values[0]
-        for name in given
-        if (values := given.getlist(name))
-    }
+    given: dict[str, list[str]] = {}
+    for name, value in request.query_params.multi_items():
+        given.setdefault(name, []).append(value)
+    return {name: values if len(values) > 1 else values[0] for name, values in given.items()}
 
 
 def file_in(text: str) -> bytes:

@@ -35,6 +35,10 @@ HEADER = "Inference-Header-Content-Length"
 """How many bytes of a body are JSON; 0: the body is a picture file and nothing else."""
 
 
+_DIGITS = 15
+"""Of a header's number at most: Python refuses to read one of thousands of digits."""
+
+
 @router.get("")
 async def server() -> dict[str, Any]:
     """Name, version and extensions."""
@@ -120,6 +124,7 @@ async def _answer(
     if request.headers.get("content-encoding", "identity") != "identity":
         raise UnsupportedMediaType("Compressed bodies are not read; send it as it is.")
     length = request.headers.get(HEADER)
+    most = service_of(request).limits.images
 
     def read(model: LoadedModel, body: bytes) -> Plan:
         sent: Sequence[Sent] = [body]
@@ -127,7 +132,7 @@ async def _answer(
             asked = InferRequest(inputs=[_FILE])
         else:
             asked, tail = _parts(body, length)
-            sent = _sent(model, asked, tail)
+            sent = _sent(model, asked, tail, most)
         wanted = _wanted(asked, default)
         chosen = _options(asked, wanted, default)
         return Plan(
@@ -146,30 +151,32 @@ def _parts(body: bytes, length: str | None) -> tuple[InferRequest, bytes]:
     """The JSON and what follows it."""
     if length is None:
         return parsed(InferRequest, body), b""
-    if not length.isdecimal() or int(length) > len(body):
+    if not (length.isdecimal() and len(length) <= _DIGITS) or int(length) > len(body):
         raise MalformedRequest(f"{HEADER} is the number of bytes of the body that are JSON.")
     return parsed(InferRequest, body[: int(length)]), body[int(length) :]
 
 
-def _sent(model: LoadedModel, asked: InferRequest, tail: bytes) -> Sequence[Sent]:
+def _sent(model: LoadedModel, asked: InferRequest, tail: bytes, most: int) -> Sequence[Sent]:
     parts = raw_parts(asked.inputs, tail)
     if len(parts) != 1:
         raise MalformedRequest(f"A model takes one input, a batch of pictures, not {len(parts)}.")
     (tensor,), (raw,) = asked.inputs, parts
     if tensor.datatype == "BYTES":
-        return files(tensor, raw)
+        return files(tensor, raw, most)
     said = {**(asked.parameters or {}), **(tensor.parameters or {})}
     return pictures(
-        numbers(tensor, raw), model.preprocessing, said.get("values"), said.get("layout")
+        numbers(tensor, raw, most), model.preprocessing, said.get("values"), said.get("layout")
     )
 
 
 def _wanted(asked: InferRequest, default: Sequence[str]) -> _Wanted:
     binary = bool((asked.parameters or {}).get("binary_data_output", False))
     named_outputs = asked.outputs or [RequestedOutput(name=name) for name in default]
-    found = []
+    found: list[tuple[str, int, bool]] = []
     for output in named_outputs:
         said = output.parameters or {}
+        if any(output.name == name for name, _, _ in found):
+            raise InvalidOption(f"The output {output.name!r} is named twice; name each once.")
         if output.name not in outputs.NAMES:
             raise InvalidOption(
                 f"There is no output {output.name!r}; there are {', '.join(outputs.NAMES)}."

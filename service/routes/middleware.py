@@ -17,7 +17,7 @@ from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.admission import Admission
-from service.errors import InvalidOption, QueueFull, ShuttingDown
+from service.errors import HeadTooLarge, InvalidOption, QueueFull, ShuttingDown
 from service.metrics import Metrics
 from service.routes.problems import problem, unexpected
 from service.tracing import Traces
@@ -124,6 +124,33 @@ class BehindPrefix:
             if path != self.prefix and not path.startswith(f"{self.prefix}/"):
                 path = self.prefix + path
             scope = {**scope, "root_path": self.prefix, "path": path}
+        await self.app(scope, receive, send)
+
+
+@dataclass(frozen=True, slots=True)
+class BoundedHeaders:
+    """Refuses more header fields, or longer ones, than any client sends, before one is parsed.
+
+    Cookies are taken away: nothing here reads them, and the framework would parse those of every
+    request, with a regular expression that takes the square of their length.
+    """
+
+    app: ASGIApp
+    fields: int = 100
+    characters: int = 16 << 10
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            headers = scope["headers"]
+            longest = max((len(value) for _, value in headers), default=0)
+            if len(headers) > self.fields or longest > self.characters:
+                error = HeadTooLarge(
+                    f"A request has at most {self.fields} header fields of {self.characters} bytes "
+                    "each; send options in the query, or as fields of a JSON body."
+                )
+                await problem(Request({**scope, "headers": []}), error)(scope, receive, send)
+                return
+            scope["headers"] = [each for each in headers if each[0] != b"cookie"]
         await self.app(scope, receive, send)
 
 

@@ -16,13 +16,14 @@ import numpy as np
 import pictures
 import pytest
 from PIL import Image, ImageFile
+from starlette import requests
 from starlette.testclient import TestClient
 from structlog.testing import capture_logs
 
 from service import connections
 from service.formats import format_of
-from service.integrations import asked
-from service.routes import bodies
+from service.integrations import asked, kserve, nested
+from service.routes import bodies, classify
 
 PNG = {"content-type": "image/png"}
 JSON = {"content-type": "application/json"}
@@ -67,7 +68,38 @@ def test_who_sends_too_long_a_head_reads_what_to_do(run_server, earlier: int) ->
         assert response.headers["content-type"] == "application/problem+json"
         assert response.headers["connection"] == "close"
         assert response.headers["x-content-type-options"] == "nosniff"
-        assert client.get(f"{server.url}/models", headers={"x": "y" * 250_000}).status_code == 200
+        headers = {f"x{number}": "y" * 2_600 for number in range(90)}
+        assert client.get(f"{server.url}/models", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"accept": "," * 17_000},
+        {"content-type": "multipart/form-data; boundary=" + '";' * 9_000},
+        {"if-none-match": "," * 17_000},
+        {"anything": "x" * 17_000},
+        {f"x-{number}": "" for number in range(101)},
+    ],
+)
+@pytest.mark.parametrize("route", ["/", "/models", "/predict", "/nothing"])
+def test_header_fields_without_end_are_refused_before_one_is_parsed(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, headers: dict[str, str], route: str
+) -> None:
+    monkeypatch.setattr(classify, "preferred_image", lambda *_: pytest.fail("it was parsed"))
+    response = client.post(route, headers=headers)
+    assert refused(response) == (431, "head_too_large")
+    assert "100 header fields" in response.json()["detail"]
+
+
+@pytest.mark.parametrize("cookie", ['a="' + "\\1" * 20_000 + '"', ";" * 60_000, "a=b"])
+def test_cookies_are_never_parsed(run_server, monkeypatch: pytest.MonkeyPatch, cookie: str) -> None:
+    """60 kB of them stopped the event loop for 4 seconds."""
+    monkeypatch.setattr(requests, "cookie_parser", lambda _: pytest.fail("it was parsed"))
+    with run_server() as server, httpx.Client(trust_env=False) as client:
+        sent = {"cookie": cookie, "content-type": "image/png"}
+        response = client.post(f"{server.url}/predict", content=pictures.png(), headers=sent)
+        assert response.status_code == (200 if len(cookie) < 1000 else 431)
 
 
 @pytest.mark.parametrize("first", [10, -2])
@@ -205,6 +237,50 @@ def test_heavy_json_of_other_protocols_is_refused_before_it_is_parsed(
 def test_nested_json_is_a_client_s_mistake_at_any_depth(client: TestClient, depth: int) -> None:
     body = b'{"images":' + b"[" * depth + b"]" * depth + b"}"
     assert client.post("/explain", content=body, headers=JSON).status_code in (400, 422)
+
+
+MANY = {
+    "v1 explain": ("/v1/models/small:explain", {"instances": [""] * 60_000}),
+    "v1 predict": ("/v1/models/small:predict", {"inputs": [[[0]]] * 60_000}),
+    "v2 files": (
+        "/v2/models/small/infer",
+        {"inputs": [{"name": "x", "shape": [60_000], "datatype": "BYTES", "data": [""] * 60_000}]},
+    ),
+    "v2 numbers": (
+        "/v2/models/small/explain",
+        {
+            "inputs": [
+                {
+                    "name": "x",
+                    "shape": [60_000, 1, 1, 3],
+                    "datatype": "UINT8",
+                    "data": [0] * 180_000,
+                }
+            ]
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(("route", "body"), MANY.values(), ids=MANY)
+def test_too_many_images_are_refused_before_one_is_read(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, route: str, body: Any
+) -> None:
+    """Sixty thousand empty strings cost a second and 71 MB before their 413."""
+    for module, name in ((kserve, "options"), (bodies, "image_file"), (nested, "leaves")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("an image was read"))
+    response = client.post(route, json=body)
+    assert response.status_code == 413, response.text
+    assert "more than 32 images" in response.json()["error"]
+
+
+def test_an_output_is_given_once_however_often_it_is_named(client: TestClient) -> None:
+    """A name of twenty bytes would be answered with a drawing of megabytes each time."""
+    tensor = {"name": "x", "shape": [1], "datatype": "BYTES", "data": [""]}
+    body = {"inputs": [tensor], "outputs": [{"name": "overlay"}] * 5_000}
+    response = client.post("/v2/models/small/explain", json=body)
+    assert response.status_code == 400
+    assert "'overlay' is named twice" in response.json()["error"]
 
 
 # ---- formats
