@@ -5,7 +5,7 @@ Field names and shapes are the protocols'; what is free text or free form there 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -80,8 +80,8 @@ class LabelStudioSetup(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    project: str = ""
-    label_config: str = Field(alias="schema")
+    project: str = Field("", max_length=200)
+    label_config: str = Field(alias="schema", max_length=1 << 20)
     extra_params: dict[str, Any] | str | None = Field(
         None, description="Options of /explain, and `labels`: classes to labels."
     )
@@ -92,7 +92,7 @@ class LabelStudioTask(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    id: int | str | None = None
+    id: int | Annotated[str, Field(max_length=200)] | None = None
     data: dict[str, Any]
 
 
@@ -101,7 +101,7 @@ class LabelStudioContext(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    result: list[dict[str, Any]] = []
+    result: list[dict[str, Any]] = Field([], fail_fast=True)
 
 
 class LabelStudioParams(BaseModel):
@@ -117,7 +117,7 @@ class LabelStudioRequest(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    tasks: list[LabelStudioTask]
-    project: str = ""
-    label_config: str
+    tasks: list[LabelStudioTask] = Field(fail_fast=True)
+    project: str = Field("", max_length=200)
+    label_config: str = Field(max_length=1 << 20)
     params: LabelStudioParams = LabelStudioParams()

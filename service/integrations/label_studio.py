@@ -35,7 +35,7 @@ from service.integrations.label_studio_config import (
 from service.integrations.label_studio_images import picture
 from service.integrations.label_studio_results import Evidence, prediction
 from service.models.loaded import LoadedModel
-from service.routes import answering, bodies, docs
+from service.routes import answering, bodies, docs, encodings
 from service.routes.answering import Work, as_error
 from service.routes.state import Service, service_of
 
@@ -53,6 +53,9 @@ PAUSE = 0.05
 """Seconds until a task asks again for a place among the images held."""
 
 SETUP_BYTES, SETUP_SECONDS = 1 << 20, 3.0
+
+MAX_EXTRA = 64 << 10
+"""Bytes of a project's extra parameters."""
 
 LISTED = 20
 """Predictions that are looked at where a project lets several classes be chosen."""
@@ -75,11 +78,13 @@ async def setup(request: Request) -> Response:
     service = service_of(request)
     with Permit(service.admission) as permit:  # no place: a full queue does not keep it out
         body = await bodies.read_body(request, permit, SETUP_BYTES, SETUP_SECONDS)
-    asked, parameters = await answering.result_of(service.scheduler.call(_set_up, body))
+        body = await encodings.decoded(request, body, permit, SETUP_BYTES)
+    call = service.scheduler.call(_set_up, body)
+    project, extra, parameters = await answering.result_of(call)
     async with answering.model_in_use(request, parameters.options.model) as model:
         await answering.understand(request, model, parameters.options, 1)
         version = model_version(model, parameters.options)
-    service.label_studio.remember(asked.project, asked.extra_params)
+    service.label_studio.remember(project, extra)
     return _json(orjson.dumps({"model_version": version}))
 
 
@@ -152,21 +157,34 @@ class _Predicting:
         named = value.get(str(clicked.get("type"))) if isinstance(value, dict) else None
         if not isinstance(named, list):
             return None
+        chosen = {each for each in named if isinstance(each, str)}
         for control in (each for image in self.images for each in image.controls):
             if control.name != clicked.get("from_name"):
                 continue
             for class_id, label in enumerate(model.labels):
                 own = control.label_of(*self.parameters.names_of(label))
-                if own is not None and own in named:
+                if own in chosen:
                     return str(class_id)
         return None
 
 
-def _set_up(body: bytes) -> tuple[LabelStudioSetup, Parameters]:
-    """Raises MalformedRequest, InvalidOption, also for a label_config that predictions fail on."""
+def _set_up(body: bytes) -> tuple[str, bytes, Parameters]:
+    """The project, its extra parameters as JSON, and what they mean.
+
+    Raises MalformedRequest, InvalidOption, also for a label_config that predictions fail on.
+    """
     asked = parsed(LabelStudioSetup, body)
     images_in(asked.label_config)
-    return asked, parameters_in(asked.extra_params)
+    given = asked.extra_params or ""
+    try:
+        extra = given.encode() if isinstance(given, str) else orjson.dumps(given)
+    except orjson.JSONEncodeError as error:  # nested deeper than it writes
+        raise InvalidOption(f"The extra parameters cannot be kept: {error}.") from error
+    if len(extra) > MAX_EXTRA:
+        raise InvalidOption(
+            f"The extra parameters have {len(extra)} bytes; at most {MAX_EXTRA} are kept."
+        )
+    return asked.project, extra, parameters_in(extra)
 
 
 def _understood(service: Service, body: bytes) -> _Predicting:

@@ -33,6 +33,9 @@ router = APIRouter(prefix="/integrations/label-studio", tags=["Label Studio"])
 CACHE_SECONDS = 300
 """How long a browser may show an overlay without asking again."""
 
+MAX_QUERY = 10_000
+"""Bytes of a query: a key, and an address of which every character may be encoded."""
+
 _QUERY = re.compile(r"key=([A-Za-z0-9_.-]*)&src=(.*)", re.DOTALL)
 _ENCODED = re.compile(r"(?:%2F|https?%3A)", re.IGNORECASE)
 
@@ -85,9 +88,13 @@ async def overlay_png(request: Request) -> Response:
 
 def _asked(request: Request) -> tuple[Grant, str]:
     """Who asks, and for what. Raises MalformedRequest, Unauthorized, ImageUrlRefused."""
-    found = _QUERY.fullmatch(request.scope["query_string"].decode("latin-1"))
+    query: bytes = request.scope["query_string"]
+    found = _QUERY.fullmatch(query.decode("latin-1")) if len(query) <= MAX_QUERY else None
     if found is None:
-        raise MalformedRequest("Ask for overlay.png?key=KEY&src=$image, in this order.")
+        raise MalformedRequest(
+            "Ask for overlay.png?key=KEY&src=$image, in this order, and with at most "
+            f"{MAX_QUERY} bytes behind the question mark."
+        )
     secret = service_of(request).label_studio.secret
     if secret is None:
         raise Unauthorized("There are no overlays here; CAMSERVE_OVERLAY_SECRET is not set.")

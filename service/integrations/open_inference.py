@@ -18,7 +18,7 @@ from fastapi import APIRouter, Request, Response
 from api_schemas.options import CommonOptions, ExplainOptions, PredictOptions
 from api_schemas.protocols import InferInput, InferRequest, RequestedOutput
 from service import __version__
-from service.errors import InvalidOption, MalformedRequest, ModelNotReady, UnsupportedMediaType
+from service.errors import InvalidOption, MalformedRequest, ModelNotReady
 from service.integrations import outputs
 from service.integrations.asked import Asked, Plan, Reply, answer, named, options, parsed
 from service.integrations.pixels import pictures
@@ -121,8 +121,6 @@ class _Wanted:
 async def _answer(
     request: Request, name: str, version: str | None, default: Sequence[str]
 ) -> Response:
-    if request.headers.get("content-encoding", "identity") != "identity":
-        raise UnsupportedMediaType("Compressed bodies are not read; send it as it is.")
     length = request.headers.get(HEADER)
     most = service_of(request).limits.images
 

@@ -25,7 +25,7 @@ from service.formats import check_format
 from service.metrics import STAGES
 from service.models.loaded import LoadedModel
 from service.questions import Answer, Question
-from service.routes import access, asking, bodies
+from service.routes import access, asking, bodies, encodings
 from service.routes.middleware import CLIENT_CLOSED_REQUEST
 from service.routes.state import Limits, Service, service_of
 from service.upload import Hiding, Sent, Upload, open_upload
@@ -81,10 +81,12 @@ async def in_time(
     service = service_of(request)
     limits, seconds = service.limits, timeout_of(request)
     deadline = request.scope["started"] + seconds
+    encodings.codings_of(request)  # what cannot be decoded need not be read
     with service.admission.admit(bodies.declared_bytes(request)) as permit:
         body = await bodies.read_body(request, permit, limits.body_bytes, seconds)
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
+                body = await encodings.decoded(request, body, permit, limits.body_bytes)
                 return await _until_gone(request, work(body, permit))
         except TimeoutError as error:
             raise DeadlineExceeded(

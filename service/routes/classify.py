@@ -84,7 +84,7 @@ async def _take_apart(
         )
         return await result_of(call), options
     if bodies.is_json(kind):
-        if request.url.query:
+        if request.scope["query_string"]:
             raise InvalidOption(
                 "A JSON request carries its options as fields beside `images`; leave the query "
                 "empty."

@@ -6,6 +6,8 @@ import io
 import json
 import socket
 import struct
+import tracemalloc
+import urllib.parse
 import zlib
 from collections.abc import Iterator
 from http.client import HTTPConnection
@@ -20,7 +22,9 @@ from starlette import requests
 from starlette.testclient import TestClient
 from structlog.testing import capture_logs
 
+from api_schemas.options import ExplainRequest
 from service import connections
+from service.errors import InvalidOption
 from service.formats import format_of
 from service.integrations import asked, kserve, nested
 from service.routes import bodies, classify
@@ -281,6 +285,46 @@ def test_an_output_is_given_once_however_often_it_is_named(client: TestClient) -
     response = client.post("/v2/models/small/explain", json=body)
     assert response.status_code == 400
     assert "'overlay' is named twice" in response.json()["error"]
+
+
+WRONG: dict[str, dict[str, Any]] = {
+    "commas": {"include": ["grid," * 500_000]},
+    "a long name": {"x" * 5_000_000: 1},
+    "a long value": {"method": "x" * 5_000_000},
+    "long names": {f"{'x' * 100_000}{number}": 1 for number in range(20)},
+    "a number of 4,000 digits": {"method": 10**4_000},
+    "many wrong values": {"targets": [None] * 100_000},
+    "many wrong images": {"images": [1] * 100_000},
+    "a mask of names": {"mask": {f"name {number}": 1 for number in range(15_000)}},
+}
+
+
+@pytest.mark.parametrize("fields", WRONG.values(), ids=WRONG)
+def test_what_is_wrong_is_described_shortly_however_long_it_is(
+    client: TestClient, fields: dict[str, Any]
+) -> None:
+    """A value with commas was split into half a million pieces to look for names in it."""
+    body = json.dumps({"images": [{"data": ""}], **fields}).encode()
+    with pytest.raises(InvalidOption) as refusal:
+        bodies.json_request(body, ExplainRequest, 32)
+    assert len(refusal.value.detail) < 1_500
+    tracemalloc.start()
+    try:
+        client.post("/explain", content=body, headers=JSON)
+        # The body itself, and the values that are read of it.
+        assert tracemalloc.get_traced_memory()[1] < 6 * len(body) + 5_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_paths_without_end_are_not_repeated_and_not_kept(client: TestClient) -> None:
+    """`urllib.parse` keeps what it has split: 128 addresses of 256 KiB."""
+    urllib.parse.clear_cache()
+    for route in ("/nothing/", "/models/", "/v1/models/"):
+        detail = client.get(route + "x" * 60_000).text
+        assert len(detail) < 3_000
+    # Two by the test client itself.
+    assert urllib.parse.urlsplit.cache_info().currsize <= 6
 
 
 # ---- formats
