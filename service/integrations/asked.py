@@ -22,6 +22,7 @@ from service.errors import (
     MalformedRequest,
     UnknownVersion,
 )
+from service.memory import collector_paused
 from service.models.loaded import LoadedModel
 from service.routes import answering, bodies
 from service.routes.answering import Answered, Work
@@ -176,7 +177,8 @@ def json_of(body: bytes) -> Any:
     body = bodies.utf8_json(body)
     bodies.check_json(body, MAX_NUMBERS, MAX_NUMBERS // 3, advice)  # a list for each pixel
     try:
-        return orjson.loads(body)
+        with collector_paused():
+            return orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise MalformedRequest(f"The body is not JSON: {error}.") from error
 

@@ -23,7 +23,7 @@ from fastapi import APIRouter, Request, Response
 from api_schemas.options import CommonOptions, ExplainOptions, PredictOptions
 from api_schemas.protocols import LabelStudioRequest, LabelStudioSetup, LabelStudioTask
 from service.admission import Permit
-from service.errors import InvalidOption, QueueFull
+from service.errors import CamserveError, InvalidOption, QueueFull
 from service.integrations.asked import parsed
 from service.integrations.label_studio_config import (
     Parameters,
@@ -56,6 +56,9 @@ SETUP_BYTES, SETUP_SECONDS = 1 << 20, 3.0
 
 MAX_EXTRA = 64 << 10
 """Bytes of a project's extra parameters."""
+
+LOGGED = 100
+"""Failed tasks of one request that have a line in the log."""
 
 LISTED = 20
 """Predictions that are looked at where a project lets several classes be chosen."""
@@ -213,6 +216,7 @@ class _Selection:
         self._permit = permit
         self._service = service_of(request)
         self._window = window
+        self._failures = 0
         self._waiting = iter(enumerate(asked.tasks))
         self._parts = [b"[]"] * len(asked.tasks)
         self._until = request.scope["started"] + _seconds(request)
@@ -238,14 +242,22 @@ class _Selection:
                 ask = functools.partial(self._placed, task, place)
                 self._parts[index] = await _patiently(ask, self._until)
             except Exception as error:  # noqa: BLE001 - of one task; the others are kept
-                known = as_error(error)
-                _log.warning(
-                    "label_studio_task_failed",
-                    task=task.id,
-                    code=known.code,
-                    detail=known.detail,
-                    exc_info=known.__cause__ if known.code == "internal_error" else None,
-                )
+                self._log_failure(task, as_error(error))
+            await asyncio.sleep(0)  # many that fail at once keep nobody else from the event loop
+
+    def _log_failure(self, task: LabelStudioTask, error: CamserveError) -> None:
+        """A line for each of the first failures; the last says that others are left out."""
+        self._failures += 1
+        if self._failures > LOGGED:
+            return
+        _log.warning(
+            "label_studio_task_failed",
+            task=task.id,
+            code=error.code,
+            detail=error.detail,
+            more="not logged" if self._failures == LOGGED else None,
+            exc_info=error.__cause__ if error.code == "internal_error" else None,
+        )
 
     def _first(self) -> Permit:
         """For bytes alone: the place is the request's own."""

@@ -129,7 +129,7 @@ class BehindPrefix:
 
 @dataclass(frozen=True, slots=True)
 class BoundedHeaders:
-    """Refuses more header fields, or longer ones, than any client sends, before one is parsed.
+    """Refuses more header fields, or longer ones, than any client sends, and paths without end.
 
     Cookies are taken away: nothing here reads them, and the framework would parse those of every
     request, with a regular expression that takes the square of their length.
@@ -138,17 +138,21 @@ class BoundedHeaders:
     app: ASGIApp
     fields: int = 100
     characters: int = 16 << 10
+    path: int = 4 << 10
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             headers = scope["headers"]
             longest = max((len(value) for _, value in headers), default=0)
-            if len(headers) > self.fields or longest > self.characters:
+            long_path = len(scope["path"]) > self.path
+            if len(headers) > self.fields or longest > self.characters or long_path:
                 error = HeadTooLarge(
-                    f"A request has at most {self.fields} header fields of {self.characters} bytes "
-                    "each; send options in the query, or as fields of a JSON body."
+                    f"A request has a path of at most {self.path} characters and at most "
+                    f"{self.fields} header fields of {self.characters} bytes each; send options in "
+                    "the query, or as fields of a JSON body."
                 )
-                await problem(Request({**scope, "headers": []}), error)(scope, receive, send)
+                bare = Request({**scope, "headers": [], "path": scope["path"][: self.path]})
+                await problem(bare, error)(scope, receive, send)
                 return
             scope["headers"] = [each for each in headers if each[0] != b"cookie"]
         await self.app(scope, receive, send)

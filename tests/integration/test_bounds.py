@@ -317,14 +317,16 @@ def test_what_is_wrong_is_described_shortly_however_long_it_is(
         tracemalloc.stop()
 
 
-def test_paths_without_end_are_not_repeated_and_not_kept(client: TestClient) -> None:
-    """`urllib.parse` keeps what it has split: 128 addresses of 256 KiB."""
-    urllib.parse.clear_cache()
-    for route in ("/nothing/", "/models/", "/v1/models/"):
-        detail = client.get(route + "x" * 60_000).text
-        assert len(detail) < 3_000
-    # Two by the test client itself.
-    assert urllib.parse.urlsplit.cache_info().currsize <= 6
+@pytest.mark.parametrize("route", ["/nothing/", "/models/", "/v1/models/", "/page/"])
+def test_paths_without_end_are_refused_and_not_kept(client: TestClient, route: str) -> None:
+    """Every route looked at them, and `urllib.parse` keeps the last 128 that it has split."""
+    for length in (4_000, 60_000):
+        urllib.parse.clear_cache()
+        response = client.get(route + "x/" * (length // 2))
+        assert response.status_code == (404 if length < 4_096 else 431)
+        assert len(response.text) < 3_000
+        # Those of the test client itself.
+        assert urllib.parse.urlsplit.cache_info().currsize <= 2
 
 
 # ---- formats

@@ -14,6 +14,7 @@ import pictures
 import pytest
 import tiny
 from starlette.testclient import TestClient
+from structlog.testing import capture_logs
 from webhosts import web
 
 from service.errors import QueueFull
@@ -466,3 +467,13 @@ def test_a_name_of_a_project_and_a_config_have_a_longest(client) -> None:
     body = {"tasks": [], "label_config": "<a>" * 500_000, "project": "1.1"}
     answer = client.post("/integrations/label-studio/predict", json=body)
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_option")
+
+
+def test_of_thousands_of_tasks_that_fail_a_hundred_are_logged(client) -> None:
+    """And between two of them others have their turn on the event loop."""
+    with capture_logs() as logs:
+        answers = results(predict(client, [{}] * 3000))
+    assert answers == [[]] * 3000
+    failed = [each for each in logs if each["event"] == "label_studio_task_failed"]
+    assert len(failed) == 100
+    assert failed[-1]["more"] == "not logged"
