@@ -155,6 +155,8 @@ class LoadedModel:
         Raises UnknownLayer for a pattern that matches nothing, InvalidOption for a layer that
         returns no tensor.
         """
+        if not patterns:
+            return ()
         chosen: set[str] = set()
         for name in patterns:
             if is_pattern(name) or name.startswith(_TYPE):

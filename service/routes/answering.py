@@ -133,19 +133,30 @@ async def understand(
 ) -> Work:
     """Everything that can be refused before any image is opened is refused here.
 
-    Names, patterns and masks are resolved in a worker thread; what the request costs is charged to
-    its key here, on the event loop.
+    Names, patterns and masks, which may be long, are resolved in a worker thread; what the request
+    costs is charged to its key here, on the event loop.
     """
     service = service_of(request)
     prices: list[float] = []
-    question, hiding = await result_of(
-        service.scheduler.call(_resolved, model, options, service.limits, images, prices.append)
-    )
+    if _names_nothing(options):
+        question, hiding = _resolved(model, options, service.limits, images, prices.append)
+    else:
+        question, hiding = await result_of(
+            service.scheduler.call(_resolved, model, options, service.limits, images, prices.append)
+        )
     for price in prices:
         access.reserve(request, price)
     request.scope["log"] = {"model": model.name}
     deadline = request.scope["started"] + timeout_of(request)
     return Work(service, model, options, question, hiding, deadline, Clock())
+
+
+def _names_nothing(options: CommonOptions) -> bool:
+    """Whether there is nothing to look up: then resolving takes less than the way to a thread."""
+    if not isinstance(options, ExplainOptions):
+        return not options.activations
+    named = (options.activations, options.targets, options.layer, options.contrast, options.mask)
+    return not any(named)
 
 
 def _resolved(

@@ -12,12 +12,12 @@ import pictures
 import pytest
 from starlette.testclient import TestClient
 
-from api_schemas.options import ExplainOptions
+from api_schemas.options import Mask
 from service import errors
 from service.integrations import asked, kserve, label_studio, nested, open_inference, tensors
 from service.integrations import label_studio_config as config
 from service.models import loaded, patterns
-from service.routes import asking, bodies, encodings
+from service.routes import bodies, encodings
 
 PNG = pictures.png()
 B64 = base64.b64encode(PNG).decode()
@@ -35,6 +35,10 @@ STUDIO = {
 REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
     "patterns": (
         "/explain?activations=f**&activations=type:Conv2d",
+        {"content": PNG, "headers": {"content-type": "image/png"}},
+    ),
+    "a class": (
+        "/explain?targets=3&contrast=class 1&layer=features",
         {"content": PNG, "headers": {"content-type": "image/png"}},
     ),
     "an unknown layer": (
@@ -107,8 +111,8 @@ REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 WATCHED: list[tuple[Any, str]] = [
-    (asking, "question"),
-    (asking, "hiding"),
+    (loaded.LoadedModel, "_matching"),
+    (loaded.LoadedModel, "class_id"),
     (patterns.PathMatcher, "matches"),
     (loaded, "nearest"),
     (errors.difflib, "get_close_matches"),
@@ -128,7 +132,7 @@ WATCHED: list[tuple[Any, str]] = [
     (nested, "leaves"),
     (tensors, "files"),
     (tensors, "numbers"),
-    (ExplainOptions, "hidden"),
+    (Mask, "model_validate"),
 ]
 
 
