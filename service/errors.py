@@ -3,6 +3,7 @@
     CamserveError
     ├── RequestError                what the client sent cannot be answered
     │   ├── MalformedRequest        malformed_request
+    │   ├── HostNotAllowed          host_not_allowed
     │   ├── EmptyBody               empty_body
     │   ├── InvalidOption           invalid_option
     │   ├── HeadTooLarge            head_too_large
@@ -74,6 +75,12 @@ class MalformedRequest(RequestError):
     """The body cannot be read as what it says it is."""
 
 
+class HostNotAllowed(RequestError):
+    """The `Host` header names a host that this service does not answer for."""
+
+    code = "host_not_allowed"
+
+
 class EmptyBody(RequestError):
     """There is nothing in the body."""
 
@@ -99,7 +106,7 @@ class BodyTooLarge(RequestError):
 
 
 class SlowUpload(RequestError):
-    """The body did not arrive in time."""
+    """The body did not arrive in time, or came too slowly."""
 
     code = "slow_upload"
 
@@ -203,7 +210,7 @@ class Refused(CamserveError):
 
 
 class QueueFull(Refused):
-    """As many images wait as the service will hold."""
+    """As many images wait, or as many bytes of answers are held, as the service will hold."""
 
 
 class KeyLimit(Refused):

@@ -22,12 +22,10 @@ import orjson
 from service.addresses import MAX_URL, AllowedHost, locate
 from service.errors import ConfigurationError, ImageUrlFailed, ImageUrlRefused
 from service.fetching import Fetcher
+from service.overlay_tokens import check_secret
 
 ACCESS_SECONDS = 240.0
 """How long an access token is used; Label Studio gives it for 300 seconds."""
-
-MIN_SECRET = 16
-"""Characters of what signs the keys of overlays."""
 
 MAX_PROJECTS, MAX_PROJECTS_BYTES = 1000, 4 << 20
 """Projects whose extra parameters are kept, and bytes of these with the projects' names; beyond
@@ -156,11 +154,8 @@ class LabelStudio:
     _extra: dict[str, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.secret is not None and len(self.secret) < MIN_SECRET:
-            raise ConfigurationError(
-                f"--overlay-secret has {len(self.secret)} characters; give at least {MIN_SECRET}, "
-                "such as what `openssl rand -hex 32` makes."
-            )
+        if self.secret is not None:
+            check_secret(self.secret)
 
     def remember(self, project: str, extra: bytes) -> None:
         """Keep a project's extra parameters, JSON, which come with its setup alone."""

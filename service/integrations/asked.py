@@ -22,9 +22,11 @@ from service.errors import (
     MalformedRequest,
     UnknownVersion,
 )
+from service.headers import Size
 from service.memory import collector_paused
 from service.models.loaded import LoadedModel
-from service.routes import answering, bodies
+from service.routes import access, answering, bodies
+from service.routes.answer_bytes import Bill, Price, Sizes, size_before
 from service.routes.answering import Answered, Work
 from service.routes.problems import describe
 from service.routes.state import Service, service_of
@@ -64,11 +66,14 @@ class Plan:
 
     respond:     makes the response; both it and what made this plan run in worker threads.
     every_class: predictions of all classes, whatever `top_k` is.
+    price:       how many bytes of the answer are about one picture; None: the place that it would
+                 have in an answer of `/explain` or `/predict`.
     """
 
     asked: Sequence[Asked]
     respond: Callable[[Sequence[Reply]], Response]
     every_class: bool = False
+    price: Callable[[Sizes], Price] | None = None
 
 
 async def answer(
@@ -90,8 +95,14 @@ async def answer(
         async with answering.model_in_use(request, of_model) as model:
             plan = await answering.result_of(scheduler.call(read, model, body))
             works = await _works(request, model, plan, permit)
-            replies = await _replies(works, plan.asked)
+            most = works[0].service.limits.pixels
+            sizes = [size_before(each.picture, most) for each in plan.asked]
+            bill = works[0].bill
+            grids = sum(work.sizes.grids for work in works)
+            bill.add(grids + sum(work.price(size) for work, size in zip(works, sizes, strict=True)))
+            replies = await _replies(works, plan.asked, sizes)
             response = await answering.drawn(works[0], plan.respond, replies)
+            bill.made(len(response.body))
             response.headers.update(answering.report(request, works[0], len(works)))
             return response
 
@@ -108,14 +119,25 @@ async def _works(request: Request, model: LoadedModel, plan: Plan, permit: Permi
     keys = [each.options.model_dump_json() for each in plan.asked]
     alike = Counter(keys)
     by_options: dict[str, Work] = {}
+    costs: list[float] = []
     for key, asked in zip(keys, plan.asked, strict=True):
         if key in by_options:
             continue
-        work = await answering.understand(request, model, asked.options, alike[key])
+        work = await answering.understand(
+            request, model, asked.options, alike[key], permit, charge=costs.append
+        )
+        if plan.price is not None:
+            work = replace(work, price=plan.price(work.sizes))
         if plan.every_class:
             work = replace(work, question=_of_every_class(work))
-        first = next(iter(by_options.values()), work)
-        by_options[key] = replace(work, clock=first.clock)
+        if by_options:
+            first = next(iter(by_options.values()))
+            work = replace(work, clock=first.clock, bill=first.bill)
+        else:
+            bill = Bill(permit, work.service.limits.answer_bytes, work.sizes.advice(count))
+            work = replace(work, bill=bill)
+        by_options[key] = work
+    access.reserve(request, sum(costs))
     return [by_options[key] for key in keys]
 
 
@@ -125,10 +147,14 @@ def check_count(images: int, most: int) -> None:
         raise BodyTooLarge(f"The request has more than {most} images; send them in several.")
 
 
-async def _replies(works: Sequence[Work], asked: Sequence[Asked]) -> list[Reply]:
+async def _replies(
+    works: Sequence[Work], asked: Sequence[Asked], sizes: Sequence[Size]
+) -> list[Reply]:
     """What is answered about each picture. Raises what the first one failed with."""
     pictures = (each.picture for each in asked)
-    found = await asyncio.gather(*map(answering.ask, works, pictures), return_exceptions=True)
+    found = await asyncio.gather(
+        *map(answering.ask, works, pictures, sizes), return_exceptions=True
+    )
     replies: list[Reply] = []
     for work, each in zip(works, found, strict=True):
         if isinstance(each, BaseException):

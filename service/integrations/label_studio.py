@@ -12,9 +12,9 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import orjson
 import structlog
@@ -23,7 +23,7 @@ from fastapi import APIRouter, Request, Response
 from api_schemas.options import CommonOptions, ExplainOptions, PredictOptions
 from api_schemas.protocols import LabelStudioRequest, LabelStudioSetup, LabelStudioTask
 from service.admission import Permit
-from service.errors import CamserveError, InvalidOption, QueueFull
+from service.errors import CamserveError, InvalidOption
 from service.integrations.asked import parsed
 from service.integrations.label_studio_config import (
     Parameters,
@@ -33,24 +33,21 @@ from service.integrations.label_studio_config import (
     parameters_in,
 )
 from service.integrations.label_studio_images import picture
-from service.integrations.label_studio_results import Evidence, prediction
+from service.integrations.label_studio_results import Evidence, prediction, price
 from service.models.loaded import LoadedModel
 from service.routes import answering, bodies, docs, encodings
+from service.routes.answer_bytes import Bill, size_before
 from service.routes.answering import Work, as_error
 from service.routes.state import Service, service_of
 
 router = APIRouter(prefix="/integrations/label-studio", tags=["Label Studio"])
 _log = structlog.get_logger(__name__)
-T = TypeVar("T")
 
 LABEL_STUDIO_SECONDS = 100.0
 """How long Label Studio waits for predictions."""
 
 SHARE_OF_TIME = 0.9
 """Of the time for a request; the rest is for what was begun, and for the way back."""
-
-PAUSE = 0.05
-"""Seconds until a task asks again for a place among the images held."""
 
 SETUP_BYTES, SETUP_SECONDS = 1 << 20, 3.0
 
@@ -63,7 +60,7 @@ LOGGED = 100
 LISTED = 20
 """Predictions that are looked at where a project lets several classes be chosen."""
 
-_PROBLEMS = docs.problems(400, 401, 404, 413, 422, 429, 503, 504)
+_PROBLEMS = docs.problems(400, 401, 404, 408, 413, 422, 429, 503, 504)
 
 
 @router.get("/health", responses=docs.problems(401))
@@ -85,7 +82,7 @@ async def setup(request: Request) -> Response:
     call = service.scheduler.call(_set_up, body)
     project, extra, parameters = await answering.result_of(call)
     async with answering.model_in_use(request, parameters.options.model) as model:
-        await answering.understand(request, model, parameters.options, 1)
+        await answering.understand(request, model, parameters.options, 1, permit)
         version = model_version(model, parameters.options)
     service.label_studio.remember(project, extra)
     return _json(orjson.dumps({"model_version": version}))
@@ -121,14 +118,15 @@ async def predict(request: Request) -> Response:
         async with answering.model_in_use(request, asked.parameters.options.model) as model:
             window = min(len(asked.tasks), max(1, service.admission.max_images // 2))
             options = await answering.result_of(service.scheduler.call(asked.options, model))
-            work = await answering.understand(request, model, options, max(1, window))
+            images = max(1, len(asked.tasks) * len(asked.images))
+            work = await answering.understand(request, model, options, images, permit)
             selection = _Selection(request, work, asked, permit, window)
             parts = await selection.answers()
             header = answering.report(request, selection.work, len(parts))
             return _json(_listed(parts), header)
 
     until = request.scope["started"] + _seconds(request)
-    return await _patiently(lambda: answering.in_time(request, work), until)
+    return await answering.in_time(request, work, waits=until)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +209,6 @@ class _Selection:
     def __init__(
         self, request: Request, work: Work, asked: _Predicting, permit: Permit, window: int
     ) -> None:
-        self.work = work
         self._asked = asked
         self._permit = permit
         self._service = service_of(request)
@@ -221,6 +218,14 @@ class _Selection:
         self._parts = [b"[]"] * len(asked.tasks)
         self._until = request.scope["started"] + _seconds(request)
         self._version = model_version(work.model, asked.parameters.options)
+        images = len(asked.tasks) * len(asked.images)
+        most, advice = self._service.limits.answer_bytes, work.sizes.advice(images)
+        self.work = replace(
+            work,
+            price=price(asked.images, work.sizes),
+            # Most tasks take far less than they may, which only those that were drawn tell.
+            bill=Bill(permit, most, advice, in_turn=True),
+        )
 
     async def answers(self) -> list[bytes]:
         """JSON for each task, in order; `[]` where it failed or time was too short.
@@ -240,7 +245,7 @@ class _Selection:
         for index, task in self._waiting:
             try:
                 ask = functools.partial(self._placed, task, place)
-                self._parts[index] = await _patiently(ask, self._until)
+                self._parts[index] = await answering.patiently(ask, self._until)
             except Exception as error:  # noqa: BLE001 - of one task; the others are kept
                 self._log_failure(task, as_error(error))
             await asyncio.sleep(0)  # many that fail at once keep nobody else from the event loop
@@ -272,31 +277,34 @@ class _Selection:
 
     async def _answer(self, task: LabelStudioTask, permit: Permit) -> bytes:
         shown: list[tuple[TaskImage, Evidence]] = []
-        for image in self._asked.images:
-            source = image.source(task.data)
-            data = await picture(self._service, source, task.id, lambda size: permit.grow(0, size))
-            found = await answering.ask(self.work, data)
-            side = self._service.limits.render_side
-            shown.append((image, Evidence(self.work.model, found, self._asked.parameters, side)))
-        return await answering.drawn(
-            self.work, prediction, shown, self._version, of_click=self._asked.is_interactive
-        )
+        part = b""
+        try:
+            for image in self._asked.images:
+                shown += [(image, await self._evidence(image, task, permit))]
+            part = await answering.drawn(
+                self.work, prediction, shown, self._version, of_click=self._asked.is_interactive
+            )
+        finally:
+            self.work.bill.made(len(part), sum(each.found.priced for _, each in shown))
+        return part
+
+    async def _evidence(self, image: TaskImage, task: LabelStudioTask, permit: Permit) -> Evidence:
+        work, limits = self.work, self._service.limits
+        source = image.source(task.data)
+        data = await picture(self._service, source, task.id, lambda size: permit.grow(0, size))
+        size = size_before(data, limits.pixels)
+
+        async def hold() -> None:
+            work.bill.add(work.price(size))
+
+        await answering.patiently(hold, self._until)
+        found = await answering.ask(work, data, size)
+        return Evidence(work.model, found, self._asked.parameters, limits.render_side)
 
 
 def _seconds(request: Request) -> float:
     """What a request may take, with time left for the way back."""
     return min(answering.timeout_of(request), LABEL_STUDIO_SECONDS) * SHARE_OF_TIME
-
-
-async def _patiently(ask: Callable[[], Awaitable[T]], until: float) -> T:
-    """Ask again as long as the service is full and there is time. Raises QueueFull."""
-    while True:
-        try:
-            return await ask()
-        except QueueFull:
-            if time.monotonic() + PAUSE > until:
-                raise
-            await asyncio.sleep(PAUSE)
 
 
 def _listed(parts: list[bytes]) -> bytes:

@@ -137,6 +137,7 @@ async def _answer(
             [Asked(each, chosen) for each in sent],
             lambda replies: _respond(model, name, wanted, replies),
             every_class=True,
+            price=lambda sizes: outputs.price(wanted.outputs, sizes),
         )
 
     return await answer(request, named(service_of(request), name, version), read)
@@ -172,6 +173,8 @@ def _wanted(asked: InferRequest, default: Sequence[str]) -> _Wanted:
     named_outputs = asked.outputs or [RequestedOutput(name=name) for name in default]
     found: list[tuple[str, int, bool]] = []
     for output in named_outputs:
+        if any(output.name == name for name, _, _ in found):
+            raise InvalidOption(f"The output {output.name!r} is named twice; name it once.")
         said = output.parameters or {}
         if any(output.name == name for name, _, _ in found):
             raise InvalidOption(f"The output {output.name!r} is named twice; name each once.")
@@ -193,22 +196,27 @@ def _options(asked: InferRequest, wanted: _Wanted, default: Sequence[str]) -> Co
     given = {k: v for k, v in (asked.parameters or {}).items() if k not in protocols}
     if default is outputs.OF_INFER and not names & outputs.EXPLAINING:
         return options(PredictOptions, given)
-    if "overlay" in names:  # what else `include` names is for `explain`
+    # What else `include` names is for `explain`; a heatmap is named where that would not get it.
+    drawn = [name for name in ("overlay", "heatmap") if name in names]
+    drawn = [name for name in drawn if name == "overlay" or "explain" not in names]
+    if drawn:
         also = given.get("include", [])
-        given["include"] = ["overlay", *([also] if isinstance(also, str) else also)]
+        also = also if isinstance(also, list) else [also]
+        given["include"] = [*drawn, *(each for each in also if each != "none")]
     given.setdefault("include", ["none"])
     return options(ExplainOptions, given)
 
 
 def _respond(model: LoadedModel, name: str, wanted: _Wanted, replies: Sequence[Reply]) -> Response:
-    described, tails = [], []
+    described: list[dict[str, Any]] = []
+    tails: list[bytes] = []
     for output, classes, binary in wanted.outputs:
         made: Output = outputs.MAKERS[output](replies)
         if classes:
             made = outputs.classification(made, model, classes)
         if binary:
             place, raw = made.in_binary()
-            tails.append(raw)
+            tails += raw
         else:
             place = made.in_json()
         described.append(place)

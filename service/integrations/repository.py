@@ -19,7 +19,7 @@ from service.errors import CamserveError, ConfigurationError, EmptyBody
 from service.integrations.asked import parsed
 from service.models.library import Entry
 from service.routes import answering, bodies, encodings
-from service.routes.access import sent_key
+from service.routes.access import is_admin
 from service.routes.problems import status_of
 from service.routes.state import Service, service_of
 
@@ -44,8 +44,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 router = APIRouter(prefix="/v2/repository", tags=["model repository"], responses=_ERRORS)
 
-INDEX_BYTES, INDEX_SECONDS = 64 << 10, 3.0
-"""Of the body of `index`."""
+INDEX_BYTES, INDEX_SECONDS = 64 << 10, 10.0
+"""Of the body of `index`, which says one thing."""
 
 STATES = {
     "loading": "LOADING",
@@ -61,14 +61,25 @@ class IndexRequest(BaseModel):
     ready: bool = False
 
 
+_INDEX_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {
+        "description": text,
+        "content": {"application/json": {"schema": _ERROR_BODY, "example": {"error": text}}},
+    }
+    for status, text in {
+        408: "The body did not arrive in time.",
+        413: "The body is too large.",
+        429: "Too many requests arrive at once.",
+    }.items()
+}
+_INDEX_BODY = {"content": {"application/json": {"schema": IndexRequest.model_json_schema()}}}
+
+
 @router.post(
     "/index",
     response_model=None,
-    openapi_extra={
-        "requestBody": {
-            "content": {"application/json": {"schema": IndexRequest.model_json_schema()}}
-        }
-    },
+    responses=_INDEX_ERRORS,
+    openapi_extra={"requestBody": _INDEX_BODY},
 )
 async def index(request: Request) -> Any:
     """Every model with its state and, where it is not served, the reason."""
@@ -137,9 +148,7 @@ def _refused(request: Request, service: Service) -> JSONResponse | None:
     if service.admin_keys is None:
         detail = "No admin key is configured: set CAMSERVE_ADMIN_KEYS_FILE to manage models."
         return JSONResponse({"error": detail}, status_code=403)
-    # Not as the password of Basic: a browser would send it along with other pages' requests.
-    basic = request.headers.get("authorization", "").lower().startswith("basic")
-    if basic or service.admin_keys.owner(sent_key(request.headers)) is None:
+    if not is_admin(request.headers, service.admin_keys):
         detail = "Send an admin key: Authorization: Bearer KEY, or X-API-Key: KEY."
         return JSONResponse(
             {"error": detail}, status_code=401, headers={"WWW-Authenticate": "Bearer"}

@@ -65,14 +65,15 @@ class Output:
             values = [base64.b64encode(each).decode("ascii") for each in values]
         return self._described() | {"data": values}
 
-    def in_binary(self) -> tuple[dict[str, Any], bytes]:
-        """The tensor's place in the JSON, and its bytes."""
+    def in_binary(self) -> tuple[dict[str, Any], list[bytes]]:
+        """The tensor's place in the JSON, and its bytes, in pieces that need no copy of a file."""
         if isinstance(self.values, np.ndarray):
-            raw = self.values.astype(DTYPES[self.datatype]).tobytes()
+            raw = [self.values.astype(DTYPES[self.datatype]).tobytes()]
         else:
             elements = [each.encode() if isinstance(each, str) else each for each in self.values]
-            raw = b"".join(struct.pack("<I", len(each)) + each for each in elements)
-        return self._described() | {"parameters": {"binary_data_size": len(raw)}}, raw
+            raw = [part for each in elements for part in (struct.pack("<I", len(each)), each)]
+        size = sum(map(len, raw))
+        return self._described() | {"parameters": {"binary_data_size": size}}, raw
 
     def _described(self) -> dict[str, Any]:
         return {"name": self.name, "datatype": self.datatype, "shape": list(self.shape)}

@@ -41,6 +41,7 @@ class LoadedModel:
     folded:       a faster form of the module, where there is one.
     channels_last: whether module and input keep their channels last in memory.
     compiled:     the lane for the common request; None where `not_compiled` says why.
+    stateful:     what the module changes at every call, as `Condition.faults` words it.
     """
 
     spec: ModelSpec
@@ -59,6 +60,7 @@ class LoadedModel:
     channels_last: bool = False
     compiled: CompiledLane | None = None
     not_compiled: str | None = None
+    stateful: tuple[str, ...] = ()
     _by_path: Mapping[str, Layer] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import binascii
 import codecs
+import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import pydantic
 from fastapi import Request
@@ -26,6 +28,7 @@ from service.errors import (
 )
 from service.fetching import Fetcher
 from service.routes.problems import describe
+from service.routes.state import service_of
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
@@ -48,34 +51,86 @@ boxes for every image, stay below. Counted in the bytes, before anything is buil
 
 
 async def read_body(request: Request, permit: Permit, max_bytes: int, seconds: float) -> bytes:
-    """All bytes of the body; `permit` grows by those that were not declared.
+    """All bytes of the body, once; `permit` grows by them as they arrive.
 
-    Raises BodyTooLarge, SlowUpload after `seconds`, EmptyBody, QueueFull.
+    Raises BodyTooLarge, EmptyBody, QueueFull; SlowUpload after `seconds`, below the minimum rate,
+    and where it is slow and somebody else needs what it holds.
     """
     too_large = BodyTooLarge(
         f"The body is larger than {max_bytes} bytes; send fewer or smaller images."
     )
-    declared = declared_bytes(request)
-    if declared > max_bytes:
+    if declared_bytes(request) > max_bytes:
         raise too_large
     chunks: list[bytes] = []
-    size = 0
-    try:
-        async with asyncio.timeout(seconds):
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > max_bytes:
-                    raise too_large
-                if size > declared:  # a chunked body declares nothing
-                    permit.grow(0, len(chunk))
-                chunks.append(chunk)
-    except TimeoutError as error:
-        raise SlowUpload(f"The body did not arrive within {seconds:g} seconds.") from error
-    if not size:
+    async with _Upload(request, permit, seconds) as upload:
+        async for chunk in request.stream():
+            upload.size += len(chunk)
+            if upload.size > max_bytes:
+                raise too_large
+            permit.grow(0, len(chunk))
+            upload.keep_waiting()
+            chunks.append(chunk)
+    if not upload.size:
         raise EmptyBody(
             "The body is empty; send an image, for instance with curl --data-binary @cat.jpg."
         )
     return b"".join(chunks)
+
+
+class _Upload:
+    """The clock of one body; its `async with` ends with SlowUpload.
+
+    size: bytes that have arrived.
+    """
+
+    def __init__(self, request: Request, permit: Permit, seconds: float) -> None:
+        self.size = 0
+        self._client = request.client.host if request.client else ""
+        self._transfers = service_of(request).transfers
+        self._permit = permit
+        self._seconds = seconds
+        self._last = time.monotonic() + seconds
+        self._timeout = asyncio.timeout(seconds)
+
+    def keep_waiting(self) -> None:
+        """Wait as long as what has come allows."""
+        left = min(self._last, self._transfer.deadline) - time.monotonic()
+        self._timeout.reschedule(asyncio.get_running_loop().time() + left)
+
+    def _give_up(self) -> None:
+        self._permit.release()
+        if not self._timeout.expired():
+            self._timeout.reschedule(0)
+
+    async def __aenter__(self) -> Self:
+        self._transfer = self._transfers.receive(
+            self._client,
+            moved=lambda: self.size,
+            end=self._give_up,
+            holds=self._permit.holds,
+        )
+        await self._timeout.__aenter__()
+        self.keep_waiting()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._transfer.close()
+        try:
+            await self._timeout.__aexit__(exc_type, exc, traceback)
+        except TimeoutError as error:
+            if time.monotonic() >= self._last:
+                reason = f"The body did not arrive within {self._seconds:g} seconds."
+            else:
+                reason = (
+                    f"The body came at less than {self._transfers.rate:g} bytes a second; send it "
+                    "faster, or fewer and smaller images."
+                )
+            raise SlowUpload(reason) from error
 
 
 def declared_bytes(request: Request) -> int:

@@ -25,6 +25,7 @@ _log = structlog.get_logger(__name__)
 
 STATUS: dict[type[CamserveError], int] = {
     errors.MalformedRequest: 400,
+    errors.HostNotAllowed: 421,
     errors.EmptyBody: 400,
     errors.InvalidOption: 422,
     errors.HeadTooLarge: 431,
@@ -68,6 +69,9 @@ CHALLENGE = 'Bearer realm="camserve", Basic realm="camserve", charset="UTF-8"'
 """Of every 401. A browser asks for a password by it: the key."""
 
 
+NOT_LOADABLE = "The model cannot be loaded; GET /models says more, and the log of the service."
+
+
 def status_of(error: CamserveError) -> int:
     """The status of an error's class, or of its nearest base in the table."""
     return next(STATUS[cls] for cls in type(error).__mro__ if cls in STATUS)
@@ -75,6 +79,10 @@ def status_of(error: CamserveError) -> int:
 
 def problem(request: Request, error: CamserveError) -> JSONResponse:
     """The response for an error; what lies on the server's side is logged with its cause."""
+    if isinstance(error, errors.ConfigurationError):
+        # Of a model that is loaded on demand: its sentence may name files.
+        _log.error(error.code, detail=error.detail)
+        error = errors.ConfigurationError(NOT_LOADABLE)
     status = status_of(error)
     if status == HTTPStatus.INTERNAL_SERVER_ERROR:
         _log.error(error.code, exc_info=error)
