@@ -12,6 +12,10 @@ ROOT = Path(service.__file__).parent.parent
 CACHES = {
     # One for each file system that the operator's `camserve bulk` names.
     "service.bulk.inputs._file_system",
+    # A constant, computed when the first keys file is read.
+    "service.keys._blank_hashes",
+    # 64 tuples of models' own labels; models are the operator's.
+    "service.routes.answer_bytes.longest_label",
     # 128 pairs of a model's own mean or std and a device; models are the operator's.
     "service.models.loaded._on_each_channel",
 }
