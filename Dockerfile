@@ -1,14 +1,16 @@
 # camserve for CPU and GPU, from one file.
 #
 #   docker build -t camserve .
-#   docker build -t camserve --build-arg PIP_EXTRA_INDEX_URL=… .    an index with the CPU build of torch
 #   docker build -t camserve --build-arg EXTRAS=otel,timm .         more of pyproject.toml's extras
+#   docker build -t camserve --build-arg PYTHON_IMAGE=python:3.11-slim-bookworm@sha256:… .
 #
-# docs/how-to/deploy.md says how large it is and why.
+# Nothing that an index sends is run before its hash is known: deploy/image has the hashes, `make lock`
+# writes them. docs/how-to/deploy.md says more, and how large the image is and why.
 
-ARG PYTHON_VERSION=3.11
+# By its tag it is what the registry has today; a release names the digest, too.
+ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
-FROM python:${PYTHON_VERSION}-slim-bookworm AS base
+FROM ${PYTHON_IMAGE} AS base
 ENV LANG=C.UTF-8 \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONSAFEPATH=1 \
@@ -20,12 +22,11 @@ ENV LANG=C.UTF-8 \
 FROM base AS requirements
 ARG EXTRAS=otel
 WORKDIR /requirements
-COPY pyproject.toml constraints.txt ./
+COPY pyproject.toml deploy/image/packages.txt ./
 RUN python - <<'END'
 import os, pathlib, re, tomllib
 
-described = tomllib.loads(pathlib.Path("pyproject.toml").read_text())
-project = described["project"]
+project = tomllib.loads(pathlib.Path("pyproject.toml").read_text())["project"]
 
 
 def needed(extras):
@@ -38,7 +39,8 @@ def needed(extras):
 
 service = [*project["dependencies"], *needed(os.environ["EXTRAS"])]
 pathlib.Path("service.txt").write_text("\n".join(service) + "\n")
-pathlib.Path("build.txt").write_text("\n".join(described["build-system"]["requires"]) + "\n")
+pins = re.findall(r"^[a-z0-9]\S*==\S+", pathlib.Path("packages.txt").read_text(), re.MULTILINE)
+pathlib.Path("pins.txt").write_text("\n".join(pins) + "\n")
 END
 
 
@@ -57,16 +59,26 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
 FROM empty AS dependencies
 # What torch asks for and this service never uses: Triton needs a C compiler at run time.
 ARG LEAVE_OUT=triton
-COPY --from=requirements /requirements/service.txt /requirements/constraints.txt /requirements/
+# Distributions, with commas, that come from another index in builds of its own: `torch,torchvision`.
+ARG UNHASHED
+COPY --from=requirements /requirements/service.txt /requirements/pins.txt /requirements/
+COPY deploy/image/packages.txt deploy/image/pick.py /requirements/
 # What was fetched is kept for the next build, in a folder for each index: pip's own cache keeps only
-# what an index allows it to keep.
+# what an index allows it to keep. Wheels alone: a source distribution runs code before its hash is
+# looked at.
 RUN --mount=type=cache,target=/fetched \
     --mount=type=secret,id=netrc,target=/root/.netrc \
     pip() { python -m pip --python /opt/camserve/bin/python "$@"; } \
     && cd /requirements \
     && fetched=/fetched/$(echo "$PIP_INDEX_URL $PIP_EXTRA_INDEX_URL" | sha256sum | cut -c 1-16) \
-    && pip download --no-cache-dir --dest "$fetched" -c constraints.txt -r service.txt \
-    && pip install --no-compile --no-index --find-links "$fetched" -c constraints.txt -r service.txt \
+    && pip download --no-cache-dir --only-binary :all: --dest "$fetched" -c pins.txt -r service.txt \
+    && pip install --quiet --dry-run --report resolved.json \
+        --only-binary :all: --no-index --find-links "$fetched" -c pins.txt -r service.txt \
+    && python pick.py resolved.json packages.txt "$UNHASHED" \
+    && pip install --no-compile --no-deps --no-index --find-links "$fetched" \
+        --require-hashes --only-binary :all: -r hashed.txt \
+    && if [ -s unhashed.txt ]; then pip install --no-compile --no-deps --no-index \
+        --only-binary :all: --find-links "$fetched" -r unhashed.txt; fi \
     && if [ -n "$LEAVE_OUT" ]; then pip uninstall --yes $LEAVE_OUT; fi
 # Headers and test suites serve no request. Bytecode is written now, since later the root is
 # read-only, and trusts itself, since files' times change on their way through layers. What does not
@@ -76,11 +88,23 @@ RUN cd /opt/camserve/lib/python3*/site-packages \
     && { python -m compileall -q -j 0 --invalidation-mode unchecked-hash -x '/tests?/' . || true; }
 
 
-FROM empty AS code
-COPY --from=requirements /requirements/build.txt /requirements/
+# What builds camserve, and what writes down what the image is made of; none of it is in the image.
+FROM empty AS tools
+COPY deploy/image/tools.txt /requirements/
 RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=netrc,target=/root/.netrc \
-    python -m pip install --requirement /requirements/build.txt
+    python -m pip install --no-deps --require-hashes --only-binary :all: \
+        --requirement /requirements/tools.txt
+
+
+FROM tools AS sbom
+ARG VERSION=0.1.0
+COPY deploy/image/sbom.py /requirements/
+RUN --mount=type=bind,from=dependencies,source=/opt/camserve,target=/opt/camserve \
+    python /requirements/sbom.py /opt/camserve/bin/python "$VERSION" /sbom/camserve.cdx.json
+
+
+FROM tools AS code
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY api_schemas api_schemas
@@ -101,6 +125,7 @@ RUN groupadd --gid 10001 camserve \
     && python -m compileall -q --invalidation-mode unchecked-hash /usr/local/lib/python3*/ \
         -x '/(test|tests|lib2to3|idlelib|turtledemo|site-packages)/'
 COPY --link --from=dependencies /opt/camserve /opt/camserve
+COPY --link --from=sbom /sbom /usr/local/share/sbom
 COPY --link --from=code /opt/camserve /opt/camserve
 
 # The memory that one batch frees is what the next one needs: see docs/how-to/tune.md.
@@ -127,10 +152,12 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=300s --start-interval=1s 
 ENTRYPOINT ["camserve"]
 CMD ["serve"]
 
+ARG PYTHON_IMAGE
 ARG VERSION=0.1.0
 ARG REVISION=
 LABEL org.opencontainers.image.title="camserve" \
       org.opencontainers.image.description="PyTorch image classifiers over HTTP, every prediction with the evidence for it" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
-      org.opencontainers.image.revision="${REVISION}"
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.base.name="${PYTHON_IMAGE}"

@@ -12,6 +12,8 @@ PYTHON =
 HOST =
 PORT =
 ARGS =
+# For `make image`: the base image, for a release with its digest: python:3.11-slim-bookworm@sha256:…
+BASE =
 # For `make load`: a server that runs; without it one is started.
 URL =
 
@@ -24,7 +26,7 @@ CLIENTS = sh tests/protocols/install.sh
 ON_GPU = explain captures_http stepwise_http mask concurrency faults overload repository protocols
 LOAD = $(SAFE) PYTHONPATH=benchmarks:deploy/load .venv/bin/python
 
-.PHONY: help install run test test-all browser protocols labeling ray gpu load capacity check docs bench image container clean
+.PHONY: help install run test test-all browser protocols labeling ray gpu load capacity check docs bench image lock container clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -68,9 +70,12 @@ docs: .venv-docs/.installed ## build the documentation into build/docs; a broken
 	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
 	@echo 'camserve: the documentation is in build/docs/index.html'
 
-image: ## build the container's image, camserve:latest
+image: ## build the container's image, camserve:latest (BASE=NAME@DIGEST for a release)
 	docker build --tag camserve:latest --build-arg REVISION="$$(git rev-parse HEAD 2>/dev/null)" \
-		--build-arg VERSION="$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' service/__init__.py)" .
+		$(BASE:%=--build-arg PYTHON_IMAGE=%) --build-arg VERSION="$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' service/__init__.py)" .
+
+lock: ## write the hashes of what the images install, after a change of constraints.txt or a requirement
+	@PYTHON="$(PYTHON)" deploy/image/lock.sh
 
 container: .venv/.installed-test .venv-deploy/.installed .venv-protocols/.installed ## build the image and run it; test manifests, alerts and the dashboard
 	@$(SAFE) .venv/bin/python -m pytest -m container $(ARGS)

@@ -45,6 +45,10 @@ class Model(BaseModel):
     lanes: list[Lane] | None = None
     random_weights: bool | None = None
     replicas: int | None = None
+    stateful: list[str] | None = Field(
+        None,
+        description="What the model changes in each forward pass; restored after each request.",
+    )
 
 
 class ModelDetails(Model):
@@ -79,4 +83,9 @@ class Health(BaseModel):
     """A probe's answer."""
 
     status: str
-    reasons: dict[str, str] = Field({}, description="Why a model is not, or not newly, served.")
+    states: dict[str, str] = Field(
+        {}, description="Models that are not served, or not in their newest version."
+    )
+    reasons: dict[str, str] = Field(
+        {}, description="Why; only in the answer to a request with an API key."
+    )

@@ -1,4 +1,4 @@
-"""What each method costs, in forward passes of the model, and what several targets cost.
+"""What each method costs, in forward passes of the model, and what layers and targets cost.
 
     python benchmarks/methods.py [ROUNDS]
 
@@ -35,8 +35,12 @@ CHUNKED = {
 }
 """Images in all passes of a method, on resnet50's layer4 and with the default options."""
 
-LAYERS = ("layer4", "layer3", "layer2")
-TARGETS = (0, 207, 281, 497, 999)
+WALKS = {
+    "resnet18": ("layer4", "layer3", "layer2", "layer1", "conv1"),
+    "resnet50": ("layer4", "layer3", "layer2"),
+    "mobilenet_v3_large": ("features.16", "features.12", "features.6"),
+}
+"""Where the CAM family is priced, from the last layer to an early one, of each model."""
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -87,7 +91,7 @@ def ratios(model: LoadedModel, questions: list[Question], rounds: int) -> list[f
 
 
 def main(rounds: int) -> None:
-    """Print both tables."""
+    """Print both tables: at the default layer, and at other layers with several targets."""
     torch.set_num_threads(1)
     pixels = (torch.rand(3, 224, 224, generator=torch.Generator().manual_seed(0)) * 255).byte()
     resnet = load_model(parse_model("torchvision/resnet50"), allow_random_weights=True)
@@ -98,7 +102,7 @@ def main(rounds: int) -> None:
     ]
     plain = Question(pixels, targets=(0,))
     questions = [
-        replace(plain, method=method, layers=LAYERS[:1] if method in LAYER_METHODS else ())
+        replace(plain, method=method, layers=("layer4",) if method in LAYER_METHODS else ())
         for method in methods
     ]
     print("| method | measured | announced |\n|---|---|---|")
@@ -108,13 +112,25 @@ def main(rounds: int) -> None:
     rollout = replace(plain, method="attention_rollout")
     print(f"| attention_rollout (vit_b_16) | {ratios(vit, [rollout], rounds)[0]:.2f} | 2 |")
 
-    print("\n| gradcam at | one target | five targets | five against one |\n|---|---|---|---|")
-    for layer in LAYERS:
-        pair = [
-            replace(plain, layers=(layer,), targets=targets) for targets in (TARGETS[:1], TARGETS)
+    print(
+        "\n| model | method | layer | targets | measured | announced |\n|---|---|---|---|---|---|"
+    )
+    for name, layers in WALKS.items():
+        model = load_model(parse_model(f"torchvision/{name}"), allow_random_weights=True)
+        walks = [
+            replace(plain, method=method, layers=(layer,), targets=tuple(range(targets)))
+            for layer in layers
+            for method, targets in (
+                ("gradcam", 1),
+                ("gradcam", 5),
+                ("gradcam", 20),
+                ("layercam", 5),
+            )
         ]
-        one, five = ratios(resnet, pair, rounds)
-        print(f"| {layer} | {one:.2f} | {five:.2f} | {five / one:.2f} |")
+        for each, found in zip(walks, ratios(model, walks, rounds), strict=True):
+            said = f"{found:.2f} | {cost(model, each):g}"
+            layer = each.layers[0]
+            print(f"| {name} | {each.method} | {layer} | {len(each.targets)} | {said} |")
 
 
 if __name__ == "__main__":

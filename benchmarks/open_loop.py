@@ -130,7 +130,7 @@ class _Clients:
         """Send at the rate, then wait for what is still on its way."""
         kind, _ = multipart(b"")
         bodies = [multipart(photo)[1] for photo in self.photos]
-        head = f"POST {self.load.path} HTTP/1.1\r\nhost: x\r\ncontent-type: {kind}\r\n"
+        head = f"POST {self.load.path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {kind}\r\n"
         heads = [f"{head}content-length: {len(body)}\r\nx-request-id: " for body in bodies]
         late, tasks = [], set()
         began = time.monotonic()

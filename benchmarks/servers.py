@@ -49,12 +49,13 @@ class Model:
 class Kind:
     """How a server is started; `{port}` in its arguments is replaced.
 
-    ready: the path that answers 200 when it is.
+    ready: the path that answers 200 when it is. prefix: a command that runs the rest.
     """
 
     arguments: tuple[str, ...]
     ready: str = "/health"
     environment: Mapping[str, str] = field(default_factory=dict)
+    prefix: tuple[str, ...] = ()
 
 
 def camserve(model: Model, *more: str) -> Kind:
@@ -144,7 +145,8 @@ def serving(
     Raises RuntimeError with what it wrote where it does not become ready.
     """
     port = _free_port()
-    command = [sys.executable, *(each.replace("{port}", str(port)) for each in kind.arguments)]
+    arguments = (each.replace("{port}", str(port)) for each in kind.arguments)
+    command = [*kind.prefix, sys.executable, *arguments]
     search = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, **kind.environment, "PYTHONPATH": search}
     with (

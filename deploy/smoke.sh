@@ -92,6 +92,32 @@ END
   say 'no build tools inside; it listens on 127.0.0.1 alone'
 }
 
+proves_the_sbom() { # it was held against its schema when it was built
+  local counted
+  counted=$(inside python - <<'END'
+import importlib.metadata, json, platform, re, subprocess, urllib.parse
+
+with open("/usr/local/share/sbom/camserve.cdx.json") as file:
+    document = json.load(file)
+assert (document["bomFormat"], document["specVersion"]) == ("CycloneDX", "1.6"), document["bomFormat"]
+purls = [each["purl"].partition("?")[0].lower() for each in document["components"]]
+listed = set(map(urllib.parse.unquote, purls))
+for each in importlib.metadata.distributions():
+    name = re.sub(r"[-_.]+", "-", each.name).lower()
+    if name != "camserve":
+        assert f"pkg:pypi/{name}@{each.version}".lower() in listed, name
+show = ["dpkg-query", "--show", "--showformat", "${db:Status-Abbrev}|${Package}\n"]
+installed = subprocess.run(show, check=True, capture_output=True, text=True).stdout
+debian = set(re.findall(r"^ii +[|](.+)$", installed, re.MULTILINE))
+assert debian == {each.split("/")[-1].split("@")[0] for each in listed if each.startswith("pkg:deb/")}
+assert f"pkg:generic/cpython@{platform.python_version()}" in listed
+assert document["metadata"]["component"]["name"] == "camserve"
+print(len(document["components"]))
+END
+  ) || fail 'the SBOM does not list what is inside'
+  say "the SBOM in /usr/local/share/sbom lists all of the $counted packages"
+}
+
 ask_until() { # $1: a photograph, $2: when to end; prints the status of each answer
   while ((SECONDS < $2)); do
     curl -sS -o /dev/null -w '%{http_code}\n' --max-time 120 -F "image=@$1" \
@@ -167,14 +193,17 @@ proves_what_kserve_appends_is_ignored() {
 proves_a_quick_rebuild() {
   local begun
   mkdir "$work/changed"
-  cp -R Dockerfile .dockerignore LICENSE NOTICE README.md constraints.txt pyproject.toml \
-    api_schemas service "$work/changed"
+  cp -R Dockerfile .dockerignore LICENSE NOTICE README.md pyproject.toml api_schemas service \
+    "$work/changed"
+  mkdir "$work/changed/deploy"
+  cp -R deploy/image "$work/changed/deploy"
   echo "# changed" >>"$work/changed/service/app.py"
   echo "# changed" >>"$work/changed/pyproject.toml"
   begun=$SECONDS
   docker build --progress=plain --build-arg EXTRAS="${CAMSERVE_EXTRAS:-otel}" \
     --build-arg PIP_INDEX_URL="${PIP_INDEX_URL:-}" \
     --build-arg PIP_EXTRA_INDEX_URL="${PIP_EXTRA_INDEX_URL:-}" \
+    --build-arg UNHASHED="${UNHASHED:-}" \
     -t camserve:smoke-changed "$work/changed" >"$work/rebuild.log" 2>&1 || fail "$(tail "$work/rebuild.log")"
   ((SECONDS - begun < 60)) || fail "a changed line took $((SECONDS - begun)) s to build"
   say "a line of code and one of pyproject.toml changed: the image is built again in" \
@@ -194,6 +223,7 @@ container=$(docker compose ps --quiet camserve)
 say 'it is ready'
 proves_the_answer
 proves_the_walls
+proves_the_sbom
 proves_the_memory_limit
 proves_a_clean_stop
 proves_the_keys

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.resources
-import ipaddress
 import signal
 import sys
 import threading
@@ -25,7 +24,7 @@ from service import __version__
 from service.addresses import parse_hosts
 from service.admission import Admission
 from service.budget import DecodeBudget
-from service.errors import ConfigurationError
+from service.errors import ConfigurationError, ShuttingDown
 from service.fetching import Fetcher
 from service.integrations.routers import ROUTERS
 from service.keys import KeyFile
@@ -42,18 +41,22 @@ from service.models.pool import ModelPool
 from service.quotas import Bounds, Quotas
 from service.routes import classify, docs, health, kernels, models, problems
 from service.routes.access import Access
+from service.routes.hosts import HostCheck, host_rule, is_loopback
 from service.routes.middleware import (
     CORS,
     BehindPrefix,
+    BoundedHeaders,
     BoundedQuery,
     DrainUnreadBody,
+    HeadAsGet,
     RefusedWhenFull,
     RequestContext,
 )
 from service.routes.state import Limits, Service
 from service.scheduler import Scheduler
 from service.settings import Settings
-from service.tracing import traces_from_environment
+from service.tracing import Traces, traces_from_environment
+from service.transfers import Transfers
 from service.web.page import page_router
 
 _log = structlog.get_logger(__name__)
@@ -107,6 +110,14 @@ def create_app(settings: Settings, *, background: bool = False, only: str | None
         app.include_router(router)
     _serve_page(app)
     problems.install(app, options=list(ExplainOptions.model_fields))
+    _add_middleware(app, service, settings, traces)
+    return app
+
+
+def _add_middleware(
+    app: FastAPI, service: Service, settings: Settings, traces: Traces | None
+) -> None:
+    """What every request passes, from the innermost to the outermost."""
     bounds = Bounds(settings.key_rate, settings.key_concurrency, settings.key_cost)
     routes = {each.path: each for each in classify.router.routes if isinstance(each, APIRoute)}
     app.add_middleware(RefusedWhenFull, admission=service.admission, routes=routes)
@@ -117,14 +128,18 @@ def create_app(settings: Settings, *, background: bool = False, only: str | None
         quotas=Quotas(bounds),
         open_metrics=settings.open_metrics,
     )
+    hosts = host_rule(settings.host, settings.allowed_hosts, keys=service.api_keys is not None)
+    if hosts is not None:
+        app.add_middleware(HostCheck, rule=hosts)
     app.add_middleware(DrainUnreadBody)
     if settings.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **CORS)
+    app.add_middleware(BoundedHeaders)
     app.add_middleware(RequestContext, metrics=service.metrics, traces=traces)
+    app.add_middleware(HeadAsGet)
     prefix = settings.root_path.rstrip("/")
     if prefix:
         app.add_middleware(BehindPrefix, prefix=prefix)
-    return app
 
 
 def build_service(settings: Settings, *, load: bool = True, only: str | None = None) -> Service:
@@ -136,7 +151,18 @@ def build_service(settings: Settings, *, load: bool = True, only: str | None = N
     if load:
         library.load_all()
     metrics = Metrics()
-    admission = Admission(max_images=settings.places, max_bytes=settings.max_queue_bytes)
+    transfers = Transfers(
+        rate=settings.min_transfer_rate,
+        grace=settings.transfer_grace,
+        most=settings.max_uploads,
+        most_per_client=settings.max_uploads_per_client,
+    )
+    admission = Admission(
+        max_images=settings.places,
+        max_bytes=settings.max_queue_bytes,
+        max_answer_bytes=settings.max_held_answer_bytes or max(memory_limit() // 8, 256 << 20),
+        make_room=transfers.make_room,
+    )
     scheduler = Scheduler(
         pool,
         metrics,
@@ -150,6 +176,18 @@ def build_service(settings: Settings, *, load: bool = True, only: str | None = N
     gauges: dict[str, tuple[str, Callable[[], float]]] = {
         "queue_size": ("Images that wait for a worker.", lambda: scheduler.waiting),
         "images_held": ("Images admitted and not yet answered.", lambda: admission.images),
+        "answer_bytes_held": (
+            "Bytes of answers that are being made or sent.",
+            lambda: admission.answer_bytes,
+        ),
+        "requests_arriving": (
+            "Requests that have arrived in part.",
+            lambda: transfers.arriving,
+        ),
+        "answers_leaving": (
+            "Answers that their clients have not read to the end.",
+            lambda: transfers.leaving,
+        ),
         "workers_hanging": (
             "Worker threads that were given up and have not come back.",
             lambda: scheduler.workers.abandoned,
@@ -168,6 +206,7 @@ def build_service(settings: Settings, *, load: bool = True, only: str | None = N
         render_side=settings.max_render_side,
         activation_bytes=settings.max_activation_bytes,
         cost=settings.max_cost,
+        answer_bytes=settings.max_answer_bytes,
         timeout=settings.request_timeout,
         formats=settings.image_formats,
     )
@@ -178,11 +217,13 @@ def build_service(settings: Settings, *, load: bool = True, only: str | None = N
         admission,
         metrics,
         limits,
+        transfers,
         admin_keys=None if settings.admin_keys_file is None else KeyFile(settings.admin_keys_file),
         fetcher=_fetcher(settings) if settings.allowed_image_hosts else None,
         api_keys=None if settings.api_keys_file is None else KeyFile(settings.api_keys_file),
         label_studio=_label_studio(settings),
         decoding=DecodeBudget(settings.max_decode_bytes),
+        is_near=is_loopback(settings.host),
     )
 
 
@@ -247,28 +288,28 @@ def model_loader(settings: Settings) -> Callable[[ModelSpec], LoadedModel]:
 
 def _reread_on_hang_up(service: Service, settings: Settings) -> None:
     """On SIGHUP read keys and models' files again: new versions replace the old ones."""
+    one_at_a_time = threading.Lock()
 
     def reread() -> None:
-        for keys in (service.api_keys, service.admin_keys):
-            if keys is not None:
-                keys.reread()
-        try:
-            service.library.replace_all(model_specs(settings))
-        except ConfigurationError as error:
-            _log.error("reread_failed", detail=error.detail)
+        with one_at_a_time:
+            for keys in (service.api_keys, service.admin_keys):
+                if keys is not None:
+                    keys.reread()
+            try:
+                service.library.replace_all(model_specs(settings))
+            except (ConfigurationError, ShuttingDown) as error:
+                _log.error("reread_failed", detail=error.detail)
 
+    loop = asyncio.get_running_loop()
     # Signals reach the main thread alone; in a test's thread there is nothing to install.
     if threading.current_thread() is threading.main_thread():
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reread)
+        # Files may be on a slow disk: they are not read on the loop.
+        loop.add_signal_handler(signal.SIGHUP, lambda: loop.run_in_executor(None, reread))
 
 
 def _warn_of_open_doors(settings: Settings) -> None:
     """Say so where others can reach the service and need no key."""
-    try:
-        near = ipaddress.ip_address(settings.host).is_loopback
-    except ValueError:
-        near = settings.host == "localhost"
-    if not near and settings.api_keys_file is None:
+    if not is_loopback(settings.host) and settings.api_keys_file is None:
         _log.warning(
             "open_to_all",
             host=settings.host,

@@ -68,7 +68,9 @@ class Job:
         """Whether two jobs of one model can share a forward pass."""
         alone = self.alone or other.alone or self.rest is not None or other.rest is not None
         same_size = self.question.pixels.shape == other.question.pixels.shape
-        return not alone and self.lane == other.lane and same_size
+        # Every target of one image walks the graph of the whole batch.
+        walks = {job.question.count for job in (self, other) if job.question.walks}
+        return not alone and self.lane == other.lane and same_size and len(walks) < 2
 
 
 class Call(Generic[R]):

@@ -1,16 +1,19 @@
 """Keys of people and programs: named, kept as hashes, compared in constant time.
 
     # /etc/camserve/keys: NAME:SHA256, and what this key alone may use
-    labeling:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08
-    nightly:60303ae22b998861bce3b28f33eec1be758a213c86c93c076dbe9f558c11c752 rate=60 cost=5000
+    labeling:693ca4183f2a0739a7cb7745832ff52319add39c4cb325a0a063d8243c2f3f48
+    nightly:59947020af0d71ecf512d5637c313ee70f932951f7849e628876b5f5358e415d rate=60 cost=5000
 
-`printf %s "$KEY" | sha256sum` makes the hash.
+`printf %s "$KEY" | sha256sum` makes the hash. Where KEY is empty that is the hash of nothing, which
+every request without a key would match: it is refused.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import hmac
+import itertools
 import re
 import time
 from collections.abc import Mapping
@@ -62,6 +65,8 @@ class KeyFile:
     def owner(self, key: str) -> Key | None:
         """Whose key this is, or None; takes as long for a wrong key as for a right one.
 
+        A key without a visible character has no owner, whatever the file says.
+
         key: as in a header: its bytes as Latin-1.
         """
         if time.monotonic() - self._looked >= CHECK_SECONDS:
@@ -70,7 +75,7 @@ class KeyFile:
                 self.reread()
         given = hashlib.sha256(key.encode("latin-1", errors="replace")).hexdigest()
         matches = [k for k in self._keys.values() if hmac.compare_digest(given, k.sha256)]
-        return matches[0] if matches else None
+        return matches[0] if matches and not is_blank(key) else None
 
     def reread(self) -> None:
         """Take what the file says now."""
@@ -86,10 +91,12 @@ class KeyFile:
 def read_keys(path: Path) -> Mapping[str, Key]:
     """The keys of a file by their names; `#` begins a comment.
 
-    Raises ConfigurationError that names file and line; a file without a key is wrong too, because
-    that is how a file looks while it is written.
+    Raises ConfigurationError that names file and line: of a line that cannot be read, the hash of
+    an empty key, or one key under two names, which would stay valid when one of them is removed. A
+    file without a key is wrong too, because that is how a file looks while it is written.
     """
     keys: dict[str, Key] = {}
+    names: dict[str, str] = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -105,7 +112,18 @@ def read_keys(path: Path) -> Mapping[str, Key]:
                 'and 64 digits of 0–9 and a–f; printf %s "$KEY" | sha256sum makes them. Behind it '
                 "may stand rate=N, concurrency=N and cost=N."
             )
-        keys[key.name] = key
+        if key.sha256 in _blank_hashes():
+            raise ConfigurationError(
+                f"{path}, line {number}: this is the hash of an empty key, which every request "
+                f"without a key would match. The variable with the key of {key.name!r} was empty "
+                "when it was hashed; make a key with `openssl rand -hex 32` and hash that."
+            )
+        if key.sha256 in names:
+            raise ConfigurationError(
+                f"{path}, line {number}: {key.name!r} has the same key as {names[key.sha256]!r}; "
+                "make a key for each name, so that each can be bounded and removed alone."
+            )
+        keys[key.name], names[key.sha256] = key, key.name
     if not keys:
         raise ConfigurationError(f"the keys file {path} has no key in it.")
     return keys
@@ -120,6 +138,32 @@ def _read_key(text: str) -> Key | None:
         return None
     values = {limit[1]: int(limit[2]) for limit in limits if limit is not None}
     return Key(found["name"], found["hash"], **values)
+
+
+def is_blank(key: str) -> bool:
+    """Whether a key has no visible character: it is empty, spaces, or control characters.
+
+    key: its bytes as Latin-1, which are read as UTF-8 where they are it.
+    """
+    try:
+        text = key.encode("latin-1").decode()
+    except UnicodeError:
+        text = key
+    return not any(character.isprintable() and not character.isspace() for character in text)
+
+
+@functools.cache
+def _blank_hashes() -> frozenset[str]:
+    """SHA-256 of what a shell hashes where a variable is empty, and of other short blank texts."""
+    few = (" ", "\t", "\n", "\r", "\v", "\f", "\0", "\N{NO-BREAK SPACE}")
+    texts = {"".join(each) for size in range(4) for each in itertools.product(few, repeat=size)}
+    # As UTF-8, as Latin-1, and as Windows' shells write them.
+    encodings = ("utf-8", "latin-1", "utf-16", "utf-16-le")
+    return frozenset(
+        hashlib.sha256(text.encode(encoding)).hexdigest()
+        for text in texts
+        for encoding in encodings
+    )
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:

@@ -21,7 +21,10 @@ import time
 from dataclasses import asdict, dataclass
 from urllib.parse import unquote
 
-from service.errors import InvalidOption, Unauthorized
+from service.errors import ConfigurationError, InvalidOption, Unauthorized
+
+MIN_SECRET = 16
+"""Characters of a secret, without spaces around it."""
 
 _ORIGIN = re.compile(r"https?://[^/?#\s]+")
 _PREFIX = re.compile(r"(?:/|https?://[^/?#\s]+/)\S*")
@@ -69,15 +72,34 @@ class Grant:
         return bool(below) and not _strays(source) and not (local and source.count("&") > own)
 
 
+def check_secret(secret: str) -> None:
+    """Refuse a secret that can be found by trying. Raises ConfigurationError."""
+    visible = len(secret.strip())
+    if visible < MIN_SECRET:
+        raise ConfigurationError(
+            f"--overlay-secret has {visible} characters; give at least {MIN_SECRET}, such as what "
+            "`openssl rand -hex 32` makes."
+        )
+
+
 def sign(grant: Grant, secret: str) -> str:
-    """A grant as a token: base64 of JSON, a dot, and its HMAC-SHA256."""
+    """A grant as a token: base64 of JSON, a dot, and its HMAC-SHA256.
+
+    Raises ConfigurationError for a secret that `check_secret` refuses.
+    """
+    check_secret(secret)
     said = {name: value for name, value in asdict(grant).items() if value is not None}
     payload = _base64(json.dumps(said, separators=(",", ":")).encode())
     return f"{payload}.{_base64(_mac(payload, secret))}"
 
 
 def read(token: str, secret: str) -> Grant:
-    """The grant of a token. Raises Unauthorized where it was not signed here or has expired."""
+    """The grant of a token.
+
+    Raises Unauthorized where it was not signed here or has expired; ConfigurationError for a secret
+    that `check_secret` refuses.
+    """
+    check_secret(secret)
     payload, _, signature = token.partition(".")
     expected = _base64(_mac(payload, secret))
     if not hmac.compare_digest(signature.encode(), expected.encode()):

@@ -25,18 +25,24 @@ Lane = Literal["compiled", "folded", "hooked"]
 LAYER_METHODS = CAM_METHODS | {"scorecam", "ablationcam", "guided_gradcam"}
 """Methods that have a target layer."""
 
+WALKING_METHODS = CAM_METHODS - {"eigencam", "cam"} | {"guided_gradcam"}
+"""Methods that walk the graph of the pass that predicts back to the target layer, each target."""
+
 GRADIENT_METHODS = LAYER_METHODS | {
     "guided_backprop",
     "input_gradient",
     "integrated_gradients",
 }
-"""Methods behind a pass that differentiates; at a layer all are, whether their map needs it."""
+"""Methods that a model without gradients refuses; at a layer these are all."""
 
 FORWARD_AND_BACKWARD = 2.5
 """What a forward pass with the gradient at the input costs, in forward passes.
 
 Measured on resnet50 (`benchmarks/methods.py`): 2.3, with guided ReLUs 2.9, 1.8 an image in chunks.
 Each further target walks back through the same graph."""
+
+BACKWARD = FORWARD_AND_BACKWARD - 1
+"""What a walk back through the whole model costs; through the part behind a layer, its share."""
 
 WINDOW, STRIDE = 32, 16
 """Occlusion's square and its step, in pixels of the model input."""
@@ -73,6 +79,22 @@ class Question:
     def explains(self) -> bool:
         """Whether an explanation is asked for."""
         return self.method is not None and (bool(self.layers) or self.method not in LAYER_METHODS)
+
+    @property
+    def walks(self) -> bool:
+        """Whether the maps need the gradient of every target at the target layers."""
+        return self.explains and self.method in WALKING_METHODS
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether the forward pass that predicts needs a graph."""
+        captured = self.activations and {"grad_output", "grad_input"} & set(self.kinds)
+        return self.walks or bool(captured)
+
+    @property
+    def count(self) -> int:
+        """How many targets are explained at most; a model of fewer classes explains fewer."""
+        return len(self.targets) or self.explain_top
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,18 +186,39 @@ def check_method(model: LoadedModel, method: str) -> None:
 
 
 def cost(model: LoadedModel, question: Question) -> float:
-    """What a question costs, in forward passes of this model for one image, before it is asked.
+    """What a question costs, in forward passes of this model for one image, before it runs.
 
-    A forward pass with a gradient at the input counts FORWARD_AND_BACKWARD, and one less for each
-    further target; a tail of the model (ablationcam) its share of the model's operations.
+    The pass that predicts counts 1. A walk back through its graph counts BACKWARD times the share
+    of the model's operations behind the earliest layer that it reaches: one walk for each target of
+    a method that needs the gradient there, one for all gradients that are captured. A forward pass
+    with the gradient at the input counts FORWARD_AND_BACKWARD, and BACKWARD for each further
+    target; a tail of the model (ablationcam) its share of the operations.
+
+    Raises UnknownLayer, and InvalidOption for a layer without a feature map.
     """
-    if not question.explains or question.method in CAM_METHODS:
-        return 1.0
-    targets = len(question.targets) or question.explain_top
-    gradients = 1 + (FORWARD_AND_BACKWARD - 1) * targets
+    price = 1 + _captured(model, question)
+    if question.walks:
+        behind = max(1 - model.layer(path).share for path in question.layers)
+        price += BACKWARD * question.count * behind
+    if question.explains:
+        price += _further_passes(model, question)
+    return round(price, 2)
+
+
+def _captured(model: LoadedModel, question: Question) -> float:
+    """The one walk that gives all captured gradients."""
+    layers = [model.layer(path) for path in question.activations]
+    behind = [1 - layer.share for layer in layers if "grad_output" in question.kinds]
+    behind += [1 - layer.before for layer in layers if "grad_input" in question.kinds]
+    return BACKWARD * max(behind, default=0.0)
+
+
+def _further_passes(model: LoadedModel, question: Question) -> float:
+    """What a method runs behind the pass that predicts."""
+    gradients = 1 + BACKWARD * question.count
     channels = [_channels(model, path) for path in question.layers]
     height, width = model.preprocessing.crop
-    extra: dict[str | None, float] = {
+    passes: dict[str | None, float] = {
         "scorecam": sum(channels),
         "ablationcam": sum(
             1 + count * (1 - model.layer(path).share)
@@ -189,7 +232,7 @@ def cost(model: LoadedModel, question: Question) -> float:
         "rise": question.samples,
         "attention_rollout": 1,
     }
-    return round(1 + extra.get(question.method, 0.0), 2)
+    return passes.get(question.method, 0.0)
 
 
 def windows(length: int) -> list[tuple[int, int]]:

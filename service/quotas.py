@@ -44,25 +44,23 @@ class Visit:
     cost: float = 0
 
     def reserve(self, cost: float) -> None:
-        """Say what the request costs in all, in forward passes; of several calls the largest holds.
+        """Add to what the request costs in all, in forward passes; several calls are summed.
 
         Raises KeyLimit, and InvalidOption for what the key could never pay.
         """
-        most, more = self.bounds.cost, cost - self.cost
-        if more <= 0:
-            return
-        if most and cost > most:
+        most, total = self.bounds.cost, self.cost + cost
+        if most and total > most:
             raise InvalidOption(
-                f"This request costs {cost:g} forward passes, and the key {self.name!r} may use "
+                f"This request costs {total:g} forward passes, and the key {self.name!r} may use "
                 f"{most:g} at once. Send fewer images, or ask for less."
             )
-        if most and self.use.cost + more > most:
+        if most and self.use.cost + cost > most:
             raise KeyLimit(
                 f"The requests of the key {self.name!r} cost {self.use.cost:g} forward passes "
                 f"already, and {most:g} at once are allowed; try again when they are answered."
             )
-        self.use.cost += more
-        self.cost = cost
+        self.use.cost += cost
+        self.cost = total
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,13 +20,18 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import BackpressureConfig
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import logs
 from service.app import create_app, model_specs
 from service.errors import CamserveError, UnknownModel, nearest
+from service.integrations import label_studio_overlay
 from service.memory import spare_collector, tune_allocator
+from service.routes.access import ADMIN_BELOW, is_admin, path_of, sent_key
+from service.routes.hosts import host_rule
+from service.routes.middleware import BehindPrefix
 from service.routes.problems import problem
 from service.routes.state import Service
 from service.serving import SWITCH_SECONDS
@@ -42,17 +47,23 @@ DEPLOYMENT: dict[str, Any] = {
 }
 """Where a configuration file says nothing else. How many replicas, it must say."""
 
+OVERLAY = f"{label_studio_overlay.router.prefix}/overlay.png"
+MAX_OPTIONS = 1000
+"""Of a query; with more the app refuses it."""
+
 
 def prepared(arguments: dict[str, Any]) -> Settings:
     """The settings of a replica in this process, which is set up for them.
 
+    Ray's proxy listens, not the replica, so the service takes itself for one that others reach.
     Workers: as many as the cores that Ray gave the replica, not those of the machine; of one with
     a GPU, as many as a GPU wants.
     """
     resources = ray.get_runtime_context().get_assigned_resources()
     cores = max(1, int(resources.get("CPU", 1)))
     workers = {} if resources.get("GPU") else {"workers": cores}
-    settings = Settings(**{**workers, "lone_threads": cores, **arguments})
+    given = {"host": "0.0.0.0", **workers, "lone_threads": cores, **arguments}  # noqa: S104
+    settings = Settings(**given)
     logs.configure(settings.log_format)
     tune_allocator()
     spare_collector()
@@ -80,15 +91,28 @@ class ManyModels:
     Each is an app of its own. A request says which it wants in the header
     `serve_multiplexed_model_id`, by which Ray finds a replica that has it, or in the query as
     `model`; the first model where it says neither.
+
+    No model is loaded for a request before its host and its key are checked. One that fails the
+    check, or needs no key, is answered by an app that is there: by that of a loaded model, or by
+    `_front`, which has none.
     """
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         self._settings = prepared(arguments)
         self._names = [spec.name for spec in model_specs(self._settings)]
         self._loaded: list[_Model] = []
+        self._front = create_app(self._settings, background=True)
+        self._service: Service = self._front.state.service
+        self._service.library.load_on_demand()
+        self._hosts = host_rule(
+            self._settings.host,
+            self._settings.allowed_hosts,
+            keys=self._service.api_keys is not None,
+        )
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return _Asgi(self._answer)
+        prefix = self._settings.root_path.rstrip("/")
+        return _Asgi(BehindPrefix(self._answer, prefix) if prefix else self._answer)
 
     def check_health(self) -> None:
         """Ray replaces a replica where this raises."""
@@ -104,16 +128,51 @@ class ManyModels:
         return model
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        query = parse_qs(scope["query_string"].decode("latin-1"))
-        name = serve.get_multiplexed_model_id() or query.get("model", self._names)[0]
         try:
-            if name not in self._names:
-                raise UnknownModel(f"No model is called {name!r}.{nearest(name, self._names)}")
-            model = await self._model(name)
+            name = self._chosen(scope)
+            app = self._any_app() if name is None else (await self._model(name)).app
         except CamserveError as error:
             await problem(Request(scope), error)(scope, receive, send)
             return
-        await model.app(scope, receive, send)
+        await app(scope, receive, send)
+
+    def _chosen(self, scope: Scope) -> str | None:
+        """The model of a request that may have one loaded; None of any other.
+
+        Raises UnknownModel.
+        """
+        headers, path, query = Headers(scope=scope), path_of(scope), scope["query_string"]
+        if self._hosts is not None and not all(map(self._hosts.accepts, headers.getlist("host"))):
+            return None
+        if path == OVERLAY:
+            return self._known(self._model_of_overlay(query))
+        if path.startswith(ADMIN_BELOW):
+            admitted = is_admin(headers, self._service.admin_keys)
+        else:
+            keys = self._service.api_keys
+            admitted = keys is None or keys.owner(sent_key(headers)) is not None
+        if not admitted or query.count(b"&") >= MAX_OPTIONS:
+            return None
+        named = parse_qs(query.decode("latin-1"))
+        return self._known(serve.get_multiplexed_model_id() or named.get("model", self._names)[0])
+
+    def _model_of_overlay(self, query: bytes) -> str | None:
+        """The model of a signed key of overlays; None where the key opens nothing."""
+        try:
+            grant, _ = label_studio_overlay.read_query(query, self._service.label_studio.secret)
+        except CamserveError:
+            return None
+        return grant.model or self._names[0]
+
+    def _known(self, name: str | None) -> str | None:
+        if name is not None and name not in self._names:
+            raise UnknownModel(f"No model is called {name!r}.{nearest(name, self._names)}")
+        return name
+
+    def _any_app(self) -> FastAPI:
+        """An app that answers what needs no model: probes, pages, refusals."""
+        loaded = [model.app for model in self._loaded if model.is_open]
+        return loaded[-1] if loaded else self._front
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,14 +7,22 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, ParamSpec, TypeVar
 
-from service.errors import CamserveError, InferenceFailed, OutOfMemory
+from service.errors import (
+    CamserveError,
+    InferenceFailed,
+    ModelNotReady,
+    OutOfMemory,
+    ShuttingDown,
+)
 from service.jobs import Call, Job, Timed, hangs, shutting_down
 from service.memory import is_out_of_memory, release_memory
 from service.metrics import Metrics
 from service.models.loaded import LoadedModel
 from service.models.pool import ModelPool, Replica
+from service.models.torch_state import kept_torch_state
 from service.questions import Answer, Question, lane_of
 from service.stepwise import Unfinished, run, run_compiled
 from service.workers import Workers
@@ -23,6 +31,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Outcome = Answer | CamserveError | Unfinished
 Runner = Callable[[Replica, Sequence[Question]], Sequence[Outcome]]
+
+LEASE_SECONDS = 5.0
+"""How long a worker waits for a replica. There is one a worker, so that it waits only while lost
+ones are built again; other models need the worker meanwhile, and the request may come back."""
 
 
 class Scheduler:
@@ -212,10 +224,14 @@ class Scheduler:
 
     def _outcomes(self, batch: _Batch) -> Sequence[Outcome]:
         first, questions = batch.jobs[0], [job.question for job in batch.jobs]
-        if first.lane == "compiled":
-            return run_compiled(first.model, questions, wide=self._is_alone())
-        with self._pool.lease(first.model, folded=first.lane == "folded") as replica:
+        model = self._pool.sound(first.model, LEASE_SECONDS)
+        if first.lane == "compiled" and model.compiled is not None:
+            with kept_torch_state():  # its tail is the model's own code
+                return run_compiled(model, questions, wide=self._is_alone())
+        folded = first.lane == "folded"
+        with self._pool.lease(first.model, LEASE_SECONDS, folded=folded) as replica:
             batch.replica = replica
+            self._pool.sound(replica.model)
             if first.rest is None:
                 return self._runner(replica, questions)
             return [first.rest.step(replica) or first.rest]
@@ -233,12 +249,18 @@ class Scheduler:
         """
         batch.given_up = True
         self._ended(batch)
-        if batch.replica is not None:
-            self._pool.abandon(batch.replica)
+        if (replica := batch.replica) is not None:
+            self._pool.drop(replica)
+            self._mend()
         if len(batch.jobs) > 1:
             self._queue_alone(batch.jobs)
         else:
             batch.jobs[0].fail(hangs())
+
+    def _mend(self) -> None:
+        """Have the pool build what it misses, in a worker: building runs the model's code."""
+        with suppress(ShuttingDown):
+            self.call(self._pool.mend)
 
     def _queue_alone(self, jobs: list[Job]) -> None:
         for job in reversed(jobs):
@@ -253,6 +275,10 @@ class Scheduler:
                 "The device has no memory left for this; try again, or ask for fewer activations "
                 "or a later layer."
             )
+        if isinstance(error, ModelNotReady):  # no fault of any of them
+            for job in jobs:
+                job.fail(error)
+            return
         if len(jobs) > 1:
             self._queue_alone(jobs)
             return

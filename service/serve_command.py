@@ -37,8 +37,9 @@ def run(settings: Settings) -> None:
     )
     _announce_when_ready(server, served)
     server.run()
-    entries = served.state.service.library.entries.values()
-    if all(entry.state == "failed" for entry in entries):
+    service = served.state.service
+    entries = service.library.entries.values()
+    if not service.pool.models and all(entry.state == "failed" for entry in entries):
         raise ConfigurationError(" ".join(entry.reason or "" for entry in entries))
     if not server.started:
         raise typer.Exit(1)

@@ -12,7 +12,7 @@ import structlog
 import uvicorn
 from fastapi import FastAPI
 
-from service.connections import BoundedHead
+from service.connections import BoundedConnection
 
 _log = structlog.get_logger(__name__)
 
@@ -36,7 +36,7 @@ def config_of(app: FastAPI, **options: Any) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
-        http=BoundedHead,
+        http=BoundedConnection,
         ws="none",
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         **options,
@@ -83,7 +83,7 @@ class DrainingServer(uvicorn.Server):
         _log.info("draining", images=self._admission.images)
         begun = time.monotonic()
         while (seconds := time.monotonic() - begun) < self._grace:
-            if not self._admission.images and seconds >= self._delay:
+            if self._admission.is_idle and seconds >= self._delay:
                 break
             await asyncio.sleep(0.02)
         self.should_exit = True

@@ -128,7 +128,31 @@ class Settings(BaseSettings):
         "a GPU 256.",
     )
     max_queue_bytes: int = Field(
-        256 * MEBIBYTE, ge=1, description="Declared body bytes held at once; more are refused."
+        256 * MEBIBYTE, ge=1, description="Bytes of bodies held at once; more are refused."
+    )
+    max_uploads: int = Field(
+        512,
+        ge=1,
+        description="Requests that have arrived in part, at once. Above it the slowest one is "
+        "ended, and where none is slow, a new one is refused with 429.",
+    )
+    max_uploads_per_client: int = Field(
+        256,
+        ge=1,
+        description="The same for one address (of IPv6, one /64 network). All clients behind a "
+        "balancer that names none of them (X-Forwarded-For) have its address.",
+    )
+    min_transfer_rate: int = Field(
+        16384,
+        ge=1,
+        description="Bytes a second that a client must send of a body, and read of an answer; a "
+        "slower upload gets 408, a slower reader is disconnected.",
+    )
+    transfer_grace: float = Field(
+        20.0,
+        gt=0,
+        description="Seconds that a client may stop, or fall behind that rate. It is ended earlier "
+        "where others need its place.",
     )
     max_images: int = Field(32, ge=1, description="Images in one request.")
     max_body_bytes: int = Field(32 * MEBIBYTE, ge=1, description="Bytes in one request's body.")
@@ -150,6 +174,18 @@ class Settings(BaseSettings):
     )
     max_activation_bytes: int = Field(
         64 * MEBIBYTE, ge=1, description="Bytes of float32 activations of one request."
+    )
+    max_answer_bytes: int = Field(
+        64 * MEBIBYTE,
+        ge=1,
+        description="Bytes that one answer may take, reckoned before any work; more is refused "
+        "with 422.",
+    )
+    max_held_answer_bytes: int = Field(
+        0,
+        ge=0,
+        description="Bytes of all answers that are being made or sent; more are refused with 429. "
+        "0: an eighth of the memory, at least 256 MiB.",
     )
     max_cost: float = Field(
         2000.0, gt=0, description="Forward passes that one explanation of one image may cost."
@@ -191,6 +227,13 @@ class Settings(BaseSettings):
     open_metrics: bool = Field(
         True, description="Whether /metrics needs no API key where there are keys."
     )
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Names in the Host header that are accepted, comma-separated: NAME, *.NAME for "
+        "all names under it, an IP address, or * for every host. localhost and loopback addresses "
+        "always are, and where the service listens beyond them every IP address. Unset: with API "
+        "keys every host; without keys no name that a public DNS zone can have.",
+    )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         description="Origins whose pages may ask, such as https://label.example.org; "
@@ -222,11 +265,26 @@ class Settings(BaseSettings):
     root_path: str = Field("", description="Path prefix under which a proxy serves this.")
     log_format: Literal["text", "json"] = Field("text", description="Form of the log lines.")
 
-    @field_validator("models", "int8", "allowed_image_hosts", "cors_origins", mode="before")
+    @field_validator(
+        "models", "int8", "allowed_hosts", "allowed_image_hosts", "cors_origins", mode="before"
+    )
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("label_studio_token", "overlay_secret", mode="after")
+    @classmethod
+    def _unset_where_blank(cls, value: SecretStr | None) -> SecretStr | None:
+        return value if value is not None and value.get_secret_value().strip() else None
+
+    @field_validator("api_keys_file", "admin_keys_file", mode="before")
+    @classmethod
+    def _refuse_blank(cls, value: object) -> object:
+        # Unset would open the service; "" would be read as the current folder.
+        if isinstance(value, str) and not value.strip():
+            raise ValueError("is empty; name a file, or leave it out where no key is wanted")
         return value
 
     @field_validator("image_formats", mode="before")

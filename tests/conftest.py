@@ -29,6 +29,14 @@ def _compile_nothing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _any_host() -> Iterator[None]:
+    """Clients of tests write what they like into `Host`; tests of its check unset this."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CAMSERVE_ALLOWED_HOSTS", "*")
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _one_thread_each() -> None:
     """Two cores are shared by workers that count on having one each."""
     torch.set_num_threads(1)

@@ -36,8 +36,11 @@ class Server:
 
 
 @contextmanager
-def running(**settings: Any) -> Iterator[Server]:
-    """The service in uvicorn, started and stopped as `camserve serve` does it."""
+def running(*, send_buffer: int | None = None, **settings: Any) -> Iterator[Server]:
+    """The service in uvicorn, started and stopped as `camserve serve` does it.
+
+    send_buffer: bytes that the system keeps for a client that does not read; some megabytes else.
+    """
     values = {"models": ("tiny:small",), "device": DEVICE, "workers": 1, **settings}
     app = create_app(Settings(**values))
     server = uvicorn.Server(config_of(app))
@@ -58,6 +61,8 @@ def running(**settings: Any) -> Iterator[Server]:
 
     server.startup, server.shutdown = startup, end  # type: ignore[method-assign]
     listening = socket.create_server(("127.0.0.1", 0))
+    if send_buffer is not None:  # its connections inherit it
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     thread = threading.Thread(target=server.run, args=([listening],), name="camserve-uvicorn")
     thread.start()
     try:

@@ -52,7 +52,7 @@ class Ask:
 
     def raw(self) -> bytes:
         """As bytes, for a plain socket."""
-        headers = {"host": "x", "content-length": str(len(self.body)), **self.headers}
+        headers = {"host": "localhost", "content-length": str(len(self.body)), **self.headers}
         lines = [f"POST {self.path} HTTP/1.1", *(f"{k}: {v}" for k, v in headers.items())]
         return "\r\n".join([*lines, "", ""]).encode() + self.body
 

@@ -229,18 +229,43 @@ def channel_grid(maps: NDArray[np.float32], max_side: int = 2048) -> tuple[Pictu
     maps = maps.reshape(len(maps), *(maps.shape[1:] or (1, 1)))
     maps = _bounded(maps, max_side)
     count, height, width = maps.shape
+    sheet = sheet_of((count, height, width), max_side)
+    tiles = _normalised(maps[: sheet.shown], together=height * width == 1)
+    tiles = tiles.repeat(sheet.factor, axis=1).repeat(sheet.factor, axis=2)
+    drawn = _laid_out(tiles, sheet.rows, sheet.columns)
+    return Picture(
+        "image/png", drawn.shape[1], drawn.shape[0], level_png(drawn, None)
+    ), count - sheet.shown
+
+
+@dataclass(frozen=True, slots=True)
+class Sheet:
+    """How a channel grid is laid out: `shown` tiles of (height, width) cells, each enlarged."""
+
+    tile: tuple[int, int]
+    rows: int
+    columns: int
+    shown: int
+    factor: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        sides = ((self.columns, self.tile[1]), (self.rows, self.tile[0]))
+        width, height = (cells * (self.factor * side + GAP) + GAP for cells, side in sides)
+        return width, height
+
+
+def sheet_of(shape: tuple[int, int, int], max_side: int = 2048) -> Sheet:
+    """The channel grid of maps (C, h, w)."""
+    count, height, width = shape
+    width, height = preview_size((width, height), max(1, max_side - 2 * GAP))
     most_columns = max(1, (max_side - GAP) // (width + GAP))
     most_rows = max(1, (max_side - GAP) // (height + GAP))
     columns = min(most_columns, max(math.ceil(math.sqrt(count)), math.ceil(count / most_rows)))
     rows = min(most_rows, math.ceil(count / columns))
-    shown = min(count, rows * columns)
-    tiles = _normalised(maps[:shown], together=height * width == 1)
     factor = _enlargement((height, width), (rows, columns), min(max_side, GRID_SIDE))
-    tiles = tiles.repeat(factor, axis=1).repeat(factor, axis=2)
-    sheet = _laid_out(tiles, rows, columns)
-    return Picture(
-        "image/png", sheet.shape[1], sheet.shape[0], level_png(sheet, None)
-    ), count - shown
+    return Sheet((height, width), rows, columns, min(count, rows * columns), factor)
 
 
 def _bounded(maps: NDArray[np.float32], max_side: int) -> NDArray[np.float32]:

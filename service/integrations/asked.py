@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from fastapi import Request, Response
 
 from api_schemas.options import CommonOptions, ExplainOptions
 from service.admission import Permit
+from service.declared_size import Size
 from service.errors import (
     BodyTooLarge,
     EmptyBody,
@@ -21,8 +23,10 @@ from service.errors import (
     MalformedRequest,
     UnknownVersion,
 )
+from service.memory import collector_paused
 from service.models.loaded import LoadedModel
-from service.routes import answering, bodies
+from service.routes import access, answering, bodies
+from service.routes.answer_bytes import Bill, Price, Sizes, size_before
 from service.routes.answering import Answered, Work
 from service.routes.problems import describe
 from service.routes.state import Service, service_of
@@ -62,11 +66,14 @@ class Plan:
 
     respond:     makes the response; both it and what made this plan run in worker threads.
     every_class: predictions of all classes, whatever `top_k` is.
+    price:       how many bytes of the answer are about one picture; None: the place that it would
+                 have in an answer of `/explain` or `/predict`.
     """
 
     asked: Sequence[Asked]
     respond: Callable[[Sequence[Reply]], Response]
     every_class: bool = False
+    price: Callable[[Sizes], Price] | None = None
 
 
 async def answer(
@@ -87,42 +94,67 @@ async def answer(
         )
         async with answering.model_in_use(request, of_model) as model:
             plan = await answering.result_of(scheduler.call(read, model, body))
-            works = _works(request, model, plan, permit)
-            replies = await _replies(works, plan.asked)
+            works = await _works(request, model, plan, permit)
+            most = works[0].service.limits.pixels
+            sizes = [size_before(each.picture, most) for each in plan.asked]
+            bill = works[0].bill
+            grids = sum(work.sizes.grids for work in works)
+            bill.add(grids + sum(work.price(size) for work, size in zip(works, sizes, strict=True)))
+            replies = await _replies(works, plan.asked, sizes)
             response = await answering.drawn(works[0], plan.respond, replies)
+            bill.made(len(response.body))
             response.headers.update(answering.report(request, works[0], len(works)))
             return response
 
     return await answering.in_time(request, work)
 
 
-def _works(request: Request, model: LoadedModel, plan: Plan, permit: Permit) -> list[Work]:
-    """The work of each picture, on one clock. Raises EmptyBody, BodyTooLarge, QueueFull."""
-    count, most = len(plan.asked), service_of(request).limits.images
+async def _works(request: Request, model: LoadedModel, plan: Plan, permit: Permit) -> list[Work]:
+    """The work of each image, on one clock. Raises EmptyBody, BodyTooLarge, QueueFull."""
+    count = len(plan.asked)
     if not count:
-        raise EmptyBody("The request has no picture; send at least one.")
-    if count > most:
-        raise BodyTooLarge(f"The request has more than {most} pictures; send them in several.")
+        raise EmptyBody("The request has no image; send at least one.")
+    check_count(count, service_of(request).limits.images)
     permit.grow(count - 1)
-    distinct: list[Work] = []
-    works: list[Work] = []
-    for asked in plan.asked:
-        work = next((each for each in distinct if each.options == asked.options), None)
-        if work is None:
-            alike = sum(other.options == asked.options for other in plan.asked)
-            work = answering.understand(request, model, asked.options, alike)
-            work = replace(work, clock=works[0].clock if works else work.clock)
-            distinct.append(work)
-        works.append(work)
-    if plan.every_class:
-        works = [replace(work, question=_of_every_class(work)) for work in works]
-    return works
+    keys = [each.options.model_dump_json() for each in plan.asked]
+    alike = Counter(keys)
+    by_options: dict[str, Work] = {}
+    costs: list[float] = []
+    for key, asked in zip(keys, plan.asked, strict=True):
+        if key in by_options:
+            continue
+        work = await answering.understand(
+            request, model, asked.options, alike[key], permit, charge=costs.append
+        )
+        if plan.price is not None:
+            work = replace(work, price=plan.price(work.sizes))
+        if plan.every_class:
+            work = replace(work, question=_of_every_class(work))
+        if by_options:
+            first = next(iter(by_options.values()))
+            work = replace(work, clock=first.clock, bill=first.bill)
+        else:
+            bill = Bill(permit, work.service.limits.answer_bytes, work.sizes.advice(count))
+            work = replace(work, bill=bill)
+        by_options[key] = work
+    access.reserve(request, sum(costs))
+    return [by_options[key] for key in keys]
 
 
-async def _replies(works: Sequence[Work], asked: Sequence[Asked]) -> list[Reply]:
+def check_count(images: int, most: int) -> None:
+    """Raise BodyTooLarge for more images than one request may have."""
+    if images > most:
+        raise BodyTooLarge(f"The request has more than {most} images; send them in several.")
+
+
+async def _replies(
+    works: Sequence[Work], asked: Sequence[Asked], sizes: Sequence[Size]
+) -> list[Reply]:
     """What is answered about each picture. Raises what the first one failed with."""
     pictures = (each.picture for each in asked)
-    found = await asyncio.gather(*map(answering.ask, works, pictures), return_exceptions=True)
+    found = await asyncio.gather(
+        *map(answering.ask, works, pictures, sizes), return_exceptions=True
+    )
     replies: list[Reply] = []
     for work, each in zip(works, found, strict=True):
         if isinstance(each, BaseException):
@@ -168,21 +200,21 @@ def parsed(form: type[Form], body: bytes) -> Form:
 def json_of(body: bytes) -> Any:
     """What a JSON body says. Raises MalformedRequest."""
     advice = "send images as base64, or tensors as bytes."
+    body = bodies.utf8_json(body)
     bodies.check_json(body, MAX_NUMBERS, MAX_NUMBERS // 3, advice)  # a list for each pixel
     try:
-        return orjson.loads(body)
+        with collector_paused():
+            return orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise MalformedRequest(f"The body is not JSON: {error}.") from error
 
 
 def query(request: Request) -> dict[str, Any]:
     """The query's parameters; one that is repeated is a list."""
-    given = request.query_params
-    return {
-        name: values if len(values) > 1 else values[0]
-        for name in given
-        if (values := given.getlist(name))
-    }
+    given: dict[str, list[str]] = {}
+    for name, value in request.query_params.multi_items():
+        given.setdefault(name, []).append(value)
+    return {name: values if len(values) > 1 else values[0] for name, values in given.items()}
 
 
 def file_in(text: str) -> bytes:

@@ -12,9 +12,9 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import orjson
 import structlog
@@ -23,7 +23,7 @@ from fastapi import APIRouter, Request, Response
 from api_schemas.options import CommonOptions, ExplainOptions, PredictOptions
 from api_schemas.protocols import LabelStudioRequest, LabelStudioSetup, LabelStudioTask
 from service.admission import Permit
-from service.errors import InvalidOption, QueueFull
+from service.errors import CamserveError, InvalidOption
 from service.integrations.asked import parsed
 from service.integrations.label_studio_config import (
     Parameters,
@@ -33,15 +33,15 @@ from service.integrations.label_studio_config import (
     parameters_in,
 )
 from service.integrations.label_studio_images import picture
-from service.integrations.label_studio_results import Evidence, prediction
+from service.integrations.label_studio_results import Evidence, prediction, price
 from service.models.loaded import LoadedModel
-from service.routes import answering, bodies, docs
+from service.routes import answering, bodies, docs, encodings
+from service.routes.answer_bytes import Bill, size_before
 from service.routes.answering import Work, as_error
 from service.routes.state import Service, service_of
 
 router = APIRouter(prefix="/integrations/label-studio", tags=["Label Studio"])
 _log = structlog.get_logger(__name__)
-T = TypeVar("T")
 
 LABEL_STUDIO_SECONDS = 100.0
 """How long Label Studio waits for predictions."""
@@ -49,15 +49,18 @@ LABEL_STUDIO_SECONDS = 100.0
 SHARE_OF_TIME = 0.9
 """Of the time for a request; the rest is for what was begun, and for the way back."""
 
-PAUSE = 0.05
-"""Seconds until a task asks again for a place among the images held."""
-
 SETUP_BYTES, SETUP_SECONDS = 1 << 20, 3.0
+
+MAX_EXTRA = 64 << 10
+"""Bytes of a project's extra parameters."""
+
+LOGGED = 100
+"""Failed tasks of one request that have a line in the log."""
 
 LISTED = 20
 """Predictions that are looked at where a project lets several classes be chosen."""
 
-_PROBLEMS = docs.problems(400, 401, 404, 413, 422, 429, 503, 504)
+_PROBLEMS = docs.problems(400, 401, 404, 408, 413, 422, 429, 503, 504)
 
 
 @router.get("/health", responses=docs.problems(401))
@@ -75,11 +78,13 @@ async def setup(request: Request) -> Response:
     service = service_of(request)
     with Permit(service.admission) as permit:  # no place: a full queue does not keep it out
         body = await bodies.read_body(request, permit, SETUP_BYTES, SETUP_SECONDS)
-    asked, parameters = await answering.result_of(service.scheduler.call(_set_up, body))
+        body = await encodings.decoded(request, body, permit, SETUP_BYTES)
+    call = service.scheduler.call(_set_up, body)
+    project, extra, parameters = await answering.result_of(call)
     async with answering.model_in_use(request, parameters.options.model) as model:
-        answering.understand(request, model, parameters.options, 1)
+        await answering.understand(request, model, parameters.options, 1, permit)
         version = model_version(model, parameters.options)
-    service.label_studio.remember(asked.project, asked.extra_params)
+    service.label_studio.remember(project, extra)
     return _json(orjson.dumps({"model_version": version}))
 
 
@@ -111,13 +116,17 @@ async def predict(request: Request) -> Response:
         if not asked.images and not asked.is_interactive:
             return _json(_listed([b"[]"] * len(asked.tasks)))
         async with answering.model_in_use(request, asked.parameters.options.model) as model:
-            selection = _Selection(request, model, asked, permit)
+            window = min(len(asked.tasks), max(1, service.admission.max_images // 2))
+            options = await answering.result_of(service.scheduler.call(asked.options, model))
+            images = max(1, len(asked.tasks) * len(asked.images))
+            work = await answering.understand(request, model, options, images, permit)
+            selection = _Selection(request, work, asked, permit, window)
             parts = await selection.answers()
             header = answering.report(request, selection.work, len(parts))
             return _json(_listed(parts), header)
 
     until = request.scope["started"] + _seconds(request)
-    return await _patiently(lambda: answering.in_time(request, work), until)
+    return await answering.in_time(request, work, waits=until)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,21 +158,34 @@ class _Predicting:
         named = value.get(str(clicked.get("type"))) if isinstance(value, dict) else None
         if not isinstance(named, list):
             return None
+        chosen = {each for each in named if isinstance(each, str)}
         for control in (each for image in self.images for each in image.controls):
             if control.name != clicked.get("from_name"):
                 continue
             for class_id, label in enumerate(model.labels):
                 own = control.label_of(*self.parameters.names_of(label))
-                if own is not None and own in named:
+                if own in chosen:
                     return str(class_id)
         return None
 
 
-def _set_up(body: bytes) -> tuple[LabelStudioSetup, Parameters]:
-    """Raises MalformedRequest, InvalidOption, also for a label_config that predictions fail on."""
+def _set_up(body: bytes) -> tuple[str, bytes, Parameters]:
+    """The project, its extra parameters as JSON, and what they mean.
+
+    Raises MalformedRequest, InvalidOption, also for a label_config that predictions fail on.
+    """
     asked = parsed(LabelStudioSetup, body)
     images_in(asked.label_config)
-    return asked, parameters_in(asked.extra_params)
+    given = asked.extra_params or ""
+    try:
+        extra = given.encode() if isinstance(given, str) else orjson.dumps(given)
+    except orjson.JSONEncodeError as error:  # nested deeper than it writes
+        raise InvalidOption(f"The extra parameters cannot be kept: {error}.") from error
+    if len(extra) > MAX_EXTRA:
+        raise InvalidOption(
+            f"The extra parameters have {len(extra)} bytes; at most {MAX_EXTRA} are kept."
+        )
+    return asked.project, extra, parameters_in(extra)
 
 
 def _understood(service: Service, body: bytes) -> _Predicting:
@@ -185,18 +207,24 @@ class _Selection:
     """
 
     def __init__(
-        self, request: Request, model: LoadedModel, asked: _Predicting, permit: Permit
+        self, request: Request, work: Work, asked: _Predicting, permit: Permit, window: int
     ) -> None:
         self._asked = asked
         self._permit = permit
         self._service = service_of(request)
-        self._window = min(len(asked.tasks), max(1, self._service.admission.max_images // 2))
+        self._window = window
+        self._failures = 0
         self._waiting = iter(enumerate(asked.tasks))
         self._parts = [b"[]"] * len(asked.tasks)
         self._until = request.scope["started"] + _seconds(request)
-        self._version = model_version(model, asked.parameters.options)
-        self.work: Work = answering.understand(
-            request, model, asked.options(model), max(1, self._window)
+        self._version = model_version(work.model, asked.parameters.options)
+        images = len(asked.tasks) * len(asked.images)
+        most, advice = self._service.limits.answer_bytes, work.sizes.advice(images)
+        self.work = replace(
+            work,
+            price=price(asked.images, work.sizes),
+            # Most tasks take far less than they may, which only those that were drawn tell.
+            bill=Bill(permit, most, advice, in_turn=True),
         )
 
     async def answers(self) -> list[bytes]:
@@ -217,16 +245,24 @@ class _Selection:
         for index, task in self._waiting:
             try:
                 ask = functools.partial(self._placed, task, place)
-                self._parts[index] = await _patiently(ask, self._until)
+                self._parts[index] = await answering.patiently(ask, self._until)
             except Exception as error:  # noqa: BLE001 - of one task; the others are kept
-                known = as_error(error)
-                _log.warning(
-                    "label_studio_task_failed",
-                    task=task.id,
-                    code=known.code,
-                    detail=known.detail,
-                    exc_info=known.__cause__ if known.code == "internal_error" else None,
-                )
+                self._log_failure(task, as_error(error))
+            await asyncio.sleep(0)  # many that fail at once keep nobody else from the event loop
+
+    def _log_failure(self, task: LabelStudioTask, error: CamserveError) -> None:
+        """A line for each of the first failures; the last says that others are left out."""
+        self._failures += 1
+        if self._failures > LOGGED:
+            return
+        _log.warning(
+            "label_studio_task_failed",
+            task=task.id,
+            code=error.code,
+            detail=error.detail,
+            more="not logged" if self._failures == LOGGED else None,
+            exc_info=error.__cause__ if error.code == "internal_error" else None,
+        )
 
     def _first(self) -> Permit:
         """For bytes alone: the place is the request's own."""
@@ -241,31 +277,34 @@ class _Selection:
 
     async def _answer(self, task: LabelStudioTask, permit: Permit) -> bytes:
         shown: list[tuple[TaskImage, Evidence]] = []
-        for image in self._asked.images:
-            source = image.source(task.data)
-            data = await picture(self._service, source, task.id, lambda size: permit.grow(0, size))
-            found = await answering.ask(self.work, data)
-            side = self._service.limits.render_side
-            shown.append((image, Evidence(self.work.model, found, self._asked.parameters, side)))
-        return await answering.drawn(
-            self.work, prediction, shown, self._version, of_click=self._asked.is_interactive
-        )
+        part = b""
+        try:
+            for image in self._asked.images:
+                shown += [(image, await self._evidence(image, task, permit))]
+            part = await answering.drawn(
+                self.work, prediction, shown, self._version, of_click=self._asked.is_interactive
+            )
+        finally:
+            self.work.bill.made(len(part), sum(each.found.priced for _, each in shown))
+        return part
+
+    async def _evidence(self, image: TaskImage, task: LabelStudioTask, permit: Permit) -> Evidence:
+        work, limits = self.work, self._service.limits
+        source = image.source(task.data)
+        data = await picture(self._service, source, task.id, lambda size: permit.grow(0, size))
+        size = size_before(data, limits.pixels)
+
+        async def hold() -> None:
+            work.bill.add(work.price(size))
+
+        await answering.patiently(hold, self._until)
+        found = await answering.ask(work, data, size)
+        return Evidence(work.model, found, self._asked.parameters, limits.render_side)
 
 
 def _seconds(request: Request) -> float:
     """What a request may take, with time left for the way back."""
     return min(answering.timeout_of(request), LABEL_STUDIO_SECONDS) * SHARE_OF_TIME
-
-
-async def _patiently(ask: Callable[[], Awaitable[T]], until: float) -> T:
-    """Ask again as long as the service is full and there is time. Raises QueueFull."""
-    while True:
-        try:
-            return await ask()
-        except QueueFull:
-            if time.monotonic() + PAUSE > until:
-                raise
-            await asyncio.sleep(PAUSE)
 
 
 def _listed(parts: list[bytes]) -> bytes:

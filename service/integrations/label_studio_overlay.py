@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote
 
@@ -24,6 +25,7 @@ from service.errors import DeadlineExceeded, ImageUrlRefused, MalformedRequest, 
 from service.integrations.label_studio_images import picture
 from service.overlay_tokens import Grant
 from service.routes import answering
+from service.routes.answer_bytes import size_before
 from service.routes.docs import problems
 from service.routes.state import service_of
 from service.routes.wire import overlay, style_of
@@ -32,6 +34,9 @@ router = APIRouter(prefix="/integrations/label-studio", tags=["Label Studio"])
 
 CACHE_SECONDS = 300
 """How long a browser may show an overlay without asking again."""
+
+MAX_QUERY = 10_000
+"""Bytes of a query: a key, and an address of which every character may be encoded."""
 
 _QUERY = re.compile(r"key=([A-Za-z0-9_.-]*)&src=(.*)", re.DOTALL)
 _ENCODED = re.compile(r"(?:%2F|https?%3A)", re.IGNORECASE)
@@ -57,7 +62,7 @@ def _parameter(name: str, text: str) -> dict[str, Any]:
 @router.get(
     "/overlay.png",
     response_class=Response,
-    responses=_PICTURE | problems(400, 401, 415, 424, 429, 500, 503, 504),
+    responses=_PICTURE | problems(400, 401, 415, 422, 424, 429, 500, 503, 504),
     openapi_extra={
         "parameters": [
             _parameter("key", "Made by `camserve overlay-token`."),
@@ -67,14 +72,15 @@ def _parameter(name: str, text: str) -> dict[str, Any]:
 )
 async def overlay_png(request: Request) -> Response:
     """The evidence for the best class of a task's picture, drawn over it."""
-    grant, source = _asked(request)
+    secret = service_of(request).label_studio.secret
+    grant, source = read_query(request.scope["query_string"], secret)
     left = request.scope["started"] + answering.timeout_of(request) - time.monotonic()
-    with service_of(request).admission.admit() as permit:
-        try:
-            async with asyncio.timeout(left):
-                data = await _drawn(request, grant, source, permit)
-        except TimeoutError as error:
-            raise DeadlineExceeded("The overlay was not ready in time; try again.") from error
+    permit = answering.held(request).keep(service_of(request).admission.admit())
+    try:
+        async with asyncio.timeout(left):
+            data = await _drawn(request, grant, source, permit)
+    except TimeoutError as error:
+        raise DeadlineExceeded("The overlay was not ready in time; try again.") from error
     headers = {
         "Access-Control-Allow-Origin": grant.origin,
         "Cache-Control": f"private, max-age={CACHE_SECONDS}",
@@ -83,12 +89,17 @@ async def overlay_png(request: Request) -> Response:
     return Response(data, media_type="image/png", headers=headers)
 
 
-def _asked(request: Request) -> tuple[Grant, str]:
-    """Who asks, and for what. Raises MalformedRequest, Unauthorized, ImageUrlRefused."""
-    found = _QUERY.fullmatch(request.scope["query_string"].decode("latin-1"))
+def read_query(query: bytes, secret: str | None) -> tuple[Grant, str]:
+    """What the key of an overlay's query opens, and the image's address that follows it.
+
+    Raises MalformedRequest, Unauthorized, ImageUrlRefused.
+    """
+    found = _QUERY.fullmatch(query.decode("latin-1")) if len(query) <= MAX_QUERY else None
     if found is None:
-        raise MalformedRequest("Ask for overlay.png?key=KEY&src=$image, in this order.")
-    secret = service_of(request).label_studio.secret
+        raise MalformedRequest(
+            "Ask for overlay.png?key=KEY&src=$image, in this order, and with at most "
+            f"{MAX_QUERY} bytes behind the question mark."
+        )
     if secret is None:
         raise Unauthorized("There are no overlays here; CAMSERVE_OVERLAY_SECRET is not set.")
     grant = overlay_tokens.read(found[1], secret)
@@ -107,9 +118,13 @@ async def _drawn(request: Request, grant: Grant, source: str, permit: Permit) ->
         {"model": grant.model, "include": ["overlay"], "format": "png", **given}
     )
     async with answering.model_in_use(request, options.model) as model:
-        work = answering.understand(request, model, options, 1)
+        work = await answering.understand(request, model, options, 1, permit)
+        work = replace(work, price=work.sizes.overlay)
         data = await picture(service, source, None, lambda size: permit.grow(0, size))
-        found = await answering.ask(work, data)
+        size = size_before(data, service.limits.pixels)
+        work.bill.add(work.price(size))
+        found = await answering.ask(work, data, size)
         (explanation, *_) = found.answer.explanations
         drawn = await answering.drawn(work, overlay, found.upload, explanation, style_of(options))
+        work.bill.made(len(drawn.data))
         return drawn.data

@@ -7,6 +7,7 @@ RectangleLabels and PolygonLabels the parts of it that reach the threshold, KeyP
 from __future__ import annotations
 
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,11 +16,14 @@ from typing import Any, Protocol
 
 import orjson
 
+from service.cam.file_sizes import brush_bytes, region_bytes
 from service.cam.regions import Regions, find_regions
+from service.declared_size import Size
 from service.integrations.label_studio_brush import alpha_of, encode_rle
 from service.integrations.label_studio_config import Control, Parameters, TaskImage
 from service.models.loaded import LoadedModel
 from service.questions import Prediction
+from service.routes.answer_bytes import Price, Sizes
 from service.routes.answering import Answered
 
 MAX_REGIONS = 10
@@ -101,6 +105,27 @@ def prediction(
         return b"[]"
     score = min(evidence.score for _, evidence in images) if images else 0.0
     return orjson.dumps({"result": result, "score": score, "model_version": version})
+
+
+def price(images: Sequence[TaskImage], sizes: Sizes) -> Price:
+    """What one image of a task takes in the answer at most, whichever of them it is."""
+    controls = [Counter(control.kind for control in image.controls) for image in images]
+
+    def bytes_of(source: Size) -> int:
+        regions = region_bytes(source, sizes.cells, sizes.render_side)
+        a_kind = {
+            "brushlabels": brush_bytes(source, sizes.cells),
+            "choices": sizes.predictions(),
+            "polygonlabels": 4 * regions,  # in percent, with all their digits
+            "rectanglelabels": MAX_REGIONS * 512,
+        }
+        places = (
+            sum(count * (512 + a_kind.get(kind, 0)) for kind, count in each.items())
+            for each in controls
+        )
+        return 512 + max(places, default=0)
+
+    return bytes_of if any(controls) else lambda _: 512
 
 
 def _of_image(image: TaskImage, evidence: Evidence) -> Iterator[dict[str, Any]]:

@@ -14,6 +14,7 @@ explain     BYTES     (n, targets)               the explanations of `/explain`,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -22,12 +23,15 @@ import numpy as np
 import orjson
 
 from api_schemas.options import ExplainOptions
+from service.cam.file_sizes import base64_bytes
 from service.cam.heatmap import render_heatmap
+from service.declared_size import Size
 from service.errors import InvalidOption
 from service.integrations.asked import Reply
 from service.integrations.tensors import Output
 from service.models.loaded import LoadedModel
 from service.questions import Explanation
+from service.routes.answer_bytes import NUMBER_BYTES, Price, Sizes
 from service.routes.wire import overlay, result, style_of
 
 OF_INFER = ("class_ids", "labels", "scores", "logits")
@@ -62,6 +66,34 @@ def classification(output: Output, model: LoadedModel, count: int) -> Output:
         for index in ids
     ]
     return Output(output.name, "BYTES", best.shape, texts)
+
+
+def price(wanted: Sequence[tuple[str, int, bool]], sizes: Sizes) -> Price:
+    """What the named outputs, each with `classification` and in binary or not, take at most."""
+
+    def bytes_of(source: Size) -> int:
+        return 256 + sum(
+            256 + _bytes_of(name, classes, sizes, source, binary=binary)
+            for name, classes, binary in wanted
+        )
+
+    return bytes_of
+
+
+def _bytes_of(name: str, classes: int, sizes: Sizes, source: Size, *, binary: bool) -> int:
+    count, number = len(sizes.model.labels), 8 if binary else NUMBER_BYTES
+    if classes:
+        return sizes.predictions(classes)
+    if name in {"heatmap", "overlay"}:
+        file = sizes.heatmap(source) if name == "heatmap" else sizes.overlay(source)
+        return sizes.maps * (8 + (file if binary else base64_bytes(file)))
+    if name == "explain":  # JSON within JSON: its quotes are escaped
+        return sizes.maps * int(1.3 * sizes.explanation(source))
+    if name == "grid":
+        return sizes.maps * math.prod(sizes.cells) * number
+    if name == "targets":
+        return sizes.maps * number
+    return count * number if name in {"scores", "logits"} else sizes.predictions()
 
 
 def _class_ids(replies: Sequence[Reply]) -> Output:

@@ -18,19 +18,11 @@ from service.images import Preprocessing
 Values = Literal["byte", "unit", "normalized"]
 Layout = Literal["NHWC", "NCHW"]
 
+_BAND = 256
+"""Rows of an image that are converted at once."""
+
 _SLACK = 1.0
 """Levels of 255 by which values may lie outside: bicubic resizing overshoots a little."""
-
-
-def array_of(data: Any) -> NDArray[Any]:
-    """Nested lists of numbers as an array. Raises InvalidImageData."""
-    try:
-        found = np.asarray(data)
-    except ValueError as error:
-        raise InvalidImageData("The nested lists have different lengths.") from error
-    if found.dtype.kind not in "uif":
-        raise InvalidImageData("The nested lists hold something else than numbers.")
-    return found
 
 
 def pictures(
@@ -76,22 +68,26 @@ def _channels_last(tensor: NDArray[Any], channels: int, layout: Layout | None) -
 def _bytes(
     image: NDArray[Any], preprocessing: Preprocessing, values: Values | None
 ) -> NDArray[np.uint8]:
-    """One image of a batch. Takes a float32 for each value, and the result."""
+    """One image of a batch."""
     if image.dtype == np.uint8 and values in (None, "byte"):
         return np.array(image, order="C")  # a copy: what came with the body cannot be written
     kind = values or ("unit" if image.dtype.kind == "f" else "byte")
-    levels = image.astype(np.float32)
+    pixels = np.empty(image.shape, np.uint8)
+    for start in range(0, len(image), _BAND):  # so that no float copy of the whole is made
+        levels = _levels(image[start : start + _BAND], preprocessing, kind)
+        if levels.size and not (levels.min() >= -_SLACK and levels.max() <= 255 + _SLACK):
+            raise InvalidImageData(
+                f"Values from {image.min():g} to {image.max():g} are not `{kind}`. Say `values`: "
+                "byte (0 to 255), unit (0 to 1), or normalized (as the model itself takes them)."
+            )
+        pixels[start : start + _BAND] = np.rint(levels).clip(0, 255)
+    return pixels
+
+
+def _levels(band: NDArray[Any], preprocessing: Preprocessing, kind: Values) -> NDArray[np.float32]:
+    """Rows of an image as levels of 255, float32."""
+    levels = band.astype(np.float32)
     if kind == "normalized":
         mean, std = (np.array(each, np.float32) for each in (preprocessing.mean, preprocessing.std))
-        levels *= std
-        levels += mean
-    if kind != "byte":
-        levels *= 255
-    if levels.size and not (levels.min() >= -_SLACK and levels.max() <= 255 + _SLACK):
-        raise InvalidImageData(
-            f"Values from {image.min():g} to {image.max():g} are not `{kind}`. Say `values`: byte "
-            "(0 to 255), unit (0 to 1), or normalized (as the model itself takes them)."
-        )
-    np.rint(levels, out=levels)
-    np.clip(levels, 0, 255, out=levels)
-    return np.ascontiguousarray(levels.astype(np.uint8))
+        levels = levels * std + mean
+    return levels if kind == "byte" else levels * np.float32(255)

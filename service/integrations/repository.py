@@ -14,9 +14,12 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from service.errors import CamserveError, ConfigurationError
+from service.admission import Permit
+from service.errors import CamserveError, ConfigurationError, EmptyBody
+from service.integrations.asked import parsed
 from service.models.library import Entry
-from service.routes.access import sent_key
+from service.routes import answering, bodies, encodings
+from service.routes.access import is_admin
 from service.routes.problems import status_of
 from service.routes.state import Service, service_of
 
@@ -41,6 +44,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 router = APIRouter(prefix="/v2/repository", tags=["model repository"], responses=_ERRORS)
 
+INDEX_BYTES, INDEX_SECONDS = 64 << 10, 10.0
+"""Of the body of `index`, which says one thing."""
+
 STATES = {
     "loading": "LOADING",
     "ready": "READY",
@@ -55,19 +61,46 @@ class IndexRequest(BaseModel):
     ready: bool = False
 
 
-@router.post("/index", response_model=None)
-async def index(request: Request, asked: IndexRequest | None = None) -> Any:
+_INDEX_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {
+        "description": text,
+        "content": {"application/json": {"schema": _ERROR_BODY, "example": {"error": text}}},
+    }
+    for status, text in {
+        408: "The body did not arrive in time.",
+        413: "The body is too large.",
+        429: "Too many requests arrive at once.",
+    }.items()
+}
+_INDEX_BODY = {"content": {"application/json": {"schema": IndexRequest.model_json_schema()}}}
+
+
+@router.post(
+    "/index",
+    response_model=None,
+    responses=_INDEX_ERRORS,
+    openapi_extra={"requestBody": _INDEX_BODY},
+)
+async def index(request: Request) -> Any:
     """Every model with its state and, where it is not served, the reason."""
     service = service_of(request)
     refused = _refused(request, service)
     if refused is not None:
         return refused
+    asked = await _asked(request, service)
     entries = service.library.entries.values()
-    return [
-        _line(service, entry)
-        for entry in entries
-        if not (asked and asked.ready) or entry.state == "ready"
-    ]
+    return [_line(service, entry) for entry in entries if not asked.ready or entry.state == "ready"]
+
+
+async def _asked(request: Request, service: Service) -> IndexRequest:
+    """The body, where there is one; read here so that it is bounded, and read for admins alone."""
+    try:
+        with Permit(service.admission) as permit:
+            body = await bodies.read_body(request, permit, INDEX_BYTES, INDEX_SECONDS)
+            body = await encodings.decoded(request, body, permit, INDEX_BYTES)
+    except EmptyBody:
+        return IndexRequest()
+    return await answering.result_of(service.scheduler.call(parsed, IndexRequest, body))
 
 
 @router.post("/models/{name}/load", response_model=None)
@@ -115,9 +148,7 @@ def _refused(request: Request, service: Service) -> JSONResponse | None:
     if service.admin_keys is None:
         detail = "No admin key is configured: set CAMSERVE_ADMIN_KEYS_FILE to manage models."
         return JSONResponse({"error": detail}, status_code=403)
-    # Not as the password of Basic: a browser would send it along with other pages' requests.
-    basic = request.headers.get("authorization", "").lower().startswith("basic")
-    if basic or service.admin_keys.owner(sent_key(request.headers)) is None:
+    if not is_admin(request.headers, service.admin_keys):
         detail = "Send an admin key: Authorization: Bearer KEY, or X-API-Key: KEY."
         return JSONResponse(
             {"error": detail}, status_code=401, headers={"WWW-Authenticate": "Bearer"}

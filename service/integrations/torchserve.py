@@ -8,6 +8,7 @@ lists, in the layer's shape, where TorchServe's default handler gave (channels, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ from service.integrations.asked import (
 from service.integrations.kserve import picture
 from service.models.loaded import LoadedModel
 from service.routes import bodies, health
+from service.routes.answer_bytes import NUMBER_BYTES, Price, Sizes
 from service.routes.docs import peer_errors
 from service.routes.state import service_of
 from service.upload import Sent
@@ -92,7 +94,7 @@ async def _answer(
         if form is PredictOptions:
             fields = {name: value for name, value in fields.items() if name != "target"}
         chosen = options(form, fields)
-        return Plan([Asked(each, chosen) for each in pictures], _respond)
+        return Plan([Asked(each, chosen) for each in pictures], _respond, price=_price)
 
     return await answer(request, named(service, name, version), read)
 
@@ -103,6 +105,12 @@ def _respond(replies: Sequence[Reply]) -> Response:
         for r in replies
     ]
     return json_response(made[0] if len(made) == 1 else made)
+
+
+def _price(sizes: Sizes) -> Price:
+    if isinstance(sizes.options, ExplainOptions):
+        return lambda _: 256 + NUMBER_BYTES * sizes.maps * math.prod(sizes.cells)
+    return lambda _: 256 + sizes.predictions()
 
 
 def _prediction(reply: Reply) -> dict[str, float]:

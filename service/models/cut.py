@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from service.models.condition import Condition
+from service.models.torch_state import kept_torch_state
+
 _tracing = threading.Lock()
 """torch.fx patches `nn.Module` itself while it traces; two traces at once would undo each other."""
 
@@ -54,11 +57,14 @@ def _traced(model: nn.Module, layer: str) -> tuple[fx.Graph, fx.Node]:
 
 
 def _trace(model: nn.Module, tracer: _Tracer) -> fx.Graph:
+    before = Condition.of(model)
     try:
-        with _tracing:
+        with _tracing, kept_torch_state(random=False):
             return tracer.trace(model)
     except Exception as error:
         raise Uncuttable(f"the graph of the model cannot be traced: {error}") from error
+    finally:
+        before.restore()  # what forward() assigns while it is traced is no tensor
 
 
 class _Tracer(fx.Tracer):

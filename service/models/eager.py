@@ -7,6 +7,8 @@ at its answers.
 
 from __future__ import annotations
 
+import re
+
 import structlog
 import torch
 from torch import Tensor, nn
@@ -15,8 +17,11 @@ from torch.jit import ScriptModule
 from service.cam.hooks import record
 from service.models.catalog import Select
 from service.models.output import logits_in
+from service.models.torch_state import kept_torch_state
 
 _log = structlog.get_logger(__name__)
+
+_FOLDERS = re.compile(r"(?:/[\w.@+~-]+)+/")
 
 
 def eager(module: nn.Module, name: str) -> nn.Module:
@@ -62,7 +67,10 @@ def why_no_gradients(
     """
     taken = image if layer else image.clone().requires_grad_()
     try:
-        with record(module, targets=[layer] if layer else []) as seen:
+        with (
+            kept_torch_state(random=False),
+            record(module, targets=[layer] if layer else []) as seen,
+        ):
             logits = logits_in(module(taken), select)
         at = seen.targets[layer][-1] if layer else taken
         gradient: Tensor | None = torch.autograd.grad(logits.max(), at, allow_unused=True)[0]
@@ -76,5 +84,6 @@ def why_no_gradients(
 
 
 def _first_line(error: Exception) -> str:
+    """The beginning of what it says, without folders of files: clients read it."""
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200].rstrip(".")
+    return _FOLDERS.sub("", text.splitlines()[0][:200]).rstrip(".")

@@ -20,6 +20,7 @@ from service.cam.hooks import record
 from service.models.catalog import Floating
 from service.models.cut import Uncuttable, split
 from service.models.front import Front, Precision
+from service.models.torch_state import kept_torch_state
 
 if TYPE_CHECKING:
     from service.models.loaded import LoadedModel
@@ -113,6 +114,7 @@ class Compiler:
         try:
             return replace(model, compiled=self.lane(model), not_compiled=None)
         except NotCompiled as error:
+            _log.info("front_not_compiled", model=model.name, detail=f"{error}")
             return replace(model, not_compiled=f"{error}")
 
     def lane(self, model: LoadedModel) -> CompiledLane:
@@ -241,12 +243,13 @@ def parity_on(model: LoadedModel, lane: CompiledLane, batches: Iterable[Tensor])
     layout = model.layer(lane.layer).layout
     assert layout is not None
     for number, pixels in enumerate(batches):
-        with record(module, targets=[lane.layer]) as seen:
+        with kept_torch_state(random=False), record(module, targets=[lane.layer]) as seen:
             logits = model.logits(module(model.normalised(pixels)))
         expected = seen.targets[lane.layer][-1]
         gradient = torch.autograd.grad(logits.amax(dim=1).sum(), expected)[0]
         found = lane.front(pixels, wide=number % 2 == 1).requires_grad_()
-        made = model.logits(lane.tail(found.clone()))
+        with kept_torch_state(random=False):
+            made = model.logits(lane.tail(found.clone()))
         same = made.gather(1, logits.argmax(dim=1, keepdim=True)).sum()
         slope = torch.autograd.grad(same, found)[0]
         maps = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,25 +12,45 @@ from typing import Literal
 
 import structlog
 
-from service.errors import CamserveError, ConfigurationError, ModelNotReady, UnknownModel, nearest
+from service.errors import (
+    CamserveError,
+    ConfigurationError,
+    ModelNotReady,
+    ShuttingDown,
+    UnknownModel,
+    nearest,
+)
+from service.models.backoff import Backoff
 from service.models.catalog import ModelSpec
 from service.models.loaded import LoadedModel
-from service.models.pool import ModelPool
+from service.models.pool import ModelPool, Served
+from service.models.torch_state import kept_torch_state
 
 _log = structlog.get_logger(__name__)
 
 State = Literal["loading", "ready", "failed", "unloaded"]
+
+FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 5.0, 300.0
+"""After a failed load, a request for the model loads it again: not before the first of these, and
+after each further failure twice as much later, up to the second."""
+
+
+def _backoff() -> Backoff:
+    return Backoff(FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One model of the library.
 
-    reason:    why it failed, or why it is not loaded.
-    progress:  what is being done about it now.
-    on_demand: whether a request for it loads it again; not so where somebody unloaded it.
-    size:      bytes of its parameters and buffers, once it was loaded.
-    used:      when it was last asked for, on `time.monotonic()`'s clock.
+    state:      `ready` exactly where the pool serves a version of it.
+    reason:     why it failed, why it is not loaded, or why it is not the newest version.
+    progress:   what is being done about it now.
+    on_demand:  whether a request for it loads it again; not so where somebody unloaded it.
+    size:       bytes of its parameters and buffers, once it was loaded.
+    used:       when it was last asked for, on `time.monotonic()`'s clock.
+    generation: changes with every load and unload; only a load of the present one counts.
+    backoff:    when a failed load may be tried again.
     """
 
     spec: ModelSpec
@@ -39,6 +60,8 @@ class Entry:
     on_demand: bool = False
     size: int = 0
     used: float = field(default_factory=time.monotonic)
+    generation: int = 0
+    backoff: Backoff = field(default_factory=_backoff)
 
 
 class Library:
@@ -46,11 +69,17 @@ class Library:
 
     A new version is loaded beside the old one and takes its place in the pool when it is ready;
     requests that began on the old one finish on it. A model that fails to load leaves the others,
-    and its own older version, serving.
+    and its own older version, serving; requests for it try again, with growing delays.
+
+    What was asked for last holds: a load that was overtaken by another load, by `unload` or by
+    `replace_all` changes nothing when it ends. The pool serves exactly the models that are `ready`.
+
+    Models are loaded, built and freed while no lock is held.
 
     load:      makes a model of its spec. Raises ConfigurationError.
     max_bytes: of all loaded models together; 0 is no bound. The model that was not asked for the
                longest is unloaded first, and loaded again when a request asks for it.
+    clock:     seconds, for the delays.
     """
 
     def __init__(
@@ -60,162 +89,322 @@ class Library:
         load: Callable[[ModelSpec], LoadedModel],
         *,
         max_bytes: int = 0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._pool = pool
         self._load = load
         self._max_bytes = max_bytes
+        self._clock = clock
         self._lock = threading.Lock()
+        self._generations = itertools.count(1)
         self._entries = {spec.name: Entry(spec, "loading") for spec in specs}
-        self._pending: dict[str, Future[None]] = {}
+        self._loads: dict[str, Future[None]] = {}
+        self._queued: set[str] = set()
         self._thread: ThreadPoolExecutor | None = None
+        self._is_open = True
 
     @property
     def entries(self) -> Mapping[str, Entry]:
-        """Every model by name, in the order they were named: the first is the default."""
+        """Every model by name, in the order they were named: the first is the default.
+
+        One that is loaded and has no replica left is shown as `failed`.
+        """
         with self._lock:
-            return dict(self._entries)
+            entries = dict(self._entries)
+            lost = self._pool.lost
+        for name in entries.keys() & lost.keys():
+            entries[name] = replace(entries[name], state="failed", reason=lost[name])
+        return entries
 
     @property
     def default(self) -> str:
-        """The name of the model that answers requests that name none."""
-        return next(iter(self.entries))
+        """The name of the model that answers requests that name none. Raises ModelNotReady."""
+        with self._lock:
+            return self._default()
 
     def load_all(self) -> None:
         """Load every model now, in this thread. Raises the first ConfigurationError."""
         for name in self.entries:
-            self._load_now(name)
+            with self._lock:
+                generation = self._begin(name)
+            error = self._run(name, generation)
+            if error is not None:
+                raise error
 
     def load_in_background(self) -> list[Future[None]]:
         """Load every model in the library's thread; a failure is in its entry."""
         return [self.load(name) for name in self.entries]
 
+    def load_on_demand(self) -> None:
+        """Load no model now, and each when a request asks for it."""
+        with self._lock:
+            for name in self._entries:
+                self._set(name, state="unloaded", on_demand=True)
+
     def load(self, name: str) -> Future[None]:
         """Load a model, or a new version of it; the future ends when it serves.
 
-        The future raises ConfigurationError where it cannot be loaded. Raises UnknownModel.
+        Where a load of it runs already, what that one read may be old: it is read once more.
+
+        The future raises ConfigurationError where it cannot be loaded, UnknownModel where it is
+        unloaded meanwhile. Raises UnknownModel, ShuttingDown.
         """
-        self.entry(name)
         with self._lock:
-            pending = self._pending.get(name)
-            if pending is not None and not pending.done():
-                return pending
-            self._set(name, progress="waiting for its turn")
-            if self._entries[name].state != "ready":
-                self._set(name, state="loading", reason=None)
-            if self._thread is None:
-                self._thread = ThreadPoolExecutor(1, thread_name_prefix="camserve-loader")
-            self._pending[name] = self._thread.submit(self._load_now, name)
-            return self._pending[name]
+            self._known(name)
+            return self._schedule(name)
 
     def unload(self, name: str) -> None:
         """Serve a model no longer, until it is loaded again by `load`. Raises UnknownModel."""
-        if self.entry(name).state == "ready":
-            self._pool.remove(name)
         with self._lock:
-            self._set(name, state="unloaded", reason="It was unloaded.", on_demand=False)
+            freed = self._stop(self._known(name))
+            future = self._loads.pop(name, None)
+            reason = "It was unloaded."
+            self._set(name, state="unloaded", reason=reason, progress=None, on_demand=False)
+        del freed
+        _fail(future, UnknownModel(f"Model {name!r} was unloaded while it was loading."))
 
     def replace_all(self, specs: Sequence[ModelSpec]) -> list[Future[None]]:
-        """Serve these models from now on: load each (anew), drop those that are not named."""
+        """Serve these models from now on: load each again, drop those that are not named.
+
+        Raises ShuttingDown.
+        """
         names = {spec.name for spec in specs}
-        for name in [name for name in self.entries if name not in names]:
-            self.unload(name)
-            with self._lock:
-                del self._entries[name]
+        freed: list[object] = []
+        dropped: list[tuple[str, Future[None] | None]] = []
         with self._lock:
-            for spec in specs:
-                old = self._entries.get(spec.name)
-                fresh = Entry(spec, "loading") if old is None else replace(old, spec=spec)
-                self._entries[spec.name] = fresh
-            self._entries = {spec.name: self._entries[spec.name] for spec in specs}
-        return [self.load(spec.name) for spec in specs]
+            self._refuse_when_closed()
+            for entry in [e for name, e in self._entries.items() if name not in names]:
+                freed += self._stop(entry)
+                dropped.append((entry.spec.name, self._loads.pop(entry.spec.name, None)))
+            self._entries = {
+                spec.name: replace(self._entries[spec.name], spec=spec, backoff=_backoff())
+                if spec.name in self._entries
+                else Entry(spec, "loading")
+                for spec in specs
+            }
+            self._queued.clear()  # also what has not begun: the queue is that of the older specs
+            futures = [self._schedule(spec.name) for spec in specs]
+        del freed
+        for name, future in dropped:
+            _fail(future, UnknownModel(f"Model {name!r} is not served any more."))
+        return futures
 
     def demand(self, name: str | None) -> Future[None] | None:
-        """Note that a model is asked for; the future of its loading where it was put aside.
+        """Note that a model is asked for; the future of its loading where it is not loaded.
 
-        Raises UnknownModel, and ModelNotReady with the reason where it cannot be had now.
+        A model whose last load failed is loaded again once its delay has passed.
+
+        Raises UnknownModel, and ModelNotReady where it cannot be had now.
         """
-        entry = self.entry(self.default if name is None else name)
         with self._lock:
+            entry = self._known(self._default() if name is None else name)
             self._set(entry.spec.name, used=time.monotonic())
-        if entry.state == "ready":
-            return None
-        if entry.on_demand:
-            return self.load(entry.spec.name)
+            if entry.state == "ready":
+                self._retry(entry)
+                return None
+            if entry.on_demand or self._retry(entry):
+                pending = self._loads.get(entry.spec.name)
+                return pending or self._schedule(entry.spec.name, quietly=True)
         if entry.state == "unloaded":
             raise UnknownModel(f"Model {entry.spec.name!r} is not loaded; an operator unloaded it.")
-        reason = f" {entry.reason}" if entry.reason else ""
-        raise ModelNotReady(f"Model {entry.spec.name!r} is {entry.state}.{reason}", retry_after=5)
+        # The reason may name files; /models shows it where that is allowed.
+        wait = entry.backoff.seconds_left(self._clock()) if entry.state == "failed" else 5
+        raise ModelNotReady(
+            f"Model {entry.spec.name!r} is {entry.state}; GET /models/{entry.spec.name} says more.",
+            retry_after=wait,
+        )
+
+    def retry(self) -> None:
+        """Load again in the background what failed and whose delay has passed."""
+        with self._lock:
+            for entry in list(self._entries.values()):
+                self._retry(entry)
 
     def entry(self, name: str) -> Entry:
         """The entry of a model. Raises UnknownModel with the nearest names."""
         entries = self.entries
         if name not in entries:
-            raise UnknownModel(
-                f"No model is called {name!r}.{nearest(name, entries)} "
-                f"Served: {', '.join(entries)}."
-            )
+            raise self._unknown(name)
         return entries[name]
 
     def close(self) -> None:
         """Wait for what is being loaded, and drop what is not begun."""
-        if self._thread is not None:
-            self._thread.shutdown(cancel_futures=True)
+        with self._lock:
+            self._is_open = False
+            thread = self._thread
+        if thread is not None:
+            thread.shutdown(cancel_futures=True)
+        with self._lock:
+            futures = list(self._loads.values())
+            self._loads.clear()
+        for future in futures:
+            _fail(future, _shutting_down())
 
-    def _load_now(self, name: str) -> None:
-        spec = self.entry(name).spec
+    # ---- while the lock is held
+
+    def _default(self) -> str:
+        for name in self._entries:
+            return name
+        raise ModelNotReady("No model is named in the settings of this service.")
+
+    def _known(self, name: str) -> Entry:
+        if name not in self._entries:
+            raise self._unknown(name)
+        return self._entries[name]
+
+    def _unknown(self, name: str) -> UnknownModel:
+        known = list(self._entries)
+        return UnknownModel(
+            f"No model is called {name!r}.{nearest(name, known)} Served: {', '.join(known)}."
+        )
+
+    def _refuse_when_closed(self) -> None:
+        if not self._is_open:
+            raise _shutting_down()
+
+    def _begin(self, name: str) -> int:
+        """A new generation, and its number."""
+        generation = next(self._generations)
+        self._set(name, generation=generation)
+        return generation
+
+    def _schedule(self, name: str, *, quietly: bool = False) -> Future[None]:
+        """Have the thread load a model. quietly: what is shown of it stays until that has ended."""
+        self._refuse_when_closed()
+        future = self._loads.get(name)
+        if future is not None and name in self._queued:
+            return future  # it has not begun, and will read what is there then
+        if future is None:
+            future = self._loads[name] = Future()
+            future.set_running_or_notify_cancel()  # who stops waiting does not stop the others
+        generation = self._begin(name)
+        self._set(name, progress="waiting for its turn")
+        if self._entries[name].state != "ready" and not quietly:
+            self._set(name, state="loading", reason=None)
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="camserve-loader")
+        self._queued.add(name)
+        self._thread.submit(self._run, name, generation)
+        return future
+
+    def _retry(self, entry: Entry) -> bool:
+        """Load a model again whose last load failed; whether that is under way now."""
+        name, backoff = entry.spec.name, entry.backoff
+        if not backoff.failures or not self._is_open or entry.state not in ("ready", "failed"):
+            return False
+        if name not in self._loads and backoff.is_over(self._clock()):
+            self._schedule(name, quietly=True)
+        return name in self._loads
+
+    def _stop(self, entry: Entry) -> list[object]:
+        """Serve an entry no longer, and let no load of it count."""
+        name = entry.spec.name
+        freed = self._pool.remove(name) if entry.state == "ready" else []
+        self._begin(name)
+        self._queued.discard(name)
+        return freed
+
+    def _is_current(self, name: str, generation: int) -> bool:
+        return name in self._entries and self._entries[name].generation == generation
+
+    def _set(self, name: str, **changes: object) -> None:
+        """Change an entry."""
+        self._entries[name] = replace(self._entries[name], **changes)  # type: ignore[arg-type]
+
+    def _make_room(self, name: str, size: int) -> tuple[list[str], list[object]]:
+        """Unload what was not asked for the longest, until a model of `size` bytes fits.
+
+        The names, and what is to be let go where no lock is held.
+        """
+        others = [e for e in self._entries.values() if e.state == "ready" and e.spec.name != name]
+        taken = size + sum(entry.size for entry in others)
+        names: list[str] = []
+        freed: list[object] = []
+        for entry in sorted(others, key=lambda entry: entry.used):
+            if not self._max_bytes or taken <= self._max_bytes:
+                break
+            taken -= entry.size
+            names.append(entry.spec.name)
+            freed += self._pool.remove(entry.spec.name)
+            reason = "It made room for another model; a request for it loads it again."
+            self._set(entry.spec.name, state="unloaded", reason=reason, on_demand=True)
+        return names, freed
+
+    # ---- in the thread that loads
+
+    def _run(self, name: str, generation: int) -> BaseException | None:
+        """Load a model, unless this generation is outdated; the error where it fails."""
+        with self._lock:
+            if not self._is_current(name, generation):
+                return None
+            self._queued.discard(name)
+            spec = self._entries[name].spec
         try:
-            self._note(name, progress="reading weights and trying the model out")
-            model = self._load(spec)
+            self._note(name, generation, "reading weights and trying the model out")
+            with kept_torch_state():
+                model = self._load(spec)
             size = _size_of(model)
-            self._make_room(name, size)
-            self._note(name, progress="building replicas")
-            self._pool.put(model)
-        except Exception as error:
-            self._fail(name, error)
-            raise
-        self._note(name, state="ready", reason=None, progress=None, on_demand=False, size=size)
-        _log.info("model_ready", model=name, version=model.version, target_layer=model.target_layer)
+            self._refuse_too_large(name, size)
+            self._note(name, generation, "building replicas")
+            served = self._pool.prepare(model)
+        except BaseException as error:  # noqa: BLE001 - others wait for the end of this
+            self._failed(name, generation, error)
+            return error
+        self._serve(name, generation, served, size)
+        return None
 
-    def _fail(self, name: str, error: Exception) -> None:
-        known = isinstance(error, CamserveError)
-        reason = str(error) if known else "It failed to load; the server's log has the cause."
-        _log.error("model_failed", model=name, detail=reason, exc_info=None if known else error)
-        # An older version goes on serving; the reason says why it is not the newest.
-        state: State = "ready" if name in self._pool.models else "failed"
-        self._note(name, state=state, reason=reason, progress=None, on_demand=False)
-
-    def _make_room(self, name: str, size: int) -> None:
-        """Unload what was not asked for the longest, until a model of `size` bytes fits."""
-        if not self._max_bytes:
-            return
-        if size > self._max_bytes:
+    def _refuse_too_large(self, name: str, size: int) -> None:
+        if self._max_bytes and size > self._max_bytes:
             raise ConfigurationError(
                 f"model {name!r} takes {size} bytes, and all models together may take "
                 f"{self._max_bytes}: raise CAMSERVE_MAX_MODEL_BYTES."
             )
-        with self._lock:
-            others = [
-                e for e in self._entries.values() if e.state == "ready" and e.spec.name != name
-            ]
-            taken = size + sum(entry.size for entry in others)
-            for entry in sorted(others, key=lambda entry: entry.used):
-                if taken <= self._max_bytes:
-                    break
-                taken -= entry.size
-                self._pool.remove(entry.spec.name)
-                reason = "It made room for another model; a request for it loads it again."
-                self._set(entry.spec.name, state="unloaded", reason=reason, on_demand=True)
-                _log.info("model_put_aside", model=entry.spec.name)
 
-    def _note(self, name: str, **changes: object) -> None:
-        """Change an entry, unless it was dropped meanwhile."""
+    def _serve(self, name: str, generation: int, served: Served, size: int) -> None:
         with self._lock:
-            if name in self._entries:
-                self._set(name, **changes)
+            if not self._is_current(name, generation):
+                return
+            evicted, freed = self._make_room(name, size)
+            freed += self._pool.serve(served)
+            self._entries[name].backoff.succeeded()
+            self._set(name, state="ready", reason=None, progress=None, on_demand=False, size=size)
+            future = self._loads.pop(name, None)
+        del freed
+        for each in evicted:
+            _log.info("model_put_aside", model=each)
+        model = served.model
+        _log.info("model_ready", model=name, version=model.version, target_layer=model.target_layer)
+        if future is not None:
+            future.set_result(None)
 
-    def _set(self, name: str, **changes: object) -> None:
-        """Change an entry; holds the lock."""
-        self._entries[name] = replace(self._entries[name], **changes)  # type: ignore[arg-type]
+    def _failed(self, name: str, generation: int, error: BaseException) -> None:
+        known = isinstance(error, CamserveError)
+        reason = str(error) if known else "It failed to load; the server's log has the cause."
+        _log.error("model_failed", model=name, detail=reason, exc_info=None if known else error)
+        with self._lock:
+            if not self._is_current(name, generation):
+                return
+            entry = self._entries[name]
+            entry.backoff.failed(self._clock())
+            # An older version goes on serving; the reason says why it is not the newest.
+            state: State = "ready" if entry.state == "ready" else "failed"
+            self._set(name, state=state, reason=reason, progress=None, on_demand=False)
+            future = self._loads.pop(name, None)
+        _fail(future, error if known else ConfigurationError(f"Model {name!r}: {reason}"))
+
+    def _note(self, name: str, generation: int, progress: str) -> None:
+        with self._lock:
+            if self._is_current(name, generation):
+                self._set(name, progress=progress)
+
+
+def _fail(future: Future[None] | None, error: BaseException) -> None:
+    if future is not None:
+        future.set_exception(error)
+
+
+def _shutting_down() -> ShuttingDown:
+    return ShuttingDown("The service is shutting down; ask another instance.")
 
 
 def _size_of(model: LoadedModel) -> int:

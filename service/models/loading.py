@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import structlog
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -15,12 +16,17 @@ from service.errors import ConfigurationError, nearest
 from service.images import Preprocessing
 from service.models.builders import Built, build
 from service.models.catalog import TARGET_LAYERS, ModelSpec
+from service.models.condition import parts_of
 from service.models.eager import why_no_gradients, why_no_layers
 from service.models.folding import fold
 from service.models.lane import Compiler
 from service.models.loaded import LoadedModel
 from service.models.probe import Probe, probe
 from service.models.replicas import replicate
+from service.models.settling import settle
+from service.models.torch_state import kept_torch_state
+
+_log = structlog.get_logger(__name__)
 
 GREY = ((0.449,), (0.226,))
 """Mean and standard deviation of ImageNet in grey, where a model of one channel says none."""
@@ -43,7 +49,7 @@ def load_model(
         # float32 in a request's answer means float32: torch's convolutions would round to TF32.
         torch.backends.cudnn.allow_tf32 = False
     built = build(spec, allow_random_weights)
-    module = built.module.eval().requires_grad_(False).to(device)
+    module = _outside_inference_mode(built.module).eval().requires_grad_(False).to(device)
     if spec.dtype is not None:
         module = module.to(getattr(torch, spec.dtype))
     preprocessing = _preprocessing(spec, built.preprocessing or Preprocessing())
@@ -78,20 +84,43 @@ def load_model(
     )
 
 
+def _outside_inference_mode(module: nn.Module) -> nn.Module:
+    """Copy tensors that were made in inference mode: no gradient passes them."""
+    copies: dict[int, Tensor] = {}
+    for _, each in parts_of(module):
+        for kind in ("_parameters", "_buffers"):
+            table = vars(each).get(kind, {})
+            for name, tensor in list(table.items()):
+                if tensor is None or not tensor.is_inference():
+                    continue
+                if id(tensor) not in copies:
+                    copy = tensor.clone()
+                    copies[id(tensor)] = nn.Parameter(copy) if kind == "_parameters" else copy
+                table[name] = copies[id(tensor)]
+    return module
+
+
 def _tuned(model: LoadedModel, image: Tensor, compiler: Compiler | None) -> LoadedModel:
     """The model in its fastest forms that give the same numbers. image: normalised (1, C, h, w)."""
     if model.no_layers or model.no_gradients:  # scripted or quantised: as it was made
-        return replace(model, not_compiled=model.no_layers or model.no_gradients)
-    with torch.no_grad():
+        stateful = _settled(model, model.module, image)
+        reason = model.no_layers or model.no_gradients
+        return replace(model, not_compiled=reason, stateful=stateful)
+    with kept_torch_state(random=False), torch.no_grad():
         expected = model.logits(model.replicate()(image))
     model.module.to(memory_format=torch.channels_last)
     channels_last = _gives(expected, model, model.replicate(), image)
     if not channels_last:  # a `view` of what has its channels last
         model.module.to(memory_format=torch.contiguous_format)
     folded = fold(model.replicate())
-    if folded is not None and not _gives(expected, model, folded.module, image):
+    if folded is not None and not _gives(expected, model, replicate(folded.module), image):
         folded = None
-    model = replace(model, channels_last=channels_last, folded=folded)
+    # Behind everything that converts modules: some drop what they computed then.
+    modules = [model.module] if folded is None else [model.module, folded.module]
+    found = {fault for module in modules for fault in _settled(model, module, image)}
+    model = replace(
+        model, channels_last=channels_last, folded=folded, stateful=tuple(sorted(found))
+    )
     if compiler is None:
         return replace(model, not_compiled="Compiling is switched off.")
     return compiler.compiled(model)
@@ -100,7 +129,7 @@ def _tuned(model: LoadedModel, image: Tensor, compiler: Compiler | None) -> Load
 def _gives(logits: Tensor, model: LoadedModel, module: nn.Module, image: Tensor) -> bool:
     """Whether a form of the model gives the same logits, to rounding."""
     try:
-        with torch.no_grad():
+        with kept_torch_state(random=False), torch.no_grad():
             found = model.logits(module(image))
     except RuntimeError:
         return False
@@ -112,7 +141,8 @@ def _tried(model: LoadedModel, image: Tensor) -> Probe:
     """Run the model once on a black picture."""
     spec, (channels, height, width) = model.spec, tuple(image.shape[1:])
     try:
-        return probe(model.replicate(), image, spec.select)
+        with kept_torch_state(random=False):
+            return probe(model.replicate(), image, spec.select)
     except Exception as error:
         what = "RGB image" if channels == 3 else f"image of {channels} channels"
         precision = f" in {spec.dtype} on {image.device.type}" if spec.dtype else ""
@@ -123,6 +153,17 @@ def _tried(model: LoadedModel, image: Tensor) -> Probe:
             f"{spec.at('builder')} cannot classify one {what} of {width}×{height} pixels"
             f"{precision}: {error}{hint}"
         ) from error
+
+
+def _settled(model: LoadedModel, module: nn.Module, image: Tensor) -> tuple[str, ...]:
+    """What a form of the model changes at every call. Raises ConfigurationError for parameters."""
+    try:
+        found = settle(module, image)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{model.spec.at('builder')}: {error}.") from error
+    if found:
+        _log.info("model_keeps_state", model=model.name, state=found)
+    return found
 
 
 def _labels(spec: ModelSpec, built: Built, classes: int) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ class Layer:
     calls:      how often one forward pass calls it.
     taken, given: the shapes of all tensors that these calls take and give, for one image.
     share:      which share of the model's operations is done when it has run, 0..1.
+    before:     which share is done when it begins, at its first call.
     """
 
     path: str
@@ -44,6 +45,7 @@ class Layer:
     taken: Shapes
     given: Shapes
     share: float
+    before: float = 0.0
 
     @property
     def target(self) -> bool:
@@ -61,6 +63,7 @@ class _Seen:
     taken: Shapes = field(default_factory=dict)
     given: Shapes = field(default_factory=dict)
     operations: int = 0
+    begun: list[int] = field(default_factory=list)
 
 
 class _Operations(TorchDispatchMode):
@@ -97,23 +100,24 @@ def probe(model: nn.Module, image: Tensor, select: Select = None) -> Probe:
     seen = {path: _Seen() for path, _ in model.named_modules() if path}
     clock = iter(range(1 << 62))
 
-    def note(shapes: Shapes, tree: Any) -> None:
-        for part, tensor in tensors_in(tree):
-            call = sum(known == part for known, _ in shapes)
-            shapes[part, call] = tuple(tensor.shape)
-
     def watch(path: str) -> Any:
         def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             now = seen[path]
             now.calls += 1
-            note(now.taken, taken_by(args, kwargs))
-            note(now.given, output)
+            _note(now.taken, taken_by(args, kwargs))
+            _note(now.given, output)
             now.finished = next(clock)
             now.operations = counter.total
             now.shape = tuple(output.shape[1:]) if isinstance(output, Tensor) else None
             # A model that cuts the image into windows has more rows here than images.
             now.whole = isinstance(output, Tensor) and output.ndim > 1 and len(output) == 1
             now.unchanged = bool(args) and output is args[0]
+
+        return hook
+
+    def begin(path: str) -> Any:
+        def hook(_module: nn.Module, _args: Any) -> None:
+            seen[path].begun.append(counter.total)
 
         return hook
 
@@ -125,6 +129,7 @@ def probe(model: nn.Module, image: Tensor, select: Select = None) -> Probe:
                 continue
             handle = module.register_forward_hook(watch(path), with_kwargs=True)
             hooks.callback(handle.remove)
+            hooks.callback(module.register_forward_pre_hook(begin(path)).remove)
         logits = logits_in(model(image), select)
     if logits.ndim != 2 or logits.shape[0] != 1:
         got = tuple(logits.shape)
@@ -141,10 +146,17 @@ def probe(model: nn.Module, image: Tensor, select: Select = None) -> Probe:
             taken=now.taken,
             given=now.given,
             share=now.operations / total,
+            before=min(now.begun, default=0) / total,
         )
         for path, now in seen.items()
     )
     return Probe(layers, _default_target(model, seen, logits.shape[1]), logits.shape[1])
+
+
+def _note(shapes: Shapes, tree: Any) -> None:
+    for part, tensor in tensors_in(tree):
+        call = sum(known == part for known, _ in shapes)
+        shapes[part, call] = tuple(tensor.shape)
 
 
 @dataclass(frozen=True, slots=True)

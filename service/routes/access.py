@@ -15,6 +15,7 @@ from service.errors import KeyLimit, Unauthorized
 from service.keys import KeyFile
 from service.quotas import Quotas, Visit
 from service.routes.problems import problem
+from service.routes.state import service_of
 
 OPEN = frozenset(
     {
@@ -93,6 +94,27 @@ def sent_key(headers: Headers) -> str:
             return ""
         return pair.partition(":")[2]
     return headers.get("x-api-key") or headers.get("token", "")
+
+
+def is_admin(headers: Headers, keys: KeyFile | None) -> bool:
+    """Whether a request carries an admin key.
+
+    Not as the password of Basic: a browser would send it along with other pages' requests.
+    """
+    basic = headers.get("authorization", "").strip().lower().startswith("basic")
+    return keys is not None and not basic and keys.owner(sent_key(headers)) is not None
+
+
+def may_see_reasons(request: Request) -> bool:
+    """Whether the answer may say why a model is not served: with file paths and exception texts.
+
+    With API keys: to a request with one, on open routes too. Without: where only this machine can
+    ask, and not on open routes, which a proxy may hand on to everybody.
+    """
+    service = service_of(request)
+    if service.api_keys is not None:
+        return service.api_keys.owner(sent_key(request.headers)) is not None
+    return service.is_near and path_of(request.scope) not in OPEN
 
 
 def path_of(scope: Scope) -> str:

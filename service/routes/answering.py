@@ -10,29 +10,38 @@ import asyncio
 import functools
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, ParamSpec, TypeVar
 
+import torch
 from fastapi import Request, Response
 from torch import Tensor
 
 from api_schemas.options import CommonOptions, ExplainOptions
-from service.admission import Permit
-from service.errors import CamserveError, DeadlineExceeded, MalformedRequest
+from service.admission import Held, Permit
+from service.declared_size import Size
+from service.errors import CamserveError, DeadlineExceeded, MalformedRequest, QueueFull
 from service.formats import check_format
 from service.metrics import STAGES
 from service.models.loaded import LoadedModel
 from service.questions import Answer, Question
-from service.routes import access, asking, bodies
+from service.routes import access, asking, bodies, encodings
+from service.routes.answer_bytes import UNKNOWN, Bill, Price, Sizes
 from service.routes.middleware import CLIENT_CLOSED_REQUEST
-from service.routes.state import Service, service_of
+from service.routes.state import Limits, Service, service_of
 from service.upload import Hiding, Sent, Upload, open_upload
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+PAUSE = 0.05
+"""Seconds until a place among the images held is asked for again."""
+
+LOADS = 3
+"""How often a request has its model loaded: others may take its place before the request runs."""
 
 
 @dataclass(slots=True)
@@ -47,7 +56,11 @@ class Clock:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What is to be done for each image of a request."""
+    """What is to be done for each image of a request.
+
+    sizes, price: how many bytes each part of an image's place in the answer takes at most, and the
+                  whole of it. bill: of the request, where they are counted.
+    """
 
     service: Service
     model: LoadedModel
@@ -56,15 +69,22 @@ class Work:
     hiding: Hiding | None
     deadline: float
     clock: Clock
+    sizes: Sizes
+    price: Price
+    bill: Bill
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """One image, opened and answered; `masked` with a part of it hidden, where that was asked."""
+    """One image, opened and answered; `masked` with a part of it hidden, where that was asked.
+
+    priced: bytes that are held for its place in the answer.
+    """
 
     upload: Upload
     answer: Answer
     masked: Answer | None
+    priced: int
 
 
 class _ClientGone(Exception):
@@ -72,27 +92,72 @@ class _ClientGone(Exception):
 
 
 async def in_time(
-    request: Request, work: Callable[[bytes, Permit], Coroutine[Any, Any, Response]]
+    request: Request,
+    work: Callable[[bytes, Permit], Coroutine[Any, Any, Response]],
+    *,
+    waits: float | None = None,
 ) -> Response:
-    """Take a permit, read the body, and work until the answer, the deadline or the hang-up.
+    """Read the body, take a place, and work until the answer, the deadline or the disconnect.
 
+    The permit is held until the answer has left.
+
+    waits: until when to wait for a place (`time.monotonic`); None: a full service refuses at once,
+    before the body is read.
     Raises QueueFull, ShuttingDown, DeadlineExceeded, what `bodies.read_body` raises, and what
     `work` does.
     """
     service = service_of(request)
     limits, seconds = service.limits, timeout_of(request)
     deadline = request.scope["started"] + seconds
-    with service.admission.admit(bodies.declared_bytes(request)) as permit:
-        body = await bodies.read_body(request, permit, limits.body_bytes, seconds)
+    encodings.codings_of(request)  # what cannot be decoded need not be read
+    if waits is None:
+        service.admission.check()
+    permit = held(request).keep(service.admission.expect())
+    body = await bodies.read_body(request, permit, limits.body_bytes, seconds)
+    try:
+        async with asyncio.timeout(deadline - time.monotonic()):
+            body = await encodings.decoded(request, body, permit, limits.body_bytes)
+            return await _until_gone(request, _placed(work, body, permit, waits))
+    except TimeoutError as error:
+        raise DeadlineExceeded(
+            f"The answer was not ready within {seconds:g} seconds; try again, or ask for less."
+        ) from error
+    except _ClientGone:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+async def _placed(
+    work: Callable[[bytes, Permit], Coroutine[Any, Any, Response]],
+    body: bytes,
+    permit: Permit,
+    waits: float | None,
+) -> Response:
+    async def take() -> None:
+        permit.grow(1)
+
+    await (take() if waits is None else patiently(take, waits))
+    return await work(body, permit)
+
+
+async def patiently(ask: Callable[[], Awaitable[T]], until: float) -> T:
+    """Try again as long as the service is full and there is time. Raises QueueFull.
+
+    ask: what may be called twice; a body, for one, is read once.
+    """
+    while True:
         try:
-            async with asyncio.timeout(deadline - time.monotonic()):
-                return await _until_gone(request, work(body, permit))
-        except TimeoutError as error:
-            raise DeadlineExceeded(
-                f"The answer was not ready within {seconds:g} seconds; try again, or ask for less."
-            ) from error
-        except _ClientGone:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
+            return await ask()
+        except QueueFull:
+            if time.monotonic() + PAUSE > until:
+                raise
+            await asyncio.sleep(PAUSE)
+
+
+def held(request: Request) -> Held:
+    """What this request holds until its answer has left."""
+    kept = request.scope["held"]
+    assert isinstance(kept, Held)
+    return kept
 
 
 def timeout_of(request: Request) -> float:
@@ -119,26 +184,110 @@ async def model_in_use(request: Request, name: str | None) -> AsyncIterator[Load
     Raises UnknownModel, ModelNotReady, ConfigurationError.
     """
     service = service_of(request)
-    loading = service.library.demand(name)
-    if loading is not None:
-        # Others may wait for the same model: whoever hangs up must not stop its loading.
-        await asyncio.shield(asyncio.wrap_future(loading))
+    for _ in range(LOADS):
+        loading = service.library.demand(name)
+        if loading is None:
+            break
+        # Others may wait for the same model: whoever hangs up must not stop its loading. Where it
+        # failed, what is known of the model by then says when to come back.
+        with suppress(CamserveError):
+            await asyncio.shield(asyncio.wrap_future(loading))
     with service.pool.use(name or service.library.default) as model:
         yield model
 
 
-def understand(request: Request, model: LoadedModel, options: CommonOptions, images: int) -> Work:
-    """Everything that can be refused before any image is opened is refused here."""
+async def understand(
+    request: Request,
+    model: LoadedModel,
+    options: CommonOptions,
+    images: int,
+    permit: Permit,
+    *,
+    charge: Callable[[float], None] | None = None,
+) -> Work:
+    """Everything that can be refused before any image is looked at is refused here.
+
+    Names, patterns and masks, which may be long, are resolved in a worker thread; what the request
+    costs is charged to its key here, on the event loop.
+
+    permit: holds the bytes of the answer, once the images' sizes are known.
+    charge: takes what these images cost, where a request's sum is reserved by the caller; None
+            reserves it here.
+    """
     service = service_of(request)
-    charge = functools.partial(access.reserve, request)
-    question = asking.question(model, options, service.limits, images, charge)
+    resolve = functools.partial(_resolved, model, options, service.limits, images)
+    if _names_nothing(options):
+        found = resolve()
+    else:
+        found = await result_of(service.scheduler.call(resolve))
+    for price in found.prices:
+        (charge or functools.partial(access.reserve, request))(price)
     request.scope["log"] = {"model": model.name}
-    deadline = request.scope["started"] + timeout_of(request)
-    return Work(service, model, options, question, asking.hiding(options), deadline, Clock())
+    sizes = found.sizes
+    return Work(
+        service,
+        model,
+        options,
+        found.question,
+        found.hiding,
+        request.scope["started"] + timeout_of(request),
+        Clock(),
+        sizes,
+        sizes.result,
+        Bill(permit, service.limits.answer_bytes, sizes.advice(images)),
+    )
 
 
-async def ask(work: Work, data: Sent) -> Answered:
-    """Open one image, put the question to the model, and where asked again with a part hidden."""
+def _names_nothing(options: CommonOptions) -> bool:
+    """Whether there is nothing to look up: then resolving takes less than the way to a thread."""
+    if not isinstance(options, ExplainOptions):
+        return not options.activations
+    named = (options.activations, options.targets, options.layer, options.contrast, options.mask)
+    return not any(named)
+
+
+@dataclass(frozen=True, slots=True)
+class _Resolved:
+    """What options mean for a model; `prices`: what they cost its key, in forward passes."""
+
+    question: Callable[[Tensor], Question]
+    hiding: Hiding | None
+    sizes: Sizes
+    prices: list[float]
+
+
+def _resolved(model: LoadedModel, options: CommonOptions, limits: Limits, images: int) -> _Resolved:
+    prices: list[float] = []
+    question = asking.question(model, options, limits, images, prices.append)
+    sizes = Sizes(model, options, question(torch.empty(0)), limits.render_side)
+    return _Resolved(question, asking.hiding(options), sizes, prices)
+
+
+async def ask(work: Work, data: Sent, size: Size = UNKNOWN) -> Answered:
+    """Open one image, put the question to the model, and where asked again with a part hidden.
+
+    size: of the image, whose price the caller added to the bill. What it takes more is added here;
+          where this fails nothing of it stays held.
+    """
+    priced = work.price(size)
+    try:
+        upload = await _opened(work, data)
+        whole = max(priced, work.price((upload.width, upload.height)))
+        work.bill.add(whole - priced)
+        priced = whole
+        answer = await _infer(work, work.question(upload.model_input.pixels))
+        if upload.masked is None:
+            return Answered(upload, answer, None, priced)
+        targets = tuple(explanation.class_id for explanation in answer.explanations)
+        again = work.question(upload.masked.model_input.pixels)
+        masked = await _infer(work, replace(again, targets=targets, activations=()))
+        return Answered(upload, answer, masked, priced)
+    except BaseException:
+        work.bill.take_back(priced)
+        raise
+
+
+async def _opened(work: Work, data: Sent) -> Upload:
     service, options = work.service, work.options
     wants_photo = isinstance(options, ExplainOptions) and "overlay" in options.include
     if isinstance(data, bytes):
@@ -158,13 +307,7 @@ async def ask(work: Work, data: Sent) -> Answered:
         )
     )
     work.clock.seconds["decode"] += time.monotonic() - started
-    answer = await _infer(work, work.question(upload.model_input.pixels))
-    if upload.masked is None:
-        return Answered(upload, answer, None)
-    targets = tuple(explanation.class_id for explanation in answer.explanations)
-    again = work.question(upload.masked.model_input.pixels)
-    masked = await _infer(work, replace(again, targets=targets, activations=()))
-    return Answered(upload, answer, masked)
+    return upload
 
 
 async def _infer(work: Work, question: Question) -> Answer:

@@ -37,16 +37,17 @@ def question(
     """
     paths, kind = _captures(model, options, limits, images)
     asked = Question(torch.empty(0), options.top_k, method=None, activations=paths, kinds=(kind,))
-    price = 1.0
     if isinstance(options, ExplainOptions):
         asked = _explaining(model, options, asked)
-        price = cost(model, asked) * (2 if options.mask is not None else 1)
-        if price > limits.cost:
-            raise InvalidOption(
-                f"This explanation costs {price:g} forward passes an image; at most "
-                f"{limits.cost:g} are allowed. Ask for fewer samples, steps or targets, another "
-                "layer or another method."
-            )
+    price = cost(model, asked)
+    if isinstance(options, ExplainOptions) and options.mask is not None:
+        price += cost(model, replace(asked, activations=()))
+    if price > limits.cost:
+        raise InvalidOption(
+            f"This explanation costs {price:g} forward passes an image; at most "
+            f"{limits.cost:g} are allowed. Ask for fewer samples, steps or targets, a later "
+            "layer or another method."
+        )
     if charge is not None:
         captured = model.activation_bytes(paths, inputs=kind.endswith("input")) / 2**20
         extra = _drawn(options, asked, limits) * DRAWN_MEGAPIXEL + captured * ACTIVATION_MEBIBYTE
@@ -72,7 +73,7 @@ def _drawn(options: CommonOptions, asked: Question, limits: Limits) -> float:
     if not isinstance(options, ExplainOptions) or options.size != "source":
         return 0.0
     pictures = len({"heatmap", "overlay"}.intersection(options.include))
-    maps = (len(asked.targets) or asked.explain_top) * (2 if options.mask is not None else 1)
+    maps = asked.count * (2 if options.mask is not None else 1)
     return pictures * maps * limits.render_side**2 / 1e6
 
 

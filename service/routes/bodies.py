@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import binascii
+import codecs
+import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import pydantic
 from fastapi import Request
@@ -26,6 +28,7 @@ from service.errors import (
 )
 from service.fetching import Fetcher
 from service.routes.problems import describe
+from service.routes.state import service_of
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
@@ -36,6 +39,10 @@ Image = bytes | str | InvalidImageData
 """An image of a request: its file, its URL, or why it is neither."""
 
 _MAX_PART_HEADER = 4096
+"""Bytes of one header of a part; all headers of a part have eight times as many at most."""
+
+_MAX_URI_HEAD = 1000
+"""Characters of a data: URI before its data."""
 
 MAX_JSON_NAMES = 20_000
 MAX_JSON_VALUES = 600_000
@@ -44,34 +51,86 @@ boxes for every image, stay below. Counted in the bytes, before anything is buil
 
 
 async def read_body(request: Request, permit: Permit, max_bytes: int, seconds: float) -> bytes:
-    """All bytes of the body; `permit` grows by those that were not declared.
+    """All bytes of the body, once; `permit` grows by them as they arrive.
 
-    Raises BodyTooLarge, SlowUpload after `seconds`, EmptyBody, QueueFull.
+    Raises BodyTooLarge, EmptyBody, QueueFull; SlowUpload after `seconds`, below the minimum rate,
+    and where it is slow and somebody else needs what it holds.
     """
     too_large = BodyTooLarge(
         f"The body is larger than {max_bytes} bytes; send fewer or smaller images."
     )
-    declared = declared_bytes(request)
-    if declared > max_bytes:
+    if declared_bytes(request) > max_bytes:
         raise too_large
     chunks: list[bytes] = []
-    size = 0
-    try:
-        async with asyncio.timeout(seconds):
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > max_bytes:
-                    raise too_large
-                if size > declared:  # a chunked body declares nothing
-                    permit.grow(0, len(chunk))
-                chunks.append(chunk)
-    except TimeoutError as error:
-        raise SlowUpload(f"The body did not arrive within {seconds:g} seconds.") from error
-    if not size:
+    async with _Upload(request, permit, seconds) as upload:
+        async for chunk in request.stream():
+            upload.size += len(chunk)
+            if upload.size > max_bytes:
+                raise too_large
+            permit.grow(0, len(chunk))
+            upload.keep_waiting()
+            chunks.append(chunk)
+    if not upload.size:
         raise EmptyBody(
             "The body is empty; send an image, for instance with curl --data-binary @cat.jpg."
         )
     return b"".join(chunks)
+
+
+class _Upload:
+    """The clock of one body; its `async with` ends with SlowUpload.
+
+    size: bytes that have arrived.
+    """
+
+    def __init__(self, request: Request, permit: Permit, seconds: float) -> None:
+        self.size = 0
+        self._client = request.client.host if request.client else ""
+        self._transfers = service_of(request).transfers
+        self._permit = permit
+        self._seconds = seconds
+        self._last = time.monotonic() + seconds
+        self._timeout = asyncio.timeout(seconds)
+
+    def keep_waiting(self) -> None:
+        """Wait as long as what has come allows."""
+        left = min(self._last, self._transfer.deadline) - time.monotonic()
+        self._timeout.reschedule(asyncio.get_running_loop().time() + left)
+
+    def _give_up(self) -> None:
+        self._permit.release()
+        if not self._timeout.expired():
+            self._timeout.reschedule(0)
+
+    async def __aenter__(self) -> Self:
+        self._transfer = self._transfers.receive(
+            self._client,
+            moved=lambda: self.size,
+            end=self._give_up,
+            holds=self._permit.holds,
+        )
+        await self._timeout.__aenter__()
+        self.keep_waiting()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._transfer.close()
+        try:
+            await self._timeout.__aexit__(exc_type, exc, traceback)
+        except TimeoutError as error:
+            if time.monotonic() >= self._last:
+                reason = f"The body did not arrive within {self._seconds:g} seconds."
+            else:
+                reason = (
+                    f"The body came at less than {self._transfers.rate:g} bytes a second; send it "
+                    "faster, or fewer and smaller images."
+                )
+            raise SlowUpload(reason) from error
 
 
 def declared_bytes(request: Request) -> int:
@@ -162,6 +221,7 @@ class _Form:
         self._field = bytearray()
         self._value = bytearray()
         self._disposition = b""
+        self._header_bytes = 0
 
     def callbacks(self) -> MultipartCallbacks:
         return {
@@ -176,20 +236,27 @@ class _Form:
 
     def _begin_part(self) -> None:
         self._disposition = b""
+        self._header_bytes = 0
 
     def _header_field(self, data: bytes, start: int, end: int) -> None:
         self._field += data[start:end]
-        self._bound_header()
+        self._bound_header(end - start)
 
     def _header_value(self, data: bytes, start: int, end: int) -> None:
         self._value += data[start:end]
-        self._bound_header()
+        self._bound_header(end - start)
 
-    def _bound_header(self) -> None:
+    def _bound_header(self, more: int) -> None:
         if len(self._field) + len(self._value) > _MAX_PART_HEADER:
             raise MalformedRequest(f"A part's header is longer than {_MAX_PART_HEADER} bytes.")
+        self._header_bytes += more
+        if self._header_bytes > 8 * _MAX_PART_HEADER:
+            raise MalformedRequest(
+                f"The headers of a part are longer than {8 * _MAX_PART_HEADER} bytes."
+            )
 
     def _end_header(self) -> None:
+        self._header_bytes += 4  # the colon, a space and the line's end
         if self._field.lower() == b"content-disposition":
             self._disposition = bytes(self._value)
         self._field.clear()
@@ -222,6 +289,27 @@ def check_json(body: bytes, max_values: int, max_lists: int, advice: str) -> Non
         )
 
 
+def utf8_json(body: bytes) -> bytes:
+    """A JSON body without a byte order mark. Raises MalformedRequest for UTF-16 and UTF-32."""
+    head = body[:4]
+    coding = next((name for mark, name in _MARKS if head.startswith(mark)), None)
+    if coding is None and b"\0" in head:  # no JSON text has one, and these begin with ASCII
+        coding = "UTF-32" if head.count(b"\0") > 2 else "UTF-16"
+    if coding is not None:
+        raise MalformedRequest(
+            f"The JSON is encoded as {coding}; send it as UTF-8 (RFC 8259 §8.1)."
+        )
+    return body.removeprefix(codecs.BOM_UTF8)
+
+
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),  # before UTF-16's, which it begins with
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+
+
 def json_request(body: bytes, form: type[Options], max_images: int) -> tuple[list[Image], Options]:
     """Images and options of a JSON request; an image that is no base64 is its own error.
 
@@ -229,6 +317,7 @@ def json_request(body: bytes, form: type[Options], max_images: int) -> tuple[lis
     Raises MalformedRequest, InvalidOption, BodyTooLarge.
     """
     advice = "images are sent as base64, not as lists of numbers."
+    body = utf8_json(body)
     check_json(body, MAX_JSON_VALUES, MAX_JSON_NAMES, advice)
     try:
         request = form.model_validate_json(body)
@@ -296,12 +385,15 @@ def _image(source: ImageSource) -> Image:
 
 
 def image_file(text: str) -> bytes | InvalidImageData:
-    """The file in base64 or in a data: URI, or why there is none."""
+    """The file in base64 or in a data: URI, or why there is none; ASCII whitespace is left out."""
     if text[:5].lower() == "data:":
-        header, comma, text = text.partition(",")
-        if not comma or not header.lower().endswith(";base64"):
+        end = text.find(",", 0, _MAX_URI_HEAD)
+        if end < 0 or not text[:end].lower().endswith(";base64"):
             return InvalidImageData("The data: URI is not of the form data:image/png;base64,….")
+        text = text[end + 1 :]
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError):
+        # Not by `split`: base64 with a space every two characters would become millions of strings.
+        data = text.encode("ascii").translate(None, b" \t\n\r\v\f")
+        return binascii.a2b_base64(data, strict_mode=True)
+    except ValueError:  # binascii.Error and UnicodeEncodeError are such
         return InvalidImageData("`data` is not standard base64 (RFC 4648 §4) of an image file.")

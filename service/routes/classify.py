@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import orjson
@@ -19,9 +20,11 @@ from api_schemas.options import (
     PredictRequest,
 )
 from service.admission import Permit
+from service.declared_size import Size
 from service.errors import InvalidOption, NotAcceptable
 from service.routes import answering, bodies, docs
 from service.routes.accept import preferred_image
+from service.routes.answer_bytes import size_before
 from service.routes.answering import Work, as_error, result_of
 from service.routes.problems import status_of
 from service.routes.state import service_of
@@ -64,10 +67,18 @@ async def _classify(
     if image_format and isinstance(options, ExplainOptions):
         options = options.model_copy(update={"format": image_format, "include": ["overlay"]})
     async with answering.model_in_use(request, options.model) as model:
-        work = answering.understand(request, model, options, len(uploads))
+        work = await answering.understand(request, model, options, len(uploads), permit)
+        if image_format:
+            work = replace(work, price=work.sizes.overlay)
+        sizes = [size_before(each, work.service.limits.pixels) for each in uploads]
+        work.bill.add(sum(map(work.price, sizes)))
         take = bodies.bounded(permit, work.service.limits.body_bytes)
         results = await asyncio.gather(
-            *(_one(work, upload, image_format, take) for upload in uploads), return_exceptions=True
+            *(
+                _one(work, upload, size, image_format, take)
+                for upload, size in zip(uploads, sizes, strict=True)
+            ),
+            return_exceptions=True,
         )
         return await _respond(request, work, results)
 
@@ -84,7 +95,7 @@ async def _take_apart(
         )
         return await result_of(call), options
     if bodies.is_json(kind):
-        if request.url.query:
+        if request.scope["query_string"]:
             raise InvalidOption(
                 "A JSON request carries its options as fields beside `images`; leave the query "
                 "empty."
@@ -109,12 +120,16 @@ def _image_format(request: Request, options: CommonOptions, images: int) -> str 
 
 
 async def _one(
-    work: Work, image: bodies.Image, image_format: str | None, take: Callable[[int], None]
+    work: Work,
+    image: bodies.Image,
+    size: Size,
+    image_format: str | None,
+    take: Callable[[int], None],
 ) -> wire.Result | Response:
     """One image from its bytes, or its URL, to its place in the answer."""
     service, options = work.service, work.options
     data = await bodies.image_bytes(image, service.fetcher, take)
-    found = await answering.ask(work, data)
+    found = await answering.ask(work, data, size)
     if image_format and isinstance(options, ExplainOptions):
         first = found.answer.explanations[0]
         picture = await answering.drawn(work, overlay, found.upload, first, style_of(options))
@@ -136,6 +151,7 @@ async def _respond(
     header = answering.report(request, work, len(results))
     only = results[0]
     if isinstance(only, Response):
+        work.bill.made(len(only.body))
         only.headers.update(header)
         return only
     answer = wire.Answer(
@@ -145,6 +161,7 @@ async def _respond(
         timing_ms=wire.Timing(**work.clock.milliseconds()),
     )
     body = await result_of(work.service.scheduler.call(_dump, answer))
+    work.bill.made(len(body))
     return Response(body, media_type="application/json", headers=header)
 
 

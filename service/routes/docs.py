@@ -29,6 +29,7 @@ _PROBLEMS = {
     408: "The body did not arrive in time.",
     413: "The body, an image or their number is over the limit.",
     415: "Not a content type or an image format that is read.",
+    421: "The `Host` header names a host that this service does not answer for.",
     424: "An image could not be fetched from its URL.",
     422: "An option is unknown, out of range, or contradicts another.",
     429: "The queue is full, or the key has used what it may; try again after `Retry-After`.",
@@ -48,6 +49,7 @@ _CODES = {
     408: "slow_upload",
     413: "body_too_large",
     415: "unsupported_image",
+    421: "host_not_allowed",
     424: "image_url_failed",
     422: "invalid_option",
     429: "queue_full",
@@ -149,8 +151,8 @@ def _complete_operation(method: str, path: str, operation: dict[str, Any]) -> No
     if rest:
         operation["description"] = " ".join(rest.split())
     responses = operation["responses"]
-    if "4XX" not in responses:  # every route may be sent a head without end
-        responses |= {str(status): of for status, of in problems(431).items()}
+    if "4XX" not in responses:  # every route may be sent a head without end, or to a wrong host
+        responses |= {str(status): of for status, of in problems(421, 431).items()}
     if "HTTPValidationError" in str(responses.get("422")):
         del responses["422"]
     _describe_body(method, path, operation)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.concurrency import run_in_threadpool
 
 from api_schemas.models import Health
 from service.errors import ModelNotReady, ShuttingDown
+from service.models.library import Entry
+from service.routes.access import may_see_reasons
 from service.routes.docs import problems
 from service.routes.state import Service, service_of
 
@@ -24,7 +28,6 @@ _SAMPLES: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.head("/health/live", include_in_schema=False)
 @router.get("/health/live", responses=problems(503))
 async def live(request: Request) -> Health:
     """The process answers, and not too many of its threads hang."""
@@ -32,7 +35,6 @@ async def live(request: Request) -> Health:
     return Health(status="live")
 
 
-@router.head("/health/ready", include_in_schema=False)
 @router.get("/health/ready", responses=problems(503), response_model_exclude_unset=True)
 async def ready(request: Request) -> Health:
     """Models are loaded and new requests are taken."""
@@ -40,20 +42,50 @@ async def ready(request: Request) -> Health:
     if not service.admission.is_open:
         raise ShuttingDown("The service is shutting down; ask another instance.")
     _refuse_where_threads_hang(service)
+    _have_repaired(service)
     entries = service.library.entries
-    loading = [name for name, entry in entries.items() if entry.state == "loading"]
-    failed = {name: entry.reason or "" for name, entry in entries.items() if entry.reason}
-    if loading or not service.pool.models:
-        reasons = " ".join(f"{name}: {reason}" for name, reason in failed.items())
+    # A model that a request loads again keeps no others from being served.
+    loading = [
+        n for n, entry in entries.items() if entry.state == "loading" and not entry.on_demand
+    ]
+    failed = {name: entry for name, entry in entries.items() if entry.reason}
+    if loading or not any(each.state == "ready" or each.on_demand for each in entries.values()):
         waiting = f"Loading: {', '.join(loading)}." if loading else "No model is loaded."
-        raise ModelNotReady(f"{waiting} {reasons}".strip(), retry_after=2)
-    return Health(status="ready", reasons=failed) if failed else Health(status="ready")
+        raise ModelNotReady(f"{waiting} {_sentence(request, failed)}".strip(), retry_after=2)
+    return _health(request, failed)
 
 
 @router.get("/metrics", response_class=Response, responses=_SAMPLES | problems(401))
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
-    return Response(service_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
+    # Not on the event loop: counting hooks looks through every module of every replica.
+    text = await run_in_threadpool(service_of(request).metrics.render)
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+
+def _have_repaired(service: Service) -> None:
+    """Have what failed tried again where its delay has passed: no request may come to do it."""
+    service.library.retry()
+    if service.pool.wants_mending:
+        service.scheduler.call(service.pool.mend)
+
+
+def _health(request: Request, failed: Mapping[str, Entry]) -> Health:
+    """The answer of a service that is ready, though it has models to look at."""
+    if not failed:
+        return Health(status="ready")
+    health = Health(status="ready", states={name: each.state for name, each in failed.items()})
+    if may_see_reasons(request):
+        health.reasons = {name: each.reason or "" for name, each in failed.items()}
+    return health
+
+
+def _sentence(request: Request, failed: Mapping[str, Entry]) -> str:
+    """What is wrong with models; why, only to who may see it."""
+    if may_see_reasons(request):
+        return " ".join(f"{name}: {each.reason}" for name, each in failed.items())
+    states = ", ".join(f"{name} is {each.state}" for name, each in failed.items())
+    return f"{states}; GET /models has the reasons." if states else ""
 
 
 def _refuse_where_threads_hang(service: Service) -> None:

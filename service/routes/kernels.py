@@ -9,9 +9,12 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from service.cam.file_sizes import photo_bytes
 from service.cam.kernels import KernelGrid, draw_kernels, sees_colours, weight_of
 from service.errors import DeadlineExceeded, InvalidOption
 from service.models.loaded import LoadedModel
+from service.routes import answering
+from service.routes.answer_bytes import Bill
 from service.routes.docs import problems
 from service.routes.state import service_of
 
@@ -51,16 +54,20 @@ async def kernels(request: Request, name: str, layer: str) -> Response:
     """
     service = service_of(request)
     model = service.pool.model(name)
+    side = service.limits.render_side
     deadline = request.scope["started"] + service.limits.timeout
-    with service.admission.admit():
-        try:
-            async with asyncio.timeout(deadline - time.monotonic()):
-                call = service.scheduler.call(_draw, model, layer, service.limits.render_side)
-                grid = await asyncio.wrap_future(call)
-        except TimeoutError as error:
-            raise DeadlineExceeded(
-                f"The picture was not ready within {service.limits.timeout:g} seconds; try again."
-            ) from error
+    permit = answering.held(request).keep(service.admission.admit())
+    bill = Bill(permit, service.limits.answer_bytes, "Name a layer with fewer kernels.")
+    bill.add(min(service.limits.answer_bytes, photo_bytes((side, side), "png")))
+    try:
+        async with asyncio.timeout(deadline - time.monotonic()):
+            grid = await asyncio.wrap_future(service.scheduler.call(_draw, model, layer, side))
+    except TimeoutError as error:
+        raise DeadlineExceeded(
+            f"The picture was not ready within {service.limits.timeout:g} seconds; try again."
+        ) from error
+    bill.add(max(0, len(grid.picture.data) - permit.answer_bytes))
+    bill.made(len(grid.picture.data))
     headers = {"X-Kernels": str(grid.kernels), "X-Kernels-Left-Out": str(grid.left_out)}
     return Response(grid.picture.data, media_type=grid.picture.media_type, headers=headers)
 

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 
 import structlog
@@ -16,9 +17,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.admission import Admission
-from service.errors import InvalidOption, QueueFull, ShuttingDown
+from service.admission import Admission, Held
+from service.errors import HeadTooLarge, InvalidOption, QueueFull, ShuttingDown
 from service.metrics import Metrics
+from service.routes.access import path_of
 from service.routes.problems import problem, unexpected
 from service.tracing import Traces
 
@@ -43,7 +45,7 @@ SECURITY_HEADERS = {
 """Of every answer."""
 
 CORS: Mapping[str, Any] = {
-    "allow_methods": ["GET", "POST"],
+    "allow_methods": ["GET", "HEAD", "POST"],
     "allow_headers": ["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
     "expose_headers": ["Retry-After", "Server-Timing", "X-Request-ID"],
     "max_age": 600,
@@ -57,6 +59,8 @@ _ID = re.compile(r"[A-Za-z0-9._-]{1,100}")
 class RequestContext:
     """Gives each request an id (its own `X-Request-ID`, or a new one), logs and counts it.
 
+    What the request holds is given back once its answer has left: `send` returns from the last
+    message when the socket has taken it (`service.outbox`).
     An exception that no handler took becomes a 500 problem body here; nothing of it leaves.
     """
 
@@ -74,18 +78,24 @@ class RequestContext:
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=scope["request_id"])
         status = 0
+        answered = 0.0
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
+            nonlocal status, answered
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = scope["request_id"]
                 headers.update(SECURITY_HEADERS)
+            answered = time.monotonic()
             await send(message)
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                held.release()
 
+        held: Held = scope.setdefault("held", Held())
         try:
-            await self.app(scope, receive, send_with_id)
+            with held:
+                await self.app(scope, receive, send_with_id)
         except ClientDisconnect:  # while it sent its body: nobody is left to answer
             status = CLIENT_CLOSED_REQUEST
         except Exception as error:  # noqa: BLE001 - the last stop before the server
@@ -93,18 +103,48 @@ class RequestContext:
             if not status:
                 await unexpected(Request(scope))(scope, receive, send_with_id)
         finally:
-            self._report(scope, status, time.monotonic() - started)
+            self._report(scope, status, (answered or time.monotonic()) - started)
 
     def _report(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
         self.metrics.requests.labels(route, str(status)).inc()
         is_probe = route.startswith(("/health", "/metrics"))
-        said = {"method": scope["method"], "route": route, **scope.get("log", {})}
+        method = scope.get("sent_method", scope["method"])
+        said = {"method": method, "route": route, **scope.get("log", {})}
         log = _log.debug if is_probe else _log.info
         log("request", status=status, ms=round(seconds * 1000, 1), **said)
         if self.traces is not None and not is_probe:
             said["request_id"] = scope["request_id"]
             self.traces.record(Headers(scope=scope), seconds, said, status)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadAsGet:
+    """Answers HEAD as GET is answered, without the body."""
+
+    app: ASGIApp
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_head = scope["type"] == "http" and scope["method"] == "HEAD"
+
+        async def send_head(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                if message["status"] == HTTPStatus.METHOD_NOT_ALLOWED:
+                    _name_head(MutableHeaders(scope=message))
+            elif is_head:
+                message = {**message, "body": b""}
+            await send(message)
+
+        if is_head:
+            scope = {**scope, "method": "GET", "sent_method": "HEAD"}
+        await self.app(scope, receive, send_head)
+
+
+def _name_head(headers: MutableHeaders) -> None:
+    """Where a route says that it takes GET, it takes HEAD."""
+    methods = [each.strip() for each in headers.get("allow", "").split(",")]
+    if "GET" in methods and "HEAD" not in methods:
+        headers["allow"] = ", ".join([*methods, "HEAD"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +164,37 @@ class BehindPrefix:
             if path != self.prefix and not path.startswith(f"{self.prefix}/"):
                 path = self.prefix + path
             scope = {**scope, "root_path": self.prefix, "path": path}
+        await self.app(scope, receive, send)
+
+
+@dataclass(frozen=True, slots=True)
+class BoundedHeaders:
+    """Refuses more header fields, or longer ones, than any client sends, and paths without end.
+
+    Cookies are taken away: nothing here reads them, and the framework would parse those of every
+    request, with a regular expression that takes the square of their length.
+    """
+
+    app: ASGIApp
+    fields: int = 100
+    characters: int = 16 << 10
+    path: int = 4 << 10
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            headers = scope["headers"]
+            longest = max((len(value) for _, value in headers), default=0)
+            long_path = len(scope["path"]) > self.path
+            if len(headers) > self.fields or longest > self.characters or long_path:
+                error = HeadTooLarge(
+                    f"A request has a path of at most {self.path} characters and at most "
+                    f"{self.fields} header fields of {self.characters} bytes each; send options in "
+                    "the query, or as fields of a JSON body."
+                )
+                bare = Request({**scope, "headers": [], "path": scope["path"][: self.path]})
+                await problem(bare, error)(scope, receive, send)
+                return
+            scope["headers"] = [each for each in headers if each[0] != b"cookie"]
         await self.app(scope, receive, send)
 
 
@@ -155,7 +226,7 @@ class RefusedWhenFull:
     routes: Mapping[str, BaseRoute]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        route = self.routes.get(scope.get("path", ""))
+        route = self.routes.get(path_of(scope)) if scope["type"] == "http" else None
         if route is not None and scope["method"] == "POST":
             try:
                 self.admission.check()

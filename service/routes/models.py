@@ -7,12 +7,17 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from api_schemas import models as wire
+from service.models.condition import ATTRIBUTE
 from service.models.library import Entry
 from service.models.loaded import LoadedModel
+from service.routes.access import may_see_reasons
 from service.routes.docs import problems
 from service.routes.state import Service, service_of
 
 router = APIRouter(tags=["models"])
+
+HIDDEN = "The log of the service has the reason; it may name files."
+"""Shown in place of a reason where the client may be anybody."""
 
 
 @router.get("/models", responses=problems(401), response_model_exclude_unset=True)
@@ -20,7 +25,7 @@ async def models(request: Request) -> wire.Models:
     """Every served model; the first is the default."""
     service = service_of(request)
     return wire.Models(
-        models=[wire.Model(**_fields(service, entry)) for entry in service.library.entries.values()]
+        models=[wire.Model(**_fields(request, entry)) for entry in service.library.entries.values()]
     )
 
 
@@ -28,7 +33,7 @@ async def models(request: Request) -> wire.Models:
 async def model(request: Request, name: str) -> wire.ModelDetails:
     """One model, its state and, once it is loaded, its labels."""
     service = service_of(request)
-    fields = _fields(service, service.library.entry(name))
+    fields = _fields(request, service.library.entry(name))
     loaded = service.pool.models.get(name)
     if loaded is not None:
         fields["labels"] = list(loaded.labels)
@@ -53,7 +58,9 @@ async def layers(request: Request, name: str) -> wire.Layers:
     )
 
 
-def _fields(service: Service, entry: Entry) -> dict[str, Any]:
+def _fields(request: Request, entry: Entry) -> dict[str, Any]:
+    service = service_of(request)
+    shown = may_see_reasons(request)
     model = service.pool.models.get(entry.spec.name)
     fields: dict[str, Any] = {
         "name": entry.spec.name,
@@ -62,15 +69,17 @@ def _fields(service: Service, entry: Entry) -> dict[str, Any]:
         "default": entry.spec.name == service.library.default,
     }
     if entry.reason:
-        fields["reason"] = entry.reason
+        # Why a model is unloaded names no file.
+        fields["reason"] = entry.reason if shown or entry.state == "unloaded" else HIDDEN
     if entry.progress:
         fields["progress"] = entry.progress
-    return fields if model is None else fields | _loaded(service, model)
+    return fields if model is None else fields | _loaded(service, model, shown=shown)
 
 
-def _loaded(service: Service, model: LoadedModel) -> dict[str, Any]:
+def _loaded(service: Service, model: LoadedModel, *, shown: bool) -> dict[str, Any]:
     preprocessing = model.preprocessing
     off = model.no_layers or model.no_gradients
+    slower = model.compiled.instead if model.compiled else model.not_compiled
     return {
         "version": model.version,
         "classes": len(model.labels),
@@ -85,14 +94,20 @@ def _loaded(service: Service, model: LoadedModel) -> dict[str, Any]:
         ),
         "target_layer": model.target_layer,
         "lanes": [
-            wire.Lane(name="hooked", ready=off is None, reason=off),
+            wire.Lane(name="hooked", ready=off is None, reason=off if shown else off and HIDDEN),
             wire.Lane(
                 name="compiled",
                 ready=model.compiled is not None,
-                reason=model.compiled.instead if model.compiled else model.not_compiled,
+                reason=slower if shown else slower and HIDDEN,
                 precision=model.compiled.precision if model.compiled else None,
             ),
         ],
         "random_weights": model.random_weights,
         "replicas": service.pool.size(model.name),
+        **({"stateful": _changes(model)} if model.stateful else {}),
     }
+
+
+def _changes(model: LoadedModel) -> list[str]:
+    """Paths of attributes, and words for the rest."""
+    return [fault.removeprefix(ATTRIBUTE) for fault in model.stateful]

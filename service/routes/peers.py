@@ -24,6 +24,7 @@ _TYPES = MappingProxyType(
         405: "MethodNotAllowedException",
         408: "RequestTimeoutException",
         413: "RequestEntityTooLargeException",
+        421: "BadRequestException",
         503: "ServiceUnavailableException",
     }
 )

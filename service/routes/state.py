@@ -15,6 +15,7 @@ from service.metrics import Metrics
 from service.models.library import Library
 from service.models.pool import ModelPool
 from service.scheduler import Scheduler
+from service.transfers import Transfers
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +29,16 @@ class Limits:
     activation_bytes: int
     cost: float
     timeout: float
+    answer_bytes: int = 64 << 20
     formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """The parts that every route may use."""
+    """The parts that every route may use.
+
+    is_near: whether only this machine can reach the service.
+    """
 
     pool: ModelPool
     library: Library
@@ -41,11 +46,13 @@ class Service:
     admission: Admission
     metrics: Metrics
     limits: Limits
+    transfers: Transfers
     admin_keys: KeyFile | None = None
     fetcher: Fetcher | None = None
     api_keys: KeyFile | None = None
     label_studio: LabelStudio = field(default_factory=LabelStudio)
     decoding: DecodeBudget = field(default_factory=DecodeBudget)
+    is_near: bool = False
 
 
 def service_of(request: Request) -> Service:

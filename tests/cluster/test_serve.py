@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections import Counter
@@ -119,6 +120,19 @@ def test_many_models_share_replicas(cluster: Cluster) -> None:
     unknown = post("/predict", serve_multiplexed_model_id="papr")
     assert (unknown.status_code, unknown.json()["code"]) == (404, "unknown_model")
     assert "'paper'" in unknown.json()["detail"]
+
+
+def test_many_models_ask_for_the_key_before_they_load_one(cluster: Cluster, tmp_path: Path) -> None:
+    """The replica is ready with none loaded; tests/integration counts the loads."""
+    keys = tmp_path / "keys"
+    keys.write_text(f"one:{hashlib.sha256(b'key').hexdigest()}\n")
+    arguments = {"models": ["a=tiny:small", "b=tiny:small"], "api_keys_file": str(keys)}
+    cluster.deploy(arguments, "many_models", num_replicas=1)
+    assert post("/predict?model=b").status_code == 401
+    with httpx.Client(trust_env=False) as client:
+        assert client.get(f"{URL}/health/ready").json() == {"status": "ready"}
+    answer = post("/predict?model=b", **{"x-api-key": "key"})
+    assert answer.json()["model"]["name"] == "b"
 
 
 def test_a_node_that_dies_under_load_loses_no_request_that_is_tried_again(cluster: Cluster) -> None:

@@ -21,6 +21,7 @@ from api_schemas.options import PredictOptions
 from service import keys as keys_module
 from service import logs
 from service.app import create_app
+from service.errors import ConfigurationError
 from service.routes import asking
 from service.settings import Settings
 
@@ -105,6 +106,51 @@ def test_without_a_key_it_is_401_with_a_challenge(
     assert response.headers["content-type"] == "application/problem+json"
     assert response.headers["www-authenticate"].startswith('Bearer realm="camserve", Basic ')
     assert response.headers["x-request-id"] == response.json()["request_id"]
+
+
+NOBODY = {
+    "no header": {},
+    "an empty bearer": {"authorization": "Bearer "},
+    "bearer alone": {"authorization": "Bearer"},
+    "an empty password": basic("labeling", ""),
+    "a blank password": basic("", " "),
+    "no password": {"authorization": "Basic " + base64.b64encode(b"labeling").decode()},
+    "Basic alone": {"authorization": "Basic "},
+    "another scheme": {"authorization": "Digest x"},
+    "an empty X-API-Key": {"x-api-key": ""},
+    "an empty Token": {"token": ""},
+    "empty everywhere": {"authorization": "", "x-api-key": " ", "token": ""},
+}
+
+
+@pytest.mark.parametrize("headers", NOBODY.values(), ids=NOBODY)
+def test_no_key_is_nobody_even_where_a_line_holds_the_hash_of_nothing(
+    serve, files, headers: dict[str, str]
+) -> None:
+    """As if the check of the file had been passed: keys of both kinds, each with a blank one."""
+    with serve(**files) as client:
+        service = client.app.state.service
+        for keys in (service.api_keys, service.admin_keys):
+            blank = {
+                f"blank-{n}": _blank_key(f"blank-{n}", text) for n, text in enumerate(("", " "))
+            }
+            keys._keys = {**keys._keys, **blank}
+        assert predict(client, headers).status_code == 401
+        assert client.post("/v2/repository/index", headers=headers).status_code == 401
+
+
+def _blank_key(name: str, text: str) -> keys_module.Key:
+    return keys_module.Key(name, hashlib.sha256(text.encode()).hexdigest())
+
+
+@pytest.mark.parametrize("setting", ["api_keys_file", "admin_keys_file"])
+def test_a_service_does_not_start_with_the_hash_of_an_empty_key(
+    tmp_path: Path, setting: str
+) -> None:
+    path = tmp_path / "keys"
+    path.write_text(line("one", ""))
+    with pytest.raises(ConfigurationError, match=r"keys, line 1: .*hash of an empty key"):
+        create_app(Settings(models=("tiny:small",), workers=1, **{setting: path}))
 
 
 def test_every_route_wants_a_key_but_those_that_are_open(guarded: TestClient) -> None:
@@ -233,6 +279,16 @@ def test_what_is_drawn_is_on_a_key_s_bill(guarded: TestClient) -> None:
     assert predict(guarded, bearer(FRUGAL), **drawn | {"explain_top": 1}).status_code == 200
 
 
+def test_heatmaps_of_the_v2_protocol_are_on_a_key_s_bill(guarded: TestClient) -> None:
+    """Seven of up to 2048 x 2048 are 1.47 forward passes more."""
+    body = _v2(1)["json"] | {"outputs": [{"name": "heatmap"}]}
+    for top, status in ((1, 200), (7, 400)):
+        asked = {"json": body | {"parameters": {"explain_top": top}}}
+        answer = guarded.post("/v2/models/small/explain", **asked, headers=bearer(FRUGAL))
+        assert answer.status_code == status, answer.text
+    assert "costs 2.46801" in answer.text
+
+
 def test_what_is_captured_is_on_a_key_s_bill(guarded: TestClient) -> None:
     service = guarded.app.state.service
     charged: list[float] = []
@@ -241,6 +297,91 @@ def test_what_is_captured_is_on_a_key_s_bill(guarded: TestClient) -> None:
         asking.question(model, options, service.limits, 4, charged.append)
         floats = math.prod(model.layer("features.0").shape)
     assert charged == [pytest.approx(4 * (1 + 0.02 * 4 * floats / 2**20))]
+
+
+def _v1(count: int, **more: Any) -> dict[str, Any]:
+    image = base64.b64encode(pictures.png()).decode()
+    instances = [
+        {"b64": image} | ({"target": str(number)} if more else {}) for number in range(count)
+    ]
+    return {"json": {"instances": instances}}
+
+
+def _v2(count: int) -> dict[str, Any]:
+    data = [base64.b64encode(pictures.png()).decode()] * count
+    tensor = {"name": "image", "shape": [count], "datatype": "BYTES", "data": data}
+    return {"json": {"inputs": [tensor]}}
+
+
+def _tensor(count: int) -> dict[str, Any]:
+    tensor = {"name": "image", "shape": [count, 8, 8, 3], "datatype": "UINT8"}
+    return {"json": {"inputs": [tensor | {"data": [7] * (count * 192)}]}}
+
+
+def _form(count: int, part: str = "data") -> dict[str, Any]:
+    return {"files": [(part, pictures.png())] * count}
+
+
+def _tasks(count: int) -> dict[str, Any]:
+    image = "data:image/png;base64," + base64.b64encode(pictures.png()).decode()
+    config = (
+        '<View><Image name="i" value="$i"/><BrushLabels name="c" toName="i">'
+        '<Label value="class 0"/></BrushLabels></View>'
+    )
+    tasks = [{"id": number, "data": {"i": image}} for number in range(count)]
+    return {"json": {"tasks": tasks, "project": "1.1", "label_config": config, "params": {}}}
+
+
+def _images_of_a_task(count: int) -> dict[str, Any]:
+    made = _tasks(1)["json"]
+    image = made["tasks"][0]["data"]["i"]
+    config = "".join(
+        f'<Image name="i{number}" value="$i{number}"/><BrushLabels name="c{number}" '
+        f'toName="i{number}"><Label value="class 0"/></BrushLabels>'
+        for number in range(count)
+    )
+    data = {f"i{number}": image for number in range(count)}
+    tasks = [{"id": 1, "data": data}]
+    return {"json": made | {"tasks": tasks, "label_config": f"<View>{config}</View>"}}
+
+
+SPLIT = [
+    ("/explain", lambda count: _form(count, "image")),
+    ("/predict", lambda count: _form(count, "image")),
+    ("/v1/models/small:predict", _v1),
+    ("/v1/models/small:explain", _v1),
+    ("/v1/models/small:explain", lambda count: _v1(count, target=True)),
+    ("/v2/models/small/infer", _v2),
+    ("/v2/models/small/explain", _v2),
+    ("/v2/models/small/explain", _tensor),
+    ("/predictions/small", _form),
+    ("/explanations/small", _form),
+    ("/integrations/label-studio/predict", _tasks),
+    ("/integrations/label-studio/predict", _images_of_a_task),
+]
+"""Requests of so many images to a route. With another target each their options differ."""
+
+
+@pytest.mark.parametrize(("route", "body"), SPLIT)
+def test_a_request_that_is_split_costs_the_sum_of_its_parts(
+    guarded: TestClient, route: str, body: Any
+) -> None:
+    """Of a key with `cost=2`; none of the parts costs more than a little over one pass."""
+    query = "?include=none" if route.startswith(("/explain", "/explanations", "/v1")) else ""
+    query = "" if route.endswith(":predict") else query
+    assert guarded.post(route + query, **body(1), headers=bearer(FRUGAL)).status_code == 200
+    assert guarded.post(route + query, **body(3), headers=bearer(KEY)).status_code == 200
+    refused = guarded.post(route + query, **body(3), headers=bearer(FRUGAL))
+    assert refused.status_code in {400, 422}, refused.text
+    assert "costs 3" in refused.text
+    assert "'frugal'" in refused.text
+
+
+def test_many_targets_at_an_early_layer_are_on_a_key_s_bill(guarded: TestClient) -> None:
+    asked = {"method": "gradcam", "layer": "features.0", "include": "none"}
+    assert predict(guarded, bearer(FRUGAL), **asked).status_code == 200
+    refused = predict(guarded, bearer(FRUGAL), **asked, explain_top=7)
+    assert (refused.status_code, refused.json()["code"]) == (422, "invalid_option")
 
 
 # ---- headers and origins

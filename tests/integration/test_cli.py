@@ -230,9 +230,9 @@ def test_while_it_drains_it_listens_and_says_that_it_is_not_ready() -> None:
 
 
 def _terminating(process: subprocess.Popen[str], url: str, data: bytes) -> Iterator[bytes]:
-    """The body; before its last byte, when the request is admitted, the service is told to end."""
+    """The body; before its last byte, when most of it has come, the service is told to end."""
     yield data[:-1]
-    while "camserve_images_held 1.0" not in httpx.get(f"{url}/metrics").text:
+    while "camserve_requests_arriving 1.0" not in httpx.get(f"{url}/metrics").text:
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     yield data[-1:]

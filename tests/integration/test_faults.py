@@ -58,7 +58,7 @@ def check_failure(response: Any, code: str) -> None:
 def check_whole(client: TestClient) -> None:
     """Every replica idle and as it was built, no hook, no permit held, ready."""
     service = client.app.state.service
-    assert service.pool.faults() == []
+    until(lambda: not service.pool.faults())  # a replica that was given up is built by a worker
     assert service.pool.hooks_live() == 0
     assert service.admission.images == 0
     assert client.get("/health/ready").status_code == 200

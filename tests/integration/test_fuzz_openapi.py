@@ -35,7 +35,7 @@ def document(run_server) -> Iterator[Any]:
 
 
 CHECKED = CHECKS.get_all()
-REFUSALS = ["400", "401", "404", "405", "406", "413", "415", "422", "429", "431", "503"]
+REFUSALS = ["400", "401", "403", "404", "405", "406", "413", "415", "422", "429", "431", "503"]
 CONFIG = schemathesis.Config.from_dict(
     {"checks": {"negative_data_rejection": {"expected-statuses": REFUSALS}}}
 )

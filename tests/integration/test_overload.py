@@ -88,6 +88,20 @@ def test_what_is_refused_for_want_of_a_place_is_not_looked_into(full, http, rout
     assert http.post(f"{full.url}/nowhere", content=b"x").status_code == 404
 
 
+@pytest.mark.parametrize("path", ["/explain", "/vision/explain", "/predict", "/vision/predict"])
+def test_behind_a_prefix_too_what_is_refused_is_not_looked_into(serve, path: str) -> None:
+    """Whether the proxy takes the prefix away or hands it on."""
+    with serve(root_path="/vision", max_queue=1) as client:
+        sent = {"content": b"x", "headers": PNG}
+        with client.app.state.service.admission.admit():
+            refused = client.post(f"{path}?metod=x", **sent)
+            assert (refused.status_code, refused.json()["code"]) == (429, "queue_full")
+            route = path.removeprefix("/vision")
+            count = f'camserve_requests_total{{route="{route}",status="429"}} 1.0'
+            assert count in client.get("/metrics").text
+        assert client.post(f"{path}?metod=x", **sent).status_code == 422
+
+
 def test_probes_models_and_metrics_answer_while_the_queue_is_full(full, http) -> None:
     for route in ("/health/live", "/health/ready", "/models", "/models/small/layers"):
         assert http.get(f"{full.url}{route}").status_code == 200

@@ -53,6 +53,8 @@ def test_a_family_is_served_and_explained(name: str, monkeypatch) -> None:
     assert isinstance(answer, Answer)
     assert any(explanation.grid.any() for explanation in answer.explanations)
     assert max(answer.explanations[0].grid.shape) > 1
+    assert replica.condition.faults() == []
+    assert model.stateful == ()
 
 
 def test_pictures_are_fed_as_timm_configures_it() -> None:

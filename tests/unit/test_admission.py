@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from service.admission import Admission
+from service.admission import Admission, Held, Permit
 from service.errors import QueueFull, ShuttingDown
 
 
@@ -109,3 +109,103 @@ def test_nothing_is_lost_between_threads() -> None:
     assert places.images == 0
     with places.admit(1000):
         pass
+
+
+def test_a_request_that_arrives_holds_its_bytes_and_no_place() -> None:
+    places = admission(images=1, size=100)
+    with places.expect() as permit:
+        assert not places.is_idle
+        permit.grow(0, 60)
+        with places.admit(), pytest.raises(QueueFull, match=r"60 bytes .* Retry-After"):
+            permit.grow(0, 41)
+        permit.grow(1)
+        with pytest.raises(QueueFull):
+            places.check()
+    assert places.is_idle
+    assert places.images == 0
+
+
+def test_a_request_that_arrives_when_the_service_closes_is_finished() -> None:
+    places = admission()
+    with places.expect() as permit:
+        places.close()
+        permit.grow(0, 10)
+        permit.grow(1)
+        with pytest.raises(ShuttingDown):
+            places.expect()
+        assert not places.is_idle
+    assert places.is_idle
+
+
+def test_room_is_made_before_anybody_is_refused() -> None:
+    held: list[Permit] = []
+    wanted: list[str] = []
+
+    def make_room(counter: str) -> bool:
+        wanted.append(counter)
+        if held:
+            held.pop().release()
+            return True
+        return False
+
+    places = Admission(max_images=2, max_bytes=100, make_room=make_room)
+    held += [places.admit(60), places.admit(40)]
+    with places.admit(50) as permit:
+        assert wanted == ["images", "bytes"]
+        permit.grow(1)
+        with pytest.raises(QueueFull):
+            places.check()
+    assert wanted == ["images", "bytes", "images"]
+    assert places.is_idle
+
+
+def test_what_is_kept_is_given_back_once() -> None:
+    places = admission()
+    with Held() as held:
+        assert not held.holds("images")
+        first, second = held.keep(places.admit(5)), held.keep(places.admit())
+        assert held.holds("images")
+        assert held.holds("bytes")
+        first.release()
+        assert not held.holds("bytes")
+        held.release()
+        assert places.images == 0
+        second.grow(1)
+    assert places.images == 0
+
+
+# ---- bytes of answers
+
+
+def test_bytes_of_answers_are_bounded_over_all_permits_and_given_back() -> None:
+    places = Admission(max_images=9, max_bytes=9, max_answer_bytes=1000)
+    with places.admit() as one, places.admit() as other:
+        one.hold_answer(600)
+        other.hold_answer(400)
+        with pytest.raises(QueueFull, match=r"600 bytes .* 401 more; at most 1000") as refused:
+            other.hold_answer(401)
+        assert refused.value.retry_after >= 1
+        assert other.answer_bytes == 400, "what was held stays held"
+        one.hold_answer(10)  # the answer is made, and smaller
+        other.hold_answer(990)
+        assert places.answer_bytes == 1000
+    assert places.answer_bytes == 0
+
+
+def test_an_answer_over_the_whole_budget_is_let_in_alone() -> None:
+    places = Admission(max_images=9, max_bytes=9, max_answer_bytes=1000)
+    with places.admit() as one, places.admit() as other:
+        one.hold_answer(5000)
+        one.hold_answer(6000)
+        with pytest.raises(QueueFull):
+            other.hold_answer(1)
+        other.hold_answer(0)
+
+
+def test_bytes_of_answers_are_given_back_once() -> None:
+    places = Admission(max_images=9, max_bytes=9, max_answer_bytes=1000)
+    permit = places.admit()
+    permit.hold_answer(500)
+    permit.release()
+    permit.release()
+    assert (places.answer_bytes, places.images) == (0, 0)

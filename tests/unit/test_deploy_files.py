@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
+import runpy
 import shutil
 import subprocess
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,10 +28,12 @@ from deployment import (
     queries,
 )
 from kustomizing import containers, kustomized
+from packaging.requirements import Requirement
 
 import service
 from service.app import GRACE_SECONDS, build_service
 from service.routes.access import OPEN
+from service.routes.hosts import host_rule
 from service.settings import Settings
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -75,7 +82,8 @@ def test_settings_that_containers_are_given_exist_and_are_taken(
 
 
 def test_the_image_says_which_version_it_is() -> None:
-    assert f"ARG VERSION={service.__version__}\n" in DOCKERFILE
+    versions = re.findall(r"^ARG VERSION=(.*)$", DOCKERFILE, re.MULTILINE)
+    assert versions == [service.__version__] * 2, "in its label and in its SBOM"
 
 
 def test_the_image_keeps_the_rules_that_its_readers_count_on() -> None:
@@ -103,6 +111,123 @@ def test_what_the_image_is_made_of_is_in_the_build_context() -> None:
     assert all((ROOT / name).exists() for name in allowed)
 
 
+# What the images are made of
+
+
+IMAGE = DEPLOY / "image"
+HASHED = [IMAGE / "packages.txt", IMAGE / "tools.txt", DEPLOY / "load" / "requirements.txt"]
+PICK = runpy.run_path(str(IMAGE / "pick.py"))
+
+
+def pins(path: Path) -> dict[str, str]:
+    """Versions by name."""
+    found = re.findall(r"^([A-Za-z0-9._-]+)==([^\s\\]+)", path.read_text(), re.MULTILINE)
+    return {PICK["normalised"](name): version for name, version in found}
+
+
+def versions_of_the_tests() -> dict[str, str]:
+    """The versions that the tests run with."""
+    return pins(ROOT / "constraints.txt")
+
+
+@pytest.mark.parametrize("path", HASHED, ids=lambda path: path.name)
+def test_every_distribution_of_an_image_is_pinned_with_hashes_and_no_index_is_named(
+    path: Path,
+) -> None:
+    text = path.read_text()
+    assert set(PICK["entries"](text)) == set(pins(path))
+    assert "://" not in text
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    assert all(
+        re.fullmatch(r"\S+==\S+ \\| {4}--hash=sha256:[0-9a-f]{64}(?: \\)?", x) for x in lines
+    )
+
+
+@pytest.mark.parametrize("path", [HASHED[0], HASHED[2]], ids=lambda path: path.name)
+def test_images_have_the_versions_that_the_tests_have(path: Path) -> None:
+    """`make lock` writes them; setuptools, which torch asks for, pip freeze leaves out."""
+    versions = pins(path)
+    versions.pop("setuptools", None)
+    assert versions.items() <= versions_of_the_tests().items()
+
+
+def test_what_builds_camserve_is_what_pyproject_asks_for() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    (wanted,) = map(Requirement, project["build-system"]["requires"])
+    assert wanted.specifier.contains(pins(IMAGE / "tools.txt")[wanted.name])
+
+
+def test_every_requirement_of_the_service_and_its_extras_has_hashes() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    lists = [extras[name] for name in ("bulk", "int8", "otel", "ray", "tensorboard", "timm")]
+    for text in [*project["dependencies"], *itertools.chain.from_iterable(lists)]:
+        wanted = Requirement(text)
+        if wanted.name != "camserve":
+            assert wanted.specifier.contains(pins(IMAGE / "packages.txt")[wanted.name]), text
+
+
+def installations(text: str) -> list[str]:
+    """Every command of a Dockerfile that installs from an index or a folder."""
+    commands = re.split(r"&&|;|\n(?= *[A-Z]+ )", text.replace("\\\n", " "))
+    return [" ".join(each.split()) for each in commands if re.search(r"\bpip\b.* install\b", each)]
+
+
+def test_nothing_is_installed_in_an_image_before_its_hash_is_checked() -> None:
+    """But the wheel that was just built, and what UNHASHED names."""
+    load = compose()["services"]["load"]["build"]["dockerfile_inline"]
+    found = [*installations(DOCKERFILE), *installations(load)]
+    unchecked = [
+        each
+        for each in found
+        if "--require-hashes" not in each
+        and "--dry-run" not in each
+        and "/wheels/*.whl" not in each
+        and "-r unhashed.txt" not in each
+    ]
+    assert len(found) == 6
+    assert unchecked == []
+    assert all("--no-deps" in each or "--dry-run" in each for each in found)
+    for each in (*found, *re.findall(r"pip download[^&]*", DOCKERFILE)):
+        assert "--only-binary :all:" in each.replace("\\\n", " ") or "/wheels/*.whl" in each
+
+
+def test_the_base_image_is_an_argument_so_that_a_release_can_name_its_digest() -> None:
+    stages = re.findall(r"^FROM (\S+) AS (\S+)$", DOCKERFILE, re.MULTILINE)
+    names = {name for _, name in stages}
+    assert [image for image, _ in stages if image not in names] == ["${PYTHON_IMAGE}"]
+    assert "\nARG PYTHON_IMAGE=python:3.11-slim-bookworm\n" in DOCKERFILE
+    services = compose()["services"]
+    assert "FROM $${PYTHON_IMAGE}" in services["load"]["build"]["dockerfile_inline"]
+    for name in ("camserve", "load"):
+        argument = services[name]["build"]["args"]["PYTHON_IMAGE"]
+        assert argument == "${PYTHON_IMAGE:-python:3.11-slim-bookworm}"
+
+
+def test_what_pip_resolved_is_picked_with_its_hashes(tmp_path: Path) -> None:
+    (tmp_path / "packages.txt").write_text(
+        "# by make\n"
+        "a-b==1.0 \\\n    --hash=sha256:aa \\\n    --hash=sha256:bb\n"
+        "c==2 \\\n    --hash=sha256:cc\n"
+        "d==3 \\\n    --hash=sha256:dd\n"
+    )
+    found = [
+        {"metadata": {"name": name, "version": v}} for name, v in (("A_b", "1.0"), ("d", "3+x"))
+    ]
+    (tmp_path / "resolved.json").write_text(json.dumps({"install": found}))
+    command = [sys.executable, IMAGE / "pick.py", "resolved.json", "packages.txt"]
+    done = subprocess.run([*command, "x, D"], cwd=tmp_path, check=False)
+    assert done.returncode == 0
+    hashed = (tmp_path / "hashed.txt").read_text()
+    assert hashed == "a-b==1.0 \\\n    --hash=sha256:aa \\\n    --hash=sha256:bb\n"
+    assert (tmp_path / "unhashed.txt").read_text() == "d==3+x\n"
+    failed = subprocess.run(
+        [*command, ""], cwd=tmp_path, check=False, capture_output=True, text=True
+    )
+    assert failed.returncode == 1
+    assert "no hashes of d==3+x: run `make lock`" in failed.stderr
+
+
 def test_the_port_is_the_same_everywhere() -> None:
     port = image_environment()["CAMSERVE_PORT"]
     assert f"\nEXPOSE {port}\n" in DOCKERFILE
@@ -128,6 +253,22 @@ def test_compose_binds_to_this_machine_alone_and_gives_no_more_rights_than_neede
         assert set(each["deploy"]["resources"]["limits"]) == {"cpus", "memory", "pids"}, name
         if name != "label-studio":
             assert each["read_only"], name
+
+
+def test_names_that_our_files_reach_the_service_by_are_accepted_hosts() -> None:
+    """Without a setting, as in the container without keys; KServe's gateway has its own names."""
+    texts = [path.read_text() for path in (ROOT / "docker-compose.yml", *DEPLOY.rglob("*.py"))]
+    hosts = {host for text in texts for host in re.findall(r"http://(camserve[\w.:-]*)", text)}
+    scraped = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
+    for job in scraped["scrape_configs"]:
+        hosts |= {f"{name}:8000" for names in job["dns_sd_configs"] for name in names["names"]}
+    assert {"camserve:8000", "camserve-gpu:8000"} <= hosts
+    rule = host_rule(image_environment()["CAMSERVE_HOST"], (), keys=False)
+    assert rule is not None
+    assert [host for host in hosts if not rule.accepts(host)] == []
+    for container in kserve_containers():
+        environment = {each["name"]: each["value"] for each in container["env"]}
+        assert environment["CAMSERVE_ALLOWED_HOSTS"] == "*"
 
 
 def seconds(text: str) -> float:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import pydantic
 import pytest
 
 from service import keys as module
 from service.errors import ConfigurationError, InvalidOption, KeyLimit
 from service.keys import Key, KeyFile, read_keys
 from service.quotas import Bounds, Quotas
+from service.settings import Settings
 
 
 def line(name: str, key: str, limits: str = "") -> str:
@@ -71,6 +73,79 @@ def test_a_key_has_an_owner_and_other_texts_have_none(path: Path) -> None:
     assert keys.owner("grüße".encode().decode("latin-1")).name == "two"
     for wrong in ("", "Secret", "secret ", hashlib.sha256(b"secret").hexdigest(), "→"):
         assert keys.owner(wrong) is None
+
+
+BLANK = {
+    "nothing": b"",
+    "a line feed, as of echo": b"\n",
+    "Windows' line end": b"\r\n",
+    "a space": b" ",
+    "spaces and a tab": b"  \t",
+    "a NUL": b"\0",
+    "a no-break space": "\N{NO-BREAK SPACE}".encode(),
+    "a byte order mark": b"\xff\xfe",
+    "a line end of PowerShell": "\r\n".encode("utf-16-le"),
+}
+
+
+@pytest.mark.parametrize("key", BLANK.values(), ids=BLANK)
+def test_the_hash_of_an_empty_or_blank_key_is_refused_with_file_and_line(
+    path: Path, key: bytes
+) -> None:
+    path.write_text(line("one", "secret") + f"two:{hashlib.sha256(key).hexdigest()}\n")
+    with pytest.raises(ConfigurationError, match=r"keys, line 2: .*hash of an empty key.*'two'"):
+        KeyFile(path)
+
+
+@pytest.mark.parametrize("key", ["", " ", "\t \t", " " * 70, "\0", "\xa0", "\xe2\x80\x8b" * 9])
+def test_a_key_without_a_visible_character_has_no_owner(path: Path, key: str) -> None:
+    """Also where the file's own check does not know its hash."""
+    path.write_text(line("one", "secret"))
+    keys = KeyFile(path)
+    blank = Key("two", hashlib.sha256(key.encode("latin-1")).hexdigest())
+    keys._keys = {"two": blank}
+    assert keys.owner(key) is None
+
+
+@pytest.mark.usefixtures("_always_look")
+def test_a_file_that_becomes_one_with_an_empty_key_leaves_the_keys_as_they_were(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path.write_text(line("one", "old"))
+    keys = KeyFile(path)
+    path.write_text(line("one", ""))
+    assert keys.owner("") is None
+    assert keys.owner("old").name == "one"
+    assert "hash of an empty key" in caplog.text
+
+
+def test_one_key_under_two_names_is_refused_with_both(path: Path) -> None:
+    """The bounds of the second name would never hold, and removing one name would not end it."""
+    path.write_text(line("one", "a", "rate=1") + line("two", "b") + line("three", "a"))
+    with pytest.raises(ConfigurationError, match="line 3: 'three' has the same key as 'one'"):
+        KeyFile(path)
+
+
+# ---- other secrets
+
+
+@pytest.mark.parametrize("text", ["", " ", "\n", " " * 40])
+@pytest.mark.parametrize("name", ["label_studio_token", "overlay_secret"])
+def test_a_blank_secret_counts_as_unset(
+    monkeypatch: pytest.MonkeyPatch, name: str, text: str
+) -> None:
+    monkeypatch.setenv(f"CAMSERVE_{name.upper()}", text)
+    assert getattr(Settings(), name) is None
+
+
+@pytest.mark.parametrize("text", ["", " "])
+@pytest.mark.parametrize("name", ["api_keys_file", "admin_keys_file"])
+def test_an_empty_name_of_a_keys_file_is_refused_and_never_opens_the_service(
+    monkeypatch: pytest.MonkeyPatch, name: str, text: str
+) -> None:
+    monkeypatch.setenv(f"CAMSERVE_{name.upper()}", text)
+    with pytest.raises(pydantic.ValidationError, match="is empty; name a file"):
+        Settings()
 
 
 @pytest.mark.usefixtures("_always_look")
@@ -173,8 +248,8 @@ def test_the_cost_at_once_is_bounded_and_given_back() -> None:
     quotas = Quotas(Bounds(cost=100))
     key = Key("one", "")
     with quotas.visit(key) as first, quotas.visit(key) as second:
-        first.reserve(60)
-        first.reserve(50)  # of one request the largest counts
+        first.reserve(35)
+        first.reserve(25)  # of one request the sum counts
         second.reserve(40)
         with pytest.raises(KeyLimit, match="cost 100 forward passes already"):
             second.reserve(41)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+import hmac
 import json
 import time
 
 import pytest
 
-from service.errors import InvalidOption, Unauthorized
+from service.errors import ConfigurationError, InvalidOption, Unauthorized
 from service.overlay_tokens import Grant, read, sign
 
 SECRET = "a secret of sixteen"  # noqa: S105
@@ -45,6 +47,17 @@ def forged() -> dict[str, str]:
 def test_a_forged_token_opens_nothing(name: str) -> None:
     with pytest.raises(Unauthorized):
         read(forged()[name], SECRET)
+
+
+@pytest.mark.parametrize("secret", ["", " " * 40, "\n" * 20, "short", "   fifteen chars   "])
+def test_a_secret_that_is_empty_blank_or_short_signs_and_opens_nothing(secret: str) -> None:
+    payload = sign(GRANT, SECRET).partition(".")[0]
+    signature = hmac.new(secret.encode(), payload.encode(), hashlib.sha256).digest()
+    forged = f"{payload}.{base64.urlsafe_b64encode(signature).decode().rstrip('=')}"
+    with pytest.raises(ConfigurationError, match="at least 16"):
+        read(forged, secret)
+    with pytest.raises(ConfigurationError, match="at least 16"):
+        sign(GRANT, secret)
 
 
 def test_a_token_ends() -> None:

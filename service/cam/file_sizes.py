@@ -1,0 +1,77 @@
+"""How many bytes what is drawn takes at most, before it is drawn.
+
+Measured on noise (`tests/unit/test_file_sizes.py` draws it again), which compresses worst, and
+rounded up. Sizes are (width, height) in pixels, maps (height, width) in cells.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from service.cam.heatmap import Sheet
+
+Size = tuple[int, int]
+
+_HEAD = 1024
+"""Of a file: its headers, a palette, the tables of a JPEG."""
+
+_SMALL = 256
+"""Below it `encoding.encode` keeps a JPEG's colour for every pixel; WebPs take more, too."""
+
+
+def base64_bytes(size: int) -> int:
+    """The length of so many bytes in base64."""
+    return 4 * -(-size // 3)
+
+
+def photo_bytes(size: Size, kind: Literal["jpeg", "png", "webp"]) -> int:
+    """A photograph, as `encoding.encode` writes it."""
+    width, height = size
+    if kind == "png":
+        return _HEAD + int((3 * width + 1) * height * 1.01)
+    # Both are made of blocks of 16 x 16 pixels, filled up at the edges.
+    blocks = 256 * -(-width // 16) * -(-height // 16)
+    small = max(size) < _SMALL
+    if kind == "jpeg":
+        return _HEAD + int(blocks * (2.6 if small else 1.25))
+    return _HEAD + int(blocks * (2.3 if small else 1.2))
+
+
+def map_bytes(size: Size, cells: tuple[int, int], shown: float = 1.0) -> int:
+    """A map of so many cells over a raster, as `encoding.level_png` writes it.
+
+    The wider a cell is drawn, the smaller the differences between neighbours.
+
+    shown: which share of the raster's shorter side the map covers.
+    """
+    width, height = size
+    enlarged = shown * min(width / cells[1], height / cells[0])
+    a_pixel = min(1.05, 2 / max(enlarged, 1.0) ** 0.62)
+    return _HEAD + int((width + 1) * height * a_pixel)
+
+
+def sheet_bytes(sheet: Sheet) -> int:
+    """A grid of channels. An enlarged cell is a run of equal pixels, in as many equal rows."""
+    values = sheet.shown * math.prod(sheet.tile)
+    width, height = sheet.size
+    return _HEAD + int(min((width + 1) * height * 1.05, values * (1.1 + 0.45 * sheet.factor)))
+
+
+def region_bytes(source: Size, cells: tuple[int, int], max_side: int) -> int:
+    """Boxes, polygons and run lengths of a map's regions, as JSON."""
+    width, height = source
+    scale = min(1.0, max_side / max(source))
+    pixels = math.ceil(width * scale) * math.ceil(height * scale)
+    outlines = 100 * min(math.prod(cells), pixels)
+    # A column of the source has at most a run for every cell that it crosses, and one more.
+    runs = width * min(cells[0] + 2, height)
+    return _HEAD + outlines + 2 * runs
+
+
+def brush_bytes(source: Size, cells: tuple[int, int]) -> int:
+    """A map as the run lengths of Label Studio's brush, in a JSON list."""
+    width, height = source
+    # Each row crosses some of the brush's levels in every cell; a run is three bytes.
+    runs = height * min(width, 6 * (cells[1] + 2))
+    return _HEAD + 11 * runs

@@ -1,0 +1,178 @@
+"""Which `Host` headers are accepted: no page may reach the service by a name of its own.
+
+Once a page of http://evil.example:8000 is loaded, its owner can let that name lead to 127.0.0.1 or
+to an address of the visitor's network (DNS rebinding). The browser then takes this service for the
+page's own origin and lets the page read all of it. What such a request cannot hide is its `Host`.
+
+A service with API keys is not open to this: the page has none. So where nothing is listed:
+
+    keys   listens on       accepted
+    yes    anything         every host
+    no     loopback         localhost and loopback addresses
+    no     anything else    these, every IP address, and names that no public DNS zone has:
+                            those without a dot, this machine's own, *.internal, *.local …
+
+An IP address is safe because no DNS answer decides where it leads; probes of Kubernetes and load
+balancers send one. A list replaces the names of the last row, and holds beside keys, too.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from service.errors import ConfigurationError, HostNotAllowed
+from service.routes.problems import problem
+
+MAX_NAME = 253
+"""Characters of a DNS name."""
+
+PRIVATE_SUFFIXES = (".cluster.local", ".home.arpa", ".internal", ".local", ".localhost", ".svc")
+"""Reserved for private use by RFC 6761, 6762 and 8375, ICANN or Kubernetes: nobody can buy a name
+that ends in one of them."""
+
+_NAME = re.compile(r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*")
+_PORT = re.compile(r"(?::[0-9]{0,5})?")
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+@dataclass(frozen=True, slots=True)
+class HostRule:
+    """The hosts that are accepted; loopback addresses always are.
+
+    names:     exact names and addresses, in lower case.
+    suffixes:  ends of names, each with its leading dot.
+    addresses: whether every IP address is accepted.
+    undotted:  whether every name without a dot is accepted.
+    """
+
+    names: tuple[str, ...]
+    suffixes: tuple[str, ...] = ()
+    addresses: bool = False
+    undotted: bool = False
+
+    def accepts(self, header: str) -> bool:
+        """Whether the value of a `Host` header, with its port if it has one, is accepted."""
+        host = _host_of(header)
+        if isinstance(host, Address):
+            return self.addresses or host.is_loopback or str(host) in self.names
+        if host is None:
+            return False
+        listed = host in self.names or host.endswith(self.suffixes)
+        return listed or (self.undotted and "." not in host)
+
+    def __str__(self) -> str:
+        """What is accepted, without names of this machine or of the list: strangers read it."""
+        kinds = ["localhost", "every IP address" if self.addresses else "loopback addresses"]
+        if self.undotted:
+            kinds += ["names without a dot", *(f"*{suffix}" for suffix in PRIVATE_SUFFIXES)]
+        return ", ".join([*kinds, "and the names that CAMSERVE_ALLOWED_HOSTS lists"])
+
+
+def host_rule(listens_on: str, listed: Sequence[str], *, keys: bool) -> HostRule | None:
+    """The rule of a service; None where every host is accepted.
+
+    listens_on: address or name that the service listens on. listed: NAME, *.NAME, an address or *,
+    as the operator wrote them. keys: whether requests need an API key.
+
+    Raises ConfigurationError for an entry of another form.
+    """
+    entries = [_entry(each) for each in listed]
+    if "*" in entries or (keys and not entries):
+        return None
+    names = [each for each in entries if not each.startswith("*")]
+    suffixes = [each[1:] for each in entries if each.startswith("*")]
+    near, own = is_loopback(listens_on), _host_of(listens_on)
+    if isinstance(own, str):
+        names = [own, *names]
+    if not near and not entries:
+        names, suffixes = [*names, socket.gethostname().lower()], list(PRIVATE_SUFFIXES)
+    return HostRule(
+        names=tuple(dict.fromkeys(["localhost", *names])),
+        suffixes=tuple(suffixes),
+        addresses=not near,
+        undotted=not near and not entries,
+    )
+
+
+def is_loopback(listens_on: str) -> bool:
+    """Whether only this machine can reach what listens there."""
+    try:
+        return ipaddress.ip_address(listens_on).is_loopback
+    except ValueError:
+        return listens_on.lower() == "localhost"
+
+
+@dataclass(frozen=True, slots=True)
+class HostCheck:
+    """Answers 421 to a request whose `Host` the rule does not accept.
+
+    A request without one passes: only programs send it, and only by HTTP/1.0.
+    """
+
+    app: ASGIApp
+    rule: HostRule
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sent = Headers(scope=scope).getlist("host") if scope["type"] == "http" else []
+        strange = next((each for each in sent if not self.rule.accepts(each)), None)
+        if strange is None:
+            await self.app(scope, receive, send)
+            return
+        error = HostNotAllowed(
+            f"The Host header names {strange[:100]!r}, and this service accepts {self.rule}. "
+            "Add the name there if it is meant to lead here."
+        )
+        await problem(Request(scope), error)(scope, receive, send)
+
+
+def _host_of(header: str) -> str | Address | None:
+    """The name or address in a `Host` header, without its port; None where it is malformed."""
+    text = header.strip().lower()
+    if len(text) > MAX_NAME + len("[]:65535"):
+        return None
+    if text.startswith("["):
+        name, bracket, port = text[1:].partition("]")
+        address = _address(name)
+        is_whole = bracket and _PORT.fullmatch(port) and isinstance(address, ipaddress.IPv6Address)
+        return address if is_whole else None
+    bare = _address(text)  # as a setting has it: `::1`
+    if bare is not None:
+        return bare
+    name, colon, port = text.partition(":")
+    name = name.removesuffix(".")
+    if not _NAME.fullmatch(name) or not _PORT.fullmatch(colon + port):
+        return None
+    return _address(name) or name
+
+
+def _address(text: str) -> Address | None:
+    try:
+        return ipaddress.ip_address(text)
+    except ValueError:
+        return None
+
+
+def _entry(text: str) -> str:
+    """An entry of the list in its normal form. Raises ConfigurationError."""
+    entry = text.strip().lower()
+    if entry == "*":
+        return entry
+    wildcard = "*" if entry.startswith("*.") else ""
+    rest = entry.removeprefix("*.") if wildcard else entry
+    host = _host_of(rest)
+    has_port = ":" in rest and _address(rest.strip("[]")) is None
+    if host is None or has_port or (wildcard and not isinstance(host, str)):
+        raise ConfigurationError(
+            f"--allowed-hosts: {text!r} is not a host name, *.NAME for all names under it, an IP "
+            "address, or * for every host; write it without scheme, port and path."
+        )
+    return f"{wildcard}.{host}" if wildcard else str(host)
