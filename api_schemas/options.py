@@ -5,7 +5,14 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 
 Method = Literal[
     "gradcam",
@@ -37,6 +44,33 @@ LayerPath = Annotated[str, Field(min_length=1, max_length=500)]
 Box = tuple[float, float, float, float]
 
 
+MAX_WILDCARDS = 16
+"""Runs of `*`, and `?`, in one pattern of `activations`."""
+
+MAX_MASK_QUOTES = 100
+"""Quotation marks in the text of a mask, which has six names: counted before it is parsed."""
+
+MAX_PATTERN_CHARACTERS = 2000
+"""Of all patterns with wildcards in one request: each layer is compared with all of them at once,
+in time in proportion to this."""
+
+
+def _few_wildcards(patterns: list[str]) -> list[str]:
+    """Raises ValueError for patterns that would take long to match."""
+    globs = [each for each in patterns if "*" in each or "?" in each]
+    for pattern in globs:
+        if pattern.replace("**", "*").count("*") + pattern.count("?") > MAX_WILDCARDS:
+            raise ValueError(
+                f"a pattern has at most {MAX_WILDCARDS} wildcards, not as many as {pattern!r}"
+            )
+    if sum(map(len, globs)) > MAX_PATTERN_CHARACTERS:
+        raise ValueError(
+            f"patterns with wildcards have at most {MAX_PATTERN_CHARACTERS} characters together; "
+            "name fewer, or use `**`"
+        )
+    return patterns
+
+
 def _text(value: object) -> object:
     """JSON may give class ids as numbers: `"targets": [281]`. A number is never a label."""
     return f"id:{value}" if isinstance(value, int) and not isinstance(value, bool) else value
@@ -51,7 +85,7 @@ class RunLengths(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     size: tuple[int, int]
-    counts: str | list[int]
+    counts: str | Annotated[list[int], Field(fail_fast=True)]
 
 
 class Mask(BaseModel):
@@ -60,7 +94,9 @@ class Mask(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     rle: RunLengths | None = None
-    boxes: list[Box] | None = Field(None, max_length=1000, description="x, y, w, h of each.")
+    boxes: Annotated[list[Box], Field(fail_fast=True)] | None = Field(
+        None, max_length=1000, description="x, y, w, h of each."
+    )
     fill: Literal["mean", "blur", "grey"] = "mean"
     hide: Literal["region", "rest"] = "region"
 
@@ -81,18 +117,23 @@ class CommonOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str | None = Field(None, description="A name from /models; default: the first model.")
+    model: str | None = Field(
+        None, max_length=200, description="A name from /models; default: the first model."
+    )
     top_k: int = Field(5, ge=1, le=1000, description="How many predictions to list.")
     fit: Fit = Field(
         "crop",
         description="How the picture meets the model input: `crop` is the weights' own transform, "
         "`squash` resizes without keeping the aspect ratio, `pad` shows all of it.",
     )
-    activations: list[LayerPath] = Field(
+    activations: Annotated[
+        list[LayerPath], Field(fail_fast=True), AfterValidator(_few_wildcards)
+    ] = Field(
         [],
         max_length=100,
         description="Layers to capture, by dotted path or glob: `*` and `?` stop at a dot, `**` "
-        "crosses it, `type:Conv2d` matches classes.",
+        "crosses it, `type:Conv2d` matches classes. At most 16 wildcards in a pattern, and 2,000 "
+        "characters in all patterns.",
     )
     activation_as: list[ActivationForm] = Field(
         ["stats"],
@@ -179,6 +220,8 @@ class ExplainOptions(CommonOptions):
         """The mask, read. Raises ValueError with what is wrong."""
         if self.mask is None:
             return None
+        if self.mask.count('"') > MAX_MASK_QUOTES:
+            raise ValueError("`mask` has more names than `rle`, `boxes`, `fill` and `hide`")
         try:
             found: Any = json.loads(self.mask)
         except (ValueError, RecursionError) as error:
@@ -200,10 +243,10 @@ class ImageSource(BaseModel):
 class PredictRequest(PredictOptions):
     """The JSON form of `POST /predict`."""
 
-    images: list[ImageSource] = Field(min_length=1)
+    images: Annotated[list[ImageSource], Field(fail_fast=True)] = Field(min_length=1)
 
 
 class ExplainRequest(ExplainOptions):
     """The JSON form of `POST /explain`."""
 
-    images: list[ImageSource] = Field(min_length=1)
+    images: Annotated[list[ImageSource], Field(fail_fast=True)] = Field(min_length=1)

@@ -5,7 +5,7 @@ Field names and shapes are the protocols'; what is free text or free form there 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -26,9 +26,9 @@ class InferInput(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
-    shape: list[int] = Field(min_length=1, max_length=8)
-    datatype: str
+    name: str = Field(max_length=200)
+    shape: list[int] = Field(min_length=1, max_length=8, fail_fast=True)
+    datatype: str = Field(max_length=20)
     parameters: dict[str, Any] | None = None
     data: list[Any] | None = Field(None, description="Flat or nested, row-major.")
 
@@ -38,7 +38,7 @@ class RequestedOutput(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
+    name: str = Field(max_length=200)
     parameters: dict[str, Any] | None = None
 
 
@@ -47,11 +47,11 @@ class InferRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    id: str | None = None
+    id: str | None = Field(None, max_length=1000, description="Sent back as it is.")
     model_name: str | None = Field(None, description="KServe's client sends it; the path counts.")
     parameters: dict[str, Any] | None = None
-    inputs: list[InferInput] = Field(min_length=1)
-    outputs: list[RequestedOutput] | None = None
+    inputs: list[InferInput] = Field(min_length=1, fail_fast=True)
+    outputs: list[RequestedOutput] | None = Field(None, fail_fast=True)
 
 
 class LabelingParameters(BaseModel):
@@ -61,8 +61,8 @@ class LabelingParameters(BaseModel):
 
     conf_threshold: float = Field(0.5, ge=0, le=1, description="Where a map is cut.")
     epsilon_factor: float = Field(0.001, ge=0, le=1, description="How far polygons are simplified.")
-    current_task: str | None = None
-    filter_classes: list[str] | None = None
+    current_task: str | None = Field(None, max_length=200)
+    filter_classes: list[str] | None = Field(None, fail_fast=True)
 
 
 class LabelingRequest(BaseModel):
@@ -70,7 +70,7 @@ class LabelingRequest(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    model: str
+    model: str = Field(max_length=200)
     image: str = Field(description="A data: URI.")
     params: LabelingParameters = LabelingParameters()
 
@@ -80,8 +80,8 @@ class LabelStudioSetup(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    project: str = ""
-    label_config: str = Field(alias="schema")
+    project: str = Field("", max_length=200)
+    label_config: str = Field(alias="schema", max_length=1 << 20)
     extra_params: dict[str, Any] | str | None = Field(
         None, description="Options of /explain, and `labels`: classes to labels."
     )
@@ -92,7 +92,7 @@ class LabelStudioTask(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    id: int | str | None = None
+    id: int | Annotated[str, Field(max_length=200)] | None = None
     data: dict[str, Any]
 
 
@@ -101,7 +101,7 @@ class LabelStudioContext(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    result: list[dict[str, Any]] = []
+    result: list[dict[str, Any]] = Field([], fail_fast=True)
 
 
 class LabelStudioParams(BaseModel):
@@ -117,7 +117,7 @@ class LabelStudioRequest(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    tasks: list[LabelStudioTask]
-    project: str = ""
-    label_config: str
+    tasks: list[LabelStudioTask] = Field(fail_fast=True)
+    project: str = Field("", max_length=200)
+    label_config: str = Field(max_length=1 << 20)
     params: LabelStudioParams = LabelStudioParams()

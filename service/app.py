@@ -23,6 +23,7 @@ from api_schemas.options import ExplainOptions
 from service import __version__
 from service.addresses import parse_hosts
 from service.admission import Admission
+from service.budget import DecodeBudget
 from service.errors import ConfigurationError, ShuttingDown
 from service.fetching import Fetcher
 from service.integrations.routers import ROUTERS
@@ -44,6 +45,7 @@ from service.routes.hosts import HostCheck, host_rule, is_loopback
 from service.routes.middleware import (
     CORS,
     BehindPrefix,
+    BoundedHeaders,
     BoundedQuery,
     DrainUnreadBody,
     HeadAsGet,
@@ -53,7 +55,7 @@ from service.routes.middleware import (
 from service.routes.state import Limits, Service
 from service.scheduler import Scheduler
 from service.settings import Settings
-from service.tracing import traces_from_environment
+from service.tracing import Traces, traces_from_environment
 from service.transfers import Transfers
 from service.web.page import page_router
 
@@ -108,6 +110,14 @@ def create_app(settings: Settings, *, background: bool = False, only: str | None
         app.include_router(router)
     _serve_page(app)
     problems.install(app, options=list(ExplainOptions.model_fields))
+    _add_middleware(app, service, settings, traces)
+    return app
+
+
+def _add_middleware(
+    app: FastAPI, service: Service, settings: Settings, traces: Traces | None
+) -> None:
+    """What every request passes, from the innermost to the outermost."""
     bounds = Bounds(settings.key_rate, settings.key_concurrency, settings.key_cost)
     routes = {each.path: each for each in classify.router.routes if isinstance(each, APIRoute)}
     app.add_middleware(RefusedWhenFull, admission=service.admission, routes=routes)
@@ -124,12 +134,12 @@ def create_app(settings: Settings, *, background: bool = False, only: str | None
     app.add_middleware(DrainUnreadBody)
     if settings.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **CORS)
+    app.add_middleware(BoundedHeaders)
     app.add_middleware(RequestContext, metrics=service.metrics, traces=traces)
     app.add_middleware(HeadAsGet)
     prefix = settings.root_path.rstrip("/")
     if prefix:
         app.add_middleware(BehindPrefix, prefix=prefix)
-    return app
 
 
 def build_service(settings: Settings, *, load: bool = True, only: str | None = None) -> Service:
@@ -212,6 +222,7 @@ def build_service(settings: Settings, *, load: bool = True, only: str | None = N
         fetcher=_fetcher(settings) if settings.allowed_image_hosts else None,
         api_keys=None if settings.api_keys_file is None else KeyFile(settings.api_keys_file),
         label_studio=_label_studio(settings),
+        decoding=DecodeBudget(settings.max_decode_bytes),
         is_near=is_loopback(settings.host),
     )
 

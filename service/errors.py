@@ -44,16 +44,23 @@ status a class becomes is decided at the edge, in `service/routes/problems.py`, 
 from __future__ import annotations
 
 import difflib
+import heapq
 from collections.abc import Iterable
 from typing import ClassVar
 
 
 class CamserveError(Exception):
-    """Base of the tree. `str(error)` is `detail`."""
+    """Base of the tree. `str(error)` is `detail`, cut at `longest` characters.
+
+    It may repeat what a client sent, which may be of any length.
+    """
 
     code: ClassVar[str] = "internal_error"
+    longest: ClassVar[int] = 2000
 
     def __init__(self, detail: str) -> None:
+        if len(detail) > self.longest:
+            detail = f"{detail[: self.longest]}…"
         super().__init__(detail)
         self.detail = detail
 
@@ -165,7 +172,7 @@ class EmptyImage(ImageError):
 
 
 class UnsupportedImage(ImageError):
-    """The bytes are not a picture in a format that we read."""
+    """The bytes are not an image of a format and kind that is read."""
 
     code = "unsupported_image"
 
@@ -175,7 +182,7 @@ class CorruptImage(ImageError):
 
 
 class ImageTooLarge(ImageError):
-    """The picture has more pixels than the limit."""
+    """The image has more pixels or metadata, or takes more memory, than the limit."""
 
     code = "image_too_large"
 
@@ -264,14 +271,26 @@ class ConfigurationError(CamserveError):
     """The service cannot start with these settings, models or weights."""
 
     code = "configuration_error"
+    longest = 100_000  # it names keys of the operator's own files
+
+
+NEAREST_LENGTH, NEAREST_NAMES = 100, 1000
+"""The longest name that is compared with others, in characters, and the most names it is compared
+with: comparing takes the product of both lengths."""
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """Say which of the `known` names are closest to a mistyped one.
 
     Returns a sentence such as " Did you mean 'layer4' or 'layer3'?" with a leading space, or "".
+    Of more than NEAREST_NAMES known names those of the nearest length are compared; a name of more
+    than NEAREST_LENGTH characters is like no other.
     """
-    close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+    if len(name) > NEAREST_LENGTH:
+        return ""
+    comparable = (each for each in known if len(each) <= NEAREST_LENGTH)
+    alike = heapq.nsmallest(NEAREST_NAMES, comparable, key=lambda each: abs(len(each) - len(name)))
+    close = difflib.get_close_matches(name, alike, n=count, cutoff=0.5)
     if not close:
         return ""
     return f" Did you mean {' or '.join(repr(match) for match in close)}?"

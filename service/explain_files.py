@@ -168,6 +168,7 @@ class _Job:
             max_pixels=limits.pixels,
             photo_side=limits.render_side,
             hiding=self.hiding,
+            budget=self.service.decoding,
         ).result()
         answer = self._ask(self.question(upload.model_input.pixels))
         masked = None

@@ -14,26 +14,36 @@ import contextlib
 import hashlib
 import io
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, TiffImagePlugin
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
+from service.decoders.bmp import decode_bmp
+from service.decoders.png import decode_png16
+from service.decoders.tiff import decode_tiff
+from service.decoders.webp import decode_webp
 from service.errors import CorruptImage, EmptyImage, ImageError, ImageTooLarge, UnsupportedImage
-from service.jpeg import MAX_ASPECT, MAX_JPEG_SCANS, decode_jpeg, scans
-from service.modes import as_rgb
+from service.headers import read_header
+from service.headers.bmp import BmpHeader
+from service.headers.header import SPARE_BYTES, Header, cut_short
+from service.headers.jpeg import JpegHeader
+from service.headers.png import PngHeader
+from service.headers.tiff import JPEG, TiffHeader
+from service.headers.webp import WebpHeader
+from service.jpeg import MAX_ASPECT, MAX_JPEG_SCANS, decode_jpeg, scale_of, scans, upright
+from service.modes import rgb_pixels
 
 Fit = Literal["crop", "squash", "pad"]
 Rect = tuple[float, float, float, float]
 """x, y, width, height, in source pixels."""
-
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 TOO_LARGE = "Scale it down to at most {} pixels (width x height) and send it again."
 
@@ -119,75 +129,151 @@ class ModelInput:
     geometry: Geometry
 
 
-def decode(data: bytes, *, max_pixels: int, keep: tuple[int, int] | None = None) -> Source:
+def decode(
+    data: bytes,
+    *,
+    max_pixels: int,
+    keep: tuple[int, int] | None = None,
+    header: Header | None = None,
+) -> Source:
     """Decode an uploaded JPEG, PNG, WebP, GIF, BMP or TIFF; of several frames the first.
 
-    The EXIF orientation is applied, transparency is laid over white, 16 bits become 8 by dividing
-    by 257, floats are taken as 0..1 if none is above 1, else as 0..255. Colour profiles are
-    ignored, as they are when models are trained. The size is checked before any pixel is decoded;
-    Pillow's own bound (2 x `Image.MAX_IMAGE_PIXELS`) holds too.
+    The EXIF orientation is applied, transparency is laid over white, samples of other depths are
+    scaled to 8 bits, floats are taken as 0..1 if none is above 1, else as 0..255. Colour profiles
+    are ignored, as they are when models are trained. Kind, size and memory are known from the
+    header alone (`open_header`), before any pixel is decoded.
 
-    keep: of a large JPEG this many pixels of the (shorter, longer) side are enough, so that it may
-    be scaled down while it is decoded (`jpeg.scale_of`); None: every pixel is wanted.
+    keep:   of a large JPEG this many pixels of the (shorter, longer) side are enough, so that it
+            may be scaled down while it is decoded (`jpeg.scale_of`); None: every pixel is wanted.
+    header: the file's own, where it was read before, to decode within what it says that takes.
 
     Raises EmptyImage, UnsupportedImage, CorruptImage or ImageTooLarge, for whatever bytes, and
-    nothing else.
+    nothing else; with `header` NotPlain too.
+    """
+    if header is None:
+        header = open_header(data, max_pixels)
+        with contextlib.suppress(NotPlain):
+            return decode(data, max_pixels=max_pixels, keep=keep, header=header)
+        header = for_pillow(header)
+    with image_errors(max_pixels):
+        pixels = decode_stored(header, data, keep)
+        scaled = pixels.shape[:2] != (header.height, header.width)
+        pixels = upright(pixels, header.orientation)
+    digest = hashlib.sha256(data).hexdigest()
+    return Source(pixels, header.format, digest, header.upright if scaled else None)
+
+
+def open_header(data: bytes, max_pixels: int) -> Header:
+    """The header of a file whose kind is read and which has at most `max_pixels`.
+
+    Raises EmptyImage, UnsupportedImage, CorruptImage or ImageTooLarge.
     """
     if not data:
         raise EmptyImage("The image has no bytes; send the content of the picture file.")
+    with image_errors(max_pixels):
+        header = read_header(data)
+        check_bounds(header, data, max_pixels)
+    return header
+
+
+@contextlib.contextmanager
+def image_errors(max_pixels: int) -> Iterator[None]:
+    """Whatever readers raise as one of the four image errors."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            name = "JPEG" if image.format == "MPO" else str(image.format)
-            check_bounds(image, name, data, max_pixels)
-            found = decode_jpeg(image, data, keep) if name == "JPEG" else None
-            pixels, full_size = found or (np.array(upright_rgb(image)), None)
-    except ImageError:
+        yield
+    except (ImageError, NotPlain):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
         raise ImageTooLarge(
             f"The picture has too many pixels. {TOO_LARGE.format(max_pixels)}"
         ) from error
     except Exception as error:  # Pillow's readers raise a dozen unrelated types on broken files.
-        raise _unreadable(data) from error
-    return Source(pixels, name, hashlib.sha256(data).hexdigest(), full_size)
+        raise cut_short() from error
 
 
-def check_bounds(image: Image.Image, name: str, data: bytes, max_pixels: int) -> None:
+def check_bounds(header: Header, data: bytes, max_pixels: int) -> None:
     """Refuse a picture that would take too long or too much memory; nothing is decoded yet."""
-    width, height = image.size
-    if width < 1 or height < 1:
+    width, height = header.extent
+    if header.width < 1 or header.height < 1:
         raise CorruptImage("The picture has no pixels; save it again and send the new file.")
-    if isinstance(image, TiffImagePlugin.TiffImageFile):
-        # A tile is decoded whole, however little of it the picture needs.
-        width = max(width, int(image.tag_v2.get(TiffImagePlugin.TILEWIDTH, 0)))
-        height = max(height, int(image.tag_v2.get(TiffImagePlugin.TILELENGTH, 0)))
     if width * height > max_pixels:
         raise ImageTooLarge(
             f"The picture has {width} x {height} pixels. {TOO_LARGE.format(max_pixels)}"
         )
-    if name == "JPEG" and scans(data) > MAX_JPEG_SCANS:
+    if _passes(header, data) > MAX_JPEG_SCANS:
         raise UnsupportedImage(
-            f"The JPEG has more than {MAX_JPEG_SCANS} scans; save it again as a baseline JPEG."
+            f"The {header.format} has more than {MAX_JPEG_SCANS} scans; save it again as a "
+            "baseline JPEG."
         )
 
 
-def _unreadable(data: bytes) -> UnsupportedImage | CorruptImage:
-    magic = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-    is_webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
-    is_bmp = data[:2] == b"BM" and data[15:18] == b"\0\0\0"
-    if data.startswith(magic) or is_webp or is_bmp:
-        return CorruptImage("The picture is cut short or broken; send the complete file again.")
-    return UnsupportedImage(
-        "The bytes are not a picture that can be read; send JPEG, PNG, WebP, GIF, BMP or TIFF."
-    )
+def _passes(header: Header, data: bytes) -> float:
+    """How often a decoder of JPEG passes over all pixels."""
+    if isinstance(header, TiffHeader) and header.compression == JPEG:
+        width, height = header.segment
+        return scans(data) * width * height / header.pixels
+    return scans(data) if header.format == "JPEG" else 0
 
 
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """Decode the present frame by the rules of `decode`."""
-    image.load()
-    with contextlib.suppress(Exception):  # Broken metadata do not make the pixels unreadable.
-        ImageOps.exif_transpose(image, in_place=True)
-    return as_rgb(image)
+class NotPlain(Exception):
+    """A JPEG that Pillow must decode; `for_pillow` says what that takes."""
+
+
+def for_pillow(header: Header) -> Header:
+    """The header of a file that turned out to be NotPlain."""
+    return header.for_pillow() if isinstance(header, JpegHeader) else header
+
+
+def decode_stored(
+    header: Header, data: bytes, keep: tuple[int, int] | None = None
+) -> NDArray[np.uint8]:
+    """The pixels as they are stored. Takes `decoding_bytes`.
+
+    Raises NotPlain, and what the readers raise.
+    """
+    if isinstance(header, JpegHeader) and not header.by_pillow:
+        found = decode_jpeg(header, data, keep)
+        if found is None:
+            raise NotPlain
+        return found
+    if isinstance(header, PngHeader) and header.depth == 16:
+        return decode_png16(header, data)
+    if isinstance(header, WebpHeader):
+        return decode_webp(header, data)
+    if isinstance(header, BmpHeader):
+        return decode_bmp(header, data)
+    if isinstance(header, TiffHeader) and header.packed:
+        return decode_tiff(header, data)
+    return _by_pillow(header, data)
+
+
+def _by_pillow(header: Header, data: bytes) -> NDArray[np.uint8]:
+    with Image.open(io.BytesIO(header.pillow_bytes(data)), formats=(header.format,)) as image:
+        if image.size != (header.width, header.height):
+            raise cut_short()
+        image.load()
+        transparent = image.info.get("transparency")
+        if isinstance(header, PngHeader) and image.mode == "L" and isinstance(transparent, int):
+            # Pillow scales the pixels to 8 bits, and not the transparent one of them.
+            image.info["transparency"] = transparent * 255 // ((1 << header.depth) - 1)
+        return rgb_pixels(image)
+
+
+def decoded_pixels(header: Header, keep: tuple[int, int] | None = None) -> int:
+    """How many pixels `decode` gives."""
+    size = header.upright
+    scalable = isinstance(header, JpegHeader) and not header.by_pillow
+    scale = scale_of(size, keep) if scalable else 1
+    return math.prod(-(-side // scale) for side in size)
+
+
+def decoding_bytes(header: Header, keep: tuple[int, int] | None = None) -> int:
+    """Memory that decoding to upright RGB takes at most, beside the file as it was sent."""
+    width, height = header.extent
+    result = 3 * decoded_pixels(header, keep)
+    stored = int(header.pixel_bytes * width * height) + header.fixed_bytes
+    turned = result if header.orientation > 1 else 0
+    return result + max(stored, turned) + SPARE_BYTES
 
 
 def fit_to_model(source: Source, preprocessing: Preprocessing, fit: Fit = "crop") -> ModelInput:
@@ -204,7 +290,7 @@ def fit_to_model(source: Source, preprocessing: Preprocessing, fit: Fit = "crop"
     if fit == "crop":
         pixels, window = _crop(picture, source.size, preprocessing, mode)
     elif fit == "squash":
-        pixels = transforms.resize(picture, [height, width], interpolation=mode)
+        pixels = _squash(picture, preprocessing, mode)
         window = (0.0, 0.0, float(source.width), float(source.height))
     elif fit == "pad":
         pixels, window = _pad(picture, source.size, preprocessing, mode)
@@ -258,6 +344,21 @@ def _cut_extreme(picture: Tensor, preprocessing: Preprocessing) -> tuple[Tensor,
     if width > height:
         return picture.narrow(2, start, keep), (start, 0)
     return picture.narrow(1, start, keep), (0, start)
+
+
+def _squash(picture: Tensor, preprocessing: Preprocessing, mode: InterpolationMode) -> Tensor:
+    """Stretched to the model input.
+
+    torch scales the width first: of 8 x 8,000,000 pixels that makes a hundred times as many. So the
+    long side of such a picture is scaled before the short one.
+    """
+    height, width = picture.shape[-2:]
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        rows, columns = preprocessing.crop
+        first = [rows, width] if height > width else [height, columns]
+        picture = transforms.resize(picture, first, interpolation=mode)
+    scaled: Tensor = transforms.resize(picture, list(preprocessing.crop), interpolation=mode)
+    return scaled
 
 
 def _pad(

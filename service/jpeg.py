@@ -1,8 +1,8 @@
 """JPEG files straight into an array, upright, and scaled down while they are decoded.
 
-    with Image.open(io.BytesIO(data)) as image:                   # 4000 x 3000, of the header alone
-        found = decode_jpeg(image, data, keep=(512, 512))
-    pixels, full_size = found                                     # (750, 1000, 3), (4000, 3000)
+    header = read_header(data)                                    # 4000 x 3000
+    stored = decode_jpeg(header, data, keep=(512, 512))           # (750, 1000, 3)
+    pixels = upright(stored, header.orientation)
 
 Pillow and simplejpeg both hold libjpeg-turbo, and the pixels are the same bits, full size and
 scaled. But Pillow decodes into four bytes a pixel and copies three times on the way to an array:
@@ -12,7 +12,6 @@ warning is left to Pillow, so that there is one judge of broken files.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -20,7 +19,8 @@ import cv2
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+
+from service.headers.jpeg import JpegHeader
 
 Pixels = NDArray[np.uint8]
 
@@ -37,7 +37,7 @@ MIN_PIXELS = 1_000_000
 MAX_ASPECT = 20
 """Nor are pictures of a greater ratio of sides, of which the crop wants only the middle."""
 
-_TURNS: Mapping[object, Callable[[Pixels], cv2.typing.MatLike]] = MappingProxyType(
+_TURNS: Mapping[int, Callable[[Pixels], cv2.typing.MatLike]] = MappingProxyType(
     {
         2: lambda stored: cv2.flip(stored, 1),
         3: lambda stored: cv2.rotate(stored, cv2.ROTATE_180),
@@ -70,28 +70,21 @@ def scale_of(size: tuple[int, int], keep: tuple[int, int] | None) -> int:
     return next(enough, 1)
 
 
-def decode_jpeg(
-    image: Image.Image, data: bytes, keep: tuple[int, int] | None
-) -> tuple[Pixels, tuple[int, int] | None] | None:
-    """Decode a JPEG of which Pillow has read the header.
+def decode_jpeg(header: JpegHeader, data: bytes, keep: tuple[int, int] | None) -> Pixels | None:
+    """Decode a JPEG of which the header was read.
 
-    Returns uint8 (height, width, 3), RGB, upright, and the (width, height) of the upright picture
-    where it was scaled down by `scale_of`; None if the file is CMYK or anything about it is broken
-    or unusual. Takes no memory for more pixels than the header says.
+    Returns uint8 (height, width, 3), RGB, as stored, scaled down by `scale_of`; None if anything
+    about the file is broken or unusual. Takes no memory for more pixels than the header
+    says.
     """
-    if image.mode not in ("RGB", "L"):
-        return None
-    scale = scale_of(image.size, keep)
-    stored = _stored(data, image.size, scale)
-    if stored is None:
-        return None
-    orientation = None
-    with contextlib.suppress(Exception):  # Broken metadata do not make the pixels unreadable.
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    size = header.width, header.height
+    return _stored(data, size, scale_of(size, keep))
+
+
+def upright(stored: Pixels, orientation: int) -> Pixels:
+    """The pixels as EXIF's orientation, 1 to 8, turns them."""
     turn = _TURNS.get(orientation)
-    pixels = stored if turn is None else np.asarray(turn(stored), dtype=np.uint8)
-    full_size = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
-    return pixels, full_size if scale > 1 else None
+    return stored if turn is None else np.asarray(turn(stored), dtype=np.uint8)
 
 
 def _stored(data: bytes, size: tuple[int, int], scale: int) -> Pixels | None:

@@ -15,12 +15,11 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 import orjson
 
-from service.addresses import AllowedHost, locate
+from service.addresses import MAX_URL, AllowedHost, locate
 from service.errors import ConfigurationError, ImageUrlFailed, ImageUrlRefused
 from service.fetching import Fetcher
 from service.overlay_tokens import check_secret
@@ -28,8 +27,9 @@ from service.overlay_tokens import check_secret
 ACCESS_SECONDS = 240.0
 """How long an access token is used; Label Studio gives it for 300 seconds."""
 
-MAX_PROJECTS = 1000
-"""Whose extra parameters are kept; the project that was set up the longest ago is forgotten."""
+MAX_PROJECTS, MAX_PROJECTS_BYTES = 1000, 4 << 20
+"""Projects whose extra parameters are kept, and bytes of these with the projects' names; beyond
+either the project that was set up the longest ago is evicted."""
 
 _LEGACY = re.compile(r"[0-9a-f]{40}")
 _STORAGE = re.compile(r"(?!https?:)[a-z][a-z0-9+.-]*://.+", re.IGNORECASE)
@@ -90,6 +90,8 @@ class LabelStudioHost:
         task: its number; Label Studio resolves `s3://…` and the like for a task.
         Raises ImageUrlRefused, ImageUrlFailed, and whatever `take` raises.
         """
+        if len(source) > MAX_URL:
+            raise ImageUrlRefused(f"The address of an image has at most {MAX_URL} characters.")
         target = self._target(source, task)
         authorization = await self._authorization()
         return await self._fetcher.fetch(f"{self._origin}{target}", take, authorization)
@@ -149,22 +151,27 @@ class LabelStudio:
 
     host: LabelStudioHost | None = None
     secret: str | None = None
-    _extra: dict[str, Any] = field(default_factory=dict)
+    _extra: dict[str, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.secret is not None:
             check_secret(self.secret)
 
-    def remember(self, project: str, extra: Any) -> None:
-        """Keep a project's extra parameters, which come with its setup alone."""
+    def remember(self, project: str, extra: bytes) -> None:
+        """Keep a project's extra parameters, JSON, which come with its setup alone."""
         self._extra.pop(project, None)
         if extra:
             self._extra[project] = extra
-        while len(self._extra) > MAX_PROJECTS:
+        while len(self._extra) > MAX_PROJECTS or self.bytes_kept > MAX_PROJECTS_BYTES:
             self._extra.pop(next(iter(self._extra)))
 
-    def extra_of(self, project: str) -> Any:
-        """A project's extra parameters, or None."""
+    @property
+    def bytes_kept(self) -> int:
+        """Bytes of all extra parameters, and characters of their projects' names four times."""
+        return sum(4 * len(project) + len(extra) for project, extra in self._extra.items())
+
+    def extra_of(self, project: str) -> bytes | None:
+        """A project's extra parameters, JSON, or None."""
         return self._extra.get(project)
 
 

@@ -88,7 +88,7 @@ def layers(
     read = settings if measure else listed
     loaded = model_loader(read.uncompiled())(_named(settings, model))
     if measure is not None:
-        _print_ranking(loaded, measure, settings.max_pixels)
+        _print_ranking(loaded, measure, settings)
         return
     table = Table("", "layer", "type", "output", "parameters", "target", box=None)
     for layer in loaded.layers:
@@ -114,13 +114,15 @@ def _named(settings: Settings, model: str) -> ModelSpec:
     return of_file[0] if of_file else parse_model(model)
 
 
-def _pictures(model: LoadedModel, folder: Path, max_pixels: int) -> list[Tensor]:
+def _pictures(model: LoadedModel, folder: Path, settings: Settings) -> list[Tensor]:
     """Every image of a folder at the model's input size, uint8 (C, h, w).
 
     Raises ConfigurationError for the first that cannot be read.
     """
+    from service.budget import DecodeBudget
     from service.upload import open_upload
 
+    budget = DecodeBudget(settings.max_decode_bytes)
     pixels: list[Tensor] = []
     for path, _ in find_images([folder]):
         try:
@@ -128,8 +130,9 @@ def _pictures(model: LoadedModel, folder: Path, max_pixels: int) -> list[Tensor]
                 path.read_bytes(),
                 model.preprocessing,
                 "crop",
-                max_pixels=max_pixels,
+                max_pixels=settings.max_pixels,
                 photo_side=None,
+                budget=budget,
             )
         except CamserveError as error:
             raise ConfigurationError(f"{text_of(path)}: {error.detail}") from error
@@ -137,7 +140,7 @@ def _pictures(model: LoadedModel, folder: Path, max_pixels: int) -> list[Tensor]
     return pixels
 
 
-def _print_ranking(model: LoadedModel, folder: Path, max_pixels: int) -> None:
+def _print_ranking(model: LoadedModel, folder: Path, settings: Settings) -> None:
     from service.faithfulness import candidates, rank
 
     if model.no_layers or model.no_gradients:
@@ -145,7 +148,7 @@ def _print_ranking(model: LoadedModel, folder: Path, max_pixels: int) -> None:
             f"no layer of model {model.name!r} can be measured: "
             f"{model.no_layers or model.no_gradients}."
         )
-    pictures = _pictures(model, folder, max_pixels)
+    pictures = _pictures(model, folder, settings)
     table = Table(
         *("", "layer", "output", "faithfulness", "insertion", "deletion"),
         *("ms per image", "per ms"),
@@ -246,7 +249,7 @@ def calibrate(
     spec = replace(_named(settings, model), int8=None, precision="float32")
     loaded = model_loader(settings)(spec)
     place = out or Path(f"{spec.name}.int8")
-    found = calibrate_front(loaded, _pictures(loaded, folder, settings.max_pixels), place)
+    found = calibrate_front(loaded, _pictures(loaded, folder, settings), place)
     OUT.print(
         f"On {found.pictures} photographs that did not calibrate: {found.same_class:.1%} of the "
         f"predictions and {found.same_peak:.1%} of the peaks are the same; rank correlation of the "

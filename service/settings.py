@@ -163,6 +163,12 @@ class Settings(BaseSettings):
         "are not run.",
     )
     max_pixels: int = Field(64_000_000, ge=1, description="Pixels in one image.")
+    max_decode_bytes: int = Field(
+        0,
+        ge=0,
+        description="Bytes of memory that decoding images may take, all together; the others wait. "
+        "An image that takes more by itself gets 413. 0: a quarter of the container's limit.",
+    )
     max_render_side: int = Field(
         2048, ge=16, description="Longer side of rendered pictures, in pixels."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from fastapi import Request, Response
 
 from api_schemas.options import CommonOptions, ExplainOptions
 from service.admission import Permit
+from service.declared_size import Size
 from service.errors import (
     BodyTooLarge,
     EmptyBody,
@@ -21,7 +23,7 @@ from service.errors import (
     MalformedRequest,
     UnknownVersion,
 )
-from service.headers import Size
+from service.memory import collector_paused
 from service.models.loaded import LoadedModel
 from service.routes import access, answering, bodies
 from service.routes.answer_bytes import Bill, Price, Sizes, size_before
@@ -92,7 +94,7 @@ async def answer(
         )
         async with answering.model_in_use(request, of_model) as model:
             plan = await answering.result_of(scheduler.call(read, model, body))
-            works = _works(request, model, plan, permit)
+            works = await _works(request, model, plan, permit)
             most = works[0].service.limits.pixels
             sizes = [size_before(each.picture, most) for each in plan.asked]
             bill = works[0].bill
@@ -107,37 +109,42 @@ async def answer(
     return await answering.in_time(request, work)
 
 
-def _works(request: Request, model: LoadedModel, plan: Plan, permit: Permit) -> list[Work]:
-    """The work of each picture, on one clock. Raises EmptyBody, BodyTooLarge, QueueFull."""
-    count, most = len(plan.asked), service_of(request).limits.images
+async def _works(request: Request, model: LoadedModel, plan: Plan, permit: Permit) -> list[Work]:
+    """The work of each image, on one clock. Raises EmptyBody, BodyTooLarge, QueueFull."""
+    count = len(plan.asked)
     if not count:
-        raise EmptyBody("The request has no picture; send at least one.")
-    if count > most:
-        raise BodyTooLarge(f"The request has more than {most} pictures; send them in several.")
+        raise EmptyBody("The request has no image; send at least one.")
+    check_count(count, service_of(request).limits.images)
     permit.grow(count - 1)
-    distinct: list[Work] = []
-    works: list[Work] = []
+    keys = [each.options.model_dump_json() for each in plan.asked]
+    alike = Counter(keys)
+    by_options: dict[str, Work] = {}
     costs: list[float] = []
-    for asked in plan.asked:
-        work = next((each for each in distinct if each.options == asked.options), None)
-        if work is None:
-            alike = sum(other.options == asked.options for other in plan.asked)
-            work = answering.understand(
-                request, model, asked.options, alike, permit, charge=costs.append
-            )
-            if plan.price is not None:
-                work = replace(work, price=plan.price(work.sizes))
-            if works:
-                work = replace(work, clock=works[0].clock, bill=works[0].bill)
-            else:
-                bill = Bill(permit, work.service.limits.answer_bytes, work.sizes.advice(count))
-                work = replace(work, bill=bill)
-            distinct.append(work)
-        works.append(work)
+    for key, asked in zip(keys, plan.asked, strict=True):
+        if key in by_options:
+            continue
+        work = await answering.understand(
+            request, model, asked.options, alike[key], permit, charge=costs.append
+        )
+        if plan.price is not None:
+            work = replace(work, price=plan.price(work.sizes))
+        if plan.every_class:
+            work = replace(work, question=_of_every_class(work))
+        if by_options:
+            first = next(iter(by_options.values()))
+            work = replace(work, clock=first.clock, bill=first.bill)
+        else:
+            bill = Bill(permit, work.service.limits.answer_bytes, work.sizes.advice(count))
+            work = replace(work, bill=bill)
+        by_options[key] = work
     access.reserve(request, sum(costs))
-    if plan.every_class:
-        works = [replace(work, question=_of_every_class(work)) for work in works]
-    return works
+    return [by_options[key] for key in keys]
+
+
+def check_count(images: int, most: int) -> None:
+    """Raise BodyTooLarge for more images than one request may have."""
+    if images > most:
+        raise BodyTooLarge(f"The request has more than {most} images; send them in several.")
 
 
 async def _replies(
@@ -193,21 +200,21 @@ def parsed(form: type[Form], body: bytes) -> Form:
 def json_of(body: bytes) -> Any:
     """What a JSON body says. Raises MalformedRequest."""
     advice = "send images as base64, or tensors as bytes."
+    body = bodies.utf8_json(body)
     bodies.check_json(body, MAX_NUMBERS, MAX_NUMBERS // 3, advice)  # a list for each pixel
     try:
-        return orjson.loads(body)
+        with collector_paused():
+            return orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise MalformedRequest(f"The body is not JSON: {error}.") from error
 
 
 def query(request: Request) -> dict[str, Any]:
     """The query's parameters; one that is repeated is a list."""
-    given = request.query_params
-    return {
-        name: values if len(values) > 1 else values[0]
-        for name in given
-        if (values := given.getlist(name))
-    }
+    given: dict[str, list[str]] = {}
+    for name, value in request.query_params.multi_items():
+        given.setdefault(name, []).append(value)
+    return {name: values if len(values) > 1 else values[0] for name, values in given.items()}
 
 
 def file_in(text: str) -> bytes:

@@ -16,17 +16,20 @@ from api_schemas.options import CommonOptions, ExplainOptions, PredictOptions
 from api_schemas.protocols import Instances
 from service.errors import InvalidImageData, MalformedRequest, ModelNotReady
 from service.integrations.asked import (
+    MAX_NUMBERS,
     Asked,
     Plan,
     Reply,
     answer,
+    check_count,
     file_in,
     json_response,
     options,
     parsed,
     query,
 )
-from service.integrations.pixels import array_of, pictures
+from service.integrations.nested import array_of
+from service.integrations.pixels import pictures
 from service.models.loaded import LoadedModel
 from service.routes.docs import peer_errors
 from service.routes.state import service_of
@@ -67,13 +70,14 @@ async def explain(request: Request, name: str) -> Response:
 
 
 async def _answer(request: Request, name: str, form: type[CommonOptions]) -> Response:
-    given = query(request)
+    given, most = query(request), service_of(request).limits.images
 
     def read(model: LoadedModel, body: bytes) -> Plan:
         asked = parsed(Instances, body)
         instances = asked.instances if asked.instances is not None else asked.inputs
         if instances is None:
             raise MalformedRequest('Expected "instances", a list of pictures, in the body.')
+        check_count(len(instances), most)
         parameters = given | asked.parameters
         return Plan([_asked(model, form, each, parameters) for each in instances], _respond)
 
@@ -108,7 +112,7 @@ def picture(model: LoadedModel, value: Any, tensor: Mapping[str, Any]) -> Sent:
         (value,) = value.values()
     if isinstance(value, str):
         return file_in(value)
-    return pictures(array_of(value)[None], model.preprocessing, **tensor)[0]
+    return pictures(array_of(value, MAX_NUMBERS)[None], model.preprocessing, **tensor)[0]
 
 
 def _respond(replies: Sequence[Reply]) -> Response:

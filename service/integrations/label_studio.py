@@ -23,7 +23,7 @@ from fastapi import APIRouter, Request, Response
 from api_schemas.options import CommonOptions, ExplainOptions, PredictOptions
 from api_schemas.protocols import LabelStudioRequest, LabelStudioSetup, LabelStudioTask
 from service.admission import Permit
-from service.errors import InvalidOption
+from service.errors import CamserveError, InvalidOption
 from service.integrations.asked import parsed
 from service.integrations.label_studio_config import (
     Parameters,
@@ -35,7 +35,7 @@ from service.integrations.label_studio_config import (
 from service.integrations.label_studio_images import picture
 from service.integrations.label_studio_results import Evidence, prediction, price
 from service.models.loaded import LoadedModel
-from service.routes import answering, bodies, docs
+from service.routes import answering, bodies, docs, encodings
 from service.routes.answer_bytes import Bill, size_before
 from service.routes.answering import Work, as_error
 from service.routes.state import Service, service_of
@@ -50,6 +50,12 @@ SHARE_OF_TIME = 0.9
 """Of the time for a request; the rest is for what was begun, and for the way back."""
 
 SETUP_BYTES, SETUP_SECONDS = 1 << 20, 3.0
+
+MAX_EXTRA = 64 << 10
+"""Bytes of a project's extra parameters."""
+
+LOGGED = 100
+"""Failed tasks of one request that have a line in the log."""
 
 LISTED = 20
 """Predictions that are looked at where a project lets several classes be chosen."""
@@ -72,16 +78,18 @@ async def setup(request: Request) -> Response:
     service = service_of(request)
     with Permit(service.admission) as permit:  # no place: a full queue does not keep it out
         body = await bodies.read_body(request, permit, SETUP_BYTES, SETUP_SECONDS)
+        body = await encodings.decoded(request, body, permit, SETUP_BYTES)
 
-    async def work() -> Response:
-        asked, parameters = await answering.result_of(service.scheduler.call(_set_up, body))
-        async with answering.model_in_use(request, parameters.options.model) as model:
-            answering.understand(request, model, parameters.options, 1, permit)
-            version = model_version(model, parameters.options)
-        service.label_studio.remember(asked.project, asked.extra_params)
-        return _json(orjson.dumps({"model_version": version}))
+        async def work() -> Response:
+            call = service.scheduler.call(_set_up, body)
+            project, extra, parameters = await answering.result_of(call)
+            async with answering.model_in_use(request, parameters.options.model) as model:
+                await answering.understand(request, model, parameters.options, 1, permit)
+                version = model_version(model, parameters.options)
+            service.label_studio.remember(project, extra)
+            return _json(orjson.dumps({"model_version": version}))
 
-    return await answering.watched(request, work)
+        return await answering.watched(request, work)
 
 
 @router.get("/versions", responses=docs.problems(401))
@@ -112,7 +120,11 @@ async def predict(request: Request) -> Response:
         if not asked.images and not asked.is_interactive:
             return _json(_listed([b"[]"] * len(asked.tasks)))
         async with answering.model_in_use(request, asked.parameters.options.model) as model:
-            selection = _Selection(request, model, asked, permit)
+            window = min(len(asked.tasks), max(1, service.admission.max_images // 2))
+            options = await answering.result_of(service.scheduler.call(asked.options, model))
+            images = max(1, len(asked.tasks) * len(asked.images))
+            work = await answering.understand(request, model, options, images, permit)
+            selection = _Selection(request, work, asked, permit, window)
             parts = await selection.answers()
             header = answering.report(request, selection.work, len(parts))
             return _json(_listed(parts), header)
@@ -150,21 +162,34 @@ class _Predicting:
         named = value.get(str(clicked.get("type"))) if isinstance(value, dict) else None
         if not isinstance(named, list):
             return None
+        chosen = {each for each in named if isinstance(each, str)}
         for control in (each for image in self.images for each in image.controls):
             if control.name != clicked.get("from_name"):
                 continue
             for class_id, label in enumerate(model.labels):
                 own = control.label_of(*self.parameters.names_of(label))
-                if own is not None and own in named:
+                if own in chosen:
                     return f"id:{class_id}"
         return None
 
 
-def _set_up(body: bytes) -> tuple[LabelStudioSetup, Parameters]:
-    """Raises MalformedRequest, InvalidOption, also for a label_config that predictions fail on."""
+def _set_up(body: bytes) -> tuple[str, bytes, Parameters]:
+    """The project, its extra parameters as JSON, and what they mean.
+
+    Raises MalformedRequest, InvalidOption, also for a label_config that predictions fail on.
+    """
     asked = parsed(LabelStudioSetup, body)
     images_in(asked.label_config)
-    return asked, parameters_in(asked.extra_params)
+    given = asked.extra_params or ""
+    try:
+        extra = given.encode() if isinstance(given, str) else orjson.dumps(given)
+    except orjson.JSONEncodeError as error:  # nested deeper than it writes
+        raise InvalidOption(f"The extra parameters cannot be kept: {error}.") from error
+    if len(extra) > MAX_EXTRA:
+        raise InvalidOption(
+            f"The extra parameters have {len(extra)} bytes; at most {MAX_EXTRA} are kept."
+        )
+    return asked.project, extra, parameters_in(extra)
 
 
 def _understood(service: Service, body: bytes) -> _Predicting:
@@ -186,20 +211,20 @@ class _Selection:
     """
 
     def __init__(
-        self, request: Request, model: LoadedModel, asked: _Predicting, permit: Permit
+        self, request: Request, work: Work, asked: _Predicting, permit: Permit, window: int
     ) -> None:
         self._asked = asked
         self._permit = permit
         self._service = service_of(request)
-        self._window = min(len(asked.tasks), max(1, self._service.admission.max_images // 2))
+        self._window = window
+        self._failures = 0
         self._waiting = iter(enumerate(asked.tasks))
         self._parts = [b"[]"] * len(asked.tasks)
         self._until = request.scope["started"] + _seconds(request)
-        self._version = model_version(model, asked.parameters.options)
-        images = max(1, len(asked.tasks) * len(asked.images))
-        work = answering.understand(request, model, asked.options(model), images, permit)
+        self._version = model_version(work.model, asked.parameters.options)
+        images = len(asked.tasks) * len(asked.images)
         most, advice = self._service.limits.answer_bytes, work.sizes.advice(images)
-        self.work: Work = replace(
+        self.work = replace(
             work,
             price=price(asked.images, work.sizes),
             # Most tasks take far less than they may, which only those that were drawn tell.
@@ -226,14 +251,22 @@ class _Selection:
                 ask = functools.partial(self._placed, task, place)
                 self._parts[index] = await answering.patiently(ask, self._until)
             except Exception as error:  # noqa: BLE001 - of one task; the others are kept
-                known = as_error(error)
-                _log.warning(
-                    "label_studio_task_failed",
-                    task=task.id,
-                    code=known.code,
-                    detail=known.detail,
-                    exc_info=known.__cause__ if known.code == "internal_error" else None,
-                )
+                self._log_failure(task, as_error(error))
+            await asyncio.sleep(0)  # many that fail at once keep nobody else from the event loop
+
+    def _log_failure(self, task: LabelStudioTask, error: CamserveError) -> None:
+        """A line for each of the first failures; the last says that others are left out."""
+        self._failures += 1
+        if self._failures > LOGGED:
+            return
+        _log.warning(
+            "label_studio_task_failed",
+            task=task.id,
+            code=error.code,
+            detail=error.detail,
+            more="not logged" if self._failures == LOGGED else None,
+            exc_info=error.__cause__ if error.code == "internal_error" else None,
+        )
 
     def _first(self) -> Permit:
         """For bytes alone: the place is the request's own."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from service.errors import ImageUrlRefused
 from service.integrations.asked import file_in
-from service.routes import bodies
+from service.routes import answering, bodies
 from service.routes.state import Service
 
 _WEB = re.compile(r"https?://", re.IGNORECASE)
@@ -25,7 +25,7 @@ async def picture(
     take: told of the size of each chunk. Raises ImageError, and whatever `take` raises.
     """
     if source[:5].lower() == "data:":
-        return file_in(source)
+        return await answering.result_of(service.scheduler.call(file_in, source))
     host = service.label_studio.host
     if _WEB.match(source) and (host is None or not host.is_its(source)):
         return await bodies.image_bytes(source, service.fetcher, take)

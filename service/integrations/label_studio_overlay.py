@@ -33,6 +33,9 @@ router = APIRouter(prefix="/integrations/label-studio", tags=["Label Studio"])
 CACHE_SECONDS = 300
 """How long a browser may show an overlay without asking again."""
 
+MAX_QUERY = 10_000
+"""Bytes of a query: a key, and an address of which every character may be encoded."""
+
 _QUERY = re.compile(r"key=([A-Za-z0-9_.-]*)&src=(.*)", re.DOTALL)
 _ENCODED = re.compile(r"(?:%2F|https?%3A)", re.IGNORECASE)
 
@@ -87,9 +90,12 @@ def read_query(query: bytes, secret: str | None) -> tuple[Grant, str]:
 
     Raises MalformedRequest, Unauthorized, ImageUrlRefused.
     """
-    found = _QUERY.fullmatch(query.decode("latin-1"))
+    found = _QUERY.fullmatch(query.decode("latin-1")) if len(query) <= MAX_QUERY else None
     if found is None:
-        raise MalformedRequest("Ask for overlay.png?key=KEY&src=$image, in this order.")
+        raise MalformedRequest(
+            "Ask for overlay.png?key=KEY&src=$image, in this order, and with at most "
+            f"{MAX_QUERY} bytes behind the question mark."
+        )
     if secret is None:
         raise Unauthorized("There are no overlays here; CAMSERVE_OVERLAY_SECRET is not set.")
     grant = overlay_tokens.read(found[1], secret)
@@ -108,7 +114,7 @@ async def _drawn(request: Request, grant: Grant, source: str, permit: Permit) ->
         {"model": grant.model, "include": ["overlay"], "format": "png", **given}
     )
     async with answering.model_in_use(request, options.model) as model:
-        work = answering.understand(request, model, options, 1, permit)
+        work = await answering.understand(request, model, options, 1, permit)
         work = replace(work, price=work.sizes.overlay)
         data = await picture(service, source, None, lambda size: permit.grow(0, size))
         size = size_before(data, service.limits.pixels)

@@ -18,7 +18,7 @@ import orjson
 
 from service.cam.file_sizes import brush_bytes, region_bytes
 from service.cam.regions import Regions, find_regions
-from service.headers import Size
+from service.declared_size import Size
 from service.integrations.label_studio_brush import alpha_of, encode_rle
 from service.integrations.label_studio_config import Control, Parameters, TaskImage
 from service.models.loaded import LoadedModel

@@ -18,7 +18,7 @@ from fastapi import APIRouter, Request, Response
 from api_schemas.options import CommonOptions, ExplainOptions, PredictOptions
 from api_schemas.protocols import InferInput, InferRequest, RequestedOutput
 from service import __version__
-from service.errors import InvalidOption, MalformedRequest, ModelNotReady, UnsupportedMediaType
+from service.errors import InvalidOption, MalformedRequest, ModelNotReady
 from service.integrations import outputs
 from service.integrations.asked import Asked, Plan, Reply, answer, named, options, parsed
 from service.integrations.pixels import pictures
@@ -33,6 +33,10 @@ router = APIRouter(prefix="/v2", tags=["Open Inference Protocol V2"], responses=
 
 HEADER = "Inference-Header-Content-Length"
 """How many bytes of a body are JSON; 0: the body is a picture file and nothing else."""
+
+
+_DIGITS = 15
+"""Of a header's number at most: Python refuses to read one of thousands of digits."""
 
 
 @router.get("")
@@ -117,9 +121,8 @@ class _Wanted:
 async def _answer(
     request: Request, name: str, version: str | None, default: Sequence[str]
 ) -> Response:
-    if request.headers.get("content-encoding", "identity") != "identity":
-        raise UnsupportedMediaType("Compressed bodies are not read; send it as it is.")
     length = request.headers.get(HEADER)
+    most = service_of(request).limits.images
 
     def read(model: LoadedModel, body: bytes) -> Plan:
         sent: Sequence[Sent] = [body]
@@ -127,7 +130,7 @@ async def _answer(
             asked = InferRequest(inputs=[_FILE])
         else:
             asked, tail = _parts(body, length)
-            sent = _sent(model, asked, tail)
+            sent = _sent(model, asked, tail, most)
         wanted = _wanted(asked, default)
         chosen = _options(asked, wanted, default)
         return Plan(
@@ -147,21 +150,21 @@ def _parts(body: bytes, length: str | None) -> tuple[InferRequest, bytes]:
     """The JSON and what follows it."""
     if length is None:
         return parsed(InferRequest, body), b""
-    if not length.isdecimal() or int(length) > len(body):
+    if not (length.isdecimal() and len(length) <= _DIGITS) or int(length) > len(body):
         raise MalformedRequest(f"{HEADER} is the number of bytes of the body that are JSON.")
     return parsed(InferRequest, body[: int(length)]), body[int(length) :]
 
 
-def _sent(model: LoadedModel, asked: InferRequest, tail: bytes) -> Sequence[Sent]:
+def _sent(model: LoadedModel, asked: InferRequest, tail: bytes, most: int) -> Sequence[Sent]:
     parts = raw_parts(asked.inputs, tail)
     if len(parts) != 1:
         raise MalformedRequest(f"A model takes one input, a batch of pictures, not {len(parts)}.")
     (tensor,), (raw,) = asked.inputs, parts
     if tensor.datatype == "BYTES":
-        return files(tensor, raw)
+        return files(tensor, raw, most)
     said = {**(asked.parameters or {}), **(tensor.parameters or {})}
     return pictures(
-        numbers(tensor, raw), model.preprocessing, said.get("values"), said.get("layout")
+        numbers(tensor, raw, most), model.preprocessing, said.get("values"), said.get("layout")
     )
 
 
@@ -173,6 +176,8 @@ def _wanted(asked: InferRequest, default: Sequence[str]) -> _Wanted:
         if any(output.name == name for name, _, _ in found):
             raise InvalidOption(f"The output {output.name!r} is named twice; name it once.")
         said = output.parameters or {}
+        if any(output.name == name for name, _, _ in found):
+            raise InvalidOption(f"The output {output.name!r} is named twice; name each once.")
         if output.name not in outputs.NAMES:
             raise InvalidOption(
                 f"There is no output {output.name!r}; there are {', '.join(outputs.NAMES)}."

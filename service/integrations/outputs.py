@@ -25,8 +25,8 @@ import orjson
 from api_schemas.options import ExplainOptions
 from service.cam.file_sizes import base64_bytes
 from service.cam.heatmap import render_heatmap
+from service.declared_size import Size
 from service.errors import InvalidOption
-from service.headers import Size
 from service.integrations.asked import Reply
 from service.integrations.tensors import Output
 from service.models.loaded import LoadedModel

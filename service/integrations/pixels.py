@@ -18,19 +18,11 @@ from service.images import Preprocessing
 Values = Literal["byte", "unit", "normalized"]
 Layout = Literal["NHWC", "NCHW"]
 
+_BAND = 256
+"""Rows of an image that are converted at once."""
+
 _SLACK = 1.0
 """Levels of 255 by which values may lie outside: bicubic resizing overshoots a little."""
-
-
-def array_of(data: Any) -> NDArray[Any]:
-    """Nested lists of numbers as an array. Raises InvalidImageData."""
-    try:
-        found = np.asarray(data)
-    except ValueError as error:
-        raise InvalidImageData("The nested lists have different lengths.") from error
-    if found.dtype.kind not in "uif":
-        raise InvalidImageData("The nested lists hold something else than numbers.")
-    return found
 
 
 def pictures(
@@ -49,7 +41,7 @@ def pictures(
     batch = _channels_last(tensor, preprocessing.channels, layout)
     if 0 in batch.shape[1:]:
         raise InvalidImageData(f"A picture of shape {list(batch.shape[1:])} has no pixels.")
-    return list(_bytes(batch, preprocessing, values))
+    return [_bytes(each, preprocessing, values) for each in batch]
 
 
 def _channels_last(tensor: NDArray[Any], channels: int, layout: Layout | None) -> NDArray[Any]:
@@ -74,20 +66,28 @@ def _channels_last(tensor: NDArray[Any], channels: int, layout: Layout | None) -
 
 
 def _bytes(
-    batch: NDArray[Any], preprocessing: Preprocessing, values: Values | None
+    image: NDArray[Any], preprocessing: Preprocessing, values: Values | None
 ) -> NDArray[np.uint8]:
-    if batch.dtype == np.uint8 and values in (None, "byte"):
-        return np.array(batch, order="C")  # a copy: what came with the body cannot be written
-    kind = values or ("unit" if batch.dtype.kind == "f" else "byte")
-    levels = batch.astype(np.float32)
+    """One image of a batch."""
+    if image.dtype == np.uint8 and values in (None, "byte"):
+        return np.array(image, order="C")  # a copy: what came with the body cannot be written
+    kind = values or ("unit" if image.dtype.kind == "f" else "byte")
+    pixels = np.empty(image.shape, np.uint8)
+    for start in range(0, len(image), _BAND):  # so that no float copy of the whole is made
+        levels = _levels(image[start : start + _BAND], preprocessing, kind)
+        if levels.size and not (levels.min() >= -_SLACK and levels.max() <= 255 + _SLACK):
+            raise InvalidImageData(
+                f"Values from {image.min():g} to {image.max():g} are not `{kind}`. Say `values`: "
+                "byte (0 to 255), unit (0 to 1), or normalized (as the model itself takes them)."
+            )
+        pixels[start : start + _BAND] = np.rint(levels).clip(0, 255)
+    return pixels
+
+
+def _levels(band: NDArray[Any], preprocessing: Preprocessing, kind: Values) -> NDArray[np.float32]:
+    """Rows of an image as levels of 255, float32."""
+    levels = band.astype(np.float32)
     if kind == "normalized":
         mean, std = (np.array(each, np.float32) for each in (preprocessing.mean, preprocessing.std))
         levels = levels * std + mean
-    if kind != "byte":
-        levels *= 255
-    if levels.size and not (levels.min() >= -_SLACK and levels.max() <= 255 + _SLACK):
-        raise InvalidImageData(
-            f"Values from {batch.min():g} to {batch.max():g} are not `{kind}`. Say `values`: byte "
-            "(0 to 255), unit (0 to 1), or normalized (as the model itself takes them)."
-        )
-    return np.ascontiguousarray(np.rint(levels).clip(0, 255).astype(np.uint8))
+    return levels if kind == "byte" else levels * np.float32(255)

@@ -18,7 +18,7 @@ from service.admission import Permit
 from service.errors import CamserveError, ConfigurationError, EmptyBody
 from service.integrations.asked import parsed
 from service.models.library import Entry
-from service.routes import bodies
+from service.routes import answering, bodies, encodings
 from service.routes.access import is_admin
 from service.routes.problems import status_of
 from service.routes.state import Service, service_of
@@ -44,8 +44,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 router = APIRouter(prefix="/v2/repository", tags=["model repository"], responses=_ERRORS)
 
-INDEX_BYTES, INDEX_SECONDS = 1 << 16, 10.0
-"""Of a body that says one thing."""
+INDEX_BYTES, INDEX_SECONDS = 64 << 10, 10.0
+"""Of the body of `index`, which says one thing."""
 
 STATES = {
     "loading": "LOADING",
@@ -87,19 +87,20 @@ async def index(request: Request) -> Any:
     refused = _refused(request, service)
     if refused is not None:
         return refused
-    asked = await _index_request(request)
+    asked = await _asked(request, service)
     entries = service.library.entries.values()
     return [_line(service, entry) for entry in entries if not asked.ready or entry.state == "ready"]
 
 
-async def _index_request(request: Request) -> IndexRequest:
-    """What was sent, if anything was. Raises what `read_body` and `parsed` do."""
-    with Permit(service_of(request).admission) as permit:
-        try:
+async def _asked(request: Request, service: Service) -> IndexRequest:
+    """The body, where there is one; read here so that it is bounded, and read for admins alone."""
+    try:
+        with Permit(service.admission) as permit:
             body = await bodies.read_body(request, permit, INDEX_BYTES, INDEX_SECONDS)
-        except EmptyBody:
-            return IndexRequest()
-        return parsed(IndexRequest, body)
+            body = await encodings.decoded(request, body, permit, INDEX_BYTES)
+    except EmptyBody:
+        return IndexRequest()
+    return await answering.result_of(service.scheduler.call(parsed, IndexRequest, body))
 
 
 @router.post("/models/{name}/load", response_model=None)

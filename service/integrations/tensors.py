@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import base64
 import math
-import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from api_schemas.protocols import InferInput
 from service.errors import InvalidImageData, MalformedRequest
-from service.integrations.asked import file_in
+from service.integrations.asked import check_count, file_in
+from service.integrations.nested import leaves, numbers_of, shape_of
+
+T = TypeVar("T")
 
 DTYPES = MappingProxyType(
     {
@@ -39,7 +41,7 @@ DTYPES = MappingProxyType(
     }
 )
 
-_BASE64 = re.compile(rb"data:|[A-Za-z0-9+/\s]+=*\s*\Z")
+_TEXT = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/= \t\n\r\v\f"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,45 +79,63 @@ class Output:
         return {"name": self.name, "datatype": self.datatype, "shape": list(self.shape)}
 
 
-def files(tensor: InferInput, raw: bytes | None) -> list[bytes]:
-    """The picture files of a BYTES tensor. Raises MalformedRequest, InvalidImageData."""
+def files(tensor: InferInput, raw: bytes | None, most: int) -> list[bytes]:
+    """The image files of a BYTES tensor. Raises MalformedRequest, InvalidImageData, BodyTooLarge.
+
+    most: images in one request; more are refused before any is read.
+    """
+    count = _count(tensor)
+    check_count(count, most)
     if raw is None:
-        elements = np.asarray(tensor.data, dtype=object).reshape(-1).tolist()
+        elements = list(_flat(tensor, lambda shape: leaves(tensor.data, shape)))
         if not all(isinstance(each, str) for each in elements):
-            raise InvalidImageData("BYTES in JSON are strings: the base64 of each picture file.")
-        found = [file_in(each) for each in elements]
-    else:
-        # Some clients send base64 in this form too; no picture file looks like it.
-        found = [
-            file_in(each.decode(errors="replace")) if _BASE64.match(each) else each
-            for each in _elements(raw)
-        ]
-    _check_count(tensor, len(found))
-    return found
+            raise InvalidImageData("BYTES in JSON are strings: the base64 of each image file.")
+        return [file_in(each) for each in elements]
+    parts = _elements(raw, count)
+    _check_count(tensor, len(parts))
+    # Some clients send base64 in this form too.
+    return [file_in(each.decode(errors="replace")) if is_base64(each) else each for each in parts]
 
 
-def numbers(tensor: InferInput, raw: bytes | None) -> NDArray[Any]:
-    """The values of a tensor of numbers, in its shape. Raises MalformedRequest."""
+def is_base64(data: bytes) -> bool:
+    """Whether an element is base64 or a data: URI, which no image file looks like."""
+    return data[:5].lower() == b"data:" or not data.translate(None, _TEXT)
+
+
+def numbers(tensor: InferInput, raw: bytes | None, most: int) -> NDArray[Any]:
+    """The values of a tensor of numbers, in its shape.
+
+    most: images in one request. Raises MalformedRequest, InvalidImageData, BodyTooLarge.
+    """
     dtype = DTYPES.get(tensor.datatype)
     if dtype is None or tensor.datatype == "BOOL":
         raise MalformedRequest(
-            f"The datatype {tensor.datatype!r} is no picture's; send BYTES, UINT8 or FP32."
+            f"The datatype {tensor.datatype!r} is no image's; send BYTES, UINT8 or FP32."
         )
+    _count(tensor)
+    check_count(tensor.shape[0], most)
     if raw is not None:
         if len(raw) % np.dtype(dtype).itemsize:
             raise MalformedRequest(f"{len(raw)} bytes are no whole number of {tensor.datatype}.")
         values = np.frombuffer(raw, dtype)
+        _check_count(tensor, values.size)
     elif tensor.datatype == "FP16":
         raise MalformedRequest("FP16 has no form in JSON; send it as binary data.")
     else:
-        try:
-            values = np.asarray(tensor.data, dtype).reshape(-1)
-        except (OverflowError, TypeError, ValueError) as error:
-            raise MalformedRequest(
-                f"The data of input {tensor.name!r} is not {tensor.datatype}."
-            ) from error
-    _check_count(tensor, values.size)
+        values = _flat(tensor, lambda shape: numbers_of(tensor.data, shape, dtype))
     return values.reshape(tensor.shape)
+
+
+def _flat(tensor: InferInput, read: Callable[[Sequence[int]], T]) -> T:
+    """What `read` makes of `data`, flat or nested, once it has as many elements as the shape."""
+    try:
+        shape = shape_of(tensor.data)
+        _check_count(tensor, math.prod(shape))
+        return read(shape)
+    except InvalidImageData as error:
+        raise MalformedRequest(
+            f"The data of input {tensor.name!r} is not {tensor.datatype}: {error.detail}"
+        ) from error
 
 
 def raw_parts(inputs: Sequence[InferInput], tail: bytes) -> list[bytes | None]:
@@ -144,9 +164,11 @@ def _binary_size(parameters: Mapping[str, Any]) -> int | None:
     raise MalformedRequest("`binary_data_size` is a number of bytes.")
 
 
-def _elements(raw: bytes) -> list[bytes]:
-    elements, at = [], 0
-    while at < len(raw):
+def _elements(raw: bytes, most: int) -> list[bytes]:
+    """The elements of a BYTES tensor, one more than `most` at the most."""
+    elements: list[bytes] = []
+    at = 0
+    while at < len(raw) and len(elements) <= most:
         end = at + 4 + int.from_bytes(raw[at : at + 4], "little")
         if at + 4 > len(raw) or end > len(raw):
             raise MalformedRequest("The binary data ends within an element of BYTES.")
@@ -155,8 +177,19 @@ def _elements(raw: bytes) -> list[bytes]:
     return elements
 
 
-def _check_count(tensor: InferInput, count: int) -> None:
-    if min(tensor.shape) < 0 or math.prod(tensor.shape) != count:
+def _count(tensor: InferInput) -> int:
+    """How many elements the shape says. Raises MalformedRequest."""
+    if min(tensor.shape) < 0:
         raise MalformedRequest(
-            f"Input {tensor.name!r} has {count} elements, which are not of shape {tensor.shape}."
+            f"The shape {tensor.shape} of input {tensor.name!r} has a negative number of elements."
+        )
+    return math.prod(tensor.shape)
+
+
+def _check_count(tensor: InferInput, count: int) -> None:
+    if _count(tensor) != count:
+        more = "or more " if count > _count(tensor) else ""
+        raise MalformedRequest(
+            f"Input {tensor.name!r} has {count} {more}elements, which are not of shape "
+            f"{tensor.shape}."
         )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
 from typing import Any
@@ -19,8 +18,12 @@ from service.models.catalog import ModelSpec, Output, Select
 from service.models.folding import Folded
 from service.models.lane import CompiledLane
 from service.models.output import logits_in
+from service.models.patterns import PathMatcher, is_pattern
 from service.models.probe import Layer
 from service.models.replicas import replicate
+
+_TYPE = "type:"
+"""Begins a pattern that names the class of a layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,10 @@ class LoadedModel:
     compiled: CompiledLane | None = None
     not_compiled: str | None = None
     stateful: tuple[str, ...] = ()
+    _by_path: Mapping[str, Layer] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_by_path", {layer.path: layer for layer in self.layers})
 
     @property
     def name(self) -> str:
@@ -111,12 +118,11 @@ class LoadedModel:
 
     def layer(self, path: str) -> Layer:
         """The layer at a dotted path. Raises UnknownLayer with the nearest paths."""
-        for layer in self.layers:
-            if layer.path == path:
-                return layer
+        found = self._by_path.get(path)
+        if found is not None:
+            return found
         raise UnknownLayer(
-            f"Model {self.name!r} has no layer {path!r}."
-            f"{nearest(path, (layer.path for layer in self.layers))} "
+            f"Model {self.name!r} has no layer {path!r}.{nearest(path, self._by_path)} "
             f"GET /models/{self.name}/layers lists them all."
         )
 
@@ -151,25 +157,42 @@ class LoadedModel:
         Raises UnknownLayer for a pattern that matches nothing, InvalidOption for a layer that
         returns no tensor.
         """
+        if not patterns:
+            return ()
         chosen: set[str] = set()
-        for pattern in patterns:
-            if not re.search(r"[*?]|^type:", pattern):
-                found = self.layer(pattern)
-                if not found.given:
-                    raise InvalidOption(
-                        f"Layer {pattern!r} returns no tensor in a forward pass, so there is "
-                        "nothing to record."
-                    )
-                chosen.add(pattern)
+        for name in patterns:
+            if is_pattern(name) or name.startswith(_TYPE):
                 continue
-            matches = {layer.path for layer in self.layers if _matches(pattern, layer)}
-            if not matches:
+            if not self.layer(name).given:
+                raise InvalidOption(
+                    f"Layer {name!r} returns no tensor in a forward pass, so there is nothing to "
+                    "record."
+                )
+            chosen.add(name)
+        for pattern, paths in self._matching(patterns).items():
+            if not paths:
                 raise UnknownLayer(
                     f"No layer of model {self.name!r} matches {pattern!r}; "
                     f"GET /models/{self.name}/layers lists them all."
                 )
-            chosen |= matches
+            chosen |= paths
         return tuple(layer.path for layer in self.layers if layer.path in chosen)
+
+    def _matching(self, patterns: Sequence[str]) -> Mapping[str, set[str]]:
+        """The paths of the layers that each glob and each type matches, of those to record."""
+        types = {name: set[str]() for name in patterns if name.startswith(_TYPE)}
+        globs = {name: set[str]() for name in patterns if is_pattern(name) and name not in types}
+        matcher = PathMatcher(list(globs))
+        for layer in self.layers:
+            if not layer.given:
+                continue
+            if (same := types.get(f"{_TYPE}{layer.type}")) is not None:
+                same.add(layer.path)
+            for paths, matches in zip(globs.values(), matcher.matches(layer.path), strict=True):
+                if matches:
+                    paths.add(layer.path)
+        found = types | globs
+        return {name: found[name] for name in patterns if name in found}
 
     def activation_bytes(self, paths: Sequence[str], *, inputs: bool) -> int:
         """What captures of these layers take for one image, as float32, all calls counted."""
@@ -228,14 +251,3 @@ class LoadedModel:
 def _on_each_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
     """One number a channel, (C, 1, 1), kept: to send it to a GPU anew makes every batch wait."""
     return torch.tensor(values)[:, None, None].to(device)
-
-
-def _matches(pattern: str, layer: Layer) -> bool:
-    if not layer.given:
-        return False
-    if pattern.startswith("type:"):
-        return layer.type == pattern.removeprefix("type:")
-    wild = {"**": ".*", "*": r"[^.]*", "?": r"[^.]"}
-    parts = re.split(r"(\*\*|\*|\?)", pattern)
-    expression = "".join(wild.get(part, re.escape(part)) for part in parts)
-    return re.fullmatch(expression, layer.path) is not None

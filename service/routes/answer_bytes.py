@@ -30,8 +30,8 @@ from service.cam.file_sizes import (
     sheet_bytes,
 )
 from service.cam.heatmap import sheet_of
+from service.declared_size import Size, size_of
 from service.errors import InvalidOption, QueueFull
-from service.headers import Size, size_of
 from service.images import preview_size
 from service.models.loaded import LoadedModel
 from service.questions import LAYER_METHODS, Question

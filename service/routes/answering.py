@@ -22,16 +22,16 @@ from torch import Tensor
 
 from api_schemas.options import CommonOptions, ExplainOptions
 from service.admission import Held, Permit
+from service.declared_size import Size
 from service.errors import CamserveError, DeadlineExceeded, MalformedRequest, QueueFull
 from service.formats import check_format
-from service.headers import Size
 from service.metrics import STAGES
 from service.models.loaded import LoadedModel
 from service.questions import Answer, Question
-from service.routes import access, asking, bodies
+from service.routes import access, asking, bodies, encodings
 from service.routes.answer_bytes import UNKNOWN, Bill, Price, Sizes
 from service.routes.middleware import CLIENT_CLOSED_REQUEST
-from service.routes.state import Service, service_of
+from service.routes.state import Limits, Service, service_of
 from service.upload import Hiding, Sent, Upload, open_upload
 
 P = ParamSpec("P")
@@ -108,11 +108,17 @@ async def in_time(
     """
     service = service_of(request)
     limits, seconds = service.limits, timeout_of(request)
+    encodings.codings_of(request)  # what cannot be decoded need not be read
     if waits is None:
         service.admission.check()
     permit = held(request).keep(service.admission.expect())
     body = await bodies.read_body(request, permit, limits.body_bytes, seconds)
-    return await watched(request, lambda: _placed(work, body, permit, waits))
+
+    async def decoded_and_placed() -> Response:
+        whole = await encodings.decoded(request, body, permit, limits.body_bytes)
+        return await _placed(work, whole, permit, waits)
+
+    return await watched(request, decoded_and_placed)
 
 
 async def _placed(
@@ -185,7 +191,7 @@ async def model_in_use(request: Request, name: str | None) -> AsyncIterator[Load
         yield model
 
 
-def understand(
+async def understand(
     request: Request,
     model: LoadedModel,
     options: CommonOptions,
@@ -196,28 +202,60 @@ def understand(
 ) -> Work:
     """Everything that can be refused before any image is looked at is refused here.
 
+    Names, patterns and masks, which may be long, are resolved in a worker thread; what the request
+    costs is charged to its key here, on the event loop.
+
     permit: holds the bytes of the answer, once the images' sizes are known.
     charge: takes what these images cost, where a request's sum is reserved by the caller; None
             reserves it here.
     """
     service = service_of(request)
-    charge = charge or functools.partial(access.reserve, request)
-    question = asking.question(model, options, service.limits, images, charge)
+    resolve = functools.partial(_resolved, model, options, service.limits, images)
+    if _names_nothing(options):
+        found = resolve()
+    else:
+        found = await result_of(service.scheduler.call(resolve))
+    for price in found.prices:
+        (charge or functools.partial(access.reserve, request))(price)
     request.scope["log"] = {"model": model.name}
-    deadline = request.scope["started"] + timeout_of(request)
-    sizes = Sizes(model, options, question(torch.empty(0)), service.limits.render_side)
+    sizes = found.sizes
     return Work(
         service,
         model,
         options,
-        question,
-        asking.hiding(options),
-        deadline,
+        found.question,
+        found.hiding,
+        request.scope["started"] + timeout_of(request),
         Clock(),
         sizes,
         sizes.result,
         Bill(permit, service.limits.answer_bytes, sizes.advice(images)),
     )
+
+
+def _names_nothing(options: CommonOptions) -> bool:
+    """Whether there is nothing to look up: then resolving takes less than the way to a thread."""
+    if not isinstance(options, ExplainOptions):
+        return not options.activations
+    named = (options.activations, options.targets, options.layer, options.contrast, options.mask)
+    return not any(named)
+
+
+@dataclass(frozen=True, slots=True)
+class _Resolved:
+    """What options mean for a model; `prices`: what they cost its key, in forward passes."""
+
+    question: Callable[[Tensor], Question]
+    hiding: Hiding | None
+    sizes: Sizes
+    prices: list[float]
+
+
+def _resolved(model: LoadedModel, options: CommonOptions, limits: Limits, images: int) -> _Resolved:
+    prices: list[float] = []
+    question = asking.question(model, options, limits, images, prices.append)
+    sizes = Sizes(model, options, question(torch.empty(0)), limits.render_side)
+    return _Resolved(question, asking.hiding(options), sizes, prices)
 
 
 async def ask(work: Work, data: Sent, size: Size = UNKNOWN) -> Answered:
@@ -259,6 +297,8 @@ async def _opened(work: Work, data: Sent) -> Upload:
             max_pixels=service.limits.pixels,
             photo_side=service.limits.render_side if wants_photo else None,
             hiding=work.hiding,
+            budget=service.decoding,
+            deadline=work.deadline,
         )
     )
     work.clock.seconds["decode"] += time.monotonic() - started

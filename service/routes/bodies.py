@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import binascii
+import codecs
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -39,6 +39,10 @@ Image = bytes | str | InvalidImageData
 """An image of a request: its file, its URL, or why it is neither."""
 
 _MAX_PART_HEADER = 4096
+"""Bytes of one header of a part; all headers of a part have eight times as many at most."""
+
+_MAX_URI_HEAD = 1000
+"""Characters of a data: URI before its data."""
 
 MAX_JSON_NAMES = 20_000
 MAX_JSON_VALUES = 600_000
@@ -217,6 +221,7 @@ class _Form:
         self._field = bytearray()
         self._value = bytearray()
         self._disposition = b""
+        self._header_bytes = 0
 
     def callbacks(self) -> MultipartCallbacks:
         return {
@@ -231,20 +236,27 @@ class _Form:
 
     def _begin_part(self) -> None:
         self._disposition = b""
+        self._header_bytes = 0
 
     def _header_field(self, data: bytes, start: int, end: int) -> None:
         self._field += data[start:end]
-        self._bound_header()
+        self._bound_header(end - start)
 
     def _header_value(self, data: bytes, start: int, end: int) -> None:
         self._value += data[start:end]
-        self._bound_header()
+        self._bound_header(end - start)
 
-    def _bound_header(self) -> None:
+    def _bound_header(self, more: int) -> None:
         if len(self._field) + len(self._value) > _MAX_PART_HEADER:
             raise MalformedRequest(f"A part's header is longer than {_MAX_PART_HEADER} bytes.")
+        self._header_bytes += more
+        if self._header_bytes > 8 * _MAX_PART_HEADER:
+            raise MalformedRequest(
+                f"The headers of a part are longer than {8 * _MAX_PART_HEADER} bytes."
+            )
 
     def _end_header(self) -> None:
+        self._header_bytes += 4  # the colon, a space and the line's end
         if self._field.lower() == b"content-disposition":
             self._disposition = bytes(self._value)
         self._field.clear()
@@ -277,6 +289,27 @@ def check_json(body: bytes, max_values: int, max_lists: int, advice: str) -> Non
         )
 
 
+def utf8_json(body: bytes) -> bytes:
+    """A JSON body without a byte order mark. Raises MalformedRequest for UTF-16 and UTF-32."""
+    head = body[:4]
+    coding = next((name for mark, name in _MARKS if head.startswith(mark)), None)
+    if coding is None and b"\0" in head:  # no JSON text has one, and these begin with ASCII
+        coding = "UTF-32" if head.count(b"\0") > 2 else "UTF-16"
+    if coding is not None:
+        raise MalformedRequest(
+            f"The JSON is encoded as {coding}; send it as UTF-8 (RFC 8259 §8.1)."
+        )
+    return body.removeprefix(codecs.BOM_UTF8)
+
+
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),  # before UTF-16's, which it begins with
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+
+
 def json_request(body: bytes, form: type[Options], max_images: int) -> tuple[list[Image], Options]:
     """Images and options of a JSON request; an image that is no base64 is its own error.
 
@@ -284,6 +317,7 @@ def json_request(body: bytes, form: type[Options], max_images: int) -> tuple[lis
     Raises MalformedRequest, InvalidOption, BodyTooLarge.
     """
     advice = "images are sent as base64, not as lists of numbers."
+    body = utf8_json(body)
     check_json(body, MAX_JSON_VALUES, MAX_JSON_NAMES, advice)
     try:
         request = form.model_validate_json(body)
@@ -351,12 +385,15 @@ def _image(source: ImageSource) -> Image:
 
 
 def image_file(text: str) -> bytes | InvalidImageData:
-    """The file in base64 or in a data: URI, or why there is none."""
+    """The file in base64 or in a data: URI, or why there is none; ASCII whitespace is left out."""
     if text[:5].lower() == "data:":
-        header, comma, text = text.partition(",")
-        if not comma or not header.lower().endswith(";base64"):
+        end = text.find(",", 0, _MAX_URI_HEAD)
+        if end < 0 or not text[:end].lower().endswith(";base64"):
             return InvalidImageData("The data: URI is not of the form data:image/png;base64,….")
+        text = text[end + 1 :]
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError):
+        # Not by `split`: base64 with a space every two characters would become millions of strings.
+        data = text.encode("ascii").translate(None, b" \t\n\r\v\f")
+        return binascii.a2b_base64(data, strict_mode=True)
+    except ValueError:  # binascii.Error and UnicodeEncodeError are such
         return InvalidImageData("`data` is not standard base64 (RFC 4648 §4) of an image file.")

@@ -20,8 +20,8 @@ from api_schemas.options import (
     PredictRequest,
 )
 from service.admission import Permit
+from service.declared_size import Size
 from service.errors import InvalidOption, NotAcceptable
-from service.headers import Size
 from service.routes import answering, bodies, docs
 from service.routes.accept import preferred_image
 from service.routes.answer_bytes import size_before
@@ -67,7 +67,7 @@ async def _classify(
     if image_format and isinstance(options, ExplainOptions):
         options = options.model_copy(update={"format": image_format, "include": ["overlay"]})
     async with answering.model_in_use(request, options.model) as model:
-        work = answering.understand(request, model, options, len(uploads), permit)
+        work = await answering.understand(request, model, options, len(uploads), permit)
         if image_format:
             work = replace(work, price=work.sizes.overlay)
         sizes = [size_before(each, work.service.limits.pixels) for each in uploads]
@@ -95,7 +95,7 @@ async def _take_apart(
         )
         return await result_of(call), options
     if bodies.is_json(kind):
-        if request.url.query:
+        if request.scope["query_string"]:
             raise InvalidOption(
                 "A JSON request carries its options as fields beside `images`; leave the query "
                 "empty."

@@ -18,7 +18,7 @@ from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.admission import Admission, Held
-from service.errors import InvalidOption, QueueFull, ShuttingDown
+from service.errors import HeadTooLarge, InvalidOption, QueueFull, ShuttingDown
 from service.metrics import Metrics
 from service.routes.access import path_of
 from service.routes.problems import problem, unexpected
@@ -164,6 +164,37 @@ class BehindPrefix:
             if path != self.prefix and not path.startswith(f"{self.prefix}/"):
                 path = self.prefix + path
             scope = {**scope, "root_path": self.prefix, "path": path}
+        await self.app(scope, receive, send)
+
+
+@dataclass(frozen=True, slots=True)
+class BoundedHeaders:
+    """Refuses more header fields, or longer ones, than any client sends, and paths without end.
+
+    Cookies are taken away: nothing here reads them, and the framework would parse those of every
+    request, with a regular expression that takes the square of their length.
+    """
+
+    app: ASGIApp
+    fields: int = 100
+    characters: int = 16 << 10
+    path: int = 4 << 10
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            headers = scope["headers"]
+            longest = max((len(value) for _, value in headers), default=0)
+            long_path = len(scope["path"]) > self.path
+            if len(headers) > self.fields or longest > self.characters or long_path:
+                error = HeadTooLarge(
+                    f"A request has a path of at most {self.path} characters and at most "
+                    f"{self.fields} header fields of {self.characters} bytes each; send options in "
+                    "the query, or as fields of a JSON body."
+                )
+                bare = Request({**scope, "headers": [], "path": scope["path"][: self.path]})
+                await problem(bare, error)(scope, receive, send)
+                return
+            scope["headers"] = [each for each in headers if each[0] != b"cookie"]
         await self.app(scope, receive, send)
 
 

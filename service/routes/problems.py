@@ -58,6 +58,9 @@ STATUS: dict[type[CamserveError], int] = {
     errors.CamserveError: 500,
 }
 
+_SHOWN = 200
+"""Characters of a client's own text that a sentence repeats."""
+
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
@@ -113,9 +116,11 @@ def install(app: FastAPI, options: Sequence[str]) -> None:
 
     async def http_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
+        # Not `request.url`: the standard library keeps the last 128 addresses it has split.
+        path = request.scope["path"][:_SHOWN]
         detail = {
-            404: f"Nothing is at {request.url.path}; /docs lists every route.",
-            405: f"{request.url.path} does not take {request.method}; /docs says what it takes.",
+            404: f"Nothing is at {path}; /docs lists every route.",
+            405: f"{path} does not take {request.method}; /docs says what it takes.",
         }.get(error.status_code, str(error.detail))
         code = _CODES.get(error.status_code, "http_error")
         return _response(request, error.status_code, code, detail, dict(error.headers or {}))
@@ -151,7 +156,7 @@ def _response(
 
 
 def _sentence(issue: Any, known: Sequence[str]) -> str:
-    *around, name = [str(part) for part in issue["loc"] if part not in ("query", "body")] or [""]
+    *around, name = [_shown(part) for part in issue["loc"] if part not in ("query", "body")] or [""]
     place = ".".join((*around, name))
     if issue["type"] == "extra_forbidden":
         if around:
@@ -163,9 +168,17 @@ def _sentence(issue: Any, known: Sequence[str]) -> str:
     message = message[:1].lower() + message[1:]
     if issue["type"] == "literal_error":
         choices = re.findall("'([^']*)'", issue["ctx"]["expected"])
-        several = str(issue["input"]).split(",")
+        given = _shown(issue["input"])
+        several = given.split(",")
         if around and len(several) > 1 and set(several) <= set(choices):
             each = "&".join(f"{around[0]}={value}" for value in several)
             return f"{around[0]}: give each value on its own: {each}, or a list in JSON"
-        message += f".{nearest(str(issue['input']), choices)}".rstrip(".")
+        message += f".{nearest(given, choices)}".rstrip(".")
     return f"{place}: {message}" if place else message
+
+
+def _shown(value: object) -> str:
+    """A name or value that a client sent, cut before anything is made of it."""
+    if isinstance(value, int) and value.bit_length() < 64:
+        return str(value)
+    return value[:_SHOWN] if isinstance(value, str) else ""

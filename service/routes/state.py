@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from fastapi import Request
 
 from service.admission import Admission
+from service.budget import DecodeBudget
 from service.fetching import Fetcher
 from service.keys import KeyFile
 from service.label_studio_host import LabelStudio
@@ -50,6 +51,7 @@ class Service:
     fetcher: Fetcher | None = None
     api_keys: KeyFile | None = None
     label_studio: LabelStudio = field(default_factory=LabelStudio)
+    decoding: DecodeBudget = field(default_factory=DecodeBudget)
     is_near: bool = False
 
 

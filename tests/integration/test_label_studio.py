@@ -14,6 +14,7 @@ import pictures
 import pytest
 import tiny
 from starlette.testclient import TestClient
+from structlog.testing import capture_logs
 from webhosts import web
 
 from service.errors import QueueFull
@@ -442,3 +443,37 @@ def test_what_is_no_request_for_predictions_is_refused(client, body: bytes, stat
 
 def test_no_tasks_have_no_results(client) -> None:
     assert results(predict(client, [])) == []
+
+
+# ---- bounds
+
+
+def test_extra_parameters_have_a_bound_and_are_kept_as_json(client) -> None:
+    extra = {"labels": {f"class {n}": "x" * 100 for n in range(1000)}}
+    answer = setup(client, extra, project="9.1")
+    assert answer.status_code == 422
+    assert "65536" in answer.json()["detail"]
+    assert client.app.state.service.label_studio.extra_of("9.1") is None
+    assert setup(client, {"method": "layercam"}, project="9.1").status_code == 200
+    assert client.app.state.service.label_studio.extra_of("9.1") == b'{"method":"layercam"}'
+    deep: Any = {}
+    for _ in range(300):
+        deep = {"labels": deep}
+    assert setup(client, deep, project="9.1").status_code == 422
+
+
+def test_a_name_of_a_project_and_a_config_have_a_longest(client) -> None:
+    assert setup(client, project="9" * 201).status_code == 422
+    body = {"tasks": [], "label_config": "<a>" * 500_000, "project": "1.1"}
+    answer = client.post("/integrations/label-studio/predict", json=body)
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_option")
+
+
+def test_of_thousands_of_tasks_that_fail_a_hundred_are_logged(client) -> None:
+    """And between two of them others have their turn on the event loop."""
+    with capture_logs() as logs:
+        answers = results(predict(client, [{}] * 3000))
+    assert answers == [[]] * 3000
+    failed = [each for each in logs if each["event"] == "label_studio_task_failed"]
+    assert len(failed) == 100
+    assert failed[-1]["more"] == "not logged"

@@ -140,7 +140,7 @@ def test_v1_takes_nested_numbers_and_the_model_sees_just_those(
     [
         ({"instances": {"b64": B64}}, 400, "instances"),
         ({}, 400, "instances"),
-        ({"instances": []}, 400, "no picture"),
+        ({"instances": []}, 400, "no image"),
         ({"instances": [{"b64": "no base64!"}]}, 400, "base64"),
         ({"instances": [{"b64": B64[:40]}]}, 400, "broken"),
         ({"instances": [{"url": "https://example.com/a.jpg"}]}, 400, "'url'"),
@@ -352,7 +352,8 @@ BAD_V2 = {
     ),
     "a wrong header": ({"inputs": [file()]}, {LENGTH: "100000"}, 400, LENGTH),
     "no number as header": ({"inputs": [file()]}, {LENGTH: "many"}, 400, LENGTH),
-    "a compressed body": ({"inputs": [file()]}, {"content-encoding": "gzip"}, 400, "Compressed"),
+    "a compressed body": ({"inputs": [file()]}, {"content-encoding": "gzip"}, 400, "not gzip"),
+    "a header of digits": ({"inputs": [file()]}, {LENGTH: "9" * 5000}, 400, LENGTH),
 }  # fmt: skip
 
 

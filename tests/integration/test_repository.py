@@ -18,6 +18,7 @@ from tiny import SmallNet
 
 from service.app import create_app
 from service.models.catalog import ModelSpec
+from service.routes import bodies
 from service.settings import Settings
 
 KEY = "let me in"
@@ -231,3 +232,24 @@ def test_reading_the_settings_again_serves_new_models_and_drops_others(settings:
         assert states(client) == {"second": "READY", "third": "READY"}
         assert explained(client).json()["model"]["name"] == "second"
         assert explained(client, model="first").status_code == 404
+
+
+def test_a_body_without_an_admin_key_is_not_read(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was read whole, and parsed on the event loop, before the key was looked at."""
+    monkeypatch.setattr(bodies, "read_body", lambda *_: pytest.fail("it was read"))
+    with TestClient(create_app(settings)) as client:
+        response = client.post("/v2/repository/index", content=b"{no JSON")
+    assert response.status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [(b"{" + b" " * 70_000 + b"}", 413), (b"{", 400), (b'{"ready": 3}', 400), (b"[]", 400)],
+)
+def test_the_body_of_the_index_is_bounded(settings: Settings, body: bytes, status: int) -> None:
+    with TestClient(create_app(settings)) as client:
+        response = client.post("/v2/repository/index", headers=ADMIN, content=body)
+    assert response.status_code == status, response.text
+    assert set(response.json()) == {"error"}

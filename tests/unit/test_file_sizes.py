@@ -21,7 +21,7 @@ from service.cam.file_sizes import (
 )
 from service.cam.heatmap import Style, channel_grid, render_heatmap, sheet_of
 from service.cam.regions import find_regions
-from service.headers import size_of
+from service.declared_size import size_of
 from service.images import Geometry
 from service.integrations.label_studio_brush import alpha_of, encode_rle
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import functools
 import io
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 
-from service.errors import CorruptImage, ImageError, ImageTooLarge
-from service.images import Preprocessing, decode, fit_to_model, upright_rgb
+from service.errors import CorruptImage, ImageError, ImageTooLarge, UnsupportedImage
+from service.headers import jpeg
+from service.images import Preprocessing, decode, fit_to_model
 from service.jpeg import decode_jpeg, scale_of, scans
 from service.upload import Hiding, open_upload
 
@@ -54,7 +56,7 @@ def encode(image: Image.Image, **options: object) -> bytes:
 def by_pillow(data: bytes, scale: int = 1) -> NDArray[np.uint8]:
     with Image.open(io.BytesIO(data)) as image:
         image.draft(None, (image.width // scale, image.height // scale))
-        return np.array(upright_rgb(image))
+        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 # ---- the same bits
@@ -139,6 +141,9 @@ def test_a_broken_jpeg_is_read_or_refused_as_pillow_does(data: st.DataObject) ->
         assert (decode(broken, max_pixels=LIMIT).pixels == expected).all()
     except ImageTooLarge:
         assert expected.shape[0] * expected.shape[1] > LIMIT
+    except UnsupportedImage:  # Pillow tries other codings, and makes noise of them
+        assert b"\xff\xc0" not in broken
+        assert b"\xff\xc2" not in broken
 
 
 @pytest.mark.timeout(20)
@@ -152,9 +157,8 @@ def test_a_large_jpeg_cut_short_is_corrupt() -> None:
 def test_a_file_that_says_another_size_than_its_header_takes_no_memory_for_it() -> None:
     """What is decoded into is of the size that was checked against the bound."""
     data = encode(photograph(64, 48))
-    with Image.open(io.BytesIO(data)) as image:
-        image._size = (32, 24)
-        assert decode_jpeg(image, data, None) is None
+    header = replace(jpeg.read(data), width=32, height=24)
+    assert decode_jpeg(header, data, None) is None
 
 
 def test_ordinary_jpegs_do_not_pass_through_pillow(monkeypatch: pytest.MonkeyPatch) -> None:

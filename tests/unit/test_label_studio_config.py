@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from counting import lines_run
 from tiny import SmallNet, loaded
 
 from service.errors import InvalidImageData, InvalidOption
 from service.integrations.label_studio_config import images_in, model_version, parameters_in
+from service.label_studio_host import LabelStudio
 
 CONFIG = """<View>
   <Style>.x {}</Style>
@@ -176,3 +178,133 @@ def test_extra_parameters_that_mean_nothing_are_refused(extra, said: str) -> Non
 def test_the_version_says_model_weights_method_and_layer(extra, version: str) -> None:
     model = loaded(SmallNet())
     assert model_version(model, parameters_in(extra).options) == version
+
+
+# ---- configurations made to keep the service busy
+
+
+def view(inner: str) -> str:
+    return f"<View>{inner}</View>"
+
+
+def boxes(inner: str, name: str = "c", to_name: str = "i") -> str:
+    return f'<RectangleLabels name="{name}" toName="{to_name}">{inner}</RectangleLabels>'
+
+
+IMAGE = '<Image name="i" value="$image"/>'
+
+
+def many_controls(count: int) -> str:
+    others = "".join(boxes(labels("a"), f"c{n}", f"x{n}") for n in range(count))
+    return view(IMAGE + others + boxes(labels("a")))
+
+
+def many_labels(count: int) -> str:
+    values = [f"label {n}" for n in range(count)]
+    return view(IMAGE + boxes(labels(*values)))
+
+
+def many_names(count: int) -> str:
+    names = ",".join(f"n{n}" for n in range(count))
+    return view(IMAGE + boxes(f'<Label value="a" predicted_values="{names}"/>'))
+
+
+def many_to_names(count: int) -> str:
+    names = ",".join(f"x{n}" for n in range(count))
+    return view(IMAGE + boxes(labels("a"), to_name=f"{names},i,i,i"))
+
+
+def many_images(count: int) -> str:
+    images = "".join(f'<Image name="x{n}" value="$a"/>' for n in range(count))
+    return view(images + IMAGE + boxes(labels("a")))
+
+
+@pytest.mark.parametrize(
+    "make", [many_controls, many_labels, many_names, many_to_names, many_images]
+)
+def test_reading_a_config_takes_time_in_proportion_to_it(make) -> None:
+    """0.99 MB of it stopped the service for 4.2 seconds."""
+    few, many = (lines_run(images_in, make(n)) for n in (400, 1600))
+    assert few > 400 or make is many_names
+    assert many <= 4.5 * few
+    (image,) = images_in(make(1600))
+    assert len(image.controls) == 1
+
+
+def test_finding_a_label_takes_the_same_time_among_many() -> None:
+    few, many = (images_in(many_labels(n))[0].controls[0] for n in (10, 5000))
+    assert many.label_of("Label 4999") == "label 4999"
+    assert lines_run(many.label_of, "label 4999") == lines_run(few.label_of, "label 9")
+
+
+HOSTILE = {
+    "tags": (many_labels(10_000), "10000 tags"),
+    "attributes": ("<View " + "a='1' " * 50_001 + "/>", "50000 attributes"),
+    "names": (many_names(50_002), "50000 names"),
+    "depth": ("<View>" * 65 + "</View>" * 65, "64 tags deep"),
+    "depth without end": ("<a>" * 10_000, "64 tags deep"),
+    "pairs": (
+        view(IMAGE + "".join(boxes(labels("a"), f"c{n}") for n in range(257))),
+        "256 pairs",
+    ),
+    "images": (
+        view(
+            "".join(f'<Image name="x{n}" value="$a"/>' for n in range(17))
+            + boxes(labels("a"), to_name=",".join(f"x{n}" for n in range(17)))
+        ),
+        "16 Image tags",
+    ),
+    "one name twice": (view(IMAGE + IMAGE + boxes(labels("a"))), "two Image tags"),
+    "namespaces": ("<View " + "xmlns:a='1' " * 11 + "/>", "namespaces"),
+    "an entity": ('<!DOCTYPE v [<!ENTITY a "aa">]><v>&a;</v>', "document type"),
+    "an unknown entity": ("<View>&a;</View>", "not XML"),
+}
+
+
+@pytest.mark.parametrize(("config", "words"), HOSTILE.values(), ids=HOSTILE)
+def test_a_config_without_end_is_refused(config: str, words: str) -> None:
+    with pytest.raises(InvalidOption, match=words):
+        images_in(config)
+
+
+@pytest.mark.parametrize("value", ["$a$a", "http://h/$a/$b", "$a" * 500_000, "x" * 3000 + "$a"])
+def test_an_image_is_one_variable(value: str) -> None:
+    """Half a megabyte of `$a` and half a megabyte behind it would be 125 GB."""
+    config = view(f'<Image name="i" value="{value}"/>' + boxes(labels("a")))
+    with pytest.raises(InvalidOption, match="one variable"):
+        images_in(config)
+
+
+def test_a_value_of_a_task_is_not_read_for_variables() -> None:
+    (image,) = images_in(view('<Image name="i" value="p/$a/s"/>' + boxes(labels("a"))))
+    assert image.source({"a": "$a$a"}) == "p/$a$a/s"
+    (plain,) = images_in(view('<Image name="i" value="/data/a.jpg"/>' + boxes(labels("a"))))
+    assert plain.source({}) == "/data/a.jpg"
+
+
+def test_a_label_belongs_to_the_control_around_it() -> None:
+    inner = boxes(labels("b"), "inner")
+    (image,) = images_in(view(IMAGE + boxes(labels("a") + inner + labels("c"), "outer")))
+    found = {each.name: [label.name for label in each.labels] for each in image.controls}
+    assert found == {"outer": ["a", "c"], "inner": ["b"]}
+
+
+# ---- what is kept of projects
+
+
+def test_what_is_kept_of_projects_has_a_bound_in_bytes() -> None:
+    """A thousand projects of 1 MiB each were kept."""
+    known = LabelStudio()
+    for number in range(3000):
+        known.remember(f"{number}.1", b"x" * 60_000)
+        assert known.bytes_kept <= 4 << 20
+    assert known.extra_of("2999.1") == b"x" * 60_000
+    assert known.extra_of("2930.1") is None
+    for number in range(3000):
+        known.remember(f"{number}.1", b"{}")
+    assert known.extra_of("1999.1") is None
+    assert known.extra_of("2000.1") == b"{}"
+    known.remember("2000.1", b"")
+    assert known.extra_of("2000.1") is None
+    known.remember("y" * 2_000_000, b"{}")
+    assert known.bytes_kept == 0

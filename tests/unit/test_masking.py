@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -148,3 +148,36 @@ def test_two_boxes_side_by_side_share_no_pixel_and_leave_no_gap(cut: float) -> N
 def test_a_box_that_is_not_finite_is_refused(value: float) -> None:
     with pytest.raises(ValueError, match="finite"):
         boxes_mask([(0, 0, value, 1)], (3, 3))
+
+
+def test_many_boxes_cover_what_each_of_them_covers() -> None:
+    rng = np.random.default_rng(0)
+    for size in ((1, 1), (3, 2), (40, 30)):
+        boxes = [tuple(rng.uniform(-20, 50, 2)) + tuple(rng.uniform(-5, 30, 2)) for _ in range(60)]
+        for chosen in (boxes[:0], boxes[:1], boxes[:5], boxes):
+            expected = np.zeros(size[::-1], dtype=bool)
+            for x, y, w, h in chosen:
+                inside_x = (np.arange(size[0]) + 0.5 >= x) & (np.arange(size[0]) + 0.5 < x + w)
+                inside_y = (np.arange(size[1]) + 0.5 >= y) & (np.arange(size[1]) + 0.5 < y + h)
+                expected |= inside_y[:, None] & inside_x
+            np.testing.assert_array_equal(boxes_mask(chosen, size), expected)
+
+
+class Counted(np.ndarray):
+    """An array that counts the elements written to it by index."""
+
+    written = 0
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        Counted.written += np.asarray(self[key]).size
+        super().__setitem__(key, value)
+
+
+def test_a_thousand_boxes_take_one_pass_over_the_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each filled the whole image: 64 gigapixels for a thousand boxes of 64 megapixels."""
+    zeros = np.zeros
+    monkeypatch.setattr(np, "zeros", lambda *a, **k: zeros(*a, **k).view(Counted))
+    Counted.written = 0
+    mask = boxes_mask([(0.0, 0.0, 2000.0, 1000.0)] * 1000, (2000, 1000))
+    assert mask.all()
+    assert 0 < Counted.written < mask.size

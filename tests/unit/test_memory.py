@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.app import build_service
-from service.memory import memory_limit
+from service.memory import collector_paused, memory_limit
 from service.settings import Settings
 
 MACHINE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -96,3 +97,23 @@ def test_a_full_collection_passes_over_what_was_imported_and_not_over_models() -
     printed = subprocess.check_output([sys.executable, "-c", COLLECTED], text=True)
     frozen, collectable = (int(each) for each in printed.splitlines()[-1].split())
     assert frozen > 5 * collectable > 5_000
+
+
+def test_the_collector_is_paused_until_the_last_one_is_done() -> None:
+    """And stays off where it was off before."""
+    assert gc.isenabled()
+    with collector_paused():
+        with collector_paused():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    with pytest.raises(ValueError, match="why"), collector_paused():
+        raise ValueError("why")
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with collector_paused():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

@@ -1,0 +1,1 @@
+"""Decoders of the kinds that Pillow reads wrong, slowly or in too much memory."""
