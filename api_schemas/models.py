@@ -10,7 +10,10 @@ class InputSize(BaseModel):
 
     width: int
     height: int
-    resize: int
+    resize: int | list[int] = Field(
+        description="The shorter side before the crop, or the [height, width] to cover."
+    )
+    fit: str = Field("crop", description="How images are fitted by default.")
     mean: list[float]
     std: list[float]
     interpolation: str
@@ -29,6 +32,21 @@ class Lane(BaseModel):
     precision: str | None = None
 
 
+class Probe(BaseModel):
+    """What one probe found when the model was loaded.
+
+    `passed` is false where the model is not served in the plain way; `follows` says how it is
+    served instead, or what to mind.
+    """
+
+    name: str = Field(
+        description="isolation, batch, determinism, output, gradients, places or input."
+    )
+    passed: bool
+    result: str
+    follows: str | None = None
+
+
 class Model(BaseModel):
     """A model of the service. What is not known before it is loaded is left out until then."""
 
@@ -41,6 +59,7 @@ class Model(BaseModel):
     version: str | None = Field(None, description="First 12 digits of the weights' sha256.")
     classes: int | None = None
     input: InputSize | None = None
+    transform: str | None = Field(None, description="How images are fed, and where that was said.")
     target_layer: str | None = None
     lanes: list[Lane] | None = None
     random_weights: bool | None = None
@@ -52,9 +71,10 @@ class Model(BaseModel):
 
 
 class ModelDetails(Model):
-    """A model with its labels, in order of class id."""
+    """A model with its labels, in order of class id, and what was measured of it at load."""
 
     labels: list[str] | None = None
+    probes: list[Probe] | None = None
 
 
 class Models(BaseModel):

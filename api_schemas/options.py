@@ -121,10 +121,10 @@ class CommonOptions(BaseModel):
         None, max_length=200, description="A name from /models; default: the first model."
     )
     top_k: int = Field(5, ge=1, le=1000, description="How many predictions to list.")
-    fit: Fit = Field(
-        "crop",
-        description="How the picture meets the model input: `crop` is the weights' own transform, "
-        "`squash` resizes without keeping the aspect ratio, `pad` shows all of it.",
+    fit: Fit | None = Field(
+        None,
+        description="How the image meets the model input: `crop` takes its center, `squash` "
+        "resizes without keeping the aspect ratio, `pad` shows all of it; default: as in training.",
     )
     activations: Annotated[
         list[LayerPath], Field(fail_fast=True), AfterValidator(_few_wildcards)

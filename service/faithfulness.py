@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from service.cam.methods import upsample
+from service.cam.methods import over_input
 from service.errors import CamserveError
 from service.models.condition import Condition
 from service.models.loaded import LoadedModel
@@ -104,17 +104,19 @@ def _areas(replica: Replica, picture: Tensor, answer: Answer, steps: int) -> tup
     (explanation,) = answer.explanations
     image = replica.model.normalised(picture[None])[0]
     size = (int(image.shape[1]), int(image.shape[2]))
-    cam = upsample(torch.tensor(explanation.grid)[None], size)[0].to(image.device)
+    covers = replica.model.preprocessing.covers
+    cam = over_input(torch.tensor(explanation.grid)[None], size, covers)[0].to(image.device)
     rank_of = torch.empty(cam.numel(), device=image.device)
     order = cam.flatten().argsort(descending=True, stable=True)
     rank_of[order] = torch.arange(cam.numel(), device=image.device, dtype=rank_of.dtype)
     shares = torch.linspace(0, 1, steps + 1, device=image.device)
     first = rank_of.reshape(1, *size) < (shares * cam.numel())[:, None, None]
     shown = torch.cat([image * first[:, None], image * ~first[:, None]])
+    chunk = CHUNK if replica.model.behaviour.batchable else 1
     with torch.no_grad():
         chunks = [
-            replica.model.logits(replica.module(shown[start : start + CHUNK]))
-            for start in range(0, len(shown), CHUNK)
+            replica.model.logits(replica.module(shown[start : start + chunk]))
+            for start in range(0, len(shown), chunk)
         ]
     logits = torch.cat(chunks)
     kind = replica.model.output

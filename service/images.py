@@ -50,17 +50,70 @@ TOO_LARGE = "Scale it down to at most {} pixels (width x height) and send it aga
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """How a model wants its pictures: torchvision's evaluation transform.
+    """How a model wants its images: torchvision's evaluation transform, or one of timm's.
 
-    `resize` is the length of the shorter side before the crop, `crop` the (height, width) of the
-    model input, both in pixels; `mean` and `std` are per channel, of values in 0..1.
+    crop:    (height, width) of the model input, in pixels.
+    resize:  the length of the shorter side before the crop, in pixels; or a (height, width) that
+             the image covers (`fit` "crop"), is stretched to ("squash") or lies within ("pad").
+             What is larger than the input is cut off then.
+    mean, std: one number a channel, of values in 0..1.
+    fit:     how the model was trained to see whole images; a request may say another.
+    covers:  the part of the model input (x, y, w, h as fractions of it) that the model looks at,
+             where it crops once more by itself; None: all of it.
     """
 
-    resize: int = 256
+    resize: int | tuple[int, int] = 256
     crop: tuple[int, int] = (224, 224)
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
+    fit: Fit = "crop"
+    covers: Rect | None = None
+
+    def __str__(self) -> str:
+        """The transform in one line."""
+        (height, width), resize = self.crop, self.resize
+        sides = f"{resize[1]}×{resize[0]}" if isinstance(resize, tuple) else str(resize)
+        how = {
+            "crop": f"resize {sides}, center crop {width}×{height}",
+            "squash": f"stretch to {'×'.join(map(str, self.room('squash')[::-1]))}, center crop "
+            f"{width}×{height}",
+            "pad": f"fit into {'×'.join(map(str, self.room('pad')[::-1]))} on the mean color, "
+            f"{width}×{height}",
+        }[self.fit]
+        mean, std = (", ".join(f"{x:.3g}" for x in values) for values in (self.mean, self.std))
+        return f"{how}, {self.interpolation}, mean {mean}, std {std}"
+
+    @property
+    def longest(self) -> int:
+        """The longest side, in pixels, of what is needed of an image's resizing."""
+        sides = self.resize if isinstance(self.resize, tuple) else (self.resize,)
+        return max(*sides, *self.crop)
+
+    def resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The (width, height) that an image of `size` is resized to before the crop.
+
+        By a number as torchvision rounds; by a (height, width) as timm does.
+        """
+        width, height = size
+        if isinstance(self.resize, tuple):
+            scale = max(self.resize[1] / width, self.resize[0] / height)
+            return round(width * scale), round(height * scale)
+        longer = int(self.resize * max(size) / min(size))
+        return (longer, self.resize) if width > height else (self.resize, longer)
+
+    def room(self, fit: Fit) -> tuple[int, int]:
+        """The (height, width) that an image is stretched to, or lies within, before the crop.
+
+        A request's own `fit` shows the whole image; a model's own may be trained with a margin.
+        """
+        if fit != self.fit:
+            return self.crop
+        if isinstance(self.resize, tuple):
+            return self.resize
+        height, width = self.crop
+        longer = max(self.crop)
+        return self.resize * height // longer, self.resize * width // longer
 
     @property
     def channels(self) -> int:
@@ -111,11 +164,34 @@ class Geometry:
     source_size: tuple[int, int]
     input_size: tuple[int, int]
     window: Rect
+    covers: Rect | None = None
+
+    @property
+    def covered(self) -> Rect:
+        """The part of `window` that the model looks at: all of it where `covers` is None."""
+        x, y, w, h = self.window
+        if self.covers is None:
+            return self.window
+        left, top, width, height = self.covers
+        return x + left * w, y + top * h, width * w, height * h
+
+    def of_map(self, shape: tuple[int, ...]) -> Geometry:
+        """The geometry of a map (h, w): the model input's for one of its size, else a layer's.
+
+        A layer of a model that crops its input again has cells for the covered part alone.
+        """
+        if self.covers is None or shape == self.input_size[::-1]:
+            return self
+        width, height = (
+            max(1, round(side * share))
+            for side, share in zip(self.input_size, self.covers[2:], strict=True)
+        )
+        return Geometry(self.source_size, (width, height), self.covered)
 
     @property
     def seen(self) -> Rect:
-        """The part of the picture that the model sees: `window` within the picture."""
-        x, y, w, h = self.window
+        """The part of the picture that the model sees: what is covered, within the picture."""
+        x, y, w, h = self.covered
         left, top = max(x, 0.0), max(y, 0.0)
         right, bottom = min(x + w, self.source_size[0]), min(y + h, self.source_size[1])
         return left, top, right - left, bottom - top
@@ -276,43 +352,43 @@ def decoding_bytes(header: Header, keep: tuple[int, int] | None = None) -> int:
     return result + max(stored, turned) + SPARE_BYTES
 
 
-def fit_to_model(source: Source, preprocessing: Preprocessing, fit: Fit = "crop") -> ModelInput:
+def fit_to_model(
+    source: Source, preprocessing: Preprocessing, fit: Fit | None = None
+) -> ModelInput:
     """Make the model input, uint8, and say where it lies in the source.
 
-    `crop`: shorter side to `resize`, then the centre; bit-equal to torchvision's evaluation
-    transform up to the conversion to float (of pictures over 20 times longer than wide, only the
-    middle is resized). `squash`: the whole picture, stretched. `pad`: the whole picture in its
-    proportions, centred on the mean colour.
+    `crop`: the image resized, then its centre; bit-equal to torchvision's evaluation transform up
+    to the conversion to float (of images over 20 times longer than wide, only the middle is
+    resized). `squash`: the whole image, stretched. `pad`: the whole image in its proportions,
+    centred on the mean colour. None: the model's own.
     """
-    picture = torch.from_numpy(source.pixels).permute(2, 0, 1)
+    image = torch.from_numpy(source.pixels).permute(2, 0, 1)
     mode = InterpolationMode(preprocessing.interpolation)
-    height, width = preprocessing.crop
+    fit = fit or preprocessing.fit
     if fit == "crop":
-        pixels, window = _crop(picture, source.size, preprocessing, mode)
+        pixels, window = _crop(image, source.size, preprocessing, mode)
     elif fit == "squash":
-        pixels = _squash(picture, preprocessing, mode)
-        window = (0.0, 0.0, float(source.width), float(source.height))
+        resized = _squash(image, preprocessing.room(fit), mode)
+        pixels, window = _centred(resized, source.size, preprocessing)
     elif fit == "pad":
-        pixels, window = _pad(picture, source.size, preprocessing, mode)
+        resized = _within(image, source.size, preprocessing.room(fit), mode)
+        pixels, window = _centred(resized, source.size, preprocessing)
     else:
         raise ValueError(f"fit is 'crop', 'squash' or 'pad', not {fit!r}")
-    geometry = Geometry(source.size, (width, height), window)
+    height, width = preprocessing.crop
+    geometry = Geometry(source.size, (width, height), window, preprocessing.covers)
     # A copy: where nothing had to be resized, `pixels` may be a view of the source.
     return ModelInput(pixels.clone(memory_format=torch.contiguous_format), geometry)
 
 
 def _crop(
-    picture: Tensor, size: tuple[int, int], preprocessing: Preprocessing, mode: InterpolationMode
+    image: Tensor, size: tuple[int, int], preprocessing: Preprocessing, mode: InterpolationMode
 ) -> tuple[Tensor, Rect]:
-    """`size`: of the whole picture (w, h), by which everything is measured."""
+    """`size`: of the whole image (w, h), by which everything is measured."""
     height, width = preprocessing.crop
-    cut, (cut_x, cut_y) = _cut_extreme(picture, preprocessing)
-    old_width, old_height = size if cut is picture else (cut.shape[-1], cut.shape[-2])
-    shorter, longer = sorted((old_width, old_height))
-    new_longer = int(preprocessing.resize * longer / shorter)  # as torchvision rounds
-    new_width, new_height = preprocessing.resize, new_longer
-    if old_width > old_height:
-        new_width, new_height = new_longer, preprocessing.resize
+    cut, (cut_x, cut_y) = _cut_extreme(image, preprocessing)
+    old_width, old_height = size if cut is image else (cut.shape[-1], cut.shape[-2])
+    new_width, new_height = preprocessing.resized((old_width, old_height))
     resized = transforms.resize(cut, [new_height, new_width], interpolation=mode)
     scale_x, scale_y = old_width / new_width, old_height / new_height
     window = (
@@ -321,6 +397,39 @@ def _crop(
         *(width * scale_x, height * scale_y),
     )
     return transforms.center_crop(resized, [height, width]), window
+
+
+def _within(
+    image: Tensor, size: tuple[int, int], room: tuple[int, int], mode: InterpolationMode
+) -> Tensor:
+    """The image in its proportions, as large as it fits into `room` (height, width)."""
+    (height, width), (old_width, old_height) = room, size
+    scale = min(width / old_width, height / old_height)
+    new_width = min(width, max(1, round(old_width * scale)))
+    new_height = min(height, max(1, round(old_height * scale)))
+    resized: Tensor = transforms.resize(image, [new_height, new_width], interpolation=mode)
+    return resized
+
+
+def _centred(
+    image: Tensor, size: tuple[int, int], preprocessing: Preprocessing
+) -> tuple[Tensor, Rect]:
+    """The middle of a resized image at the model's size, on the mean colour where it is smaller.
+
+    size: (w, h) of the whole image before it was resized.
+    """
+    (height, width), (new_height, new_width) = preprocessing.crop, image.shape[-2:]
+    top, left = _crop_start(new_height, height), _crop_start(new_width, width)
+    scale_x, scale_y = size[0] / new_width, size[1] / new_height
+    window = (left * scale_x, top * scale_y, width * scale_x, height * scale_y)
+    kept = image[..., max(top, 0) : top + height, max(left, 0) : left + width]
+    if kept.shape[-2:] == preprocessing.crop:
+        return kept, window
+    fill = torch.tensor([round(255 * mean) for mean in preprocessing.mean], dtype=torch.uint8)
+    pixels = fill[:, None, None].repeat(1, height, width)
+    down, right = max(-top, 0), max(-left, 0)
+    pixels[:, down : down + kept.shape[-2], right : right + kept.shape[-1]] = kept
+    return pixels, window
 
 
 def _crop_start(length: int, crop: int) -> int:
@@ -336,7 +445,7 @@ def _cut_extreme(picture: Tensor, preprocessing: Preprocessing) -> tuple[Tensor,
     short, long = sorted((height, width))
     if long <= MAX_ASPECT * short:
         return picture, (0, 0)
-    scale = short / preprocessing.resize
+    scale = short / min(preprocessing.resized((width, height)))
     crop = preprocessing.crop[1] if width > height else preprocessing.crop[0]
     margin = math.ceil(2 * max(1.0, scale)) + 1  # the reach of the bicubic filter
     keep = min(long, max(short, math.ceil(crop * scale)) + 2 * margin)
@@ -346,35 +455,19 @@ def _cut_extreme(picture: Tensor, preprocessing: Preprocessing) -> tuple[Tensor,
     return picture.narrow(1, start, keep), (0, start)
 
 
-def _squash(picture: Tensor, preprocessing: Preprocessing, mode: InterpolationMode) -> Tensor:
-    """Stretched to the model input.
+def _squash(image: Tensor, room: tuple[int, int], mode: InterpolationMode) -> Tensor:
+    """Stretched to `room` (height, width).
 
     torch scales the width first: of 8 x 8,000,000 pixels that makes a hundred times as many. So the
-    long side of such a picture is scaled before the short one.
+    long side of such an image is scaled before the short one.
     """
-    height, width = picture.shape[-2:]
+    height, width = image.shape[-2:]
     if max(height, width) > MAX_ASPECT * min(height, width):
-        rows, columns = preprocessing.crop
+        rows, columns = room
         first = [rows, width] if height > width else [height, columns]
-        picture = transforms.resize(picture, first, interpolation=mode)
-    scaled: Tensor = transforms.resize(picture, list(preprocessing.crop), interpolation=mode)
+        image = transforms.resize(image, first, interpolation=mode)
+    scaled: Tensor = transforms.resize(image, list(room), interpolation=mode)
     return scaled
-
-
-def _pad(
-    picture: Tensor, size: tuple[int, int], preprocessing: Preprocessing, mode: InterpolationMode
-) -> tuple[Tensor, Rect]:
-    (height, width), (old_width, old_height) = preprocessing.crop, size
-    scale = min(width / old_width, height / old_height)
-    new_width = min(width, max(1, round(old_width * scale)))
-    new_height = min(height, max(1, round(old_height * scale)))
-    left, top = (width - new_width) // 2, (height - new_height) // 2
-    fill = torch.tensor([round(255 * mean) for mean in preprocessing.mean], dtype=torch.uint8)
-    pixels = fill[:, None, None].repeat(1, height, width)
-    resized = transforms.resize(picture, [new_height, new_width], interpolation=mode)
-    pixels[:, top : top + new_height, left : left + new_width] = resized
-    scale_x, scale_y = old_width / new_width, old_height / new_height
-    return pixels, (-left * scale_x, -top * scale_y, width * scale_x, height * scale_y)
 
 
 def preview_size(size: tuple[int, int], max_side: int) -> tuple[int, int]:

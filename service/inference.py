@@ -14,7 +14,7 @@ from service.cam.hooks import Calls, Recording, calls_of, gradients, record
 from service.cam.methods import scale
 from service.captures import Pass, Place, captures, frozen
 from service.errors import CamserveError, InvalidOption, NonFiniteOutput
-from service.maps import GRADIENT_CAM_OF, cam, fused, maps_at_layers
+from service.maps import GRADIENT_CAM_OF, by_image, cam, fused, maps_at_layers
 from service.models.loaded import LoadedModel
 from service.models.pool import Replica
 from service.questions import (
@@ -48,7 +48,7 @@ class Part:
 
     logits:      (classes,) float32 on the CPU.
     targets:     the class ids to explain, empty where nothing is to be explained.
-    activations: each target layer's output (1, ...) in its own layout, detached.
+    activations: each target layer's output (1, ...) in its own layout, by image, detached.
     maps:        the CAM of each target (h, w) on the CPU; empty for methods that go on from here.
     captured:    what was asked to be captured.
     repeated:    whether a target layer ran several times in this pass.
@@ -214,7 +214,13 @@ def _differentiate(done: Pass, logits: Tensor, weights: Tensor) -> Mapping[tuple
     together = max(1, WALK_BYTES // max(1, sum(tensor.nbytes for tensor in at)))
     for start in range(0, most, together):
         places = range(start, min(start + together, most))
-        found = gradients(logits, at, weights[start : places.stop], keep_graph=places.stop < most)
+        found = gradients(
+            logits,
+            at,
+            weights[start : places.stop],
+            keep_graph=places.stop < most,
+            together=done.model.behaviour.vectorised,
+        )
         cams |= maps_at_layers(done, places, dict(zip(paths, found, strict=True)))
     return fused(done, cams)
 
@@ -233,7 +239,7 @@ def _part(
         )
     question, targets = done.questions[image], done.targets[image]
     layers = question.layers if question.explains else ()
-    own = {path: done.seen.targets[path][-1].detach()[image : image + 1] for path in layers}
+    own = {path: by_image(done, path)[image : image + 1] for path in layers}
     maps: list[Tensor] = []
     try:
         if question.explains and question.method == "cam":
@@ -264,6 +270,9 @@ def _explanation(part: Part, class_id: int, score: float, made: Tensor) -> Expla
         "low_resolution": min(grid.shape) < LOW_RESOLUTION,
         "random_weights": part.model.random_weights,
         "module_called_n_times": part.repeated,
+        "not_deterministic": not part.model.behaviour.deterministic,
+        "activation_in_model": part.model.behaviour.activated is not None,
+        "places_unclear": not part.model.unclear.isdisjoint(question.layers),
     }
     return Explanation(
         class_id=class_id,

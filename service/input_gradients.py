@@ -11,11 +11,11 @@ from torch import Tensor
 
 from service.cam.attention import record_attention, rollout
 from service.cam.guided import GuidedReLU
-from service.cam.methods import upsample
+from service.cam.methods import over_input
 from service.errors import InvalidOption
 from service.inference import Part
 from service.models.pool import Replica
-from service.perturbation import CHUNK, Steps, input_of
+from service.perturbation import Steps, chunk_of, input_of
 
 
 def integrated_gradients(part: Part) -> Steps:
@@ -30,8 +30,9 @@ def integrated_gradients(part: Part) -> Steps:
     alphas = torch.tensor((points + 1) / 2, dtype=image.dtype, device=image.device)
     shares = torch.tensor(weights / 2, dtype=image.dtype, device=image.device)
     sums = [torch.zeros_like(image[0]) for _ in part.targets]
-    for start in range(0, len(alphas), CHUNK):
-        some = slice(start, start + CHUNK)
+    size = chunk_of(part.model)
+    for start in range(0, len(alphas), size):
+        some = slice(start, start + size)
         replica = yield
         images = image * alphas[some, None, None, None]
         for total, gradient in zip(sums, _input_gradients(replica, part, images), strict=True):
@@ -71,7 +72,8 @@ def guided_gradcam(part: Part) -> Steps:
     for cam, gradient in zip(part.maps, _guided_gradients(replica, part), strict=True):
         guided = gradient.cpu()
         size = (int(guided.shape[1]), int(guided.shape[2]))
-        found.append((guided * upsample(cam[None], size)).sum(dim=0))
+        covers = part.model.preprocessing.covers
+        found.append((guided * over_input(cam[None], size, covers)).sum(dim=0))
     return found
 
 

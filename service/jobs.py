@@ -64,12 +64,18 @@ class Job:
     def fail(self, error: BaseException) -> None:
         fail(self.future, error)
 
+    @property
+    def is_serial(self) -> bool:
+        """Whether its model has one replica, so that one batch runs at a time."""
+        return not self.model.behaviour.isolated
+
     def goes_with(self, other: Job) -> bool:
         """Whether two jobs of one model can share a forward pass."""
         alone = self.alone or other.alone or self.rest is not None or other.rest is not None
         same_size = self.question.pixels.shape == other.question.pixels.shape
         # Every target of one image walks the graph of the whole batch.
         walks = {job.question.count for job in (self, other) if job.question.walks}
+        alone = alone or not self.model.behaviour.batchable
         return not alone and self.lane == other.lane and same_size and len(walks) < 2
 
 

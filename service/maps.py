@@ -68,7 +68,7 @@ def _maps_of(  # noqa: PLR0917 - one call
 ) -> Sequence[Tensor]:
     """Maps (h, w) on the CPU of N pairs (image, place); `gradient` begins with place `first`."""
     layout = layout_of_layer(done.model, path)
-    activation = done.seen.targets[path][-1].detach()
+    activation, gradient = by_image(done, path), layout.by_image(gradient, leading=1)
     if asked == [(image, first) for image in range(len(activation))]:  # the common batch: no copies
         gradient = gradient[0]
     else:
@@ -83,7 +83,7 @@ def _without_gradient(
 ) -> list[Tensor]:
     """Maps (h, w) of a method that knows no class, made once an image."""
     images = list(dict.fromkeys(image for image, _ in asked))
-    activation = done.seen.targets[path][-1].detach()
+    activation = by_image(done, path)
     if len(images) < len(activation):
         activation = activation[torch.tensor(images).to(activation.device)]
     activation = precise(layout_of_layer(done.model, path).as_map(activation))
@@ -101,6 +101,11 @@ def cam(done: Pass, image: int, class_id: int, own: Mapping[str, Tensor], logits
         row = weights[class_id] if contrast is None else weights[class_id] - weights[contrast]
         cams.append(weighted(activation, row[None].to(activation))[0].cpu())
     return fuse(cams)
+
+
+def by_image(done: Pass, path: str) -> Tensor:
+    """What a layer's last call gave, the images in front, detached."""
+    return layout_of_layer(done.model, path).by_image(done.seen.targets[path][-1].detach())
 
 
 def layout_of_layer(model: LoadedModel, path: str) -> Layout:

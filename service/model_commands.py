@@ -5,6 +5,7 @@ Modules that load torch are imported by the functions that need them, as in `cli
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -179,6 +180,26 @@ def _lanes(model: LoadedModel) -> str:
     return "hooked, compiled" + ("" if precision == "float32" else f" ({precision})")
 
 
+def _probes(model: LoadedModel) -> str:
+    """Which probes the model did not pass."""
+    return ", ".join(found.name for found in model.findings if not found.passed) or "passed"
+
+
+def _notes(model: LoadedModel, settings: Settings) -> Iterator[str]:
+    """What somebody who releases the model should know: failed probes, and lanes that are off."""
+    yield f"transform: {model.transform}"
+    for found in model.findings:
+        if not found.passed:
+            yield f"{found.result} {found.follows or ''}".rstrip()
+    off = model.no_layers or model.no_gradients
+    if off is None and model.not_compiled and settings.compile:
+        off = f"no compiled lane: {model.not_compiled}"
+    if off is None and model.compiled:
+        off = model.compiled.instead
+    if off:
+        yield off
+
+
 @with_settings((*OF_MODELS, "precision"))
 def check(settings: Settings) -> None:
     """Load every model, let each explain one picture, and say what does not work; for a CI.
@@ -189,16 +210,17 @@ def check(settings: Settings) -> None:
     from service.check import check_models
 
     logs.configure_command()
-    table = Table("name", "classes", "parameters", "target layer", "lanes", box=None)
+    table = Table("name", "classes", "parameters", "target layer", "lanes", "probes", box=None)
     for heading in ("ms per image", "MiB"):
         table.add_column(heading, justify="right")
     failed: list[Checked] = []
+    notes: list[str] = []
     checked = 0
     for each in check_models(model_specs(settings), model_loader(settings)):
         checked += 1
         if each.model is None:
             failed.append(each)
-            table.add_row(each.spec.name, *("-",) * 3, "failed", "-", "-", style="red")
+            table.add_row(each.spec.name, *("-",) * 3, "failed", *("-",) * 3, style="red")
             continue
         table.add_row(
             each.model.name,
@@ -206,17 +228,14 @@ def check(settings: Settings) -> None:
             f"{each.parameters:,}",
             each.model.target_layer or "none",
             _lanes(each.model),
+            _probes(each.model),
             f"{each.milliseconds:.1f}",
             f"{each.mebibytes:.1f}",
         )
-        off = each.model.no_layers or each.model.no_gradients
-        if off is None and each.model.not_compiled and settings.compile:
-            off = f"no compiled lane: {each.model.not_compiled}"
-        if off is None and each.model.compiled:
-            off = each.model.compiled.instead
-        if off:
-            ERR.print(f"[yellow]note:[/] {escape(each.model.name)}: {escape(off)}", soft_wrap=True)
+        notes += [f"{each.model.name}: {note}" for note in _notes(each.model, settings)]
     OUT.print(table)
+    for note in notes:
+        ERR.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
     for each in failed:
         name, problem = escape(each.spec.name), escape(each.problem or "")
         ERR.print(f"[red]failed:[/] {name}: {problem}", soft_wrap=True)

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from service.cam.hooks import replacing
-from service.cam.methods import fuse, upsample, weighted
+from service.cam.methods import fuse, over_input, upsample, weighted
+from service.images import Rect
 from service.inference import Part
 from service.maps import layout_of_layer
 from service.models.cut import Uncuttable, tail
+from service.models.loaded import LoadedModel
 from service.models.pool import Replica
 from service.questions import windows
 
@@ -28,6 +30,12 @@ Steps = Generator[None, Replica, Maps]
 
 CHUNK = 8
 """Images in one forward pass of a chunk; more are slower on a CPU."""
+
+
+def chunk_of(model: LoadedModel) -> int:
+    """CHUNK, or one image where a model's answers depend on the others in a batch."""
+    return CHUNK if model.behaviour.batchable else 1
+
 
 GRID = 7
 """Cells a side of RISE's masks."""
@@ -49,7 +57,7 @@ def scorecam(part: Part) -> Steps:
     cams: list[Maps] = [[] for _ in part.targets]
     for path, values in part.activations.items():
         activation = layout_of_layer(part.model, path).as_map(values).float()
-        masked = partial(_masked, image, activation[0])
+        masked = partial(_masked, image, activation[0], part.model.preprocessing.covers)
         logits = yield from _in_chunks(part, activation.shape[1], masked)
         for place, maps in enumerate(cams):
             weights = part.value(logits, place).softmax(dim=0)
@@ -71,7 +79,7 @@ def ablationcam(part: Part) -> Steps:
     cams: list[Maps] = [[] for _ in part.targets]
     for path, values in part.activations.items():
         layout = layout_of_layer(part.model, path)
-        axis = 1 if layout.kind == "chw" else values.ndim - 1
+        axis = 1 + layout.channel_axis
         logits = yield from _ablated(part, path, values, axis)
         activation = layout.as_map(values).float()
         for place, maps in enumerate(cams):
@@ -153,17 +161,18 @@ def _in_chunks(
 ) -> Generator[None, Replica, Tensor]:
     """The logits (count, classes), on the CPU, of images made chunk by chunk."""
     rows = []
-    for start in range(0, count, CHUNK):
+    size = chunk_of(part.model)
+    for start in range(0, count, size):
         replica = yield
         with torch.no_grad():
-            chunk = images(slice(start, start + CHUNK)).to(part.model.dtype)
+            chunk = images(slice(start, start + size)).to(part.model.dtype)
             rows.append(part.model.logits(replica.module(chunk)).cpu())
     return torch.cat(rows) if rows else torch.zeros(0, len(part.logits))
 
 
-def _masked(image: Tensor, channels: Tensor, some: slice) -> Tensor:
-    """The image times each of some channels (C, h, w), scaled up to it and to 0..1."""
-    large = upsample(channels[some], (int(image.shape[2]), int(image.shape[3])))
+def _masked(image: Tensor, channels: Tensor, covers: Rect | None, some: slice) -> Tensor:
+    """The image times each of some channels (C, h, w), scaled up to what they cover and to 0..1."""
+    large = over_input(channels[some], (int(image.shape[2]), int(image.shape[3])), covers)
     low = large.amin(dim=(1, 2), keepdim=True)
     span = large.amax(dim=(1, 2), keepdim=True) - low
     masks = torch.where(span > 0, (large - low) / torch.where(span > 0, span, 1), 0)
@@ -200,10 +209,11 @@ def _behind(
     one image, its layer's output replaced by n others, which works where everything beside it is
     broadcast; else on n images.
     """
+    layout = layout_of_layer(part.model, path)
 
     def replaced(outputs: Tensor, images: Tensor) -> Tensor:
         calls = part.model.layer(path).calls
-        with replacing(replica.module, path, outputs, call=calls - 1):
+        with replacing(replica.module, path, layout.as_given(outputs), call=calls - 1):
             return part.model.logits(replica.module(images))
 
     def by_broadcast(outputs: Tensor) -> Tensor:
@@ -213,8 +223,10 @@ def _behind(
         return replaced(outputs, input_of(part).repeat(len(outputs), 1, 1, 1))
 
     def by_tail(outputs: Tensor) -> Tensor:
-        return part.model.logits(cut(outputs))
+        return part.model.logits(cut(layout.as_given(outputs)))
 
+    if not part.model.behaviour.batchable:
+        return in_full, 1
     candidates = [by_broadcast]
     with suppress(Uncuttable):
         cut = tail(replica.module, path)
@@ -223,7 +235,7 @@ def _behind(
     for candidate in candidates:
         if _gives(candidate, twice, part.logits):
             return candidate, max(1, TAIL_BYTES // (4 * values.numel()))
-    return in_full, CHUNK
+    return in_full, chunk_of(part.model)
 
 
 def _gives(function: Callable[[Tensor], Tensor], outputs: Tensor, logits: Tensor) -> bool:

@@ -245,4 +245,4 @@ def _channels(model: LoadedModel, path: str) -> int:
     layer = model.layer(path)
     if layer.layout is None or layer.shape is None:
         raise InvalidOption(f"Layer {path!r} gives no feature map.")
-    return layer.shape[0] if layer.layout.kind == "chw" else layer.shape[-1]
+    return layer.shape[layer.layout.channel_axis]

@@ -150,28 +150,36 @@ class Scheduler:
                     return self._calls.popleft()
                 if not self._jobs:
                     return None
-                wait = self._delay()
+                turn = self._turn()
+                assert turn is not None
+                wait = self._delay(turn)
                 if wait <= 0:
-                    batch = _Batch(self, self._take_batch())
+                    batch = _Batch(self, self._take_batch(turn))
                     self._running.add(batch)
                     return batch
                 self._wake.wait(wait)
 
     def _something_to_do(self) -> bool:
         if self._jobs:
-            return bool(self._calls) or len(self._running) < self._side_by_side
+            is_free = len(self._running) < self._side_by_side and self._turn() is not None
+            return bool(self._calls) or is_free
         return bool(self._calls) or not self._open
 
-    def _delay(self) -> float:
+    def _turn(self) -> int | None:
+        """The model whose turn it is; None where those that wait have one replica, which runs."""
+        serial = {id(job.model) for batch in self._running for job in batch.jobs if job.is_serial}
+        return next((model for model in self._jobs if model not in serial), None)
+
+    def _delay(self, turn: int) -> float:
         """Seconds until the batch whose turn it is should go, though it is not full."""
-        waiting = next(iter(self._jobs.values()))
+        waiting = self._jobs[turn]
         if not self._max_delay or not self._open or len(waiting) >= self._max_batch:
             return 0.0
         return waiting[0].arrived + self._max_delay - time.monotonic()
 
-    def _take_batch(self) -> list[Job]:
-        """The longest waiting live job of the model whose turn it is, and those that go with it."""
-        model, waiting = self._jobs.popitem(last=False)
+    def _take_batch(self, model: int) -> list[Job]:
+        """The longest waiting live job of a model, and those that go with it."""
+        waiting = self._jobs.pop(model)
         batch: list[Job] = []
         others: deque[Job] = deque()
         for job in waiting:

@@ -107,7 +107,7 @@ class Hiding:
 def open_upload(
     data: Sent,
     preprocessing: Preprocessing,
-    fit: Fit,
+    fit: Fit | None,
     *,
     max_pixels: int,
     photo_side: int | None,
@@ -167,7 +167,7 @@ class _Request:
     """What is made of a source, as `open_upload` has it."""
 
     preprocessing: Preprocessing
-    fit: Fit
+    fit: Fit | None
     photo_side: int | None
     hiding: Hiding | None
 
@@ -212,7 +212,7 @@ def _needed(preprocessing: Preprocessing, photo_side: int | None) -> tuple[int, 
     """How many pixels of a photo's (shorter, longer) side its decoding must leave; None: all."""
     if preprocessing.interpolation == "nearest":  # takes single pixels, which scaling would mix
         return None
-    shorter = SPARE * max(preprocessing.resize, *preprocessing.crop)
+    shorter = SPARE * preprocessing.longest
     return shorter, max(shorter, math.ceil(SHARPNESS * (photo_side or 0)))
 
 

@@ -1,8 +1,9 @@
 """Draw a class activation map: a heatmap, an overlay on the picture, a grid of channels.
 
 A `cam` is float32 (gh, gw), -1..1, laid over the whole model input, that is, over
-`geometry.window` of the source. What is drawn is its absolute value: 0 is "no evidence" and the
-first colour of the map, 1 the last one.
+`geometry.window` of the source, or over the part of it that the model looks at
+(`Geometry.of_map`). What is drawn is its absolute value: 0 is "no evidence" and the first colour of
+the map, 1 the last one.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def resample(
     Returns float32 (h, w). Raises ValueError if the map is not finite or not two-dimensional.
     """
     drawn = np.empty(size[::-1], dtype=np.float32)
-    for rows, band in _bands(cam, geometry, size, rect):
+    for rows, band in _bands(cam, geometry.of_map(cam.shape), size, rect):
         drawn[rows] = band
     return drawn
 
@@ -172,6 +173,7 @@ def render_heatmap(
     The palette is the colormap; outside `geometry.seen` the value is 0. `max_side` (pixels) bounds
     the size "source". Raises ValueError if the map is not finite.
     """
+    geometry = geometry.of_map(cam.shape)
     size, rect = _raster(cam, geometry, style, max_side)
     data = level_png(_levels(cam, geometry, size, rect), COLORMAPS[style.colormap])
     return Picture("image/png", *size, data)
@@ -190,8 +192,9 @@ def render_overlay(
     model input, drawn on for "model" and "native"; both uint8 (h, w, 3), RGB. Raises ValueError if
     the map is not finite, RenderFailed if the picture cannot be encoded.
     """
+    whole, geometry = geometry, geometry.of_map(cam.shape)
     size, rect = _raster(cam, geometry, style, max(photo.shape[:2]))
-    base = photo if style.size == "source" else _part(model_pixels, geometry, rect)
+    base = photo if style.size == "source" else _part(model_pixels, whole, rect)
     if size != (base.shape[1], base.shape[0]):
         base = np.asarray(cv2.resize(base, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
     rows, columns = (_inside(size[axis], rect, geometry, axis) for axis in (1, 0))

@@ -73,7 +73,9 @@ def record(
         for path in dict.fromkeys(outputs):
             _register(hooks, model, path, _output_hook(path, recording.outputs, _copy))
         for path in dict.fromkeys(targets):
-            _register(hooks, model, path, _output_hook(path, recording.targets, _leaf))
+            # Before the model's own hooks: one that keeps the output for later keeps the leaf.
+            hook = _output_hook(path, recording.targets, _leaf)
+            _register(hooks, model, path, hook, first=True)
         yield recording
 
 
@@ -93,7 +95,12 @@ def replacing(model: nn.Module, path: str, value: Tensor, *, call: int = 0) -> I
 
 
 def gradients(
-    output: Tensor, at: Sequence[Tensor], weights: Tensor, *, keep_graph: bool = False
+    output: Tensor,
+    at: Sequence[Tensor],
+    weights: Tensor,
+    *,
+    keep_graph: bool = False,
+    together: bool = True,
 ) -> list[Tensor]:
     """Differentiate weighted sums of `output` at recorded tensors, never touching any `.grad`.
 
@@ -103,13 +110,21 @@ def gradients(
              for each image asks for the gradient of that class's logit.
 
     keep_graph: whether the same graph is to be walked again.
+    together: whether the graph is walked once for all K (`is_grads_batched`), which a custom
+              `autograd.Function` without a vmap rule does not allow; else once for each.
 
     Returns a tensor (K, B, ...) for each entry of `at`, zeros where the output does not depend on
-    it. The graph is walked once for all K (`is_grads_batched`).
+    it.
     """
     if not at:
         return []
     count, several = weights.shape[0], weights.shape[0] > 1
+    if several and not together:
+        rows = [
+            gradients(output, at, one[None], keep_graph=keep_graph or number < count - 1)
+            for number, one in enumerate(weights)
+        ]
+        return [torch.cat(parts) for parts in zip(*rows, strict=True)]
     found: tuple[Tensor | None, ...] = (None,) * len(at)
     if output.requires_grad:
         found = torch.autograd.grad(
@@ -159,12 +174,13 @@ def _register(
     hook: Callable[..., Any],
     *,
     before: bool = False,
+    first: bool = False,
 ) -> None:
     module = model.get_submodule(path)
     if before:
         handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     else:
-        handle = module.register_forward_hook(hook)
+        handle = module.register_forward_hook(hook, prepend=first)
     hooks.callback(handle.remove)
 
 

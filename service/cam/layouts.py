@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
@@ -11,29 +12,54 @@ from torch import Tensor
 _PREFIXES = (0, 1, 2, 4, 5)
 """Tokens before the patches: a class token, a distillation token, register tokens."""
 
+MAX_EXTRA_TOKENS = 16
+"""Tokens without a place that `layouts_of` allows for."""
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
     """How a layer's output for one image becomes a feature map.
 
-    kind:   `chw` a convolution's map, `hwc` Swin's, `tokens` (length, channels) with `prefix`
-            tokens that belong to no place.
-    grid:   (height, width) of the map in cells.
+    kind:       `chw` a convolution's map, `hwc` Swin's, `tokens` (length, channels) with `prefix`
+                tokens that belong to no place before those that do.
+    grid:       (height, width) of the map in cells.
+    places:     the index of the token at each cell, row by row, where that is another order than
+                one after the other behind the prefix.
+    transposed: whether the columns come before the rows.
+    batch_axis: which dimension of the output tells images apart.
     """
 
     kind: Literal["chw", "hwc", "tokens"]
     grid: tuple[int, int]
     prefix: int = 0
+    places: tuple[int, ...] | None = None
+    transposed: bool = False
+    batch_axis: int = 0
+
+    def by_image(self, values: Tensor, *, leading: int = 0) -> Tensor:
+        """The layer's outputs with the images in front, behind `leading` other dimensions."""
+        return values.movedim(leading + self.batch_axis, leading) if self.batch_axis else values
+
+    def as_given(self, values: Tensor) -> Tensor:
+        """What `by_image` made, as the layer gives it."""
+        return values.movedim(0, self.batch_axis) if self.batch_axis else values
 
     def as_map(self, values: Tensor) -> Tensor:
-        """A batch of this layer's outputs or gradients as maps (N, C, h, w)."""
-        if self.kind == "chw":
-            return values
-        if self.kind == "hwc":
-            return values.permute(0, 3, 1, 2)
-        tokens = values[:, self.prefix :]
-        maps: Tensor = tokens.transpose(1, 2).unflatten(2, self.grid)
-        return maps
+        """A batch of this layer's outputs or gradients, by image, as maps (N, C, h, w)."""
+        if self.kind != "tokens":
+            maps = values if self.kind == "chw" else values.permute(0, 3, 1, 2)
+            return maps.transpose(2, 3) if self.transposed else maps
+        if self.places is not None:
+            tokens = values[:, list(self.places)]
+        else:
+            tokens = values[:, self.prefix : self.prefix + math.prod(self.grid)]
+        found: Tensor = tokens.transpose(1, 2).unflatten(2, self.grid)
+        return found
+
+    @property
+    def channel_axis(self) -> int:
+        """Which dimension of an output for one image, without the batch, holds the channels."""
+        return {"chw": 0, "hwc": 2, "tokens": 1}[self.kind]
 
 
 def layout_of(shape: tuple[int, ...] | None, input_size: tuple[int, int]) -> Layout | None:
@@ -51,11 +77,55 @@ def layout_of(shape: tuple[int, ...] | None, input_size: tuple[int, int]) -> Lay
         return Layout("chw", chw) if math.prod(chw) > 1 else None
     if len(shape) == 2:
         for prefix in _PREFIXES:
-            height = round(math.sqrt(max(shape[0] - prefix, 0) * aspect))
-            width = (shape[0] - prefix) // height if height else 0
-            if height * width == shape[0] - prefix > 1 and _fits((height, width), aspect):
-                return Layout("tokens", (height, width), prefix)
+            grid = _grid(shape[0] - prefix, aspect)
+            if grid is not None:
+                return Layout("tokens", grid, prefix)
     return None
+
+
+def layouts_of(shape: tuple[int, ...], input_size: tuple[int, int]) -> Iterator[Layout]:
+    """Every layout that an output of this shape for one image could have, the likely ones first.
+
+    Of tokens: those without a place stand at the start, at the end, or together in between; rows
+    come before columns or the other way round.
+    """
+    aspect = input_size[0] / input_size[1]
+    if len(shape) == 3:
+        for kind, grid in (("chw", shape[1:]), ("hwc", shape[:2])):
+            if math.prod(grid) > 1 and _fits((grid[0], grid[1]), aspect):
+                yield Layout(kind, (grid[0], grid[1]))  # type: ignore[arg-type]
+            if math.prod(grid) > 1 and _fits((grid[1], grid[0]), aspect):
+                yield Layout(kind, (grid[1], grid[0]), transposed=True)  # type: ignore[arg-type]
+    if len(shape) != 2:
+        return
+    for extra in range(MAX_EXTRA_TOKENS + 1):
+        cells = _grid(shape[0] - extra, aspect)
+        if cells is None:
+            continue
+        count = math.prod(cells)
+        for start in range(count + 1 if extra else 1):
+            tokens = (*range(start), *range(start + extra, shape[0]))
+            yield _simplest(Layout("tokens", cells, places=tokens))
+            rows, columns = cells
+            by_column = tuple(tokens[x * rows + y] for y in range(rows) for x in range(columns))
+            yield Layout("tokens", cells, places=by_column)
+
+
+def _simplest(layout: Layout) -> Layout:
+    """The same layout without a table of places where these follow one another."""
+    places = layout.places
+    assert places is not None
+    if places == tuple(range(places[0], places[0] + len(places))):
+        return replace(layout, places=None, prefix=places[0])
+    return layout
+
+
+def _grid(cells: int, aspect: float) -> tuple[int, int] | None:
+    """The (height, width) of that many cells with the aspect ratio of the input."""
+    height = round(math.sqrt(max(cells, 0) * aspect))
+    width = cells // height if height else 0
+    grid = (height, width)
+    return grid if height * width == cells > 1 and _fits(grid, aspect) else None
 
 
 def _fits(grid: tuple[int, int], aspect: float) -> bool:

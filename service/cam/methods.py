@@ -153,3 +153,20 @@ def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return functional.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[
         :, 0
     ]
+
+
+def over_input(
+    maps: Tensor, size: tuple[int, int], covers: tuple[float, float, float, float] | None
+) -> Tensor:
+    """Maps (N, h, w) of a layer over a model input (height, width) in pixels, as `upsample`.
+
+    covers: the part of the input (x, y, w, h as fractions) that the layer's cells lie over; outside
+            it the result is 0. None: all of it.
+    """
+    if covers is None:
+        return upsample(maps, size)
+    left, top = round(covers[0] * size[1]), round(covers[1] * size[0])
+    width, height = max(1, round(covers[2] * size[1])), max(1, round(covers[3] * size[0]))
+    spread = maps.new_zeros(len(maps), *size)
+    spread[:, top : top + height, left : left + width] = upsample(maps, (height, width))
+    return spread

@@ -183,7 +183,7 @@ def model_version(model: LoadedModel, options: ExplainOptions) -> str:
     parts = [model.name, model.version, options.method, "+".join(layers) or "input"]
     if options.threshold != ExplainOptions().threshold:
         parts.append(f"threshold{options.threshold:g}")
-    if options.fit != ExplainOptions().fit:
+    if options.fit is not None:
         parts.append(options.fit)
     return "-".join(parts)
 

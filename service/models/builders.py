@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import importlib.resources
 import inspect
+import math
 import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torchvision
@@ -21,9 +22,9 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from service.errors import ConfigurationError, nearest
 from service.images import Preprocessing
 from service.models.builtin.network import flower_net
-from service.models.catalog import BUILTIN, ENTRY, ModelSpec, Output
+from service.models.catalog import BUILTIN, ENTRY, Fit, Interpolation, ModelSpec, Output
 from service.models.eager import eager
-from service.models.metadata import output_in, preprocessing_in
+from service.models.metadata import FED_BY, output_in, preprocessing_in
 from service.models.weights import (
     Weights,
     classes_in,
@@ -40,7 +41,10 @@ DOWNLOAD_TIMEOUT = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """What a builder and its weights bring; None where the service's defaults hold."""
+    """What a builder and its weights bring; None where the service's defaults hold.
+
+    source: where the preprocessing was said, for people.
+    """
 
     module: nn.Module
     version: str
@@ -49,6 +53,7 @@ class Built:
     target_layer: str | None = None
     random_weights: bool = False
     output: Output = "softmax"
+    source: str = "the service's defaults"
 
 
 def build(spec: ModelSpec, allow_random_weights: bool) -> Built:
@@ -97,36 +102,50 @@ def _build_torchvision(spec: ModelSpec, name: str, allow_random_weights: bool) -
         return _torchvision_file(spec, name, make)
     if allow_random_weights:
         module = _randomised(lambda: make(weights=None))
-        version = digest(module.state_dict())
-        return Built(module, version, labels, preprocessing, random_weights=True)
-    with _fetching(spec):
-        module = torchvision.models.get_model(name, weights=entry, **spec.arguments)
-    return Built(module, digest(module.state_dict()), labels, preprocessing)
+    else:
+        with _fetching(spec):
+            module = torchvision.models.get_model(name, weights=entry, **spec.arguments)
+    return Built(
+        module,
+        digest(module.state_dict()),
+        labels,
+        preprocessing,
+        random_weights=allow_random_weights,
+        source=_of_entry(entry),
+    )
 
 
 def _torchvision_file(spec: ModelSpec, name: str, make: Callable[..., nn.Module]) -> Built:
     """An architecture of torchvision with the weights of a file.
 
     Only a file that torchvision published has its classes: one of a user's own with as many has
-    others. Heads that are for training alone are left out: those of a fine-tuned model often have
-    the classes of the weights that it began with.
+    others. Its transform is that of the published weights, else of the architecture's default ones.
+    Heads that are for training alone are left out: those of a fine-tuned model often have the
+    classes of the weights that it began with.
     """
     weights = _weights(spec)
-    no_aux = {"aux_logits": False} if name in _WITH_AUX else {}
-    given: dict[str, Any] = no_aux | {"weights": None}
+    given: dict[str, Any] = {"weights": None}
+    if name in _WITH_AUX:  # as torchvision sets it with its weights, from which people fine-tune
+        given |= {"aux_logits": False, "transform_input": True}
     given = {key: value for key, value in given.items() if key not in spec.arguments}
     module = make(**given, **_classes(spec, weights, lambda **more: make(**given, **more)))
     entries = torchvision.models.get_model_weights(name)
     published = next((each for each in entries if _is_of_url(weights, each.url)), None)
-    preprocessing, labels = (None, None) if published is None else _from_entry(published)
+    entry = published or entries.DEFAULT
+    preprocessing, labels = _from_entry(entry)
     return _filled(
         spec,
         module,
         weights,
-        labels,
-        preprocessing,
+        labels if published else None,
+        default=preprocessing,
+        source=_of_entry(entry),
         unused=_OF_AUX if "aux_logits" in given else None,
     )
+
+
+def _of_entry(entry: Any) -> str:
+    return f"torchvision's {entry}"
 
 
 _WITH_AUX = ("googlenet", "inception_v3")
@@ -179,7 +198,9 @@ def _build_timm(spec: ModelSpec, name: str, allow_random_weights: bool) -> Built
     if spec.weights is not None:
         weights = _weights(spec)
         module = make(**_classes(spec, weights, make))
-        return _filled(spec, module, weights, default=_timm_preprocessing(timm, module))
+        fed = _timm_preprocessing(timm, module)
+        source = f"timm's configuration of {name}"
+        return _filled(spec, module, weights, default=fed, source=source)
     if allow_random_weights:
         module = _randomised(make)
     else:
@@ -191,6 +212,7 @@ def _build_timm(spec: ModelSpec, name: str, allow_random_weights: bool) -> Built
         _of_imagenet(spec, timm, module),
         _timm_preprocessing(timm, module),
         random_weights=allow_random_weights,
+        source=f"timm's configuration of {name}",
     )
 
 
@@ -204,17 +226,36 @@ def _of_imagenet(spec: ModelSpec, timm: Any, module: nn.Module) -> tuple[str, ..
 
 
 def _timm_preprocessing(timm: Any, module: nn.Module) -> Preprocessing:
-    """Timm's data configuration; `crop_pct` is the crop's share of the resized shorter side."""
-    config = timm.data.resolve_model_data_config(module)
+    """The transform of timm's data configuration."""
+    return preprocessing_of_timm(timm.data.resolve_model_data_config(module))
+
+
+def preprocessing_of_timm(config: Mapping[str, Any]) -> Preprocessing:
+    """What `timm.data.create_transform` makes of a configuration.
+
+    `crop_pct` is the crop's share of the resized sides; `crop_mode` is `center`, `squash` or
+    `border`. Raises ConfigurationError for an interpolation that is not known here.
+    """
     _, height, width = config["input_size"]
+    large = math.floor(height / config["crop_pct"]), math.floor(width / config["crop_pct"])
+    fit: Fit = _TIMM_FITS.get(config["crop_mode"], "crop")
     said = config["interpolation"]
+    if said not in get_args(Interpolation):
+        raise ConfigurationError(
+            f"timm's configuration resizes by {said!r}, and here images are resized by "
+            f"{', '.join(get_args(Interpolation))}; say `input.interpolation` in models.toml."
+        )
     return Preprocessing(
-        resize=int(max(height, width) / config["crop_pct"]),
+        resize=large[0] if fit == "crop" and large[0] == large[1] else large,
         crop=(height, width),
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
-        interpolation=said if said in ("bicubic", "nearest") else "bilinear",
+        interpolation=said,
+        fit=fit,
     )
+
+
+_TIMM_FITS: Mapping[str, Fit] = {"center": "crop", "squash": "squash", "border": "pad"}
 
 
 def _build_function(spec: ModelSpec) -> Built:
@@ -296,7 +337,7 @@ def _completed(spec: ModelSpec, module: nn.Module, base: Preprocessing) -> nn.Mo
     return module
 
 
-def _called(spec: ModelSpec, function: Callable[..., Any], *names: str, **arguments: Any) -> Any:
+def _called(spec: ModelSpec, function: Callable[..., Any], /, *names: str, **arguments: Any) -> Any:
     """Call what makes the module; whatever it raises becomes a sentence."""
     try:
         return function(*names, **arguments)
@@ -337,8 +378,9 @@ def _filled(
     module: nn.Module,
     weights: Weights,
     labels: tuple[str, ...] | None = None,
-    default: Preprocessing | None = None,
     *,
+    default: Preprocessing | None = None,
+    source: str = "the service's defaults",
     unused: re.Pattern[str] | None = None,
 ) -> Built:
     """Load a weights file; its metadata says how to feed the model, else the defaults hold.
@@ -346,6 +388,7 @@ def _filled(
     unused: matches keys of parts that the module was built without.
     """
     load_into(module, weights, _source(spec), unused.match if unused else None)
+    said = [key for key in FED_BY if key in weights.metadata]
     return Built(
         module,
         weights.version,
@@ -353,6 +396,7 @@ def _filled(
         preprocessing_in(weights.metadata, default or Preprocessing()),
         weights.metadata.get("target_layer"),
         output=output_in(weights.metadata),
+        source=source if not said else f"{', '.join(said)} from the weights file, else {source}",
     )
 
 

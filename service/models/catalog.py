@@ -20,6 +20,7 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 Floating = Literal["float32", "bf16"]
 """What a front can be computed in; `bf16`, torch.bfloat16, keeps 8 bits of each number's digits."""
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
+Fit = Literal["crop", "squash", "pad"]
 Select = int | str | None
 """Which element of a tuple (by place) or of a dict or dataclass (by key) holds the logits."""
 
@@ -37,13 +38,16 @@ sizes begin). A negative number counts the children from the last."""
 class InputSpec:
     """What is said about a model's input; None leaves it to the weights file, then the builder.
 
-    size:     (height, width) of the model input. resize: the shorter side before the crop.
-    mean, std: one number a channel, or a single one for all of them.
+    size:     (height, width) of the model input. resize: the shorter side before the crop, or the
+              (height, width) to cover.
+    fit:      how the model was trained to see whole images.
+    mean, std: one number a channel, or a single one for all of them, of values in 0..1.
     channels: 3 is RGB, 1 grey; any other number is that of a TIFF's pages.
     """
 
     size: tuple[int, int] | None = None
-    resize: int | None = None
+    resize: int | tuple[int, int] | None = None
+    fit: Fit | None = None
     interpolation: Interpolation | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None

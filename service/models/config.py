@@ -16,6 +16,7 @@ from service.models.catalog import (
     ENTRY,
     NAME,
     Dtype,
+    Fit,
     Floating,
     InputSpec,
     Interpolation,
@@ -24,6 +25,7 @@ from service.models.catalog import (
     check_names,
 )
 from service.models.labels import labels_of_text
+from service.models.metadata import check_unit
 
 SHOWN = 5
 """How many mistakes one error lists."""
@@ -75,12 +77,25 @@ def _numbers(value: object) -> object:
     return tuple(map(float, values))
 
 
+def _means(value: object) -> object:
+    numbers = _numbers(value)
+    assert isinstance(numbers, tuple)
+    check_unit(numbers, ())
+    return numbers
+
+
 def _divisors(value: object) -> object:
     numbers = _numbers(value)
     assert isinstance(numbers, tuple)
     if min(numbers) <= 0:
         raise ValueError(f"takes numbers above 0, not {value!r}")
+    check_unit((), numbers)
     return numbers
+
+
+def _resize(value: object) -> object:
+    """The shorter side, or (height, width) to cover, in pixels."""
+    return _size(value) if isinstance(value, list) else _positive(value)
 
 
 def _positive(value: object) -> object:
@@ -145,9 +160,10 @@ class InputTable(_Table):
     """`[model.input]`: how pictures become the model's input."""
 
     size: Annotated[Sides, BeforeValidator(_size)] = None
-    resize: Annotated[int | None, BeforeValidator(_positive)] = None
+    resize: Annotated[int | tuple[int, int] | None, BeforeValidator(_resize)] = None
+    fit: Annotated[Fit | None, _one_of(get_args(Fit))] = None
     interpolation: Annotated[Interpolation | None, _one_of(get_args(Interpolation))] = None
-    mean: Annotated[Numbers, BeforeValidator(_numbers)] = None
+    mean: Annotated[Numbers, BeforeValidator(_means)] = None
     std: Annotated[Numbers, BeforeValidator(_divisors)] = None
     channels: Annotated[int | None, BeforeValidator(_positive)] = None
 

@@ -17,7 +17,9 @@ from torch.jit import ScriptModule
 
 from service.cam.hooks import record
 from service.models.catalog import Select
+from service.models.measured import Trial
 from service.models.output import logits_in
+from service.models.probe import Probe
 from service.models.torch_state import kept_torch_state
 
 _log = structlog.get_logger(__name__)
@@ -120,6 +122,36 @@ def why_no_gradients(
             f"no gradient comes from its output to {layer or 'its input'}, as in a quantised model"
         )
     return None
+
+
+def last_mappable(trial: Trial, tried: Probe) -> str | None:
+    """The mappable layer nearest to the output on which the logits depend.
+
+    Norms come first, whose outputs are scaled alike; a gradient at more than half of the places is
+    wanted, since behind the last attention only the class token goes on to the head. None where
+    there is no such layer.
+    """
+    known = {layer.path: layer for layer in tried.layers if layer.layout is not None}
+    paths = [path for path in tried.order if path in known][-LATEST:]
+    try:
+        with kept_torch_state(random=False), record(trial.served, targets=paths) as seen:
+            logits = trial.logits(trial.served(trial.images[:1].clone()))
+        at = {path: calls[-1] for path, calls in seen.targets.items() if path in known}
+        found = torch.autograd.grad(logits.max(), list(at.values()), allow_unused=True)
+    except Exception:  # noqa: BLE001 - a backward pass may raise anything
+        return None
+    usable = []
+    for path, gradient in zip(at, found, strict=True):
+        layout = known[path].layout
+        if gradient is not None and layout is not None:
+            places = layout.as_map(layout.by_image(gradient)).abs().sum(dim=1)
+            usable += [path] if float((places > 0).float().mean()) > 0.5 else []
+    norms = [path for path in usable if "Norm" in known[path].type]
+    return max(norms or usable, key=tried.order.index, default=None)
+
+
+LATEST = 48
+"""Layers, the last ones, among which `last_mappable` looks."""
 
 
 def _first_line(error: Exception) -> str:

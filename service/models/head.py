@@ -21,14 +21,18 @@ def head_weights(model: LoadedModel, layer: str, activation: Tensor, logits: Ten
     for module in model.module.modules():
         if not isinstance(module, nn.Linear) or module.in_features != mean.shape[0]:
             continue
-        if module.out_features != logits.shape[0]:
+        outputs = logits.shape[0] // 2 if model.binary else logits.shape[0]
+        if module.out_features != outputs:
             continue
         bias = 0 if module.bias is None else module.bias.float()
         made = (mean.float() @ module.weight.float().T + bias).cpu()
+        weight = module.weight.detach().float()
+        if model.binary:
+            made, weight = torch.cat([-made, made]), torch.cat([-weight, weight])
         # Half precision rounds each logit to two or three digits.
         near = 1e-3 if module.weight.dtype == torch.float32 else 2e-2
         if torch.allclose(made, logits, rtol=near, atol=near * float(logits.abs().max())):
-            return module.weight.detach().float()
+            return weight
     raise InvalidOption(
         f"`cam` needs global average pooling and one linear layer behind the target layer, and "
         f"behind {layer!r} of model {model.name!r} there is something else; `gradcam` is the same "

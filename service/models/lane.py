@@ -253,7 +253,9 @@ def parity_on(model: LoadedModel, lane: CompiledLane, batches: Iterable[Tensor])
         same = made.gather(1, logits.argmax(dim=1, keepdim=True)).sum()
         slope = torch.autograd.grad(same, found)[0]
         maps = [
-            _signed_map(layout.as_map(activation), layout.as_map(slopes))
+            _signed_map(
+                layout.as_map(layout.by_image(activation)), layout.as_map(layout.by_image(slopes))
+            )
             for activation, slopes in ((expected.detach(), gradient), (found.detach(), slope))
         ]
         worst = Parity(

@@ -17,7 +17,8 @@ from service.images import Preprocessing
 from service.models.catalog import ModelSpec, Output, Select
 from service.models.folding import Folded
 from service.models.lane import CompiledLane
-from service.models.output import logits_in
+from service.models.measured import Behaviour, Finding
+from service.models.output import as_logits, logits_in
 from service.models.patterns import PathMatcher, is_pattern
 from service.models.probe import Layer
 from service.models.replicas import replicate
@@ -42,6 +43,11 @@ class LoadedModel:
     channels_last: whether module and input keep their channels last in memory.
     compiled:     the lane for the common request; None where `not_compiled` says why.
     stateful:     what the module changes at every call, as `Condition.faults` words it.
+    behaviour:    what was measured of how it answers. findings: what was found by all probes.
+    unclear:      layers whose cells could not be told apart by where they look.
+    transform:    its preprocessing in one line, and where that was said.
+    binary:       whether the module gives one logit, of the second of two labels; the logit of the
+                  first is minus that.
     """
 
     spec: ModelSpec
@@ -61,6 +67,11 @@ class LoadedModel:
     compiled: CompiledLane | None = None
     not_compiled: str | None = None
     stateful: tuple[str, ...] = ()
+    behaviour: Behaviour = field(default_factory=Behaviour)
+    findings: tuple[Finding, ...] = ()
+    unclear: frozenset[str] = frozenset()
+    binary: bool = False
+    transform: str = ""
     _by_path: Mapping[str, Layer] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -71,7 +82,12 @@ class LoadedModel:
         return self.spec.name
 
     def replicate(self, *, folded: bool = False) -> nn.Module:
-        """A copy of the master that shares its parameters and owns its hooks and buffers."""
+        """A copy of the master that shares its parameters and owns its hooks and buffers.
+
+        The master itself where copies do not answer as it does (`Behaviour.isolated`).
+        """
+        if not self.behaviour.isolated:
+            return self.module
         return replicate(self.folded.module if folded and self.folded else self.module)
 
     @property
@@ -107,8 +123,14 @@ class LoadedModel:
         return batch.to(memory_format=torch.channels_last) if self.channels_last else batch
 
     def logits(self, output: Any) -> Tensor:
-        """The logits (batch, classes), float32, in what the module returned."""
-        return logits_in(output, self.select)
+        """The logits (batch, classes), float32, in what the module returned.
+
+        Of probabilities p, log p − log(1 − p); of one logit z for two labels, −z and z.
+        """
+        logits = logits_in(output, self.select)
+        if self.behaviour.activated is not None:
+            logits = as_logits(logits, self.behaviour.activated)
+        return torch.cat([-logits, logits], dim=-1) if self.binary else logits
 
     def scores(self, logits: Tensor) -> Tensor:
         """Scores of logits (..., classes) by the model's output activation; `none`: the logits."""

@@ -5,6 +5,7 @@ What the spec says goes before what the weights file says, and that before what 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 
 import structlog
@@ -14,13 +15,15 @@ from torch import Tensor, nn
 from service.errors import ConfigurationError, nearest
 from service.images import Preprocessing
 from service.models.builders import Built, build
-from service.models.catalog import TARGET_LAYERS, ModelSpec
+from service.models.catalog import TARGET_LAYERS, InputSpec, ModelSpec, Output
 from service.models.condition import parts_of
-from service.models.eager import in_eval_mode, why_no_gradients, why_no_layers
+from service.models.eager import in_eval_mode, last_mappable, why_no_gradients, why_no_layers
 from service.models.folding import fold
 from service.models.lane import Compiler
 from service.models.loaded import LoadedModel
-from service.models.probe import Probe, probe
+from service.models.measured import Behaviour, Finding, Trial, behaviour, trial_images
+from service.models.places import Places, Rect, covered, measure_places
+from service.models.probe import Probe, default_target, probe
 from service.models.replicas import replicate
 from service.models.settling import settle
 from service.models.torch_state import kept_torch_state
@@ -51,7 +54,7 @@ def load_model(
     module = _in_eval_mode(spec, _outside_inference_mode(built.module)).to(device)
     if spec.dtype is not None:
         module = module.to(getattr(torch, spec.dtype))
-    preprocessing = _preprocessing(spec, built.preprocessing or Preprocessing())
+    preprocessing = _preprocessing(spec, built.preprocessing or Preprocessing(), module)
     model = LoadedModel(
         spec=spec,
         module=module,
@@ -63,22 +66,20 @@ def load_model(
         random_weights=built.random_weights,
         output=spec.output or built.output,
         select=spec.select,
+        transform=f"{preprocessing} ({_sources(spec, built)})",
     )
-    height, width = preprocessing.crop
-    image = torch.zeros(1, preprocessing.channels, height, width, device=device, dtype=model.dtype)
-    tried = _tried(model, image)
-    target = _target_layer(spec, built, tried)
+    images = model.normalised(trial_images((preprocessing.channels, *preprocessing.crop)))
+    model = _measured(model, built, images)
     no_layers = why_no_layers(module)
     return _tuned(
         replace(
             model,
-            labels=_labels(spec, built, tried.classes),
-            target_layer=target,
-            layers=tried.layers,
             no_layers=no_layers,
-            no_gradients=why_no_gradients(replicate(module), image, target, spec.select),
+            no_gradients=why_no_gradients(
+                model.replicate(), images[:1], model.target_layer, spec.select
+            ),
         ),
-        torch.rand(image.shape, generator=torch.Generator().manual_seed(0)).to(image),
+        images[:1],
         compiler,
     )
 
@@ -112,6 +113,12 @@ def _tuned(model: LoadedModel, image: Tensor, compiler: Compiler | None) -> Load
         stateful = _settled(model, model.module, image)
         reason = model.no_layers or model.no_gradients
         return replace(model, not_compiled=reason, stateful=stateful)
+    behaves = model.behaviour
+    if not (behaves.isolated and behaves.batchable and behaves.deterministic):
+        # A faster form could not be compared with it, and would not answer as it does.
+        failed = next(found.result for found in model.findings if not found.passed)
+        stateful = _settled(model, model.module, image)
+        return replace(model, not_compiled=failed, stateful=stateful)
     with kept_torch_state(random=False), torch.no_grad():
         expected = model.logits(model.replicate()(image))
     model.module.to(memory_format=torch.channels_last)
@@ -143,15 +150,46 @@ def _gives(logits: Tensor, model: LoadedModel, module: nn.Module, image: Tensor)
     return bool(torch.allclose(logits, found, rtol=0, atol=1e-3 * largest))
 
 
-def _tried(model: LoadedModel, image: Tensor) -> Probe:
-    """Run the model once on a black picture."""
-    spec, (channels, height, width) = model.spec, tuple(image.shape[1:])
+def _measured(model: LoadedModel, built: Built, images: Tensor) -> LoadedModel:
+    """The model with its layers, labels and target layer, and with what the probes found.
+
+    images: normalised (3, C, h, w). Raises ConfigurationError.
+    """
+    spec = model.spec
+    trial, tried = _tried(model, images)
+    behaves = behaviour(trial)
+    if trial.served is model.module:  # a copy's layers may be others than those that run
+        tried = probe(trial.served, images[:1], spec.select)
+    places = measure_places(trial.served, tried.layers, images[:1], batchable=behaves.batchable)
+    output, binary = _output(spec, built, tried.classes, behaves)
+    if spec.output == "none":
+        behaves = replace(behaves, activated=None)
+    target = _target_layer(spec, built, replace(tried, layers=places.layers), trial, places)
+    covers = _covers(trial, target)
+    return replace(
+        model,
+        labels=_labels(spec, built, 2 if binary else tried.classes),
+        target_layer=target,
+        layers=places.layers,
+        preprocessing=replace(model.preprocessing, covers=covers),
+        output=output,
+        binary=binary,
+        behaviour=behaves,
+        findings=(*behaves.findings, places.finding(target), *_input_finding(covers)),
+        unclear=places.of("unclear"),
+    )
+
+
+def _tried(model: LoadedModel, images: Tensor) -> tuple[Trial, Probe]:
+    """Run the model on images alone, and look at its layers."""
+    spec, (channels, height, width) = model.spec, tuple(images.shape[1:])
     try:
         with kept_torch_state(random=False):
-            return probe(model.replicate(), image, spec.select)
+            trial = Trial(model.module, images, spec.select)
+            return trial, probe(trial.served, images[:1], spec.select)
     except Exception as error:
         what = "RGB image" if channels == 3 else f"image of {channels} channels"
-        precision = f" in {spec.dtype} on {image.device.type}" if spec.dtype else ""
+        precision = f" in {spec.dtype} on {images.device.type}" if spec.dtype else ""
         hint = ""
         if "required positional argument" in str(error):
             hint = "; a model is served where its forward() needs one tensor of images alone"
@@ -164,12 +202,58 @@ def _tried(model: LoadedModel, image: Tensor) -> Probe:
 def _settled(model: LoadedModel, module: nn.Module, image: Tensor) -> tuple[str, ...]:
     """What a form of the model changes at every call. Raises ConfigurationError for parameters."""
     try:
-        found = settle(module, image)
+        found = settle(module, image, copied=model.behaviour.isolated)
     except ConfigurationError as error:
         raise ConfigurationError(f"{model.spec.at('builder')}: {error}.") from error
     if found:
         _log.info("model_keeps_state", model=model.name, state=found)
     return found
+
+
+def _output(spec: ModelSpec, built: Built, classes: int, behaves: Behaviour) -> tuple[Output, bool]:
+    """How scores come from logits, and whether one logit stands for two labels.
+
+    Raises ConfigurationError for a softmax of one logit, which is 1 whatever the image.
+    """
+    output = spec.output or built.output
+    if behaves.activated is not None and output != "none":
+        output = "sigmoid"
+    if classes > 1:
+        return output, False
+    two = len(spec.labels or built.labels or ()) == 2
+    if output == "softmax" and two and spec.output is None:
+        output = "sigmoid"
+    if output == "softmax":
+        raise ConfigurationError(
+            f"{spec.at('output')}: the model has one logit, and a softmax of one is 1 for every "
+            'image; write output = { activation = "sigmoid" } and two labels, [negative, '
+            'positive], or output = { activation = "none" } for a number that is no probability.'
+        )
+    return output, two and output == "sigmoid"
+
+
+def _covers(trial: Trial, target: str | None) -> Rect | None:
+    """The part of its input that the model looks at; None: all of it, or it cannot be measured."""
+    if target is None:
+        return None
+    with suppress(Exception):  # of a model without gradients nothing of this kind is known
+        return covered(trial.served, target, trial.images[:1])
+    return None
+
+
+def _input_finding(covers: Rect | None) -> tuple[Finding, ...]:
+    if covers is None:
+        return ()
+    left, top, width, height = (f"{100 * share:.0f} %" for share in covers)
+    return (
+        Finding(
+            "input",
+            False,
+            f"The model looks at a part of its input alone: {width} of the width from {left}, "
+            f"{height} of the height from {top}.",
+            "Maps and `seen` are placed over that part.",
+        ),
+    )
 
 
 def _labels(spec: ModelSpec, built: Built, classes: int) -> tuple[str, ...]:
@@ -182,23 +266,35 @@ def _labels(spec: ModelSpec, built: Built, classes: int) -> tuple[str, ...]:
     return labels
 
 
-def _target_layer(spec: ModelSpec, built: Built, tried: Probe) -> str | None:
-    """The layer that was said, else that of the family's table, else what the probe's rule finds.
+def _target_layer(
+    spec: ModelSpec, built: Built, tried: Probe, trial: Trial, places: Places
+) -> str | None:
+    """The layer that was said, else that of the family's table, else what the rule finds.
 
+    Where no map can be drawn from what the rule finds, the last layer from which one can.
     Raises ConfigurationError where no map can be drawn from the layer that was said.
     """
     mappable = [layer.path for layer in tried.layers if layer.target]
     said = spec.target_layer or built.target_layer
     if said is None:
         of_family = _of_family(spec.builder, built.module)
-        return of_family if of_family in mappable else tried.target_layer
+        found = of_family if of_family in mappable else default_target(tried, tried.layers)
+        return found if found and _answers(trial, found) else last_mappable(trial, tried) or found
     if said not in mappable:
         whose = "`target_layer`" if spec.target_layer else "the `target_layer` of its weights file"
+        why = ""
+        if places.verdicts.get(said) == "scattered":
+            why = " (its cells do not look at the input in rows and columns)"
         raise ConfigurationError(
             f"{spec.at('target_layer')}: {whose}, {said!r}, is no layer that a map can be drawn "
-            f"from.{nearest(said, mappable)}"
+            f"from{why}.{nearest(said, mappable)}"
         )
     return said
+
+
+def _answers(trial: Trial, layer: str) -> bool:
+    """Whether the logits depend on a layer's output, as a gradient says."""
+    return why_no_gradients(trial.served, trial.images[:1], layer, trial.select) is None
 
 
 def _of_family(builder: str, module: nn.Module) -> str | None:
@@ -218,7 +314,7 @@ def _of_family(builder: str, module: nn.Module) -> str | None:
     return ".".join(parts)
 
 
-def _preprocessing(spec: ModelSpec, base: Preprocessing) -> Preprocessing:
+def _preprocessing(spec: ModelSpec, base: Preprocessing, module: nn.Module) -> Preprocessing:
     """The base with everything that the spec says about the input.
 
     Raises ConfigurationError where channels, mean and std do not go together.
@@ -226,10 +322,12 @@ def _preprocessing(spec: ModelSpec, base: Preprocessing) -> Preprocessing:
     said = spec.input
     size, resize = said.size or base.crop, said.resize or base.resize
     if said.resize is None and size != base.crop:
-        resize = max(size)  # the base's would leave a margin that was meant for another size
+        # The base's would leave a margin that was meant for another size. An image covers an input
+        # of another shape as tightly as it can.
+        resize = size if size[0] != size[1] else max(size)
     mean, std = said.mean, said.std
     given = [len(values) for values in (mean or (), std or ()) if len(values) > 1]
-    channels = said.channels or max(given, default=base.channels)
+    channels = said.channels or max(given, default=0) or _channels(module, base)
     if channels == 1 and base.channels != 1:
         mean, std = mean or GREY[0], std or GREY[1]
     fitted = {
@@ -242,7 +340,20 @@ def _preprocessing(spec: ModelSpec, base: Preprocessing) -> Preprocessing:
         mean=fitted["mean"],
         std=fitted["std"],
         interpolation=said.interpolation or base.interpolation,
+        fit=said.fit or base.fit,
     )
+
+
+def _sources(spec: ModelSpec, built: Built) -> str:
+    """Where the transform was said."""
+    said = [key for key in InputSpec.__slots__ if getattr(spec.input, key) is not None]
+    return f"{', '.join(said)} from models.toml, else {built.source}" if said else built.source
+
+
+def _channels(module: nn.Module, base: Preprocessing) -> int:
+    """1 where the first convolution takes one channel; else as many as the base has."""
+    first = next((each for each in module.modules() if isinstance(each, nn.Conv2d)), None)
+    return 1 if first is not None and first.in_channels == 1 else base.channels
 
 
 def _per_channel(

@@ -100,7 +100,7 @@ class ModelPool:
     No code of a model runs while a lock is held: building, verifying and reloading are outside.
 
     replicas: how many of each form of a model; as many as worker threads, so that a lease never
-              waits.
+              waits. A model whose copies do not answer as it does has one: itself.
     reload:   builds a model again from its spec.
     clock:    seconds, for the delays.
     """
@@ -160,9 +160,9 @@ class ModelPool:
 
     def prepare(self, model: LoadedModel) -> Served:
         """Build the replicas of a model that is not served yet. Raises what building raises."""
-        served = Served(model, self._size)
+        served = Served(model, self._size if model.behaviour.isolated else 1)
         for folded in (False, True) if model.folded else (False,):
-            served.idle[folded] = [_build(model, folded) for _ in range(self._size)]
+            served.idle[folded] = [_build(model, folded) for _ in range(served.size)]
             served.vacant[folded] = 0
         return served
 
@@ -274,6 +274,8 @@ class ModelPool:
             if served is None:
                 return
             self._replaced[replica.model.name] += 1
+            if not _is_copied(replica) and self._reload is not None:
+                self._spoil(served)  # its user may still run it
             self._lose(served, replica)
 
     def mend(self) -> None:
@@ -373,7 +375,9 @@ class ModelPool:
         with self._changed:
             was_lent = self._lent.pop(id(replica), None) is not None
             is_current = replica.model is served.model
-            if PARAMETERS_CHANGED in faults and is_current and self._reload is not None:
+            # Of a model that is its own only replica nothing clean is left to copy.
+            is_spoiled = PARAMETERS_CHANGED in faults or (left and not _is_copied(replica))
+            if is_spoiled and is_current and self._reload is not None:
                 freed = self._spoil(served)
             if was_lent and dirty:
                 self._replaced[replica.model.name] += 1
@@ -398,7 +402,7 @@ class ModelPool:
         if served.spoiled:
             return []
         served.spoiled = True
-        served.reason = "Its parameters were changed by a request."
+        served.reason = "A request changed what all of its replicas share."
         return self._lose_idle(served)
 
     def _lose_idle(self, served: Served) -> list[object]:
@@ -465,8 +469,8 @@ class ModelPool:
                 served.reloading = False
                 served.reading.failed(self._clock())
                 served.reason = (
-                    "A request changed its parameters, and its weights cannot be read again; the "
-                    "log of the service says why."
+                    "A request changed what its replicas share, and its weights cannot be read "
+                    "again; the log of the service says why."
                 )
                 self._changed.notify_all()
             _log.error("reload_failed", model=model.name, exc_info=error)
@@ -503,6 +507,11 @@ class ModelPool:
         for key in [key for key, version in self._versions.items() if version is served]:
             del self._versions[key]
         return [*freed, served.model]
+
+
+def _is_copied(replica: Replica) -> bool:
+    """Whether it is a copy, and not the model itself."""
+    return replica.model.behaviour.isolated
 
 
 def _build(model: LoadedModel, folded: bool) -> Replica:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -57,6 +57,7 @@ class Layer:
 class _Seen:
     shape: tuple[int, ...] | None = None
     whole: bool = False
+    real: bool = False
     unchanged: bool = False
     finished: int = -1
     calls: int = 0
@@ -111,6 +112,7 @@ def probe(model: nn.Module, image: Tensor, select: Select = None) -> Probe:
             now.shape = tuple(output.shape[1:]) if isinstance(output, Tensor) else None
             # A model that cuts the image into windows has more rows here than images.
             now.whole = isinstance(output, Tensor) and output.ndim > 1 and len(output) == 1
+            now.real = isinstance(output, Tensor) and output.is_floating_point()
             now.unchanged = bool(args) and output is args[0]
 
         return hook
@@ -141,7 +143,7 @@ def probe(model: nn.Module, image: Tensor, select: Select = None) -> Probe:
             type=type(model.get_submodule(path)).__name__,
             shape=now.shape,
             parameters=sum(p.numel() for p in model.get_submodule(path).parameters()),
-            layout=layout_of(now.shape, size) if now.whole else None,
+            layout=layout_of(now.shape, size) if now.whole and now.real else None,
             calls=now.calls,
             taken=now.taken,
             given=now.given,
@@ -150,7 +152,11 @@ def probe(model: nn.Module, image: Tensor, select: Select = None) -> Probe:
         )
         for path, now in seen.items()
     )
-    return Probe(layers, _default_target(model, seen, logits.shape[1]), logits.shape[1])
+    finished = sorted((now.finished, path) for path, now in seen.items() if now.calls)
+    order = tuple(path for _, path in finished)
+    unchanged = frozenset(path for path, now in seen.items() if now.unchanged)
+    found = Probe(layers, None, logits.shape[1], order, unchanged)
+    return replace(found, target_layer=default_target(found, layers))
 
 
 def _note(shapes: Shapes, tree: Any) -> None:
@@ -161,15 +167,23 @@ def _note(shapes: Shapes, tree: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """The layers in definition order, the target layer that the rule finds, and the class count."""
+    """The layers in definition order, the target layer that the rule finds, and the class count.
+
+    order:     the paths of the modules that ran, by when they finished last.
+    unchanged: those that hand their input on.
+    """
 
     layers: tuple[Layer, ...]
     target_layer: str | None
     classes: int
+    order: tuple[str, ...] = ()
+    unchanged: frozenset[str] = frozenset()
 
 
-def _default_target(model: nn.Module, seen: dict[str, _Seen], classes: int) -> str | None:
+def default_target(found: Probe, layers: Sequence[Layer]) -> str | None:
     """The module that finishes last with a feature map, as the output of the last block does.
+
+    layers: those of `found`, with the layouts to go by.
 
     Pooling, modules that hand their input on, and maps with one channel a class (SqueezeNet's
     classifier is a convolution) come behind the features and do not count.
@@ -177,24 +191,34 @@ def _default_target(model: nn.Module, seen: dict[str, _Seen], classes: int) -> s
     Where tokens follow the last map, that map is only the patch embedding. There it is the norm
     before the last attention: behind that attention only the class token goes on to the head.
     """
-    order = sorted((now.finished, path) for path, now in seen.items() if now.calls)
-    for _, path in reversed(order):
-        now, kind = seen[path], type(model.get_submodule(path)).__name__
-        shape = now.shape or ()
-        if len(shape) == 2 and now.whole:
-            return _norm_before_attention(model, [path for _, path in order])
-        is_map = len(shape) == 3 and shape[1] * shape[2] > 1 and now.whole
-        if is_map and "Pool" not in kind and not now.unchanged and shape[0] != classes:
+    known = {layer.path: layer for layer in layers}
+    for path in reversed(found.order):
+        layer = known[path]
+        shape = layer.shape or ()
+        if len(shape) == 2 and (layer.layout is not None or _is_whole(layer)):
+            return _norm_before_attention([known[each] for each in found.order])
+        is_map = len(shape) == 3 and layer.layout is not None
+        channels = shape[layer.layout.channel_axis] if is_map and layer.layout else None
+        if is_map and not _passes_on(layer, found) and channels != found.classes:
             return path
     return None
 
 
-def _norm_before_attention(model: nn.Module, finished: list[str]) -> str | None:
-    kinds = {path: type(model.get_submodule(path)).__name__ for path in finished}
-    attentions = [path for path in finished if "Attention" in kinds[path]]
+def _is_whole(layer: Layer) -> bool:
+    """Whether the layer's output has one row for one image: not so where it is cut into windows."""
+    given = layer.given.get(("", layer.calls - 1), ())
+    return len(given) > 1 and given[0] == 1
+
+
+def _passes_on(layer: Layer, found: Probe) -> bool:
+    return "Pool" in layer.type or layer.path in found.unchanged
+
+
+def _norm_before_attention(finished: Sequence[Layer]) -> str | None:
+    attentions = [index for index, layer in enumerate(finished) if "Attention" in layer.type]
     if not attentions:
         return None
-    before = finished[: finished.index(attentions[-1])]
-    norms = [path for path in before if "Norm" in kinds[path]]
-    inside = f"{attentions[-1]}."
+    last = attentions[-1]
+    inside = f"{finished[last].path}."
+    norms = [layer.path for layer in finished[:last] if "Norm" in layer.type]
     return next((path for path in reversed(norms) if not path.startswith(inside)), None)

@@ -23,7 +23,7 @@ from service.models.replicas import replicate
 from service.models.torch_state import kept_torch_state
 
 
-def settle(master: nn.Module, image: Tensor) -> tuple[str, ...]:
+def settle(master: nn.Module, image: Tensor, *, copied: bool = True) -> tuple[str, ...]:
     """Try a model on several images; put its lazy constants into the master, and name its state.
 
     A constant is what the first call builds, the second one leaves alone, and another replica
@@ -31,12 +31,13 @@ def settle(master: nn.Module, image: Tensor) -> tuple[str, ...]:
     is what each call writes, or what depends on the image: in the words of `Condition.faults`.
 
     image: normalised (1, C, H, W); others like it are made up.
+    copied: whether requests run copies of the master; else they run the master, which is tried.
 
     Raises ConfigurationError where a call changes parameters, which all replicas share.
     """
     if isinstance(master, ScriptModule):  # shared by all replicas, and what it keeps is in C++
         return ()
-    first = replicate(master)
+    first = replicate(master) if copied else master
     began = Condition.of(first)
     try:
         with torch.no_grad():
@@ -53,7 +54,7 @@ def settle(master: nn.Module, image: Tensor) -> tuple[str, ...]:
             "tensor there, or make it a buffer"
         )
     lazy = [path for path in built if f"{ATTRIBUTE}{path}" not in faults]
-    constant = _constants(lazy, first, master, image)
+    constant = _constants(lazy, first, master, image) if copied else set(lazy)
     faults |= {f"{ATTRIBUTE}{path}" for path in lazy if path not in constant}
     return tuple(sorted(faults))
 

@@ -172,10 +172,12 @@ class Sizes:
 
     def heatmap(self, source: Size) -> int:
         """A heatmap's file."""
-        crop, resize = self.model.preprocessing.crop, self.model.preprocessing.resize
+        preprocessing = self.model.preprocessing
+        covered = min(preprocessing.covers[2:]) if preprocessing.covers else 1.0
         # Of a crop only the middle of the image is under the map, whose cells are smaller by that.
         of_source = isinstance(self.options, ExplainOptions) and self.options.size == "source"
-        shown = min(1.0, min(crop) / resize) if of_source else 1.0
+        part = covered * min(preprocessing.crop) / preprocessing.longest
+        shown = min(1.0, part) if of_source else 1.0
         return map_bytes(self._raster(source), self.cells, shown)
 
     def overlay(self, source: Size) -> int:

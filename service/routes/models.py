@@ -31,12 +31,16 @@ async def models(request: Request) -> wire.Models:
 
 @router.get("/models/{name}", responses=problems(401, 404), response_model_exclude_unset=True)
 async def model(request: Request, name: str) -> wire.ModelDetails:
-    """One model, its state and, once it is loaded, its labels."""
+    """One model, its state and, once it is loaded, its labels and what was measured of it."""
     service = service_of(request)
     fields = _fields(request, service.library.entry(name))
     loaded = service.pool.models.get(name)
     if loaded is not None:
         fields["labels"] = list(loaded.labels)
+        fields["probes"] = [
+            wire.Probe(name=each.name, passed=each.passed, result=each.result, follows=each.follows)
+            for each in loaded.findings
+        ]
     return wire.ModelDetails(**fields)
 
 
@@ -86,12 +90,14 @@ def _loaded(service: Service, model: LoadedModel, *, shown: bool) -> dict[str, A
         "input": wire.InputSize(
             width=preprocessing.crop[1],
             height=preprocessing.crop[0],
-            resize=preprocessing.resize,
+            resize=_resize(preprocessing.resize),
+            fit=preprocessing.fit,
             mean=list(preprocessing.mean),
             std=list(preprocessing.std),
             interpolation=preprocessing.interpolation,
             channels=preprocessing.channels,
         ),
+        "transform": model.transform,
         "target_layer": model.target_layer,
         "lanes": [
             wire.Lane(name="hooked", ready=off is None, reason=off if shown else off and HIDDEN),
@@ -111,3 +117,7 @@ def _loaded(service: Service, model: LoadedModel, *, shown: bool) -> dict[str, A
 def _changes(model: LoadedModel) -> list[str]:
     """Paths of attributes, and words for the rest."""
     return [fault.removeprefix(ATTRIBUTE) for fault in model.stateful]
+
+
+def _resize(resize: int | tuple[int, int]) -> int | list[int]:
+    return list(resize) if isinstance(resize, tuple) else resize

@@ -1,6 +1,6 @@
 /** What the page knows, and two words that every module uses. */
 
-export const DEFAULTS = { target: null, contrast: null, method: "gradcam", layer: null, fit: "crop", samples: 1000, steps: 50 };
+export const DEFAULTS = { target: null, contrast: null, method: "gradcam", layer: null, fit: "", samples: 1000, steps: 50 };
 
 export const state = {
   models: [],

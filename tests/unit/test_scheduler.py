@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from service.errors import (
     UnknownModel,
 )
 from service.metrics import Metrics
+from service.models.measured import Behaviour
 from service.models.pool import ModelPool, Replica
 from service.questions import Answer, Question
 from service.scheduler import Scheduler
@@ -154,6 +156,47 @@ def test_several_workers_run_batches_beside_each_other() -> None:
     with scheduling(runner, workers=2, max_batch=1) as scheduler:
         for future in [scheduler.submit("tiny", question(number)) for number in range(2)]:
             assert future.result(PATIENCE).answer is NOTHING
+
+
+def test_a_model_with_one_replica_runs_one_batch_while_another_model_goes_on() -> None:
+    serial = replace(loaded(SmallNet(), "serial"), behaviour=Behaviour(isolated=False))
+    began: list[str] = []
+    first, gate = threading.Event(), threading.Event()
+
+    def runner(replica: Replica, questions: Sequence[Question]) -> list[Answer]:
+        began.append(replica.model.name)
+        if replica.model.name == "serial" and not gate.is_set():
+            first.set()
+            assert gate.wait(PATIENCE)
+        return [NOTHING] * len(questions)
+
+    pool = ModelPool([serial, loaded(SmallNet(), "tiny")], replicas=2)
+    assert pool.size("serial") == 1
+    scheduler = Scheduler(pool, Metrics(), workers=2, runner=runner, max_batch=1)
+    scheduler.start()
+    try:
+        slow = [scheduler.submit("serial", question(number)) for number in range(2)]
+        assert first.wait(PATIENCE)
+        assert scheduler.submit("tiny", question()).result(PATIENCE).answer is NOTHING
+        assert began == ["serial", "tiny"]
+        gate.set()
+        assert [future.result(PATIENCE).answer for future in slow] == [NOTHING, NOTHING]
+    finally:
+        gate.set()
+        scheduler.close(PATIENCE)
+
+
+def test_images_of_a_model_that_mixes_batches_run_alone() -> None:
+    notes = Notes()
+    alone = replace(loaded(SmallNet(), "tiny"), behaviour=Behaviour(batchable=False))
+    scheduler = Scheduler(ModelPool([alone], replicas=1), Metrics(), workers=1, runner=notes)
+    futures = [scheduler.submit("tiny", question(number)) for number in range(3)]
+    scheduler.start()
+    try:
+        assert all(future.result(PATIENCE) for future in futures)
+    finally:
+        scheduler.close(PATIENCE)
+    assert notes.batches == [("tiny", [0]), ("tiny", [1]), ("tiny", [2])]
 
 
 def test_a_worker_uses_as_many_torch_threads_as_it_is_told() -> None:

@@ -1,0 +1,138 @@
+"""Two hundred random models of one's own: served right, refused, or flagged, never silently wrong.
+
+Each is made of a few troubles that people's models have. What the service answers to images that
+come at once is compared, image by image, with plain torch on another module of the same builder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from random_models import PLANS, SIDE, Plan
+from torch import Tensor
+
+from service.errors import ConfigurationError
+from service.jobs import Timed
+from service.metrics import Metrics
+from service.models.catalog import InputSpec, ModelSpec
+from service.models.loaded import LoadedModel
+from service.models.loading import load_model
+from service.models.pool import ModelPool
+from service.questions import Question
+from service.scheduler import Scheduler
+
+
+def images() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    found = []
+    for number in range(4):
+        image = torch.randint(40, 90, (3, SIDE, SIDE), generator=generator)
+        image[number % 3, 4 * number : 4 * number + 8, 12 - 3 * number : 20 - 3 * number] = 220
+        found.append(image.to(torch.uint8))
+    return found
+
+
+def answered(model: LoadedModel, sent: Sequence[Tensor]) -> list[Timed]:
+    """What the service answers to images that come at once, on two workers in batches of four."""
+    pool = ModelPool([model], replicas=2)
+    scheduler = Scheduler(pool, Metrics(), workers=2, helpers=0, max_batch=4, threads_per_worker=1)
+    layers = (model.target_layer,) if model.target_layer and not model.no_gradients else ()
+    method = "gradcam" if layers else None
+    futures: list[Future[Timed]] = [
+        scheduler.submit(
+            model, Question(image, top_k=9, method=method, layers=layers, explain_top=2), None
+        )
+        for image in sent * 2
+    ]
+    scheduler.start()
+    try:
+        return [future.result(60) for future in futures]
+    finally:
+        scheduler.close(10)
+
+
+def own_maps(model: LoadedModel, image: Tensor) -> dict[int, Tensor]:
+    """Grad-CAM of every class by one hook and `autograd.grad` on that module, 0..1."""
+    if model.target_layer is None or model.no_gradients:
+        return {}
+    kept: list[Tensor] = []
+    layer = model.layer(model.target_layer)
+    assert layer.layout is not None
+
+    def keep(_module: object, _args: object, output: Tensor) -> Tensor:
+        kept.append(output.detach().requires_grad_())
+        return kept[-1].clone()
+
+    handle = model.module.get_submodule(layer.path).register_forward_hook(keep, prepend=True)
+    try:
+        logits = model.logits(model.module(model.normalised(image[None])))[0]
+    finally:
+        handle.remove()
+    found = {}
+    for class_id, logit in enumerate(logits):
+        (slope,) = torch.autograd.grad(logit, kept[-1], retain_graph=True)
+        maps, slopes = (
+            layer.layout.as_map(layer.layout.by_image(each.detach())) for each in (kept[-1], slope)
+        )
+        cam = (maps * slopes.mean(dim=(2, 3), keepdim=True)).sum(dim=1)[0].relu()
+        found[class_id] = cam / cam.max().clamp(min=1e-30)
+    return found
+
+
+def own_logits(model: LoadedModel, image: Tensor) -> Tensor:
+    """What plain torch makes of an image with the module that the builder returned."""
+    with torch.no_grad():
+        return model.logits(model.module(model.normalised(image[None])))[0]
+
+
+@pytest.mark.timeout(600)
+@settings(
+    max_examples=200,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(PLANS)
+def test_a_random_model_is_served_right_or_refused_or_flagged(plan: Plan) -> None:
+    spec = ModelSpec(
+        "random",
+        "random_models:build",
+        arguments=vars(plan),
+        input=InputSpec(size=(SIDE, SIDE), mean=(0.5,), std=(0.25,)),
+        labels=plan.labels if plan.output.startswith("one") else None,
+    )
+    try:
+        model = load_model(spec)
+    except ConfigurationError:
+        # A softmax of one logit, and nothing else, is refused.
+        assert (plan.output, plan.labels) == ("one", None)
+        return
+    sent = images()
+    private = load_model(spec)
+    alone = [own_logits(private, image) for image in sent]
+    maps = [own_maps(private, image) for image in sent] if model.behaviour.deterministic else []
+    found = answered(model, sent)
+    if not model.behaviour.deterministic:
+        assert plan.noise != "no"
+        assert all(
+            "not_deterministic" in each.flags
+            for timed in found
+            for each in timed.answer.explanations
+        )
+        return
+    for expected, cams, timed in zip(alone * 2, maps * 2, found, strict=True):
+        answer = timed.answer
+        assert {each.class_id for each in answer.predictions} == set(range(len(expected)))
+        for each in answer.predictions:
+            assert each.logit == pytest.approx(float(expected[each.class_id]), abs=2e-3)
+        for each in answer.explanations:
+            assert np.abs(each.grid - cams[each.class_id].numpy()).max() < 2e-3
+            assert ("activation_in_model" in each.flags) == (
+                plan.output in ("softmax", "log_softmax", "sigmoid", "one_sigmoid")
+            )

@@ -1,0 +1,223 @@
+"""What is measured of a model at load: each probe sees the model that fails it, and no other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import misbehaving
+import pytest
+import torch
+from misbehaving import SIDE
+from tiny import SmallNet
+from torch import nn
+
+from service.models import measured
+from service.models.measured import MAX_FORWARDS, Behaviour, Trial, behaviour, trial_images
+from service.models.places import covered, measure_places
+from service.models.probe import probe
+
+
+def trial_of(module: nn.Module) -> Trial:
+    images = trial_images((3, SIDE, SIDE)).float() / 255
+    return Trial(module.eval().requires_grad_(requires_grad=False), images, None)
+
+
+def measured_of(module: nn.Module) -> Behaviour:
+    return behaviour(trial_of(module))
+
+
+FAILING: dict[str, list[Callable[[], nn.Module]]] = {
+    "isolation": [
+        misbehaving.ReadsClosure,
+        misbehaving.ReadsGlobal,
+        misbehaving.KeepsOnClass,
+        misbehaving.Locked,
+        misbehaving.forward_of_master,
+    ],
+    "batch": [
+        misbehaving.BatchStatistics,
+        misbehaving.HiddenNorm,
+        misbehaving.ViewOfOne,
+        misbehaving.MixesBatch,
+        misbehaving.MeanOfBatch,
+    ],
+    "determinism": [misbehaving.Drops, misbehaving.Counts],
+    "output": [
+        misbehaving.softmax,
+        misbehaving.log_softmax,
+        misbehaving.sigmoid,
+        misbehaving.one_probability,
+    ],
+    "gradients": [misbehaving.OwnFunction],
+}
+
+
+def failed(found: Behaviour) -> set[str]:
+    return {finding.name for finding in found.findings if not finding.passed}
+
+
+def test_a_plain_model_passes_every_probe() -> None:
+    assert failed(measured_of(SmallNet())) == set()
+    assert failed(measured_of(misbehaving.tokens_at_start())) == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "build"), [(name, build) for name, builds in FAILING.items() for build in builds]
+)
+def test_a_probe_fails_the_model_that_it_is_for(name: str, build: Callable[[], nn.Module]) -> None:
+    found = measured_of(build())
+    # What is not deterministic cannot be compared with itself in a batch or beside another.
+    also = {"isolation", "batch"} if name == "determinism" else set()
+    assert failed(found) == {name} | also
+    assert all(finding.follows for finding in found.findings if not finding.passed)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts", "broken", "build"),
+    [
+        ("isolation", ["_unlike_master", "_shared_state"], None, misbehaving.ReadsClosure),
+        ("isolation", ["_shared_state"], None, misbehaving.ReadsGlobal),
+        ("isolation", ["_unlike_master"], None, misbehaving.forward_of_master),
+        ("batch", ["differ"], False, misbehaving.MeanOfBatch),
+        ("output", ["activated"], None, misbehaving.softmax),
+        ("gradients", ["gradients"], [], misbehaving.OwnFunction),
+    ],
+)
+def test_the_tests_above_notice_a_probe_that_is_broken(
+    name: str, parts: list[str], broken: object, build: Callable[[], nn.Module], monkeypatch
+) -> None:
+    for part in parts:
+        monkeypatch.setattr(measured, part, lambda *_args, **_more: broken)
+    assert name not in failed(measured_of(build()))
+
+
+def test_a_model_that_draws_numbers_is_flagged_though_its_logits_are_the_same() -> None:
+    class DrawsAside(misbehaving.SmallNet):
+        def forward(self, x):
+            return super().forward(x) + 0 * torch.rand(1)
+
+    found = measured_of(DrawsAside())
+    assert failed(found) == {"determinism"}
+    assert not found.deterministic
+    assert "Maps may vary" in found.findings[2].follows
+
+
+def test_the_activation_in_a_model_is_named() -> None:
+    kinds = {
+        build.__name__: measured_of(build()).activated
+        for build in (misbehaving.softmax, misbehaving.log_softmax, misbehaving.sigmoid)
+    }
+    assert kinds == {name: name for name in ("softmax", "log_softmax", "sigmoid")}
+
+
+def test_small_logits_that_lie_in_0_to_1_by_chance_are_logits() -> None:
+    net = SmallNet(3)
+    with torch.no_grad():
+        net.head.weight.mul_(0.01)
+        net.head.bias.fill_(0.5)
+    assert measured_of(net).activated is None
+
+
+def test_a_sigmoid_is_found_behind_what_only_moves_and_scales_it() -> None:
+    class Scaled(misbehaving.SmallNet):
+        def forward(self, x):
+            return (super().forward(x)[:, None].tanh() / 2 + 0.5).squeeze(1)
+
+    assert measured_of(Scaled(3)).activated == "sigmoid"
+
+
+def test_measuring_leaves_buffers_and_random_numbers_as_they_were() -> None:
+    net = misbehaving.BatchStatistics().eval()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    measured_of(net)
+    assert torch.equal(torch.rand(3), expected)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_all_probes_of_a_model_cost_at_most_25_forward_passes() -> None:
+    trial = trial_of(misbehaving.sigmoid())
+    behaviour(trial)
+    structure, places, cover, gradient = 1, 5, 2.5, 1.5
+    assert trial.forwards + structure + places + cover + gradient <= MAX_FORWARDS
+
+
+# ---- where cells look
+
+
+def places_of(module: nn.Module, size: tuple[int, int] = (SIDE, SIDE)):
+    module = module.eval().requires_grad_(requires_grad=False)
+    image = trial_images((3, *size))[:1].float() / 255
+    return measure_places(module, probe(module, image).layers, image, batchable=True)
+
+
+def layout_at(found, path: str):
+    return next(layer.layout for layer in found.layers if layer.path == path)
+
+
+def test_cells_of_a_plain_model_look_where_their_shape_says() -> None:
+    found = places_of(SmallNet())
+    assert set(found.verdicts.values()) == {"confirmed"}
+
+
+@pytest.mark.parametrize(
+    ("build", "first", "second"),
+    [
+        (misbehaving.tokens_at_start, 4, 5),
+        (misbehaving.tokens_at_end, 0, 1),
+        (misbehaving.tokens_inside, 0, 1),
+        (misbehaving.tokens_by_column, 1, 9),
+    ],
+)
+def test_tokens_are_laid_out_where_they_look(
+    build: Callable[[], nn.Module], first: int, second: int
+) -> None:
+    """`first` and `second`: which tokens the first two cells of the first row are."""
+    layout = layout_at(places_of(build()), "blocks.1.norm1")
+    length = 64 + {"tokens_inside": 3, "tokens_by_column": 1}.get(build.__name__, 4)
+    numbered = torch.arange(length, dtype=torch.float32)[None, :, None]
+    cells = layout.as_map(numbered)[0, 0]
+    assert cells.shape == (8, 8)
+    assert cells[0, :2].tolist() == [first, second]
+    if build is misbehaving.tokens_inside:  # behind the third of 35 tokens that are no patches
+        assert cells[3, 7] == 31
+        assert cells[4, 0] == 35
+
+
+def test_the_dimension_of_the_images_is_found() -> None:
+    found = places_of(misbehaving.sequence_first())
+    layout = layout_at(found, "encoder.layers.0.norm2")
+    assert (layout.batch_axis, layout.prefix, layout.grid) == (1, 1, (8, 8))
+
+
+def test_a_transposed_map_is_turned_back() -> None:
+    layout = layout_at(places_of(misbehaving.Transposed()), "features")
+    numbered = torch.arange(64, dtype=torch.float32).reshape(1, 1, 8, 8)
+    assert torch.equal(layout.as_map(numbered), numbered.transpose(2, 3))
+
+
+@pytest.mark.parametrize("build", [misbehaving.scrambled, misbehaving.Rolled])
+def test_no_map_is_drawn_from_cells_in_no_known_order(build: Callable[[], nn.Module]) -> None:
+    found = places_of(build())
+    path = "norm" if build is misbehaving.scrambled else "features"
+    assert found.verdicts[path] == "scattered"
+    assert layout_at(found, path) is None
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (SmallNet, None),
+        (misbehaving.Crops, (0.25, 0.25, 0.5, 0.5)),
+        (misbehaving.CutsCorner, (0.0, 0.0, 0.5, 0.5)),
+    ],
+)
+def test_the_part_of_the_input_that_is_looked_at_is_measured(
+    build: Callable[[], nn.Module], expected: tuple[float, ...] | None
+) -> None:
+    module = build().eval().requires_grad_(requires_grad=False)
+    image = trial_images((3, SIDE, SIDE))[:1].float() / 255
+    assert covered(module, "features", image) == expected
