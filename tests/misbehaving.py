@@ -328,3 +328,123 @@ def sequence_first() -> nn.Module:
 
 def scrambled() -> nn.Module:
     return seeded(Scrambled)
+
+
+class BuildsTable(SmallNet):
+    """Its first call replaces a buffer by one of another shape, and keeps an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__(3)
+        self.register_buffer("table", torch.zeros(1, 1), persistent=False)
+        self.columns = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table.shape[1] != x.shape[3]:
+            self.columns = x.shape[3]
+            self.table = torch.linspace(1, 2, self.columns)[None]
+        return super().forward(x * self.table)
+
+
+class ClassAttentionBlock(nn.Module):
+    """XCiT's end: a norm of the class token alone behind the last norm of all tokens."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm1(x)
+        mixed = self.attention(normed[:, :1], normed, normed, need_weights=False)[0]
+        return torch.cat([self.norm2(x[:, :1] + mixed), x[:, 1:]], dim=1)
+
+
+class ClassTokens(Tokens):
+    """Class attention twice behind a block of patches."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 0)
+        self.blocks = nn.Sequential(Block(32), ClassAttentionBlock(32), ClassAttentionBlock(32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patch(x).flatten(2).transpose(1, 2) + self.position
+        tokens = torch.cat([self.extra.expand(len(tokens), -1, -1), tokens], dim=1)
+        return self.head(self.norm(self.blocks(tokens))[:, 0])
+
+
+class UnusedAtEnd(SmallNet):
+    """The layer that finishes last takes no part in the answer."""
+
+    def __init__(self) -> None:
+        super().__init__(3)
+        self.unused = nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.features(x)
+        logits = self.head(maps.mean(dim=(2, 3)))
+        self.unused(maps)
+        return logits
+
+
+class _Fourier(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.fft2(x)
+
+
+class Spectral(SmallNet):
+    """A layer with complex numbers behind the features."""
+
+    def __init__(self) -> None:
+        super().__init__(3)
+        self.fourier = _Fourier()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.fourier(self.features(x)).abs().mean(dim=(2, 3)))
+
+
+class _Rows(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        rows: Tensor = x.flatten(2)[:, :, None, :61]
+        return rows
+
+
+class OddlyShaped(SmallNet):
+    """A layer whose output no grid of the input's shape fits."""
+
+    def __init__(self) -> None:
+        super().__init__(3)
+        self.rows = _Rows()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rows(self.features(x)).mean(dim=(2, 3)))
+
+
+class _Summaries(nn.Module):
+    """Sixteen tokens, of which two at each end are quadrants and the others of the whole image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        quadrants = nn.functional.adaptive_avg_pool2d(x, 2).flatten(2).transpose(1, 2)
+        whole = x.mean(dim=(2, 3))[:, None].expand(-1, 12, -1)
+        return torch.cat([quadrants[:, :2], whole, quadrants[:, 2:]], dim=1)
+
+
+class Summarises(SmallNet):
+    """Few of its tokens have a place."""
+
+    def __init__(self) -> None:
+        super().__init__(3)
+        self.summaries = _Summaries()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.summaries(self.features(x)).mean(dim=1))
+
+
+class Flat(nn.Module):
+    """No layer of it has cells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.head = nn.Linear(3 * SIDE * SIDE, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.hidden(x.flatten(1)).relu())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from contextlib import suppress
+from dataclasses import replace
 
 import structlog
 import torch
@@ -19,7 +20,7 @@ from service.cam.hooks import record
 from service.models.catalog import Select
 from service.models.measured import Trial
 from service.models.output import logits_in
-from service.models.probe import Probe
+from service.models.probe import Probe, default_target
 from service.models.torch_state import kept_torch_state
 
 _log = structlog.get_logger(__name__)
@@ -124,34 +125,46 @@ def why_no_gradients(
     return None
 
 
-def last_mappable(trial: Trial, tried: Probe) -> str | None:
-    """The mappable layer nearest to the output on which the logits depend.
+def answering(trial: Trial, tried: Probe, likely: str | None) -> str | None:
+    """The likely layer where the logits depend on it, else the mappable one nearest to the output.
 
-    Norms come first, whose outputs are scaled alike; a gradient at more than half of the places is
-    wanted, since behind the last attention only the class token goes on to the head. None where
-    there is no such layer.
+    likely: a mappable layer. Costs a forward and a backward pass.
+
+    Of the others, a gradient at more than half of the places is wanted, since behind the last
+    attention only the class token goes on to the head. The rule of `default_target` chooses among
+    them; where it finds none, norms come first, whose outputs are scaled alike. None where there is
+    no such layer.
     """
     known = {layer.path: layer for layer in tried.layers if layer.layout is not None}
     paths = [path for path in tried.order if path in known][-LATEST:]
+    paths += [likely] if likely and likely not in paths else []
     try:
         with kept_torch_state(random=False), record(trial.served, targets=paths) as seen:
             logits = trial.logits(trial.served(trial.images[:1].clone()))
         at = {path: calls[-1] for path, calls in seen.targets.items() if path in known}
         found = torch.autograd.grad(logits.max(), list(at.values()), allow_unused=True)
     except Exception:  # noqa: BLE001 - a backward pass may raise anything
-        return None
+        # Many layers at once may fail where one does not.
+        image = trial.images[:1]
+        works = likely and not why_no_gradients(trial.served, image, likely, trial.select)
+        return likely if works else None
+    gradients = dict(zip(at, found, strict=True))
+    if likely and gradients.get(likely) is not None:
+        return likely
     usable = []
-    for path, gradient in zip(at, found, strict=True):
+    for path, gradient in gradients.items():
         layout = known[path].layout
         if gradient is not None and layout is not None:
             places = layout.as_map(layout.by_image(gradient)).abs().sum(dim=1)
             usable += [path] if float((places > 0).float().mean()) > 0.5 else []
+    usable.sort(key=tried.order.index)
+    rule = default_target(replace(tried, order=tuple(usable)), tried.layers)
     norms = [path for path in usable if "Norm" in known[path].type]
-    return max(norms or usable, key=tried.order.index, default=None)
+    return rule or next(reversed(norms or usable), None)
 
 
 LATEST = 48
-"""Layers, the last ones, among which `last_mappable` looks."""
+"""Layers, the last ones, among which `answering` looks."""
 
 
 def _first_line(error: Exception) -> str:

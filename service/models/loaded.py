@@ -44,7 +44,8 @@ class LoadedModel:
     compiled:     the lane for the common request; None where `not_compiled` says why.
     stateful:     what the module changes at every call, as `Condition.faults` words it.
     behaviour:    what was measured of how it answers. findings: what was found by all probes.
-    unclear:      layers whose cells could not be told apart by where they look.
+    unclear:      layers whose cells could not be told apart by where they look. scattered: those
+                  whose cells look at places in no known order.
     transform:    its preprocessing in one line, and where that was said.
     binary:       whether the module gives one logit, of the second of two labels; the logit of the
                   first is minus that.
@@ -70,6 +71,7 @@ class LoadedModel:
     behaviour: Behaviour = field(default_factory=Behaviour)
     findings: tuple[Finding, ...] = ()
     unclear: frozenset[str] = frozenset()
+    scattered: frozenset[str] = frozenset()
     binary: bool = False
     transform: str = ""
     _by_path: Mapping[str, Layer] = field(init=False, repr=False, compare=False)
@@ -157,11 +159,16 @@ class LoadedModel:
             if self.target_layer is None:
                 raise InvalidOption(
                     f"Model {self.name!r} has no layer that a map can be drawn from by default; "
-                    "name one with `layer`."
+                    "name one with `layer`, or give the model one with `target_layer`."
                 )
             paths = (self.target_layer,)
         for path in paths:
             found = self.layer(path)
+            if path in self.scattered:
+                raise InvalidOption(
+                    f"No map can be drawn from layer {path!r}: its cells do not look at the input "
+                    f"in rows and columns; GET /models/{self.name}/layers shows which do."
+                )
             if not found.target:
                 gives = (
                     f"gives {found.shape}" if found.shape else "is not called or gives no tensor"

@@ -17,7 +17,7 @@ from service.images import Preprocessing
 from service.models.builders import Built, build
 from service.models.catalog import TARGET_LAYERS, InputSpec, ModelSpec, Output
 from service.models.condition import parts_of
-from service.models.eager import in_eval_mode, last_mappable, why_no_gradients, why_no_layers
+from service.models.eager import answering, in_eval_mode, why_no_gradients, why_no_layers
 from service.models.folding import fold
 from service.models.lane import Compiler
 from service.models.loaded import LoadedModel
@@ -70,18 +70,7 @@ def load_model(
     )
     images = model.normalised(trial_images((preprocessing.channels, *preprocessing.crop)))
     model = _measured(model, built, images)
-    no_layers = why_no_layers(module)
-    return _tuned(
-        replace(
-            model,
-            no_layers=no_layers,
-            no_gradients=why_no_gradients(
-                model.replicate(), images[:1], model.target_layer, spec.select
-            ),
-        ),
-        images[:1],
-        compiler,
-    )
+    return _tuned(replace(model, no_layers=why_no_layers(module)), images[:1], compiler)
 
 
 def _outside_inference_mode(module: nn.Module) -> nn.Module:
@@ -157,14 +146,16 @@ def _measured(model: LoadedModel, built: Built, images: Tensor) -> LoadedModel:
     """
     spec = model.spec
     trial, tried = _tried(model, images)
+    alone = trial.alone
     behaves = behaviour(trial)
-    if trial.served is model.module:  # a copy's layers may be others than those that run
+    if trial.alone is not alone:  # the copy's layers may be others than those that run
         tried = probe(trial.served, images[:1], spec.select)
     places = measure_places(trial.served, tried.layers, images[:1], batchable=behaves.batchable)
     output, binary = _output(spec, built, tried.classes, behaves)
     if spec.output == "none":
         behaves = replace(behaves, activated=None)
-    target = _target_layer(spec, built, replace(tried, layers=places.layers), trial, places)
+    tried = replace(tried, layers=places.layers)
+    target, no_gradients = _target_layer(spec, built, tried, trial, places)
     covers = _covers(trial, target)
     return replace(
         model,
@@ -177,6 +168,8 @@ def _measured(model: LoadedModel, built: Built, images: Tensor) -> LoadedModel:
         behaviour=behaves,
         findings=(*behaves.findings, places.finding(target), *_input_finding(covers)),
         unclear=places.of("unclear"),
+        scattered=places.of("scattered"),
+        no_gradients=no_gradients,
     )
 
 
@@ -268,10 +261,12 @@ def _labels(spec: ModelSpec, built: Built, classes: int) -> tuple[str, ...]:
 
 def _target_layer(
     spec: ModelSpec, built: Built, tried: Probe, trial: Trial, places: Places
-) -> str | None:
+) -> tuple[str | None, str | None]:
     """The layer that was said, else that of the family's table, else what the rule finds.
 
-    Where no map can be drawn from what the rule finds, the last layer from which one can.
+    Where no map can be drawn from what the rule finds, the last layer from which one can. Beside
+    it, why no gradient comes to it.
+
     Raises ConfigurationError where no map can be drawn from the layer that was said.
     """
     mappable = [layer.path for layer in tried.layers if layer.target]
@@ -279,7 +274,15 @@ def _target_layer(
     if said is None:
         of_family = _of_family(spec.builder, built.module)
         found = of_family if of_family in mappable else default_target(tried, tried.layers)
-        return found if found and _answers(trial, found) else last_mappable(trial, tried) or found
+        likely = found if found in mappable else None
+        target = answering(trial, tried, likely)
+        if target is not None:
+            return target, None
+        reason = _why_no_gradients(trial, likely)
+        # A layer that plays no part is no reason to refuse gradients where others have them.
+        if reason and likely and _why_no_gradients(trial, None) is None:
+            return None, None
+        return likely, reason
     if said not in mappable:
         whose = "`target_layer`" if spec.target_layer else "the `target_layer` of its weights file"
         why = ""
@@ -289,12 +292,11 @@ def _target_layer(
             f"{spec.at('target_layer')}: {whose}, {said!r}, is no layer that a map can be drawn "
             f"from{why}.{nearest(said, mappable)}"
         )
-    return said
+    return said, _why_no_gradients(trial, said)
 
 
-def _answers(trial: Trial, layer: str) -> bool:
-    """Whether the logits depend on a layer's output, as a gradient says."""
-    return why_no_gradients(trial.served, trial.images[:1], layer, trial.select) is None
+def _why_no_gradients(trial: Trial, layer: str | None) -> str | None:
+    return why_no_gradients(trial.served, trial.images[:1], layer, trial.select)
 
 
 def _of_family(builder: str, module: nn.Module) -> str | None:

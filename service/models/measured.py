@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from service.cam.hooks import gradients
 from service.models.catalog import Select
+from service.models.condition import Condition
 from service.models.output import Activated, activated, logits_in
 from service.models.replicas import replicate
 from service.models.torch_state import kept_torch_state
@@ -86,6 +87,7 @@ class Trial:
         self.select = select
         self._until = time.monotonic() + MAX_SECONDS
         self.uncopied: str | None = None
+        self._graph: tuple[Tensor, Tensor] | None = None
         try:
             self.served = replicate(master)
             self.alone, self.called = self.each(self.served)
@@ -111,6 +113,18 @@ class Trial:
                 handle = part.register_forward_hook(lambda *_, path=path: called.add(path))
                 hooks.callback(handle.remove)
             return [self.run(module, image[None]) for image in self.images[:2]], called
+
+    def graph(self) -> tuple[Tensor, Tensor]:
+        """The first image, which wants a gradient, and its logits: run once for all probes.
+
+        Raises what the model raises.
+        """
+        if self._graph is None:
+            image = self.images[:1].clone().requires_grad_()
+            with seeded(0), kept_torch_state(random=False):
+                self._graph = image, self.logits(self.served(image.clone()))
+            self.forwards += 1
+        return self._graph
 
     @property
     def spread(self) -> float:
@@ -140,7 +154,6 @@ def behaviour(trial: Trial) -> Behaviour:
     isolated = _isolation(trial, steady=steady)
     if not isolated.passed:
         trial.served = trial.master
-        trial.alone, trial.called = trial.each(trial.master)
     batch = _batch(trial, steady=steady)
     output, kind = _output(trial)
     vectorised = _gradients(trial)
@@ -251,19 +264,19 @@ def _isolation(trial: Trial, *, steady: bool) -> Finding:
 
 
 def _unlike_master(trial: Trial, *, steady: bool) -> str | None:
-    # What the master's buffers become is what every later replica would begin with.
-    kept = {name: buffer.clone() for name, buffer in trial.master.named_buffers()}
-    expected, called = trial.each(trial.master)
-    _restore(trial.master, kept)
-    differs = [differ(a, b, trial.spread) for a, b in zip(expected, trial.alone, strict=True)]
-    # Where a replica answers every image alike, the spread is that of the master's answers.
+    with _left_as_it_was(trial.master):
+        expected, called = trial.each(trial.master)
+    alone, of_replica = trial.alone, trial.called
+    differs = [differ(a, b, trial.spread) for a, b in zip(expected, alone, strict=True)]
+    if (steady and any(differs)) or called != of_replica:
+        trial.alone, trial.called = expected, called  # as it is served then
     if steady and any(differs):
         return (
             "A replica (a deep copy) answers otherwise than the module that the builder returned: "
             "a hook's closure, a bound method or a table outside the module still belongs to that."
         )
-    if called != trial.called:
-        path = min(called ^ trial.called)
+    if called != of_replica:
+        path = min(called ^ of_replica)
         return (
             f"A replica (a deep copy) does not run its own layers ({path}): its forward still "
             "belongs to the module that the builder returned."
@@ -271,11 +284,22 @@ def _unlike_master(trial: Trial, *, steady: bool) -> str | None:
     return None
 
 
-def _restore(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, buffer in module.named_buffers():
-            if name in buffers and not torch.equal(buffer, buffers[name]):
-                buffer.copy_(buffers[name])
+@contextmanager
+def _left_as_it_was(master: nn.Module) -> Iterator[None]:
+    """Undo what a run of the master changes in it: every later replica would begin with that.
+
+    A table that the first call builds is taken away again: what was written over it would stay.
+    """
+    condition = Condition.of(master)
+    values = [(buffer, buffer.clone()) for buffer in master.buffers()]
+    try:
+        yield
+    finally:
+        condition.restore()
+        with torch.no_grad():
+            for buffer, value in values:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
 def _shared_state(trial: Trial, *, steady: bool) -> str | None:
@@ -445,11 +469,9 @@ def _ends_in_activation(trial: Trial) -> bool:
     True where there is no graph to say it: of a scripted or quantised model.
     """
     try:
-        with seeded(0), kept_torch_state(random=False):
-            logits = trial.logits(trial.served(trial.images[:1].clone().requires_grad_()))
+        _, logits = trial.graph()
     except Exception:  # noqa: BLE001 - a model may refuse to be differentiated
         return True
-    trial.forwards += 1
     node = logits.grad_fn
     while node is not None and node.name().startswith(_CARRYING) and node.next_functions:
         node = next((before for before, _ in node.next_functions if before is not None), None)
@@ -483,11 +505,8 @@ def _gradients(trial: Trial) -> Finding:
     follows = "Several targets cost a walk through the graph each."
     if trial.is_late:
         return Finding("gradients", False, "There was no time to try two targets.", follows)
-    image = trial.images[:1].clone().requires_grad_()
     try:
-        with seeded(0), kept_torch_state(random=False):
-            logits = trial.logits(trial.served(image.clone()))
-        trial.forwards += 1
+        image, logits = trial.graph()
         if not logits.requires_grad:
             return Finding("gradients", True, "No gradient comes through.")
         weights = logits.new_zeros(2, *logits.shape)

@@ -8,6 +8,7 @@ layers together.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,9 @@ CORRECTED = 0.8
 
 MARGIN = 0.05
 """By how much another layout must be better."""
+
+FEWEST = 9
+"""Cells that another layout needs: four correlate with anything by chance."""
 
 SCATTERED = 0.15
 """Standard deviation of measured positions from which cells do look at different places, so that a
@@ -229,10 +233,11 @@ def _judged(layer: Layer, output: Tensor, axis: int, size: tuple[int, int], foun
     score = looks.score(likely) if likely else -1.0
     chosen, best = likely, score
     if score < 1 - MARGIN:  # else no other can be so much better
-        others = list(layouts_of(alone, size))
+        others = [each for each in layouts_of(alone, size) if _is_large(each, alone)]
         scores = [looks.score(each) for each in others]
-        if max(scores) >= CORRECTED and max(scores) - score > MARGIN:
-            best = max(scores)
+        highest = max(scores, default=-1.0)  # a shape that no grid fits has no other
+        if highest >= CORRECTED and highest - score > MARGIN:
+            best = highest
             chosen = others[scores.index(best)]
     if chosen is not None and best >= CONFIRMED:
         is_new = likely is not None and chosen != likely
@@ -245,6 +250,12 @@ def _judged(layer: Layer, output: Tensor, axis: int, size: tuple[int, int], foun
         found.verdicts[layer.path] = "unclear"
         return replace(layer, layout=replace(likely, batch_axis=axis), shape=alone)
     return layer
+
+
+def _is_large(layout: Layout, alone: tuple[int, ...]) -> bool:
+    """Whether a layout has cells enough to be no chance, and more of them than other tokens."""
+    cells = math.prod(layout.grid)
+    return cells >= FEWEST and (layout.kind != "tokens" or alone[0] - cells < cells)
 
 
 class _Looks:

@@ -215,10 +215,22 @@ def _passes_on(layer: Layer, found: Probe) -> bool:
 
 
 def _norm_before_attention(finished: Sequence[Layer]) -> str | None:
-    attentions = [index for index, layer in enumerate(finished) if "Attention" in layer.type]
-    if not attentions:
+    attentions = [
+        index
+        for index, layer in enumerate(finished)
+        if "Attention" in layer.type or "Attn" in layer.type
+    ]
+    # A block named after its attention finishes behind the norms that follow that.
+    outer = [
+        index
+        for index in attentions
+        if any(finished[other].path.startswith(f"{finished[index].path}.") for other in attentions)
+    ]
+    last = max(set(attentions) - set(outer), default=None)
+    if last is None:
         return None
-    last = attentions[-1]
     inside = f"{finished[last].path}."
-    norms = [layer.path for layer in finished[:last] if "Norm" in layer.type]
+    norms = [
+        layer.path for layer in finished[:last] if "Norm" in layer.type and layer.layout is not None
+    ]
     return next((path for path in reversed(norms) if not path.startswith(inside)), None)

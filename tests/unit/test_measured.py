@@ -12,9 +12,10 @@ from tiny import SmallNet
 from torch import nn
 
 from service.models import measured
-from service.models.measured import MAX_FORWARDS, Behaviour, Trial, behaviour, trial_images
+from service.models.measured import Behaviour, Trial, behaviour, trial_images
 from service.models.places import covered, measure_places
 from service.models.probe import probe
+from service.models.replicas import replicate
 
 
 def trial_of(module: nn.Module) -> Trial:
@@ -138,11 +139,15 @@ def test_measuring_leaves_buffers_and_random_numbers_as_they_were() -> None:
     assert not any(module._forward_hooks for module in net.modules())
 
 
-def test_all_probes_of_a_model_cost_at_most_25_forward_passes() -> None:
-    trial = trial_of(misbehaving.sigmoid())
-    behaviour(trial)
-    structure, places, cover, gradient = 1, 5, 2.5, 1.5
-    assert trial.forwards + structure + places + cover + gradient <= MAX_FORWARDS
+def test_what_the_first_call_builds_is_no_state_and_not_left_in_the_master() -> None:
+    net = misbehaving.BuildsTable()
+    images = trial_of(net).images
+    expected = misbehaving.BuildsTable().eval()(images[:1])
+    trial = trial_of(net)
+    assert failed(behaviour(trial)) == set()
+    assert net.table.shape == (1, 1)
+    assert net.columns == 0
+    assert torch.allclose(replicate(net)(images[:1]), expected)
 
 
 # ---- where cells look
@@ -197,6 +202,16 @@ def test_a_transposed_map_is_turned_back() -> None:
     layout = layout_at(places_of(misbehaving.Transposed()), "features")
     numbered = torch.arange(64, dtype=torch.float32).reshape(1, 1, 8, 8)
     assert torch.equal(layout.as_map(numbered), numbered.transpose(2, 3))
+
+
+def test_few_tokens_with_a_place_are_no_other_layout() -> None:
+    found = places_of(misbehaving.Summarises())
+    assert found.verdicts["summaries"] != "corrected"
+    assert found.verdicts["features"] == "confirmed"
+
+
+def test_a_shape_that_no_grid_fits_is_measured_too() -> None:
+    assert places_of(misbehaving.OddlyShaped()).verdicts["features"] == "confirmed"
 
 
 @pytest.mark.parametrize("build", [misbehaving.scrambled, misbehaving.Rolled])

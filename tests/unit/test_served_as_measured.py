@@ -11,11 +11,14 @@ import torch
 from misbehaving import SIDE, Crops
 from tiny import SmallNet
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
-from service.errors import ConfigurationError
+from service.errors import ConfigurationError, InvalidOption
+from service.models import loading
 from service.models.catalog import InputSpec, ModelSpec
 from service.models.config import read_config
 from service.models.loading import load_model
+from service.models.measured import MAX_FORWARDS
 
 INPUT = InputSpec(size=(SIDE, SIDE), mean=(0.0,), std=(1.0,))
 
@@ -150,3 +153,75 @@ def test_a_model_whose_replicas_are_not_independent_has_one() -> None:
 def test_a_target_layer_in_no_known_order_is_refused_where_it_was_said(said: str) -> None:
     with pytest.raises(ConfigurationError, match="do not look at the input in rows and columns"):
         load("Rolled", target_layer=said)
+
+
+# ---- the target layer
+
+
+@pytest.mark.parametrize(
+    ("builder", "expected"),
+    [
+        ("ClassTokens", "blocks.2.norm1"),
+        ("UnusedAtEnd", "features"),
+        ("Spectral", "features"),
+        ("OddlyShaped", "features"),
+    ],
+)
+def test_an_odd_layer_takes_the_maps_of_no_other(builder: str, expected: str) -> None:
+    model = load(builder)
+    assert model.target_layer == expected
+    assert model.layer(expected).target
+    assert model.no_gradients is None
+
+
+def test_a_model_without_a_default_layer_names_the_way_out() -> None:
+    model = load("Flat")
+    assert model.target_layer is None
+    assert model.no_gradients is None
+    with pytest.raises(InvalidOption, match=r"`layer`.*`target_layer`"):
+        model.target_layers(())
+
+
+def test_a_layer_in_no_known_order_says_so_when_it_is_named() -> None:
+    with pytest.raises(InvalidOption, match="do not look at the input in rows and columns"):
+        load("Rolled").target_layers(("features",))
+
+
+@pytest.mark.parametrize(
+    "builder",
+    [
+        *("sigmoid", "ReadsGlobal", "ReadsClosure", "forward_of_master", "Locked", "UnusedAtEnd"),
+        *("Drops", "OwnFunction", "Crops", "ClassTokens", "Flat", "MeanOfBatch"),
+    ],
+)
+def test_what_is_measured_costs_at_most_25_forward_passes(builder: str, monkeypatch) -> None:
+    cost = count_forwards(monkeypatch)
+    load(builder)
+    assert 15 < cost.total <= MAX_FORWARDS
+
+
+class Cost:
+    total = 0.0
+
+
+def count_forwards(monkeypatch) -> Cost:
+    """Count what `_measured` runs: images through the module or a copy, and walks back."""
+    cost, measure, walk = Cost(), loading._measured, torch.autograd.grad
+
+    def measured(model, *more: Any):
+        kind = type(model.module)
+
+        def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            cost.total += len(args[0]) if isinstance(module, kind) else 0
+
+        def grad(*args: Any, is_grads_batched: bool = False, **named: Any) -> Any:
+            cost.total += 1.5 * (len(args[2]) if is_grads_batched else 1)
+            return walk(*args, is_grads_batched=is_grads_batched, **named)
+
+        hook = register_module_forward_pre_hook(count)
+        with hook, monkeypatch.context() as patch:
+            patch.setattr(torch.autograd, "grad", grad)
+            return measure(model, *more)
+
+    monkeypatch.setattr(loading, "_measured", measured)
+    return cost
