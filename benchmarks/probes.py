@@ -254,7 +254,7 @@ def _counting() -> Iterator[dict[str, Any]]:
     Of one image each; a walk back counts `BACKWARD`. `forward`: seconds of one forward pass.
     """
     cost: dict[str, Any] = {"forwards": 0.0}
-    probes, grad = loading._measured, torch.autograd.grad
+    probes, grad = loading._measured, torch.autograd.grad  # noqa: SLF001 - wrapped, not changed
 
     def count(module: nn.Module, args: tuple[Any, ...]) -> None:
         if getattr(module, "_is_counted", False):  # replicas have it from the master

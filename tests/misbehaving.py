@@ -448,3 +448,20 @@ class Flat(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.hidden(x.flatten(1)).relu())
+
+
+class _Unfolded(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        rows: Tensor = x.mean(dim=(2, 3))[:, :, None, None].expand(-1, -1, 4, 64)
+        return rows
+
+
+class Unfolds(SmallNet):
+    """A layer whose cells all see the whole image, in a shape that no grid of the input has."""
+
+    def __init__(self) -> None:
+        super().__init__(3)
+        self.unfolded = _Unfolded()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.unfolded(self.features(x)).mean(dim=(2, 3)))

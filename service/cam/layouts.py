@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
@@ -86,8 +86,8 @@ def layout_of(shape: tuple[int, ...] | None, input_size: tuple[int, int]) -> Lay
 def layouts_of(shape: tuple[int, ...], input_size: tuple[int, int]) -> Iterator[Layout]:
     """Every layout that an output of this shape for one image could have, the likely ones first.
 
-    Of tokens: those without a place stand at the start, at the end, or together in between; rows
-    come before columns or the other way round.
+    Of tokens those whose places are counted row by row, with the others in front; `token_layout`
+    makes the rest.
     """
     aspect = input_size[0] / input_size[1]
     if len(shape) == 3:
@@ -100,24 +100,24 @@ def layouts_of(shape: tuple[int, ...], input_size: tuple[int, int]) -> Iterator[
         return
     for extra in range(MAX_EXTRA_TOKENS + 1):
         cells = _grid(shape[0] - extra, aspect)
-        if cells is None:
-            continue
-        count = math.prod(cells)
-        for start in range(count + 1 if extra else 1):
-            tokens = (*range(start), *range(start + extra, shape[0]))
-            yield _simplest(Layout("tokens", cells, places=tokens))
-            rows, columns = cells
-            by_column = tuple(tokens[x * rows + y] for y in range(rows) for x in range(columns))
-            yield Layout("tokens", cells, places=by_column)
+        if cells is not None:
+            yield Layout("tokens", cells, extra)
 
 
-def _simplest(layout: Layout) -> Layout:
-    """The same layout without a table of places where these follow one another."""
-    places = layout.places
-    assert places is not None
-    if places == tuple(range(places[0], places[0] + len(places))):
-        return replace(layout, places=None, prefix=places[0])
-    return layout
+def token_layout(length: int, grid: tuple[int, int], start: int, *, by_column: bool) -> Layout:
+    """The layout of tokens where `start` of those with a place stand before those without one.
+
+    by_column: whether places are counted down each column.
+    """
+    rows, columns = grid
+    extra = length - rows * columns
+    tokens = (*range(start), *range(start + extra, length))
+    if by_column:
+        tokens = tuple(tokens[x * rows + y] for y in range(rows) for x in range(columns))
+    # Without a table where they follow one another.
+    if tokens == tuple(range(tokens[0], tokens[0] + len(tokens))):
+        return Layout("tokens", grid, tokens[0])
+    return Layout("tokens", grid, places=tokens)
 
 
 def _grid(cells: int, aspect: float) -> tuple[int, int] | None:

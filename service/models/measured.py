@@ -37,6 +37,9 @@ MAX_SECONDS = 120.0
 STALL_SECONDS = 10.0
 """How long one of two threads in turn waits for the other before both run freely."""
 
+TURNS_SECONDS = 30.0
+"""How long two threads run in turn; what is left of the passes they run freely."""
+
 Name = Literal["isolation", "batch", "determinism", "output", "gradients", "places", "input"]
 
 
@@ -355,6 +358,7 @@ class _Turns:
         self._changed = threading.Condition()
         self._turn = 0
         self._alone = False
+        self._until = time.monotonic() + TURNS_SECONDS
 
     @contextmanager
     def of(self, number: int, module: nn.Module) -> Iterator[None]:
@@ -377,8 +381,11 @@ class _Turns:
                 self._changed.notify_all()
 
     def _next(self, number: int) -> None:
+        if self._alone:
+            return
         with self._changed:
             self._turn = 1 - number
+            self._alone = self._alone or time.monotonic() > self._until
             self._changed.notify_all()
         self._wait(number)
 

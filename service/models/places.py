@@ -9,9 +9,10 @@ layers together.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from typing import Any, Literal
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.jit import ScriptModule
 
 from service.cam.hooks import gradients
-from service.cam.layouts import Layout, layouts_of
+from service.cam.layouts import Layout, layouts_of, token_layout
 from service.models.measured import Finding
 from service.models.probe import Layer
 from service.models.torch_state import kept_torch_state
@@ -56,7 +57,7 @@ Rect = tuple[float, float, float, float]
 Verdict = Literal["confirmed", "corrected", "scattered", "unclear"]
 """`confirmed`: cells look where the layout says. `corrected`: they look where another layout says
 than the one that their shape suggests. `scattered`: at different places, by no known layout.
-`unclear`: they cannot be told apart by where they look."""
+`unclear`: they cannot be told apart by where they look; there is a map where a grid fits."""
 
 
 _RESULTS: dict[Verdict, str] = {
@@ -85,16 +86,19 @@ class Places:
         return frozenset(path for path, found in self.verdicts.items() if found == verdict)
 
     def finding(self, target: str | None) -> Finding:
-        """What was found, the target layer first."""
+        """What was found. Passed where the target layer's cells look where its shape says.
+
+        Others may look at places in no order, as those of attention do: they have no map.
+        """
         counts = {verdict: len(self.of(verdict)) for verdict in _RESULTS}
         said = [f"{count} {_RESULTS[verdict]}" for verdict, count in counts.items() if count]
         verdict = self.verdicts.get(target or "")
         return Finding(
             "places",
-            verdict in ("confirmed", None) and not counts["scattered"],
+            verdict in ("confirmed", None),
             f"Of {len(self.verdicts)} layers with cells "
             + (", ".join(said) or "none was tried")
-            + (f"; the target layer {_RESULTS[verdict]}." if verdict else "."),
+            + (f"; those of the target layer {_RESULTS[verdict]}." if verdict else "."),
             _FOLLOWS.get(verdict) if verdict else None,
         )
 
@@ -233,12 +237,10 @@ def _judged(layer: Layer, output: Tensor, axis: int, size: tuple[int, int], foun
     score = looks.score(likely) if likely else -1.0
     chosen, best = likely, score
     if score < 1 - MARGIN:  # else no other can be so much better
-        others = [each for each in layouts_of(alone, size) if _is_large(each, alone)]
-        scores = [looks.score(each) for each in others]
-        highest = max(scores, default=-1.0)  # a shape that no grid fits has no other
+        others = _others(looks, alone, size)  # none where no grid fits the shape
+        highest, other = max(others, key=itemgetter(0), default=(-1.0, None))
         if highest >= CORRECTED and highest - score > MARGIN:
-            best = highest
-            chosen = others[scores.index(best)]
+            best, chosen = highest, other
     if chosen is not None and best >= CONFIRMED:
         is_new = likely is not None and chosen != likely
         found.verdicts[layer.path] = "corrected" if is_new else "confirmed"
@@ -248,8 +250,28 @@ def _judged(layer: Layer, output: Tensor, axis: int, size: tuple[int, int], foun
         return replace(layer, layout=None)
     if likely is not None:
         found.verdicts[layer.path] = "unclear"
-        return replace(layer, layout=replace(likely, batch_axis=axis), shape=alone)
+        # Neither its shape nor what was measured speaks for a map, as of patches that are unfolded.
+        fits = any(likely.grid == each.grid for each in layouts_of(alone, size))
+        layout = replace(likely, batch_axis=axis) if fits else None
+        return replace(layer, layout=layout, shape=alone)
     return layer
+
+
+def _others(
+    looks: _Looks, alone: tuple[int, ...], size: tuple[int, int]
+) -> Iterator[tuple[float, Layout]]:
+    """Each kind of layout with its score; of tokens the best place for those without one."""
+    for layout in layouts_of(alone, size):
+        if not _is_large(layout, alone):
+            continue
+        if layout.kind != "tokens":
+            yield looks.score(layout), layout
+            continue
+        for by_column in (False, True):
+            scores = looks.by_start(layout, by_column=by_column)
+            best = int(scores.argmax())
+            found = token_layout(alone[0], layout.grid, best, by_column=by_column)
+            yield float(scores[best]), found
 
 
 def _is_large(layout: Layout, alone: tuple[int, ...]) -> bool:
@@ -279,6 +301,22 @@ class _Looks:
         down = torch.arange(rows, dtype=torch.float64).repeat_interleave(columns)
         scores = [_correlation(x, across, weight)] if columns > 1 else []
         return min([*scores, _correlation(y, down, weight)] if rows > 1 else scores)
+
+    def by_start(self, layout: Layout, *, by_column: bool) -> Tensor:
+        """The scores of a layout of tokens by how many cells stand before the other tokens.
+
+        All at once from running sums: there may be a thousand of them, in hundreds of layers.
+        """
+        x, y, weight = self._positions(layout.channel_axis)
+        rows, columns = layout.grid
+        cell = torch.arange(rows * columns, dtype=torch.float64)
+        across, down = cell % columns, cell.div(columns, rounding_mode="floor")
+        if by_column:
+            across, down = cell.div(rows, rounding_mode="floor"), cell % rows
+        pairs = [(x, across)] if columns > 1 else []
+        pairs += [(y, down)] if rows > 1 else []
+        scores = [_by_start(found, expected, weight) for found, expected in pairs]
+        return torch.stack(scores).amin(dim=0)
 
     def are_scattered(self, layout: Layout) -> bool:
         """Whether the cells look at different places along both axes."""
@@ -334,6 +372,33 @@ def _correlation(found: Tensor, expected: Tensor, weight: Tensor) -> float:
     expected = expected - (expected * weight).sum() / total
     norm = float((found**2 * weight).sum().sqrt() * (expected**2 * weight).sum().sqrt())
     return float((found * expected * weight).sum()) / norm if norm > 0 else 0.0
+
+
+def _by_start(found: Tensor, expected: Tensor, weight: Tensor) -> Tensor:
+    """Correlations (cells + 1), where token i is cell i before a gap and cell i − extra behind it.
+
+    Entry s: with the gap behind s cells. found, weight: (cells + extra,); expected: (cells,).
+    """
+    cells = len(expected)
+    extra = len(found) - cells
+    found = found - found.mean()  # small numbers: the sums of squares are subtracted
+    expected = expected - expected.mean()
+    sides = [(found[at : at + cells], weight[at : at + cells]) for at in (0, extra)]
+
+    def total_of(term: Callable[[Tensor], Tensor]) -> Tensor:
+        before, behind = (_running(share * term(values)) for values, share in sides)
+        return before + behind[-1] - behind
+
+    total = total_of(torch.ones_like)
+    f, e = total_of(lambda values: values) / total, total_of(lambda _: expected) / total
+    both = total_of(lambda values: values * expected) / total - f * e
+    spread = total_of(torch.square) / total - f**2
+    wanted = total_of(lambda _: expected**2) / total - e**2
+    return (both / (spread * wanted).clamp(min=0).sqrt()).nan_to_num(0, 0, 0)
+
+
+def _running(values: Tensor) -> Tensor:
+    return torch.cat([values.new_zeros(1), values.cumsum(dim=0)])
 
 
 def _deviation(values: Tensor, weight: Tensor) -> float:

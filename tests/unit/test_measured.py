@@ -11,7 +11,8 @@ from misbehaving import SIDE
 from tiny import SmallNet
 from torch import nn
 
-from service.models import measured
+from service.cam.layouts import Layout, token_layout
+from service.models import measured, places
 from service.models.measured import Behaviour, Trial, behaviour, trial_images
 from service.models.places import covered, measure_places
 from service.models.probe import probe
@@ -236,3 +237,48 @@ def test_the_part_of_the_input_that_is_looked_at_is_measured(
     module = build().eval().requires_grad_(requires_grad=False)
     image = trial_images((3, SIDE, SIDE))[:1].float() / 255
     assert covered(module, "features", image) == expected
+
+
+@pytest.mark.parametrize("by_column", [False, True])
+@pytest.mark.parametrize("extra", [0, 3])
+def test_all_places_of_a_gap_are_scored_as_each_alone(by_column: bool, extra: int) -> None:
+    generator = torch.Generator().manual_seed(4)
+    output = torch.randn(5, 12 + extra, 6, generator=generator)
+    looks = places._Looks(output, (12 + extra, 6))
+    scores = looks.by_start(Layout("tokens", (3, 4), extra), by_column=by_column)
+    each = [
+        looks.score(token_layout(12 + extra, (3, 4), start, by_column=by_column))
+        for start in range(13)
+    ]
+    assert scores.tolist() == pytest.approx(each)
+    assert max(each) - min(each) > 0.1 or not extra
+
+
+def test_no_map_is_drawn_where_neither_shape_nor_measurement_speaks_for_one() -> None:
+    found = places_of(misbehaving.Unfolds())
+    assert found.verdicts["unfolded"] == "unclear"
+    assert layout_at(found, "unfolded") is None
+
+
+def test_replicas_run_in_turn_for_a_bounded_time(monkeypatch) -> None:
+    turns: list[int] = []
+    take = measured._Turns._wait
+
+    def counted(self, number: int) -> None:
+        turns.append(number)
+        take(self, number)
+
+    monkeypatch.setattr(measured._Turns, "_wait", counted)
+    assert failed(measured_of(SmallNet())) == set()
+    in_turn = len(turns)
+    turns.clear()
+    monkeypatch.setattr(measured, "TURNS_SECONDS", -1.0)
+    assert failed(measured_of(SmallNet())) == set()
+    assert len(turns) < 5 < in_turn
+
+
+def test_what_other_layers_look_at_does_not_fail_the_target_layer() -> None:
+    found = places_of(misbehaving.OddlyShaped())
+    assert found.verdicts["rows"] == "scattered"
+    assert found.finding("features").passed
+    assert not found.finding("rows").passed
