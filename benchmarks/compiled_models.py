@@ -4,7 +4,7 @@
 
 Each model in a process of its own, with random weights (speed and parity do not depend on them
 much), one thread. What is finished stands in the JSON file; a second run goes on from there. At the
-end docs/reference/compiled-models.md is written anew.
+end docs/reference/compiled-models.md is written again; what `probes.py` wrote on it stays.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torchvision
+from models_page import PAGE, kept
 
 from service.models.catalog import parse_model
 from service.models.lane import Compiler, parity_on
@@ -34,7 +35,6 @@ from service.stepwise import run, run_compiled
 from service.upload import open_upload
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "reference" / "compiled-models.md"
 TOO_LARGE = ("vit_h_14", "regnet_y_128gf")
 """Half a billion parameters and more: minutes each, and 4 GB as float32."""
 
@@ -56,7 +56,7 @@ def main() -> int:
             options.out.write_text(json.dumps(done, indent=1))
             print(name, done[name], flush=True)
     if not options.models:
-        PAGE.write_text(_page(done))
+        PAGE.write_text(kept(_page(done), PAGE.read_text()))
     return 0
 
 

@@ -306,6 +306,44 @@ class Scrambled(nn.Module):
         return self.head(self.mix(self.norm(tokens)).mean(dim=1))
 
 
+class _Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(dim=1, keepdim=True).expand_as(x)
+
+
+class MixedScrambled(Scrambled):
+    """Behind its patches in no known order a layer whose cells all see the whole image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = _Mean()
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.norm(self.patch(x).flatten(2).transpose(1, 2)[:, self.order])
+        return self.head(self.mix(self.mean(tokens)).mean(dim=1))
+
+
+class MixedAtEnd(Tokens):
+    """Extra tokens at the end, and a layer whose cells all see the whole image."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 64)
+        self.mean = _Mean()
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patch(x).flatten(2).transpose(1, 2) + self.position
+        tokens = torch.cat([tokens, self.extra.expand(len(tokens), -1, -1)], dim=1)
+        return self.head(self.mean(self.norm(self.blocks(tokens))).mean(dim=1))
+
+
+def mixed_scrambled() -> nn.Module:
+    return seeded(MixedScrambled)
+
+
+def mixed_at_end() -> nn.Module:
+    return seeded(MixedAtEnd)
+
+
 def tokens_at_start() -> nn.Module:
     return seeded(lambda: Tokens(4, 0))
 

@@ -9,6 +9,7 @@ layers together.
 from __future__ import annotations
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -123,7 +124,28 @@ def measure_places(
             measured.append(replace(layer, layout=None) if layer.path in outputs.odd else layer)
             continue
         measured.append(_judged(layer, output, outputs.axes[layer.path], size, found))
-    return replace(found, layers=tuple(measured))
+    return _with_siblings(replace(found, layers=tuple(measured)))
+
+
+def _with_siblings(found: Places) -> Places:
+    """Unclear layers are laid out as most others of their shape, where any was measured.
+
+    Where those look at places in no known order, as in windows, unclear ones do too.
+    """
+    votes: defaultdict[tuple[int, ...] | None, Counter[Layout | None]] = defaultdict(Counter)
+    for layer in found.layers:
+        if found.verdicts.get(layer.path, "unclear") != "unclear":
+            votes[layer.shape][layer.layout] += 1
+    verdicts, layers = dict(found.verdicts), []
+    for layer in found.layers:
+        if verdicts.get(layer.path) != "unclear" or layer.shape not in votes:
+            layers.append(layer)
+            continue
+        ((layout, _),) = votes[layer.shape].most_common(1)
+        layers.append(replace(layer, layout=layout))
+        if layout is None:
+            verdicts[layer.path] = "scattered"
+    return Places(tuple(layers), verdicts)
 
 
 def _patterns(image: Tensor) -> Tensor:
@@ -247,7 +269,7 @@ def _judged(layer: Layer, output: Tensor, axis: int, size: tuple[int, int], foun
         return replace(layer, layout=replace(chosen, batch_axis=axis), shape=alone)
     if likely is not None and looks.are_scattered(likely):
         found.verdicts[layer.path] = "scattered"
-        return replace(layer, layout=None)
+        return replace(layer, layout=None, shape=alone)
     if likely is not None:
         found.verdicts[layer.path] = "unclear"
         # Neither its shape nor what was measured speaks for a map, as of patches that are unfolded.

@@ -282,3 +282,13 @@ def test_what_other_layers_look_at_does_not_fail_the_target_layer() -> None:
     assert found.verdicts["rows"] == "scattered"
     assert found.finding("features").passed
     assert not found.finding("rows").passed
+
+
+def test_what_cannot_be_told_apart_is_laid_out_as_others_of_its_shape() -> None:
+    at_end = places_of(misbehaving.mixed_at_end())
+    assert at_end.verdicts["mean"] == "unclear"
+    assert layout_at(at_end, "mean") == layout_at(at_end, "blocks.1.norm1")
+    assert layout_at(at_end, "mean").prefix == 0
+    scrambled = places_of(misbehaving.mixed_scrambled())
+    assert scrambled.verdicts["mean"] == "scattered"
+    assert layout_at(scrambled, "mean") is None
