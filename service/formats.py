@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import binascii
 from collections.abc import Sequence
 
 from service.errors import EmptyImage, UnsupportedImage
@@ -16,6 +17,9 @@ _STARTS = (
     ("TIFF", b"II+\0"),
     ("TIFF", b"MM\0+"),
 )
+
+
+_STANDARD = bytes.maketrans(b"-_", b"+/")
 
 
 def format_of(data: bytes) -> str | None:
@@ -35,4 +39,20 @@ def check_format(data: bytes, formats: Sequence[str]) -> None:
     found = format_of(data)
     if found not in formats:
         said = f"{found} is not read here" if found else "The bytes are not a picture that is read"
+        if inside := _format_in_base64(data):
+            raise UnsupportedImage(
+                f"The bytes are base64 text of a {inside} file; send the file itself, or its "
+                'base64 once in JSON: {"images": [{"data": "<base64>"}]}.'
+            )
         raise UnsupportedImage(f"{said}; send one of {', '.join(formats)}.")
+
+
+def _format_in_base64(data: bytes) -> str | None:
+    """The format of a file that came as base64 text, or as a data: URI."""
+    text = data[:200].lstrip(b' \t\r\n"')
+    if text[:5].lower() == b"data:":
+        text = text.partition(b",")[2]
+    try:
+        return format_of(binascii.a2b_base64(text[:16].translate(_STANDARD), strict_mode=True))
+    except ValueError:
+        return None
