@@ -179,6 +179,11 @@ def utf8_json(body: bytes) -> bytes:
             f"The body is not JSON: it is a {found} file; send it with the content type "
             f"image/{found.lower()}."
         )
+    if body.startswith(b"--"):
+        raise MalformedRequest(
+            "The body is not JSON: it looks like a multipart form; send it with the content type "
+            "multipart/form-data and its boundary (let the client set it)."
+        )
     head = body[:4]
     coding = next((name for mark, name in _MARKS if head.startswith(mark)), None)
     if coding is None and b"\0" in head:  # no JSON text has one, and these begin with ASCII

@@ -100,15 +100,18 @@ def _without_preamble(body: bytes, boundary: bytes) -> bytes:
     with_crlf = body.count(b"\r\n" + opening)
     if body.count(b"\n" + opening) > with_crlf or body.startswith(opening + b"\n"):
         raise MalformedRequest(_LF_ALONE)
-    if body.startswith(opening):
-        return body
-    if not with_crlf:
+    if not with_crlf and not body.startswith(opening):
         said = boundary[:100].decode("latin-1")
         raise MalformedRequest(
             f"The multipart form has no boundary {said!r}, which its content type names; let the "
             "client set the header (curl -F does) instead of writing it by hand."
         )
-    return body[body.index(b"\r\n" + opening) + 2 :]
+    start = 0 if body.startswith(opening) else body.index(b"\r\n" + opening) + 2
+    after = start + len(opening)
+    padding, _, _ = body[after : after + _MAX_PART_HEADER].partition(b"\r\n")
+    if padding and not padding.strip(b" \t"):  # allowed, and read only after later boundaries
+        return opening + body[after + len(padding) :]
+    return body[start:]
 
 
 def _reason(error: MultipartParseError, body: bytes) -> str:
