@@ -231,9 +231,9 @@ def _judged(layer: Layer, output: Tensor, axis: int, size: tuple[int, int], foun
     if score < 1 - MARGIN:  # else no other can be so much better
         others = list(layouts_of(alone, size))
         scores = [looks.score(each) for each in others]
-        if max(scores) >= CORRECTED and max(scores) - score > MARGIN:
-            best = max(scores)
-            chosen = others[scores.index(best)]
+        highest = max(scores, default=-1.0)
+        if highest >= CORRECTED and highest - score > MARGIN:
+            best, chosen = highest, others[scores.index(highest)]
     if chosen is not None and best >= CONFIRMED:
         is_new = likely is not None and chosen != likely
         found.verdicts[layer.path] = "corrected" if is_new else "confirmed"
