@@ -46,7 +46,7 @@ test-all: .venv/.installed-test ## run every test; one whose tool is missing is 
 browser: .venv/.installed-test tests/browser/node_modules/.installed ## test the page in Chromium (ARGS= for pytest)
 	@$(SAFE) .venv/bin/python -m pytest -m browser $(ARGS)
 
-protocols: .venv/.installed-test .venv-protocols/.installed .venv-x-anylabeling/.installed .venv-cvat/.installed .venv-fiftyone/.installed .venv-labelbox/.installed ## talk to it through the clients of KServe, Triton, X-AnyLabeling, CVAT, FiftyOne and Labelbox
+protocols: .venv/.installed-test .venv-protocols/.installed .venv-x-anylabeling/.installed .venv-cvat/.installed .venv-fiftyone/.installed .venv-labelbox/.installed ## talk to it through the clients of KServe, Triton, X-AnyLabeling, CVAT, FiftyOne and Labelbox, Java, curl and node
 	@$(SAFE) .venv/bin/python -m pytest -o testpaths='tests/protocols tests/integration/test_client_alone.py' -m protocols $(ARGS)
 
 labeling: .venv/.installed-test .venv-label-studio/.installed ## be the backend of a real Label Studio, seen in Chromium (ARGS= for pytest)

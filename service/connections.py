@@ -45,6 +45,12 @@ MAX_PIPELINED = 16
 MAX_DROPPED_BYTES = 1 << 20
 """Read and thrown away after a request that cannot be followed by another; then nothing is read."""
 
+HTTP_2 = (
+    "The client speaks HTTP/2, and this service speaks HTTP/1.1; let the client use HTTP/1.1, or "
+    "put a proxy before the service that speaks HTTP/2."
+)
+"""For a client that does not ask first. An upgrade, which can be declined, is ignored instead."""
+
 
 class _Phase(enum.Enum):
     BETWEEN = enum.auto()
@@ -148,7 +154,8 @@ class BoundedConnection(HttpToolsProtocol):
             if isinstance(error.__context__, MalformedRequest):
                 self._reject(error.__context__)
             elif not isinstance(error.__context__, _Enough):
-                self._reject(MalformedRequest(f"What was sent is not HTTP/1.1: {_reason(error)}."))
+                is_http_2 = self.parser.get_method() == b"PRI"
+                self._reject(MalformedRequest(HTTP_2 if is_http_2 else _reason(error)))
 
     def _count(self, data: bytes, framing: Framing, before: int) -> None:
         """Hold what has just been parsed against the bounds."""
@@ -330,9 +337,10 @@ def _disconnect(cycle: RequestResponseCycle) -> None:
 
 
 def _reason(error: httptools.HttpParserError) -> str:
+    found = str(error).rstrip(".")[:200] or "it cannot be parsed"
     if isinstance(error, httptools.HttpParserCallbackError):
-        return "its target cannot be read"
-    return str(error).rstrip(".")[:200] or "it cannot be parsed"
+        found = "its target cannot be read"
+    return f"What was sent is not HTTP/1.1: {found}."
 
 
 def _answer_to(error: CamserveError) -> bytes:

@@ -109,6 +109,8 @@ def _option(name: str) -> inspect.Parameter:
     field = ExplainOptions.model_fields[name]
     several = get_origin(field.annotation) is list
     taken = get_args(field.annotation)[0] if several else field.annotation
+    if len(parts := [each for each in get_args(taken) if each is not type(None)]) == 1:
+        taken = parts[0]  # of an option that may be left out
     kind: Any = taken if taken in (int, float) else str
     choices = [str(each) for each in get_args(taken)] if get_origin(taken) is Literal else []
     default = field.get_default()

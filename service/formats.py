@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import binascii
 from collections.abc import Sequence
 
 from service.errors import EmptyImage, UnsupportedImage
@@ -16,6 +17,25 @@ _STARTS = (
     ("TIFF", b"II+\0"),
     ("TIFF", b"MM\0+"),
 )
+
+_ELSE = (
+    ("gzip data (declare it by Content-Encoding: gzip)", b"\x1f\x8b"),
+    ("a multipart form (its content type is multipart/form-data with its boundary)", b"--"),
+    ("JSON (its content type is application/json)", b"{"),
+    ("JPEG 2000", b"\0\0\0\x0cjP  "),
+    ("JPEG XL", b"\0\0\0\x0cJXL "),
+    ("JPEG XL", b"\xff\x0a"),
+    ("an icon (ICO)", b"\0\0\1\0"),
+    ("a Photoshop document", b"8BPS"),
+    ("a PDF document", b"%PDF"),
+    ("a ZIP archive", b"PK\3\4"),
+    ("SVG, HTML or other XML", b"<"),
+)
+"""What is sent in place of an image, with what tells it apart."""
+
+_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF"}
+
+_STANDARD = bytes.maketrans(b"-_", b"+/")
 
 
 def format_of(data: bytes) -> str | None:
@@ -34,5 +54,31 @@ def check_format(data: bytes, formats: Sequence[str]) -> None:
         raise EmptyImage("The image has no bytes; send the content of the picture file.")
     found = format_of(data)
     if found not in formats:
-        said = f"{found} is not read here" if found else "The bytes are not a picture that is read"
+        said = f"{found} is not read here" if found else no_format(data)
         raise UnsupportedImage(f"{said}; send one of {', '.join(formats)}.")
+
+
+def no_format(data: bytes) -> str:
+    """Say what bytes of no format that is read are, as far as their first ones show it."""
+    kind = _else_of(data)
+    return f"The bytes are {kind and f'{kind}, '}not a picture that is read"
+
+
+def _else_of(data: bytes) -> str:
+    if inside := _format_in_base64(data):
+        return f"base64 text of a {inside} file (send the file itself, or its base64 once in JSON)"
+    if data[4:8] == b"ftyp":
+        return _BRANDS.get(data[8:12], "a video")
+    start = data[:200].lstrip()
+    return next((name for name, first in _ELSE if start.startswith(first)), "")
+
+
+def _format_in_base64(data: bytes) -> str | None:
+    """The format of a file that came as base64 text, or as a data: URI."""
+    text = data[:200].lstrip(b' \t\r\n"')
+    if text[:5].lower() == b"data:":
+        text = text.partition(b",")[2]
+    try:
+        return format_of(binascii.a2b_base64(text[:16].translate(_STANDARD), strict_mode=True))
+    except ValueError:
+        return None

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from service.errors import UnsupportedImage
-from service.formats import format_of
+from service.formats import format_of, no_format
 from service.headers import bmp, gif, jpeg, png, tiff, webp
 from service.headers.header import Header
 
@@ -30,7 +30,5 @@ def read_header(data: bytes) -> Header:
     """
     name = format_of(data)
     if name is None or (name == "BMP" and data[15:18] != b"\0\0\0"):
-        raise UnsupportedImage(
-            "The bytes are not a picture that can be read; send JPEG, PNG, WebP, GIF, BMP or TIFF."
-        )
+        raise UnsupportedImage(f"{no_format(data)}; send JPEG, PNG, WebP, GIF, BMP or TIFF.")
     return _READERS[name](data)

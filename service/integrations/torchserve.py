@@ -30,7 +30,7 @@ from service.integrations.asked import (
 )
 from service.integrations.kserve import picture
 from service.models.loaded import LoadedModel
-from service.routes import bodies, health
+from service.routes import bodies, forms, health
 from service.routes.answer_bytes import NUMBER_BYTES, Price, Sizes
 from service.routes.docs import peer_errors
 from service.routes.state import service_of
@@ -83,7 +83,7 @@ async def _answer(
         pictures: Sequence[Sent] = [body]
         fields = given
         if kind == "multipart/form-data":
-            parts = bodies.form_parts(content_type, body, most, lambda _name: None)
+            parts = forms.form_parts(content_type, body, most, lambda _name: None)
             pictures = [data for name, data in parts if name in _PICTURES]
             texts = [(name, data) for name, data in parts if name not in _PICTURES]
             fields = given | {name: data.decode(errors="replace") for name, data in texts}

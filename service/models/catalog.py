@@ -47,11 +47,11 @@ class InputSpec:
 
     size: tuple[int, int] | None = None
     resize: int | tuple[int, int] | None = None
-    fit: Fit | None = None
     interpolation: Interpolation | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     channels: int | None = None
+    fit: Fit | None = None
 
 
 @dataclass(frozen=True, slots=True)

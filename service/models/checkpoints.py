@@ -34,9 +34,9 @@ _OF_TRAINING = re.compile(
 """Names of modules and buffers that are known to be no part of a model."""
 
 _AVERAGED = re.compile(
-    r"(.*[._])?(ema|swa|avg|averaged?|shadow|ema_?model|model_?ema)([._].*)?", re.IGNORECASE
+    r"(?:^|[._])(ema|swa|avg|averaged?|shadow|ema_?model|model_?ema)(?:[._]|$)", re.IGNORECASE
 )
-"""Prefixes of moving averages, such as `state_dict_ema`, `model_ema.module`, `swa_model`."""
+"""In prefixes of moving averages, such as `state_dict_ema`, `model_ema.module`, `swa_model`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ def choose(
     fitting = [p for p in fitting if _has_shapes(entries, by_prefix[p], wanted)] or fitting
     if not fitting:
         return _nearest(entries, names, by_prefix)
-    plain = [p for p in fitting if not _AVERAGED.fullmatch(p.rstrip("."))] or fitting
+    plain = [p for p in fitting if not _AVERAGED.search(p.rstrip("."))] or fitting
     prefix, *rest = sorted(plain, key=lambda p: (p.count("."), p))
     keys = by_prefix[prefix]
     # What fits as it is is what a plain `load_state_dict` takes, whatever copies are beside it.
@@ -129,7 +129,7 @@ def choose(
 
 def _is_of_training(key: str) -> bool:
     first = key.partition(".")[0]
-    return bool(_OF_TRAINING.fullmatch(first) or _AVERAGED.fullmatch(first))
+    return bool(_OF_TRAINING.fullmatch(first) or _AVERAGED.search(first))
 
 
 def _below(entry: Entry, under: str) -> Entry:

@@ -189,7 +189,7 @@ def trial_images(shape: tuple[int, int, int]) -> Tensor:
 def seeded(seed: int) -> Iterator[None]:
     """Random numbers of a seed, of torch, numpy and `random`; behind it they go on as before."""
     of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - models use it
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002

@@ -8,12 +8,10 @@ import codecs
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import Self, TypeVar
 
 import pydantic
 from fastapi import Request
-from python_multipart.exceptions import MultipartParseError
-from python_multipart.multipart import MultipartParser, parse_options_header
 
 from api_schemas.options import CommonOptions, ExplainRequest, ImageSource
 from service.admission import Permit
@@ -27,22 +25,22 @@ from service.errors import (
     UnsupportedMediaType,
 )
 from service.fetching import Fetcher
+from service.formats import format_of
 from service.routes.problems import describe
 from service.routes.state import service_of
-
-if TYPE_CHECKING:
-    from python_multipart.multipart import MultipartCallbacks
 
 Options = TypeVar("Options", bound=CommonOptions)
 
 Image = bytes | str | InvalidImageData
 """An image of a request: its file, its URL, or why it is neither."""
 
-_MAX_PART_HEADER = 4096
-"""Bytes of one header of a part; all headers of a part have eight times as many at most."""
-
 _MAX_URI_HEAD = 1000
 """Characters of a data: URI before its data."""
+
+_BINARY = ("application/octet-stream", "binary/octet-stream")
+"""Types of a file of any kind; object stores have the second."""
+
+_PIECE = 64 << 10
 
 MAX_JSON_NAMES = 20_000
 MAX_JSON_VALUES = 600_000
@@ -146,7 +144,7 @@ def media_type(request: Request) -> str:
 
 def is_json(kind: str) -> bool:
     """Whether a media type says JSON."""
-    return kind == "application/json" or kind.endswith("+json")
+    return kind in ("application/json", "text/json") or kind.endswith("+json")
 
 
 def raw_image(kind: str, body: bytes) -> list[bytes]:
@@ -154,128 +152,13 @@ def raw_image(kind: str, body: bytes) -> list[bytes]:
 
     Raises UnsupportedMediaType with the header to send instead.
     """
-    if kind.startswith("image/") or kind == "application/octet-stream":
+    if kind.startswith("image/") or kind in _BINARY:
         return [body]
     said = f"{kind!r} is not a content type we read" if kind else "No content type was sent"
     raise UnsupportedMediaType(
         f"{said}; add -H 'content-type: image/jpeg' to send an image with --data-binary, or use "
         "curl -F image=@cat.jpg for a form, or application/json."
     )
-
-
-def multipart_images(content_type: str, body: bytes, max_images: int) -> list[bytes]:
-    """The parts named `image` of a multipart form, in order.
-
-    Raises MalformedRequest, InvalidOption for a part of another name, BodyTooLarge for too many.
-    """
-
-    def check(name: str) -> None:
-        if name != "image":
-            raise InvalidOption(
-                f"The form has a field {name!r}; images are sent as 'image', and options belong "
-                "in the query: /explain?top_k=3."
-            )
-
-    images = [part for _, part in form_parts(content_type, body, max_images, check)]
-    if not images:
-        raise EmptyBody("The form has no part named 'image'; use curl -F image=@cat.jpg.")
-    return images
-
-
-def form_parts(
-    content_type: str, body: bytes, max_parts: int, check: Callable[[str], None]
-) -> list[tuple[str, bytes]]:
-    """The parts of a multipart form with their names, in order.
-
-    check: told of each name as it comes, to refuse it. Raises MalformedRequest, BodyTooLarge for
-    too many, and what `check` raises.
-    """
-    boundary = parse_options_header(content_type)[1].get(b"boundary")
-    if not boundary:
-        raise MalformedRequest(
-            "The content type multipart/form-data names no boundary; let the client set it "
-            "(curl -F does) instead of writing the header by hand."
-        )
-    form = _Form(max_parts, check)
-    try:
-        parser = MultipartParser(boundary, form.callbacks(), max_size=len(body) + 1)
-        parser.write(body)
-        parser.finalize()
-    except (MultipartParseError, ValueError) as error:
-        raise MalformedRequest(
-            f"The multipart form cannot be read: {error}. curl -F image=@cat.jpg makes a good one."
-        ) from error
-    if not form.ended:
-        raise MalformedRequest("The multipart form ends too early: its last boundary is missing.")
-    return [(name, bytes(data)) for name, data in form.parts]
-
-
-class _Form:
-    """What the parser's callbacks collect."""
-
-    def __init__(self, max_parts: int, check: Callable[[str], None]) -> None:
-        self.parts: list[tuple[str, bytearray]] = []
-        self.ended = False
-        self._max_parts = max_parts
-        self._check = check
-        self._field = bytearray()
-        self._value = bytearray()
-        self._disposition = b""
-        self._header_bytes = 0
-
-    def callbacks(self) -> MultipartCallbacks:
-        return {
-            "on_part_begin": self._begin_part,
-            "on_header_field": self._header_field,
-            "on_header_value": self._header_value,
-            "on_header_end": self._end_header,
-            "on_headers_finished": self._end_headers,
-            "on_part_data": self._data,
-            "on_end": self._end,
-        }
-
-    def _begin_part(self) -> None:
-        self._disposition = b""
-        self._header_bytes = 0
-
-    def _header_field(self, data: bytes, start: int, end: int) -> None:
-        self._field += data[start:end]
-        self._bound_header(end - start)
-
-    def _header_value(self, data: bytes, start: int, end: int) -> None:
-        self._value += data[start:end]
-        self._bound_header(end - start)
-
-    def _bound_header(self, more: int) -> None:
-        if len(self._field) + len(self._value) > _MAX_PART_HEADER:
-            raise MalformedRequest(f"A part's header is longer than {_MAX_PART_HEADER} bytes.")
-        self._header_bytes += more
-        if self._header_bytes > 8 * _MAX_PART_HEADER:
-            raise MalformedRequest(
-                f"The headers of a part are longer than {8 * _MAX_PART_HEADER} bytes."
-            )
-
-    def _end_header(self) -> None:
-        self._header_bytes += 4  # the colon, a space and the line's end
-        if self._field.lower() == b"content-disposition":
-            self._disposition = bytes(self._value)
-        self._field.clear()
-        self._value.clear()
-
-    def _end_headers(self) -> None:
-        name = parse_options_header(self._disposition)[1].get(b"name", b"").decode(errors="replace")
-        self._check(name)
-        if len(self.parts) == self._max_parts:
-            raise BodyTooLarge(
-                f"The form has more than {self._max_parts} images; send them in several requests."
-            )
-        self.parts.append((name, bytearray()))
-
-    def _data(self, data: bytes, start: int, end: int) -> None:
-        self.parts[-1][1].extend(data[start:end])
-
-    def _end(self) -> None:
-        self.ended = True
 
 
 def check_json(body: bytes, max_values: int, max_lists: int, advice: str) -> None:
@@ -290,7 +173,17 @@ def check_json(body: bytes, max_values: int, max_lists: int, advice: str) -> Non
 
 
 def utf8_json(body: bytes) -> bytes:
-    """A JSON body without a byte order mark. Raises MalformedRequest for UTF-16 and UTF-32."""
+    """A JSON body without a byte order mark. Raises MalformedRequest for what is not UTF-8."""
+    if found := format_of(body):
+        raise MalformedRequest(
+            f"The body is not JSON: it is a {found} file; send it with the content type "
+            f"image/{found.lower()}."
+        )
+    if body.startswith(b"--"):
+        raise MalformedRequest(
+            "The body is not JSON: it looks like a multipart form; send it with the content type "
+            "multipart/form-data and its boundary (let the client set it)."
+        )
     head = body[:4]
     coding = next((name for mark, name in _MARKS if head.startswith(mark)), None)
     if coding is None and b"\0" in head:  # no JSON text has one, and these begin with ASCII
@@ -299,7 +192,21 @@ def utf8_json(body: bytes) -> bytes:
         raise MalformedRequest(
             f"The JSON is encoded as {coding}; send it as UTF-8 (RFC 8259 §8.1)."
         )
+    if not body.isascii():
+        _check_utf8(body)
     return body.removeprefix(codecs.BOM_UTF8)
+
+
+def _check_utf8(body: bytes) -> None:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        for start in range(0, len(body), _PIECE):  # as a whole, a text takes four times the memory
+            decoder.decode(body[start : start + _PIECE], final=start + _PIECE >= len(body))
+    except UnicodeDecodeError as error:
+        raise MalformedRequest(
+            "The body is not JSON: it is not UTF-8, whatever its charset says; send it as UTF-8 "
+            "(RFC 8259 §8.1)."
+        ) from error
 
 
 _MARKS = (
@@ -392,8 +299,12 @@ def image_file(text: str) -> bytes | InvalidImageData:
             return InvalidImageData("The data: URI is not of the form data:image/png;base64,….")
         text = text[end + 1 :]
     try:
-        # Not by `split`: base64 with a space every two characters would become millions of strings.
-        data = text.encode("ascii").translate(None, b" \t\n\r\v\f")
-        return binascii.a2b_base64(data, strict_mode=True)
-    except ValueError:  # binascii.Error and UnicodeEncodeError are such
+        return from_base64(text.encode("ascii"))
+    except ValueError:  # UnicodeEncodeError is such
         return InvalidImageData("`data` is not standard base64 (RFC 4648 §4) of an image file.")
+
+
+def from_base64(text: bytes | bytearray) -> bytes:
+    """What standard base64 stands for; whitespace is left out. Raises ValueError."""
+    # Not by `split`: base64 with a space every two characters would become millions of strings.
+    return binascii.a2b_base64(text.translate(None, b" \t\n\r\v\f"), strict_mode=True)

@@ -22,7 +22,7 @@ from api_schemas.options import (
 from service.admission import Permit
 from service.declared_size import Size
 from service.errors import InvalidOption, NotAcceptable
-from service.routes import answering, bodies, docs
+from service.routes import answering, bodies, docs, forms
 from service.routes.accept import preferred_image
 from service.routes.answer_bytes import size_before
 from service.routes.answering import Work, as_error, result_of
@@ -91,7 +91,7 @@ async def _take_apart(
     if kind == "multipart/form-data":
         content_type = request.headers["content-type"]
         call = service.scheduler.call(
-            bodies.multipart_images, content_type, body, service.limits.images
+            forms.multipart_images, content_type, body, service.limits.images
         )
         return await result_of(call), options
     if bodies.is_json(kind):

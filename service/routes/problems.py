@@ -120,7 +120,7 @@ def install(app: FastAPI, options: Sequence[str]) -> None:
         path = request.scope["path"][:_SHOWN]
         detail = {
             404: f"Nothing is at {path}; /docs lists every route.",
-            405: f"{path} does not take {request.method}; /docs says what it takes.",
+            405: _wrong_method(request, path, error),
         }.get(error.status_code, str(error.detail))
         code = _CODES.get(error.status_code, "http_error")
         return _response(request, error.status_code, code, detail, dict(error.headers or {}))
@@ -128,6 +128,15 @@ def install(app: FastAPI, options: Sequence[str]) -> None:
     app.add_exception_handler(CamserveError, refused)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http_error)
+
+
+def _wrong_method(request: Request, path: str, error: HTTPException) -> str:
+    allowed = (error.headers or {}).get("Allow")
+    detail = f"{path} does not take {request.method[:_SHOWN]}"
+    detail += f"; it takes {allowed}." if allowed else "; /docs says what it takes."
+    if "access-control-request-method" in request.headers:
+        detail += " Pages of other origins may call it where CAMSERVE_CORS_ORIGINS lists them."
+    return detail
 
 
 def unexpected(request: Request) -> JSONResponse:

@@ -133,3 +133,27 @@ def test_json_in_utf_16_is_refused_by_its_name(
     assert response.status_code == 400
     assert encoding[:6].upper() in response.text
     assert "UTF-8" in response.text
+
+
+@pytest.mark.parametrize(("route", "body"), JSONS.values(), ids=JSONS)
+def test_json_that_is_not_utf_8_is_refused_by_its_name(
+    client: TestClient, route: str, body: Any
+) -> None:
+    latin = json.dumps(body).removesuffix("}") + ', "note": "Käfer"}'
+    kind = "application/json; charset=iso-8859-1"
+    response = sent(client, route, latin.encode("latin-1"), kind)
+    assert response.status_code == 400
+    assert "not UTF-8" in response.text
+
+
+@pytest.mark.parametrize(("route", "body"), JSONS.values(), ids=JSONS)
+@pytest.mark.parametrize("format_", ["TIFF", "PNG", "JPEG"])
+def test_an_image_that_says_it_is_json_is_told_its_content_type(
+    client: TestClient, route: str, body: Any, format_: str
+) -> None:
+    """A TIFF was taken for JSON in UTF-16."""
+    file = pictures.file(pictures.noise(8, 8), format_)
+    response = sent(client, route, file, "application/json")
+    assert response.status_code == 400
+    assert f"{format_} file" in response.text
+    assert f"image/{format_.lower()}" in response.text

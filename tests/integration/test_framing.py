@@ -128,6 +128,15 @@ def test_what_is_no_request_is_answered_with_what_to_do(server, request_of: byte
     assert {"event": "malformed_request", "client": "127.0.0.1", "log_level": "info"} in logs
 
 
+def test_a_client_that_insists_on_http_2_gets_to_know_what_is_spoken_here(server) -> None:
+    """By its preface and an empty SETTINGS frame, as they come from curl and gRPC."""
+    preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+    detail = problem_of(ask(server.address, preface))[2]
+    assert "HTTP/2" in detail
+    assert "HTTP/1.1" in detail
+    assert "proxy" in detail
+
+
 def test_a_refused_request_does_not_cut_into_the_answers_before_it(server) -> None:
     answer = ask(server.address, post() + post() + b"no request\r\n\r\n")
     assert statuses(answer) == [200, 200, 400]
@@ -177,42 +186,6 @@ def test_curl_that_would_rather_speak_http_2_is_answered(
     told = subprocess.run(command, capture_output=True, check=False, text=True)
     assert (told.returncode, told.stderr) == (0, "")
     assert "predictions" in json.loads(told.stdout)["results"][0]
-
-
-JAVA = """
-import java.net.URI;
-import java.net.http.*;
-import java.nio.file.Path;
-
-class Ask {
-    public static void main(String[] args) throws Exception {
-        var file = HttpRequest.BodyPublishers.ofFile(Path.of(args[1]));
-        var stream = HttpRequest.BodyPublishers.ofInputStream(() -> {
-            try { return new java.io.FileInputStream(args[1]); }
-            catch (java.io.IOException error) { throw new RuntimeException(error); }
-        });
-        for (var body : new HttpRequest.BodyPublisher[] {file, stream}) {
-            var request = HttpRequest.newBuilder(URI.create(args[0]))
-                .header("content-type", "image/png").POST(body).build();
-            var answer = HttpClient.newHttpClient()
-                .send(request, HttpResponse.BodyHandlers.ofString());
-            System.out.println(answer.statusCode() + " " + answer.version());
-        }
-    }
-}
-"""
-
-
-@pytest.mark.timeout(60)
-@pytest.mark.skipif(shutil.which("javac") is None, reason="a JDK is not installed")
-def test_javas_own_client_is_answered(server, tmp_path: Path) -> None:
-    """It asks for an upgrade with every request: of a file, and of a stream in chunks."""
-    file, source = tmp_path / "noise.png", tmp_path / "Ask.java"
-    file.write_bytes(pictures.png())
-    source.write_text(JAVA)
-    command = ["java", str(source), f"{server.url}/predict", str(file)]
-    told = subprocess.run(command, capture_output=True, check=False, text=True)
-    assert told.stdout.split("\n")[:2] == ["200 HTTP_1_1", "200 HTTP_1_1"], told.stderr
 
 
 # ---- what comes beside a body

@@ -73,7 +73,7 @@ def test_a_rebound_name_has_nothing_explained_and_learns_what_to_do(client: Test
 
 
 def test_a_long_host_is_cut_in_the_answer(client: TestClient) -> None:
-    refused = client.get("/", headers={"host": "a" * 50_000})
+    refused = client.get("/", headers={"host": "a" * 10_000})
     assert refused.status_code == 421
     assert len(refused.content) < 1000
 

@@ -17,7 +17,7 @@ from service import errors
 from service.integrations import asked, kserve, label_studio, nested, open_inference, tensors
 from service.integrations import label_studio_config as config
 from service.models import loaded, patterns
-from service.routes import bodies, encodings
+from service.routes import bodies, encodings, forms
 
 PNG = pictures.png()
 B64 = base64.b64encode(PNG).decode()
@@ -117,7 +117,7 @@ WATCHED: list[tuple[Any, str]] = [
     (loaded, "nearest"),
     (errors.difflib, "get_close_matches"),
     (bodies, "json_request"),
-    (bodies, "form_parts"),
+    (forms, "form_parts"),
     (bodies, "image_file"),
     (bodies, "utf8_json"),
     (encodings, "decode"),

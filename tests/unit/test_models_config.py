@@ -224,7 +224,7 @@ def test_the_file_goes_before_the_metadata_and_these_before_the_builder(
 def test_a_size_without_resize_takes_the_whole_middle(write) -> None:
     """The resize that belongs to another size would leave a margin, or a black frame."""
     model = load_model(read_config(write(TINY + "input.size = [32, 48]"))[0])
-    assert (model.preprocessing.resize, model.preprocessing.crop) == (48, (32, 48))
+    assert (model.preprocessing.resize, model.preprocessing.crop) == ((32, 48), (32, 48))
 
 
 def test_pinned_weights_that_changed_are_not_opened(tmp_path: Path, write) -> None:

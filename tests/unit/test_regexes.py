@@ -37,6 +37,8 @@ LISTED: dict[str, tuple[Mode, list[Hostile]]] = {
     "service.addresses._URL": ("match", [("http://", "a", "@"), ("http://", "a:", "\\")]),
     "service.addresses._is_host": ("fullmatch", [("0x", "f", "g")]),
     "service.headers.jpeg._MARKER": ("scan", [("", "\xff", ""), ("", "\xff\x00", "")]),
+    "service.image_files._OF_A_CLASS": ("scan", [("", ".1", "a"), (".", "1", "a"), ("", ".", "")]),
+    "service.image_files.text_of": ("scan", [("", "\\", ""), ("", "\\x", ""), ("", "\\x0", "")]),
     "service.integrations.label_studio_config._VARIABLE": (
         "scan",
         [("", "$", ""), ("$a", ".a", "."), ("$a", "-", ""), ("", "$a.", ""), ("$", "a", "")],
@@ -59,9 +61,19 @@ LISTED: dict[str, tuple[Mode, list[Hostile]]] = {
     ),
     "service.label_studio_host._STORAGE": ("fullmatch", [("", "a", ":/"), ("s3://", "a", "\n")]),
     "service.label_studio_host._exchange": ("fullmatch", [("", "a", " ")]),
+    "service.models.builders._OF_AUX": ("match", [("", "aux1", ""), ("", "AuxLogits", "")]),
+    "service.models.builders._is_of_url": (
+        "scan",
+        [("", "-", ""), ("-", "a", ".pt"), ("", "-a", "")],
+    ),
     "service.models.catalog.ENTRY": ("fullmatch", [("", "A", "a")]),
     "service.models.catalog.NAME": ("fullmatch", [("", "a", "/")]),
     "service.models.catalog.parse_model": ("scan", [("", "/:", "")]),
+    "service.models.checkpoints._AVERAGED": (
+        "scan",
+        [("", "ema", ""), ("", "_", ""), ("", "a", "")],
+    ),
+    "service.models.checkpoints._OF_TRAINING": ("fullmatch", [("", "loss", ""), ("", ".", "")]),
     "service.models.config._digest": ("fullmatch", [("", "a", "")]),
     "service.models.config._syntax": ("scan", [("", " (at line ", ""), (" (at line ", "1", "")]),
     "service.models.eager._FOLDERS": ("scan", [("", "/a", " "), ("/", "a", ""), ("", "/", "")]),

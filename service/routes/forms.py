@@ -1,0 +1,251 @@
+"""A multipart form taken apart (RFC 7578), as the many stacks write it.
+
+    form_parts(content_type, body, max_parts, check)    # [("image", b"..."), ...]
+
+A part in base64 is decoded. What would be taken for something else than was meant, such as lines
+that end in LF alone, is refused by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from python_multipart.exceptions import MultipartParseError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from service.errors import (
+    BodyTooLarge,
+    EmptyBody,
+    InvalidOption,
+    MalformedRequest,
+    UnsupportedMediaType,
+)
+from service.routes.bodies import from_base64
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
+
+_MAX_PART_HEADER = 4096
+"""Bytes of one header of a part; all headers of a part have eight times as many at most."""
+
+_AS_IT_IS = ("", "7bit", "8bit", "binary")
+"""Values of Content-Transfer-Encoding that change nothing."""
+
+_GOOD = "curl -F image=@cat.jpg makes a good one."
+
+_LF_ALONE = (
+    "The lines of the multipart form end with LF alone; end them with CRLF (RFC 2046 §4.1.1), "
+    "or let an HTTP library write the form."
+)
+
+
+def multipart_images(content_type: str, body: bytes, max_images: int) -> list[bytes]:
+    """The parts named `image` of a multipart form, in order.
+
+    Raises MalformedRequest, UnsupportedMediaType, InvalidOption for a part of another name,
+    BodyTooLarge for too many.
+    """
+
+    def check(name: str) -> None:
+        if name != "image":
+            raise InvalidOption(
+                f"The form has a field {name!r}; images are sent as 'image', and options belong "
+                "in the query: /explain?top_k=3."
+            )
+
+    images = [part for _, part in form_parts(content_type, body, max_images, check)]
+    if not images:
+        raise EmptyBody("The form has no part named 'image'; use curl -F image=@cat.jpg.")
+    return images
+
+
+def form_parts(
+    content_type: str, body: bytes, max_parts: int, check: Callable[[str], None]
+) -> list[tuple[str, bytes]]:
+    """The parts of a multipart form with their names, in order.
+
+    check: told of each name as it comes, to refuse it. Raises MalformedRequest,
+    UnsupportedMediaType for a part in an encoding that is not read, BodyTooLarge for too many, and
+    what `check` raises.
+    """
+    boundary = parse_options_header(content_type)[1].get(b"boundary")
+    if not boundary:
+        raise MalformedRequest(
+            "The content type multipart/form-data names no boundary; let the client set it "
+            "(curl -F does) instead of writing the header by hand."
+        )
+    body = _without_preamble(body, boundary)
+    form = _Form(max_parts, check)
+    try:
+        parser = MultipartParser(boundary, form.callbacks(), max_size=len(body) + 1)
+        parser.write(body)
+        parser.finalize()
+    except MultipartParseError as error:
+        raise MalformedRequest(_reason(error, body)) from error
+    except ValueError as error:
+        raise MalformedRequest(f"The multipart form cannot be read: {error}. {_GOOD}") from error
+    if not form.ended:
+        raise MalformedRequest("The multipart form ends too early: its last boundary is missing.")
+    return [(part.name, part.decoded()) for part in form.parts]
+
+
+def _without_preamble(body: bytes, boundary: bytes) -> bytes:
+    """The form from its first boundary on. Raises MalformedRequest where a boundary follows LF.
+
+    A later one would be taken for data, and its part would be lost without a word.
+    """
+    opening = b"--" + boundary
+    with_crlf = body.count(b"\r\n" + opening)
+    if body.count(b"\n" + opening) > with_crlf or body.startswith(opening + b"\n"):
+        raise MalformedRequest(_LF_ALONE)
+    if not with_crlf and not body.startswith(opening):
+        said = boundary[:100].decode("latin-1")
+        raise MalformedRequest(
+            f"The multipart form has no boundary {said!r}, which its content type names; let the "
+            "client set the header (curl -F does) instead of writing it by hand."
+        )
+    start = 0 if body.startswith(opening) else body.index(b"\r\n" + opening) + 2
+    after = start + len(opening)
+    padding, _, _ = body[after : after + _MAX_PART_HEADER].partition(b"\r\n")
+    if padding and not padding.strip(b" \t"):  # allowed, and read only after later boundaries
+        return opening + body[after + len(padding) :]
+    return body[start:]
+
+
+def _reason(error: MultipartParseError, body: bytes) -> str:
+    start = max(0, error.offset)
+    line = body[start : start + _MAX_PART_HEADER].partition(b"\r\n")[0]
+    if error.offset >= 0 and b"\n" in line:
+        return _LF_ALONE
+    if line.startswith((b" ", b"\t")) and "header" in str(error):
+        return (
+            "A header of a part is folded over several lines, which is obsolete; write it in one "
+            "line."
+        )
+    return f"The multipart form cannot be read: {error}. {_GOOD}"
+
+
+@dataclass(slots=True)
+class _Part:
+    """One part of a form.
+
+    headers: those that say how to read it, by their names in lower case.
+    """
+
+    headers: dict[str, str] = field(default_factory=dict)
+    name: str = ""
+    data: bytearray = field(default_factory=bytearray)
+
+    @property
+    def _transfer_encoding(self) -> str:
+        return self.headers.get("content-transfer-encoding", "").lower()
+
+    def check(self) -> None:
+        """Raise UnsupportedMediaType where its data would not be what it stands for."""
+        if self._transfer_encoding not in (*_AS_IT_IS, "base64"):
+            raise UnsupportedMediaType(
+                f"The part {self.name[:100]!r} has Content-Transfer-Encoding "
+                f"{self._transfer_encoding[:40]!r}, which is not read; send the file as it is "
+                "(binary), or in base64."
+            )
+        coding = self.headers.get("content-encoding", "").lower()
+        if coding not in ("", "identity"):
+            raise UnsupportedMediaType(
+                f"The part {self.name[:100]!r} has Content-Encoding {coding[:40]!r}; send the part "
+                "as it is, or compress the whole body."
+            )
+        kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind.startswith("multipart/"):
+            raise UnsupportedMediaType(
+                f"The part {self.name[:100]!r} is {kind[:40]!r}; send each file as a part of its "
+                "own, all of the same name."
+            )
+
+    def decoded(self) -> bytes:
+        """Its data without the transfer encoding. Raises MalformedRequest."""
+        if self._transfer_encoding != "base64":
+            return bytes(self.data)
+        try:
+            return from_base64(self.data)
+        except ValueError as error:
+            raise MalformedRequest(
+                f"The part {self.name[:100]!r} has Content-Transfer-Encoding 'base64' and is not "
+                "standard base64 (RFC 4648 §4); send the file as it is, without that header."
+            ) from error
+
+
+class _Form:
+    """What the parser's callbacks collect."""
+
+    def __init__(self, max_parts: int, check: Callable[[str], None]) -> None:
+        self.parts: list[_Part] = []
+        self.ended = False
+        self._max_parts = max_parts
+        self._check = check
+        self._part = _Part()
+        self._field = bytearray()
+        self._value = bytearray()
+        self._header_bytes = 0
+
+    def callbacks(self) -> MultipartCallbacks:
+        return {
+            "on_part_begin": self._begin_part,
+            "on_header_field": self._header_field,
+            "on_header_value": self._header_value,
+            "on_header_end": self._end_header,
+            "on_headers_finished": self._end_headers,
+            "on_part_data": self._data,
+            "on_end": self._end,
+        }
+
+    def _begin_part(self) -> None:
+        self._part = _Part()
+        self._header_bytes = 0
+
+    def _header_field(self, data: bytes, start: int, end: int) -> None:
+        self._field += data[start:end]
+        self._bound_header(end - start)
+
+    def _header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+        self._bound_header(end - start)
+
+    def _bound_header(self, more: int) -> None:
+        if len(self._field) + len(self._value) > _MAX_PART_HEADER:
+            raise MalformedRequest(f"A part's header is longer than {_MAX_PART_HEADER} bytes.")
+        self._header_bytes += more
+        if self._header_bytes > 8 * _MAX_PART_HEADER:
+            raise MalformedRequest(
+                f"The headers of a part are longer than {8 * _MAX_PART_HEADER} bytes."
+            )
+
+    def _end_header(self) -> None:
+        self._header_bytes += 4  # the colon, a space and the line's end
+        if b"\n" in self._value:
+            raise MalformedRequest(_LF_ALONE)
+        name = self._field.decode("latin-1").lower()
+        if name.startswith("content-"):
+            self._part.headers[name] = self._value.decode("latin-1").strip()
+        self._field.clear()
+        self._value.clear()
+
+    def _end_headers(self) -> None:
+        part = self._part
+        disposition = part.headers.get("content-disposition", "")
+        name = parse_options_header(disposition)[1].get(b"name", b"")
+        part.name = name.decode(errors="replace")
+        self._check(part.name)
+        part.check()
+        if len(self.parts) == self._max_parts:
+            raise BodyTooLarge(
+                f"The form has more than {self._max_parts} images; send them in several requests."
+            )
+        self.parts.append(part)
+
+    def _data(self, data: bytes, start: int, end: int) -> None:
+        self.parts[-1].data.extend(data[start:end])
+
+    def _end(self) -> None:
+        self.ended = True
