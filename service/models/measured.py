@@ -10,8 +10,8 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from service.cam.hooks import gradients
 from service.models.catalog import Select
+from service.models.condition import Condition
 from service.models.output import Activated, activated, logits_in
 from service.models.replicas import replicate
 from service.models.torch_state import kept_torch_state
@@ -100,7 +101,7 @@ class Trial:
     def run(self, module: nn.Module, images: Tensor, seed: int = 0) -> Tensor:
         """The logits (N, classes) of some images, with the random numbers of a seed."""
         self.forwards += len(images)
-        with torch.no_grad(), seeded(seed), kept_torch_state(random=False):
+        with torch.no_grad(), seeded(seed), kept_torch_state(random=False), preserved(module):
             return self.logits(module(images.clone())).detach()
 
     def each(self, module: nn.Module) -> tuple[list[Tensor], set[str]]:
@@ -184,6 +185,36 @@ def seeded(seed: int) -> Iterator[None]:
             np.random.set_state(of_numpy)  # noqa: NPY002
 
 
+@contextmanager
+def preserved(module: nn.Module) -> Iterator[None]:
+    """Leave a module as it was, as a lease of the pool does: what a call keeps is not for the next.
+
+    What `Condition.restore` restores, and the tables and values of parameters and buffers.
+    """
+    condition: Condition | None = None
+    with suppress(Exception):  # what cannot be looked into is not restored
+        condition = Condition.of(module)
+    parts = [part for part in module.modules() if not isinstance(part, ScriptModule)]
+    tables = [(vars(part)[name], dict(vars(part)[name])) for part in parts for name in _TABLES]
+    values = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        with suppress(Exception):
+            if condition is not None:
+                condition.restore()
+        for table, items in tables:
+            table.clear()
+            table.update(items)
+        for buffer, value in values:
+            with suppress(RuntimeError), torch.no_grad():  # of inference mode: never written
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+_TABLES = ("_parameters", "_buffers", "_modules")
+
+
 def differ(expected: Tensor, found: Tensor, spread: float) -> bool:
     """Whether two answers to the same image differ by more than rounding explains.
 
@@ -207,7 +238,7 @@ def _determinism(trial: Trial) -> tuple[Finding, bool]:
     """The same image again, with other random numbers; and whether its logits were the same."""
     with seeded(1):
         before = _random_states()
-        with torch.no_grad(), kept_torch_state(random=False):
+        with torch.no_grad(), kept_torch_state(random=False), preserved(trial.served):
             again = trial.logits(trial.served(trial.images[:1].clone())).detach()
         draws = _random_states() != before
     trial.forwards += 1
@@ -221,7 +252,11 @@ def _determinism(trial: Trial) -> tuple[Finding, bool]:
         result = "It draws random numbers, though the same image gets the same logits twice."
         return Finding("determinism", False, result, follows.format("Maps may")), True
     result = "The same image gets other logits each time: it "
-    result += "draws random numbers." if draws else "counts its calls, or keeps something of them."
+    result += (
+        "draws random numbers."
+        if draws
+        else "keeps something of its calls where it cannot be restored."
+    )
     return Finding("determinism", False, result, follows.format("Predictions and maps")), False
 
 
@@ -251,10 +286,7 @@ def _isolation(trial: Trial, *, steady: bool) -> Finding:
 
 
 def _unlike_master(trial: Trial, *, steady: bool) -> str | None:
-    # What the master's buffers become is what every later replica would begin with.
-    kept = {name: buffer.clone() for name, buffer in trial.master.named_buffers()}
     expected, called = trial.each(trial.master)
-    _restore(trial.master, kept)
     differs = [differ(a, b, trial.spread) for a, b in zip(expected, trial.alone, strict=True)]
     # Where a replica answers every image alike, the spread is that of the master's answers.
     if steady and any(differs):
@@ -269,13 +301,6 @@ def _unlike_master(trial: Trial, *, steady: bool) -> str | None:
             "belongs to the module that the builder returned."
         )
     return None
-
-
-def _restore(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, buffer in module.named_buffers():
-            if name in buffers and not torch.equal(buffer, buffers[name]):
-                buffer.copy_(buffers[name])
 
 
 def _shared_state(trial: Trial, *, steady: bool) -> str | None:
@@ -307,7 +332,12 @@ def _side_by_side(trial: Trial, replicas: Sequence[nn.Module]) -> list[Tensor | 
     def work(number: int, module: nn.Module) -> None:
         image = trial.images[number : number + 1].clone()
         try:
-            with torch.no_grad(), kept_torch_state(random=False), turns.of(number, module):
+            with (
+                torch.no_grad(),
+                kept_torch_state(random=False),
+                preserved(module),
+                turns.of(number, module),
+            ):
                 found[number] = trial.logits(module(image)).detach()
         except BaseException as error:  # noqa: BLE001 - a model may raise anything; it is compared
             found[number] = error
@@ -445,7 +475,7 @@ def _ends_in_activation(trial: Trial) -> bool:
     True where there is no graph to say it: of a scripted or quantised model.
     """
     try:
-        with seeded(0), kept_torch_state(random=False):
+        with seeded(0), kept_torch_state(random=False), preserved(trial.served):
             logits = trial.logits(trial.served(trial.images[:1].clone().requires_grad_()))
     except Exception:  # noqa: BLE001 - a model may refuse to be differentiated
         return True
@@ -485,7 +515,7 @@ def _gradients(trial: Trial) -> Finding:
         return Finding("gradients", False, "There was no time to try two targets.", follows)
     image = trial.images[:1].clone().requires_grad_()
     try:
-        with seeded(0), kept_torch_state(random=False):
+        with seeded(0), kept_torch_state(random=False), preserved(trial.served):
             logits = trial.logits(trial.served(image.clone()))
         trial.forwards += 1
         if not logits.requires_grad:

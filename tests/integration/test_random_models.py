@@ -69,6 +69,7 @@ def own_maps(model: LoadedModel, image: Tensor) -> dict[int, Tensor]:
         return kept[-1].clone()
 
     handle = model.module.get_submodule(layer.path).register_forward_hook(keep, prepend=True)
+    model.module.calls = 0
     try:
         logits = model.logits(model.module(model.normalised(image[None])))[0]
     finally:
@@ -86,6 +87,7 @@ def own_maps(model: LoadedModel, image: Tensor) -> dict[int, Tensor]:
 
 def own_logits(model: LoadedModel, image: Tensor) -> Tensor:
     """What plain torch makes of an image with the module that the builder returned."""
+    model.module.calls = 0  # of a model that counts its calls, what a first one gives
     with torch.no_grad():
         return model.logits(model.module(model.normalised(image[None])))[0]
 
