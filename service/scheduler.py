@@ -25,6 +25,7 @@ from service.models.pool import ModelPool, Replica
 from service.models.torch_state import kept_torch_state
 from service.questions import Answer, Question, lane_of
 from service.stepwise import Unfinished, run, run_compiled
+from service.turns import Turns
 from service.workers import Workers
 
 P = ParamSpec("P")
@@ -37,11 +38,17 @@ LEASE_SECONDS = 5.0
 ones are built again; other models need the worker meanwhile, and the request may come back."""
 
 
+BATCH_PATIENCE = 0.1
+"""Seconds after which a batch goes before the calls of requests: images of 64 megapixels, many in a
+request, would keep it waiting until all of them are decoded."""
+
+
 class Scheduler:
     """One pool of threads for everything that takes time, so that the event loop never waits.
 
-    Short calls (decoding, rendering) go first: a rendered answer frees its place, and what is
-    decoded meets in one batch. There are more threads than batches may run, so that a call never
+    Short calls (rendering, decoding) go first: a rendered answer frees its place, and what is
+    decoded meets in one batch. Requests take turns in decoding, and a batch that has waited for
+    BATCH_PATIENCE goes before it. There are more threads than batches may run, so that a call never
     waits behind them. A free thread takes what waits for one model and lane, up to `max_batch`: an
     idle server answers a lone request at once, a busy one batches by itself. Models
     take turns. A method of many passes is worked off in steps and goes to the back of the queue
@@ -74,7 +81,7 @@ class Scheduler:
         self._max_batch = max_batch
         self._max_delay = max_delay
         self._runner = runner
-        self._calls: deque[Call[Any]] = deque()
+        self._calls = Turns()
         self._jobs: OrderedDict[int, deque[Job]] = OrderedDict()
         self._wake = threading.Condition()
         self._open = True
@@ -107,10 +114,19 @@ class Scheduler:
 
     def call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
         """Run a short function in a worker thread; before any batch."""
+        return self._call(None, lambda: function(*args, **kwargs))
+
+    def call_in_turn(
+        self, request: int, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
+    ) -> Future[R]:
+        """Run one of many functions of a request, by the request's number; they take turns."""
+        return self._call(request, lambda: function(*args, **kwargs))
+
+    def _call(self, request: int | None, function: Callable[[], R]) -> Future[R]:
         future: Future[R] = Future()
         with self._wake:
             self._refuse_when_closed()
-            self._calls.append(Call(future, lambda: function(*args, **kwargs)))
+            self._calls.add(Call(future, function), request)
             self._wake.notify()
         return future
 
@@ -146,8 +162,8 @@ class Scheduler:
         with self._wake:
             while True:
                 self._wake.wait_for(self._something_to_do)
-                if self._calls:
-                    return self._calls.popleft()
+                if self._calls and not self._batch_is_due():
+                    return self._calls.take()
                 if not self._jobs:
                     return None
                 wait = self._delay()
@@ -161,6 +177,13 @@ class Scheduler:
         if self._jobs:
             return bool(self._calls) or len(self._running) < self._side_by_side
         return bool(self._calls) or not self._open
+
+    def _batch_is_due(self) -> bool:
+        """Whether a batch goes before the calls that wait."""
+        if self._calls.has_first or not self._jobs or len(self._running) >= self._side_by_side:
+            return False
+        oldest = next(iter(self._jobs.values()))[0]
+        return time.monotonic() - oldest.arrived > BATCH_PATIENCE
 
     def _delay(self) -> float:
         """Seconds until the batch whose turn it is should go, though it is not full."""
