@@ -305,10 +305,11 @@ def _numbers() -> Iterator[Hostile]:
         "490,000 numbers": (b"0," * 490_000, 1, 30),
         "490,000 numbers, over 8 connections": (b"0," * 490_000, 8, 30),
         "120,000 pixels in lists": (pixel * 120_000, 1, 30),
+        "2.5 million numbers, 5 MB": (b"0," * 2_490_000, 1, 60),
+        "2.5 million fractions, 30 MB": (b"0.123456789," * 2_490_000, 1, 60),
+        "830,000 pixels in lists, 7 MB": (pixel * 830_000, 1, 60),
+        "2.5 million fractions, 30 MB, over 4 connections": (b"0.123456789," * 2_490_000, 4, 60),
         "5 million numbers, 10 MB": (b"0," * 4_990_000, 1, 60),
-        "5 million fractions, 30 MB": (b"0.123," * 4_990_000, 1, 60),
-        "1.6 million pixels in lists, 13 MB": (pixel * 1_600_000, 1, 60),
-        "5 million fractions, 30 MB, over 4 connections": (b"0.123," * 4_990_000, 4, 60),
     }
     for name, (values, connections, patience) in shapes.items():
         body = b'{"instances":[[[%b0]]]}' % values
