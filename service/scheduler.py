@@ -25,7 +25,7 @@ from service.models.pool import ModelPool, Replica
 from service.models.torch_state import kept_torch_state
 from service.questions import Answer, Question, lane_of
 from service.stepwise import Unfinished, run, run_compiled
-from service.turns import Turns
+from service.turns import Turn, Turns
 from service.workers import Workers
 
 P = ParamSpec("P")
@@ -47,13 +47,13 @@ class Scheduler:
     """One pool of threads for everything that takes time, so that the event loop never waits.
 
     Short calls (rendering, decoding) go first: a rendered answer frees its place, and what is
-    decoded meets in one batch. Requests take turns in decoding, and a batch that has waited for
-    BATCH_PATIENCE goes before it. There are more threads than batches may run, so that a call never
-    waits behind them. A free thread takes what waits for one model and lane, up to `max_batch`: an
-    idle server answers a lone request at once, a busy one batches by itself. Models
-    take turns. A method of many passes is worked off in steps and goes to the back of the queue
-    between them. Jobs whose future was cancelled (the client is gone) or whose deadline has passed
-    are dropped, unrun or between two steps.
+    decoded meets in one batch. Requests take turns in decoding, each leaves a thread to others, and
+    a batch that has waited for BATCH_PATIENCE goes before it. There are more threads than batches
+    may run, so that a call never waits behind them. A free thread takes what waits for one model
+    and lane, up to `max_batch`: an idle server answers a lone request at once, a busy one batches
+    by itself. Models take turns. A method of many passes is worked off in steps and goes to the
+    back of the queue between them. Jobs whose future was cancelled (the client is gone) or whose
+    deadline has passed are dropped, unrun or between two steps.
 
     workers:   batches that run side by side. helpers: threads more than these.
     max_delay: seconds that a batch which is not full waits for more. Zero is best unless a large
@@ -81,7 +81,7 @@ class Scheduler:
         self._max_batch = max_batch
         self._max_delay = max_delay
         self._runner = runner
-        self._calls = Turns()
+        self._calls = Turns(max(1, workers + helpers - 1), self._turn_ended)
         self._jobs: OrderedDict[int, deque[Job]] = OrderedDict()
         self._wake = threading.Condition()
         self._open = True
@@ -157,12 +157,12 @@ class Scheduler:
             (waiting.appendleft if first else waiting.append)(job)
             self._wake.notify()
 
-    def _take(self) -> Call[Any] | _Batch | None:
+    def _take(self) -> Call[Any] | Turn | _Batch | None:
         """What a worker does next; None when everything is done and nothing more will come."""
         with self._wake:
             while True:
                 self._wake.wait_for(self._something_to_do)
-                if self._calls and not self._batch_is_due():
+                if self._calls.has_next and not self._batch_is_due():
                     return self._calls.take()
                 if not self._jobs:
                     return None
@@ -175,8 +175,13 @@ class Scheduler:
 
     def _something_to_do(self) -> bool:
         if self._jobs:
-            return bool(self._calls) or len(self._running) < self._side_by_side
-        return bool(self._calls) or not self._open
+            return self._calls.has_next or len(self._running) < self._side_by_side
+        return self._calls.has_next or not self._open
+
+    def _turn_ended(self, request: int) -> None:
+        with self._wake:
+            self._calls.end(request)
+            self._wake.notify()
 
     def _batch_is_due(self) -> bool:
         """Whether a batch goes before the calls that wait."""

@@ -159,6 +159,36 @@ def test_requests_take_turns_in_their_calls_and_what_is_of_none_goes_first() -> 
     assert order == ["none", "10", "20", "30", "11", "31", "12"]
 
 
+def test_a_request_leaves_a_thread_to_others() -> None:
+    started, may_end = threading.Semaphore(0), threading.Event()
+
+    def slow() -> None:
+        started.release()
+        assert may_end.wait(PATIENCE)
+
+    with scheduling(Notes(), workers=2, helpers=1) as scheduler:
+        futures = [scheduler.call_in_turn(1, slow) for _ in range(5)]
+        for _ in range(2):
+            assert started.acquire(timeout=PATIENCE)
+        assert scheduler.submit("tiny", question()).result(PATIENCE).answer is NOTHING
+        assert scheduler.call_in_turn(2, int).result(PATIENCE) == 0
+        assert not started.acquire(blocking=False)
+        cancelled = futures[2].cancel()
+        may_end.set()
+        for future in (each for each in futures if not each.cancelled()):
+            future.result(PATIENCE)
+        assert cancelled
+    assert not scheduler._calls._running
+
+
+def test_what_is_in_turn_is_finished_before_the_threads_end() -> None:
+    order: list[int] = []
+    with scheduling(Notes(), workers=2, helpers=1) as scheduler, held(scheduler):
+        for number in range(5):
+            scheduler.call_in_turn(1, order.append, number)
+    assert sorted(order) == list(range(5))
+
+
 @pytest.mark.parametrize(
     ("waited", "first"), [(BATCH_PATIENCE - 1000, "call"), (BATCH_PATIENCE, "batch")]
 )
