@@ -38,7 +38,7 @@ LEASE_SECONDS = 5.0
 ones are built again; other models need the worker meanwhile, and the request may come back."""
 
 
-BATCH_PATIENCE = 0.1
+BATCH_PATIENCE = 1.0
 """Seconds after which a batch goes before the calls of requests: images of 64 megapixels, many in a
 request, would keep it waiting until all of them are decoded."""
 
@@ -185,7 +185,9 @@ class Scheduler:
 
     def _batch_is_due(self) -> bool:
         """Whether a batch goes before the calls that wait."""
-        if self._calls.has_first or not self._jobs or len(self._running) >= self._side_by_side:
+        if not self._jobs or len(self._running) >= self._side_by_side:
+            return False
+        if not self._calls.next_is_of_request:
             return False
         oldest = next(iter(self._jobs.values()))[0]
         return time.monotonic() - oldest.arrived > BATCH_PATIENCE

@@ -12,10 +12,9 @@ from service.jobs import Call
 class Turns:
     """A queue of calls. Not for several threads at once: its owner has a lock.
 
-    What belongs to no request goes first, in order. The requests then take turns: one call of
-    each, so that thirty-two images of one keep another's single image waiting for one of them, not
-    for all. And a request has not more than `most` calls running, so that one leaves a thread to
-    all others.
+    Requests take turns with each other, and with calls that belong to none: one call of each, so
+    that thirty-two images of one keep another's single image waiting for one of them, not for all.
+    And a request has at most `most` calls running, so that one leaves a thread to all others.
 
     ended: called when a call of a request has run, with the request.
     """
@@ -23,45 +22,42 @@ class Turns:
     def __init__(self, most: int, ended: Callable[[int], None]) -> None:
         self._most = most
         self._ended = ended
-        self._first: deque[Call[Any]] = deque()
-        self._by_request: OrderedDict[int, deque[Call[Any]]] = OrderedDict()
-        self._running: Counter[int] = Counter()
+        self._waiting: OrderedDict[int | Call[Any], deque[Call[Any]]] = OrderedDict()
+        self._running: Counter[int | Call[Any]] = Counter()
 
     def __len__(self) -> int:
-        return len(self._first) + sum(map(len, self._by_request.values()))
-
-    @property
-    def has_first(self) -> bool:
-        """Whether a call waits that belongs to no request."""
-        return bool(self._first)
+        return sum(map(len, self._waiting.values()))
 
     @property
     def has_next(self) -> bool:
         """Whether a call may run now."""
-        return bool(self._first) or self._next() is not None
+        return self._next() is not None
 
-    def _next(self) -> int | None:
-        return next((each for each in self._by_request if self._running[each] < self._most), None)
+    @property
+    def next_is_of_request(self) -> bool:
+        """Whether the call whose turn it is is one of several of a request."""
+        return isinstance(self._next(), int)
+
+    def _next(self) -> int | Call[Any] | None:
+        return next((each for each in self._waiting if self._running[each] < self._most), None)
 
     def add(self, call: Call[Any], request: int | None = None) -> None:
         """Queue a call. request: a number of the request that it is one of several calls of."""
-        if request is None:
-            self._first.append(call)
-        else:
-            self._by_request.setdefault(request, deque()).append(call)
+        key = call if request is None else request
+        self._waiting.setdefault(key, deque()).append(call)
 
     def take(self) -> Call[Any] | Turn:
         """The call whose turn it is, where there is one (`has_next`)."""
-        if self._first:
-            return self._first.popleft()
-        request = self._next()
-        assert request is not None
-        calls = self._by_request.pop(request)
+        key = self._next()
+        assert key is not None
+        calls = self._waiting.pop(key)
         call = calls.popleft()
         if calls:
-            self._by_request[request] = calls
-        self._running[request] += 1
-        return Turn(call, request, self._ended)
+            self._waiting[key] = calls
+        if not isinstance(key, int):
+            return call
+        self._running[key] += 1
+        return Turn(call, key, self._ended)
 
     def end(self, request: int) -> None:
         """A call of the request has run."""

@@ -144,7 +144,7 @@ def test_short_calls_go_before_batches() -> None:
     assert order == ["call", "batch"]
 
 
-def test_requests_take_turns_in_their_calls_and_what_is_of_none_goes_first() -> None:
+def test_requests_take_turns_in_their_calls_with_those_of_none() -> None:
     order: list[str] = []
     with scheduling(Notes(), helpers=0) as scheduler:
         with held(scheduler):
@@ -156,7 +156,7 @@ def test_requests_take_turns_in_their_calls_and_what_is_of_none_goes_first() -> 
             futures += [scheduler.call(order.append, "none")]
         for future in futures:
             future.result(PATIENCE)
-    assert order == ["none", "10", "20", "30", "11", "31", "12"]
+    assert order == ["10", "20", "30", "none", "11", "31", "12"]
 
 
 def test_a_request_leaves_a_thread_to_others() -> None:
