@@ -627,4 +627,3 @@ def test_a_side_longer_than_decoders_take_in_one_band_is_refused(
 @pytest.mark.parametrize("size", [(MAX_SIDE, 1), (1, MAX_SIDE)])
 def test_a_side_as_long_as_a_jpeg_may_have_is_read(form: str, size: tuple[int, int]) -> None:
     assert decode(encode(Image.new("L", size), form), max_pixels=LIMIT).size == size
-
