@@ -4,7 +4,7 @@
     .venv/bin/python benchmarks/hostile.py --rows 'A3 TIFF'      # some of it
     .venv/bin/python benchmarks/hostile.py --write               # ... and into its page
     .venv/bin/python benchmarks/hostile.py --storm               # 1,000 beside good clients
-    .venv/bin/python benchmarks/hostile.py --slow-peers          # 400 silent peers, two minutes
+    .venv/bin/python benchmarks/hostile.py --slow-peers          # 400 silent peers, five minutes
 
 Each row of the table is sent to `camserve serve` at rest, by a client in a process of its own. A
 task on the server's event loop records how late it is woken, with and without the time that its
@@ -240,10 +240,11 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--storm", action="store_true", help="hostile requests beside good ones")
     parser.add_argument("--requests", type=int, default=1000, help="hostile ones of the storm")
-    parser.add_argument("--seconds", type=float, help="of the storm (600), of a window (20)")
+    parser.add_argument("--seconds", type=float, help="of the storm (600), of a window (10)")
     parser.add_argument("--clients", type=int, default=4, help="good ones")
     parser.add_argument("--slow-peers", action="store_true", help="silent readers and uploaders")
     parser.add_argument("--peers", type=int, default=200, help="of each kind")
+    parser.add_argument("--pairs", type=int, default=5, help="windows beside the slow peers")
     parser.add_argument("--addresses", type=int, default=16, help="of loopback, that they share")
     return parser.parse_args(arguments)
 
