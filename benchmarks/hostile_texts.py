@@ -332,6 +332,14 @@ def _numbers() -> Iterator[Hostile]:
         connections=8,
         beside=True,
     )
+    most = {"rle": {"size": [48, 64], "counts": [10] * 299_000}}
+    yield Hostile(
+        "A4",
+        "a mask as an object of 299,000 runs, over 8 connections",
+        lambda _: _json_explained(mask=most),
+        connections=8,
+        beside=True,
+    )
     for name in ("targets", "layer", "activations"):
         values = [0] * 490_000 if name == "targets" else [""] * 330_000
         yield Hostile(

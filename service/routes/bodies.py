@@ -45,9 +45,10 @@ _MAX_URI_HEAD = 1000
 """Characters of a data: URI before its data."""
 
 MAX_JSON_NAMES = 20_000
-MAX_JSON_VALUES = 600_000
-"""Names, and values of lists and objects, in a JSON request: a mask of a million characters, and
-boxes for every image, stay below. Counted in the bytes, before anything is built of them."""
+MAX_JSON_VALUES = 300_000
+"""Names, and values of lists and objects, in a JSON request: a mask of a million characters, with
+runs of three digits, stays below. Counted in the bytes, before anything is built of them, which
+holds the GIL."""
 
 
 async def read_body(request: Request, permit: Permit, max_bytes: int, seconds: float) -> bytes:
