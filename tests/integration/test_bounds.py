@@ -316,7 +316,7 @@ WRONG: dict[str, dict[str, Any]] = {
 def test_what_is_wrong_is_described_shortly_however_long_it_is(
     client: TestClient, fields: dict[str, Any]
 ) -> None:
-    """A value with commas was split into hundreds of thousands of pieces to look for names in it."""
+    """A value with commas was split at each of them to look for names in it."""
     body = json.dumps({"images": [{"data": ""}], **fields}).encode()
     with pytest.raises(InvalidOption) as refusal:
         bodies.json_request(body, ExplainRequest, 32)
