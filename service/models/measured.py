@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from service.cam.hooks import gradients
 from service.models.catalog import Select
 from service.models.condition import Condition
-from service.models.output import Activated, activated, logits_in
+from service.models.output import Activated, activated, as_logits, logits_in
 from service.models.replicas import replicate
 from service.models.torch_state import kept_torch_state
 
@@ -231,7 +231,22 @@ def differ(expected: Tensor, found: Tensor, spread: float) -> bool:
     rounding = 1e-3 if expected.dtype == torch.float32 else 2e-2
     largest = float(expected[usable].abs().max())
     gap = float((expected - found)[usable].abs().max())
-    return gap > rounding * largest or (gap > 0.1 * spread and gap > 3e-5 * largest)
+    is_off = gap > rounding * largest or (gap > 0.1 * spread and gap > 3e-5 * largest)
+    return is_off or _differ_before_activation(expected, found, rounding)
+
+
+def _differ_before_activation(expected: Tensor, found: Tensor, rounding: float) -> bool:
+    """Whether probabilities come of other logits: near 0 and 1 these differ by far more."""
+    kind = activated(expected)
+    if kind is None or activated(found) != kind:
+        return False
+    before, after = as_logits(expected, kind), as_logits(found, kind)
+    sure = before.abs() < 11  # where a rounded probability still tells its logit
+    if not bool(sure.any()):
+        return False
+    return float((before - after)[sure].abs().max()) > rounding * max(
+        1.0, float(before.abs().max())
+    )
 
 
 def _determinism(trial: Trial) -> tuple[Finding, bool]:

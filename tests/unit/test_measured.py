@@ -106,6 +106,14 @@ def test_what_a_lease_restores_after_each_call_does_not_count_as_other_answers()
     assert failed(measured_of(misbehaving.Counts())) == set()
 
 
+def test_a_batch_is_compared_where_probabilities_are_saturated() -> None:
+    class Sure(misbehaving.BatchStatistics):
+        def forward(self, x):
+            return (super().forward(x) + 9).sigmoid()
+
+    assert "batch" in failed(measured_of(Sure()))
+
+
 def test_the_activation_in_a_model_is_named() -> None:
     kinds = {
         build.__name__: measured_of(build()).activated
