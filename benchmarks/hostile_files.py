@@ -105,6 +105,12 @@ def _modes() -> Iterator[Hostile]:
         "JPEG, progressive CMYK, 64 MP": lambda: files.plain("CMYK", "JPEG", progressive=True),
         "JPEG, progressive, 60 more scans, 64 MP": lambda: files.scanned_jpeg(60),
         "JPEG, progressive, 10,000 scans, 1 MP": lambda: files.scanned_jpeg(10_000, 1000),
+        "TIFF, CMYK, 64 million × 1": lambda: files.plain(
+            "CMYK", "TIFF", 64_000_000, 1, compression="tiff_adobe_deflate"
+        ),
+        "TIFF, CMYK, 65,535 × 976": lambda: files.plain(
+            "CMYK", "TIFF", 65_535, 976, compression="tiff_adobe_deflate"
+        ),
         "TIFF, 100 MP": lambda: files.tiff(16, side=9984),
         "PNG of 10 gigapixels": lambda: files.png(1, 0, 100_000, 100_000),
     }
@@ -129,6 +135,43 @@ def _routes() -> Iterator[Hostile]:
         "A3",
         "3 TIFFs of floats and 64 MP in JSON",
         lambda _: posted_json("/predict", {"images": [{"data": text(files.tiff(32, 1, 3))}] * 3}),
+    )
+    for count, name, build in (
+        (4, "PNGs of RGBA", lambda: files.png(8, 6)),
+        (4, "PNGs of grey of 16 bits with alpha", lambda: files.png(16, 4)),
+        (
+            32,
+            "WebPs of RGBA",
+            lambda: files.plain("RGBA", "WEBP", lossless=True, method=0, quality=0),
+        ),
+        (32, "PNGs of 1 bit", lambda: files.png(1, 0)),
+        (
+            32,
+            "PNGs of a palette with transparency",
+            lambda: files.plain("P", "PNG", transparency=bytes(256)),
+        ),
+        (32, "TIFFs of 1 bit", lambda: files.tiff(1)),
+        (4, "GIFs", lambda: files.plain("L", "GIF")),
+    ):
+        yield Hostile(
+            "A3",
+            f"{count} {name} and 64 MP in a form",
+            lambda _, c=count, b=build: form("/explain", [b()] * c),
+            beside=True,
+            patience=60,
+        )
+    yield Hostile(
+        "A3",
+        "4 PNGs of RGBA and 64 MP in a form, all pictures of 5 classes",
+        lambda _: form(
+            "/explain",
+            [files.png(8, 6)] * 4,
+            include=["overlay", "heatmap", "regions"],
+            explain_top=5,
+            fit="pad",
+        ),
+        beside=True,
+        patience=60,
     )
     yield Hostile(
         "A3",

@@ -26,7 +26,8 @@ class Row:
     """What one hostile request did.
 
     size:    bytes of one of its requests. sent: of all connections together.
-    late:    seconds that a task of the event loop was late at most.
+    late:    seconds that a task of the event loop was late at most, waits for a core left out.
+    gross:   the same with them.
     machine: the same of a process beside it that did nothing.
     memory:  bytes above rest at the peak.
     answer:  what came back. killed: the server ended.
@@ -43,6 +44,7 @@ class Row:
     answer: str
     killed: bool = False
     busy: bool = False
+    gross: float = 0.0
 
     @property
     def key(self) -> str:
@@ -114,12 +116,13 @@ def _cells(row: Row, budget: int, before: Mapping[str, Row]) -> list[str]:
 
 def _measured(row: Row, budget: int) -> tuple[str, str, str]:
     late, memory, answer = f"{1000 * row.late:.0f} ms", f"{row.memory >> 20} MiB", row.answer
+    with_waits = f" ({1000 * row.gross:.0f})" if row.gross else ""
     if row.killed:
         return late, memory, f"{answer}; **killed**"
     if row.busy:
         answer += "; works on"
     return (
-        f"**{late}**" if row.late >= row.allowed else late,
+        (f"**{late}**" if row.late >= row.allowed else late) + with_waits,
         f"**{memory}**" if row.memory > budget else memory,
         f"**{answer}**" if row.failed else answer,
     )

@@ -245,6 +245,7 @@ def _arrays() -> Iterator[Hostile]:
     ]
     for name, row in rows:
         yield Hostile("A4", f"V1: a row of {name}", lambda n, r=row: _v1(n, "predict", [[r, r]]))
+    yield from _numbers()
     for datatype in ("FP32", "UINT8", "INT64", "BYTES"):
         yield Hostile(
             "A4",
@@ -295,6 +296,62 @@ def _arrays() -> Iterator[Hostile]:
             f"a mask of {name}",
             lambda _, m=mask: _json_explained(mask=json.dumps(m, separators=(",", ":"))),
         )
+
+
+def _numbers() -> Iterator[Hostile]:
+    """As many numbers as a body may have, and as many as are under 1 MB."""
+    pixel = b"[0,0,0],"
+    shapes: dict[str, tuple[bytes, int, int]] = {
+        "490,000 numbers": (b"0," * 490_000, 1, 30),
+        "490,000 numbers, over 8 connections": (b"0," * 490_000, 8, 30),
+        "120,000 pixels in lists": (pixel * 120_000, 1, 30),
+        "2.5 million numbers, 5 MB": (b"0," * 2_490_000, 1, 60),
+        "2.5 million fractions, 30 MB": (b"0.123456789," * 2_490_000, 1, 60),
+        "830,000 pixels in lists, 7 MB": (pixel * 830_000, 1, 60),
+        "2.5 million fractions, 30 MB, over 4 connections": (b"0.123456789," * 2_490_000, 4, 60),
+        "5 million numbers, 10 MB": (b"0," * 4_990_000, 1, 60),
+    }
+    for name, (values, connections, patience) in shapes.items():
+        body = b'{"instances":[[[%b0]]]}' % values
+        if b"[" in values:
+            body = b'{"instances":[[%b[0,0,0]]]}' % values
+        yield Hostile(
+            "A4",
+            f"V1: {name}",
+            lambda n, b=body: post(f"/v1/models/{n.model}:predict", b),
+            connections=connections,
+            patience=patience,
+            beside=connections > 1,
+        )
+    runs = {"rle": {"size": [48, 64], "counts": [0] * 490_000}}
+    yield Hostile("A4", "a mask as an object of 490,000 runs", lambda _: _json_explained(mask=runs))
+    yield Hostile(
+        "A4",
+        "a mask as an object of 490,000 runs, over 8 connections",
+        lambda _: _json_explained(mask=runs),
+        connections=8,
+        beside=True,
+    )
+    most = {"rle": {"size": [48, 64], "counts": [10] * 299_000}}
+    yield Hostile(
+        "A4",
+        "a mask as an object of 299,000 runs, over 8 connections",
+        lambda _: _json_explained(mask=most),
+        connections=8,
+        beside=True,
+    )
+    for name in ("targets", "layer", "activations"):
+        values = [0] * 490_000 if name == "targets" else [""] * 330_000
+        yield Hostile(
+            "A4", f"{name} of 1 MB", lambda _, k=name, v=values: _json_explained(**{k: v})
+        )
+    tasks = [{"id": 1, "data": {"image": "", "numbers": [0] * 490_000}}]
+    config = f'<View><Image name="i" value="$image"/>{_CHOICES}</View>'
+    yield Hostile(
+        "A4",
+        "Label Studio: a task of 490,000 numbers",
+        lambda _: posted_json(f"{LABEL_STUDIO}/predict", {"tasks": tasks, "label_config": config}),
+    )
 
 
 def _templates() -> Iterator[Hostile]:

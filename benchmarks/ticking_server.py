@@ -10,25 +10,29 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import gc
+import itertools
 import mmap
 import struct
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
 EVERY = 0.005
 """Seconds between two ticks."""
 
-_SLOTS = struct.Struct("5d")
-_WANTED, _CURRENT, _WORST, _LAST, _COUNT = range(5)
+_SLOTS = struct.Struct("6d")
+_WANTED, _CURRENT, _WORST, _LAST, _COUNT, _GROSS = range(6)
 
 
 class Ticks:
-    """Five doubles of shared memory.
+    """Six doubles of shared memory.
 
-    The run that is wanted and the one that is counted, the largest lateness in it, the time of the
-    last tick (seconds of CLOCK_MONOTONIC), and the ticks so far.
+    The run that is wanted and the one that is counted, the largest lateness in it without what the
+    thread waited for a core, the time of the last tick (seconds of CLOCK_MONOTONIC), the ticks so
+    far, and the largest lateness with that.
     """
 
     def __init__(self, path: Path) -> None:
@@ -66,8 +70,15 @@ class Ticks:
         return False
 
     def worst(self) -> float:
-        """The largest lateness in seconds since `restart`, that of a tick still due included."""
+        """The largest lateness in seconds since `restart`, that of a tick still due included.
+
+        What the thread of the event loop waited for a core is left out, where the kernel counts it.
+        """
         return max(self._read(_WORST), self.overdue())
+
+    def gross(self) -> float:
+        """The same with what the thread waited for a core, which others may have had."""
+        return max(self._read(_GROSS), self.overdue())
 
     def overdue(self) -> float:
         """Seconds that the next tick is late by now."""
@@ -78,24 +89,41 @@ class Ticks:
     async def tick(self) -> None:
         """Forever."""
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        worst, counted = 0.0, -1.0
+        worst, gross, counted = 0.0, 0.0, -1.0
+        waits = _core_waits()
         while True:
             wanted = self._read(_WANTED)
             if wanted != counted:
                 gc.collect()
                 if trim is not None:
                     trim(0)
-                worst, counted = 0.0, wanted
+                worst, gross, counted = 0.0, 0.0, wanted
                 self._write(_WORST, worst)
+                self._write(_GROSS, gross)
                 self._write(_LAST, time.monotonic())
                 self._write(_CURRENT, wanted)
-            started = time.monotonic()
+            started, waited = time.monotonic(), next(waits)
             await asyncio.sleep(EVERY)
             now = time.monotonic()
-            worst = max(worst, now - started - EVERY)
+            late = now - started - EVERY
+            gross = max(gross, late)
+            worst = max(worst, late - (next(waits) - waited))
             self._write(_WORST, worst)
+            self._write(_GROSS, gross)
             self._write(_LAST, now)
             self._write(_COUNT, self._read(_COUNT) + 1)
+
+
+def _core_waits() -> Iterator[float]:
+    """Seconds that this thread was ready to run and had no core, so far; 0 where none are known."""
+    try:
+        path = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat")
+        with path.open("rb", 0) as file:
+            while True:
+                file.seek(0)
+                yield int(file.read(100).split()[1]) / 1e9
+    except (OSError, IndexError):
+        yield from itertools.repeat(0.0)
 
 
 def main() -> None:

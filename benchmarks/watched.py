@@ -207,8 +207,14 @@ class Watched:
         return 0
 
     def lateness(self) -> float:
-        """Seconds that a task of the event loop was late at most since `at_rest`."""
+        """Seconds that a task of the event loop was late at most since `at_rest`.
+
+        Without what its thread waited for a core: `gross_lateness` has that too.
+        """
         return self.ticks.worst()
+
+    def gross_lateness(self) -> float:
+        return self.ticks.gross()
 
     def settles(self, patience: float) -> bool:
         """Wait until it does nothing; False: it still does, or it has ended."""

@@ -45,6 +45,10 @@ Fit = Literal["crop", "squash", "pad"]
 Rect = tuple[float, float, float, float]
 """x, y, width, height, in source pixels."""
 
+MAX_SIDE = 65_535
+"""Pixels of a side, as JPEG has them. Decoders convert a band of whole rows at a time: a row of
+millions of pixels would take as much memory as the whole image, and hold the GIL as long."""
+
 TOO_LARGE = "Scale it down to at most {} pixels (width x height) and send it again."
 
 
@@ -275,6 +279,11 @@ def check_bounds(header: Header, data: bytes, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise ImageTooLarge(
             f"The picture has {width} x {height} pixels. {TOO_LARGE.format(max_pixels)}"
+        )
+    if max(width, height) > MAX_SIDE:
+        raise ImageTooLarge(
+            f"The image has {width} x {height} pixels, and a side has at most {MAX_SIDE:,}; cut it "
+            "into several images and send those."
         )
     if _passes(header, data) > MAX_JPEG_SCANS:
         raise UnsupportedImage(

@@ -25,6 +25,7 @@ from service.models.pool import ModelPool, Replica
 from service.models.torch_state import kept_torch_state
 from service.questions import Answer, Question, lane_of
 from service.stepwise import Unfinished, run, run_compiled
+from service.turns import Turn, Turns
 from service.workers import Workers
 
 P = ParamSpec("P")
@@ -37,16 +38,22 @@ LEASE_SECONDS = 5.0
 ones are built again; other models need the worker meanwhile, and the request may come back."""
 
 
+BATCH_PATIENCE = 1.0
+"""Seconds after which a batch goes before the calls of requests: images of 64 megapixels, many in a
+request, would keep it waiting until all of them are decoded."""
+
+
 class Scheduler:
     """One pool of threads for everything that takes time, so that the event loop never waits.
 
-    Short calls (decoding, rendering) go first: a rendered answer frees its place, and what is
-    decoded meets in one batch. There are more threads than batches may run, so that a call never
-    waits behind them. A free thread takes what waits for one model and lane, up to `max_batch`: an
-    idle server answers a lone request at once, a busy one batches by itself. Models
-    take turns. A method of many passes is worked off in steps and goes to the back of the queue
-    between them. Jobs whose future was cancelled (the client is gone) or whose deadline has passed
-    are dropped, unrun or between two steps.
+    Short calls (rendering, decoding) go first: a rendered answer frees its place, and what is
+    decoded meets in one batch. Requests take turns in decoding, each leaves a thread to others, and
+    a batch that has waited for BATCH_PATIENCE goes before it. There are more threads than batches
+    may run, so that a call never waits behind them. A free thread takes what waits for one model
+    and lane, up to `max_batch`: an idle server answers a lone request at once, a busy one batches
+    by itself. Models take turns. A method of many passes is worked off in steps and goes to the
+    back of the queue between them. Jobs whose future was cancelled (the client is gone) or whose
+    deadline has passed are dropped, unrun or between two steps.
 
     workers:   batches that run side by side. helpers: threads more than these.
     max_delay: seconds that a batch which is not full waits for more. Zero is best unless a large
@@ -74,7 +81,7 @@ class Scheduler:
         self._max_batch = max_batch
         self._max_delay = max_delay
         self._runner = runner
-        self._calls: deque[Call[Any]] = deque()
+        self._calls = Turns(max(1, workers + helpers - 1), self._turn_ended)
         self._jobs: OrderedDict[int, deque[Job]] = OrderedDict()
         self._wake = threading.Condition()
         self._open = True
@@ -107,10 +114,19 @@ class Scheduler:
 
     def call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
         """Run a short function in a worker thread; before any batch."""
+        return self._call(None, lambda: function(*args, **kwargs))
+
+    def call_in_turn(
+        self, request: int, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
+    ) -> Future[R]:
+        """Run one of many functions of a request, by the request's number; they take turns."""
+        return self._call(request, lambda: function(*args, **kwargs))
+
+    def _call(self, request: int | None, function: Callable[[], R]) -> Future[R]:
         future: Future[R] = Future()
         with self._wake:
             self._refuse_when_closed()
-            self._calls.append(Call(future, lambda: function(*args, **kwargs)))
+            self._calls.add(Call(future, function), request)
             self._wake.notify()
         return future
 
@@ -141,13 +157,13 @@ class Scheduler:
             (waiting.appendleft if first else waiting.append)(job)
             self._wake.notify()
 
-    def _take(self) -> Call[Any] | _Batch | None:
+    def _take(self) -> Call[Any] | Turn | _Batch | None:
         """What a worker does next; None when everything is done and nothing more will come."""
         with self._wake:
             while True:
                 self._wake.wait_for(self._something_to_do)
-                if self._calls:
-                    return self._calls.popleft()
+                if self._calls.has_next and not self._batch_is_due():
+                    return self._calls.take()
                 if not self._jobs:
                     return None
                 turn = self._turn()
@@ -162,8 +178,22 @@ class Scheduler:
     def _something_to_do(self) -> bool:
         if self._jobs:
             is_free = len(self._running) < self._side_by_side and self._turn() is not None
-            return bool(self._calls) or is_free
-        return bool(self._calls) or not self._open
+            return self._calls.has_next or is_free
+        return self._calls.has_next or not self._open
+
+    def _turn_ended(self, request: int) -> None:
+        with self._wake:
+            self._calls.end(request)
+            self._wake.notify()
+
+    def _batch_is_due(self) -> bool:
+        """Whether a batch goes before the calls that wait."""
+        turn = self._turn()
+        if turn is None or len(self._running) >= self._side_by_side:
+            return False
+        if not self._calls.next_is_of_request:
+            return False
+        return time.monotonic() - self._jobs[turn][0].arrived > BATCH_PATIENCE
 
     def _turn(self) -> int | None:
         """The model whose turn it is; None where those that wait have one replica, which runs."""

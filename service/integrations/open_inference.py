@@ -176,8 +176,6 @@ def _wanted(asked: InferRequest, default: Sequence[str]) -> _Wanted:
         if any(output.name == name for name, _, _ in found):
             raise InvalidOption(f"The output {output.name!r} is named twice; name it once.")
         said = output.parameters or {}
-        if any(output.name == name for name, _, _ in found):
-            raise InvalidOption(f"The output {output.name!r} is named twice; name each once.")
         if output.name not in outputs.NAMES:
             raise InvalidOption(
                 f"There is no output {output.name!r}; there are {', '.join(outputs.NAMES)}."

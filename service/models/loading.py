@@ -21,7 +21,7 @@ from service.models.eager import answering, in_eval_mode, why_no_gradients, why_
 from service.models.folding import fold
 from service.models.lane import Compiler
 from service.models.loaded import LoadedModel
-from service.models.measured import Behaviour, Finding, Trial, behaviour, trial_images
+from service.models.measured import Behaviour, Finding, Trial, behaviour, preserved, trial_images
 from service.models.places import Places, Rect, covered, measure_places
 from service.models.probe import Probe, default_target, probe
 from service.models.replicas import replicate
@@ -149,8 +149,10 @@ def _measured(model: LoadedModel, built: Built, images: Tensor) -> LoadedModel:
     alone = trial.alone
     behaves = behaviour(trial)
     if trial.alone is not alone:  # the copy's layers may be others than those that run
-        tried = probe(trial.served, images[:1], spec.select)
-    places = measure_places(trial.served, tried.layers, images[:1], batchable=behaves.batchable)
+        with preserved(trial.served):
+            tried = probe(trial.served, images[:1], spec.select)
+    with preserved(trial.served):
+        places = measure_places(trial.served, tried.layers, images[:1], batchable=behaves.batchable)
     output, binary = _output(spec, built, tried.classes, behaves)
     if spec.output == "none":
         behaves = replace(behaves, activated=None)
@@ -177,8 +179,8 @@ def _tried(model: LoadedModel, images: Tensor) -> tuple[Trial, Probe]:
     """Run the model on images alone, and look at its layers."""
     spec, (channels, height, width) = model.spec, tuple(images.shape[1:])
     try:
-        with kept_torch_state(random=False):
-            trial = Trial(model.module, images, spec.select)
+        trial = Trial(model.module, images, spec.select)
+        with kept_torch_state(random=False), preserved(trial.served):
             return trial, probe(trial.served, images[:1], spec.select)
     except Exception as error:
         what = "RGB image" if channels == 3 else f"image of {channels} channels"
@@ -229,7 +231,8 @@ def _covers(trial: Trial, target: str | None) -> Rect | None:
     """The part of its input that the model looks at; None: all of it, or it cannot be measured."""
     if target is None:
         return None
-    with suppress(Exception):  # of a model without gradients nothing of this kind is known
+    # Of a model without gradients nothing of this kind is known.
+    with suppress(Exception), preserved(trial.served):
         return covered(trial.served, target, trial.images[:1])
     return None
 
@@ -296,7 +299,8 @@ def _target_layer(
 
 
 def _why_no_gradients(trial: Trial, layer: str | None) -> str | None:
-    return why_no_gradients(trial.served, trial.images[:1], layer, trial.select)
+    with preserved(trial.served):
+        return why_no_gradients(trial.served, trial.images[:1], layer, trial.select)
 
 
 def _of_family(builder: str, module: nn.Module) -> str | None:

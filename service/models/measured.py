@@ -11,7 +11,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from service.cam.hooks import gradients
 from service.models.catalog import Select
 from service.models.condition import Condition
-from service.models.output import Activated, activated, logits_in
+from service.models.output import Activated, activated, as_logits, logits_in
 from service.models.replicas import replicate
 from service.models.torch_state import kept_torch_state
 
@@ -105,7 +105,7 @@ class Trial:
     def run(self, module: nn.Module, images: Tensor, seed: int = 0) -> Tensor:
         """The logits (N, classes) of some images, with the random numbers of a seed."""
         self.forwards += len(images)
-        with torch.no_grad(), seeded(seed), kept_torch_state(random=False):
+        with torch.no_grad(), seeded(seed), kept_torch_state(random=False), preserved(module):
             return self.logits(module(images.clone())).detach()
 
     def each(self, module: nn.Module) -> tuple[list[Tensor], set[str]]:
@@ -124,7 +124,7 @@ class Trial:
         """
         if self._graph is None:
             image = self.images[:1].clone().requires_grad_()
-            with seeded(0), kept_torch_state(random=False):
+            with seeded(0), kept_torch_state(random=False), preserved(self.served):
                 self._graph = image, self.logits(self.served(image.clone()))
             self.forwards += 1
         return self._graph
@@ -200,6 +200,36 @@ def seeded(seed: int) -> Iterator[None]:
             np.random.set_state(of_numpy)  # noqa: NPY002
 
 
+@contextmanager
+def preserved(module: nn.Module) -> Iterator[None]:
+    """Leave a module as it was, as a lease of the pool does: what a call keeps is not for the next.
+
+    What `Condition.restore` restores, and the tables and values of parameters and buffers.
+    """
+    condition: Condition | None = None
+    with suppress(Exception):  # what cannot be looked into is not restored
+        condition = Condition.of(module)
+    parts = [part for part in module.modules() if not isinstance(part, ScriptModule)]
+    tables = [(vars(part)[name], dict(vars(part)[name])) for part in parts for name in _TABLES]
+    values = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        with suppress(Exception):
+            if condition is not None:
+                condition.restore()
+        for table, items in tables:
+            table.clear()
+            table.update(items)
+        for buffer, value in values:
+            with suppress(RuntimeError), torch.no_grad():  # of inference mode: never written
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+_TABLES = ("_parameters", "_buffers", "_modules")
+
+
 def differ(expected: Tensor, found: Tensor, spread: float) -> bool:
     """Whether two answers to the same image differ by more than rounding explains.
 
@@ -216,14 +246,29 @@ def differ(expected: Tensor, found: Tensor, spread: float) -> bool:
     rounding = 1e-3 if expected.dtype == torch.float32 else 2e-2
     largest = float(expected[usable].abs().max())
     gap = float((expected - found)[usable].abs().max())
-    return gap > rounding * largest or (gap > 0.1 * spread and gap > 3e-5 * largest)
+    is_off = gap > rounding * largest or (gap > 0.1 * spread and gap > 3e-5 * largest)
+    return is_off or _differ_before_activation(expected, found, rounding)
+
+
+def _differ_before_activation(expected: Tensor, found: Tensor, rounding: float) -> bool:
+    """Whether probabilities come of other logits: near 0 and 1 these differ by far more."""
+    kind = activated(expected)
+    if kind is None or activated(found) != kind:
+        return False
+    before, after = as_logits(expected, kind), as_logits(found, kind)
+    sure = before.abs() < 11  # where a rounded probability still tells its logit
+    if not bool(sure.any()):
+        return False
+    return float((before - after)[sure].abs().max()) > rounding * max(
+        1.0, float(before.abs().max())
+    )
 
 
 def _determinism(trial: Trial) -> tuple[Finding, bool]:
     """The same image again, with other random numbers; and whether its logits were the same."""
     with seeded(1):
         before = _random_states()
-        with torch.no_grad(), kept_torch_state(random=False):
+        with torch.no_grad(), kept_torch_state(random=False), preserved(trial.served):
             again = trial.logits(trial.served(trial.images[:1].clone())).detach()
         draws = _random_states() != before
     trial.forwards += 1
@@ -237,7 +282,11 @@ def _determinism(trial: Trial) -> tuple[Finding, bool]:
         result = "It draws random numbers, though the same image gets the same logits twice."
         return Finding("determinism", False, result, follows.format("Maps may")), True
     result = "The same image gets other logits each time: it "
-    result += "draws random numbers." if draws else "counts its calls, or keeps something of them."
+    result += (
+        "draws random numbers."
+        if draws
+        else "keeps something of its calls where it cannot be restored."
+    )
     return Finding("determinism", False, result, follows.format("Predictions and maps")), False
 
 
@@ -267,8 +316,7 @@ def _isolation(trial: Trial, *, steady: bool) -> Finding:
 
 
 def _unlike_master(trial: Trial, *, steady: bool) -> str | None:
-    with _left_as_it_was(trial.master):
-        expected, called = trial.each(trial.master)
+    expected, called = trial.each(trial.master)
     alone, of_replica = trial.alone, trial.called
     differs = [differ(a, b, trial.spread) for a, b in zip(expected, alone, strict=True)]
     if (steady and any(differs)) or called != of_replica:
@@ -285,24 +333,6 @@ def _unlike_master(trial: Trial, *, steady: bool) -> str | None:
             "belongs to the module that the builder returned."
         )
     return None
-
-
-@contextmanager
-def _left_as_it_was(master: nn.Module) -> Iterator[None]:
-    """Undo what a run of the master changes in it: every later replica would begin with that.
-
-    A table that the first call builds is taken away again: what was written over it would stay.
-    """
-    condition = Condition.of(master)
-    values = [(buffer, buffer.clone()) for buffer in master.buffers()]
-    try:
-        yield
-    finally:
-        condition.restore()
-        with torch.no_grad():
-            for buffer, value in values:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
 
 
 def _shared_state(trial: Trial, *, steady: bool) -> str | None:
@@ -334,7 +364,12 @@ def _side_by_side(trial: Trial, replicas: Sequence[nn.Module]) -> list[Tensor | 
     def work(number: int, module: nn.Module) -> None:
         image = trial.images[number : number + 1].clone()
         try:
-            with torch.no_grad(), kept_torch_state(random=False), turns.of(number, module):
+            with (
+                torch.no_grad(),
+                kept_torch_state(random=False),
+                preserved(module),
+                turns.of(number, module),
+            ):
                 found[number] = trial.logits(module(image)).detach()
         except BaseException as error:  # noqa: BLE001 - a model may raise anything; it is compared
             found[number] = error

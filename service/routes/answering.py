@@ -289,7 +289,8 @@ async def _opened(work: Work, data: Sent) -> Upload:
         check_format(data, service.limits.formats)
     started = time.monotonic()
     upload = await result_of(
-        service.scheduler.call(
+        service.scheduler.call_in_turn(
+            id(work.bill),  # one for all images of a request
             open_upload,
             data,
             work.model.preprocessing,

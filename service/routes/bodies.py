@@ -43,9 +43,10 @@ _BINARY = ("application/octet-stream", "binary/octet-stream")
 _PIECE = 64 << 10
 
 MAX_JSON_NAMES = 20_000
-MAX_JSON_VALUES = 600_000
-"""Names, and values of lists and objects, in a JSON request: a mask of a million characters, and
-boxes for every image, stay below. Counted in the bytes, before anything is built of them."""
+MAX_JSON_VALUES = 300_000
+"""Names, and values of lists and objects, in a JSON request: a mask of a million characters, with
+runs of three digits, stays below. Counted in the bytes, before anything is built of them, which
+holds the GIL."""
 
 
 async def read_body(request: Request, permit: Permit, max_bytes: int, seconds: float) -> bytes:

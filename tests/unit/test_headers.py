@@ -284,6 +284,12 @@ def test_a_tiff_of_a_million_tiles_is_too_large() -> None:
         decode(tiffs.tiff(np.zeros((4, 4, 1)), more=tags), max_pixels=LIMIT)
 
 
+def test_a_tile_wider_than_decoders_take_in_one_band_is_too_large() -> None:
+    data = tiffs.tiff(np.zeros((4, 4, 1), np.uint8), tile=(65_536, 2))
+    with pytest.raises(ImageTooLarge, match="a side has at most 65,535"):
+        decode(data, max_pixels=LIMIT)
+
+
 def test_a_tiff_directory_that_points_to_itself_ends() -> None:
     data = bytearray(tiffs.tiff(np.zeros((4, 4, 1))))
     (place,) = struct.unpack_from("<I", data, 4)

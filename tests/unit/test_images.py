@@ -23,6 +23,7 @@ from torchvision.transforms.v2 import functional as transforms
 from service.errors import CorruptImage, EmptyImage, ImageError, ImageTooLarge, UnsupportedImage
 from service.images import (
     MAX_JPEG_SCANS,
+    MAX_SIDE,
     Fit,
     Preprocessing,
     Source,
@@ -611,3 +612,18 @@ def test_preview_is_antialiased() -> None:
     board = (np.indices((200, 200)).sum(0) % 2 * 255).astype(np.uint8)
     small = preview(Source(np.stack([board] * 3, axis=2), "PNG", ""), 50)
     assert np.abs(small.astype(int) - 128).max() <= 16
+
+
+@pytest.mark.parametrize("form", ["PNG", "BMP", "TIFF"])
+@pytest.mark.parametrize("size", [(MAX_SIDE + 1, 1), (1, MAX_SIDE + 1)])
+def test_a_side_longer_than_decoders_take_in_one_band_is_refused(
+    form: str, size: tuple[int, int]
+) -> None:
+    with pytest.raises(ImageTooLarge, match="a side has at most 65,535"):
+        decode(encode(Image.new("L", size), form), max_pixels=LIMIT)
+
+
+@pytest.mark.parametrize("form", ["PNG", "BMP", "TIFF"])
+@pytest.mark.parametrize("size", [(MAX_SIDE, 1), (1, MAX_SIDE)])
+def test_a_side_as_long_as_a_jpeg_may_have_is_read(form: str, size: tuple[int, int]) -> None:
+    assert decode(encode(Image.new("L", size), form), max_pixels=LIMIT).size == size

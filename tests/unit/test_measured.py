@@ -43,7 +43,7 @@ FAILING: dict[str, list[Callable[[], nn.Module]]] = {
         misbehaving.MixesBatch,
         misbehaving.MeanOfBatch,
     ],
-    "determinism": [misbehaving.Drops, misbehaving.Counts],
+    "determinism": [misbehaving.Drops],
     "output": [
         misbehaving.softmax,
         misbehaving.log_softmax,
@@ -102,6 +102,18 @@ def test_a_model_that_draws_numbers_is_flagged_though_its_logits_are_the_same() 
     assert failed(found) == {"determinism"}
     assert not found.deterministic
     assert "Maps may vary" in found.findings[2].follows
+
+
+def test_what_a_lease_restores_after_each_call_does_not_count_as_other_answers() -> None:
+    assert failed(measured_of(misbehaving.Counts())) == set()
+
+
+def test_a_batch_is_compared_where_probabilities_are_saturated() -> None:
+    class Sure(misbehaving.BatchStatistics):
+        def forward(self, x):
+            return (super().forward(x) + 9).sigmoid()
+
+    assert "batch" in failed(measured_of(Sure()))
 
 
 def test_the_activation_in_a_model_is_named() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -27,7 +28,7 @@ from service.metrics import Metrics
 from service.models.measured import Behaviour
 from service.models.pool import ModelPool, Replica
 from service.questions import Answer, Question
-from service.scheduler import Scheduler
+from service.scheduler import BATCH_PATIENCE, Scheduler
 from service.stepwise import Unfinished
 
 PATIENCE = 4.0
@@ -143,6 +144,77 @@ def test_short_calls_go_before_batches() -> None:
             scheduler.call(order.append, "call")
         future.result(PATIENCE)
     assert order == ["call", "batch"]
+
+
+def test_requests_take_turns_in_their_calls_with_those_of_none() -> None:
+    order: list[str] = []
+    with scheduling(Notes(), helpers=0) as scheduler:
+        with held(scheduler):
+            futures = [
+                scheduler.call_in_turn(request, order.append, f"{request}{number}")
+                for request, count in ((1, 3), (2, 1), (3, 2))
+                for number in range(count)
+            ]
+            futures += [scheduler.call(order.append, "none")]
+        for future in futures:
+            future.result(PATIENCE)
+    assert order == ["10", "20", "30", "none", "11", "31", "12"]
+
+
+def test_a_request_leaves_a_thread_to_others() -> None:
+    started, may_end = threading.Semaphore(0), threading.Event()
+
+    def slow() -> None:
+        started.release()
+        assert may_end.wait(PATIENCE)
+
+    with scheduling(Notes(), workers=2, helpers=1) as scheduler:
+        futures = [scheduler.call_in_turn(1, slow) for _ in range(5)]
+        for _ in range(2):
+            assert started.acquire(timeout=PATIENCE)
+        assert scheduler.submit("tiny", question()).result(PATIENCE).answer is NOTHING
+        assert scheduler.call_in_turn(2, int).result(PATIENCE) == 0
+        assert not started.acquire(blocking=False)
+        cancelled = futures[2].cancel()
+        may_end.set()
+        for future in (each for each in futures if not each.cancelled()):
+            future.result(PATIENCE)
+        assert cancelled
+    assert not scheduler._calls._running
+
+
+def test_what_is_in_turn_is_finished_before_the_threads_end() -> None:
+    order: list[int] = []
+    with scheduling(Notes(), workers=2, helpers=1) as scheduler, held(scheduler):
+        for number in range(5):
+            scheduler.call_in_turn(1, order.append, number)
+    assert sorted(order) == list(range(5))
+
+
+@pytest.mark.parametrize(
+    ("waited", "first"), [(BATCH_PATIENCE - 1000, "call"), (BATCH_PATIENCE, "batch")]
+)
+def test_a_batch_that_has_waited_goes_before_the_calls_of_requests(
+    waited: float, first: str
+) -> None:
+    order: list[str] = []
+    notes = Notes()
+
+    def runner(*args: Any) -> Any:
+        order.append("batch")
+        return notes(*args)
+
+    with scheduling(runner, helpers=0) as scheduler:
+        with held(scheduler):
+            futures: list[Future[Any]] = [
+                scheduler.call_in_turn(1, order.append, "call") for _ in range(2)
+            ]
+            futures += [scheduler.submit("tiny", question())]
+            scheduler._jobs[next(iter(scheduler._jobs))][0].arrived -= waited
+        for future in futures:
+            future.result(PATIENCE)
+    assert order[0] == first
+    assert sorted(order) == ["batch", "call", "call"]
 
 
 def test_several_workers_run_batches_beside_each_other() -> None:
