@@ -205,7 +205,7 @@ class _Outputs:
         parts = self._parts.get(path, [])
         if path in self.odd or sum(map(len, parts)) != images:
             return None
-        return torch.cat(parts).float()
+        return torch.cat(parts).float().cpu()
 
     def _keeping(self, path: str, last: dict[str, Tensor], images: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
