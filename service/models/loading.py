@@ -357,9 +357,17 @@ def _sources(spec: ModelSpec, built: Built) -> str:
 
 
 def _channels(module: nn.Module, base: Preprocessing) -> int:
-    """1 where the first convolution takes one channel; else as many as the base has."""
+    """1 where the first convolution takes one channel and RGB fails; else as the base has it."""
     first = next((each for each in module.modules() if isinstance(each, nn.Conv2d)), None)
-    return 1 if first is not None and first.in_channels == 1 else base.channels
+    if first is None or first.in_channels != 1:
+        return base.channels
+    image = torch.zeros(1, base.channels, *base.crop).to(first.weight)
+    try:
+        with torch.no_grad(), kept_torch_state(), preserved(module):
+            module(image)
+    except Exception:  # noqa: BLE001 - a model may raise anything about three channels
+        return 1
+    return base.channels
 
 
 def _per_channel(

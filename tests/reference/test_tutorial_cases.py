@@ -179,7 +179,7 @@ PAPER = {
 
 def test_gradients_in_and_out_over_http(tmp_path: Path) -> None:
     """Of the linear layers by their type, of the ReLU by its name."""
-    model = f"net={nets.argument(tmp_path, nets.perceptron, 4)}"
+    model = f"net={nets.argument(tmp_path, nets.perceptron, 4, output='none')}"
     plain = {"method": "input_gradient", "include": "none"}
     with serving(model) as client:
         for (kind, layer), expected in PAPER.items():
@@ -202,7 +202,7 @@ def test_guided_backpropagation_differs_where_a_gradient_is_negative(
     tmp_path: Path, net: Any, plain: list[int], guided: list[int]
 ) -> None:
     """Over HTTP the map is the sum over the three colours, of a mean over 4×4 pixels."""
-    with serving(f"net={nets.argument(tmp_path, net, 4)}") as client:
+    with serving(f"net={nets.argument(tmp_path, net, 4, output='none')}") as client:
         for method, expected in (("input_gradient", plain), ("guided_backprop", guided)):
             (explanation,) = explain(client, white(4), method=method, include="grid")[
                 "explanations"
