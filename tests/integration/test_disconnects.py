@@ -83,7 +83,7 @@ def test_what_waits_for_a_worker_is_dropped_when_its_client_disconnects(
         try:
             connection = send(server.address, path)
             wait_until(scheduler, calls_waiting(1))
-            (call,) = scheduler._calls
+            ((call,),) = scheduler._calls._waiting.values()
             assert admission.images == (0 if path == SETUP else 1)
             connection.close()
             until(call._future.cancelled)
