@@ -67,7 +67,7 @@ def test_right_for_the_right_reason_with_a_real_aeroplane(tmp_path: Path) -> Non
     names = torchvision.models.MobileNet_V2_Weights.DEFAULT.meta["categories"]
     labelled = tmp_path / "labelled.safetensors"  # no file that torchvision published
     with safe_open(weights, "pt") as file:
-        about = (file.metadata() or {}) | {"labels": json.dumps(names)}
+        about = (file.metadata() or {}) | {"labels": json.dumps(names), "resize": "256"}
     save_file(load_file(weights), labelled, about)
     with reader(tmp_path, CAMSERVE_WEIGHTS=str(labelled)) as reading:
         compare(reading.shell(block.text), block)

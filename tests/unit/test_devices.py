@@ -37,7 +37,7 @@ class Device:
 def device(request: pytest.FixtureRequest) -> Iterator[Device]:
     if request.param == NAME:
         with played_device():
-            yield Device(NAME, 1e-5)
+            yield Device(NAME, 3e-5)
         return
     if not torch.cuda.is_available():
         pytest.skip("there is no CUDA device here")
