@@ -55,7 +55,7 @@ def test_a_few_rows_are_measured_and_the_page_gets_their_table(run, tmp_path: Pa
     kept = hostile.hostile_table.load(rows)
     assert len(kept) == 3
     shape = next(row for key, row in kept.items() if "shape" in key)
-    assert shape.answer.startswith("400")
+    assert shape.answer.startswith(("400", "413"))
     assert not any(row.killed for row in kept.values())
     assert "served under" in capsys.readouterr().out
 
