@@ -59,7 +59,7 @@ class Model(BaseModel):
     version: str | None = Field(None, description="First 12 digits of the weights' sha256.")
     classes: int | None = None
     input: InputSize | None = None
-    transform: str | None = Field(None, description="How images are fed, and where that was said.")
+    transform: str | None = Field(None, description="How images are preprocessed, and the source.")
     target_layer: str | None = None
     lanes: list[Lane] | None = None
     random_weights: bool | None = None
