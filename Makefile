@@ -37,7 +37,7 @@ run: install ## start the service on http://127.0.0.1:8000 (HOST=, PORT=, ARGS= 
 	@exec .venv/bin/camserve serve $(HOST:%=--host %) $(PORT:%=--port %) $(ARGS)
 
 test: .venv/.installed-test ## run every test that needs only Python (ARGS= for pytest)
-	@$(SAFE) .venv/bin/python -m pytest -n 2 --dist loadfile \
+	@$(SAFE) .venv/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 \
 		-m 'not browser and not labeling and not container and not protocols and not ray and not gpu and not large' $(ARGS)
 
 test-all: .venv/.installed-test ## run every test; one whose tool is missing is skipped and says why

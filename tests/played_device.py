@@ -7,11 +7,13 @@ nothing of speed, of streams or of a GPU's own kernels.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -97,11 +99,19 @@ with warnings.catch_warnings():
 
 @contextmanager
 def played_device() -> Iterator[Crossings]:
-    """Inside the `with`, in this thread, there is a device called `played`."""
+    """Inside the `with` there is a device called `played`, in threads that start in it too."""
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
+    run = threading.Thread.run
+
+    def run_there(thread: threading.Thread) -> None:
+        with Crossings() as elsewhere:
+            elsewhere.to_device, elsewhere.to_cpu = crossings.to_device, crossings.to_cpu
+            run(thread)
+
     try:
-        with Crossings() as crossings:
+        with Crossings() as crossings, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(threading.Thread, "run", run_there)
             yield crossings
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(before)
