@@ -25,14 +25,14 @@ import torch
 import torchvision
 from models_page import PAGE, kept
 
+from service.images.upload import open_upload
+from service.inference.questions import Question
+from service.inference.steps import run, run_compiled
 from service.models.catalog import parse_model
-from service.models.lane import Compiler, parity_on
+from service.models.compiled.lane import Compiler, parity_on
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model
 from service.models.pool import ModelPool
-from service.questions import Question
-from service.stepwise import run, run_compiled
-from service.upload import open_upload
 
 ROOT = Path(__file__).parent.parent
 TOO_LARGE = ("vit_h_14", "regnet_y_128gf")

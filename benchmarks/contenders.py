@@ -22,13 +22,13 @@ from pytorch_grad_cam import GradCAM
 from torch import Tensor, nn
 from torchcam.methods import GradCAM as TorchCAM
 
+from service.inference.questions import Answer, Question, lane_of
+from service.inference.steps import run, run_compiled
 from service.models.catalog import parse_model
-from service.models.lane import Compiler
+from service.models.compiled.lane import Compiler
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model
 from service.models.pool import ModelPool
-from service.questions import Answer, Question, lane_of
-from service.stepwise import run, run_compiled
 
 Maps = NDArray[np.float32]
 Contender = Callable[[], "Maps | None"]

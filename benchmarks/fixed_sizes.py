@@ -16,9 +16,9 @@ import psutil
 import torch
 from measuring import Ratio, cores, in_turn, machine, markdown, ratio
 
-from service.models import openvino_front
-from service.models.cut import split
-from service.models.lane import layer_to_cut
+from service.models.compiled import openvino_front
+from service.models.compiled.cut import split
+from service.models.compiled.lane import layer_to_cut
 
 MODELS = (
     "builtin",

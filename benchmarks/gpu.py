@@ -28,14 +28,14 @@ from torchvision.transforms.v2 import functional as transforms
 
 from service.cam.heatmap import COLORMAPS, Style, render_overlay
 from service.cam.methods import GRADIENT_CAMS
-from service.images import decode, fit_to_model, preview
+from service.images.decode import decode, fit_to_model, preview
+from service.inference.questions import Question
+from service.inference.steps import run, run_compiled
 from service.models.catalog import Floating, parse_model
-from service.models.lane import Compiler
+from service.models.compiled.lane import Compiler
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model
 from service.models.pool import ModelPool
-from service.questions import Question
-from service.stepwise import run, run_compiled
 
 PRECISIONS: tuple[Floating, ...] = ("float32", "bf16")
 LIMIT = 64_000_000

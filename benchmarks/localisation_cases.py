@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from service.images import Rect, Source, decode, fit_to_model
+from service.images.decode import Rect, Source, decode, fit_to_model
 from service.models.pool import Replica
 
 Mask = NDArray[np.bool_]

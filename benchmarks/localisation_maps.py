@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from service.cam.heatmap import resample
 from service.errors import CamserveError
-from service.images import Geometry
+from service.images.decode import Geometry
+from service.inference.questions import LAYER_METHODS, Question
+from service.inference.steps import Unfinished, run
 from service.models.loaded import LoadedModel
 from service.models.pool import Replica
-from service.questions import LAYER_METHODS, Question
-from service.stepwise import Unfinished, run
 
 Map = NDArray[np.float32]
 
@@ -61,8 +61,8 @@ def ours(
 ) -> list[Map] | CamserveError:
     """The service's maps (h, w) at the size of the picture, as drawn: not negative.
 
-    Computed by `service.stepwise.run`, on whatever size `pixels` has. The error where the service
-    refuses the method for this model.
+    Computed by `service.inference.steps.run`, on whatever size `pixels` has. The error where the
+    service refuses the method for this model.
     """
     layer = replica.model.target_layer
     assert layer is not None

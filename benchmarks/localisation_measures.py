@@ -14,7 +14,7 @@ from localisation_maps import Map
 from numpy.typing import NDArray
 from torch import Tensor
 
-from service.images import Rect
+from service.images.decode import Rect
 from service.models.pool import Replica
 
 STEPS = 20

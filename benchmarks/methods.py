@@ -19,13 +19,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from service.inference.perturbation import CHUNK
+from service.inference.questions import CAM_METHODS, LAYER_METHODS, Question, cost, windows
+from service.inference.steps import Unfinished, run
 from service.models.catalog import parse_model
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model
 from service.models.pool import ModelPool, Replica
-from service.perturbation import CHUNK
-from service.questions import CAM_METHODS, LAYER_METHODS, Question, cost, windows
-from service.stepwise import Unfinished, run
 
 CHUNKED = {
     "scorecam": 2048,

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from measuring import machine, markdown
 
-from service.calibration import agreement
-from service.image_files import find_images
+from service.evaluation.calibration import agreement
+from service.images.files import find_images
+from service.images.upload import open_upload
 from service.models.catalog import parse_model
-from service.models.lane import Compiler
+from service.models.compiled.lane import Compiler
 from service.models.loading import load_model
-from service.upload import open_upload
 
 MAX_PIXELS = 64_000_000
 

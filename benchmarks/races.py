@@ -37,10 +37,10 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor
 from torchcam.methods import GradCAM as TorchCAM
 
+from service.inference.questions import Answer, Question, lane_of
+from service.inference.steps import run, run_compiled
 from service.models.loaded import LoadedModel
 from service.models.pool import ModelPool
-from service.questions import Answer, Question, lane_of
-from service.stepwise import run, run_compiled
 
 Map = NDArray[np.float32]
 TOLERANCE = 1e-3

@@ -33,8 +33,8 @@ from PIL import Image
 
 from service.cam.encoding import encode, level_png
 from service.cam.heatmap import COLORMAPS, Style, render_heatmap, render_overlay
-from service.images import Preprocessing, decode, fit_to_model
-from service.upload import Upload, open_upload
+from service.images.decode import Preprocessing, decode, fit_to_model
+from service.images.upload import Upload, open_upload
 
 TABLES, END = "<!-- round-the-model:tables -->", "<!-- round-the-model:end -->"
 SIDE = 2048

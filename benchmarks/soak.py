@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from soaking import Soak, served_for_a_soak
 
-from service.memory import tune_allocator
+from service.resources import tune_allocator
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

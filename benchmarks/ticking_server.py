@@ -129,16 +129,16 @@ def _core_waits() -> Iterator[float]:
 def main() -> None:
     """Serve, and tick."""
     path, *arguments = sys.argv[1:]
-    from service import cli, serve_command  # noqa: PLC0415 - a client imports `Ticks` alone
+    from service.cli import main, serve  # noqa: PLC0415 - a client imports `Ticks` alone
 
-    class Ticking(serve_command.DrainingServer):
+    class Ticking(serve.DrainingServer):
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)
             self.ticking = asyncio.ensure_future(Ticks(Path(path)).tick())
 
-    serve_command.DrainingServer = Ticking  # type: ignore[misc]
+    serve.DrainingServer = Ticking  # type: ignore[misc]
     sys.argv = ["camserve", *arguments]
-    cli.main()
+    main.main()
 
 
 if __name__ == "__main__":

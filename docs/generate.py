@@ -17,8 +17,9 @@ import typer.main
 import yaml
 from prometheus_client import CollectorRegistry
 
-from service import cli, errors
+from service import errors
 from service.app import build_service, create_app
+from service.cli import main
 from service.routes.problems import STATUS, status_of
 from service.settings import Settings
 
@@ -183,12 +184,12 @@ def cli_page() -> str:
         "and `--json` go to standard output; progress (on a terminal only), notes and errors to",
         "standard error.",
         "",
-        cli.EXIT_CODES,
+        main.EXIT_CODES,
         "",
         "`camserve --install-completion` completes commands, flags and their values in bash, zsh,",
         "fish and PowerShell; `camserve --show-completion` prints the script instead.",
     ]
-    group = typer.main.get_command(cli.app)
+    group = typer.main.get_command(main.app)
     for name, command in group.commands.items():  # type: ignore[attr-defined]
         lines += ["", f"## `camserve {name}`", "", *_command(command)]
     return "\n".join(lines) + "\n"

@@ -21,24 +21,19 @@ from starlette.middleware.cors import CORSMiddleware
 
 from api_schemas.options import ExplainOptions
 from service import __version__
-from service.addresses import parse_hosts
-from service.admission import Admission
-from service.budget import DecodeBudget
 from service.errors import ConfigurationError, ShuttingDown
-from service.fetching import Fetcher
+from service.images.budget import DecodeBudget
+from service.integrations.label_studio.host import LabelStudio, LabelStudioHost
 from service.integrations.routers import ROUTERS
-from service.keys import KeyFile
-from service.label_studio_host import LabelStudio, LabelStudioHost
-from service.memory import device_memory, memory_limit
 from service.metrics import Metrics, Readings
 from service.models.catalog import ModelSpec, check_names, parse_models, with_int8
+from service.models.compiled.lane import Compiler
 from service.models.config import read_config
-from service.models.lane import Compiler
 from service.models.library import Library
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model
 from service.models.pool import ModelPool
-from service.quotas import Bounds, Quotas
+from service.resources import device_memory, memory_limit
 from service.routes import classify, docs, health, kernels, models, problems
 from service.routes.access import Access
 from service.routes.hosts import HostCheck, host_rule, is_loopback
@@ -52,12 +47,17 @@ from service.routes.middleware import (
     RefusedWhenFull,
     RequestContext,
 )
+from service.routes.page.router import page_router
 from service.routes.state import Limits, Service
-from service.scheduler import Scheduler
+from service.scheduling.admission import Admission
+from service.scheduling.scheduler import Scheduler
+from service.scheduling.transfers import Transfers
+from service.security.addresses import parse_hosts
+from service.security.fetcher import Fetcher
+from service.security.keys import KeyFile
+from service.security.quotas import Bounds, Quotas
 from service.settings import Settings
 from service.tracing import Traces, traces_from_environment
-from service.transfers import Transfers
-from service.web.page import page_router
 
 _log = structlog.get_logger(__name__)
 

@@ -27,14 +27,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service import logs
 from service.app import create_app, model_specs
 from service.errors import CamserveError, UnknownModel, nearest
-from service.integrations import label_studio_overlay
-from service.memory import spare_collector, tune_allocator
+from service.integrations.label_studio import overlay
+from service.resources import spare_collector, tune_allocator
 from service.routes.access import ADMIN_BELOW, is_admin, path_of, sent_key
 from service.routes.hosts import host_rule
 from service.routes.middleware import BehindPrefix
 from service.routes.problems import problem
+from service.routes.server.serve import SWITCH_SECONDS
 from service.routes.state import Service
-from service.serving import SWITCH_SECONDS
 from service.settings import Settings
 
 DEPLOYMENT: dict[str, Any] = {
@@ -47,7 +47,7 @@ DEPLOYMENT: dict[str, Any] = {
 }
 """Where a configuration file says nothing else. How many replicas, it must say."""
 
-OVERLAY = f"{label_studio_overlay.router.prefix}/overlay.png"
+OVERLAY = f"{overlay.router.prefix}/overlay.png"
 MAX_OPTIONS = 1000
 """Of a query; with more the app refuses it."""
 
@@ -159,7 +159,7 @@ class ManyModels:
     def _model_of_overlay(self, query: bytes) -> str | None:
         """The model of a signed key of overlays; None where the key opens nothing."""
         try:
-            grant, _ = label_studio_overlay.read_query(query, self._service.label_studio.secret)
+            grant, _ = overlay.read_query(query, self._service.label_studio.secret)
         except CamserveError:
             return None
         return grant.model or self._names[0]

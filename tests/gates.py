@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from service.admission import Admission
-from service.scheduler import Scheduler
+from service.scheduling.admission import Admission
+from service.scheduling.scheduler import Scheduler
 
 T = TypeVar("T")
 

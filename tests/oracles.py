@@ -20,15 +20,15 @@ from torch.nn import functional
 from torchcam.methods.gradient import _GradCAM
 
 from service.errors import CamserveError
-from service.images import Preprocessing
+from service.images.decode import Preprocessing
+from service.inference.questions import Answer, Explanation, Question
+from service.inference.steps import Unfinished, run
 from service.models.catalog import ModelSpec, parse_model
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model
 from service.models.pool import ModelPool, Replica
-from service.models.probe import probe
+from service.models.probes.layers import probe
 from service.models.replicas import replicate
-from service.questions import Answer, Explanation, Question
-from service.stepwise import Unfinished, run
 
 WEIGHTS = Path(__file__).parent.parent.parent / "shared" / "data" / "weights"
 

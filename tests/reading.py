@@ -23,7 +23,7 @@ import httpx
 import torch
 from typer.testing import CliRunner
 
-from service.cli import app
+from service.cli.main import app
 
 ROOT = Path(__file__).parent.parent
 

@@ -218,7 +218,7 @@ def drawing_fails() -> Iterator[None]:
         return render_heatmap(grid, geometry, style, *more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("service.routes.wire.render_heatmap", render)
+        patch.setattr("service.pipeline.response.render_heatmap", render)
         yield
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from service.images import Preprocessing
+from service.images.decode import Preprocessing
 from service.models.catalog import ModelSpec
 from service.models.loaded import LoadedModel
-from service.models.probe import probe
+from service.models.probes.layers import probe
 
 
 class PaperNet(nn.Module):

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from service.cam.encoding import encode, level_png
-from service.images import Geometry, Rect, preview_size
+from service.images.decode import Geometry, Rect, preview_size
 
 _NAMES = "turbo jet viridis inferno magma plasma cividis hot cool bone parula twilight"
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.cam.heatmap import resample
-from service.images import Geometry, preview_size
+from service.images.decode import Geometry, preview_size
 
 Box = tuple[int, int, int, int]
 Point = tuple[float, float]

@@ -13,8 +13,6 @@ import pydantic
 from fastapi import Request, Response
 
 from api_schemas.options import CommonOptions, ExplainOptions
-from service.admission import Permit
-from service.declared_size import Size
 from service.errors import (
     BodyTooLarge,
     EmptyBody,
@@ -23,14 +21,16 @@ from service.errors import (
     MalformedRequest,
     UnknownVersion,
 )
-from service.memory import collector_paused
+from service.images.declared_size import Size
+from service.images.upload import Sent
 from service.models.loaded import LoadedModel
+from service.pipeline.answer_size import Bill, Price, Sizes, size_before
+from service.resources import collector_paused
 from service.routes import access, answering, bodies
-from service.routes.answer_bytes import Bill, Price, Sizes, size_before
 from service.routes.answering import Answered, Work
 from service.routes.problems import describe
 from service.routes.state import Service, service_of
-from service.upload import Sent
+from service.scheduling.admission import Permit
 
 Form = TypeVar("Form", bound=pydantic.BaseModel)
 Options = TypeVar("Options", bound=CommonOptions)

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from service.integrations import (
-    kserve,
-    label_studio,
-    label_studio_overlay,
-    open_inference,
-    repository,
-    torchserve,
-    x_anylabeling,
-)
+from service.integrations import x_anylabeling
+from service.integrations.label_studio import backend, overlay
+from service.integrations.protocols import kserve, open_inference, repository, torchserve
 
 ROUTERS = (
     repository.router,
@@ -18,6 +12,6 @@ ROUTERS = (
     kserve.router,
     torchserve.router,
     x_anylabeling.router,
-    label_studio.router,
-    label_studio_overlay.router,
+    backend.router,
+    overlay.router,
 )

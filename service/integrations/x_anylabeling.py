@@ -24,9 +24,9 @@ from service.cam.regions import TOLERANCE_SHARE
 from service.errors import InvalidOption, nearest
 from service.integrations.asked import Asked, Plan, Reply, answer, file_in, json_response, parsed
 from service.models.loaded import LoadedModel
+from service.pipeline.response import result
 from service.routes.docs import peer_errors
 from service.routes.state import service_of
-from service.routes.wire import result
 
 router = APIRouter(
     prefix="/integrations/x-anylabeling/v1", tags=["X-AnyLabeling"], responses=peer_errors()

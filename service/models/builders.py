@@ -20,12 +20,11 @@ from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from service.errors import ConfigurationError, nearest
-from service.images import Preprocessing
+from service.images.decode import Preprocessing
 from service.models.builtin.network import flower_net
 from service.models.catalog import BUILTIN, ENTRY, Fit, Interpolation, ModelSpec, Output
 from service.models.eager import eager
-from service.models.metadata import FED_BY, output_in, preprocessing_in
-from service.models.weights import (
+from service.models.weights.files import (
     Weights,
     classes_in,
     digest,
@@ -34,6 +33,7 @@ from service.models.weights import (
     load_into,
     read_weights,
 )
+from service.models.weights.metadata import FED_BY, output_in, preprocessing_in
 
 DOWNLOAD_TIMEOUT = 10.0
 """Seconds that a connection to fetch weights may stall."""

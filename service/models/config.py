@@ -24,8 +24,8 @@ from service.models.catalog import (
     Output,
     check_names,
 )
-from service.models.labels import labels_of_text
-from service.models.metadata import check_unit
+from service.models.weights.labels import labels_of_text
+from service.models.weights.metadata import check_unit
 
 SHOWN = 5
 """How many mistakes one error lists."""

@@ -18,10 +18,10 @@ from torch.jit import ScriptModule
 
 from service.cam.hooks import record
 from service.models.catalog import Select
-from service.models.measured import Trial
-from service.models.output import logits_in
-from service.models.probe import Probe, default_target
-from service.models.torch_state import kept_torch_state
+from service.models.probes.behaviour import Trial
+from service.models.probes.layers import Probe, default_target
+from service.models.probes.output import logits_in
+from service.models.probes.torch_state import kept_torch_state
 
 _log = structlog.get_logger(__name__)
 

@@ -24,7 +24,7 @@ from service.models.backoff import Backoff
 from service.models.catalog import ModelSpec
 from service.models.loaded import LoadedModel
 from service.models.pool import ModelPool, Served
-from service.models.torch_state import kept_torch_state
+from service.models.probes.torch_state import kept_torch_state
 
 _log = structlog.get_logger(__name__)
 

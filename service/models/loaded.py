@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from service.errors import InvalidOption, UnknownClass, UnknownLayer, nearest
-from service.images import Preprocessing
+from service.images.decode import Preprocessing
 from service.models.catalog import ModelSpec, Output, Select
-from service.models.folding import Folded
-from service.models.lane import CompiledLane
-from service.models.measured import Behaviour, Finding
-from service.models.output import as_logits, logits_in
+from service.models.compiled.folding import Folded
+from service.models.compiled.lane import CompiledLane
 from service.models.patterns import PathMatcher, is_pattern
-from service.models.probe import Layer
+from service.models.probes.behaviour import Behaviour, Finding
+from service.models.probes.layers import Layer
+from service.models.probes.output import as_logits, logits_in
 from service.models.replicas import replicate
 
 _TYPE = "type:"

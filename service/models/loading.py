@@ -13,20 +13,27 @@ import torch
 from torch import Tensor, nn
 
 from service.errors import ConfigurationError, nearest
-from service.images import Preprocessing
+from service.images.decode import Preprocessing
 from service.models.builders import Built, build
 from service.models.catalog import TARGET_LAYERS, InputSpec, ModelSpec, Output
-from service.models.condition import parts_of
+from service.models.compiled.folding import fold
+from service.models.compiled.lane import Compiler
 from service.models.eager import answering, in_eval_mode, why_no_gradients, why_no_layers
-from service.models.folding import fold
-from service.models.lane import Compiler
 from service.models.loaded import LoadedModel
-from service.models.measured import Behaviour, Finding, Trial, behaviour, preserved, trial_images
-from service.models.places import Places, Rect, covered, measure_places
-from service.models.probe import Probe, default_target, probe
+from service.models.probes.behaviour import (
+    Behaviour,
+    Finding,
+    Trial,
+    behaviour,
+    preserved,
+    trial_images,
+)
+from service.models.probes.condition import parts_of
+from service.models.probes.layers import Probe, default_target, probe
+from service.models.probes.places import Places, Rect, covered, measure_places
+from service.models.probes.settling import settle
+from service.models.probes.torch_state import kept_torch_state
 from service.models.replicas import replicate
-from service.models.settling import settle
-from service.models.torch_state import kept_torch_state
 
 _log = structlog.get_logger(__name__)
 

@@ -14,9 +14,9 @@ from torch import nn
 
 from service.errors import ModelNotReady, UnknownModel, nearest
 from service.models.backoff import Backoff
-from service.models.condition import PARAMETERS_CHANGED, Condition, hooks_of
 from service.models.loaded import LoadedModel
-from service.models.torch_state import kept_torch_state
+from service.models.probes.condition import PARAMETERS_CHANGED, Condition, hooks_of
+from service.models.probes.torch_state import kept_torch_state
 
 _log = structlog.get_logger(__name__)
 

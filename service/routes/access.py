@@ -12,10 +12,10 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.errors import KeyLimit, Unauthorized
-from service.keys import KeyFile
-from service.quotas import Quotas, Visit
 from service.routes.problems import problem
 from service.routes.state import service_of
+from service.security.keys import KeyFile
+from service.security.quotas import Quotas, Visit
 
 OPEN = frozenset(
     {

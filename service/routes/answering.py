@@ -21,18 +21,19 @@ from fastapi import Request, Response
 from torch import Tensor
 
 from api_schemas.options import CommonOptions, ExplainOptions
-from service.admission import Held, Permit
-from service.declared_size import Size
 from service.errors import CamserveError, DeadlineExceeded, MalformedRequest, QueueFull
-from service.formats import check_format
+from service.images.declared_size import Size
+from service.images.formats import check_format
+from service.images.upload import Hiding, Sent, Upload, open_upload
+from service.inference.questions import Answer, Question
 from service.metrics import STAGES
 from service.models.loaded import LoadedModel
-from service.questions import Answer, Question
-from service.routes import access, asking, bodies, encodings
-from service.routes.answer_bytes import UNKNOWN, Bill, Price, Sizes
+from service.pipeline import resolve
+from service.pipeline.answer_size import UNKNOWN, Bill, Price, Sizes
+from service.routes import access, bodies, encodings
 from service.routes.middleware import CLIENT_CLOSED_REQUEST
 from service.routes.state import Limits, Service, service_of
-from service.upload import Hiding, Sent, Upload, open_upload
+from service.scheduling.admission import Held, Permit
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -253,9 +254,9 @@ class _Resolved:
 
 def _resolved(model: LoadedModel, options: CommonOptions, limits: Limits, images: int) -> _Resolved:
     prices: list[float] = []
-    question = asking.question(model, options, limits, images, prices.append)
+    question = resolve.question(model, options, limits, images, prices.append)
     sizes = Sizes(model, options, question(torch.empty(0)), limits.render_side)
-    return _Resolved(question, asking.hiding(options), sizes, prices)
+    return _Resolved(question, resolve.hiding(options), sizes, prices)
 
 
 async def ask(work: Work, data: Sent, size: Size = UNKNOWN) -> Answered:

@@ -14,7 +14,6 @@ import pydantic
 from fastapi import Request
 
 from api_schemas.options import CommonOptions, ExplainRequest, ImageSource
-from service.admission import Permit
 from service.errors import (
     BodyTooLarge,
     EmptyBody,
@@ -24,10 +23,11 @@ from service.errors import (
     SlowUpload,
     UnsupportedMediaType,
 )
-from service.fetching import Fetcher
-from service.formats import format_of
+from service.images.formats import format_of
 from service.routes.problems import describe
 from service.routes.state import service_of
+from service.scheduling.admission import Permit
+from service.security.fetcher import Fetcher
 
 Options = TypeVar("Options", bound=CommonOptions)
 

@@ -19,16 +19,16 @@ from api_schemas.options import (
     PredictOptions,
     PredictRequest,
 )
-from service.admission import Permit
-from service.declared_size import Size
 from service.errors import InvalidOption, NotAcceptable
+from service.images.declared_size import Size
+from service.pipeline.answer_size import size_before
+from service.pipeline.response import overlay, result, style_of
 from service.routes import answering, bodies, docs, forms
 from service.routes.accept import preferred_image
-from service.routes.answer_bytes import size_before
 from service.routes.answering import Work, as_error, result_of
 from service.routes.problems import status_of
 from service.routes.state import service_of
-from service.routes.wire import overlay, result, style_of
+from service.scheduling.admission import Permit
 
 router = APIRouter(tags=["classify"])
 _log = structlog.get_logger(__name__)

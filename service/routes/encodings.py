@@ -15,9 +15,9 @@ from collections.abc import Sequence
 
 from fastapi import Request
 
-from service.admission import Permit
 from service.errors import BodyTooLarge, EmptyBody, MalformedRequest, UnsupportedMediaType
 from service.routes.state import service_of
+from service.scheduling.admission import Permit
 
 ACCEPTED = ("gzip", "deflate", "identity")
 

@@ -7,15 +7,15 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from service.admission import Permit
 from service.cam.file_sizes import photo_bytes
 from service.cam.kernels import KernelGrid, draw_kernels, sees_colours, weight_of
 from service.errors import InvalidOption
 from service.models.loaded import LoadedModel
+from service.pipeline.answer_size import Bill
 from service.routes import answering
-from service.routes.answer_bytes import Bill
 from service.routes.docs import problems
 from service.routes.state import service_of
+from service.scheduling.admission import Permit
 
 router = APIRouter(tags=["models"])
 

@@ -17,11 +17,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.admission import Admission, Held
 from service.errors import HeadTooLarge, InvalidOption, QueueFull, ShuttingDown
 from service.metrics import Metrics
 from service.routes.access import path_of
 from service.routes.problems import problem, unexpected
+from service.scheduling.admission import Admission, Held
 from service.tracing import Traces
 
 _log = structlog.get_logger("camserve.requests")
@@ -60,7 +60,7 @@ class RequestContext:
     """Gives each request an id (its own `X-Request-ID`, or a new one), logs and counts it.
 
     What the request holds is given back once its answer has left: `send` returns from the last
-    message when the socket has taken it (`service.outbox`).
+    message when the socket has taken it (`service.routes.server.outbox`).
     An exception that no handler took becomes a 500 problem body here; nothing of it leaves.
     """
 

@@ -7,9 +7,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from api_schemas import models as wire
-from service.models.condition import ATTRIBUTE
 from service.models.library import Entry
 from service.models.loaded import LoadedModel
+from service.models.probes.condition import ATTRIBUTE
 from service.routes.access import may_see_reasons
 from service.routes.docs import problems
 from service.routes.state import Service, service_of

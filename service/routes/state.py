@@ -6,16 +6,16 @@ from dataclasses import dataclass, field
 
 from fastapi import Request
 
-from service.admission import Admission
-from service.budget import DecodeBudget
-from service.fetching import Fetcher
-from service.keys import KeyFile
-from service.label_studio_host import LabelStudio
+from service.images.budget import DecodeBudget
+from service.integrations.label_studio.host import LabelStudio
 from service.metrics import Metrics
 from service.models.library import Library
 from service.models.pool import ModelPool
-from service.scheduler import Scheduler
-from service.transfers import Transfers
+from service.scheduling.admission import Admission
+from service.scheduling.scheduler import Scheduler
+from service.scheduling.transfers import Transfers
+from service.security.fetcher import Fetcher
+from service.security.keys import KeyFile
 
 
 @dataclass(frozen=True, slots=True)

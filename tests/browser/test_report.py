@@ -13,7 +13,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page
 from typer.testing import CliRunner
 
-from service.cli import app
+from service.cli.main import app
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
 

@@ -18,11 +18,11 @@ from gates import Gate
 from starlette.testclient import TestClient
 
 from api_schemas.options import PredictOptions
-from service import keys as keys_module
 from service import logs
 from service.app import create_app
 from service.errors import ConfigurationError
-from service.routes import asking
+from service.pipeline import resolve
+from service.security import keys as keys_module
 from service.settings import Settings
 
 PNG = {"content-type": "image/png"}
@@ -294,7 +294,7 @@ def test_what_is_captured_is_on_a_key_s_bill(guarded: TestClient) -> None:
     charged: list[float] = []
     with service.pool.use("small") as model:
         options = PredictOptions(activations=["features.0"])
-        asking.question(model, options, service.limits, 4, charged.append)
+        resolve.question(model, options, service.limits, 4, charged.append)
         floats = math.prod(model.layer("features.0").shape)
     assert charged == [pytest.approx(4 * (1 + 0.02 * 4 * floats / 2**20))]
 

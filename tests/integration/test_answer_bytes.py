@@ -14,9 +14,9 @@ import pytest
 from gates import Gate
 from starlette.testclient import TestClient
 
-from service.admission import Permit
+from service.pipeline.answer_size import Bill
 from service.routes import answering
-from service.routes.answer_bytes import Bill
+from service.scheduling.admission import Permit
 
 MEBIBYTE = 1 << 20
 WIDE = {"include": ["heatmap", "overlay", "grid", "regions"], "format": "png", "explain_top": 5}
@@ -122,7 +122,7 @@ def test_what_is_asked_every_day_is_never_refused_at_the_largest_size(
 def test_a_head_that_declares_less_than_is_decoded_is_found_out(
     serve: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.routes.answer_bytes.size_of", lambda _: (1, 1))
+    monkeypatch.setattr("service.pipeline.answer_size.size_of", lambda _: (1, 1))
     with serve(max_answer_bytes=MEBIBYTE) as client:
         refused = upload(client, 1, noise(700, 700), include="overlay", format="png")
         assert refused.status_code == 422

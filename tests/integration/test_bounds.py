@@ -23,11 +23,12 @@ from starlette.testclient import TestClient
 from structlog.testing import capture_logs
 
 from api_schemas.options import ExplainRequest
-from service import connections
 from service.errors import InvalidOption
-from service.formats import format_of
-from service.integrations import asked, kserve, nested
+from service.images.formats import format_of
+from service.integrations import asked
+from service.integrations.protocols import kserve, nested
 from service.routes import bodies, classify
+from service.routes.server import connections
 
 PNG = {"content-type": "image/png"}
 JSON = {"content-type": "application/json"}

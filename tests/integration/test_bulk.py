@@ -26,8 +26,8 @@ from disks import playing
 from PIL import Image
 from typer.testing import CliRunner
 
-from service.bulk.results import open_results
-from service.cli import app
+from service.cli.bulk.results import open_results
+from service.cli.main import app
 
 TESTS = Path(__file__).parent.parent
 ROOT = TESTS.parent

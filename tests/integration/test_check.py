@@ -8,8 +8,8 @@ import pictures
 import pytest
 from typer.testing import CliRunner
 
-from service.cli import app
-from service.flags import OUT
+from service.cli.flags import OUT
+from service.cli.main import app
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -21,7 +21,7 @@ from PIL import Image
 from tiny import SmallNet
 from typer.testing import CliRunner
 
-from service.cli import app
+from service.cli.main import app
 from service.settings import Settings
 
 TESTS = Path(__file__).parent.parent

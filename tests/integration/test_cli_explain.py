@@ -22,7 +22,7 @@ from disks import playing
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from service.cli import app
+from service.cli.main import app
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -29,12 +29,12 @@ from structlog.testing import capture_logs
 
 from api_schemas.client_calls import EVERY_CONNECTION_KEPT
 from service.app import create_app
+from service.inference.questions import Answer, Question, lane_of
+from service.inference.steps import run
 from service.metrics import Metrics
-from service.questions import Answer, Question, lane_of
 from service.routes.state import Service
-from service.scheduler import Scheduler
+from service.scheduling.scheduler import Scheduler
 from service.settings import Settings
-from service.stepwise import run
 
 REQUESTS = 500
 CLIENTS = 64

@@ -12,7 +12,7 @@ import pytest
 import tiffs
 from starlette.testclient import TestClient
 
-from service.budget import DecodeBudget
+from service.images.budget import DecodeBudget
 
 PNG = {"content-type": "image/png"}
 DATA = pictures.png(400, 300)

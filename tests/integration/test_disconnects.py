@@ -15,7 +15,7 @@ from gates import Hold, calls_waiting, wait_until
 from starlette.testclient import TestClient
 from webhosts import Web, web
 
-from service.overlay_tokens import Grant, sign
+from service.security.overlay_tokens import Grant, sign
 
 SECRET = "a secret of more than thirty-two characters"  # noqa: S105
 OVERLAY = "/integrations/label-studio/overlay.png"

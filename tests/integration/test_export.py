@@ -17,7 +17,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from typer.testing import CliRunner
 
-from service.cli import app
+from service.cli.main import app
 
 pytestmark = [
     pytest.mark.timeout(60),

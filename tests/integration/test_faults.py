@@ -20,9 +20,9 @@ from starlette.testclient import TestClient
 
 from service import logs
 from service.cam.heatmap import render_heatmap
+from service.images.upload import open_upload
 from service.models.pool import ModelPool
-from service.scheduler import Scheduler
-from service.upload import open_upload
+from service.scheduling.scheduler import Scheduler
 
 PNG = {"content-type": "image/png"}
 
@@ -181,7 +181,7 @@ def test_a_picture_that_cannot_be_drawn_fails_alone(serve, monkeypatch) -> None:
             raise RuntimeError("planted: render")
         return render_heatmap(grid, geometry, style, *more)
 
-    monkeypatch.setattr("service.routes.wire.render_heatmap", render)
+    monkeypatch.setattr("service.pipeline.response.render_heatmap", render)
     with serve(max_batch=4) as client:
         every = [
             functools.partial(send, client, pictures.png(), colormap=colormap)
@@ -201,7 +201,7 @@ def test_an_overlay_that_cannot_be_drawn_is_a_problem(serve, monkeypatch) -> Non
     def render(*_: Any) -> Any:
         raise ValueError("planted: overlay")
 
-    monkeypatch.setattr("service.routes.wire.render_overlay", render)
+    monkeypatch.setattr("service.pipeline.response.render_overlay", render)
     with serve() as client:
         response = client.post(
             "/explain", content=pictures.png(), headers={**PNG, "accept": "image/png"}

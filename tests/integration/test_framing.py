@@ -13,7 +13,7 @@ import pytest
 from raw import ask, chunked, connected, head, last_of, post, read_one, read_to_the_end, statuses
 from structlog.testing import capture_logs
 
-from service import connections, framing, serving
+from service.routes.server import connections, framing, serve
 
 CLOSE = "connection: close"
 SMUGGLED = b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n"
@@ -270,7 +270,7 @@ def test_framing_is_bounded_beside_its_content(content: int, pieces: int | None)
 def test_empty_lines_keep_no_answered_connection_open(
     run_server, monkeypatch: pytest.MonkeyPatch, extra: bytes
 ) -> None:
-    monkeypatch.setattr(serving, "KEEP_ALIVE_SECONDS", 0.3)
+    monkeypatch.setattr(serve, "KEEP_ALIVE_SECONDS", 0.3)
     with run_server() as server, connected(server.address) as connection:
         connection.sendall(head("GET /health/live", "host: x"))
         assert statuses(read_one(connection)) == [200]

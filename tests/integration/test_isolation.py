@@ -15,7 +15,7 @@ from keeping import KEEPS, LEAVES, OPEN, Copied
 from tiny import SmallNet
 
 from service.app import create_app
-from service.models.torch_state import kept_torch_state
+from service.models.probes.torch_state import kept_torch_state
 from service.settings import Settings
 
 PNG = {"content-type": "image/png"}

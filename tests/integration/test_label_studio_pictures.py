@@ -15,9 +15,9 @@ from starlette.testclient import TestClient
 from typer.testing import CliRunner
 from webhosts import Forbidden, Web, forbidden, web
 
-from service.cli import app
+from service.cli.main import app
 from service.errors import ConfigurationError
-from service.overlay_tokens import Grant, sign
+from service.security.overlay_tokens import Grant, sign
 from service.settings import Settings
 
 BASE = "/integrations/label-studio"
@@ -137,7 +137,7 @@ def test_a_token_that_is_refused_leaves_tasks_empty(serve, studio: Studio) -> No
 
 
 def test_an_access_token_that_is_old_is_exchanged_anew(client, studio: Studio, monkeypatch) -> None:
-    monkeypatch.setattr("service.label_studio_host.ACCESS_SECONDS", -1.0)
+    monkeypatch.setattr("service.integrations.label_studio.host.ACCESS_SECONDS", -1.0)
     assert all(found(client, *["/data/upload/1/ab-cat.png"] * 2))
     assert len(studio.exchanged) == 2
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco
 from starlette.testclient import TestClient
 
-from service.cam.masking import Fill, hide
+from service.images.masks import Fill, hide
 
 PNG = {"content-type": "image/png"}
 BOX = [10, 5, 30, 20]

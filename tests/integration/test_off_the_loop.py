@@ -14,8 +14,9 @@ from starlette.testclient import TestClient
 
 from api_schemas.options import Mask
 from service import errors
-from service.integrations import asked, kserve, label_studio, nested, open_inference, tensors
-from service.integrations import label_studio_config as config
+from service.integrations import asked
+from service.integrations.label_studio import backend, config
+from service.integrations.protocols import kserve, nested, open_inference, tensors
 from service.models import loaded, patterns
 from service.routes import bodies, encodings, forms
 
@@ -126,8 +127,8 @@ WATCHED: list[tuple[Any, str]] = [
     (kserve, "options"),
     (open_inference, "options"),
     (config, "images_in"),
-    (label_studio, "images_in"),
-    (label_studio, "parameters_in"),
+    (backend, "images_in"),
+    (backend, "parameters_in"),
     (config.Control, "label_of"),
     (nested, "leaves"),
     (tensors, "files"),

@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 
 from api_schemas.options import Colormap
 from service.cam.heatmap import COLORMAPS
-from service.web.page import read_files
+from service.routes.page.router import read_files
 
 WEB = Path(__file__).parent.parent.parent / "service" / "web"
 

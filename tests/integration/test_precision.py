@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pictures import png
 
-from service.models import openvino_front
+from service.models.compiled import openvino_front
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -23,7 +23,7 @@ from gates import Gate
 from starlette.testclient import TestClient
 from tiny import SmallNet
 
-from service.images import Preprocessing
+from service.images.decode import Preprocessing
 
 SIDE = 224
 PIXELS = pictures.noise(SIDE, SIDE)

@@ -17,14 +17,14 @@ from random_models import PLANS, SIDE, Plan
 from torch import Tensor
 
 from service.errors import ConfigurationError
-from service.jobs import Timed
+from service.inference.questions import Question
 from service.metrics import Metrics
 from service.models.catalog import InputSpec, ModelSpec
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model
 from service.models.pool import ModelPool
-from service.questions import Question
-from service.scheduler import Scheduler
+from service.scheduling.jobs import Timed
+from service.scheduling.scheduler import Scheduler
 
 
 def images() -> list[Tensor]:

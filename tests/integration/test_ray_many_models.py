@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 
 from service.app import create_app
 from service.errors import ConfigurationError
-from service.overlay_tokens import Grant, sign
+from service.security.overlay_tokens import Grant, sign
 from service.settings import Settings
 
 with warnings.catch_warnings():

@@ -29,7 +29,8 @@ from raw import (
 from structlog.testing import capture_logs
 from webhosts import web
 
-from service import connections, outbox, transfers
+from service.routes.server import connections, outbox
+from service.scheduling import transfers
 
 PNG = {"content-type": "image/png"}
 EVER = 1e9

@@ -15,8 +15,8 @@ import pytest
 from gates import PATIENCE, jobs_waiting, wait_until
 from starlette.testclient import TestClient
 
-from service.perturbation import CHUNK
-from service.questions import FORWARD_AND_BACKWARD, windows
+from service.inference.perturbation import CHUNK
+from service.inference.questions import FORWARD_AND_BACKWARD, windows
 
 PNG = {"content-type": "image/png"}
 COUNTED = ("nets:counted",)

@@ -17,8 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from typer.testing import CliRunner
 
 from service.cam.heatmap import Picture
-from service.cli import app
-from service.tensorboard import open_board
+from service.cli.main import app
+from service.cli.tensorboard import open_board
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Page, Response, Route, expect
 
-from service.overlay_tokens import Grant, sign
+from service.security.overlay_tokens import Grant, sign
 
 pytestmark = [pytest.mark.labeling, pytest.mark.timeout(600)]
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from api_schemas.client import Client
 from api_schemas.client_results import Explanation, Result
-from service.cli import app
+from service.cli.main import app
 
 pytestmark = [pytest.mark.protocols, pytest.mark.timeout(240)]
 

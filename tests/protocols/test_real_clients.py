@@ -15,7 +15,7 @@ import pytest
 import torch
 from tiny import SmallNet
 
-from service.images import Preprocessing
+from service.images.decode import Preprocessing
 
 pytestmark = [pytest.mark.protocols, pytest.mark.timeout(180)]
 

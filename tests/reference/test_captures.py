@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from service.inference.questions import Activation, Answer, Kind, Question
+from service.inference.steps import run
 from service.models.loaded import LoadedModel
 from service.models.pool import ModelPool
-from service.questions import Activation, Answer, Kind, Question
-from service.stepwise import run
 
 pytestmark = [pytest.mark.reference, pytest.mark.timeout(120)]
 

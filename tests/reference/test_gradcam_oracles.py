@@ -25,15 +25,15 @@ from torchvision.transforms._presets import ImageClassification
 from torchvision.transforms.v2 import functional as transforms
 
 from service.app import create_app
-from service.images import Source, decode, fit_to_model
+from service.images.decode import Source, decode, fit_to_model
+from service.inference.questions import Answer, Explanation, Question
+from service.inference.steps import run
 from service.models.catalog import parse_model
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model
 from service.models.pool import ModelPool
-from service.models.probe import probe
-from service.questions import Answer, Explanation, Question
+from service.models.probes.layers import probe
 from service.settings import Settings
-from service.stepwise import run
 
 pytestmark = pytest.mark.reference
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from torchcam.methods import GradCAM, LayerCAM, XGradCAM
 
 from service.errors import InvalidOption
+from service.inference.questions import Answer, Question
 from service.models.loaded import LoadedModel
-from service.questions import Answer, Question
 
 pytestmark = [pytest.mark.reference, pytest.mark.timeout(120)]
 

@@ -17,8 +17,8 @@ from torchvision.models.convnext import CNBlockConfig
 
 from service.cam.guided import GuidedReLU
 from service.errors import InvalidOption
+from service.inference.questions import Question
 from service.models.loaded import LoadedModel
-from service.questions import Question
 
 pytestmark = [
     pytest.mark.reference,

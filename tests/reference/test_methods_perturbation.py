@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchcam.methods import ScoreCAM as TorchScoreCAM
 
-from service import perturbation
-from service.inference import Part, forward
-from service.models.cut import tail
+from service.inference import perturbation
+from service.inference.batch import Part, forward
+from service.inference.questions import Question, cost
+from service.models.compiled.cut import tail
 from service.models.loaded import LoadedModel
-from service.questions import Question, cost
 
 pytestmark = [pytest.mark.reference, pytest.mark.timeout(30)]
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from service.errors import NonFiniteOutput
+from service.inference.questions import Answer, Explanation, Question
 from service.models.loaded import LoadedModel
-from service.questions import Answer, Explanation, Question
 
 pytestmark = [pytest.mark.reference, pytest.mark.timeout(30)]
 

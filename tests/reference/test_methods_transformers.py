@@ -9,7 +9,7 @@ from pytorch_grad_cam import GradCAM
 from torch import Tensor, nn
 
 from service.cam.layouts import Layout, layout_of
-from service.questions import Question
+from service.inference.questions import Question
 
 pytestmark = [pytest.mark.reference, pytest.mark.timeout(60)]
 

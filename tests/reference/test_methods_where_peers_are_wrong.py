@@ -9,8 +9,8 @@ from torch import Tensor
 from torchcam.methods import GradCAM as TorchGradCAM
 from torchcam.methods import GradCAMpp
 
+from service.inference.questions import Question
 from service.models.replicas import replicate
-from service.questions import Question
 
 pytestmark = [pytest.mark.reference, pytest.mark.timeout(60)]
 

@@ -11,7 +11,7 @@ import torchvision
 from PIL import Image
 from torchvision.transforms.v2 import functional as transforms
 
-from service.images import Preprocessing, Source, fit_to_model
+from service.images.decode import Preprocessing, Source, fit_to_model
 from service.models.builders import _from_entry, preprocessing_of_timm
 from service.models.catalog import InputSpec, ModelSpec, parse_model
 from service.models.loading import load_model

@@ -11,11 +11,11 @@ import pytest
 from oracles import real
 from PIL import Image
 
+from service.images.upload import open_upload
+from service.inference.questions import Answer, Question
+from service.inference.steps import run
 from service.models.loaded import LoadedModel
 from service.models.pool import ModelPool
-from service.questions import Answer, Question
-from service.stepwise import run
-from service.upload import open_upload
 
 pytestmark = pytest.mark.reference
 

@@ -9,13 +9,13 @@ import torch
 from cheap_weights import cheaply
 
 from service.errors import ConfigurationError
+from service.inference.questions import Answer, Question
+from service.inference.steps import run
 from service.models import builders
 from service.models.catalog import InputSpec, ModelSpec
-from service.models.condition import Condition
 from service.models.loading import load_model
 from service.models.pool import Replica
-from service.questions import Answer, Question
-from service.stepwise import run
+from service.models.probes.condition import Condition
 
 timm = pytest.importorskip("timm", reason="timm is not installed: pip install camserve[timm]")
 

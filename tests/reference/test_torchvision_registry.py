@@ -7,13 +7,13 @@ import torch
 import torchvision
 from cheap_weights import cheaply
 
+from service.inference.questions import Answer, Question
+from service.inference.steps import run
 from service.models import builders
 from service.models.catalog import InputSpec, ModelSpec
-from service.models.condition import Condition
 from service.models.loading import load_model
 from service.models.pool import Replica
-from service.questions import Answer, Question
-from service.stepwise import run
+from service.models.probes.condition import Condition
 
 LARGE = {"regnet_y_128gf", "vit_h_14", "vit_l_16", "vit_l_32"}
 """More than 4 GB, or about 20 seconds on one core."""

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from service.app import create_app
 from service.cam.hooks import gradients, record
-from service.input_gradients import guided_backprop
+from service.inference.input_gradients import guided_backprop
 from service.settings import Settings
 
 pytestmark = [pytest.mark.reference, pytest.mark.timeout(60)]

@@ -21,7 +21,7 @@ from api_schemas.adapters import coco, cvat, fiftyone, labelbox
 from api_schemas.client_errors import ImageRefused
 from api_schemas.client_results import Explanation, Regions, Result
 from service.cam.regions import rle_encode
-from service.export.command import KINDS
+from service.cli.export.command import KINDS
 
 ROOT = Path(__file__).parent.parent.parent
 HEIGHT, WIDTH = 40, 60

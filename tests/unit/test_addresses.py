@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.addresses import is_allowed, locate, parse_hosts
 from service.errors import ConfigurationError, ImageUrlRefused
+from service.security.addresses import is_allowed, locate, parse_hosts
 
 PUBLIC = ["93.184.215.14", "1.1.1.1", "172.32.0.1", "2606:2800:21f:cb07:6820:80da:af6b:8b2c"]
 PRIVATE = ["10.0.0.5", "172.16.0.1", "172.31.255.255", "192.168.1.1", "127.0.0.1", "127.9.9.9"]

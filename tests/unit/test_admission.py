@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from service.admission import Admission, Held, Permit
 from service.errors import QueueFull, ShuttingDown
+from service.scheduling.admission import Admission, Held, Permit
 
 
 def admission(images: int = 3, size: int = 1000) -> Admission:

@@ -11,12 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pictures
 import pytest
 
-from service.budget import SHARE, DecodeBudget
-from service.channels import channel_bytes, open_headers
 from service.errors import DeadlineExceeded, ImageTooLarge
-from service.images import Preprocessing
-from service.memory import memory_limit
-from service.upload import open_upload
+from service.images.budget import SHARE, DecodeBudget
+from service.images.channels import channel_bytes, open_headers
+from service.images.decode import Preprocessing
+from service.images.upload import open_upload
+from service.resources import memory_limit
 
 HOW = Preprocessing(32, (32, 32))
 
@@ -89,9 +89,9 @@ def test_threads_together_never_hold_more_than_the_bound(monkeypatch: pytest.Mon
         most = max(most, budget.taken)
         return decode_channels(*arguments, **options)
 
-    from service.upload import decode_channels  # noqa: PLC0415 - before it is replaced
+    from service.images.upload import decode_channels  # noqa: PLC0415 - before it is replaced
 
-    monkeypatch.setattr("service.upload.decode_channels", watch)
+    monkeypatch.setattr("service.images.upload.decode_channels", watch)
     with ThreadPoolExecutor(8) as pool:
         opened = list(
             pool.map(
@@ -112,7 +112,7 @@ def test_an_image_over_the_budget_is_refused_before_it_is_decoded(
     def must_not_run(*_: object, **__: object) -> None:
         raise AssertionError("decoded")
 
-    monkeypatch.setattr("service.upload.decode_channels", must_not_run)
+    monkeypatch.setattr("service.images.upload.decode_channels", must_not_run)
     with pytest.raises(ImageTooLarge, match="bytes of memory"):
         open_upload(
             pictures.png(),

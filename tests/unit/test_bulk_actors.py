@@ -14,11 +14,11 @@ import pytest
 pytest.importorskip("ray", reason="an extra")
 
 from api_schemas.options import ExplainOptions
-from service.bulk.explaining import Shard
-from service.bulk.inputs import list_inputs
-from service.bulk.job import Job
-from service.bulk.on_ray import _each, _Explainer
-from service.bulk.results import Results, open_results
+from service.cli.bulk.explaining import Shard
+from service.cli.bulk.inputs import list_inputs
+from service.cli.bulk.job import Job
+from service.cli.bulk.on_ray import _each, _Explainer
+from service.cli.bulk.results import Results, open_results
 from service.errors import ConfigurationError
 from service.settings import Settings
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from disks import playing
 
-from service.bulk.results import Results, Work, open_results
+from service.cli.bulk.results import Results, Work, open_results
 from service.durable import write_synced
 from service.errors import ConfigurationError
 

@@ -16,15 +16,15 @@ from scipy.stats import spearmanr
 from tiny import SmallNet
 from torch import nn
 
-from service import calibration
-from service.calibration import calibrate, rank_correlation
 from service.errors import ConfigurationError
+from service.evaluation import calibration
+from service.evaluation.calibration import calibrate, rank_correlation
+from service.inference.questions import Question
+from service.inference.steps import run_compiled
 from service.models.catalog import ModelSpec, parse_models, with_int8
-from service.models.lane import Compiler
+from service.models.compiled.lane import Compiler
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model
-from service.questions import Question
-from service.stepwise import run_compiled
 
 pytestmark = pytest.mark.timeout(180)
 

@@ -11,9 +11,9 @@ from keeping import KEEPS, Keeping, Unreadable
 from tiny import SmallNet, loaded
 from torch import Tensor, nn
 
-from service.models.condition import Condition
 from service.models.loaded import LoadedModel
 from service.models.pool import ModelPool
+from service.models.probes.condition import Condition
 
 IMAGES = torch.rand(2, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

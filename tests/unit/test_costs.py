@@ -11,13 +11,20 @@ from tiny import SmallNet, loaded
 from torch import Tensor
 
 from api_schemas.options import ExplainOptions, PredictOptions
-from service import inference
 from service.errors import InvalidOption
-from service.jobs import Job
+from service.inference import batch
+from service.inference.questions import (
+    BACKWARD,
+    CAM_METHODS,
+    WALKING_METHODS,
+    Answer,
+    Question,
+    cost,
+)
 from service.models.loaded import LoadedModel
-from service.questions import BACKWARD, CAM_METHODS, WALKING_METHODS, Answer, Question, cost
-from service.routes import asking
+from service.pipeline import resolve
 from service.routes.state import Limits
+from service.scheduling.jobs import Job
 
 PIXELS = oracles.picture(10, 32, 32)
 LAST, FIRST = "features", "features.0"
@@ -110,7 +117,7 @@ def test_the_price_of_a_request_is_what_its_answers_announce_summed(
 ) -> None:
     options = options.model_copy(update={"include": ["none"], "size": "model"})
     charged: list[float] = []
-    asked = asking.question(model, options, LIMITS, 3, charged.append)(PIXELS)
+    asked = resolve.question(model, options, LIMITS, 3, charged.append)(PIXELS)
     passes = 2 if getattr(options, "mask", None) else 1
     announced = [each.cost for each in answer_of(model, asked).explanations] or [1.0]
     assert len(set(announced)) == 1
@@ -122,12 +129,12 @@ def test_what_costs_too_much_at_an_early_layer_is_refused(model: LoadedModel) ->
     options = ExplainOptions(explain_top=100, layer=[FIRST])
     most = cost(model, question(layers=(FIRST,), explain_top=100))
     assert most > 50
-    asking.question(model, options, replace(LIMITS, cost=most), 1)
+    resolve.question(model, options, replace(LIMITS, cost=most), 1)
     with pytest.raises(InvalidOption, match=f"costs {most:g} forward passes"):
-        asking.question(model, options, replace(LIMITS, cost=most - 1), 1)
+        resolve.question(model, options, replace(LIMITS, cost=most - 1), 1)
     masked = options.model_copy(update={"mask": '{"boxes": [[1, 1, 9, 9]]}'})
     with pytest.raises(InvalidOption, match=f"costs {2 * most:g} forward passes"):
-        asking.question(model, masked, replace(LIMITS, cost=most), 1)
+        resolve.question(model, masked, replace(LIMITS, cost=most), 1)
 
 
 # ---- what many targets hold
@@ -142,8 +149,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         walks.append(sum(tensor.nbytes for tensor in found))
         return found
 
-    inner = inference.gradients
-    monkeypatch.setattr(inference, "gradients", gradients)
+    inner = batch.gradients
+    monkeypatch.setattr(batch, "gradients", gradients)
     return walks
 
 
@@ -155,7 +162,7 @@ def test_targets_that_do_not_fit_one_walk_have_the_same_maps(
     asked = question(method=method, layers=layers, explain_top=100, contrast=3)
     at_once = answer_of(model, asked)
     floats = sum(model.activation_bytes([path], inputs=False) for path in layers)
-    monkeypatch.setattr(inference, "WALK_BYTES", 7 * floats)
+    monkeypatch.setattr(batch, "WALK_BYTES", 7 * floats)
     walks = watched(monkeypatch)
     chunked = answer_of(model, asked)
     assert len(walks) == 1 + 15, "of the captured gradients, and of seven targets each"
@@ -173,9 +180,9 @@ def test_a_hundred_targets_at_an_early_layer_hold_no_more_than_a_walk(
     large = loaded(SmallNet(classes=120), side=512)
     pixels = oracles.picture(10, 512, 512)
     asked = Question(pixels, layers=(FIRST,), explain_top=100)
-    assert 100 * large.activation_bytes([FIRST], inputs=False) > 2 * inference.WALK_BYTES
+    assert 100 * large.activation_bytes([FIRST], inputs=False) > 2 * batch.WALK_BYTES
     assert len(answer_of(large, asked).explanations) == 100
-    assert 0 < max(walks) <= inference.WALK_BYTES
+    assert 0 < max(walks) <= batch.WALK_BYTES
 
 
 def test_chunks_leave_the_graph_to_the_gradients_that_are_captured(
@@ -185,7 +192,7 @@ def test_chunks_leave_the_graph_to_the_gradients_that_are_captured(
         layers=(FIRST,), targets=(4,), activations=(LAST, FIRST), kinds=("grad_output",)
     )
     whole = answer_of(model, asked)
-    monkeypatch.setattr(inference, "WALK_BYTES", 1)
+    monkeypatch.setattr(batch, "WALK_BYTES", 1)
     chunked = answer_of(model, asked)
     assert {each.layer for each in whole.activations} == {FIRST, LAST}
     for one, other in zip(whole.activations, chunked.activations, strict=True):

@@ -13,12 +13,12 @@ import torchvision
 from played_device import NAME, played_device
 from torch import nn
 
+from service.inference.questions import CAM_METHODS, Answer, Question
+from service.inference.steps import STEPS, Unfinished, run
 from service.models.catalog import ModelSpec
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model
 from service.models.pool import ModelPool
-from service.questions import CAM_METHODS, Answer, Question
-from service.stepwise import STEPS, Unfinished, run
 
 pytestmark = pytest.mark.timeout(60)
 

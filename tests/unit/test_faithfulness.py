@@ -7,7 +7,7 @@ import torch
 from tiny import SmallNet, loaded
 from torch import Tensor, nn
 
-from service.faithfulness import candidates, rank
+from service.evaluation.faithfulness import candidates, rank
 
 pytestmark = pytest.mark.timeout(20)
 

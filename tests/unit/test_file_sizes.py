@@ -21,9 +21,9 @@ from service.cam.file_sizes import (
 )
 from service.cam.heatmap import Style, channel_grid, render_heatmap, sheet_of
 from service.cam.regions import find_regions
-from service.declared_size import size_of
-from service.images import Geometry
-from service.integrations.label_studio_brush import alpha_of, encode_rle
+from service.images.declared_size import size_of
+from service.images.decode import Geometry
+from service.integrations.label_studio.brush import alpha_of, encode_rle
 
 SIZES = [(1, 1), (7, 7), (8, 300), (300, 8), (64, 64), (128, 96), (224, 224), (255, 255)]
 SIZES += [(256, 256), (640, 480)]

@@ -10,11 +10,11 @@ import torchvision
 from tiny import loaded
 from torch import nn
 
-from service.models.folding import fold
+from service.inference.questions import Question, lane_of
+from service.inference.steps import run
+from service.models.compiled.folding import fold
 from service.models.pool import ModelPool
 from service.models.replicas import replicate
-from service.questions import Question, lane_of
-from service.stepwise import run
 
 torch.manual_seed(0)
 

@@ -17,13 +17,13 @@ import torch
 from tiny import SmallNet, loaded
 
 from service.errors import DeadlineExceeded, InferenceHangs
-from service.jobs import Call, Job
+from service.inference.questions import Answer, Question
+from service.inference.steps import Unfinished
 from service.metrics import Metrics
 from service.models.pool import ModelPool, Replica
-from service.questions import Answer, Question
-from service.scheduler import Scheduler
-from service.stepwise import Unfinished
-from service.workers import Workers
+from service.scheduling.jobs import Call, Job
+from service.scheduling.scheduler import Scheduler
+from service.scheduling.workers import Workers
 
 PATIENCE = 10.0
 NOTHING = Answer((), (), ())
@@ -307,7 +307,7 @@ def test_a_task_that_follows_one_that_hung_is_not_given_up_in_its_place(
 ) -> None:
     """The first ends, and the next begins, while the watchdog looks."""
     clock = Clock()
-    monkeypatch.setattr("service.workers.time", clock)
+    monkeypatch.setattr("service.scheduling.workers.time", clock)
     first, second = Note(), Note()
     tasks = iter([first, second, None])
     workers = Workers(lambda: next(tasks, None), count=1, hang_seconds=0.04)

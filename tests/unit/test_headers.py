@@ -15,8 +15,8 @@ import tiffs
 from PIL import Image
 
 from service.errors import CorruptImage, ImageError, ImageTooLarge
-from service.headers import exif, header, read_header
-from service.images import decode
+from service.images.decode import decode
+from service.images.headers import exif, header, read_header
 
 LIMIT = 1_000_000
 PARTS, BYTES = header.MAX_PARTS, header.MAX_METADATA_BYTES
@@ -138,7 +138,7 @@ def test_metadata_are_walked_in_linear_time(
         steps += 1
 
     for module in ("jpeg", "png", "webp", "gif"):
-        monkeypatch.setattr(f"service.headers.{module}.check_parts", count)
+        monkeypatch.setattr(f"service.images.headers.{module}.check_parts", count)
     counted = []
     for times in (1_000, 2_000, 4_000):
         steps = 0
@@ -299,7 +299,7 @@ def test_a_tiff_directory_that_points_to_itself_ends() -> None:
 
 
 def read_directories(data: bytes) -> Any:
-    from service.headers.tiff import directories  # noqa: PLC0415 - shadows the builder above
+    from service.images.headers.tiff import directories  # noqa: PLC0415 - shadows the builder above
 
     return directories(data)
 

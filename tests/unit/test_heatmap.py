@@ -25,7 +25,15 @@ from service.cam.heatmap import (
     resample,
 )
 from service.errors import RenderFailed
-from service.images import Fit, Geometry, ModelInput, Preprocessing, Source, fit_to_model, preview
+from service.images.decode import (
+    Fit,
+    Geometry,
+    ModelInput,
+    Preprocessing,
+    Source,
+    fit_to_model,
+    preview,
+)
 
 FITS: tuple[Fit, ...] = ("crop", "squash", "pad")
 SIZES = [(640, 480), (300, 700), (320, 320), (641, 479), (1, 7), (1, 1), (3, 2), (2000, 40)]

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from tiffs import DEFLATE, LZW, NONE, PACKBITS
 
-from service.channels import decode_channels
 from service.errors import CorruptImage, ImageTooLarge, UnsupportedImage
-from service.images import decode
+from service.images.channels import decode_channels
+from service.images.decode import decode
 
 LIMIT = 1_000_000
 SIZE = 11, 37

@@ -21,7 +21,7 @@ from torchvision.transforms._presets import ImageClassification
 from torchvision.transforms.v2 import functional as transforms
 
 from service.errors import CorruptImage, EmptyImage, ImageError, ImageTooLarge, UnsupportedImage
-from service.images import (
+from service.images.decode import (
     MAX_JPEG_SCANS,
     MAX_SIDE,
     Fit,

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps
 
 from service.errors import CorruptImage, ImageError, ImageTooLarge, UnsupportedImage
-from service.headers import jpeg
-from service.images import Preprocessing, decode, fit_to_model
-from service.jpeg import decode_jpeg, scale_of, scans
-from service.upload import Hiding, open_upload
+from service.images.decode import Preprocessing, decode, fit_to_model
+from service.images.headers import jpeg
+from service.images.jpeg import decode_jpeg, scale_of, scans
+from service.images.upload import Hiding, open_upload
 
 LIMIT = 20_000_000
 ORIENTATION = 0x0112
@@ -219,7 +219,7 @@ def test_only_what_is_asked_for_needs_the_whole_photo(monkeypatch: pytest.Monkey
         kept.append(keep)
         return scale(size, keep)
 
-    monkeypatch.setattr("service.jpeg.scale_of", watch)
+    monkeypatch.setattr("service.images.jpeg.scale_of", watch)
     data = large()
     assert opened(data).photo is None
     assert opened(data, photo_side=2048).photo.shape == (1655, 2048, 3)

@@ -11,11 +11,11 @@ ROOT = Path(service.__file__).parent.parent
 
 CACHES = {
     # One for each file system that the operator's `camserve bulk` names.
-    "service.bulk.inputs._file_system",
+    "service.cli.bulk.inputs._file_system",
     # A constant, computed when the first keys file is read.
-    "service.keys._blank_hashes",
+    "service.security.keys._blank_hashes",
     # 64 tuples of models' own labels; models are the operator's.
-    "service.routes.answer_bytes.longest_label",
+    "service.pipeline.answer_size.longest_label",
     # 128 pairs of a model's own mean or std and a device; models are the operator's.
     "service.models.loaded._on_each_channel",
 }
@@ -59,7 +59,7 @@ def test_no_client_s_text_becomes_a_regular_expression_or_a_split_address() -> N
             if isinstance(node, ast.Attribute) and ast.unparse(node) == "request.url":
                 splitting.add(f"{module}: request.url")
     assert splitting == {
-        "service.addresses",  # MAX_URL
-        "service.fetching",  # MAX_URL, and redirects of allowed hosts
-        "service.label_studio_host",  # MAX_URL, and the operator's own
+        "service.security.addresses",  # MAX_URL
+        "service.security.fetcher",  # MAX_URL, and redirects of allowed hosts
+        "service.integrations.label_studio.host",  # MAX_URL, and the operator's own
     }

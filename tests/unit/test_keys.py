@@ -8,10 +8,10 @@ from pathlib import Path
 import pydantic
 import pytest
 
-from service import keys as module
 from service.errors import ConfigurationError, InvalidOption, KeyLimit
-from service.keys import Key, KeyFile, read_keys
-from service.quotas import Bounds, Quotas
+from service.security import keys as module
+from service.security.keys import Key, KeyFile, read_keys
+from service.security.quotas import Bounds, Quotas
 from service.settings import Settings
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from service.cam.heatmap import resample
-from service.images import Geometry
-from service.integrations.label_studio_brush import STEPS, alpha_of, encode_rle
+from service.images.decode import Geometry
+from service.integrations.label_studio.brush import STEPS, alpha_of, encode_rle
 
 WHOLE = Geometry((40, 30), (8, 6), (0.0, 0.0, 40.0, 30.0))
 

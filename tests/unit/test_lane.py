@@ -18,17 +18,17 @@ from tiny import SmallNet
 from torch import nn
 
 from service.errors import ConfigurationError
-from service.models import lane as lanes
-from service.models import openvino_front
+from service.inference.questions import Question, lane_of
+from service.inference.steps import run, run_compiled
 from service.models.catalog import ModelSpec
-from service.models.front import Normalised
-from service.models.lane import TOLERANCES, Compiler, NotCompiled, Parity
+from service.models.compiled import lane as lanes
+from service.models.compiled import openvino_front
+from service.models.compiled.front import Normalised
+from service.models.compiled.lane import TOLERANCES, Compiler, NotCompiled, Parity
+from service.models.compiled.openvino_front import converted
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model
-from service.models.openvino_front import converted
 from service.models.pool import ModelPool
-from service.questions import Question, lane_of
-from service.stepwise import run, run_compiled
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -343,7 +343,7 @@ def test_a_second_start_takes_the_front_from_disk(tmp_path: Path, monkeypatch) -
     def convert(*_):
         raise AssertionError("converted again")
 
-    monkeypatch.setattr("service.models.openvino_front._convert", convert)
+    monkeypatch.setattr("service.models.compiled.openvino_front._convert", convert)
     second = load_model_of("make", Compiler(cache=tmp_path))
     assert second.compiled
     assert second.compiled.parity == first.compiled.parity

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from service.cam.masking import Fill, boxes_mask, hide
+from service.images.masks import Fill, boxes_mask, hide
 
 FILLS: tuple[Fill, ...] = get_args(Fill)
 SIZES = [(640, 480), (64, 200), (1, 1), (3, 2), (1, 70_000), (70_000, 1), (900, 40)]

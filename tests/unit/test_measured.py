@@ -12,10 +12,11 @@ from tiny import SmallNet
 from torch import nn
 
 from service.cam.layouts import Layout, token_layout
-from service.models import measured, places
-from service.models.measured import Behaviour, Trial, behaviour, trial_images
-from service.models.places import covered, measure_places
-from service.models.probe import probe
+from service.models.probes import behaviour as module
+from service.models.probes import places
+from service.models.probes.behaviour import Behaviour, Trial, behaviour, trial_images
+from service.models.probes.layers import probe
+from service.models.probes.places import covered, measure_places
 from service.models.replicas import replicate
 
 
@@ -89,7 +90,7 @@ def test_the_tests_above_notice_a_probe_that_is_broken(
     name: str, parts: list[str], broken: object, build: Callable[[], nn.Module], monkeypatch
 ) -> None:
     for part in parts:
-        monkeypatch.setattr(measured, part, lambda *_args, **_more: broken)
+        monkeypatch.setattr(module, part, lambda *_args, **_more: broken)
     assert name not in failed(measured_of(build()))
 
 
@@ -274,17 +275,17 @@ def test_no_map_is_drawn_where_neither_shape_nor_measurement_speaks_for_one() ->
 
 def test_replicas_run_in_turn_for_a_bounded_time(monkeypatch) -> None:
     turns: list[int] = []
-    take = measured._Turns._wait
+    take = module._Turns._wait
 
     def counted(self, number: int) -> None:
         turns.append(number)
         take(self, number)
 
-    monkeypatch.setattr(measured._Turns, "_wait", counted)
+    monkeypatch.setattr(module._Turns, "_wait", counted)
     assert failed(measured_of(SmallNet())) == set()
     in_turn = len(turns)
     turns.clear()
-    monkeypatch.setattr(measured, "TURNS_SECONDS", -1.0)
+    monkeypatch.setattr(module, "TURNS_SECONDS", -1.0)
     assert failed(measured_of(SmallNet())) == set()
     assert len(turns) < 5 < in_turn
 

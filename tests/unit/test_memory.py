@@ -11,7 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.app import build_service
-from service.memory import collector_paused, memory_limit
+from service.resources import collector_paused, memory_limit
 from service.settings import Settings
 
 MACHINE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -11,11 +11,11 @@ from counting import lines_run
 
 from api_schemas.protocols import InferInput
 from service.errors import BodyTooLarge, InvalidImageData, MalformedRequest
-from service.images import Preprocessing
-from service.integrations import nested, tensors
-from service.integrations.nested import array_of, shape_of
-from service.integrations.pixels import pictures
-from service.integrations.tensors import files, is_base64, numbers
+from service.images.decode import Preprocessing
+from service.integrations.protocols import nested, tensors
+from service.integrations.protocols.nested import array_of, shape_of
+from service.integrations.protocols.pixels import pictures
+from service.integrations.protocols.tensors import files, is_base64, numbers
 from service.routes import bodies
 
 MOST = 1000

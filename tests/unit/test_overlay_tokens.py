@@ -11,7 +11,7 @@ import time
 import pytest
 
 from service.errors import ConfigurationError, InvalidOption, Unauthorized
-from service.overlay_tokens import Grant, read, sign
+from service.security.overlay_tokens import Grant, read, sign
 
 SECRET = "a secret of sixteen"  # noqa: S105
 GRANT = Grant(("/data/upload/1/", "https://photos.test/cats/"), "http://localhost:8080")

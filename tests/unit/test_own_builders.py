@@ -12,15 +12,15 @@ import torch
 from tiny import SmallNet
 from torch import Tensor, nn
 
-from service.check import check_models
+from service.cli.check import check_models
 from service.errors import ConfigurationError
+from service.inference.questions import Answer, Question
+from service.inference.steps import run
 from service.models.catalog import InputSpec, ModelSpec
-from service.models.condition import Condition
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model
 from service.models.pool import Replica
-from service.questions import Answer, Question
-from service.stepwise import run
+from service.models.probes.condition import Condition
 
 pytestmark = pytest.mark.timeout(60)
 

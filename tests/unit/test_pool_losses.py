@@ -19,14 +19,14 @@ from keeping import Copied
 from tiny import SmallNet, loaded
 
 from service.errors import ModelNotReady
+from service.inference.questions import Question, lane_of
 from service.metrics import Metrics
 from service.models.catalog import ModelSpec
-from service.models.lane import CompiledLane
+from service.models.compiled.lane import CompiledLane
 from service.models.library import Library
 from service.models.loaded import LoadedModel
 from service.models.pool import ModelPool
-from service.questions import Question, lane_of
-from service.scheduler import Scheduler
+from service.scheduling.scheduler import Scheduler
 
 PATIENCE = 10.0
 IMAGE = torch.zeros(1, 3, 32, 32)

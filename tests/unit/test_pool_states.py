@@ -18,7 +18,7 @@ from tiny import SmallNet, loaded
 from torch import Tensor, nn
 
 from service.errors import ModelNotReady, UnknownModel
-from service.models.folding import Folded, fold
+from service.models.compiled.folding import Folded, fold
 from service.models.loaded import LoadedModel
 from service.models.pool import ModelPool, Replica
 

@@ -23,7 +23,7 @@ from starlette.routing import Route
 import service
 from service.integrations.routers import ROUTERS
 from service.routes import classify, health, kernels, models
-from service.web.page import page_router
+from service.routes.page.router import page_router
 
 ROOT = Path(service.__file__).parent.parent
 
@@ -31,36 +31,42 @@ Hostile = tuple[str, str, str]
 """What a text begins with, what is repeated, and what it ends with."""
 
 LISTED: dict[str, tuple[Mode, list[Hostile]]] = {
-    "service.addresses._ENTRY": ("fullmatch", [("*.", "a", ":"), ("[", "a", "")]),
-    "service.addresses._NAME": ("fullmatch", [("", "a-", "."), ("", "a.", "!"), ("", "a", "!")]),
-    "service.addresses._PRINTABLE": ("fullmatch", [("", "a", " ")]),
-    "service.addresses._URL": ("match", [("http://", "a", "@"), ("http://", "a:", "\\")]),
-    "service.addresses._is_host": ("fullmatch", [("0x", "f", "g")]),
-    "service.headers.jpeg._MARKER": ("scan", [("", "\xff", ""), ("", "\xff\x00", "")]),
-    "service.image_files._OF_A_CLASS": ("scan", [("", ".1", "a"), (".", "1", "a"), ("", ".", "")]),
-    "service.image_files.text_of": ("scan", [("", "\\", ""), ("", "\\x", ""), ("", "\\x0", "")]),
-    "service.integrations.label_studio_config._VARIABLE": (
+    "service.security.addresses._ENTRY": ("fullmatch", [("*.", "a", ":"), ("[", "a", "")]),
+    "service.security.addresses._NAME": (
+        "fullmatch",
+        [("", "a-", "."), ("", "a.", "!"), ("", "a", "!")],
+    ),
+    "service.security.addresses._PRINTABLE": ("fullmatch", [("", "a", " ")]),
+    "service.security.addresses._URL": ("match", [("http://", "a", "@"), ("http://", "a:", "\\")]),
+    "service.security.addresses._is_host": ("fullmatch", [("0x", "f", "g")]),
+    "service.images.headers.jpeg._MARKER": ("scan", [("", "\xff", ""), ("", "\xff\x00", "")]),
+    "service.images.files._OF_A_CLASS": ("scan", [("", ".1", "a"), (".", "1", "a"), ("", ".", "")]),
+    "service.images.files.text_of": ("scan", [("", "\\", ""), ("", "\\x", ""), ("", "\\x0", "")]),
+    "service.integrations.label_studio.config._VARIABLE": (
         "scan",
         [("", "$", ""), ("$a", ".a", "."), ("$a", "-", ""), ("", "$a.", ""), ("$", "a", "")],
     ),
-    "service.integrations.label_studio_images._WEB": ("match", [("http", "s", "")]),
-    "service.integrations.label_studio_overlay._ENCODED": ("match", [("https", "%3A", "")]),
-    "service.integrations.label_studio_overlay._QUERY": (
+    "service.integrations.label_studio.images._WEB": ("match", [("http", "s", "")]),
+    "service.integrations.label_studio.overlay._ENCODED": ("match", [("https", "%3A", "")]),
+    "service.integrations.label_studio.overlay._QUERY": (
         "fullmatch",
         [("key=", "a", ""), ("key=", "&src=", ""), ("key=", ".", "&src")],
     ),
-    "service.keys._LIMIT": ("fullmatch", [("rate=", "1", "")]),
-    "service.keys._LINE": (
+    "service.security.keys._LIMIT": ("fullmatch", [("rate=", "1", "")]),
+    "service.security.keys._LINE": (
         "fullmatch",
         [(f"a:{'0' * 64}", " a", "\n"), (f"a:{'0' * 64} ", " ", ""), (f"a:{'0' * 64} ", "a", " ")],
     ),
-    "service.label_studio_host._LEGACY": ("fullmatch", [("", "a", "g")]),
-    "service.label_studio_host._PICTURES": (
+    "service.integrations.label_studio.host._LEGACY": ("fullmatch", [("", "a", "g")]),
+    "service.integrations.label_studio.host._PICTURES": (
         "match",
         [("/tasks/", "1", "/"), ("/", "data/upload", "")],
     ),
-    "service.label_studio_host._STORAGE": ("fullmatch", [("", "a", ":/"), ("s3://", "a", "\n")]),
-    "service.label_studio_host._exchange": ("fullmatch", [("", "a", " ")]),
+    "service.integrations.label_studio.host._STORAGE": (
+        "fullmatch",
+        [("", "a", ":/"), ("s3://", "a", "\n")],
+    ),
+    "service.integrations.label_studio.host._exchange": ("fullmatch", [("", "a", " ")]),
     "service.models.builders._OF_AUX": ("match", [("", "aux1", ""), ("", "AuxLogits", "")]),
     "service.models.builders._is_of_url": (
         "scan",
@@ -69,19 +75,28 @@ LISTED: dict[str, tuple[Mode, list[Hostile]]] = {
     "service.models.catalog.ENTRY": ("fullmatch", [("", "A", "a")]),
     "service.models.catalog.NAME": ("fullmatch", [("", "a", "/")]),
     "service.models.catalog.parse_model": ("scan", [("", "/:", "")]),
-    "service.models.checkpoints._AVERAGED": (
+    "service.models.weights.checkpoints._AVERAGED": (
         "scan",
         [("", "ema", ""), ("", "_", ""), ("", "a", "")],
     ),
-    "service.models.checkpoints._OF_TRAINING": ("fullmatch", [("", "loss", ""), ("", ".", "")]),
+    "service.models.weights.checkpoints._OF_TRAINING": (
+        "fullmatch",
+        [("", "loss", ""), ("", ".", "")],
+    ),
     "service.models.config._digest": ("fullmatch", [("", "a", "")]),
     "service.models.config._syntax": ("scan", [("", " (at line ", ""), (" (at line ", "1", "")]),
     "service.models.eager._FOLDERS": ("scan", [("", "/a", " "), ("/", "a", ""), ("", "/", "")]),
     "service.models.patterns._PARTS": ("scan", [("", "*", "a"), ("", "*?", "")]),
-    "service.models.weights._unpickled": ("scan", [("", "GLOBAL ", ""), ("GLOBAL ", "a", "")]),
-    "service.overlay_tokens._BETWEEN": ("scan", [("", "/", "")]),
-    "service.overlay_tokens._ORIGIN": ("fullmatch", [("http://", "a", "/")]),
-    "service.overlay_tokens._PREFIX": ("fullmatch", [("http://", "a", " "), ("/", "a/", " ")]),
+    "service.models.weights.files._unpickled": (
+        "scan",
+        [("", "GLOBAL ", ""), ("GLOBAL ", "a", "")],
+    ),
+    "service.security.overlay_tokens._BETWEEN": ("scan", [("", "/", "")]),
+    "service.security.overlay_tokens._ORIGIN": ("fullmatch", [("http://", "a", "/")]),
+    "service.security.overlay_tokens._PREFIX": (
+        "fullmatch",
+        [("http://", "a", " "), ("/", "a/", " ")],
+    ),
     "service.routes.answering.timeout_of": ("fullmatch", [("", "1", "."), ("1.", "1", "a")]),
     "service.routes.hosts._NAME": ("fullmatch", [("", "a", "/"), ("", "a.", ""), ("", "a.", "/")]),
     "service.routes.hosts._PORT": ("fullmatch", [(":", "1", ""), ("", ":", "")]),
@@ -169,7 +184,7 @@ def test_no_other_module_of_regular_expressions_is_used() -> None:
             if isinstance(node, ast.ImportFrom):
                 names = [node.module or ""]
                 assert node.module != "re", module
-            allowed = {"glob"} if module == "service.image_files" else set()  # the command line's
+            allowed = {"glob"} if module == "service.images.files" else set()  # the command line's
             assert not {"fnmatch", "regex", "glob"}.intersection(names) - allowed, module
 
 

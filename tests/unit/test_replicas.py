@@ -8,10 +8,10 @@ from tiny import SmallNet, loaded
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
+from service.inference.questions import Answer, Question
+from service.inference.steps import run
 from service.models.pool import ModelPool
 from service.models.replicas import replicate
-from service.questions import Answer, Question
-from service.stepwise import run
 
 PIXELS = torch.randint(0, 255, (3, 32, 32), dtype=torch.uint8)
 

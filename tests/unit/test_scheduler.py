@@ -24,12 +24,12 @@ from service.errors import (
     ShuttingDown,
     UnknownModel,
 )
+from service.inference.questions import Answer, Question
+from service.inference.steps import Unfinished
 from service.metrics import Metrics
-from service.models.measured import Behaviour
 from service.models.pool import ModelPool, Replica
-from service.questions import Answer, Question
-from service.scheduler import BATCH_PATIENCE, Scheduler
-from service.stepwise import Unfinished
+from service.models.probes.behaviour import Behaviour
+from service.scheduling.scheduler import BATCH_PATIENCE, Scheduler
 
 PATIENCE = 4.0
 NOTHING = Answer((), (), ())

@@ -18,7 +18,7 @@ from service.models import loading
 from service.models.catalog import InputSpec, ModelSpec
 from service.models.config import read_config
 from service.models.loading import load_model
-from service.models.measured import MAX_FORWARDS
+from service.models.probes.behaviour import MAX_FORWARDS
 
 INPUT = InputSpec(size=(SIDE, SIDE), mean=(0.0,), std=(1.0,))
 

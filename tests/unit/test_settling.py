@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from service.errors import ConfigurationError
 from service.models.catalog import ModelSpec
-from service.models.condition import Condition
 from service.models.loading import load_model
 from service.models.pool import ModelPool
+from service.models.probes.condition import Condition
+from service.models.probes.settling import settle
 from service.models.replicas import replicate
-from service.models.settling import settle
 
 IMAGE = torch.zeros(1, 3, 32, 32)
 

@@ -17,16 +17,16 @@ from structlog.testing import capture_logs
 from tiny import SmallNet
 from torch import Tensor, nn
 
-from service.models import torch_front
+from service.inference.questions import Question
+from service.inference.steps import run, run_compiled
 from service.models.catalog import InputSpec, ModelSpec
-from service.models.cut import split
-from service.models.lane import TOLERANCES, CompiledLane, Compiler, parity_on
+from service.models.compiled import torch_front
+from service.models.compiled.cut import split
+from service.models.compiled.lane import TOLERANCES, CompiledLane, Compiler, parity_on
+from service.models.compiled.torch_front import Graphs, TorchFront
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model
 from service.models.pool import ModelPool
-from service.models.torch_front import Graphs, TorchFront
-from service.questions import Question
-from service.stepwise import run, run_compiled
 
 pytestmark = pytest.mark.timeout(120)
 

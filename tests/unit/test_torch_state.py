@@ -14,15 +14,15 @@ from keeping import LEAVES, OPEN, Leaving
 from tiny import SmallNet, loaded
 from torch import nn
 
+from service.inference.questions import Question
 from service.metrics import Metrics
 from service.models.catalog import ModelSpec
-from service.models.lane import CompiledLane
+from service.models.compiled.lane import CompiledLane
 from service.models.library import Library
 from service.models.loaded import LoadedModel
 from service.models.pool import ModelPool
-from service.models.torch_state import kept_torch_state
-from service.questions import Question
-from service.scheduler import Scheduler
+from service.models.probes.torch_state import kept_torch_state
+from service.scheduling.scheduler import Scheduler
 
 PATIENCE = 10.0
 IMAGE = torch.zeros(1, 3, 32, 32)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from service import transfers
 from service.errors import QueueFull
-from service.transfers import Transfer, Transfers, network_of
+from service.scheduling import transfers
+from service.scheduling.transfers import Transfer, Transfers, network_of
 
 
 class Clock:

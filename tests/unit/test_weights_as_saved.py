@@ -25,10 +25,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from service.errors import ConfigurationError
 from service.models.catalog import InputSpec, ModelSpec
-from service.models.checkpoints import choose, entries_of
 from service.models.config import read_config
 from service.models.loading import load_model
-from service.models.weights import load_into, read_weights
+from service.models.weights.checkpoints import choose, entries_of
+from service.models.weights.files import load_into, read_weights
 
 pytestmark = pytest.mark.timeout(20)
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from service.workers import Workers
+from service.scheduling.workers import Workers
 
 PATIENCE = 10.0
 

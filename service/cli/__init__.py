@@ -1,0 +1,1 @@
+"""Commands, thin: each reads its options and calls the rooms below."""

@@ -1,0 +1,66 @@
+"""The flags of `camserve bulk`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from api_schemas.options import ExplainOptions
+from service.cli.flags import OF_MODELS, with_options, with_settings
+from service.errors import ConfigurationError
+from service.settings import Settings
+
+
+@with_settings((*OF_MODELS, "compile", "precision", "int8", "cache_dir", "max_batch"))
+@with_options
+def bulk(  # noqa: PLR0913, PLR0917 - a command's parameters are its flags
+    options: ExplainOptions,
+    settings: Settings,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="Folder of images, text file with a path a line, Parquet file with a column of "
+            "paths; or one of these in a bucket (s3://…, gs://…).",
+        ),
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="DST", help="Folder for the results.")],
+    column: Annotated[str, typer.Option(help="Column of a Parquet SRC.")] = "path",
+    shard_size: Annotated[
+        int, typer.Option(min=1, help="Images a Parquet file: what a kill loses at most.")
+    ] = 256,
+    pictures: Annotated[
+        bool, typer.Option("--pictures/--no-pictures", help="Overlays and heatmaps, too.")
+    ] = True,
+    regions: Annotated[
+        bool, typer.Option("--regions", help="Mask, boxes, polygons and peak in `answer`, too.")
+    ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Address of the Ray cluster that does the work: auto, or HOST:PORT."),
+    ] = None,
+    ray_actors: Annotated[
+        int, typer.Option(min=1, help="On Ray: actors at most, each with a model of its own.")
+    ] = 64,
+    ray_cpus: Annotated[float, typer.Option(min=0.01, help="On Ray: cores an actor asks for.")] = 1,
+    ray_gpus: Annotated[float, typer.Option(min=0, help="On Ray: GPUs an actor asks for.")] = 0,
+) -> None:
+    """Explain any number of images, and go on where an earlier run ended.
+
+    DST gets Parquet files with exactly one row for each image, an error where it failed, and
+    pictures. The exit code is 1 where any failed.
+    """
+    try:
+        from service.cli.bulk.job import Job, Share, run  # noqa: PLC0415 - loads torch, and extras
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            f"camserve bulk needs {error.name}, which is not installed: pip install -e '.[bulk]' "
+            "in the checkout."
+        ) from error
+    if regions:
+        options = options.model_copy(update={"include": ["grid", "regions"]})
+    job = Job(settings, options, pictures)
+    share = None if ray is None else Share(ray, ray_actors, ray_cpus, ray_gpus)
+    run(job, source, column, folder.absolute(), shard_size, share)

@@ -1,0 +1,83 @@
+"""The flags of `camserve export`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from api_schemas.options import ExplainOptions
+from service.cli.flags import OF_MODELS, with_options, with_settings
+from service.errors import ConfigurationError
+from service.settings import Settings
+
+Form = Literal["coco", "labelbox"]
+
+KINDS = ("classification", "bbox", "polygon", "mask", "point")
+"""Those of `api_schemas.adapters.labelbox`, which is imported when the command runs."""
+
+
+@with_settings(OF_MODELS)
+@with_options
+def export(  # noqa: PLR0913, PLR0917 - a command's parameters are its flags
+    options: ExplainOptions,
+    settings: Settings,
+    form: Annotated[Form, typer.Argument(metavar="FORM", help="coco or labelbox.")],
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IMAGE…",
+            help="Image files, folders of them, or patterns such as 'photos/**/*.jpg'.",
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File to write. [default: coco.json or labelbox.ndjson]"),
+    ] = None,
+    feature: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KIND=NAME",
+            help="Labelbox: what is exported, and what the ontology calls it; KIND is one of "
+            f"{', '.join(KINDS)}. [default: classification=class and mask=evidence]",
+        ),
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Ask this running service instead of loading a model.")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="CAMSERVE_API_KEY", help="Key for --url.")
+    ] = None,
+    served: Annotated[
+        str | None, typer.Option(help="Which model of --url. [default: its first]")
+    ] = None,
+) -> None:
+    """Explain images, and write what a labeling tool imports.
+
+    coco: one JSON file with masks, boxes, scores and peaks as annotations. labelbox: the rows of a
+    label import, whose global keys are the files' names. One bad file does not stop the rest; the
+    exit code is 1 where any failed.
+    """
+    if feature and form == "coco":
+        raise ConfigurationError("--feature is for labelbox; COCO has all of it.")
+    features = _features(feature or [])
+    from service.cli.export.writing import Remote, as_coco, as_labelbox, run  # noqa: PLC0415 - slow
+
+    answers = Remote(url, api_key, served) if url else settings
+    if form == "coco":
+        run(images, options, out or Path("coco.json"), as_coco, answers)
+    else:
+        run(images, options, out or Path("labelbox.ndjson"), as_labelbox(features), answers)
+
+
+def _features(given: Sequence[str]) -> dict[str, str]:
+    features = dict(each.partition("=")[::2] for each in given)
+    for kind, name in features.items():
+        if kind not in KINDS or not name:
+            raise ConfigurationError(
+                f"--feature {kind}={name}: write KIND=NAME, where KIND is one of "
+                f"{', '.join(KINDS)}."
+            )
+    return features

@@ -1,0 +1,156 @@
+"""Settings as flags of commands, and mistakes as sentences: what all commands share."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import pydantic
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from api_schemas.options import ExplainOptions
+from service.errors import CamserveError, InvalidOption
+from service.images.files import left_out_of
+from service.settings import Settings
+
+OUT = Console()
+ERR = Console(stderr=True)
+
+_FLAGS = {"models": "--model", "targets": "--target"}
+OF_MODELS = ("config", "models", "weights", "app_dir", "allow_random_weights", "device", "workers")
+
+
+Command = Callable[..., None]
+
+
+def with_settings(names: Sequence[str]) -> Callable[[Command], Command]:
+    """Give a command a flag for each named setting; what is not given comes from the environment.
+
+    The command receives the `Settings` as its first argument in place of those flags.
+    """
+
+    def decorate(command: Command) -> Command:
+        return _made_of_flags(command, [_flag(name) for name in names], Settings)
+
+    return decorate
+
+
+def with_options(command: Command) -> Command:
+    """Give a command a flag for each option of `/explain`, but what to send.
+
+    The command receives the `ExplainOptions` as its first argument in place of those flags.
+    """
+    names = [name for name in ExplainOptions.model_fields if name not in ("model", "include")]
+    return _made_of_flags(command, [_option(name) for name in names], explain_options)
+
+
+def explain_options(**values: Any) -> ExplainOptions:
+    """The options of `/explain`. Raises InvalidOption with what is wrong in words."""
+    try:
+        return ExplainOptions(include=["grid"], **values)
+    except pydantic.ValidationError as error:
+        from service.routes.problems import describe  # noqa: PLC0415 - loads a web framework
+
+        raise InvalidOption(describe(error.errors(include_url=False))) from error
+
+
+def _made_of_flags(
+    command: Command, flags: Sequence[inspect.Parameter], make: Callable[..., Any]
+) -> Command:
+    """The command with flags in place of its first argument, which is made of those given."""
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+
+    def run(*before: Any, **values: Any) -> None:
+        given = {flag.name: values.pop(flag.name) for flag in flags}
+        with told_plainly():
+            first = make(**{k: v for k, v in given.items() if v not in (None, [])})
+            command(first, *before, **values)
+
+    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own] + list(flags)
+    )
+    run.__annotations__ = {
+        name: parameter.annotation for name, parameter in inspect.signature(run).parameters.items()
+    }
+    run.__doc__, run.__name__ = command.__doc__, command.__name__
+    return run
+
+
+def _flag(name: str) -> inspect.Parameter:
+    field = Settings.model_fields[name]
+    default = field.get_default()
+    kind: Any = {bool: bool, int: int, float: float}.get(type(default), str)
+    flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
+    if name in ("models", "int8"):
+        kind = list[str]
+    if kind is bool and default:
+        flag += f"/--no-{flag.removeprefix('--')}"
+    shown = ", ".join(default) if isinstance(default, tuple) else default
+    text = (
+        f"{field.description} [env: CAMSERVE_{name.upper()}; "
+        f"default: {'none' if shown in (None, '') else str(shown)}]"
+    )
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[
+            kind | None,
+            typer.Option(flag, help=escape(text), show_default=False),
+        ],
+    )
+
+
+def _option(name: str) -> inspect.Parameter:
+    field = ExplainOptions.model_fields[name]
+    several = get_origin(field.annotation) is list
+    taken = get_args(field.annotation)[0] if several else field.annotation
+    if len(parts := [each for each in get_args(taken) if each is not type(None)]) == 1:
+        taken = parts[0]  # of an option that may be left out
+    kind: Any = taken if taken in (int, float) else str
+    choices = [str(each) for each in get_args(taken)] if get_origin(taken) is Literal else []
+    default = field.get_default()
+    text = field.description or ""
+    text += f" One of: {', '.join(choices)}." if choices and choices[0] not in text else ""
+    if default not in (None, []):
+        text += f" [default: {', '.join(default) if several else default}]"
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[
+            list[kind] | None if several else kind | None,
+            typer.Option(
+                _FLAGS.get(name, f"--{name.replace('_', '-')}"),
+                help=escape(text),
+                show_default=False,
+                autocompletion=(lambda: choices) if choices else None,
+            ),
+        ],
+    )
+
+
+def say_left_out(given: Iterable[str]) -> None:
+    """Say on standard error what folders on a command line hold beside images."""
+    line = left_out_of(given)
+    if line:
+        ERR.print(escape(line), soft_wrap=True)
+
+
+@contextmanager
+def told_plainly() -> Iterator[None]:
+    """Turn what the user can mend into one sentence and exit code 2."""
+    try:
+        yield
+    except CamserveError as error:
+        ERR.print(f"[red]error:[/] {escape(error.detail)}", soft_wrap=True)
+        raise typer.Exit(2) from None
+    except pydantic.ValidationError as error:
+        for issue in error.errors():
+            setting = "_".join(map(str, issue["loc"])).upper()
+            ERR.print(f"[red]error:[/] CAMSERVE_{setting}: {escape(issue['msg'])}")
+        raise typer.Exit(2) from None

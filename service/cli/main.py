@@ -1,0 +1,125 @@
+"""The command `camserve`.
+
+What a command needs is imported when it runs: torch takes seconds, for which neither `--help` nor
+the completion of a word should wait.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from api_schemas.options import ExplainOptions
+from service.cli.bulk.command import bulk
+from service.cli.export.command import export
+from service.cli.flags import OF_MODELS, with_options, with_settings
+from service.cli.models import calibrate, check, layers, models
+from service.cli.token import overlay_token
+from service.settings import Settings
+
+EXIT_CODES = (
+    "Exit codes: 0 all went well; 1 some images or models failed, the others are done; 2 nothing "
+    "was done, because a flag, a name or a setting is wrong; 130 interrupted."
+)
+
+app = typer.Typer(
+    name="camserve",
+    help="Image classification with the evidence for it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+@with_settings(tuple(Settings.model_fields))
+def serve(settings: Settings) -> None:
+    """Serve models over HTTP."""
+    from service.cli.serve import run
+
+    run(settings)
+
+
+@app.command(epilog=EXIT_CODES)
+@with_settings(OF_MODELS)
+@with_options
+def explain(  # noqa: PLR0913, PLR0917 - a command's parameters are its flags
+    options: ExplainOptions,
+    settings: Settings,
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            help="Image files, folders of them, patterns such as 'photos/**/*.jpg', or - for "
+            "standard input.",
+            metavar="IMAGE…",
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for an overlay, a heatmap and a JSON file of each image. [default: "
+            "explained, where neither --json nor --sheet nor --report is asked for]",
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json", help="Answers on standard output, and nothing else: one line of JSON each."
+        ),
+    ] = False,
+    sheet: Annotated[
+        Path | None, typer.Option(help="Contact sheet of all images as one .jpg, .png or .webp.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Report on all images as one .html that needs nothing else.")
+    ] = None,
+    opened: Annotated[
+        bool,
+        typer.Option("--open", help="Open the result: the report, else the sheet, else the files."),
+    ] = False,
+    regions: Annotated[
+        bool, typer.Option("--regions", help="Mask, boxes, polygons and peak in the JSON, too.")
+    ] = False,
+    tensorboard: Annotated[
+        Path | None,
+        typer.Option(help="Folder for overlays and feature maps as TensorBoard images."),
+    ] = None,
+) -> None:
+    """Explain images without a server.
+
+    One bad file does not stop the rest; the exit code is 1 where any failed.
+    """
+    from service.cli.explain import Wanted, run
+
+    if regions:
+        options = options.model_copy(update={"include": ["grid", "regions"]})
+    nothing_else = not (as_json or sheet or report)
+    run(
+        settings,
+        options,
+        images,
+        Wanted(
+            folder=out or (Path("explained") if nothing_else else None),
+            lines=as_json,
+            sheet=sheet,
+            report=report,
+            opened=opened,
+            tensorboard=tensorboard,
+        ),
+    )
+
+
+for command in (models, layers, check, calibrate, overlay_token):
+    app.command()(command)
+app.command(epilog=EXIT_CODES)(bulk)
+app.command(epilog=EXIT_CODES)(export)
+
+
+def main() -> None:
+    """The entry point; Ctrl-C ends quietly."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)

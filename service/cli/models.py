@@ -1,0 +1,278 @@
+"""`camserve models`, `layers` and `check`: what would be served, looked at before it is.
+
+Modules that load torch are imported by the functions that need them, as in `cli`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from service import logs
+from service.cli.flags import ERR, OF_MODELS, OUT, with_settings
+from service.errors import CamserveError, ConfigurationError
+from service.images.files import find_images, text_of
+from service.models.catalog import BUILTIN, ModelSpec, parse_model
+from service.settings import Settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from service.cli.check import Checked
+    from service.models.loaded import LoadedModel
+
+
+@with_settings(OF_MODELS)
+def models(
+    settings: Settings,
+    available: Annotated[
+        bool, typer.Option("--available", help="List every builder that can be served instead.")
+    ] = False,
+) -> None:
+    """Show the models that would be served, or those that could be."""
+    from service.app import build_service
+
+    logs.configure_command()
+    if available:
+        for name in (BUILTIN, *_torchvision_builders(), "timm/NAME", "package.module:function"):
+            OUT.print(name, markup=False, highlight=False)
+        return
+    table = Table("name", "builder", "classes", "input", "target layer", "version", box=None)
+    for model in build_service(settings.uncompiled()).pool.models.values():
+        height, width = model.preprocessing.crop
+        table.add_row(
+            model.name,
+            model.spec.builder,
+            str(len(model.labels)),
+            f"{width}×{height}",
+            model.target_layer or "none",
+            model.version,
+        )
+    OUT.print(table)
+
+
+def _torchvision_builders() -> list[str]:
+    import torchvision
+
+    return [f"torchvision/{name}" for name in torchvision.models.list_models(torchvision.models)]
+
+
+@with_settings(("config", "app_dir", "allow_random_weights", "device"))
+def layers(
+    settings: Settings,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="[NAME=]BUILDER[@WEIGHTS], as of serve --model; or a name in --config."
+        ),
+    ],
+    targets: Annotated[
+        bool, typer.Option("--targets", help="Only layers that a map can be drawn from.")
+    ] = False,
+    measure: Annotated[
+        Path | None,
+        typer.Option(help="Folder of images: rank layers by how faithful their maps are there."),
+    ] = None,
+) -> None:
+    """List a model's layers: path, type, output shape, parameters; * marks the default target."""
+    from service.app import model_loader
+
+    logs.configure_command()
+    # Shapes do not depend on the weights, so none are fetched for a list of them.
+    listed = settings.model_copy(update={"allow_random_weights": True})
+    read = settings if measure else listed
+    loaded = model_loader(read.uncompiled())(_named(settings, model))
+    if measure is not None:
+        _print_ranking(loaded, measure, settings)
+        return
+    table = Table("", "layer", "type", "output", "parameters", "target", box=None)
+    for layer in loaded.layers:
+        if targets and not layer.target:
+            continue
+        table.add_row(
+            "*" if layer.path == loaded.target_layer else "",
+            layer.path,
+            layer.type,
+            "×".join(map(str, layer.shape)) if layer.shape else "-",
+            f"{layer.parameters:,}",
+            "yes" if layer.target else "no",
+        )
+    OUT.print(table)
+
+
+def _named(settings: Settings, model: str) -> ModelSpec:
+    """The model of that name in the file, else the one that the form of `--model` describes."""
+    from service.app import model_specs
+
+    specs = model_specs(settings)
+    of_file = [spec for spec in specs if spec.name == model] if settings.config else []
+    return of_file[0] if of_file else parse_model(model)
+
+
+def _pictures(model: LoadedModel, folder: Path, settings: Settings) -> list[Tensor]:
+    """Every image of a folder at the model's input size, uint8 (C, h, w).
+
+    Raises ConfigurationError for the first that cannot be read.
+    """
+    from service.images.budget import DecodeBudget
+    from service.images.upload import open_upload
+
+    budget = DecodeBudget(settings.max_decode_bytes)
+    pixels: list[Tensor] = []
+    for path, _ in find_images([folder]):
+        try:
+            upload = open_upload(
+                path.read_bytes(),
+                model.preprocessing,
+                "crop",
+                max_pixels=settings.max_pixels,
+                photo_side=None,
+                budget=budget,
+            )
+        except CamserveError as error:
+            raise ConfigurationError(f"{text_of(path)}: {error.detail}") from error
+        pixels.append(upload.model_input.pixels)
+    return pixels
+
+
+def _print_ranking(model: LoadedModel, folder: Path, settings: Settings) -> None:
+    from service.evaluation.faithfulness import candidates, rank
+
+    if model.no_layers or model.no_gradients:
+        raise ConfigurationError(
+            f"no layer of model {model.name!r} can be measured: "
+            f"{model.no_layers or model.no_gradients}."
+        )
+    pictures = _pictures(model, folder, settings)
+    table = Table(
+        *("", "layer", "output", "faithfulness", "insertion", "deletion"),
+        *("ms per image", "per ms"),
+        box=None,
+    )
+    for measured in rank(model, pictures, candidates(model)):
+        shape = model.layer(measured.layer).shape
+        table.add_row(
+            "*" if measured.layer == model.target_layer else "",
+            measured.layer,
+            "×".join(map(str, shape or ())),
+            f"{measured.faithfulness:+.3f}",
+            f"{measured.insertion:.3f}",
+            f"{measured.deletion:.3f}",
+            f"{measured.milliseconds:.1f}",
+            f"{measured.per_millisecond:+.5f}",
+        )
+    OUT.print(table)
+    ERR.print(f"{len(pictures)} images; the best layer first, * is the default target.")
+
+
+def _lanes(model: LoadedModel) -> str:
+    if model.no_layers or model.no_gradients:
+        return "predict only"
+    if model.compiled is None:
+        return "hooked"
+    precision = model.compiled.precision
+    return "hooked, compiled" + ("" if precision == "float32" else f" ({precision})")
+
+
+def _probes(model: LoadedModel) -> str:
+    """Which probes the model did not pass."""
+    return ", ".join(found.name for found in model.findings if not found.passed) or "passed"
+
+
+def _notes(model: LoadedModel, settings: Settings) -> Iterator[str]:
+    """What somebody who releases the model should know: failed probes, and lanes that are off."""
+    yield f"transform: {model.transform}"
+    for found in model.findings:
+        if not found.passed:
+            yield f"{found.result} {found.follows or ''}".rstrip()
+    off = model.no_layers or model.no_gradients
+    if off is None and model.not_compiled and settings.compile:
+        off = f"no compiled lane: {model.not_compiled}"
+    if off is None and model.compiled:
+        off = model.compiled.instead
+    if off:
+        yield off
+
+
+@with_settings((*OF_MODELS, "precision"))
+def check(settings: Settings) -> None:
+    """Load every model, let each explain one picture, and say what does not work; for a CI.
+
+    The exit code is 1 where any model failed; the others are checked all the same.
+    """
+    from service.app import model_loader, model_specs
+    from service.cli.check import check_models
+
+    logs.configure_command()
+    table = Table("name", "classes", "parameters", "target layer", "lanes", "probes", box=None)
+    for heading in ("ms per image", "MiB"):
+        table.add_column(heading, justify="right")
+    failed: list[Checked] = []
+    notes: list[str] = []
+    checked = 0
+    for each in check_models(model_specs(settings), model_loader(settings)):
+        checked += 1
+        if each.model is None:
+            failed.append(each)
+            table.add_row(each.spec.name, *("-",) * 3, "failed", *("-",) * 3, style="red")
+            continue
+        table.add_row(
+            each.model.name,
+            str(len(each.model.labels)),
+            f"{each.parameters:,}",
+            each.model.target_layer or "none",
+            _lanes(each.model),
+            _probes(each.model),
+            f"{each.milliseconds:.1f}",
+            f"{each.mebibytes:.1f}",
+        )
+        notes += [f"{each.model.name}: {note}" for note in _notes(each.model, settings)]
+    OUT.print(table)
+    for note in notes:
+        ERR.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
+    for each in failed:
+        name, problem = escape(each.spec.name), escape(each.problem or "")
+        ERR.print(f"[red]failed:[/] {name}: {problem}", soft_wrap=True)
+    ERR.print(f"{checked - len(failed)} of {checked} models can be served.")
+    if failed:
+        raise typer.Exit(1)
+
+
+@with_settings(("config", "app_dir", "allow_random_weights", "cache_dir"))
+def calibrate(
+    settings: Settings,
+    model: Annotated[
+        str,
+        typer.Argument(help="A model of the configuration, or [NAME=]BUILDER[@WEIGHTS]."),
+    ],
+    folder: Annotated[Path, typer.Argument(help="Photographs of the kind that it will see.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the result; default: NAME.int8.")
+    ] = None,
+) -> None:
+    """Make an int8 front of a model, and measure on held-out photographs what it costs.
+
+    It is written only where its maps agree with float32, and served where you say so: the command
+    is printed.
+    """
+    from service.app import model_loader
+    from service.evaluation.calibration import calibrate as calibrate_front
+
+    logs.configure_command()
+    spec = replace(_named(settings, model), int8=None, precision="float32")
+    loaded = model_loader(settings)(spec)
+    place = out or Path(f"{spec.name}.int8")
+    found = calibrate_front(loaded, _pictures(loaded, folder, settings), place)
+    OUT.print(
+        f"On {found.pictures} photographs that did not calibrate: {found.same_class:.1%} of the "
+        f"predictions and {found.same_peak:.1%} of the peaks are the same; rank correlation of the "
+        f"maps {found.median:.3f} in the median, {found.tenth:.3f} in the worst tenth.",
+        highlight=False,
+    )
+    ERR.print(f"camserve serve --model {escape(model)} --int8 {spec.name}={escape(str(place))}")

@@ -1,0 +1,165 @@
+"""All images of a run on one picture: overlay, class and score of each."""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from api_schemas.options import ExplainOptions
+from service.cam.heatmap import Picture, Style
+from service.cli.explain_files import Explained, Failed, Outcome
+from service.durable import whole
+from service.errors import ConfigurationError
+from service.images.files import text_of
+from service.images.upload import Upload
+from service.models.loaded import LoadedModel
+from service.pipeline import response
+
+SIDE = 320
+"""Of the longer side of a tile's picture, in pixels; smaller where there are very many."""
+
+MOST_PIXELS = 48_000_000
+MARGIN, GAP, CAPTION, HEADING = 40, 24, 62, 96
+PAPER, INK, SOFT, MAT, FAULT = "#f7f6f3", "#1a1b1d", "#5b5d62", "#eceae4", "#b0380b"
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A picture as a file (None: it failed), and what is written below it."""
+
+    picture: bytes | None
+    title: str
+    detail: str
+    path: str
+
+
+class ContactSheet:
+    """Tiles in the order of their names; written when its `with` ends well.
+
+    Text is drawn in Pillow's own font, which has Latin letters.
+    """
+
+    def __init__(self, path: Path, model: LoadedModel, options: ExplainOptions) -> None:
+        self._path = path
+        self._model = model
+        self._options = options
+        self._tiles: dict[Path, Tile] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            try:
+                with whole(self._path) as draft:
+                    self._draw().save(draft, quality=90)
+            except OSError as failed:
+                raise ConfigurationError(
+                    f"{text_of(self._path)} cannot be written: {failed.strerror}."
+                ) from failed
+
+    def keep(self, outcome: Outcome) -> None:
+        """A tile for an image, or for its failure."""
+        path = text_of(outcome.path)
+        if isinstance(outcome, Failed):
+            tile = Tile(None, outcome.code.replace("_", " "), "failed", path)
+        else:
+            first = outcome.answer.explanations[0]
+            label = outcome.model.labels[first.class_id]
+            tile = Tile(_small_overlay(outcome).data, label, f"{first.score:.1%}", path)
+        with self._lock:
+            self._tiles[outcome.name] = tile
+
+    def _draw(self) -> Image.Image:
+        tiles = [tile for _, tile in sorted(self._tiles.items())]
+        columns = max(1, min(len(tiles), math.ceil(math.sqrt(len(tiles) * 1.4))))
+        rows = math.ceil(len(tiles) / columns)
+        side = min(SIDE, max(48, math.isqrt(MOST_PIXELS // max(1, columns * rows)) - GAP - CAPTION))
+        step = side + GAP, side + CAPTION + GAP
+        size = (
+            max(2 * MARGIN + columns * step[0] - GAP, 2 * MARGIN + 2 * SIDE),
+            MARGIN + HEADING + rows * step[1] - GAP + MARGIN,
+        )
+        sheet = Image.new("RGB", size, PAPER)
+        self._head(ImageDraw.Draw(sheet), len(tiles))
+        for place, tile in enumerate(tiles):
+            row, column = divmod(place, columns)
+            corner = MARGIN + column * step[0], MARGIN + HEADING + row * step[1]
+            _draw_tile(sheet, corner, side, tile)
+        return sheet
+
+    def _head(self, pen: ImageDraw.ImageDraw, count: int) -> None:
+        layers = ", ".join(self._options.layer) or self._model.target_layer or ""
+        images = "1 image" if count == 1 else f"{count} images"
+        told = (f"{self._model.name} {self._model.version}", self._options.method, layers, images)
+        pen.text((MARGIN, MARGIN - 6), "Why did it say that?", INK, _font(34))
+        pen.text((MARGIN, MARGIN + 42), "  ·  ".join(filter(None, told)), SOFT, _font(17))
+
+
+def _small_overlay(outcome: Explained) -> Picture:
+    """The photo under its first map, as a JPEG."""
+    upload, options = small_photo(outcome.upload, SIDE), outcome.options
+    style = Style("source", options.colormap, "jpeg", options.opacity)
+    return response.overlay(upload, outcome.answer.explanations[0], style)
+
+
+def small_photo(upload: Upload, side: int) -> Upload:
+    """The upload with its photo scaled down to at most `side` pixels."""
+    assert upload.photo is not None
+    height, width = upload.photo.shape[:2]
+    scale = min(1.0, side / max(height, width))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    photo: NDArray[np.uint8] = np.asarray(
+        cv2.resize(upload.photo, size, interpolation=cv2.INTER_AREA), dtype=np.uint8
+    )
+    return replace(upload, photo=photo)
+
+
+def _draw_tile(sheet: Image.Image, corner: tuple[int, int], side: int, tile: Tile) -> None:
+    pen, (left, top) = ImageDraw.Draw(sheet), corner
+    pen.rounded_rectangle((left, top, left + side, top + side), 8, MAT)
+    if tile.picture is not None:
+        drawn = _opened(tile.picture)
+        drawn = ImageOps.contain(drawn, (side, side))
+        offset = left + (side - drawn.width) // 2, top + (side - drawn.height) // 2
+        sheet.paste(drawn, offset)
+    large, fine = max(9, round(side / 17)), max(8, round(side / 23))
+    right, line = left + side, top + side + 8
+    pen.text((left, line), _fitting(tile.title, side * 0.72, large), INK, _font(large))
+    pen.text((right, line), tile.detail, INK if tile.picture else FAULT, _font(large), "ra")
+    below = line + large + 6
+    pen.text((left, below), _fitting(tile.path, side, fine, end=True), SOFT, _font(fine))
+
+
+def _opened(data: bytes) -> Image.Image:
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    assert pixels is not None
+    return Image.fromarray(pixels)
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def _fitting(text: str, width: float, size: int, *, end: bool = False) -> str:
+    """As much of a text as `width` pixels hold: its beginning, or its end."""
+    font, shown = _font(size), text
+    while font.getlength(shown) > width and len(text) > 1:
+        text = text[1:] if end else text[:-1]
+        shown = f"…{text}" if end else f"{text}…"
+    return shown

@@ -1,0 +1,242 @@
+"""The report as a page: everything it shows is inside it, and nothing is asked of any host."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import threading
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from html import escape
+from importlib import resources
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from api_schemas.answers import Prediction, Result
+from api_schemas.options import ExplainOptions
+from service import __version__
+from service.cam.encoding import encode
+from service.cam.heatmap import Style, render_heatmap
+from service.cli.explain_files import Explained, Failed, Outcome
+from service.cli.report.contact_sheet import small_photo
+from service.durable import write_whole
+from service.errors import ConfigurationError
+from service.images.files import text_of
+from service.inference.questions import Explanation
+from service.models.loaded import LoadedModel
+
+SIDE = 720
+"""Of a picture's longer side, in pixels."""
+
+FLAGS = {
+    "all_zero": "The map is zero everywhere: nothing speaks for this class.",
+    "target_not_predicted": "The model does not predict this class here.",
+    "saturated": "The score is at its limit: gradients say little.",
+    "low_resolution": "The layer has few cells; an earlier one shows finer places.",
+    "random_weights": "The weights are random: this map means nothing.",
+}
+
+
+class HtmlReport:
+    """Cards in the order of the images' names; written when its `with` ends well."""
+
+    def __init__(self, path: Path, model: LoadedModel, options: ExplainOptions) -> None:
+        self._path = path
+        self._model = model
+        self._options = options
+        self._cards: dict[Path, str] = {}
+        self._failed: dict[Path, Failed] = {}
+        self._labels: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            try:
+                write_whole(self._path, self._page().encode())
+            except OSError as failed:
+                raise ConfigurationError(
+                    f"{text_of(self._path)} cannot be written: {failed.strerror}."
+                ) from failed
+
+    def keep(self, outcome: Outcome) -> None:
+        """A card for an image, or a line for its failure."""
+        if isinstance(outcome, Failed):
+            with self._lock:
+                self._failed[outcome.name] = outcome
+            return
+        card = _card(outcome)
+        with self._lock:
+            self._cards[outcome.name] = card
+            self._labels[_best(outcome).label] += 1
+
+    def _page(self) -> str:
+        files = resources.files("service.cli.report")
+        style = files.joinpath("report.css").read_text(encoding="utf-8")
+        style += f":root {{ --opacity: {self._options.opacity:g}; }}\n"
+        script = files.joinpath("report.js").read_text(encoding="utf-8")
+        policy = (
+            f"default-src 'none'; img-src data:; style-src {_hash(style)}; "
+            f"script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
+        )
+        cards = "\n".join(card for _, card in sorted(self._cards.items()))
+        return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">
+<meta name="generator" content="camserve {__version__}">
+<title>Why did {escape(self._model.name)} say that?</title>
+<style>{style}</style>
+</head>
+<body>
+{self._header()}
+{self._controls()}
+<main>
+{cards}
+</main>
+{_failures(self._failed.values())}
+<footer>camserve {__version__}, {datetime.now(UTC):%d %B %Y, %H:%M} UTC. The colours are
+evidence for the class that is named, as this model sees it: where they lie is what it looked at,
+not whether it is right.</footer>
+<dialog aria-label="Enlarged"></dialog>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+    def _header(self) -> str:
+        facts = {
+            "model": f"{self._model.name} {self._model.version}",
+            "method": self._options.method,
+            "layer": ", ".join(self._options.layer) or self._model.target_layer or "none",
+            "images": str(len(self._cards)),
+        }
+        if self._options.contrast is not None:
+            facts["contrast"] = self._options.contrast
+        if self._failed:
+            facts["failed"] = str(len(self._failed))
+        terms = "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items())
+        return f"<header><h1>Why did it say that?</h1><dl>{terms}</dl></header>"
+
+    def _controls(self) -> str:
+        most = max(self._labels.values(), default=1)
+        classes = "".join(
+            f'<li><button type="button" aria-pressed="false" value="{escape(label)}">'
+            f"<span>{escape(label)}</span> {_bar(count / most)} <b>{count}</b></button></li>"
+            for label, count in self._labels.most_common()
+        )
+        return f"""<section class="controls" hidden aria-label="What is shown">
+<ul class="classes">{classes}</ul>
+<label>Opacity <input type="range" id="opacity" min="0" max="1" step="0.01"
+ value="{self._options.opacity:g}"></label>
+<label>Order <select id="order"><option value="name">by name</option>
+<option value="low">least sure first</option><option value="high">surest first</option>
+</select></label>
+</section>"""
+
+
+def _best(outcome: Explained) -> Prediction:
+    assert outcome.result.predictions
+    return outcome.result.predictions[0]
+
+
+def _card(outcome: Explained) -> str:
+    best = _best(outcome)
+    mark = hashlib.sha256(text_of(outcome.name).encode()).hexdigest()[:12]
+    figures = "".join(
+        _figure(outcome, explanation, mark, first=not place)
+        for place, explanation in enumerate(outcome.answer.explanations)
+    )
+    flags = dict.fromkeys(flag for each in outcome.answer.explanations for flag in each.flags)
+    notes = [FLAGS.get(flag, flag.replace("_", " ")) for flag in flags] + _hidden(outcome.result)
+    return f"""<article data-label="{escape(best.label)}" data-score="{best.score:.6f}">
+{figures}
+<h2>{escape(best.label)} <b>{best.score:.1%}</b></h2>
+<p class="name">{escape(text_of(outcome.path))}</p>
+<ol>{_others(outcome.result.predictions or [])}</ol>
+{"".join(f'<p class="note">{escape(note)}</p>' for note in notes)}
+</article>"""
+
+
+def _figure(outcome: Explained, explanation: Explanation, mark: str, *, first: bool) -> str:
+    """The photo under the map; the photo is in the page once, however many maps it has."""
+    upload, options = small_photo(outcome.upload, SIDE), outcome.options
+    assert upload.photo is not None
+    height, width = upload.photo.shape[:2]
+    geometry = upload.model_input.geometry
+    style = Style("source", options.colormap, "jpeg", options.opacity)
+    heat = render_heatmap(explanation.grid, geometry, style, max(width, height))
+    scale = width / upload.width
+    seen = " ".join(
+        f'{name}="{value * scale:.1f}"'
+        for name, value in zip(("x", "y", "width", "height"), geometry.seen, strict=True)
+    )
+    size = f'width="{width}" height="{height}"'
+    photo = f'<use href="#photo-{mark}"/>'
+    if first:
+        data = _data("image/jpeg", encode(upload.photo, "jpeg"))
+        photo = f'<image id="photo-{mark}" {size} href="{data}"/>'
+    label = outcome.model.labels[explanation.class_id]
+    clip = f"seen-{mark}-{explanation.class_id}"
+    said = f"{text_of(outcome.path)}: where the evidence for {label} lies"
+    caption = f"<figcaption>{escape(label)} {explanation.score:.1%}</figcaption>"
+    return f"""<figure><button type="button" aria-label="Enlarge {escape(text_of(outcome.path))}">
+<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(said)}">
+<clipPath id="{clip}"><rect {seen}/></clipPath>
+{photo}<g class="heat"><image {size} clip-path="url(#{clip})" preserveAspectRatio="none"
+ href="{_data(heat.media_type, heat.data)}"/></g><rect class="seen" {seen}/></svg></button>
+{"" if first else caption}</figure>"""
+
+
+def _others(predictions: Sequence[Prediction]) -> str:
+    return "".join(
+        f"<li><span>{escape(each.label)}</span> {_bar(each.score)} <b>{each.score:.1%}</b></li>"
+        for each in predictions
+    )
+
+
+def _hidden(result: Result) -> list[str]:
+    """What hiding a part did, in words."""
+    changes = result.masked.changes if result.masked is not None else []
+    return [
+        f"With the part hidden, {each.label} has {each.score:.1%} ({each.score_change * 100:+.1f} "
+        "points)."
+        for each in changes
+    ]
+
+
+def _failures(failed: Iterable[Failed]) -> str:
+    lines = "".join(
+        f"<li><b>{escape(text_of(each.path))}</b> {escape(each.detail)}</li>"
+        for each in sorted(failed, key=lambda each: each.name)
+    )
+    if not lines:
+        return ""
+    heading = '<section class="failed" aria-label="Not explained"><h2>Not explained</h2>'
+    return f"{heading}<ul>{lines}</ul></section>"
+
+
+def _bar(share: float) -> str:
+    return (
+        '<svg class="bar" viewBox="0 0 100 1" preserveAspectRatio="none" aria-hidden="true">'
+        f'<rect width="{share * 100:.1f}" height="1"/></svg>'
+    )
+
+
+def _data(media_type: str, data: bytes) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode('ascii')}'"

@@ -1,0 +1,91 @@
+"""What `camserve serve` does: the service in uvicorn, announced once its models are loaded."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+import uvicorn
+from fastapi import FastAPI
+
+from service import logs
+from service.app import create_app
+from service.cli.flags import ERR
+from service.errors import ConfigurationError
+from service.resources import spare_collector, tune_allocator
+from service.routes.server.serve import SWITCH_SECONDS, DrainingServer
+from service.settings import Settings
+
+
+def run(settings: Settings) -> None:
+    """Serve until a signal ends it. Raises ConfigurationError where no model could be loaded."""
+    logs.configure(settings.log_format)
+    tune_allocator()
+    sys.setswitchinterval(SWITCH_SECONDS)
+    served = create_app(settings, background=True)
+    spare_collector()
+    server = DrainingServer(
+        served,
+        grace=settings.drain_timeout,
+        delay=settings.drain_delay,
+        host=settings.host,
+        port=settings.port,
+    )
+    _announce_when_ready(server, served)
+    server.run()
+    service = served.state.service
+    entries = service.library.entries.values()
+    if not service.pool.models and all(entry.state == "failed" for entry in entries):
+        raise ConfigurationError(" ".join(entry.reason or "" for entry in entries))
+    if not server.started:
+        raise typer.Exit(1)
+
+
+def _announce_when_ready(server: uvicorn.Server, served: FastAPI) -> None:
+    """Say where the service is once its models are loaded; end it where none could be."""
+    start = server.startup
+
+    async def announce() -> None:
+        loading = [asyncio.wrap_future(future) for future in served.state.loading]
+        await asyncio.gather(*loading, return_exceptions=True)
+        if served.state.service.pool.models:
+            _announce(server.config.host, server.servers[0].sockets[0].getsockname()[1])
+        else:
+            server.should_exit = True
+
+    async def startup(sockets: Any = None) -> None:
+        await start(sockets)
+        if server.started:
+            served.state.announcing = asyncio.create_task(announce())
+
+    server.startup = startup  # type: ignore[method-assign]
+
+
+def _announce(host: str, port: int) -> None:
+    shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104 - only compared
+    url = f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
+    sample = _sample()
+    ERR.print(f"\n[bold]camserve[/] serves on [bold]{url}[/]\n", highlight=False)
+    ERR.print("  explain a picture, see why:")
+    ERR.print(
+        f"    curl -F image=@{sample} '{url}/explain?include=overlay'",
+        soft_wrap=True,
+        highlight=False,
+    )
+    ERR.print(
+        f"    curl -F image=@{sample} {url}/explain -H 'accept: image/jpeg' -o why.jpg",
+        soft_wrap=True,
+        highlight=False,
+    )
+    ERR.print(f"  every route, to try out:  {url}/docs", highlight=False)
+    ERR.print("  how-to and reference:     README.md and docs/\n", highlight=False)
+
+
+def _sample() -> str:
+    """The sample image as a path from here, where this is a checkout."""
+    sample = Path(__file__).parent.parent / "examples" / "sunflower.jpg"
+    return os.path.relpath(sample) if sample.exists() else "YOUR.jpg"

@@ -1,0 +1,1 @@
+"""What many images say of a model."""

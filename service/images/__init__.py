@@ -1,0 +1,1 @@
+"""Untrusted bytes to upright pixels, and geometry back to source pixels."""

@@ -1,0 +1,496 @@
+"""From bytes to a bounded, upright RGB picture, and from model input back to source pixels.
+
+    source = decode(data, max_pixels=50_000_000)          # or one of the four image errors
+    model_input = fit_to_model(source, Preprocessing())   # uint8 (3, 224, 224)
+    model_input.geometry.seen                             # x, y, w, h of what the model sees
+
+Coordinates are continuous, in pixels of the upright source: (0, 0) is its upper left corner and
+(width, height) its lower right one, so the centre of the first pixel is (0.5, 0.5).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as transforms
+
+from service.errors import CorruptImage, EmptyImage, ImageError, ImageTooLarge, UnsupportedImage
+from service.images.decoders.bmp import decode_bmp
+from service.images.decoders.png import decode_png16
+from service.images.decoders.tiff import decode_tiff
+from service.images.decoders.webp import decode_webp
+from service.images.headers import read_header
+from service.images.headers.bmp import BmpHeader
+from service.images.headers.header import SPARE_BYTES, Header, cut_short
+from service.images.headers.jpeg import JpegHeader
+from service.images.headers.png import PngHeader
+from service.images.headers.tiff import JPEG, TiffHeader
+from service.images.headers.webp import WebpHeader
+from service.images.jpeg import MAX_ASPECT, MAX_JPEG_SCANS, decode_jpeg, scale_of, scans, upright
+from service.images.pixel_modes import rgb_pixels
+
+Fit = Literal["crop", "squash", "pad"]
+Rect = tuple[float, float, float, float]
+"""x, y, width, height, in source pixels."""
+
+MAX_SIDE = 65_535
+"""Pixels of a side, as JPEG has them. Decoders convert a band of whole rows at a time: a row of
+millions of pixels would take as much memory as the whole image, and hold the GIL as long."""
+
+TOO_LARGE = "Scale it down to at most {} pixels (width x height) and send it again."
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """How a model wants its images: torchvision's evaluation transform, or one of timm's.
+
+    crop:    (height, width) of the model input, in pixels.
+    resize:  the length of the shorter side before the crop, in pixels; or a (height, width) that
+             the image covers (`fit` "crop"), is stretched to ("squash") or lies within ("pad").
+             What is larger than the input is cut off then.
+    mean, std: one number a channel, of values in 0..1.
+    fit:     how the model was trained to see whole images; a request may say another.
+    covers:  the part of the model input (x, y, w, h as fractions of it) that the model looks at,
+             where it crops once more by itself; None: all of it.
+    """
+
+    resize: int | tuple[int, int] = 256
+    crop: tuple[int, int] = (224, 224)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
+    fit: Fit = "crop"
+    covers: Rect | None = None
+
+    def __str__(self) -> str:
+        """The transform in one line."""
+        (height, width), resize = self.crop, self.resize
+        sides = f"{resize[1]}×{resize[0]}" if isinstance(resize, tuple) else str(resize)
+        how = {
+            "crop": f"resize {sides}, center crop {width}×{height}",
+            "squash": f"stretch to {'×'.join(map(str, self.room('squash')[::-1]))}, center crop "
+            f"{width}×{height}",
+            "pad": f"fit into {'×'.join(map(str, self.room('pad')[::-1]))} on the mean color, "
+            f"{width}×{height}",
+        }[self.fit]
+        mean, std = (", ".join(f"{x:.3g}" for x in values) for values in (self.mean, self.std))
+        return f"{how}, {self.interpolation}, mean {mean}, std {std}"
+
+    @property
+    def longest(self) -> int:
+        """The longest side, in pixels, of what is needed of an image's resizing."""
+        sides = self.resize if isinstance(self.resize, tuple) else (self.resize,)
+        return max(*sides, *self.crop)
+
+    def resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The (width, height) that an image of `size` is resized to before the crop.
+
+        By a number as torchvision rounds; by a (height, width) as timm does.
+        """
+        width, height = size
+        if isinstance(self.resize, tuple):
+            scale = max(self.resize[1] / width, self.resize[0] / height)
+            return round(width * scale), round(height * scale)
+        longer = int(self.resize * max(size) / min(size))
+        return (longer, self.resize) if width > height else (self.resize, longer)
+
+    def room(self, fit: Fit) -> tuple[int, int]:
+        """The (height, width) that an image is stretched to, or lies within, before the crop.
+
+        A request's own `fit` shows the whole image; a model's own may be trained with a margin.
+        """
+        if fit != self.fit:
+            return self.crop
+        if isinstance(self.resize, tuple):
+            return self.resize
+        height, width = self.crop
+        longer = max(self.crop)
+        return self.resize * height // longer, self.resize * width // longer
+
+    @property
+    def channels(self) -> int:
+        """3: RGB; 1: grey; other numbers: the pages of a TIFF (`service.images.channels`)."""
+        return len(self.mean)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Source:
+    """One decoded upload.
+
+    `pixels` is uint8 (height, width, 3), RGB, upright (`service.images.channels` makes other
+    numbers of channels); `format` is what the bytes are ("JPEG", "PNG", ...); `sha256` is the
+    hexadecimal digest of the uploaded bytes. `full_size` is the (width, height) of the upright
+    picture where `pixels` are fewer, because it was scaled down while it was decoded.
+    """
+
+    pixels: NDArray[np.uint8]
+    format: str
+    sha256: str
+    full_size: tuple[int, int] | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the whole picture, after the EXIF orientation."""
+        return self.full_size or (int(self.pixels.shape[1]), int(self.pixels.shape[0]))
+
+    @property
+    def width(self) -> int:
+        """Width in pixels, after the EXIF orientation."""
+        return self.size[0]
+
+    @property
+    def height(self) -> int:
+        """Height in pixels, after the EXIF orientation."""
+        return self.size[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Where the model input lies in the source.
+
+    `source_size` and `input_size` are (width, height). `window` is what the whole model input
+    covers, in source pixels, and may stick out of the picture. The point (u, v) of the model input,
+    as fractions of its width and height, is (x + u * w, y + v * h) of the source.
+    """
+
+    source_size: tuple[int, int]
+    input_size: tuple[int, int]
+    window: Rect
+    covers: Rect | None = None
+
+    @property
+    def covered(self) -> Rect:
+        """The part of `window` that the model looks at: all of it where `covers` is None."""
+        x, y, w, h = self.window
+        if self.covers is None:
+            return self.window
+        left, top, width, height = self.covers
+        return x + left * w, y + top * h, width * w, height * h
+
+    def of_map(self, shape: tuple[int, ...]) -> Geometry:
+        """The geometry of a map (h, w): the model input's for one of its size, else a layer's.
+
+        A layer of a model that crops its input again has cells for the covered part alone.
+        """
+        if self.covers is None or shape == self.input_size[::-1]:
+            return self
+        width, height = (
+            max(1, round(side * share))
+            for side, share in zip(self.input_size, self.covers[2:], strict=True)
+        )
+        return Geometry(self.source_size, (width, height), self.covered)
+
+    @property
+    def seen(self) -> Rect:
+        """The part of the picture that the model sees: what is covered, within the picture."""
+        x, y, w, h = self.covered
+        left, top = max(x, 0.0), max(y, 0.0)
+        right, bottom = min(x + w, self.source_size[0]), min(y + h, self.source_size[1])
+        return left, top, right - left, bottom - top
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModelInput:
+    """`pixels`: uint8 (channels, height, width), before normalisation; and its geometry."""
+
+    pixels: Tensor
+    geometry: Geometry
+
+
+def decode(
+    data: bytes,
+    *,
+    max_pixels: int,
+    keep: tuple[int, int] | None = None,
+    header: Header | None = None,
+) -> Source:
+    """Decode an uploaded JPEG, PNG, WebP, GIF, BMP or TIFF; of several frames the first.
+
+    The EXIF orientation is applied, transparency is laid over white, samples of other depths are
+    scaled to 8 bits, floats are taken as 0..1 if none is above 1, else as 0..255. Colour profiles
+    are ignored, as they are when models are trained. Kind, size and memory are known from the
+    header alone (`open_header`), before any pixel is decoded.
+
+    keep:   of a large JPEG this many pixels of the (shorter, longer) side are enough, so that it
+            may be scaled down while it is decoded (`jpeg.scale_of`); None: every pixel is wanted.
+    header: the file's own, where it was read before, to decode within what it says that takes.
+
+    Raises EmptyImage, UnsupportedImage, CorruptImage or ImageTooLarge, for whatever bytes, and
+    nothing else; with `header` NotPlain too.
+    """
+    if header is None:
+        header = open_header(data, max_pixels)
+        with contextlib.suppress(NotPlain):
+            return decode(data, max_pixels=max_pixels, keep=keep, header=header)
+        header = for_pillow(header)
+    with image_errors(max_pixels):
+        pixels = decode_stored(header, data, keep)
+        scaled = pixels.shape[:2] != (header.height, header.width)
+        pixels = upright(pixels, header.orientation)
+    digest = hashlib.sha256(data).hexdigest()
+    return Source(pixels, header.format, digest, header.upright if scaled else None)
+
+
+def open_header(data: bytes, max_pixels: int) -> Header:
+    """The header of a file whose kind is read and which has at most `max_pixels`.
+
+    Raises EmptyImage, UnsupportedImage, CorruptImage or ImageTooLarge.
+    """
+    if not data:
+        raise EmptyImage("The image has no bytes; send the content of the picture file.")
+    with image_errors(max_pixels):
+        header = read_header(data)
+        check_bounds(header, data, max_pixels)
+    return header
+
+
+@contextlib.contextmanager
+def image_errors(max_pixels: int) -> Iterator[None]:
+    """Whatever readers raise as one of the four image errors."""
+    try:
+        yield
+    except (ImageError, NotPlain):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
+        raise ImageTooLarge(
+            f"The picture has too many pixels. {TOO_LARGE.format(max_pixels)}"
+        ) from error
+    except Exception as error:  # Pillow's readers raise a dozen unrelated types on broken files.
+        raise cut_short() from error
+
+
+def check_bounds(header: Header, data: bytes, max_pixels: int) -> None:
+    """Refuse a picture that would take too long or too much memory; nothing is decoded yet."""
+    width, height = header.extent
+    if header.width < 1 or header.height < 1:
+        raise CorruptImage("The picture has no pixels; save it again and send the new file.")
+    if width * height > max_pixels:
+        raise ImageTooLarge(
+            f"The picture has {width} x {height} pixels. {TOO_LARGE.format(max_pixels)}"
+        )
+    if max(width, height) > MAX_SIDE:
+        raise ImageTooLarge(
+            f"The image has {width} x {height} pixels, and a side has at most {MAX_SIDE:,}; cut it "
+            "into several images and send those."
+        )
+    if _passes(header, data) > MAX_JPEG_SCANS:
+        raise UnsupportedImage(
+            f"The {header.format} has more than {MAX_JPEG_SCANS} scans; save it again as a "
+            "baseline JPEG."
+        )
+
+
+def _passes(header: Header, data: bytes) -> float:
+    """How often a decoder of JPEG passes over all pixels."""
+    if isinstance(header, TiffHeader) and header.compression == JPEG:
+        width, height = header.segment
+        return scans(data) * width * height / header.pixels
+    return scans(data) if header.format == "JPEG" else 0
+
+
+class NotPlain(Exception):
+    """A JPEG that Pillow must decode; `for_pillow` says what that takes."""
+
+
+def for_pillow(header: Header) -> Header:
+    """The header of a file that turned out to be NotPlain."""
+    return header.for_pillow() if isinstance(header, JpegHeader) else header
+
+
+def decode_stored(
+    header: Header, data: bytes, keep: tuple[int, int] | None = None
+) -> NDArray[np.uint8]:
+    """The pixels as they are stored. Takes `decoding_bytes`.
+
+    Raises NotPlain, and what the readers raise.
+    """
+    if isinstance(header, JpegHeader) and not header.by_pillow:
+        found = decode_jpeg(header, data, keep)
+        if found is None:
+            raise NotPlain
+        return found
+    if isinstance(header, PngHeader) and header.depth == 16:
+        return decode_png16(header, data)
+    if isinstance(header, WebpHeader):
+        return decode_webp(header, data)
+    if isinstance(header, BmpHeader):
+        return decode_bmp(header, data)
+    if isinstance(header, TiffHeader) and header.packed:
+        return decode_tiff(header, data)
+    return _by_pillow(header, data)
+
+
+def _by_pillow(header: Header, data: bytes) -> NDArray[np.uint8]:
+    with Image.open(io.BytesIO(header.pillow_bytes(data)), formats=(header.format,)) as image:
+        if image.size != (header.width, header.height):
+            raise cut_short()
+        image.load()
+        transparent = image.info.get("transparency")
+        if isinstance(header, PngHeader) and image.mode == "L" and isinstance(transparent, int):
+            # Pillow scales the pixels to 8 bits, and not the transparent one of them.
+            image.info["transparency"] = transparent * 255 // ((1 << header.depth) - 1)
+        return rgb_pixels(image)
+
+
+def decoded_pixels(header: Header, keep: tuple[int, int] | None = None) -> int:
+    """How many pixels `decode` gives."""
+    size = header.upright
+    scalable = isinstance(header, JpegHeader) and not header.by_pillow
+    scale = scale_of(size, keep) if scalable else 1
+    return math.prod(-(-side // scale) for side in size)
+
+
+def decoding_bytes(header: Header, keep: tuple[int, int] | None = None) -> int:
+    """Memory that decoding to upright RGB takes at most, beside the file as it was sent."""
+    width, height = header.extent
+    result = 3 * decoded_pixels(header, keep)
+    stored = int(header.pixel_bytes * width * height) + header.fixed_bytes
+    turned = result if header.orientation > 1 else 0
+    return result + max(stored, turned) + SPARE_BYTES
+
+
+def fit_to_model(
+    source: Source, preprocessing: Preprocessing, fit: Fit | None = None
+) -> ModelInput:
+    """Make the model input, uint8, and say where it lies in the source.
+
+    `crop`: the image resized, then its centre; bit-equal to torchvision's evaluation transform up
+    to the conversion to float (of images over 20 times longer than wide, only the middle is
+    resized). `squash`: the whole image, stretched. `pad`: the whole image in its proportions,
+    centred on the mean colour. None: the model's own.
+    """
+    image = torch.from_numpy(source.pixels).permute(2, 0, 1)
+    mode = InterpolationMode(preprocessing.interpolation)
+    fit = fit or preprocessing.fit
+    if fit == "crop":
+        pixels, window = _crop(image, source.size, preprocessing, mode)
+    elif fit == "squash":
+        resized = _squash(image, preprocessing.room(fit), mode)
+        pixels, window = _centred(resized, source.size, preprocessing)
+    elif fit == "pad":
+        resized = _within(image, source.size, preprocessing.room(fit), mode)
+        pixels, window = _centred(resized, source.size, preprocessing)
+    else:
+        raise ValueError(f"fit is 'crop', 'squash' or 'pad', not {fit!r}")
+    height, width = preprocessing.crop
+    geometry = Geometry(source.size, (width, height), window, preprocessing.covers)
+    # A copy: where nothing had to be resized, `pixels` may be a view of the source.
+    return ModelInput(pixels.clone(memory_format=torch.contiguous_format), geometry)
+
+
+def _crop(
+    image: Tensor, size: tuple[int, int], preprocessing: Preprocessing, mode: InterpolationMode
+) -> tuple[Tensor, Rect]:
+    """`size`: of the whole image (w, h), by which everything is measured."""
+    height, width = preprocessing.crop
+    cut, (cut_x, cut_y) = _cut_extreme(image, preprocessing)
+    old_width, old_height = size if cut is image else (cut.shape[-1], cut.shape[-2])
+    new_width, new_height = preprocessing.resized((old_width, old_height))
+    resized = transforms.resize(cut, [new_height, new_width], interpolation=mode)
+    scale_x, scale_y = old_width / new_width, old_height / new_height
+    window = (
+        cut_x + _crop_start(new_width, width) * scale_x,
+        cut_y + _crop_start(new_height, height) * scale_y,
+        *(width * scale_x, height * scale_y),
+    )
+    return transforms.center_crop(resized, [height, width]), window
+
+
+def _within(
+    image: Tensor, size: tuple[int, int], room: tuple[int, int], mode: InterpolationMode
+) -> Tensor:
+    """The image in its proportions, as large as it fits into `room` (height, width)."""
+    (height, width), (old_width, old_height) = room, size
+    scale = min(width / old_width, height / old_height)
+    new_width = min(width, max(1, round(old_width * scale)))
+    new_height = min(height, max(1, round(old_height * scale)))
+    resized: Tensor = transforms.resize(image, [new_height, new_width], interpolation=mode)
+    return resized
+
+
+def _centred(
+    image: Tensor, size: tuple[int, int], preprocessing: Preprocessing
+) -> tuple[Tensor, Rect]:
+    """The middle of a resized image at the model's size, on the mean colour where it is smaller.
+
+    size: (w, h) of the whole image before it was resized.
+    """
+    (height, width), (new_height, new_width) = preprocessing.crop, image.shape[-2:]
+    top, left = _crop_start(new_height, height), _crop_start(new_width, width)
+    scale_x, scale_y = size[0] / new_width, size[1] / new_height
+    window = (left * scale_x, top * scale_y, width * scale_x, height * scale_y)
+    kept = image[..., max(top, 0) : top + height, max(left, 0) : left + width]
+    if kept.shape[-2:] == preprocessing.crop:
+        return kept, window
+    fill = torch.tensor([round(255 * mean) for mean in preprocessing.mean], dtype=torch.uint8)
+    pixels = fill[:, None, None].repeat(1, height, width)
+    down, right = max(-top, 0), max(-left, 0)
+    pixels[:, down : down + kept.shape[-2], right : right + kept.shape[-1]] = kept
+    return pixels, window
+
+
+def _crop_start(length: int, crop: int) -> int:
+    """Where torchvision's center_crop begins; negative where it pads."""
+    if crop > length:
+        return -((crop - length) // 2)
+    return round((length - crop) / 2.0)
+
+
+def _cut_extreme(picture: Tensor, preprocessing: Preprocessing) -> tuple[Tensor, tuple[int, int]]:
+    """Of an extremely long picture, the middle that the crop needs, and its upper left corner."""
+    height, width = picture.shape[-2:]
+    short, long = sorted((height, width))
+    if long <= MAX_ASPECT * short:
+        return picture, (0, 0)
+    scale = short / min(preprocessing.resized((width, height)))
+    crop = preprocessing.crop[1] if width > height else preprocessing.crop[0]
+    margin = math.ceil(2 * max(1.0, scale)) + 1  # the reach of the bicubic filter
+    keep = min(long, max(short, math.ceil(crop * scale)) + 2 * margin)
+    start = (long - keep) // 2
+    if width > height:
+        return picture.narrow(2, start, keep), (start, 0)
+    return picture.narrow(1, start, keep), (0, start)
+
+
+def _squash(image: Tensor, room: tuple[int, int], mode: InterpolationMode) -> Tensor:
+    """Stretched to `room` (height, width).
+
+    torch scales the width first: of 8 x 8,000,000 pixels that makes a hundred times as many. So the
+    long side of such an image is scaled before the short one.
+    """
+    height, width = image.shape[-2:]
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        rows, columns = room
+        first = [rows, width] if height > width else [height, columns]
+        image = transforms.resize(image, first, interpolation=mode)
+    scaled: Tensor = transforms.resize(image, list(room), interpolation=mode)
+    return scaled
+
+
+def preview_size(size: tuple[int, int], max_side: int) -> tuple[int, int]:
+    """(width, height) scaled down so that the longer one is at most `max_side`."""
+    width, height = size
+    scale = min(1.0, max_side / max(width, height))
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def preview(source: Source, max_side: int) -> NDArray[np.uint8]:
+    """Scale the picture, antialiased, to `preview_size`; where that is its size, the same array."""
+    width, height = preview_size(source.size, max_side)
+    if source.pixels.shape[:2] == (height, width):
+        return source.pixels
+    picture = torch.from_numpy(source.pixels).permute(2, 0, 1)
+    scaled = transforms.resize(picture, [height, width])
+    return np.ascontiguousarray(scaled.permute(1, 2, 0).numpy())

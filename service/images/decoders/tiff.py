@@ -1,0 +1,249 @@
+"""TIFFs of grey, colour, palette and ink samples of any depth to RGB.
+
+Pillow undoes the compression, of bytes that mean nothing to it; what they mean is worked out here.
+It reads few kinds of 16 bits and floats itself, and some of them wrong.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+
+from service.errors import CorruptImage, ImageTooLarge, UnsupportedImage
+from service.images.decoders.samples import Pixels, bands, levels, over_white, unpacked
+from service.images.headers import tiff
+from service.images.headers.header import cut_short
+from service.images.headers.tiff import TiffHeader
+
+_Samples = NDArray[Any]
+_Levels = Callable[[_Samples], Pixels]
+_Rows = Callable[[slice], Pixels]
+
+_REVERSED = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
+
+
+def decode_tiff(header: TiffHeader, data: bytes) -> Pixels:
+    """uint8 (height, width, 3). Raises CorruptImage, ImageTooLarge, UnsupportedImage."""
+    to_levels = _levels(header, data)
+    palette = _palette(header) if header.photometric == tiff.PALETTE else None
+    pixels = np.empty((header.height, header.width, 3), np.uint8)
+    for rows, samples in _bands(header, data):
+        if palette is not None:
+            colour = palette[np.asarray(samples[:, :, 0], np.intp)]
+        else:
+            colour = _colour(header, to_levels(samples[:, :, : _base(header)]))
+        if header.alpha is not None:
+            alpha = to_levels(samples[:, :, header.alpha])
+            colour = _over_white(colour, alpha, associated=header.associated)
+        pixels[rows] = colour
+    return pixels
+
+
+def _base(header: TiffHeader) -> int:
+    """Samples of a pixel that are no alpha and not unknown."""
+    return {tiff.RGB: 3, tiff.CMYK: 4}.get(header.photometric, 1)
+
+
+def _bands(header: TiffHeader, data: bytes) -> Iterator[tuple[slice, _Samples]]:
+    """Bands of rows, and their samples (rows, width, samples), those that are needed at least."""
+    needed = {*range(_base(header)), *([] if header.alpha is None else [header.alpha])}
+    planes = sorted(needed) if header.planar else [0]
+    wide = max(1, header.samples * header.bits // 32)  # a band is bounded in bytes, not in pixels
+    together = max(1, tiff.GROUP_BYTES // max(header.segment_bytes, 1))
+    for first in range(0, header.down, together):
+        last = min(first + together, header.down)
+        top = first * header.segment[1]
+        bottom = min(last * header.segment[1], header.height)
+        groups = [_group(header, data, plane, first, last) for plane in planes]
+        for band in bands(header.width * wide, bottom - top):
+            parts = [_samples(header, rows(band)) for rows in groups]
+            samples = parts[0]
+            if header.planar:
+                samples = np.zeros((*samples.shape[:2], planes[-1] + 1), samples.dtype)
+                for plane, part in zip(planes, parts, strict=True):
+                    samples[:, :, plane] = part[:, :, 0]
+            yield slice(top + band.start, top + band.stop), samples
+        del groups  # before the next ones are unpacked
+
+
+def _group(header: TiffHeader, data: bytes, plane: int, first: int, last: int) -> _Rows:
+    """The bytes of some rows of segments: what gives (segments across, rows, bytes) of a band."""
+    height = header.segment[1]
+    rows = (last - first) * height
+    if not header.tiled:
+        rows = min(rows, header.height - first * height)
+    numbers = [
+        (plane * header.down + row) * header.across + column
+        for column in range(header.across)
+        for row in range(first, last)
+    ]
+    shape = header.across, rows, header.row_bytes
+    if header.compression == tiff.UNCOMPRESSED:
+        stored = b"".join(_segments(header, data, numbers, height * header.row_bytes))
+        if len(stored) < math.prod(shape):
+            raise cut_short()
+        held = np.frombuffer(stored, np.uint8, math.prod(shape)).reshape(shape)
+        return lambda band: held[:, band]
+    image = _unpack(header, _segments(header, data, numbers), rows * header.across)
+    if header.across == 1:
+        return lambda band: _bytes_of(image, band)[None]
+    whole = np.empty((rows * header.across, header.row_bytes), np.uint8)
+    for band in bands(header.row_bytes, len(whole)):
+        whole[band] = _bytes_of(image, band)
+    unpacked_tiles = whole.reshape(shape)
+    return lambda band: unpacked_tiles[:, band]
+
+
+def _segments(
+    header: TiffHeader, data: bytes, numbers: Sequence[int], size: int | None = None
+) -> list[bytes]:
+    """The stored bytes of segments; `size`: of each, where the file need not say it."""
+    offsets = header.directory.array(tiff.TILE_OFFSETS if header.tiled else tiff.OFFSETS)
+    counts = header.directory.array(tiff.TILE_COUNTS if header.tiled else tiff.COUNTS)
+    if max(numbers) >= len(offsets) or (size is None and max(numbers) >= len(counts)):
+        raise cut_short()
+    found = []
+    for number in numbers:
+        start = int(offsets[number])
+        part = data[start : start + (int(counts[number]) if size is None else size)]
+        found.append(part.translate(_REVERSED) if header.reversed_bits else part)
+    return found
+
+
+def _unpack(header: TiffHeader, segments: Sequence[bytes], rows: int) -> Image.Image:
+    """Undo the compression by Pillow: as CMYK, which has four bytes a pixel, or as grey."""
+    unit = 4 if header.row_bytes % 4 == 0 else 1
+    width = header.row_bytes // unit
+    if width * rows > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise ImageTooLarge(
+            f"The TIFF is compressed in strips of {header.segment_bytes:,} bytes; save it in "
+            "strips or tiles of a few MB, and send it again."
+        )
+    sizes = [len(segment) for segment in segments]
+    fields: dict[int, tuple[int, ArrayLike]] = {
+        tiff.WIDTH: (4, [width]),
+        tiff.HEIGHT: (4, [rows]),
+        tiff.BITS: (3, [8] * unit),
+        tiff.COMPRESSION: (3, [header.compression]),
+        tiff.PHOTOMETRIC: (3, [tiff.CMYK if unit == 4 else tiff.BLACK_IS_ZERO]),
+        tiff.OFFSETS: (4, 8 + np.cumsum([0, *sizes[:-1]])),
+        tiff.SAMPLES: (3, [unit]),
+        tiff.STRIP_ROWS: (4, [header.segment[1]]),
+        tiff.COUNTS: (4, sizes),
+    }
+    file = tiff.write("<", fields, b"".join(segments))
+    image = Image.open(io.BytesIO(file), formats=("TIFF",))
+    image.load()
+    return image
+
+
+def _bytes_of(image: Image.Image, rows: slice) -> Pixels:
+    band = image.crop((0, rows.start, image.width, rows.stop))
+    return np.asarray(band, np.uint8).reshape(band.height, -1)
+
+
+def _samples(header: TiffHeader, stored: Pixels) -> _Samples:
+    """stored: (segments across, rows, bytes); samples (rows, width, samples) in native order."""
+    across, rows, _ = stored.shape
+    width, samples = header.segment[0], 1 if header.planar else header.samples
+    shape = across, rows, width, samples
+    values: _Samples
+    if header.bits not in (8, 16, 32, 64):
+        flat = stored.reshape(across * rows, -1)
+        values = unpacked(flat, header.bits, width * samples).reshape(shape)
+    elif tiff.predictor_of(header) == 3:
+        values = _floats(stored, header.bits // 8, shape)
+    else:
+        size = header.bits // 8
+        values = np.ascontiguousarray(stored).view(f"{header.directory.order}u{size}")
+        values = values.reshape(shape).astype(f"u{size}", copy=False)
+        if tiff.predictor_of(header) == 2:
+            values = np.cumsum(values, axis=2, dtype=values.dtype)
+        letter = {tiff.UNSIGNED: "u", tiff.SIGNED: "i", tiff.FLOAT: "f"}[header.sample_format]
+        values = values.view(f"{letter}{size}")
+    return values.transpose(1, 0, 2, 3).reshape(rows, across * width, samples)[:, : header.width]
+
+
+def _floats(stored: Pixels, size: int, shape: tuple[int, int, int, int]) -> _Samples:
+    """Undo the third predictor: differences of bytes, those of the highest places first."""
+    across, rows, width, samples = shape
+    bytewise = stored.reshape(across, rows, -1, samples)
+    planes = np.cumsum(bytewise, axis=2, dtype=np.uint8)
+    planes = planes.reshape(across, rows, size, width * samples)
+    together = np.ascontiguousarray(planes.transpose(0, 1, 3, 2))
+    return together.view(f">f{size}").reshape(shape).astype(f"f{size}")
+
+
+def _levels(header: TiffHeader, data: bytes) -> _Levels:
+    """What makes 8-bit levels of samples."""
+    if header.sample_format == tiff.FLOAT:
+        return _float_levels(header, data)
+    if header.sample_format == tiff.SIGNED:
+        return _signed_levels
+    if header.bits > 16:
+        factor = 255 / (header.largest or (1 << header.bits) - 1)
+        return lambda samples: np.minimum(np.rint(samples * factor), 255).astype(np.uint8)
+    level = levels(header.bits, header.largest)
+    return lambda samples: level[samples]
+
+
+def _float_levels(header: TiffHeader, data: bytes) -> _Levels:
+    """Floats are 0..1 if none is above 1, else 0..255; so all are looked at first."""
+    largest = -np.inf
+    for _, samples in _bands(header, data):
+        if not np.isfinite(samples).all():
+            raise CorruptImage("The picture holds NaN or infinity; replace them and send it again.")
+        largest = max(largest, float(samples.max()))
+    factor = 255.0 if largest <= 1 else 1.0
+    kind = np.float64 if header.bits == 64 else np.float32
+
+    def to_levels(samples: _Samples) -> Pixels:
+        scaled = np.multiply(samples, factor, dtype=kind)
+        return np.asarray(np.clip(np.rint(scaled), 0, 255), np.uint8)
+
+    return to_levels
+
+
+def _signed_levels(samples: _Samples) -> Pixels:
+    """Signed integers hold 16 bits, as Pillow and others write them; white is 65,535."""
+    low, high = int(samples.min()), int(samples.max())
+    if low < 0 or high > 0xFFFF:
+        raise UnsupportedImage(
+            f"The image is a TIFF of 32 bits (signed) with values from {low} to {high}; scale them "
+            "to 0..65535, or save it in 8 or 16 bits, and send it again."
+        )
+    level: Pixels = levels(16)[samples]
+    return level
+
+
+def _palette(header: TiffHeader) -> Pixels:
+    """uint8 (colours, 3). The file holds 16 bits a colour; some writers put in 8."""
+    stored = header.directory.array(tiff.COLOUR_MAP)
+    count = 1 << header.bits
+    if len(stored) != 3 * count:
+        raise cut_short()
+    level = levels(16) if stored.max() > 255 else np.arange(256, dtype=np.uint8)
+    palette: Pixels = level[stored.reshape(3, count).T & 0xFFFF]
+    return palette
+
+
+def _colour(header: TiffHeader, level: Pixels) -> Pixels:
+    if header.photometric == tiff.WHITE_IS_ZERO:
+        return 255 - level
+    if header.photometric != tiff.CMYK:
+        return level
+    ink, black = level[:, :, :3].astype(np.uint32), level[:, :, 3:].astype(np.uint32)
+    return np.asarray(((255 - ink) * (255 - black) + 127) // 255, np.uint8)
+
+
+def _over_white(colour: Pixels, alpha: Pixels, *, associated: bool) -> Pixels:
+    if not associated:
+        return over_white(colour, alpha)
+    light = colour.astype(np.uint16) + (255 - alpha[:, :, None])
+    return np.asarray(np.minimum(light, 255), np.uint8)

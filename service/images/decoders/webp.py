@@ -1,0 +1,31 @@
+"""WebP to RGB. Pillow's reader keeps two canvases and two copies more."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+
+from service.images.decoders.samples import Pixels, bands, over_white
+from service.images.headers.header import cut_short
+from service.images.headers.webp import WebpHeader
+
+
+def decode_webp(header: WebpHeader, data: bytes) -> Pixels:
+    """The first frame on its canvas, uint8 (height, width, 3). Raises CorruptImage."""
+    wanted = cv2.IMREAD_UNCHANGED if header.alpha else cv2.IMREAD_COLOR_RGB
+    found = cv2.imdecode(np.frombuffer(header.still(data), np.uint8), wanted)
+    if found is None or found.shape[:2] != header.size[::-1]:
+        raise cut_short()
+    frame = np.asarray(found, np.uint8)
+    if frame.shape == (header.height, header.width, 3):
+        return frame
+    width, height = header.size
+    left, top = header.corner
+    pixels = np.full((header.height, header.width, 3), 255, np.uint8)
+    place = pixels[top : top + height, left : left + width]
+    for band in bands(width, height):
+        if frame.shape[2] == 4:
+            place[band] = over_white(frame[band, :, 2::-1], frame[band, :, 3])
+        else:
+            place[band] = frame[band]
+    return pixels

@@ -1,0 +1,100 @@
+"""JPEG files straight into an array, upright, and scaled down while they are decoded.
+
+    header = read_header(data)                                    # 4000 x 3000
+    stored = decode_jpeg(header, data, keep=(512, 512))           # (750, 1000, 3)
+    pixels = upright(stored, header.orientation)
+
+Pillow and simplejpeg both hold libjpeg-turbo, and the pixels are the same bits, full size and
+scaled. But Pillow decodes into four bytes a pixel and copies three times on the way to an array:
+of 12 million pixels that is more than the decoding itself. What simplejpeg does not read without a
+warning is left to Pillow, so that there is one judge of broken files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import cv2
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+
+from service.images.headers.jpeg import JpegHeader
+
+Pixels = NDArray[np.uint8]
+
+# Every scan of a progressive JPEG passes over all pixels, and a scan can be 59 bytes long: without
+# a bound 10 MB of them keep a core busy for many minutes. Encoders write about ten.
+MAX_JPEG_SCANS = 500
+
+# The scales that libjpeg-turbo has vector code for; 5/8 takes longer than the whole picture.
+SCALES = (8, 4, 2)
+
+MIN_PIXELS = 1_000_000
+"""Smaller pictures are never scaled down: they cost little, and their pixels are few."""
+
+MAX_ASPECT = 20
+"""Nor are pictures of a greater ratio of sides, of which the crop wants only the middle."""
+
+_TURNS: Mapping[int, Callable[[Pixels], cv2.typing.MatLike]] = MappingProxyType(
+    {
+        2: lambda stored: cv2.flip(stored, 1),
+        3: lambda stored: cv2.rotate(stored, cv2.ROTATE_180),
+        4: lambda stored: cv2.flip(stored, 0),
+        5: cv2.transpose,
+        6: lambda stored: cv2.rotate(stored, cv2.ROTATE_90_CLOCKWISE),
+        7: lambda stored: cv2.flip(cv2.transpose(stored), -1),
+        8: lambda stored: cv2.rotate(stored, cv2.ROTATE_90_COUNTERCLOCKWISE),
+    }
+)
+"""What makes a picture upright, by its EXIF orientation; from 5 on width and height change."""
+
+
+def scans(data: bytes) -> int:
+    """How often the marker of a scan occurs. Unlike `data.count` it lets other threads run."""
+    even = np.frombuffer(data, "<u2", len(data) // 2)
+    odd = np.frombuffer(data, "<u2", (len(data) - 1) // 2, offset=1)
+    return sum(int(np.count_nonzero(each == 0xDAFF)) for each in (even, odd))
+
+
+def scale_of(size: tuple[int, int], keep: tuple[int, int] | None) -> int:
+    """By what the sides of a picture of `size` may be divided while it is decoded: 1, 2, 4 or 8.
+
+    keep: how many pixels must remain of the (shorter, longer) side; None: all.
+    """
+    shorter, longer = sorted(size)
+    if keep is None or shorter * longer < MIN_PIXELS or longer > MAX_ASPECT * shorter:
+        return 1
+    enough = (scale for scale in SCALES if shorter >= scale * keep[0] and longer >= scale * keep[1])
+    return next(enough, 1)
+
+
+def decode_jpeg(header: JpegHeader, data: bytes, keep: tuple[int, int] | None) -> Pixels | None:
+    """Decode a JPEG of which the header was read.
+
+    Returns uint8 (height, width, 3), RGB, as stored, scaled down by `scale_of`; None if anything
+    about the file is broken or unusual. Takes no memory for more pixels than the header
+    says.
+    """
+    size = header.width, header.height
+    return _stored(data, size, scale_of(size, keep))
+
+
+def upright(stored: Pixels, orientation: int) -> Pixels:
+    """The pixels as EXIF's orientation, 1 to 8, turns them."""
+    turn = _TURNS.get(orientation)
+    return stored if turn is None else np.asarray(turn(stored), dtype=np.uint8)
+
+
+def _stored(data: bytes, size: tuple[int, int], scale: int) -> Pixels | None:
+    width, height = (-(-side // scale) for side in size)
+    pixels = np.empty((height, width, 3), dtype=np.uint8)
+    least_height, least_width = (height, width) if scale > 1 else (0, 0)
+    try:
+        found = simplejpeg.decode_jpeg(
+            data, "RGB", min_height=least_height, min_width=least_width, buffer=pixels
+        )
+    except ValueError:
+        return None
+    return pixels if found.shape == pixels.shape else None

@@ -1,0 +1,228 @@
+"""One uploaded image, opened once: what the model needs and what the pictures need."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from service.cam.regions import rle_decode
+from service.errors import ImageTooLarge, InvalidOption
+from service.images.budget import DecodeBudget
+from service.images.channels import (
+    channel_bytes,
+    decode_channels,
+    for_model,
+    for_people,
+    open_headers,
+)
+from service.images.decode import (
+    TOO_LARGE,
+    Fit,
+    ModelInput,
+    NotPlain,
+    Preprocessing,
+    Rect,
+    Source,
+    decoded_pixels,
+    fit_to_model,
+    for_pillow,
+    preview,
+    preview_size,
+)
+from service.images.headers.header import SPARE_BYTES, cut_short
+from service.images.masks import Fill, boxes_mask, hide
+
+SPARE = 2
+"""A JPEG that is scaled down while it is decoded keeps this many times the pixels a side that the
+model resizes it to, so that most of the scaling is still the antialiased resize."""
+
+SHARPNESS = 0.9
+"""A photo to draw on may be enlarged from this share of its side: nobody sees it, and the commonest
+camera's 4,000 pixels are decoded at 2,000 for a side of 2,048."""
+
+_SCALING = 2 if "AVX" in torch.backends.cpu.get_cpu_capability() else 14
+"""Bytes a pixel that scaling RGB takes: where the processor has no such instructions, floats."""
+
+Sent = bytes | NDArray[np.uint8]
+"""A picture as it came: a file, or its pixels (height, width, channels)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Upload:
+    """An opened image; its full-size pixels are gone.
+
+    width, height, format, sha256: of the upright source.
+    model_input: what the model sees, and the geometry back to source pixels.
+    photo:       uint8 (h, w, 3), the source scaled to at most the render side; None if not wanted.
+    masked:      the upload with a part hidden; None if not wanted.
+    """
+
+    width: int
+    height: int
+    format: str
+    sha256: str
+    model_input: ModelInput
+    photo: NDArray[np.uint8] | None
+    masked: Upload | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Hiding:
+    """What to hide of a source: boxes (x, y, w, h) or COCO run lengths, in source pixels."""
+
+    boxes: Sequence[Rect] | None = None
+    rle: tuple[tuple[int, int], str | Sequence[int]] | None = None
+    fill: Fill = "mean"
+    rest: bool = False
+
+    def mask(self, size: tuple[int, int]) -> NDArray[np.bool_]:
+        """Bool (height, width) of a source of `size` (w, h). Raises InvalidOption."""
+        try:
+            if self.rle is None:
+                mask = boxes_mask(self.boxes or (), size)
+            elif self.rle[0] == (size[1], size[0]):
+                mask = rle_decode(*self.rle)
+            else:
+                raise InvalidOption(
+                    f"`mask` is for a picture of [height, width] {list(self.rle[0])}, and this one "
+                    f"is {[size[1], size[0]]}; give it in upright source pixels."
+                )
+        except ValueError as error:
+            raise InvalidOption(f"`mask` cannot be read: {error}.") from error
+        if not mask.any():
+            raise InvalidOption(
+                "`mask` covers no pixel of this picture; give it in upright source pixels, 0, 0 at "
+                "the upper left."
+            )
+        return ~mask if self.rest else mask
+
+
+def open_upload(
+    data: Sent,
+    preprocessing: Preprocessing,
+    fit: Fit | None,
+    *,
+    max_pixels: int,
+    photo_side: int | None,
+    hiding: Hiding | None = None,
+    budget: DecodeBudget | None = None,
+    deadline: float | None = None,
+) -> Upload:
+    """Decode, fit to the model, and keep a photo of at most `photo_side` pixels (None: no photo).
+
+    Pixels at the model's input size are the model input, whatever `fit` is.
+
+    budget:   what the memory is taken from before anything is decoded; None: nothing bounds it.
+    deadline: until when its bytes are waited for, on `time.monotonic()`'s clock; None: for ever.
+
+    Raises the ImageErrors of `decode`, InvalidOption where `hiding` does not fit the picture, and
+    DeadlineExceeded.
+    """
+    request = _Request(preprocessing, fit, photo_side, hiding)
+    available = _Memory(budget, deadline)
+    if not isinstance(data, bytes):
+        _check_pixels(data, max_pixels)
+        if data.shape[:2] == preprocessing.crop:
+            request = replace(request, fit="squash")
+        height, width = data.shape[:2]
+        with available.take(request.bytes_for((width, height), width * height)):
+            return request.opened(_of_pixels(data))
+    keep = None if hiding is not None else _needed(preprocessing, photo_side)
+    headers = open_headers(data, preprocessing.channels, max_pixels)
+    for attempt in (headers, tuple(map(for_pillow, headers))):
+        fitting = request.bytes_for(headers[0].upright, decoded_pixels(attempt[0], keep))
+        with (
+            contextlib.suppress(NotPlain),
+            available.take(max(channel_bytes(attempt, keep), fitting)),
+        ):
+            source = decode_channels(
+                data, preprocessing.channels, max_pixels=max_pixels, keep=keep, headers=attempt
+            )
+            return request.opened(source)
+    raise cut_short()
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """What an upload's memory is taken from, and until when it is waited for."""
+
+    budget: DecodeBudget | None
+    deadline: float | None
+
+    def take(self, amount: int) -> contextlib.AbstractContextManager[None]:
+        if self.budget is None:
+            return contextlib.nullcontext()
+        return self.budget.take(amount, self.deadline)
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What is made of a source, as `open_upload` has it."""
+
+    preprocessing: Preprocessing
+    fit: Fit | None
+    photo_side: int | None
+    hiding: Hiding | None
+
+    def bytes_for(self, size: tuple[int, int], decoded: int) -> int:
+        """Memory for an image of `size`, of which so many pixels were decoded, and all of this.
+
+        torch scales RGB as it is, and other numbers of channels as floats. A mask has its inverse.
+        """
+        channels = self.preprocessing.channels
+        width = max(3, channels)
+        scaling = _SCALING if channels == 3 else 5 * channels
+        hidden = 0 if self.hiding is None else math.prod(size) * (width + 3)
+        side = self.photo_side
+        photo = 0 if side is None else 6 * math.prod(preview_size(size, side))
+        return decoded * (width + scaling) + hidden + photo + SPARE_BYTES
+
+    def opened(self, source: Source) -> Upload:
+        masked = None
+        if self.hiding is not None:
+            mask = self.hiding.mask((source.width, source.height))
+            hidden = replace(source, pixels=hide(source.pixels, mask, self.hiding.fill))
+            masked = self._fitted(hidden)
+            del hidden, mask
+        return replace(self._fitted(source), masked=masked)
+
+    def _fitted(self, source: Source) -> Upload:
+        photo, side = None, self.photo_side
+        if side is not None:
+            photo = preview(for_people(source), side)
+        seen = for_model(source, self.preprocessing.channels)
+        return Upload(
+            width=source.width,
+            height=source.height,
+            format=source.format,
+            sha256=source.sha256,
+            model_input=fit_to_model(seen, self.preprocessing, self.fit),
+            photo=photo,
+        )
+
+
+def _needed(preprocessing: Preprocessing, photo_side: int | None) -> tuple[int, int] | None:
+    """How many pixels of a photo's (shorter, longer) side its decoding must leave; None: all."""
+    if preprocessing.interpolation == "nearest":  # takes single pixels, which scaling would mix
+        return None
+    shorter = SPARE * preprocessing.longest
+    return shorter, max(shorter, math.ceil(SHARPNESS * (photo_side or 0)))
+
+
+def _check_pixels(pixels: NDArray[np.uint8], max_pixels: int) -> None:
+    height, width, channels = pixels.shape
+    if height * width * channels > 3 * max_pixels:
+        raise ImageTooLarge(
+            f"The picture has {width} x {height} pixels. {TOO_LARGE.format(max_pixels)}"
+        )
+
+
+def _of_pixels(pixels: NDArray[np.uint8]) -> Source:
+    return Source(pixels, "RAW", hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest())

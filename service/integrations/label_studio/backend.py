@@ -1,0 +1,319 @@
+"""The machine learning backend of Label Studio, at `/integrations/label-studio`.
+
+Label Studio sends a whole selection of tasks in one request, takes what has come within 100
+seconds, and stores a prediction for every task whose place is not `[]`. So a task that fails has
+`[]`, and those that time does not reach have it, too. It sends health and setup before each
+selection, and does not ask again for tasks that have a prediction of setup's `model_version`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import orjson
+import structlog
+from fastapi import APIRouter, Request, Response
+
+from api_schemas.options import CommonOptions, ExplainOptions, PredictOptions
+from api_schemas.protocols import LabelStudioRequest, LabelStudioSetup, LabelStudioTask
+from service.errors import CamserveError, InvalidOption
+from service.integrations.asked import parsed
+from service.integrations.label_studio.config import (
+    Parameters,
+    TaskImage,
+    images_in,
+    model_version,
+    parameters_in,
+)
+from service.integrations.label_studio.images import picture
+from service.integrations.label_studio.results import Evidence, prediction, price
+from service.models.loaded import LoadedModel
+from service.pipeline.answer_size import Bill, size_before
+from service.routes import answering, bodies, docs, encodings
+from service.routes.answering import Work, as_error
+from service.routes.state import Service, service_of
+from service.scheduling.admission import Permit
+
+router = APIRouter(prefix="/integrations/label-studio", tags=["Label Studio"])
+_log = structlog.get_logger(__name__)
+
+LABEL_STUDIO_SECONDS = 100.0
+"""How long Label Studio waits for predictions."""
+
+SHARE_OF_TIME = 0.9
+"""Of the time for a request; the rest is for what was begun, and for the way back."""
+
+SETUP_BYTES, SETUP_SECONDS = 1 << 20, 3.0
+
+MAX_EXTRA = 64 << 10
+"""Bytes of a project's extra parameters."""
+
+LOGGED = 100
+"""Failed tasks of one request that have a line in the log."""
+
+LISTED = 20
+"""Predictions that are looked at where a project lets several classes be chosen."""
+
+_PROBLEMS = docs.problems(400, 401, 404, 408, 413, 422, 429, 503, 504)
+
+
+@router.get("/health", responses=docs.problems(401))
+async def health() -> dict[str, str]:
+    """Alive; Label Studio asks within one second, before all else."""
+    return {"status": "UP"}
+
+
+@router.post("/setup", responses=_PROBLEMS)
+async def setup(request: Request) -> Response:
+    """The version of the predictions that this project would get.
+
+    The project's extra parameters set options of /explain, and `labels` maps classes to labels.
+    """
+    service = service_of(request)
+    with Permit(service.admission) as permit:  # no place: a full queue does not keep it out
+        body = await bodies.read_body(request, permit, SETUP_BYTES, SETUP_SECONDS)
+        body = await encodings.decoded(request, body, permit, SETUP_BYTES)
+
+        async def work() -> Response:
+            call = service.scheduler.call(_set_up, body)
+            project, extra, parameters = await answering.result_of(call)
+            async with answering.model_in_use(request, parameters.options.model) as model:
+                await answering.understand(request, model, parameters.options, 1, permit)
+                version = model_version(model, parameters.options)
+            service.label_studio.remember(project, extra)
+            return _json(orjson.dumps({"model_version": version}))
+
+        return await answering.watched(request, work)
+
+
+@router.get("/versions", responses=docs.problems(401))
+async def versions(request: Request) -> dict[str, list[str]]:
+    """What predictions of the loaded models are called where a project sets no parameters."""
+    models = service_of(request).pool.models.values()
+    return {"versions": [model_version(each, ExplainOptions()) for each in models]}
+
+
+@router.post("/webhook")
+async def webhook() -> dict[str, str]:
+    """Nothing, without a key: what happens in a project changes no model."""
+    return {"status": "ok"}
+
+
+@router.post("/predict", responses=_PROBLEMS)
+async def predict(request: Request) -> Response:
+    """Class and evidence of each task, in the labels of its project.
+
+    A click in a smart control asks for the evidence of the class of its label, a choice for that
+    of the chosen class.
+    """
+
+    async def work(body: bytes, permit: Permit) -> Response:
+        service = service_of(request)
+        call = service.scheduler.call(_understood, service, body)
+        asked = await answering.result_of(call)
+        if not asked.images and not asked.is_interactive:
+            return _json(_listed([b"[]"] * len(asked.tasks)))
+        async with answering.model_in_use(request, asked.parameters.options.model) as model:
+            window = min(len(asked.tasks), max(1, service.admission.max_images // 2))
+            options = await answering.result_of(service.scheduler.call(asked.options, model))
+            images = max(1, len(asked.tasks) * len(asked.images))
+            work = await answering.understand(request, model, options, images, permit)
+            selection = _Selection(request, work, asked, permit, window)
+            parts = await selection.answers()
+            header = answering.report(request, selection.work, len(parts))
+            return _json(_listed(parts), header)
+
+    until = request.scope["started"] + _seconds(request)
+    return await answering.in_time(request, work, waits=until)
+
+
+@dataclass(frozen=True, slots=True)
+class _Predicting:
+    """A request for predictions, understood. clicked: the mark or choice that was just made."""
+
+    tasks: list[LabelStudioTask]
+    images: tuple[TaskImage, ...]
+    parameters: Parameters
+    clicked: dict[str, Any] | None
+
+    @property
+    def is_interactive(self) -> bool:
+        return self.clicked is not None
+
+    def options(self, model: LoadedModel) -> CommonOptions:
+        """What to ask of the model: only classes where the project has room for nothing else."""
+        controls = [control for image in self.images for control in image.controls]
+        options = self.parameters.options.model_copy(update={"top_k": LISTED})
+        if all(control.kind == "choices" for control in controls):
+            return PredictOptions(model=options.model, top_k=LISTED, fit=options.fit)
+        target = self._clicked_class(model)
+        return options.model_copy(update={"targets": [] if target is None else [target]})
+
+    def _clicked_class(self, model: LoadedModel) -> str | None:
+        """The id of the class that a click or a choice means; None where its label means none."""
+        clicked = self.clicked or {}
+        value = clicked.get("value")
+        named = value.get(str(clicked.get("type"))) if isinstance(value, dict) else None
+        if not isinstance(named, list):
+            return None
+        chosen = {each for each in named if isinstance(each, str)}
+        for control in (each for image in self.images for each in image.controls):
+            if control.name != clicked.get("from_name"):
+                continue
+            for class_id, label in enumerate(model.labels):
+                own = control.label_of(*self.parameters.names_of(label))
+                if own in chosen:
+                    return f"id:{class_id}"
+        return None
+
+
+def _set_up(body: bytes) -> tuple[str, bytes, Parameters]:
+    """The project, its extra parameters as JSON, and what they mean.
+
+    Raises MalformedRequest, InvalidOption, also for a label_config that predictions fail on.
+    """
+    asked = parsed(LabelStudioSetup, body)
+    images_in(asked.label_config)
+    given = asked.extra_params or ""
+    try:
+        extra = given.encode() if isinstance(given, str) else orjson.dumps(given)
+    except orjson.JSONEncodeError as error:  # nested deeper than it writes
+        raise InvalidOption(f"The extra parameters cannot be kept: {error}.") from error
+    if len(extra) > MAX_EXTRA:
+        raise InvalidOption(
+            f"The extra parameters have {len(extra)} bytes; at most {MAX_EXTRA} are kept."
+        )
+    return asked.project, extra, parameters_in(extra)
+
+
+def _understood(service: Service, body: bytes) -> _Predicting:
+    """Raises MalformedRequest, InvalidOption."""
+    asked = parsed(LabelStudioRequest, body)
+    context = asked.params.context
+    clicked = context.result[-1] if context is not None and context.result else None
+    if clicked is not None and len(asked.tasks) != 1:
+        raise InvalidOption(f"A click is in one task, and {len(asked.tasks)} were sent.")
+    extra = service.label_studio.extra_of(asked.project)
+    return _Predicting(asked.tasks, images_in(asked.label_config), parameters_in(extra), clicked)
+
+
+class _Selection:
+    """Tasks on their way, so many at once as half the service's images: others get through.
+
+    The request's own place is one of them; every other task takes one for itself, and waits where
+    none is free.
+    """
+
+    def __init__(
+        self, request: Request, work: Work, asked: _Predicting, permit: Permit, window: int
+    ) -> None:
+        self._asked = asked
+        self._permit = permit
+        self._service = service_of(request)
+        self._window = window
+        self._failures = 0
+        self._waiting = iter(enumerate(asked.tasks))
+        self._parts = [b"[]"] * len(asked.tasks)
+        self._until = request.scope["started"] + _seconds(request)
+        self._version = model_version(work.model, asked.parameters.options)
+        images = len(asked.tasks) * len(asked.images)
+        most, advice = self._service.limits.answer_bytes, work.sizes.advice(images)
+        self.work = replace(
+            work,
+            price=price(asked.images, work.sizes),
+            # Most tasks take far less than they may, which only those that were drawn tell.
+            bill=Bill(permit, most, advice, in_turn=True),
+        )
+
+    async def answers(self) -> list[bytes]:
+        """JSON for each task, in order; `[]` where it failed or time was too short.
+
+        A click has one task, and raises what it fails with: somebody looks at the page.
+        """
+        if self._asked.is_interactive:
+            return [await self._answer(self._asked.tasks[0], self._permit)]
+        left = self._until - time.monotonic()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(left), asyncio.TaskGroup() as group:
+                for number in range(self._window):
+                    group.create_task(self._work_off(self._first if number == 0 else self._place))
+        return self._parts
+
+    async def _work_off(self, place: Callable[[], Permit]) -> None:
+        for index, task in self._waiting:
+            try:
+                ask = functools.partial(self._placed, task, place)
+                self._parts[index] = await answering.patiently(ask, self._until)
+            except Exception as error:  # noqa: BLE001 - of one task; the others are kept
+                self._log_failure(task, as_error(error))
+            await asyncio.sleep(0)  # many that fail at once keep nobody else from the event loop
+
+    def _log_failure(self, task: LabelStudioTask, error: CamserveError) -> None:
+        """A line for each of the first failures; the last says that others are left out."""
+        self._failures += 1
+        if self._failures > LOGGED:
+            return
+        _log.warning(
+            "label_studio_task_failed",
+            task=task.id,
+            code=error.code,
+            detail=error.detail,
+            more="not logged" if self._failures == LOGGED else None,
+            exc_info=error.__cause__ if error.code == "internal_error" else None,
+        )
+
+    def _first(self) -> Permit:
+        """For bytes alone: the place is the request's own."""
+        return Permit(self._service.admission)
+
+    def _place(self) -> Permit:
+        return self._service.admission.admit()
+
+    async def _placed(self, task: LabelStudioTask, place: Callable[[], Permit]) -> bytes:
+        with place() as permit:
+            return await self._answer(task, permit)
+
+    async def _answer(self, task: LabelStudioTask, permit: Permit) -> bytes:
+        shown: list[tuple[TaskImage, Evidence]] = []
+        part = b""
+        try:
+            for image in self._asked.images:
+                shown += [(image, await self._evidence(image, task, permit))]
+            part = await answering.drawn(
+                self.work, prediction, shown, self._version, of_click=self._asked.is_interactive
+            )
+        finally:
+            self.work.bill.made(len(part), sum(each.found.priced for _, each in shown))
+        return part
+
+    async def _evidence(self, image: TaskImage, task: LabelStudioTask, permit: Permit) -> Evidence:
+        work, limits = self.work, self._service.limits
+        source = image.source(task.data)
+        data = await picture(self._service, source, task.id, lambda size: permit.grow(0, size))
+        size = size_before(data, limits.pixels)
+
+        async def hold() -> None:
+            work.bill.add(work.price(size))
+
+        await answering.patiently(hold, self._until)
+        found = await answering.ask(work, data, size)
+        return Evidence(work.model, found, self._asked.parameters, limits.render_side)
+
+
+def _seconds(request: Request) -> float:
+    """What a request may take, with time left for the way back."""
+    return min(answering.timeout_of(request), LABEL_STUDIO_SECONDS) * SHARE_OF_TIME
+
+
+def _listed(parts: list[bytes]) -> bytes:
+    return b'{"results":[' + b",".join(parts) + b"]}"
+
+
+def _json(body: bytes, headers: dict[str, str] | None = None) -> Response:
+    return Response(body, media_type="application/json", headers=headers)

@@ -1,0 +1,126 @@
+"""`overlay.png`: the photo of a task with its evidence over it, live in the labeling page.
+
+    <Image name="heat" value="http://service/integrations/label-studio/overlay.png?key=…&amp;src=$image"/>
+
+Label Studio puts the address of the task's picture in the place of `$image`, unencoded, and the
+browser fetches the whole with CORS and without credentials. So `src` is all that follows it, and
+the key is a token that says which pictures may be seen, and from pages of which origin.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+from urllib.parse import unquote
+
+from fastapi import APIRouter, Request, Response
+
+from api_schemas.options import ExplainOptions
+from service.errors import ImageUrlRefused, MalformedRequest, Unauthorized
+from service.integrations.label_studio.images import picture
+from service.pipeline.answer_size import size_before
+from service.pipeline.response import overlay, style_of
+from service.routes import answering
+from service.routes.docs import problems
+from service.routes.state import service_of
+from service.scheduling.admission import Permit
+from service.security import overlay_tokens
+from service.security.overlay_tokens import Grant
+
+router = APIRouter(prefix="/integrations/label-studio", tags=["Label Studio"])
+
+CACHE_SECONDS = 300
+"""How long a browser may show an overlay without asking again."""
+
+MAX_QUERY = 10_000
+"""Bytes of a query: a key, and an address of which every character may be encoded."""
+
+_QUERY = re.compile(r"key=([A-Za-z0-9_.-]*)&src=(.*)", re.DOTALL)
+_ENCODED = re.compile(r"(?:%2F|https?%3A)", re.IGNORECASE)
+
+_PICTURE: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The photo with its evidence over it.",
+        "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
+
+
+def _parameter(name: str, text: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "in": "query",
+        "required": True,
+        "description": text,
+        "schema": {"type": "string"},
+    }
+
+
+@router.get(
+    "/overlay.png",
+    response_class=Response,
+    responses=_PICTURE | problems(400, 401, 415, 422, 424, 429, 500, 503, 504),
+    openapi_extra={
+        "parameters": [
+            _parameter("key", "Made by `camserve overlay-token`."),
+            _parameter("src", "The address of the picture; all that follows, encoded or not."),
+        ]
+    },
+)
+async def overlay_png(request: Request) -> Response:
+    """The evidence for the best class of a task's picture, drawn over it."""
+    secret = service_of(request).label_studio.secret
+    grant, source = read_query(request.scope["query_string"], secret)
+
+    async def work(permit: Permit) -> Response:
+        data = await _drawn(request, grant, source, permit)
+        headers = {
+            "Access-Control-Allow-Origin": grant.origin,
+            "Cache-Control": f"private, max-age={CACHE_SECONDS}",
+            "Vary": "Origin",
+        }
+        return Response(data, media_type="image/png", headers=headers)
+
+    return await answering.in_time_without_body(request, work)
+
+
+def read_query(query: bytes, secret: str | None) -> tuple[Grant, str]:
+    """What the key of an overlay's query opens, and the image's address that follows it.
+
+    Raises MalformedRequest, Unauthorized, ImageUrlRefused.
+    """
+    found = _QUERY.fullmatch(query.decode("latin-1")) if len(query) <= MAX_QUERY else None
+    if found is None:
+        raise MalformedRequest(
+            "Ask for overlay.png?key=KEY&src=$image, in this order, and with at most "
+            f"{MAX_QUERY} bytes behind the question mark."
+        )
+    if secret is None:
+        raise Unauthorized("There are no overlays here; CAMSERVE_OVERLAY_SECRET is not set.")
+    grant = overlay_tokens.read(found[1], secret)
+    source = unquote(found[2]) if _ENCODED.match(found[2]) else found[2]
+    if source.startswith(f"{grant.origin}/"):  # Label Studio writes its own address before some
+        source = source.removeprefix(grant.origin)
+    if not grant.covers(source):
+        raise ImageUrlRefused("The overlay's key opens other pictures than this one.")
+    return grant, source
+
+
+async def _drawn(request: Request, grant: Grant, source: str, permit: Permit) -> bytes:
+    service = service_of(request)
+    given = {"method": grant.method} if grant.method else {}
+    options = ExplainOptions.model_validate(
+        {"model": grant.model, "include": ["overlay"], "format": "png", **given}
+    )
+    async with answering.model_in_use(request, options.model) as model:
+        work = await answering.understand(request, model, options, 1, permit)
+        work = replace(work, price=work.sizes.overlay)
+        data = await picture(service, source, None, lambda size: permit.grow(0, size))
+        size = size_before(data, service.limits.pixels)
+        work.bill.add(work.price(size))
+        found = await answering.ask(work, data, size)
+        (explanation, *_) = found.answer.explanations
+        drawn = await answering.drawn(work, overlay, found.upload, explanation, style_of(options))
+        work.bill.made(len(drawn.data))
+        return drawn.data

@@ -1,0 +1,217 @@
+"""From an answer to Label Studio's regions and choices: percent of the picture, labels that exist.
+
+Each control of a project gets what it can hold: Choices the class, BrushLabels the whole map,
+RectangleLabels and PolygonLabels the parts of it that reach the threshold, KeyPointLabels its peak.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import orjson
+
+from service.cam.file_sizes import brush_bytes, region_bytes
+from service.cam.regions import Regions, find_regions
+from service.images.declared_size import Size
+from service.inference.questions import Prediction
+from service.integrations.label_studio.brush import alpha_of, encode_rle
+from service.integrations.label_studio.config import Control, Parameters, TaskImage
+from service.models.loaded import LoadedModel
+from service.pipeline.answer_size import Price, Sizes
+from service.routes.answering import Answered
+
+MAX_REGIONS = 10
+"""Boxes and polygons of one map at most, the largest ones."""
+
+KEYPOINT_WIDTH = 1.5
+"""Of the peak, in percent of the picture's width."""
+
+CHOSEN = 0.5
+"""The least score of a class where several may be chosen and the project does not say."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One picture of a task, answered, and what is drawn of it; drawn once for all controls."""
+
+    model: LoadedModel
+    found: Answered
+    parameters: Parameters
+    render_side: int
+
+    @property
+    def class_id(self) -> int:
+        """The explained class, or the best one."""
+        answer = self.found.answer
+        return (answer.explanations or answer.predictions)[0].class_id
+
+    @property
+    def score(self) -> float:
+        answer = self.found.answer
+        return (answer.explanations or answer.predictions)[0].score
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the class is called in the project."""
+        return self.names_of(self.class_id)
+
+    def names_of(self, class_id: int) -> tuple[str, ...]:
+        return self.parameters.names_of(self.model.labels[class_id])
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the upright source."""
+        return self.found.upload.width, self.found.upload.height
+
+    @cached_property
+    def regions(self) -> Regions:
+        (explanation, *_) = self.found.answer.explanations
+        geometry = self.found.upload.model_input.geometry
+        threshold = self.parameters.options.threshold
+        return find_regions(explanation.grid, geometry, threshold, self.render_side)
+
+    @cached_property
+    def rle(self) -> list[int]:
+        """The map as a brush; empty where it is 0 throughout."""
+        (explanation, *_) = self.found.answer.explanations
+        geometry = self.found.upload.model_input.geometry
+        alpha = alpha_of(explanation.grid, geometry, self.render_side)
+        return encode_rle(alpha) if alpha.any() else []
+
+
+def prediction(
+    images: Sequence[tuple[TaskImage, Evidence]], version: str, *, of_click: bool = False
+) -> bytes:
+    """A task's place in the answer, JSON; `[]` where nothing fits the project's labels.
+
+    Label Studio would keep an empty prediction and not ask this version again.
+
+    of_click: whether it answers a click. Then it may be empty, and makes no choice: the page would
+    put that over the annotator's own at once, before the suggested regions are accepted.
+    """
+    result = [
+        each
+        for image, evidence in images
+        for each in _of_image(image, evidence)
+        if not (of_click and each["type"] == "choices")
+    ]
+    if not result and not of_click:
+        return b"[]"
+    score = min(evidence.score for _, evidence in images) if images else 0.0
+    return orjson.dumps({"result": result, "score": score, "model_version": version})
+
+
+def price(images: Sequence[TaskImage], sizes: Sizes) -> Price:
+    """What one image of a task takes in the answer at most, whichever of them it is."""
+    controls = [Counter(control.kind for control in image.controls) for image in images]
+
+    def bytes_of(source: Size) -> int:
+        regions = region_bytes(source, sizes.cells, sizes.render_side)
+        a_kind = {
+            "brushlabels": brush_bytes(source, sizes.cells),
+            "choices": sizes.predictions(),
+            "polygonlabels": 4 * regions,  # in percent, with all their digits
+            "rectanglelabels": MAX_REGIONS * 512,
+        }
+        places = (
+            sum(count * (512 + a_kind.get(kind, 0)) for kind, count in each.items())
+            for each in controls
+        )
+        return 512 + max(places, default=0)
+
+    return bytes_of if any(controls) else lambda _: 512
+
+
+def _of_image(image: TaskImage, evidence: Evidence) -> Iterator[dict[str, Any]]:
+    for control in image.controls:
+        if control.kind == "choices":
+            yield from _choices(control, evidence)
+            continue
+        label = control.region_label(*evidence.names)
+        if label is None or not evidence.found.answer.explanations:
+            continue
+        for value in _VALUES[control.kind](evidence):
+            yield _entry(control, evidence.score) | {
+                "original_width": evidence.size[0],
+                "original_height": evidence.size[1],
+                "image_rotation": 0,
+                "value": {**value, control.kind: [label]},
+            }
+
+
+def _entry(control: Control, score: float) -> dict[str, Any]:
+    """What all results say; the id is a new one, because regions of one page must differ."""
+    return {
+        "id": uuid.uuid4().hex[:10],
+        "from_name": control.name,
+        "to_name": control.to_name,
+        "type": control.kind,
+        "score": score,
+    }
+
+
+def _choices(control: Control, evidence: Evidence) -> Iterator[dict[str, Any]]:
+    """The class that is explained; of several that may be chosen all that score enough."""
+    least = control.at_least
+    chosen: list[tuple[int, float]] = [(evidence.class_id, evidence.score)]
+    if control.several:
+        least = CHOSEN if least is None else least
+        listed: Sequence[Prediction] = evidence.found.answer.predictions
+        chosen = [(each.class_id, each.score) for each in listed]
+    kept = [(class_id, score) for class_id, score in chosen if least is None or score >= least]
+    labels = [(control.label_of(*evidence.names_of(class_id)), score) for class_id, score in kept]
+    known = {label: score for label, score in reversed(labels) if label is not None}
+    if known:
+        value = {"choices": sorted(known, key=lambda label: -known[label])}
+        yield _entry(control, max(known.values())) | {"value": value}
+
+
+def _brush(evidence: Evidence) -> Iterator[dict[str, Any]]:
+    if evidence.rle:
+        yield {"format": "rle", "rle": evidence.rle}
+
+
+def _boxes(evidence: Evidence) -> Iterator[dict[str, Any]]:
+    width, height = evidence.size
+    for x, y, w, h in evidence.regions.boxes[:MAX_REGIONS]:
+        yield {
+            "x": 100 * x / width,
+            "y": 100 * y / height,
+            "width": 100 * w / width,
+            "height": 100 * h / height,
+            "rotation": 0,
+        }
+
+
+def _polygons(evidence: Evidence) -> Iterator[dict[str, Any]]:
+    width, height = evidence.size
+    for polygon in evidence.regions.polygons[:MAX_REGIONS]:
+        points = [[100 * x / width, 100 * y / height] for x, y in polygon]
+        yield {"points": points, "closed": True}
+
+
+def _peak(evidence: Evidence) -> Iterator[dict[str, Any]]:
+    if evidence.regions.peak is not None:
+        x, y = evidence.regions.peak
+        width, height = evidence.size
+        yield {"x": 100 * x / width, "y": 100 * y / height, "width": KEYPOINT_WIDTH}
+
+
+class _Values(Protocol):
+    def __call__(self, evidence: Evidence, /) -> Iterator[dict[str, Any]]: ...
+
+
+_VALUES: Mapping[str, _Values] = MappingProxyType(
+    {
+        "brushlabels": _brush,
+        "rectanglelabels": _boxes,
+        "polygonlabels": _polygons,
+        "keypointlabels": _peak,
+    }
+)

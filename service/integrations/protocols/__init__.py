@@ -1,0 +1,1 @@
+"""KServe V1, Open Inference V2 and TorchServe."""

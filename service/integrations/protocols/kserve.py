@@ -1,0 +1,127 @@
+"""KServe's V1 protocol, which is TensorFlow Serving's and Vertex AI's too.
+
+https://kserve.github.io/website/docs/concepts/architecture/data-plane/v1-protocol says the shapes.
+`predictions` has for each instance the `predictions` of `/predict`, best first; `explanations` the
+`explanations` of `/explain`. Options go into `parameters`, or into the query.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from api_schemas.options import CommonOptions, ExplainOptions, PredictOptions
+from api_schemas.protocols import Instances
+from service.errors import InvalidImageData, MalformedRequest, ModelNotReady
+from service.images.upload import Sent
+from service.integrations.asked import (
+    MAX_NUMBERS,
+    Asked,
+    Plan,
+    Reply,
+    answer,
+    check_count,
+    file_in,
+    json_response,
+    options,
+    parsed,
+    query,
+)
+from service.integrations.protocols.nested import array_of
+from service.integrations.protocols.pixels import pictures
+from service.models.loaded import LoadedModel
+from service.pipeline.response import result
+from service.routes.docs import peer_errors
+from service.routes.state import service_of
+
+router = APIRouter(prefix="/v1/models", tags=["KServe V1"], responses=peer_errors())
+
+_NAMES = ("b64", "data", "image", "image_bytes", "content")
+"""Under what names clients send a picture: KServe, TorchServe, TensorFlow Serving, Vertex AI."""
+
+
+@router.get("")
+async def models(request: Request) -> dict[str, list[str]]:
+    """The names of all models."""
+    return {"models": list(service_of(request).library.entries)}
+
+
+@router.get("/{name}")
+async def model(request: Request, name: str) -> dict[str, Any]:
+    """Whether a model is ready; 503 where it is not."""
+    entry = service_of(request).library.entry(name)
+    if entry.state != "ready" and not entry.on_demand:
+        raise ModelNotReady(f"Model with name {name} is not ready.", retry_after=5)
+    return {"name": name, "ready": True}
+
+
+@router.post("/{name}:predict")
+async def predict(request: Request, name: str) -> Response:
+    """Classify each instance."""
+    return await _answer(request, name, PredictOptions)
+
+
+@router.post("/{name}:explain")
+async def explain(request: Request, name: str) -> Response:
+    """Classify and explain each instance; its own `target` counts more than a common one."""
+    return await _answer(request, name, ExplainOptions)
+
+
+async def _answer(request: Request, name: str, form: type[CommonOptions]) -> Response:
+    given, most = query(request), service_of(request).limits.images
+
+    def read(model: LoadedModel, body: bytes) -> Plan:
+        asked = parsed(Instances, body)
+        instances = asked.instances if asked.instances is not None else asked.inputs
+        if instances is None:
+            raise MalformedRequest('Expected "instances", a list of pictures, in the body.')
+        check_count(len(instances), most)
+        parameters = given | asked.parameters
+        return Plan([_asked(model, form, each, parameters) for each in instances], _respond)
+
+    return await answer(request, name, read)
+
+
+def _asked(
+    model: LoadedModel, form: type[CommonOptions], instance: Any, parameters: Mapping[str, Any]
+) -> Asked:
+    given = dict(parameters)
+    tensor: dict[str, Any] = {
+        name: given.pop(name) for name in ("values", "layout") if name in given
+    }
+    if isinstance(instance, dict) and "target" in instance:
+        if form is ExplainOptions:
+            given["target"] = instance["target"]
+        instance = {key: value for key, value in instance.items() if key != "target"}
+    return Asked(picture(model, instance, tensor), options(form, given))
+
+
+def picture(model: LoadedModel, value: Any, tensor: Mapping[str, Any]) -> Sent:
+    """The picture of an instance, however it is wrapped. Raises InvalidImageData.
+
+    tensor: `values` and `layout` of `service.integrations.protocols.pixels`.
+    """
+    while isinstance(value, dict):
+        if len(value) != 1 or next(iter(value)) not in _NAMES:
+            raise InvalidImageData(
+                'An instance is {"b64": …}, {"image": {"b64": …}} or nested numbers, not an object '
+                f"with the fields {', '.join(map(repr, value)) or 'of none'}."
+            )
+        (value,) = value.values()
+    if isinstance(value, str):
+        return file_in(value)
+    return pictures(array_of(value, MAX_NUMBERS)[None], model.preprocessing, **tensor)[0]
+
+
+def _respond(replies: Sequence[Reply]) -> Response:
+    results = [
+        result(each.model, each.found.upload, each.found.answer, each.options, each.render_side)
+        for each in replies
+    ]
+    dumped = [each.model_dump(exclude_unset=True) for each in results]
+    content = {"predictions": [each["predictions"] for each in dumped]}
+    if isinstance(replies[0].options, ExplainOptions):
+        content["explanations"] = [each["explanations"] for each in dumped]
+    return json_response(content)

@@ -1,0 +1,231 @@
+"""The Open Inference Protocol V2, as KServe's, Triton's and MLServer's clients speak it.
+
+https://github.com/kserve/open-inference-protocol, with the binary tensor data extension, Triton's
+classification extension, and `explain`, which takes and gives the same bodies as `infer`. The one
+input of a model is a batch of pictures: BYTES are files, numbers are pixels; its name is free. The
+model repository extension is in `service.integrations.protocols.repository`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Request, Response
+
+from api_schemas.options import CommonOptions, ExplainOptions, PredictOptions
+from api_schemas.protocols import InferInput, InferRequest, RequestedOutput
+from service import __version__
+from service.errors import InvalidOption, MalformedRequest, ModelNotReady
+from service.images.upload import Sent
+from service.integrations.asked import Asked, Plan, Reply, answer, named, options, parsed
+from service.integrations.protocols import outputs
+from service.integrations.protocols.pixels import pictures
+from service.integrations.protocols.tensors import Output, files, numbers, raw_parts
+from service.models.loaded import LoadedModel
+from service.routes import health
+from service.routes.docs import peer_errors
+from service.routes.state import service_of
+
+router = APIRouter(prefix="/v2", tags=["Open Inference Protocol V2"], responses=peer_errors())
+
+HEADER = "Inference-Header-Content-Length"
+"""How many bytes of a body are JSON; 0: the body is a picture file and nothing else."""
+
+
+_DIGITS = 15
+"""Of a header's number at most: Python refuses to read one of thousands of digits."""
+
+
+@router.get("")
+async def server() -> dict[str, Any]:
+    """Name, version and extensions."""
+    extensions = ["binary_tensor_data", "classification", "model_repository"]
+    return {"name": "camserve", "version": __version__, "extensions": extensions}
+
+
+@router.get("/health/live")
+async def live(request: Request) -> dict[str, bool]:
+    """The process answers; 503 where too many of its threads hang."""
+    await health.live(request)
+    return {"live": True, "ready": True}
+
+
+@router.get("/health/ready")
+async def ready(request: Request) -> dict[str, bool]:
+    """Models are loaded and requests are taken; 503 where not."""
+    await health.ready(request)
+    return {"live": True, "ready": True}
+
+
+@router.get("/models")
+async def models(request: Request) -> dict[str, list[str]]:
+    """The names of all models."""
+    return {"models": list(service_of(request).library.entries)}
+
+
+@router.get("/models/{name}/versions/{version}")
+@router.get("/models/{name}")
+async def metadata(request: Request, name: str, version: str | None = None) -> dict[str, Any]:
+    """What a model takes and gives; -1 is any number."""
+    service = service_of(request)
+    found = named(service, name, version)
+    entry = service.library.entry(found)
+    model = service.pool.models.get(found)
+    if model is None:
+        raise ModelNotReady(f"Model {found!r} is {entry.state}.", retry_after=5)
+    return {
+        "name": name,
+        "versions": [version or model.version],
+        "platform": "pytorch",
+        "inputs": [{"name": "image", "datatype": "BYTES", "shape": [-1]}],
+        "outputs": outputs.described(model),
+    }
+
+
+@router.get("/models/{name}/versions/{version}/ready")
+@router.get("/models/{name}/ready")
+async def model_ready(request: Request, name: str, version: str | None = None) -> dict[str, Any]:
+    """Whether a model answers requests; 503 where not."""
+    service = service_of(request)
+    entry = service.library.entry(named(service, name, version))
+    if entry.state != "ready" and not entry.on_demand:
+        raise ModelNotReady(f"Model {name!r} is {entry.state}.", retry_after=5)
+    return {"name": name, "ready": True}
+
+
+@router.post("/models/{name}/versions/{version}/infer")
+@router.post("/models/{name}/infer")
+async def infer(request: Request, name: str, version: str | None = None) -> Response:
+    """Classify a batch of pictures; outputs that explain are computed where they are named."""
+    return await _answer(request, name, version, outputs.OF_INFER)
+
+
+@router.post("/models/{name}/versions/{version}/explain")
+@router.post("/models/{name}/explain")
+async def explain(request: Request, name: str, version: str | None = None) -> Response:
+    """Classify and explain a batch of pictures."""
+    return await _answer(request, name, version, outputs.OF_EXPLAIN)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What a request wants back: each output, Triton's `class_count`, and whether in binary."""
+
+    id: str | None
+    outputs: Sequence[tuple[str, int, bool]]
+
+
+async def _answer(
+    request: Request, name: str, version: str | None, default: Sequence[str]
+) -> Response:
+    length = request.headers.get(HEADER)
+    most = service_of(request).limits.images
+
+    def read(model: LoadedModel, body: bytes) -> Plan:
+        sent: Sequence[Sent] = [body]
+        if length == "0":
+            asked = InferRequest(inputs=[_FILE])
+        else:
+            asked, tail = _parts(body, length)
+            sent = _sent(model, asked, tail, most)
+        wanted = _wanted(asked, default)
+        chosen = _options(asked, wanted, default)
+        return Plan(
+            [Asked(each, chosen) for each in sent],
+            lambda replies: _respond(model, name, wanted, replies),
+            every_class=True,
+            price=lambda sizes: outputs.price(wanted.outputs, sizes),
+        )
+
+    return await answer(request, named(service_of(request), name, version), read)
+
+
+_FILE = InferInput(name="image", shape=[1], datatype="BYTES")
+
+
+def _parts(body: bytes, length: str | None) -> tuple[InferRequest, bytes]:
+    """The JSON and what follows it."""
+    if length is None:
+        return parsed(InferRequest, body), b""
+    if not (length.isdecimal() and len(length) <= _DIGITS) or int(length) > len(body):
+        raise MalformedRequest(f"{HEADER} is the number of bytes of the body that are JSON.")
+    return parsed(InferRequest, body[: int(length)]), body[int(length) :]
+
+
+def _sent(model: LoadedModel, asked: InferRequest, tail: bytes, most: int) -> Sequence[Sent]:
+    parts = raw_parts(asked.inputs, tail)
+    if len(parts) != 1:
+        raise MalformedRequest(f"A model takes one input, a batch of pictures, not {len(parts)}.")
+    (tensor,), (raw,) = asked.inputs, parts
+    if tensor.datatype == "BYTES":
+        return files(tensor, raw, most)
+    said = {**(asked.parameters or {}), **(tensor.parameters or {})}
+    return pictures(
+        numbers(tensor, raw, most), model.preprocessing, said.get("values"), said.get("layout")
+    )
+
+
+def _wanted(asked: InferRequest, default: Sequence[str]) -> _Wanted:
+    binary = bool((asked.parameters or {}).get("binary_data_output", False))
+    named_outputs = asked.outputs or [RequestedOutput(name=name) for name in default]
+    found: list[tuple[str, int, bool]] = []
+    for output in named_outputs:
+        if any(output.name == name for name, _, _ in found):
+            raise InvalidOption(f"The output {output.name!r} is named twice; name it once.")
+        said = output.parameters or {}
+        if output.name not in outputs.NAMES:
+            raise InvalidOption(
+                f"There is no output {output.name!r}; there are {', '.join(outputs.NAMES)}."
+            )
+        classes = said.get("classification", 0)
+        if not isinstance(classes, int) or classes < 0:
+            raise InvalidOption("`classification` is how many classes to list.")
+        found.append((output.name, classes, bool(said.get("binary_data", binary))))
+    return _Wanted(asked.id, found)
+
+
+def _options(asked: InferRequest, wanted: _Wanted, default: Sequence[str]) -> CommonOptions:
+    """The options in a request's parameters; those of explaining go with what explains."""
+    names = {name for name, _, _ in wanted.outputs}
+    protocols = ("binary_data_output", "values", "layout")
+    given = {k: v for k, v in (asked.parameters or {}).items() if k not in protocols}
+    if default is outputs.OF_INFER and not names & outputs.EXPLAINING:
+        return options(PredictOptions, given)
+    # What else `include` names is for `explain`; a heatmap is named where that would not get it.
+    drawn = [name for name in ("overlay", "heatmap") if name in names]
+    drawn = [name for name in drawn if name == "overlay" or "explain" not in names]
+    if drawn:
+        also = given.get("include", [])
+        also = also if isinstance(also, list) else [also]
+        given["include"] = [*drawn, *(each for each in also if each != "none")]
+    given.setdefault("include", ["none"])
+    return options(ExplainOptions, given)
+
+
+def _respond(model: LoadedModel, name: str, wanted: _Wanted, replies: Sequence[Reply]) -> Response:
+    described: list[dict[str, Any]] = []
+    tails: list[bytes] = []
+    for output, classes, binary in wanted.outputs:
+        made: Output = outputs.MAKERS[output](replies)
+        if classes:
+            made = outputs.classification(made, model, classes)
+        if binary:
+            place, raw = made.in_binary()
+            tails += raw
+        else:
+            place = made.in_json()
+        described.append(place)
+    content: dict[str, Any] = {"model_name": name, "model_version": model.version}
+    if wanted.id is not None:
+        content["id"] = wanted.id
+    head = orjson.dumps(content | {"outputs": described}, option=orjson.OPT_SERIALIZE_NUMPY)
+    if not tails:
+        return Response(head, media_type="application/json")
+    return Response(
+        b"".join([head, *tails]),
+        media_type="application/octet-stream",
+        headers={HEADER: str(len(head))},
+    )

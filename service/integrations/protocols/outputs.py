@@ -1,0 +1,202 @@
+"""The outputs of a model under the Open Inference Protocol V2.
+
+output      datatype  shape                      what
+class_ids   INT64     (n, top_k)                 the best classes, best first
+labels      BYTES     (n, top_k)                 their labels
+scores      FP32      (n, classes)               the score of every class, by id
+logits      FP32      (n, classes)               the logit of every class, by id
+targets     INT64     (n, targets)               the explained classes
+grid        FP32      (n, targets, rows, cols)   their maps, in the layer's shape
+heatmap     BYTES     (n, targets)               their maps over the picture, PNG files
+overlay     BYTES     (n, targets)               the same laid over the picture
+explain     BYTES     (n, targets)               the explanations of `/explain`, JSON
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import orjson
+
+from api_schemas.options import ExplainOptions
+from service.cam.file_sizes import base64_bytes
+from service.cam.heatmap import render_heatmap
+from service.errors import InvalidOption
+from service.images.declared_size import Size
+from service.inference.questions import Explanation
+from service.integrations.asked import Reply
+from service.integrations.protocols.tensors import Output
+from service.models.loaded import LoadedModel
+from service.pipeline.answer_size import NUMBER_BYTES, Price, Sizes
+from service.pipeline.response import overlay, result, style_of
+
+OF_INFER = ("class_ids", "labels", "scores", "logits")
+OF_EXPLAIN = ("explain", "targets", "grid", "class_ids", "labels", "scores")
+EXPLAINING = frozenset({"targets", "grid", "heatmap", "overlay", "explain"})
+
+
+def described(model: LoadedModel) -> list[dict[str, Any]]:
+    """Every output as the metadata of a model lists it."""
+    classes = len(model.labels)
+    shapes = {"scores": [-1, classes], "logits": [-1, classes], "grid": [-1, -1, -1, -1]}
+    types = {"class_ids": "INT64", "targets": "INT64", "scores": "FP32", "logits": "FP32"}
+    types["grid"] = "FP32"
+    return [
+        {"name": name, "datatype": types.get(name, "BYTES"), "shape": shapes.get(name, [-1, -1])}
+        for name in NAMES
+    ]
+
+
+def classification(output: Output, model: LoadedModel, count: int) -> Output:
+    """Triton's classification extension: the largest values as "value:id:label".
+
+    Raises InvalidOption for an output that has no value for each class.
+    """
+    if not isinstance(output.values, np.ndarray) or output.values.shape[1:] != (len(model.labels),):
+        raise InvalidOption(f"`classification` is of scores and logits, not of {output.name}.")
+    rows = output.values
+    best = np.argsort(-rows, axis=1, kind="stable")[:, :count]
+    texts = [
+        f"{row[index]:f}:{index}:{model.labels[index]}"
+        for row, ids in zip(rows, best, strict=True)
+        for index in ids
+    ]
+    return Output(output.name, "BYTES", best.shape, texts)
+
+
+def price(wanted: Sequence[tuple[str, int, bool]], sizes: Sizes) -> Price:
+    """What the named outputs, each with `classification` and in binary or not, take at most."""
+
+    def bytes_of(source: Size) -> int:
+        return 256 + sum(
+            256 + _bytes_of(name, classes, sizes, source, binary=binary)
+            for name, classes, binary in wanted
+        )
+
+    return bytes_of
+
+
+def _bytes_of(name: str, classes: int, sizes: Sizes, source: Size, *, binary: bool) -> int:
+    count, number = len(sizes.model.labels), 8 if binary else NUMBER_BYTES
+    if classes:
+        return sizes.predictions(classes)
+    if name in {"heatmap", "overlay"}:
+        file = sizes.heatmap(source) if name == "heatmap" else sizes.overlay(source)
+        return sizes.maps * (8 + (file if binary else base64_bytes(file)))
+    if name == "explain":  # JSON within JSON: its quotes are escaped
+        return sizes.maps * int(1.3 * sizes.explanation(source))
+    if name == "grid":
+        return sizes.maps * math.prod(sizes.cells) * number
+    if name == "targets":
+        return sizes.maps * number
+    return count * number if name in {"scores", "logits"} else sizes.predictions()
+
+
+def _class_ids(replies: Sequence[Reply]) -> Output:
+    ids = np.array([_best(each) for each in replies], dtype=np.int64)
+    return Output("class_ids", "INT64", ids.shape, ids)
+
+
+def _labels(replies: Sequence[Reply]) -> Output:
+    best = [_best(each) for each in replies]
+    texts = [replies[0].model.labels[index] for ids in best for index in ids]
+    return Output("labels", "BYTES", (len(best), len(best[0])), texts)
+
+
+def _best(reply: Reply) -> list[int]:
+    predictions = reply.found.answer.predictions[: reply.options.top_k]
+    return [prediction.class_id for prediction in predictions]
+
+
+def _scores(replies: Sequence[Reply]) -> Output:
+    return _by_class("scores", replies)
+
+
+def _logits(replies: Sequence[Reply]) -> Output:
+    return _by_class("logits", replies)
+
+
+def _by_class(name: str, replies: Sequence[Reply]) -> Output:
+    values = np.zeros((len(replies), len(replies[0].model.labels)), dtype=np.float32)
+    for row, reply in zip(values, replies, strict=True):
+        for prediction in reply.found.answer.predictions:
+            found = prediction.score if name == "scores" else prediction.logit
+            row[prediction.class_id] = found
+    return Output(name, "FP32", values.shape, values)
+
+
+def _targets(replies: Sequence[Reply]) -> Output:
+    ids = np.array(
+        [[found.class_id for found in each.found.answer.explanations] for each in replies],
+        dtype=np.int64,
+    )
+    return Output("targets", "INT64", ids.shape, ids)
+
+
+def _grid(replies: Sequence[Reply]) -> Output:
+    grids = np.stack(
+        [np.stack([found.grid for found in each.found.answer.explanations]) for each in replies]
+    )
+    return Output("grid", "FP32", grids.shape, grids)
+
+
+def _heatmap(replies: Sequence[Reply]) -> Output:
+    pictures = [
+        render_heatmap(
+            explanation.grid,
+            reply.found.upload.model_input.geometry,
+            style_of(options),
+            reply.render_side,
+        ).data
+        for reply, options, explanation in _explained(replies)
+    ]
+    return _files("heatmap", replies, pictures)
+
+
+def _overlay(replies: Sequence[Reply]) -> Output:
+    pictures = [
+        overlay(reply.found.upload, explanation, style_of(options)).data
+        for reply, options, explanation in _explained(replies)
+    ]
+    return _files("overlay", replies, pictures)
+
+
+def _explain(replies: Sequence[Reply]) -> Output:
+    texts: list[str] = []
+    for each in replies:
+        found, options = each.found, each.options
+        made = result(each.model, found.upload, found.answer, options, each.render_side)
+        explanations = made.model_dump(exclude_unset=True)["explanations"]
+        texts += [orjson.dumps(explanation).decode() for explanation in explanations]
+    return _files("explain", replies, texts)
+
+
+def _explained(replies: Sequence[Reply]) -> Iterator[tuple[Reply, ExplainOptions, Explanation]]:
+    for reply in replies:
+        assert isinstance(reply.options, ExplainOptions)
+        for explanation in reply.found.answer.explanations:
+            yield reply, reply.options, explanation
+
+
+def _files(name: str, replies: Sequence[Reply], values: Sequence[Any]) -> Output:
+    return Output(name, "BYTES", (len(replies), len(values) // len(replies)), values)
+
+
+MAKERS: Mapping[str, Callable[[Sequence[Reply]], Output]] = MappingProxyType(
+    {
+        "class_ids": _class_ids,
+        "labels": _labels,
+        "scores": _scores,
+        "logits": _logits,
+        "targets": _targets,
+        "grid": _grid,
+        "heatmap": _heatmap,
+        "overlay": _overlay,
+        "explain": _explain,
+    }
+)
+NAMES = tuple(MAKERS)

@@ -1,0 +1,129 @@
+"""TorchServe's inference API: `/predictions`, `/explanations` and `/ping`.
+
+https://pytorch.org/serve/inference_api.html. The picture is the body, the part `data` (or `body`)
+of a form, or its base64 in JSON; the form's `target`, its other fields and the query are options of
+`/explain`. A prediction is {label: score}; an explanation is the map as (1, rows, columns) nested
+lists, in the layer's shape, where TorchServe's default handler gave (channels, height, width).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Request, Response
+
+from api_schemas.options import CommonOptions, ExplainOptions, PredictOptions
+from service.errors import CamserveError, EmptyBody
+from service.images.upload import Sent
+from service.integrations.asked import (
+    Asked,
+    Plan,
+    Reply,
+    answer,
+    json_of,
+    json_response,
+    named,
+    options,
+    query,
+)
+from service.integrations.protocols.kserve import picture
+from service.models.loaded import LoadedModel
+from service.pipeline.answer_size import NUMBER_BYTES, Price, Sizes
+from service.routes import bodies, forms, health
+from service.routes.docs import peer_errors
+from service.routes.state import service_of
+
+router = APIRouter(tags=["TorchServe"], responses=peer_errors())
+
+_PICTURES = ("data", "body")
+_MAX_FIELDS = 16
+"""Fields of a form beside the pictures."""
+
+
+@router.get("/ping")
+async def ping(request: Request) -> Response:
+    """Whether requests are taken and the models loaded."""
+    try:
+        await health.ready(request)
+    except CamserveError:
+        return json_response({"status": "Unhealthy"}, 500)
+    return json_response({"status": "Healthy"})
+
+
+# `curl -T` sends PUT.
+@router.put("/predictions/{name}/{version}", include_in_schema=False)
+@router.put("/predictions/{name}", include_in_schema=False)
+@router.post("/predictions/{name}/{version}")
+@router.post("/predictions/{name}")
+async def predictions(request: Request, name: str, version: str | None = None) -> Response:
+    """The best classes with their scores."""
+    return await _answer(request, name, version, PredictOptions)
+
+
+@router.put("/explanations/{name}/{version}", include_in_schema=False)
+@router.put("/explanations/{name}", include_in_schema=False)
+@router.post("/explanations/{name}/{version}")
+@router.post("/explanations/{name}")
+async def explanations(request: Request, name: str, version: str | None = None) -> Response:
+    """The map of a class: the best one, or `target`."""
+    return await _answer(request, name, version, ExplainOptions)
+
+
+async def _answer(
+    request: Request, name: str, version: str | None, form: type[CommonOptions]
+) -> Response:
+    service, kind = service_of(request), bodies.media_type(request)
+    given, content_type = query(request), request.headers.get("content-type", "")
+    most = service.limits.images + _MAX_FIELDS
+
+    def read(model: LoadedModel, body: bytes) -> Plan:
+        pictures: Sequence[Sent] = [body]
+        fields = given
+        if kind == "multipart/form-data":
+            parts = forms.form_parts(content_type, body, most, lambda _name: None)
+            pictures = [data for name, data in parts if name in _PICTURES]
+            texts = [(name, data) for name, data in parts if name not in _PICTURES]
+            fields = given | {name: data.decode(errors="replace") for name, data in texts}
+        elif bodies.is_json(kind):
+            pictures = [picture(model, json_of(body), {})]
+        if not pictures:
+            raise EmptyBody("The form has no part named 'data'; use curl -F data=@cat.jpg.")
+        if form is PredictOptions:
+            fields = {name: value for name, value in fields.items() if name != "target"}
+        chosen = options(form, fields)
+        return Plan([Asked(each, chosen) for each in pictures], _respond, price=_price)
+
+    return await answer(request, named(service, name, version), read)
+
+
+def _respond(replies: Sequence[Reply]) -> Response:
+    made = [
+        _explanation(r) if isinstance(r.options, ExplainOptions) else _prediction(r)
+        for r in replies
+    ]
+    return json_response(made[0] if len(made) == 1 else made)
+
+
+def _price(sizes: Sizes) -> Price:
+    if isinstance(sizes.options, ExplainOptions):
+        return lambda _: 256 + NUMBER_BYTES * sizes.maps * math.prod(sizes.cells)
+    return lambda _: 256 + sizes.predictions()
+
+
+def _prediction(reply: Reply) -> dict[str, float]:
+    labels = reply.model.labels
+    best = reply.found.answer.predictions
+    return {_key(labels, each.class_id): each.score for each in best}
+
+
+def _key(labels: Sequence[str], class_id: int) -> str:
+    """The label, with the id where other classes have it too."""
+    label = labels[class_id]
+    return label if labels.count(label) == 1 else f"{label} ({class_id})"
+
+
+def _explanation(reply: Reply) -> Any:
+    return np.stack([each.grid for each in reply.found.answer.explanations])

@@ -1,0 +1,294 @@
+"""The compiled lane: a model cut at its target layer, the front compiled, the tail under autograd.
+
+A gradient at the target layer needs only what lies behind it from torch. What lies before it, which
+is nearly the whole work, may run in any engine, provided that it gives the same numbers: that is
+checked here, and the lane is offered only where it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import structlog
+import torch
+from torch import Tensor, fx
+
+from service.cam.hooks import record
+from service.models.catalog import Floating
+from service.models.compiled.cut import Uncuttable, split
+from service.models.compiled.front import Front, Precision
+from service.models.probes.torch_state import kept_torch_state
+
+if TYPE_CHECKING:
+    from service.models.loaded import LoadedModel
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """Largest differences from the hooked lane, each as a share of the largest absolute value."""
+
+    activation: float
+    map: float
+    logits: float
+
+
+TOLERANCES: Mapping[Floating, Tolerance] = {
+    "float32": Tolerance(3e-3, 2e-3, 2e-3),
+    "bf16": Tolerance(0.15, 0.1, 0.1),
+}
+"""What rounding explains and no error does. bf16 rounds by up to 1/256 at every operation."""
+
+
+class NotCompiled(Exception):
+    """Why a model has no compiled lane; the sentence is shown in `/models`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """The largest differences between the two lanes, as shares of the largest absolute value."""
+
+    activation: float
+    map: float
+    logits: float
+
+    def is_within(self, tolerance: Tolerance) -> bool:
+        return (
+            self.activation <= tolerance.activation
+            and self.map <= tolerance.map
+            and self.logits <= tolerance.logits
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"activation by {self.activation:.1g}, map by {self.map:.1g}, logits by "
+            f"{self.logits:.1g} of the maximum"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledLane:
+    """What answers the common request: predictions, and maps at `layer` from its gradient.
+
+    tail:      from the layer's output to the model's output. It carries no hooks, so that all
+               worker threads share it.
+    parity:    with the hooked lane; None for an int8 front, which was measured when it was made.
+    precision: of the front: `float32`, or what the operator chose: `bf16`, `int8`.
+    instead:   why the front is not in the precision that was chosen.
+    """
+
+    layer: str
+    front: Front
+    tail: fx.GraphModule
+    parity: Parity | None = None
+    precision: Precision = "float32"
+    instead: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Compiler:
+    """How fronts are compiled.
+
+    cache:        a folder where converted fronts are kept for the next start; None keeps none.
+    streams:      how many requests run side by side, one thread each.
+    lone_threads: threads of a request that is alone.
+    largest:      images in the largest batch.
+    precision:    `bf16` where the numbers stay near enough (TOLERANCES), else float32 all the same.
+    """
+
+    cache: Path | None = None
+    streams: int = 1
+    lone_threads: int = 1
+    largest: int = 4
+    precision: Floating = "float32"
+
+    def compiled(self, model: LoadedModel) -> LoadedModel:
+        """The model with a compiled lane, or with the reason why it has none.
+
+        Raises ConfigurationError as `lane` does.
+        """
+        try:
+            return replace(model, compiled=self.lane(model), not_compiled=None)
+        except NotCompiled as error:
+            _log.info("front_not_compiled", model=model.name, detail=f"{error}")
+            return replace(model, not_compiled=f"{error}")
+
+    def lane(self, model: LoadedModel) -> CompiledLane:
+        """The compiled lane of a model.
+
+        Raises NotCompiled with the reason; ConfigurationError for an int8 front of another model.
+        """
+        layer = layer_to_cut(model)
+        if model.spec.int8 is not None:
+            return self._quantised(model, layer, model.spec.int8)
+        precision = model.spec.precision or self.precision
+        if precision == "float32":
+            return self._checked(model, layer, precision)
+        try:
+            return self._checked(model, layer, precision)
+        except NotCompiled as error:
+            _log.warning("front_in_float32_instead", model=model.name, detail=f"{error}")
+            return replace(self._checked(model, layer, "float32"), instead=f"In bf16 {error}")
+
+    def _checked(self, model: LoadedModel, layer: str, precision: Floating) -> CompiledLane:
+        """A lane whose numbers are near enough. Raises NotCompiled."""
+        # A module written by a user keeps its weights' digest while its code changes, so that what
+        # the cache holds may be another front: the check finds out.
+        for anew in (False, True) if self.cache else (True,):
+            lane, parity = self._tried(model, layer, precision, anew)
+            if parity.is_within(TOLERANCES[precision]):
+                _log.info(
+                    "front_compiled",
+                    model=model.name,
+                    layer=layer,
+                    precision=precision,
+                    **asdict(parity),
+                )
+                return lane
+        raise NotCompiled(f"its numbers differ from the hooked lane's: {parity}.")
+
+    def _tried(
+        self, model: LoadedModel, layer: str, precision: Floating, anew: bool
+    ) -> tuple[CompiledLane, Parity]:
+        try:
+            if model.device.type == "cpu":
+                front, tail, batches = self._on_the_cpu(model, layer, precision, anew)
+            else:
+                front, tail, batches = self._on_its_device(model, layer, precision)
+            lane = CompiledLane(layer, front, tail, precision=precision)
+            parity = parity_on(model, lane, _pictures(model, batches))
+        except Uncuttable as error:
+            raise NotCompiled(f"{error}.") from error
+        except NotCompiled:
+            raise
+        except Exception as error:
+            # Foreign compilers, each with errors of its own: whatever they raise is a reason.
+            first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise NotCompiled(f"it cannot be compiled: {first}") from error
+        return replace(lane, parity=parity), parity
+
+    def _on_the_cpu(
+        self, model: LoadedModel, layer: str, precision: Floating, anew: bool
+    ) -> tuple[Front, fx.GraphModule, list[int]]:
+        # Its import takes half a second, which commands that compile nothing need not wait for.
+        from service.models.compiled import openvino_front  # noqa: PLC0415
+
+        if precision == "bf16" and not openvino_front.has_bf16():
+            raise NotCompiled("this processor does not compute: it has no AVX512-BF16 and no AMX.")
+        front, tail = split(model.module, layer)
+        graph = openvino_front.graph_of(model, front, self.cache, identity(model), anew=anew)
+        made = openvino_front.OpenVinoFront(
+            graph, self.streams, self.lone_threads, precision, self.largest
+        )
+        return made, tail, made.trials
+
+    def _on_its_device(
+        self, model: LoadedModel, layer: str, precision: Floating
+    ) -> tuple[Front, fx.GraphModule, list[int]]:
+        from service.models.compiled.torch_front import TorchFront, sizes  # noqa: PLC0415 - for GPUs alone
+
+        folded = model.folded
+        whole = folded.module if folded and layer not in folded.layers else model.module
+        front, tail = split(whole, layer)
+        made = TorchFront(model, front, precision=precision, largest=self.largest, cache=self.cache)
+        return made, tail, [3, *sizes(self.largest)]
+
+    def _quantised(self, model: LoadedModel, layer: str, folder: Path) -> CompiledLane:
+        from service.models.compiled import openvino_front  # noqa: PLC0415 - as in _on_the_cpu
+
+        if model.device.type != "cpu":
+            raise NotCompiled(f"its int8 front is for the CPU, and it is on {model.device}.")
+        try:
+            _, tail = split(model.module, layer)
+        except Uncuttable as error:
+            raise NotCompiled(f"{error}.") from error
+        graph = openvino_front.read(folder, identity(model))
+        compiled = openvino_front.OpenVinoFront(
+            graph, self.streams, self.lone_threads, largest=self.largest
+        )
+        _log.info("front_int8", model=model.name, layer=layer, folder=str(folder))
+        return CompiledLane(layer, compiled, tail, precision="int8")
+
+
+def identity(model: LoadedModel) -> str:
+    """What a front depends on, in one line: two models of the same line have the same front."""
+    spec, preprocessing = model.spec, model.preprocessing
+    return (
+        f"{spec.builder} {dict(spec.arguments)} {model.version} {model.target_layer} "
+        f"{preprocessing.channels}×{preprocessing.crop} {preprocessing.mean} {preprocessing.std}"
+    )
+
+
+def layer_to_cut(model: LoadedModel) -> str:
+    """The layer to cut at. Raises NotCompiled."""
+    reason = model.no_layers or model.no_gradients
+    if reason is None and model.target_layer is None:
+        reason = "it has no target layer to be cut at"
+    if reason is None and model.dtype != torch.float32:
+        reason = f"its parameters are {str(model.dtype).removeprefix('torch.')}, not float32"
+    if reason is not None or model.target_layer is None:
+        raise NotCompiled(f"{reason}.")
+    if model.layer(model.target_layer).calls > 1:
+        raise NotCompiled(f"its target layer {model.target_layer!r} runs several times.")
+    return model.target_layer
+
+
+def parity_on(model: LoadedModel, lane: CompiledLane, batches: Iterable[Tensor]) -> Parity:
+    """How near a lane is to the hooked one on pictures, uint8 (B, C, h, w), in both programs."""
+    module, worst = model.replicate(), Parity(0.0, 0.0, 0.0)
+    layout = model.layer(lane.layer).layout
+    assert layout is not None
+    for number, pixels in enumerate(batches):
+        with kept_torch_state(random=False), record(module, targets=[lane.layer]) as seen:
+            logits = model.logits(module(model.normalised(pixels)))
+        expected = seen.targets[lane.layer][-1]
+        gradient = torch.autograd.grad(logits.amax(dim=1).sum(), expected)[0]
+        found = lane.front(pixels, wide=number % 2 == 1).requires_grad_()
+        with kept_torch_state(random=False):
+            made = model.logits(lane.tail(found.clone()))
+        same = made.gather(1, logits.argmax(dim=1, keepdim=True)).sum()
+        slope = torch.autograd.grad(same, found)[0]
+        maps = [
+            _signed_map(
+                layout.as_map(layout.by_image(activation)), layout.as_map(layout.by_image(slopes))
+            )
+            for activation, slopes in ((expected.detach(), gradient), (found.detach(), slope))
+        ]
+        worst = Parity(
+            max(worst.activation, _difference(expected.detach(), found.detach())),
+            max(worst.map, _difference(*maps)),
+            max(worst.logits, _difference(logits.detach(), made.detach())),
+        )
+    return worst
+
+
+def _signed_map(activation: Tensor, gradient: Tensor) -> Tensor:
+    """Grad-CAM before its ReLU, which could leave nothing to compare."""
+    return (activation * gradient.mean(dim=(2, 3), keepdim=True)).sum(dim=1)
+
+
+def _pictures(model: LoadedModel, batches: Sequence[int]) -> Iterator[Tensor]:
+    """Batches of uint8 (B, C, h, w): noise of two, and noise with photographs' spectrum (1/f)."""
+    generator = torch.Generator().manual_seed(0)
+    channels, (height, width) = model.preprocessing.channels, model.preprocessing.crop
+    for batch in batches:
+        white = torch.randn(batch, channels, height, width, generator=generator)
+        rows, columns = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None]
+        distance = (rows**2 + columns**2).sqrt().clamp(min=1 / max(height, width))
+        pink = torch.fft.irfft2(torch.fft.rfft2(white) / distance, s=(height, width))
+        pink = pink / pink.std(dim=(1, 2, 3), keepdim=True)
+        noise = white if batch == 2 else pink
+        yield (noise * 50 + 120).clamp(0, 255).to(torch.uint8)
+
+
+def _difference(expected: Tensor, found: Tensor) -> float:
+    """The largest difference as a share of the largest value; infinite where shapes or NaN are."""
+    if expected.shape != found.shape or not bool(found.isfinite().all()):
+        return float("inf")
+    largest = float(expected.abs().max())
+    gap = float((expected - found).abs().max())
+    return gap / largest if largest else gap

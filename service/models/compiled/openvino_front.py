@@ -1,0 +1,254 @@
+"""The front of a cut model, run by OpenVINO on the CPU."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import uuid
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import openvino
+import structlog
+import torch
+from openvino.frontend import FrontEndManager
+from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+from torch import Tensor, nn
+
+from service import durable
+from service.errors import ConfigurationError
+from service.models.compiled.front import Normalised, Precision
+
+if TYPE_CHECKING:
+    from service.models.loaded import LoadedModel
+
+_log = structlog.get_logger(__name__)
+
+Graph: TypeAlias = openvino.Model
+
+FIXED_UP_TO = 32 * 2**20
+"""Bytes of weights up to which a front has programs for fixed batch sizes: where the layers are
+small, what OpenVINO does between them for batches of any size is up to a tenth of the time. In
+larger fronts it is mostly less, and each program packs all weights once more."""
+
+FIXED_BATCH = 8
+"""Images up to which the largest batch has a program of a fixed size: its memory is taken at once,
+on every stream."""
+
+
+class OpenVinoFront:
+    """Pixels to the activation of the layer where the model was cut; see `Front`.
+
+    Two programs of one graph: the narrow one runs a request on one thread, `streams` of them side
+    by side, which answers most requests a second; the wide one runs one request on `lone_threads`
+    threads, which answers a lone request soonest. They agree to rounding. A front of few weights
+    (`FIXED_UP_TO`) has further programs for what is usual: one image alone, and `largest` of them.
+
+    graph:        the converted front, for any batch size.
+    lone_threads: 1 makes no wide program, which spares its packed weights.
+    precision:    `bf16` where the processor has it (`has_bf16`); a graph of int8 stays as it is.
+    largest:      images in the largest batch.
+
+    trials: batch sizes that run every program once, if every second batch is wide.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        streams: int = 1,
+        lone_threads: int = 1,
+        precision: Precision = "float32",
+        largest: int = 1,
+    ) -> None:
+        hint = "bf16" if precision == "bf16" else "f32"
+        is_small = bytes_of_weights(graph) <= FIXED_UP_TO
+        alone = {1} if is_small else set()
+        together = {largest} if is_small and largest <= FIXED_BATCH else set()
+        if lone_threads > 1:
+            self._narrow = _Programs(graph, streams, streams, hint, together)
+            self._wide = _Programs(graph, 1, lone_threads, hint, alone)
+        else:
+            self._narrow = self._wide = _Programs(graph, streams, streams, hint, together | alone)
+        self.trials = [1, 1, 3, 2, *together]
+
+    def __call__(self, pixels: Tensor, *, wide: bool = False) -> Tensor:
+        return (self._wide if wide else self._narrow)(pixels)
+
+
+class _Programs:
+    """A graph compiled for any batch size, and once more for each of the fixed ones."""
+
+    def __init__(
+        self, graph: Graph, streams: int, threads: int, hint: str, fixed: Iterable[int]
+    ) -> None:
+        self._any = _Program(graph, streams, threads, hint)
+        self._fixed: dict[int, _Program] = {}
+        for size in fixed:
+            of_size = _of_batch_size(graph, size)
+            program = self._fixed[size] = _Program(of_size, streams, threads, hint)
+            # The streams take turns, and each takes its memory when it first runs: now, rather than
+            # when for the first time as many requests meet.
+            for _ in range(streams):
+                program(torch.zeros(*of_size.inputs[0].shape, dtype=torch.uint8))
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        return self._fixed.get(len(pixels), self._any)(pixels)
+
+
+class _Program:
+    """A compiled graph and as many requests as threads ever used it at once."""
+
+    def __init__(self, graph: Graph, streams: int, threads: int, hint: str) -> None:
+        self._compiled = openvino.Core().compile_model(
+            graph,
+            "CPU",
+            {
+                "NUM_STREAMS": streams,
+                "INFERENCE_NUM_THREADS": threads,
+                # Pinned, the streams of two programs would share one core.
+                "ENABLE_CPU_PINNING": False,
+                "INFERENCE_PRECISION_HINT": hint,
+            },
+        )
+        self._lock = threading.Lock()
+        self._idle: list[Any] = []
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        with self._request() as request:
+            # Into the request's own memory: with shared inputs OpenVINO 2026.4 writes into the
+            # array of an earlier caller, and its own copying takes longer.
+            given = request.get_input_tensor(0)
+            given.shape = pixels.shape
+            given.data[:] = pixels.numpy()
+            request.infer(share_outputs=True)
+            # A view of the request's memory too, which its next user overwrites.
+            return torch.from_numpy(request.get_output_tensor(0).data.copy())
+
+    @contextmanager
+    def _request(self) -> Iterator[Any]:
+        with self._lock:
+            request = self._idle.pop() if self._idle else self._compiled.create_infer_request()
+        yield request
+        # One that raised is not used again.
+        with self._lock:
+            self._idle.append(request)
+
+
+def bytes_of_weights(graph: Graph) -> int:
+    """What all constants of a graph take."""
+    constants = (node for node in graph.get_ordered_ops() if node.get_type_name() == "Constant")
+    return sum(node.data.nbytes for node in constants)
+
+
+def _of_batch_size(graph: Graph, size: int) -> Graph:
+    fixed = graph.clone()
+    rest = graph.inputs[0].get_partial_shape()[1:]
+    fixed.reshape(openvino.PartialShape([size, *rest]))
+    return fixed
+
+
+def has_bf16() -> bool:
+    """Whether this processor computes in bf16 (AVX512-BF16 or AMX)."""
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def graph_of(
+    model: LoadedModel, front: nn.Module, cache: Path | None, key: str, *, anew: bool = False
+) -> Graph:
+    """The graph of a model's front, from uint8 pixels; see `converted`."""
+    preprocessing = model.preprocessing
+    return converted(
+        Normalised(front, preprocessing.mean, preprocessing.std).eval(),
+        torch.zeros(1, preprocessing.channels, *preprocessing.crop, dtype=torch.uint8),
+        cache,
+        key,
+        anew=anew,
+    )
+
+
+def converted(
+    module: nn.Module, example: Tensor, cache: Path | None, key: str, *, anew: bool = False
+) -> Graph:
+    """A module as OpenVINO's graph for any batch size; from the cache where it is there.
+
+    example: uint8 (1, C, h, w). cache: a folder, made if needed; None keeps nothing.
+    key:     what the graph depends on besides the versions of torch and OpenVINO.
+    anew:    convert even so, and replace what the cache holds.
+
+    Raises whatever torch's tracer or OpenVINO's converter raise.
+    """
+    if cache is None:
+        return _convert(module, example)
+    text = f"{key} torch {torch.__version__} openvino {openvino.__version__}"
+    path = cache / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.xml"
+    if not anew and path.exists() and path.with_suffix(".bin").exists():
+        return openvino.Core().read_model(path)
+    graph = _convert(module, example)
+    try:
+        return _saved(graph, path)
+    except OSError as error:
+        _log.warning("front_not_cached", folder=str(cache), detail=str(error))
+        return graph
+
+
+def _convert(module: nn.Module, example: Tensor) -> Graph:
+    # Not openvino.convert_model: that reports its use to its makers over the network.
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit.trace warns of every number it takes as fixed
+        decoder = TorchScriptPythonDecoder(module, example_input=(example,))
+        graph = frontend.convert(frontend.load(decoder))
+    graph.inputs[0].get_node().set_partial_shape(openvino.PartialShape([-1, *example.shape[1:]]))
+    graph.validate_nodes_and_infer_types()
+    return graph
+
+
+def _saved(graph: Graph, path: Path) -> Graph:
+    """Write a graph where a second start finds it, whole or not at all; read back, to be mapped."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.xml")  # containers share a PID
+    try:
+        openvino.save_model(graph, draft, compress_to_fp16=False)
+        # The graph is the last: what `converted` finds is whole, also after a power cut.
+        for suffix in (".bin", ".xml"):
+            durable.sync(draft.with_suffix(suffix))
+            draft.with_suffix(suffix).replace(path.with_suffix(suffix))
+            durable.sync_folder(path.parent)
+    finally:
+        for suffix in (".bin", ".xml"):
+            draft.with_suffix(suffix).unlink(missing_ok=True)
+    return openvino.Core().read_model(path)
+
+
+def write(graph: Graph, folder: Path, about: Mapping[str, Any]) -> None:
+    """Write a graph and what is known of it; `about` has the `identity` that `read` asks for.
+
+    What is known of it is removed first and written last: in between `read` finds no front.
+    """
+    durable.make_folder(folder)
+    (folder / "calibration.json").unlink(missing_ok=True)
+    durable.sync_folder(folder)
+    _saved(graph, folder / "front.xml")
+    durable.write_whole(folder / "calibration.json", f"{json.dumps(about, indent=2)}\n".encode())
+
+
+def read(folder: Path, identity: str) -> Graph:
+    """A graph that `write` wrote. Raises ConfigurationError where it is of another model."""
+    try:
+        about = json.loads((folder / "calibration.json").read_text())
+        found = about["identity"]
+        graph = openvino.Core().read_model(folder / "front.xml")
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise ConfigurationError(
+            f"{folder} holds no int8 front; `camserve calibrate` makes one."
+        ) from error
+    if found != identity:
+        raise ConfigurationError(
+            f"the int8 front in {folder} was made of {found}, and this model is {identity}: run "
+            "`camserve calibrate` again for it."
+        )
+    return graph

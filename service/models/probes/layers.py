@@ -1,0 +1,236 @@
+"""What one forward pass of a model shows: its layers, their shapes, and where to explain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.jit import ScriptModule
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from service.cam.hooks import taken_by, tensors_in
+from service.cam.layouts import Layout, layout_of
+from service.models.catalog import Select
+from service.models.probes.output import logits_in
+
+Shapes = dict[tuple[str, int], tuple[int, ...]]
+"""By part and call, as `service.cam.hooks.calls_of` names them; with the batch dimension."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One module of a model.
+
+    shape:      of its output for one image, without the batch dimension; None where it was not
+                called or returns something else than one tensor.
+    parameters: how many numbers the module and its children hold.
+    layout:     where the places are in that output; None where no map can be drawn from it.
+    calls:      how often one forward pass calls it.
+    taken, given: the shapes of all tensors that these calls take and give, for one image.
+    share:      which share of the model's operations is done when it has run, 0..1.
+    before:     which share is done when it begins, at its first call.
+    """
+
+    path: str
+    type: str
+    shape: tuple[int, ...] | None
+    parameters: int
+    layout: Layout | None
+    calls: int
+    taken: Shapes
+    given: Shapes
+    share: float
+    before: float = 0.0
+
+    @property
+    def target(self) -> bool:
+        """Whether a map can be drawn from this layer."""
+        return self.layout is not None
+
+
+@dataclass(slots=True)
+class _Seen:
+    shape: tuple[int, ...] | None = None
+    whole: bool = False
+    real: bool = False
+    unchanged: bool = False
+    finished: int = -1
+    calls: int = 0
+    taken: Shapes = field(default_factory=dict)
+    given: Shapes = field(default_factory=dict)
+    operations: int = 0
+    begun: list[int] = field(default_factory=list)
+
+
+class _Operations(TorchDispatchMode):
+    """Counts the operations of what this thread runs inside the `with`.
+
+    Not torch's FlopCounterMode: that one sets hooks on the modules of every thread, and models are
+    tried out while others serve.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.total += int(count(*args, **(kwargs or {}), out_val=output))
+        return output
+
+
+def probe(model: nn.Module, image: Tensor, select: Select = None) -> Probe:
+    """Run `model` once on `image` (1, C, H, W), with hooks on every module, all removed after it.
+
+    select: where the logits are in the model's output. Raises whatever the model raises, and
+    TypeError where there are no logits (1, classes).
+    """
+    seen = {path: _Seen() for path, _ in model.named_modules() if path}
+    clock = iter(range(1 << 62))
+
+    def watch(path: str) -> Any:
+        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            now = seen[path]
+            now.calls += 1
+            _note(now.taken, taken_by(args, kwargs))
+            _note(now.given, output)
+            now.finished = next(clock)
+            now.operations = counter.total
+            now.shape = tuple(output.shape[1:]) if isinstance(output, Tensor) else None
+            # A model that cuts the image into windows has more rows here than images.
+            now.whole = isinstance(output, Tensor) and output.ndim > 1 and len(output) == 1
+            now.real = isinstance(output, Tensor) and output.is_floating_point()
+            now.unchanged = bool(args) and output is args[0]
+
+        return hook
+
+    def begin(path: str) -> Any:
+        def hook(_module: nn.Module, _args: Any) -> None:
+            seen[path].begun.append(counter.total)
+
+        return hook
+
+    counter = _Operations()
+    with ExitStack() as hooks, torch.no_grad(), counter:
+        for path in seen:
+            module = model.get_submodule(path)
+            if isinstance(module, ScriptModule):  # takes no hooks
+                continue
+            handle = module.register_forward_hook(watch(path), with_kwargs=True)
+            hooks.callback(handle.remove)
+            hooks.callback(module.register_forward_pre_hook(begin(path)).remove)
+        logits = logits_in(model(image), select)
+    if logits.ndim != 2 or logits.shape[0] != 1:
+        got = tuple(logits.shape)
+        raise TypeError(f"the model must return logits of shape (batch, classes), not {got}")
+    size, total = (image.shape[2], image.shape[3]), max(1, counter.total)
+    layers = tuple(
+        Layer(
+            path=path,
+            type=type(model.get_submodule(path)).__name__,
+            shape=now.shape,
+            parameters=sum(p.numel() for p in model.get_submodule(path).parameters()),
+            layout=layout_of(now.shape, size) if now.whole and now.real else None,
+            calls=now.calls,
+            taken=now.taken,
+            given=now.given,
+            share=now.operations / total,
+            before=min(now.begun, default=0) / total,
+        )
+        for path, now in seen.items()
+    )
+    finished = sorted((now.finished, path) for path, now in seen.items() if now.calls)
+    order = tuple(path for _, path in finished)
+    unchanged = frozenset(path for path, now in seen.items() if now.unchanged)
+    found = Probe(layers, None, logits.shape[1], order, unchanged)
+    return replace(found, target_layer=default_target(found, layers))
+
+
+def _note(shapes: Shapes, tree: Any) -> None:
+    for part, tensor in tensors_in(tree):
+        call = sum(known == part for known, _ in shapes)
+        shapes[part, call] = tuple(tensor.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """The layers in definition order, the target layer that the rule finds, and the class count.
+
+    order:     the paths of the modules that ran, by when they finished last.
+    unchanged: those that hand their input on.
+    """
+
+    layers: tuple[Layer, ...]
+    target_layer: str | None
+    classes: int
+    order: tuple[str, ...] = ()
+    unchanged: frozenset[str] = frozenset()
+
+
+def default_target(found: Probe, layers: Sequence[Layer]) -> str | None:
+    """The module that finishes last with a feature map, as the output of the last block does.
+
+    layers: those of `found`, with the layouts to go by.
+
+    Pooling, modules that hand their input on, and maps with one channel a class (SqueezeNet's
+    classifier is a convolution) come behind the features and do not count.
+
+    Where tokens follow the last map, that map is only the patch embedding. There it is the norm
+    before the last attention: behind that attention only the class token goes on to the head.
+    """
+    known = {layer.path: layer for layer in layers}
+    for path in reversed(found.order):
+        layer = known[path]
+        shape = layer.shape or ()
+        if len(shape) == 2 and (layer.layout is not None or _is_whole(layer)):
+            return _norm_before_attention([known[each] for each in found.order])
+        is_map = len(shape) == 3 and layer.layout is not None
+        channels = shape[layer.layout.channel_axis] if is_map and layer.layout else None
+        if is_map and not _passes_on(layer, found) and channels != found.classes:
+            return path
+    return None
+
+
+def _is_whole(layer: Layer) -> bool:
+    """Whether the layer's output has one row for one image: not so where it is cut into windows."""
+    given = layer.given.get(("", layer.calls - 1), ())
+    return len(given) > 1 and given[0] == 1
+
+
+def _passes_on(layer: Layer, found: Probe) -> bool:
+    return "Pool" in layer.type or layer.path in found.unchanged
+
+
+def _norm_before_attention(finished: Sequence[Layer]) -> str | None:
+    attentions = [
+        index
+        for index, layer in enumerate(finished)
+        if "Attention" in layer.type or "Attn" in layer.type
+    ]
+    # A block named after its attention finishes behind the norms that follow that.
+    outer = [
+        index
+        for index in attentions
+        if any(finished[other].path.startswith(f"{finished[index].path}.") for other in attentions)
+    ]
+    last = max(set(attentions) - set(outer), default=None)
+    if last is None:
+        return None
+    inside = f"{finished[last].path}."
+    norms = [
+        layer.path for layer in finished[:last] if "Norm" in layer.type and layer.layout is not None
+    ]
+    return next((path for path in reversed(norms) if not path.startswith(inside)), None)

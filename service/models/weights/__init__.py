@@ -1,0 +1,1 @@
+"""Files of weights: opened without running code, and matched to the model."""

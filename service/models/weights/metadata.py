@@ -1,0 +1,88 @@
+"""What a safetensors file says beside its tensors: how to feed the model and read its answer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import get_args
+
+from service.errors import ConfigurationError
+from service.images.decode import Preprocessing
+from service.models.catalog import Fit, Interpolation, Output
+
+FED_BY = ("resize", "crop", "fit", "mean", "std", "interpolation")
+"""What metadata may say about a model's input."""
+
+
+def output_in(metadata: Mapping[str, str]) -> Output:
+    """`output`: how scores come from logits; softmax where it is not said."""
+    said = metadata.get("output", "softmax")
+    for known in get_args(Output):
+        if said == known:
+            return known  # type: ignore[no-any-return]
+    raise ConfigurationError(
+        f"the metadata `output` of the weights file is {said!r}; it takes softmax, sigmoid or none."
+    )
+
+
+def preprocessing_in(metadata: Mapping[str, str], default: Preprocessing) -> Preprocessing:
+    """`resize`, `crop`, `fit`, `mean`, `std`, `interpolation` of a file, or the default's.
+
+    Raises ConfigurationError.
+    """
+    try:
+        crop = _sides(metadata["crop"]) if "crop" in metadata else default.crop
+        resize = _sides(metadata["resize"]) if "resize" in metadata else None
+        shorter = resize[0] if resize and resize[0] == resize[1] else resize
+        found = Preprocessing(
+            resize=shorter or default.resize,
+            crop=crop,
+            mean=_floats(metadata["mean"]) if "mean" in metadata else default.mean,
+            std=_floats(metadata["std"]) if "std" in metadata else default.std,
+            interpolation=metadata.get("interpolation", default.interpolation),  # type: ignore[arg-type]
+            fit=metadata.get("fit", default.fit),  # type: ignore[arg-type]
+        )
+        is_sound = (
+            min(*(resize or crop), *crop) > 0
+            and len(found.mean) == len(found.std) > 0
+            and all(map(math.isfinite, (*found.mean, *found.std)))
+            and 0 not in found.std  # the mean of a channel may be 0
+            and found.interpolation in get_args(Interpolation)
+            and found.fit in get_args(Fit)
+        )
+        check_unit(found.mean, found.std)
+    except ValueError as error:
+        raise ConfigurationError(
+            f"the metadata of the weights file cannot be read: {error}"
+        ) from error
+    if not is_sound:
+        raise ConfigurationError(
+            "the metadata of the weights file must have `resize` and `crop` over 0, one number a "
+            "channel in `mean` and in `std` (for RGB three numbers), none of these 0, "
+            "`interpolation` bilinear, bicubic or nearest, and `fit` crop, squash or pad."
+        )
+    return found
+
+
+MEAN_BOUNDS, LARGEST_STD = (-1.0, 2.0), 4.0
+"""What `mean` and `std` of values in 0..1 may be. In units of 0–255 every mean is far above."""
+
+
+def check_unit(mean: Sequence[float], std: Sequence[float]) -> None:
+    """Raise ValueError where mean or std cannot be of values in 0..1."""
+    wrong = [x for x in mean if not MEAN_BOUNDS[0] <= x <= MEAN_BOUNDS[1]]
+    wrong += [x for x in std if abs(x) > LARGEST_STD]
+    if wrong:
+        raise ValueError(
+            "mean and std are of values in 0..1; numbers of 0–255 are divided by 255: "
+            f"{wrong[0]:g} is written {wrong[0] / 255:.4g}"
+        )
+
+
+def _sides(text: str) -> tuple[int, int]:
+    sides = [int(side) for side in text.split(",")]
+    return sides[0], sides[-1]
+
+
+def _floats(text: str) -> tuple[float, ...]:
+    return tuple(float(number) for number in text.split(","))

@@ -1,0 +1,268 @@
+"""What an answer takes in bytes at most: reckoned from its options before any work, and held.
+
+    sizes = Sizes(model, options, question, render_side)
+    bill = Bill(permit, 64 << 20, sizes.advice(images=1))
+    bill.add(sizes.result((640, 480)))   # refuses what is too much
+    ...
+    bill.made(len(body))                 # what it really takes
+
+Images are the only part whose size is not in the options; it is taken from the first bytes of the
+file, and again from the decoded image where that says more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import orjson
+
+from api_schemas.options import CommonOptions, ExplainOptions
+from service.cam.file_sizes import (
+    base64_bytes,
+    map_bytes,
+    photo_bytes,
+    region_bytes,
+    sheet_bytes,
+)
+from service.cam.heatmap import sheet_of
+from service.errors import InvalidOption, QueueFull
+from service.images.declared_size import Size, size_of
+from service.images.decode import preview_size
+from service.inference.questions import LAYER_METHODS, Question
+from service.models.loaded import LoadedModel
+from service.scheduling.admission import Permit
+
+Price = Callable[[Size], int]
+"""Bytes that one image's place in the answer takes at most, by the size of its upright source."""
+
+UNKNOWN: Size = (1, 1)
+"""For an image whose size is known only when it is decoded: its price is settled then."""
+
+NUMBER_BYTES = 16
+"""Of a float32 in JSON, with its comma."""
+
+_RESULT, _PREDICTION, _EXPLANATION, _ACTIVATION = 1024, 160, 1024, 512
+"""Of the names and numbers round what is priced by its size."""
+
+_SMALLEST_PATCH = 4
+"""Pixels a side of a transformer's patch at least, by which attention rollout's map is reckoned."""
+
+MEBIBYTE = 1 << 20
+
+
+class Bill:
+    """The bytes of one request's answer, which its permit holds.
+
+    most:    bytes that one answer may take.
+    advice:  what a request for less would leave out, as a sentence.
+    in_turn: whether its parts are made one after another, so that what is too much beside the
+             others now may fit when they are made: QueueFull then, in place of InvalidOption.
+    """
+
+    def __init__(self, permit: Permit, most: int, advice: str, *, in_turn: bool = False) -> None:
+        self._permit = permit
+        self._most = most
+        self._advice = advice
+        self._in_turn = in_turn
+        self._total = 0
+        self._made = 0
+
+    def add(self, size: int) -> None:
+        """Hold so many bytes more.
+
+        Raises InvalidOption for more than one answer may take, and QueueFull where the service
+        holds too many; then nothing more is held.
+        """
+        total = self._total + size
+        if total > self._most:
+            if self._in_turn and self._made + size <= self._most:
+                raise QueueFull("Other parts of this answer are still being made.")
+            raise InvalidOption(
+                f"The answer may take up to {_mebibytes(total)}, and at most "
+                f"{_mebibytes(self._most)} are allowed. {self._advice}"
+            )
+        self._permit.hold_answer(total)
+        self._total = total
+
+    def take_back(self, size: int) -> None:
+        """Hold so many bytes less: what they were priced for is not made."""
+        self._total -= size
+        # A permit that was given back holds nothing any more.
+        self._permit.hold_answer(min(self._total, self._permit.answer_bytes))
+
+    def made(self, size: int, priced: int | None = None) -> None:
+        """Something takes `size` bytes until it is sent: the answer, or what was `priced`."""
+        priced = self._total if priced is None else priced
+        self._made += size
+        if size < priced:
+            self.take_back(priced - size)
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What the answer about one image takes at most; all bytes.
+
+    question: any of those that are put to the model; its pixels are not looked at.
+    """
+
+    model: LoadedModel
+    options: CommonOptions
+    question: Question
+    render_side: int
+
+    def result(self, source: Size) -> int:
+        """The image's place in the answer of `/explain` and `/predict`, JSON."""
+        size = _RESULT + self.predictions() + self.activations()
+        if not isinstance(self.options, ExplainOptions):
+            return size
+        size += self.maps * self.explanation(source)
+        if self.options.mask is not None:
+            size += self.predictions() + self.maps * (_PREDICTION + self._label)
+        return size
+
+    @property
+    def maps(self) -> int:
+        """How many explanations there are, with a part hidden and without."""
+        masked = isinstance(self.options, ExplainOptions) and self.options.mask is not None
+        return self.question.count * (2 if masked else 1)
+
+    @property
+    def cells(self) -> tuple[int, int]:
+        """Rows and columns of a map."""
+        height, width = self.model.preprocessing.crop
+        question = self.question
+        if question.method == "attention_rollout":
+            return -(-height // _SMALLEST_PATCH), -(-width // _SMALLEST_PATCH)
+        if question.method not in LAYER_METHODS or question.method == "guided_gradcam":
+            return height, width
+        layouts = (self.model.layer(path).layout for path in question.layers)
+        return max(
+            (each.grid for each in layouts if each is not None), key=lambda grid: grid[0] * grid[1]
+        )
+
+    @property
+    def grids(self) -> int:
+        """The maps themselves, float32, where all are kept until the last image is answered."""
+        rows, columns = self.cells
+        return self.maps * 4 * rows * columns if self.question.explains else 0
+
+    def predictions(self, count: int | None = None) -> int:
+        """The best classes with labels and scores, JSON."""
+        listed = min(count or self.options.top_k, len(self.model.labels))
+        return listed * (_PREDICTION + self._label)
+
+    def explanation(self, source: Size) -> int:
+        """One explanation, JSON."""
+        assert isinstance(self.options, ExplainOptions)
+        include = self.options.include
+        size = _EXPLANATION + self._label + sum(map(len, self.question.layers))
+        if "heatmap" in include:
+            size += base64_bytes(self.heatmap(source))
+        if "overlay" in include:
+            size += base64_bytes(self.overlay(source))
+        if "grid" in include:
+            size += base64_bytes(self.grids // self.maps)
+        if "regions" in include:
+            size += region_bytes(source, self.cells, self.render_side)
+        return size
+
+    def heatmap(self, source: Size) -> int:
+        """A heatmap's file."""
+        preprocessing = self.model.preprocessing
+        covered = min(preprocessing.covers[2:]) if preprocessing.covers else 1.0
+        # Of a crop only the middle of the image is under the map, whose cells are smaller by that.
+        of_source = isinstance(self.options, ExplainOptions) and self.options.size == "source"
+        part = covered * min(preprocessing.crop) / preprocessing.longest
+        shown = min(1.0, part) if of_source else 1.0
+        return map_bytes(self._raster(source), self.cells, shown)
+
+    def overlay(self, source: Size) -> int:
+        """An overlay's file."""
+        assert isinstance(self.options, ExplainOptions)
+        return photo_bytes(self._raster(source), self.options.format)
+
+    def activations(self) -> int:
+        """Captured tensors in the forms that are sent, JSON.
+
+        Outputs are float16, but for those above its range: these take twice as much.
+        """
+        kind = self.question.kinds[0]
+        size = 0
+        for path in self.question.activations:
+            layer = self.model.layer(path)
+            shapes = (layer.taken if kind.endswith("input") else layer.given).values()
+            for shape in shapes:
+                size += _ACTIVATION + len(path) + self._activation(path, shape, kind)
+        return size
+
+    def _activation(self, path: str, shape: tuple[int, ...], kind: str) -> int:
+        forms, size = self.options.activation_as, 0
+        numbers = math.prod(shape)
+        if "array" in forms:
+            size += base64_bytes(numbers * (4 if kind.startswith("grad") else 2))
+        if "image" in forms and numbers > 0:
+            alone = shape[1:] if shape[:1] == (1,) else shape
+            size += base64_bytes(sheet_bytes(sheet_of(self._tiles(path, alone, kind))))
+        return size
+
+    def _tiles(self, path: str, shape: tuple[int, ...], kind: str) -> tuple[int, int, int]:
+        """As `wire.picture_of` lays a capture out: (tiles, rows, columns)."""
+        layer = self.model.layer(path)
+        if kind.endswith("output") and shape == layer.shape and layer.layout is not None:
+            rows, columns = layer.layout.grid
+            return math.prod(shape) // (rows * columns), rows, columns
+        if len(shape) < 2:
+            return max(1, math.prod(shape)), 1, 1
+        return math.prod(shape[:-2]), shape[-2], shape[-1]
+
+    def advice(self, images: int) -> str:
+        """What may be left out of an answer about so many images, as a sentence."""
+        options = self.options
+        forms = set(options.activation_as) if self.question.activations else {"stats"}
+        ways = {"activation_as=stats": forms != {"stats"}, "fewer layers": forms != {"stats"}}
+        if isinstance(options, ExplainOptions):
+            drawn = {"heatmap", "overlay"}.intersection(options.include)
+            ways["format=jpeg"] = "overlay" in drawn and options.format != "jpeg"
+            ways["size=model"] = bool(drawn) and options.size == "source"
+            ways["fewer explanations"] = self.maps > 1
+        ways["fewer images"] = images > 1
+        *first, last = [way for way, helps in ways.items() if helps] or ["less"]
+        return f"Ask for {', '.join(first)}{' or ' if first else ''}{last}."
+
+    def _raster(self, source: Size) -> Size:
+        """What is drawn, in pixels; the part that the model saw is at most its input."""
+        assert isinstance(self.options, ExplainOptions)
+        if self.options.size == "source":
+            return preview_size(source, self.render_side)
+        native = self.options.size == "native"
+        height, width = self.cells if native else self.model.preprocessing.crop
+        return width, height
+
+    @property
+    def _label(self) -> int:
+        return longest_label(self.model.labels)
+
+
+@lru_cache(maxsize=64)
+def longest_label(labels: tuple[str, ...]) -> int:
+    """Bytes of the longest label in JSON."""
+    return max((len(orjson.dumps(label)) for label in labels), default=0)
+
+
+def size_before(image: object, max_pixels: int) -> Size:
+    """An image's size by its first bytes, or a tensor's; UNKNOWN where that is not to be had.
+
+    UNKNOWN also for more than `max_pixels`: such an image is refused when it is opened.
+    """
+    if isinstance(image, np.ndarray):
+        return image.shape[1], image.shape[0]
+    size = size_of(image) if isinstance(image, bytes) else None
+    return UNKNOWN if size is None or math.prod(size) > max_pixels else size
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / MEBIBYTE:.3g} MiB" if size < 100 * MEBIBYTE else f"{size // MEBIBYTE} MiB"

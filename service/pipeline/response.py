@@ -1,0 +1,238 @@
+"""From results to the wire: pictures rendered, arrays in base64, everything in a worker thread."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from api_schemas import answers as wire
+from api_schemas.options import CommonOptions, ExplainOptions
+from service.cam.heatmap import Picture, Style, channel_grid, render_heatmap, render_overlay
+from service.cam.regions import find_regions
+from service.errors import CamserveError, RenderFailed
+from service.images.upload import Upload
+from service.inference.questions import Activation, Answer, Explanation
+from service.models.loaded import LoadedModel
+
+
+def result(  # noqa: PLR0917 - called through the scheduler, which hands on what it is given
+    model: LoadedModel,
+    upload: Upload,
+    answer: Answer,
+    options: CommonOptions,
+    render_side: int,
+    masked: Answer | None = None,
+) -> wire.Result:
+    """One image's place in the answer; `masked`: what was answered with a part of it hidden.
+
+    Raises RenderFailed, with the cause, for whatever breaks.
+    """
+    try:
+        fields: dict[str, Any] = {
+            "image": wire.ImageInfo(
+                width=upload.width,
+                height=upload.height,
+                format=upload.format,
+                sha256=upload.sha256,
+            ),
+            "seen": upload.model_input.geometry.seen,
+            "predictions": _predictions(model, answer),
+        }
+        if isinstance(options, ExplainOptions):
+            fields["explanations"] = [
+                _explanation(model, upload, explanation, options, render_side)
+                for explanation in answer.explanations
+            ]
+        if options.activations:
+            fields["activations"] = [
+                _activation(model, activation, options.activation_as)
+                for activation in answer.activations
+            ]
+        if masked is not None and upload.masked is not None:
+            assert isinstance(options, ExplainOptions)
+            fields["masked"] = wire.Masked(
+                predictions=_predictions(model, masked),
+                changes=_changes(model, answer, masked),
+                explanations=[
+                    _explanation(model, upload.masked, explanation, options, render_side)
+                    for explanation in masked.explanations
+                ],
+            )
+        if answer.precision != "float32":
+            fields["precision"] = answer.precision
+        return wire.Result(**fields)
+    except CamserveError:
+        raise
+    except Exception as error:
+        raise RenderFailed(
+            "The answer was computed and could not be drawn; ask with include=none for the "
+            "numbers alone. The server's log has the cause."
+        ) from error
+
+
+def _predictions(model: LoadedModel, answer: Answer) -> list[wire.Prediction]:
+    return [
+        wire.Prediction(
+            class_id=prediction.class_id,
+            label=model.labels[prediction.class_id],
+            score=prediction.score,
+            logit=prediction.logit,
+        )
+        for prediction in answer.predictions
+    ]
+
+
+def _changes(model: LoadedModel, answer: Answer, masked: Answer) -> list[wire.Change]:
+    return [
+        wire.Change(
+            class_id=after.class_id,
+            label=model.labels[after.class_id],
+            score=after.score,
+            logit=after.logit,
+            score_change=after.score - before.score,
+            logit_change=after.logit - before.logit,
+        )
+        for before, after in zip(answer.explanations, masked.explanations, strict=True)
+    ]
+
+
+def overlay(upload: Upload, explanation: Explanation, style: Style) -> Picture:
+    """The photo with the map over it, as a file."""
+    assert upload.photo is not None
+    pixels = upload.model_input.pixels.permute(1, 2, 0).contiguous().numpy()
+    try:
+        return render_overlay(
+            explanation.grid, upload.model_input.geometry, style, upload.photo, pixels
+        )
+    except ValueError as error:
+        raise RenderFailed("The overlay could not be drawn; the server's log says why.") from error
+
+
+def style_of(options: ExplainOptions) -> Style:
+    """The drawing options."""
+    return Style(options.size, options.colormap, options.format, options.opacity)
+
+
+def _explanation(
+    model: LoadedModel,
+    upload: Upload,
+    explanation: Explanation,
+    options: ExplainOptions,
+    render_side: int,
+) -> wire.Explanation:
+    layers = explanation.layers
+    fields: dict[str, Any] = {
+        "class_id": explanation.class_id,
+        "label": model.labels[explanation.class_id],
+        "score": explanation.score,
+        "contrast": explanation.contrast,
+        "method": explanation.method,
+        "layer": (layers[0] if len(layers) == 1 else list(layers)) if layers else None,
+        "range": (explanation.low, explanation.high),
+        "flags": list(explanation.flags),
+        "cost": wire.Cost(forwards=explanation.cost),
+    }
+    style = style_of(options)
+    if "heatmap" in options.include:
+        geometry = upload.model_input.geometry
+        fields["heatmap"] = _picture(render_heatmap(explanation.grid, geometry, style, render_side))
+    if "overlay" in options.include:
+        fields["overlay"] = _picture(overlay(upload, explanation, style))
+    if "grid" in options.include:
+        fields["grid"] = wire.Grid(
+            shape=list(explanation.grid.shape), dtype="float32", data=_numbers(explanation.grid)
+        )
+    if "regions" in options.include:
+        fields["regions"] = _regions(explanation, upload, options.threshold, render_side)
+    return wire.Explanation(**fields)
+
+
+def _regions(explanation: Explanation, upload: Upload, threshold: float, side: int) -> wire.Regions:
+    found = find_regions(explanation.grid, upload.model_input.geometry, threshold, side)
+    return wire.Regions(
+        threshold=found.threshold,
+        peak=found.peak,
+        boxes=[(x, y, w, h) for x, y, w, h in found.boxes],
+        polygons=found.polygons,
+        rle=wire.MaskRLE(size=found.rle.size, counts=found.rle.counts),
+    )
+
+
+def picture_of(model: LoadedModel, activation: Activation) -> tuple[Picture, int]:
+    """A capture as a grid of its channels, and how many of them are left out.
+
+    Tokens and maps with channels last are laid out as maps, as the layer's explanations are; other
+    tables of numbers are one tile, stacks of tables (windows, attention heads) a tile each.
+    """
+    values, layer = activation.values, model.layer(activation.layer)
+    is_map = activation.kind.endswith("output") and values.shape == layer.shape
+    if is_map and layer.layout is not None:
+        values = layer.layout.as_map(torch.from_numpy(values.copy())[None])[0].numpy()
+    elif values.ndim != 1:
+        values = values.reshape(-1, *(1, 1, *values.shape)[-2:])
+    if not values.size or not np.isfinite(values).all():
+        raise RenderFailed(
+            f"What layer {activation.layer!r} holds cannot be drawn: it is empty, or has NaN or "
+            "infinity in it. Ask for activation_as=array."
+        )
+    return channel_grid(values)
+
+
+def _activation(
+    model: LoadedModel, activation: Activation, forms: Collection[str]
+) -> wire.Activation:
+    values = activation.values
+    fields: dict[str, Any] = {
+        "layer": activation.layer,
+        "kind": activation.kind,
+        "call": activation.call,
+        "shape": list(values.shape),
+        "dtype": "float32",
+    }
+    if activation.part:
+        fields["part"] = activation.part
+    if "stats" in forms:
+        fields["stats"] = _stats(values)
+    if "image" in forms:
+        picture, left_out = picture_of(model, activation)
+        fields["image"] = wire.ChannelGrid(
+            **_picture(picture).model_dump(), channels_left_out=left_out
+        )
+    if "array" in forms:
+        # A gradient is often below what float16 can hold, a rare activation above it.
+        largest = float(np.abs(values).max(initial=0, where=np.isfinite(values)))
+        wide = activation.kind.startswith("grad") or largest > float(np.finfo(np.float16).max)
+        dtype = "float32" if wide else "float16"
+        fields["array"] = wire.Array(dtype=dtype, data=_numbers(values.astype(dtype)))
+    return wire.Activation(**fields)
+
+
+def _stats(values: NDArray[np.float32]) -> wire.Stats:
+    if not values.size:
+        return wire.Stats(min=0, max=0, mean=0, std=0, zero_fraction=0)
+    return wire.Stats(
+        min=float(values.min()),
+        max=float(values.max()),
+        mean=float(values.mean(dtype=np.float64)),
+        std=float(values.std(dtype=np.float64)),
+        zero_fraction=1 - np.count_nonzero(values) / values.size,
+    )
+
+
+def _picture(picture: Picture) -> wire.Encoded:
+    return wire.Encoded(
+        media_type=picture.media_type,
+        width=picture.width,
+        height=picture.height,
+        data=base64.b64encode(picture.data).decode("ascii"),
+    )
+
+
+def _numbers(values: NDArray[Any]) -> str:
+    little = values.astype(values.dtype.newbyteorder("<"), copy=False)
+    return base64.b64encode(np.ascontiguousarray(little).data).decode("ascii")

@@ -1,0 +1,119 @@
+"""What a connection was given to send, until the socket has taken it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+import structlog
+from uvicorn.protocols.http.flow_control import FlowControl
+
+from service.scheduling.admission import Held
+from service.scheduling.transfers import Transfer, Transfers
+
+_log = structlog.get_logger(__name__)
+
+LOOK_SECONDS = 1.0
+"""How often a client that does not read is looked at."""
+
+Message = MutableMapping[str, Any]
+
+
+class Outbox:
+    """Waits until answers have left, and ends the connection of a client that does not read them.
+
+    client: its address, for the log.
+    """
+
+    def __init__(
+        self,
+        transport: asyncio.Transport,
+        flow: FlowControl,
+        transfers: Transfers,
+        client: str,
+    ) -> None:
+        self._transport = transport
+        self._flow = flow
+        self._transfers = transfers
+        self._client = client
+        self._loop = asyncio.get_running_loop()
+        self._held = Held()
+        self._written = 0
+        self._before = 0
+        self._transfer: Transfer | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_lost = False
+
+    async def put(
+        self, send: Callable[[Message], Awaitable[None]], message: Message, held: Held
+    ) -> None:
+        """Send one message of an answer; after the last one, wait until all of it has left.
+
+        At most 64 KiB, which the transport buffers, are not waited for.
+        """
+        self._held = held
+        await send(message)
+        self._written += len(message.get("body", b""))
+        self.watch()
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            await self.emptied()
+
+    async def emptied(self) -> None:
+        """Return when everything has left, or the connection has ended."""
+        if not self._flow.write_paused or self._is_lost:
+            return
+        self._transport.set_write_buffer_limits(high=0)  # now `drain` waits for the last byte
+        await self._flow.drain()
+        if not self._is_lost:
+            self._transport.set_write_buffer_limits()
+        self.watch()
+
+    def watch(self) -> None:
+        """Look from now on whether the client reads, where it has not read everything."""
+        if not self._unsent:
+            self._rest()
+        elif self._transfer is None:
+            self._before = self._written - self._unsent
+            self._transfer = self._transfers.send(
+                moved=self._moved, end=self._end, holds=self._holds
+            )
+            self._timer = self._loop.call_later(LOOK_SECONDS, self._look)
+
+    def lost(self) -> None:
+        """The connection has ended."""
+        self._is_lost = True
+        self._rest()
+
+    @property
+    def _unsent(self) -> int:
+        return 0 if self._is_lost else self._transport.get_write_buffer_size()
+
+    def _moved(self) -> int:
+        return max(0, self._written - self._unsent - self._before)
+
+    def _holds(self, counter: str) -> bool:
+        return self._held.holds(counter)
+
+    def _rest(self) -> None:
+        if self._transfer is not None:
+            self._transfer.close()
+            self._transfer = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _look(self) -> None:
+        if not self._unsent or self._transfer is None:
+            self._rest()
+        elif self._transfer.deadline < time.monotonic():
+            self._end()
+        else:
+            self._timer = self._loop.call_later(LOOK_SECONDS, self._look)
+
+    def _end(self) -> None:
+        _log.info("slow_reader", client=self._client, unsent=self._unsent)
+        self._rest()
+        self._held.release()
+        self._transport.abort()

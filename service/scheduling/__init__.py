@@ -1,0 +1,1 @@
+"""Who is admitted, and what runs when."""

@@ -1,0 +1,1 @@
+"""Who may ask, and where the service may fetch."""

@@ -1,0 +1,222 @@
+"""Images fetched by their URL: from allowed hosts alone, at addresses that were checked.
+
+The address that was checked is the one that is connected to: the request goes to it by number, with
+the name in `Host` and in TLS, so that a name that changes its address in between changes nothing.
+Each redirect is judged like the first URL. Nothing of the environment's proxies, no cookie, no kept
+connection and no content coding takes part.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import socket
+import ssl
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import urljoin
+
+import certifi
+import httpx
+import structlog
+
+from service.errors import ImageError, ImageUrlFailed, ImageUrlRefused
+from service.security.addresses import AllowedHost, Place, is_allowed, locate
+
+_log = structlog.get_logger(__name__)
+
+MAX_REDIRECTS = 3
+MAX_CONNECTIONS = 32
+"""Connections at once, of all requests; others wait within their time."""
+
+_REDIRECTS = (301, 302, 303, 307, 308)
+_TYPES = ("", "application/octet-stream", "binary/octet-stream")
+_ACCEPT = "image/*, */*;q=0.5"  # Label Studio has pictures, and 406 for `image/*` alone
+_ADDRESSES_TRIED = 3
+_MAX_ANSWER = 1 << 16
+"""Bytes of what answers a `post`."""
+
+
+class _Unusable(Exception):
+    """Why an image could not be fetched: for the log alone."""
+
+
+class Fetcher:
+    """Fetches images from the allowed hosts.
+
+    max_bytes: of one image. seconds: for one image, with all its redirects.
+    """
+
+    def __init__(
+        self,
+        hosts: Sequence[AllowedHost],
+        *,
+        max_bytes: int,
+        seconds: float,
+    ) -> None:
+        self._hosts = hosts
+        self._max_bytes = max_bytes
+        self._seconds = seconds
+        # Threads of its own: a resolver that hangs must not hold up anything else.
+        self._threads = ThreadPoolExecutor(4, thread_name_prefix="resolver")
+        # A kept connection was proved for one name only, and would serve every name of its address.
+        self._transport = httpx.AsyncHTTPTransport(
+            verify=_trust(),
+            trust_env=False,
+            limits=httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=0),
+        )
+
+    async def fetch(
+        self, url: str, take: Callable[[int], None], authorization: str | None = None
+    ) -> bytes:
+        """The bytes behind a URL; `take` is told of each chunk's size and may raise.
+
+        authorization: the header, for the host and port of the URL and for no other on the way.
+        Raises ImageUrlRefused for what the URL says, and ImageUrlFailed, always in the same words,
+        for all that is learnt on the way, so that nobody can explore a network by it.
+        """
+        place = locate(url, self._hosts)
+        return await self._in_time(place, self._follow(place, take, authorization))
+
+    async def post(self, url: str, body: bytes) -> bytes:
+        """What answers JSON that is sent to a URL, without redirects. Raises as `fetch` does."""
+        place = locate(url, self._hosts)
+        return await self._in_time(place, self._exchange(place, body))
+
+    async def aclose(self) -> None:
+        """Close what is still open."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        await self._transport.aclose()
+
+    async def _in_time(self, place: Place, answer: Coroutine[Any, Any, bytes]) -> bytes:
+        try:
+            async with asyncio.timeout(self._seconds):
+                return await answer
+        except (_Unusable, ImageUrlRefused, httpx.HTTPError, OSError, ValueError) as error:
+            _log.info("image_url_failed", host=place.host, reason=_reason(error))
+            raise ImageUrlFailed(
+                f"No image could be fetched from this URL within {self._seconds:g} seconds and "
+                f"{self._max_bytes} bytes; check that it answers anybody, without detours, with an "
+                "image."
+            ) from error
+
+    async def _exchange(self, place: Place, body: bytes) -> bytes:
+        headers = {"Accept": "application/json", "Content-Type": "application/json"}
+        response = await self._send(place, headers, body)
+        try:
+            if response.status_code != 200:
+                raise _Unusable(f"status {response.status_code}")
+            chunks = bytearray()
+            async for chunk in response.aiter_raw():
+                chunks += chunk
+                if len(chunks) > _MAX_ANSWER:
+                    raise _Unusable("too many bytes")
+            return bytes(chunks)
+        finally:
+            await response.aclose()
+
+    async def _follow(
+        self, place: Place, take: Callable[[int], None], authorization: str | None
+    ) -> bytes:
+        headers = {"Accept": _ACCEPT}
+        if authorization is not None:
+            headers["Authorization"] = authorization
+        for _ in range(MAX_REDIRECTS + 1):
+            response = await self._send(place, headers)
+            try:
+                if response.status_code not in _REDIRECTS:
+                    return await self._read(response, take)
+                location = urljoin(place.url, response.headers.get("location", ""))
+            finally:
+                await response.aclose()
+            leads_to = locate(location, self._hosts)
+            if place.scheme == "https" and leads_to.scheme == "http":
+                raise _Unusable("redirected from https to http")
+            if (leads_to.host, leads_to.port) != (place.host, place.port):
+                headers.pop("Authorization", None)
+            place = leads_to
+        raise _Unusable(f"more than {MAX_REDIRECTS} redirects")
+
+    async def _send(
+        self, place: Place, headers: Mapping[str, str], body: bytes | None = None
+    ) -> httpx.Response:
+        """GET, or POST where there is a body."""
+        addresses = await self._resolve(place.host, place.port)
+        if not all(is_allowed(each, private=place.private) for each in addresses):
+            raise _Unusable("the host has an address that is not allowed")
+        failed: httpx.TransportError | None = None
+        for address in addresses[:_ADDRESSES_TRIED]:
+            try:
+                request = self._request(place, address, headers, body)
+                return await self._transport.handle_async_request(request)
+            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+                failed = error
+        raise failed or _Unusable("no address")
+
+    async def _resolve(self, host: str, port: int) -> Sequence[str]:
+        """The addresses of a host, as the system's resolver gives them."""
+        ask = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        found = await asyncio.get_running_loop().run_in_executor(self._threads, ask)
+        return list(dict.fromkeys(str(address[0]) for *_, address in found))
+
+    def _request(
+        self, place: Place, address: str, headers: Mapping[str, str], body: bytes | None
+    ) -> httpx.Request:
+        return httpx.Request(
+            "GET" if body is None else "POST",
+            httpx.URL(
+                scheme=place.scheme,
+                host=address,
+                port=place.port,
+                raw_path=place.target.encode("ascii"),
+            ),
+            headers={
+                "Host": place.host_header,
+                "Accept-Encoding": "identity",
+                "Connection": "close",
+                "User-Agent": "camserve",
+                **headers,
+            },
+            content=body,
+            extensions={
+                "sni_hostname": place.host,
+                # Time is bounded round the whole; this leaves some for the next address.
+                "timeout": {"connect": self._seconds / _ADDRESSES_TRIED},
+            },
+        )
+
+    async def _read(self, response: httpx.Response, take: Callable[[int], None]) -> bytes:
+        if response.status_code != 200:
+            raise _Unusable(f"status {response.status_code}")
+        kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if not kind.startswith("image/") and kind not in _TYPES:
+            raise _Unusable("not an image's content type")
+        if response.headers.get("content-encoding", "identity").lower() != "identity":
+            raise _Unusable("a content coding that was not asked for")
+        length = response.headers.get("content-length", "")
+        if length.isdecimal() and int(length) > self._max_bytes:
+            raise _Unusable("too many bytes")
+        chunks: list[bytes] = []
+        size = 0
+        async for chunk in response.aiter_raw():
+            size += len(chunk)
+            if size > self._max_bytes:
+                raise _Unusable("too many bytes")
+            take(len(chunk))
+            chunks.append(chunk)
+        return b"".join(chunks)
+
+
+def _reason(error: Exception) -> str:
+    """What to log of a failure: never the URL, whose query may hold a signature."""
+    if isinstance(error, (_Unusable, ImageError)):
+        return str(error)
+    return type(error).__name__
+
+
+def _trust() -> ssl.SSLContext:
+    """Public authorities, those of the system, and those that SSL_CERT_FILE names."""
+    context = ssl.create_default_context(cafile=certifi.where())
+    context.load_default_certs()
+    return context

@@ -1,0 +1,108 @@
+"""What each key may use: requests a minute, requests at once, and their cost at once.
+
+All of it happens on the event loop, so nothing is locked.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from service.errors import InvalidOption, KeyLimit
+from service.security.keys import Key
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Of one key; 0 is no bound. rate: requests a minute. cost: forward passes at once."""
+
+    rate: int = 0
+    concurrency: int = 0
+    cost: float = 0
+
+
+@dataclass(slots=True)
+class _Use:
+    """What a key uses. `tokens`: requests it may make at once, refilled by its rate."""
+
+    tokens: float
+    filled: float
+    requests: int = 0
+    cost: float = 0
+
+
+@dataclass(slots=True)
+class Visit:
+    """One request of a key."""
+
+    name: str
+    bounds: Bounds
+    use: _Use
+    cost: float = 0
+
+    def reserve(self, cost: float) -> None:
+        """Add to what the request costs in all, in forward passes; several calls are summed.
+
+        Raises KeyLimit, and InvalidOption for what the key could never pay.
+        """
+        most, total = self.bounds.cost, self.cost + cost
+        if most and total > most:
+            raise InvalidOption(
+                f"This request costs {total:g} forward passes, and the key {self.name!r} may use "
+                f"{most:g} at once. Send fewer images, or ask for less."
+            )
+        if most and self.use.cost + cost > most:
+            raise KeyLimit(
+                f"The requests of the key {self.name!r} cost {self.use.cost:g} forward passes "
+                f"already, and {most:g} at once are allowed; try again when they are answered."
+            )
+        self.use.cost += cost
+        self.cost = total
+
+
+@dataclass(frozen=True, slots=True)
+class Quotas:
+    """What the keys use now. `default` is for keys whose line says nothing else."""
+
+    default: Bounds = Bounds()
+    clock: Callable[[], float] = time.monotonic
+    _uses: dict[str, _Use] = field(default_factory=dict)
+
+    @contextmanager
+    def visit(self, key: Key) -> Iterator[Visit]:
+        """Count a request for as long as it lasts. Raises KeyLimit."""
+        bounds = Bounds(
+            self.default.rate if key.rate is None else key.rate,
+            self.default.concurrency if key.concurrency is None else key.concurrency,
+            self.default.cost if key.cost is None else key.cost,
+        )
+        use = self._uses.setdefault(key.name, _Use(bounds.rate, self.clock()))
+        if bounds.concurrency and use.requests >= bounds.concurrency:
+            raise KeyLimit(
+                f"The key {key.name!r} has {use.requests} requests open, which is as many as it "
+                "may; try again when one is answered."
+            )
+        if bounds.rate:
+            self._take_token(key.name, use, bounds.rate)
+        visit = Visit(key.name, bounds, use)
+        use.requests += 1
+        try:
+            yield visit
+        finally:
+            use.requests -= 1
+            use.cost -= visit.cost
+
+    def _take_token(self, name: str, use: _Use, rate: int) -> None:
+        now = self.clock()
+        use.tokens = min(rate, use.tokens + (now - use.filled) * rate / 60)
+        use.filled = now
+        if use.tokens < 1:
+            raise KeyLimit(
+                f"The key {name!r} may make {rate} requests a minute; try again after the seconds "
+                "in Retry-After.",
+                retry_after=math.ceil((1 - use.tokens) * 60 / rate),
+            )
+        use.tokens -= 1
