@@ -33,6 +33,7 @@ from service.models.library import Library
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model
 from service.models.pool import ModelPool
+from service.pipeline.service import Limits, Service
 from service.resources import device_memory, memory_limit
 from service.routes import classify, docs, health, kernels, models, problems
 from service.routes.access import Access
@@ -48,7 +49,6 @@ from service.routes.middleware import (
     RequestContext,
 )
 from service.routes.page.router import page_router
-from service.routes.state import Limits, Service
 from service.scheduling.admission import Admission
 from service.scheduling.scheduler import Scheduler
 from service.scheduling.transfers import Transfers
@@ -76,6 +76,7 @@ def create_app(settings: Settings, *, background: bool = False, only: str | None
 
     Raises ConfigurationError where the settings are wrong or a model cannot be loaded.
     """
+    label_studio = _label_studio(settings)
     service = build_service(settings, load=not background, only=only)
     traces = traces_from_environment()
 
@@ -91,7 +92,7 @@ def create_app(settings: Settings, *, background: bool = False, only: str | None
             service.admission.close()
             await _in_thread(lambda: service.scheduler.close(GRACE_SECONDS))
             await _in_thread(service.library.close)
-            for fetcher in (service.fetcher, service.label_studio.host):
+            for fetcher in (service.fetcher, label_studio.host):
                 if fetcher is not None:
                     await fetcher.aclose()
             if traces is not None:
@@ -106,6 +107,7 @@ def create_app(settings: Settings, *, background: bool = False, only: str | None
         redoc_url=None,
     )
     app.state.service = service
+    app.state.label_studio = label_studio
     for router in (classify.router, models.router, kernels.router, health.router, *ROUTERS):
         app.include_router(router)
     _serve_page(app)
@@ -221,7 +223,6 @@ def build_service(settings: Settings, *, load: bool = True, only: str | None = N
         admin_keys=None if settings.admin_keys_file is None else KeyFile(settings.admin_keys_file),
         fetcher=_fetcher(settings) if settings.allowed_image_hosts else None,
         api_keys=None if settings.api_keys_file is None else KeyFile(settings.api_keys_file),
-        label_studio=_label_studio(settings),
         decoding=DecodeBudget(settings.max_decode_bytes),
         is_near=is_loopback(settings.host),
     )

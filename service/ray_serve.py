@@ -28,13 +28,13 @@ from service import logs
 from service.app import create_app, model_specs
 from service.errors import CamserveError, UnknownModel, nearest
 from service.integrations.label_studio import overlay
+from service.pipeline.service import Service
 from service.resources import spare_collector, tune_allocator
 from service.routes.access import ADMIN_BELOW, is_admin, path_of, sent_key
 from service.routes.hosts import host_rule
 from service.routes.middleware import BehindPrefix
 from service.routes.problems import problem
 from service.routes.server.serve import SWITCH_SECONDS
-from service.routes.state import Service
 from service.settings import Settings
 
 DEPLOYMENT: dict[str, Any] = {
@@ -159,7 +159,7 @@ class ManyModels:
     def _model_of_overlay(self, query: bytes) -> str | None:
         """The model of a signed key of overlays; None where the key opens nothing."""
         try:
-            grant, _ = overlay.read_query(query, self._service.label_studio.secret)
+            grant, _ = overlay.read_query(query, self._front.state.label_studio.secret)
         except CamserveError:
             return None
         return grant.model or self._names[0]

@@ -13,8 +13,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.app import create_app
+from service.pipeline.service import Service
 from service.routes.server.serve import config_of
-from service.routes.state import Service
 from service.settings import Settings
 
 DEVICE = os.environ.get("CAMSERVE_TEST_DEVICE", "cpu")

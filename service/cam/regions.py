@@ -2,7 +2,6 @@
 
     regions = find_regions(cam, model_input.geometry, threshold=0.5)
     regions.boxes[0]                        # x, y, w, h of the largest region
-    rle_decode(regions.rle.size, regions.rle.counts)
 
 What is measured is |cam| as the heatmap shows it: resampled over the upright source, or, where its
 longer side is over `max_side`, over a raster of that size whose pixels are then made larger.
@@ -10,7 +9,6 @@ longer side is over `max_side`, over a raster of that size whose pixels are then
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -19,6 +17,7 @@ from numpy.typing import NDArray
 
 from service.cam.heatmap import resample
 from service.images.decode import Geometry, preview_size
+from service.images.run_lengths import RLE, rle_encode
 
 Box = tuple[int, int, int, int]
 Point = tuple[float, float]
@@ -31,20 +30,6 @@ ROUNDING = 1e-6
 
 # How far a polygon may leave the outline: one pixel, or this share of the outline's length.
 TOLERANCE, TOLERANCE_SHARE = 1.0, 0.001
-
-_DIGITS = 7
-"""Characters of one COCO run length at most: 34 bits and a sign, more pixels than any picture."""
-
-
-@dataclass(frozen=True, slots=True)
-class RLE:
-    """A mask as COCO's compressed run lengths: column by column, first a run of zeros.
-
-    `size` is (height, width); `counts` the string that pycocotools reads and writes.
-    """
-
-    size: tuple[int, int]
-    counts: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,74 +76,6 @@ def mask_of(
     """The mask of `find_regions`, bool (height, width) of the source."""
     strength = _strength(grid, geometry, max_side)
     return _at_source(_reached(strength, threshold), geometry.source_size)
-
-
-def rle_encode(mask: NDArray[np.bool_]) -> RLE:
-    """Write a mask, bool (h, w), the way pycocotools does."""
-    flat = mask.ravel(order="F")
-    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    runs = np.diff(np.concatenate(([0], changes, [flat.size])))
-    if flat.size and flat[0]:
-        runs = np.concatenate(([0], runs))
-    height, width = mask.shape
-    return RLE((height, width), _packed(runs))
-
-
-def rle_decode(size: tuple[int, int], counts: str | Sequence[int]) -> NDArray[np.bool_]:
-    """Read COCO run lengths, compressed or as a list of numbers, into bool (h, w).
-
-    Takes height x width bytes, so compare `size` with the picture first where it comes from
-    outside. Raises ValueError where `counts` is not a mask of exactly that size.
-    """
-    height, width = size
-    try:
-        runs = _unpacked(counts) if isinstance(counts, str) else np.array(counts, dtype=np.int64)
-    except (OverflowError, TypeError, UnicodeEncodeError) as error:
-        raise ValueError("run lengths are whole numbers, or COCO's string of them") from error
-    pixels = height * width
-    if min(height, width) < 1 or runs.ndim != 1 or (runs < 0).any() or (runs > pixels).any():
-        raise ValueError(f"these run lengths are not a mask of {width} x {height} pixels")
-    if runs.sum() != pixels:
-        raise ValueError(
-            f"the run lengths sum to {runs.sum()}, a mask of {width} x {height} pixels has {pixels}"
-        )
-    flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
-    return flat.reshape(width, height).T
-
-
-def _packed(runs: NDArray[np.int64]) -> str:
-    """Run lengths, from the third on as the difference from the last but one, in 5-bit digits.
-
-    The least digit comes first; 32 is added to all but the last, 48 to each to make a character.
-    """
-    values = runs.copy()
-    values[3:] -= runs[1:-2]
-    characters = np.zeros((len(values), _DIGITS), dtype=np.uint8)
-    open_ = np.ones(len(values), dtype=bool)
-    for place in range(_DIGITS):
-        digit = values & 31
-        values >>= 5
-        more = np.where(digit & 16, values != -1, values != 0)
-        characters[:, place] = np.where(open_, digit + 32 * more + 48, 0)
-        open_ &= more
-    return characters[characters > 0].tobytes().decode("ascii")
-
-
-def _unpacked(counts: str) -> NDArray[np.int64]:
-    digits = np.frombuffer(counts.encode("ascii"), dtype=np.uint8).astype(np.int64) - 48
-    if not digits.size or digits.min() < 0 or digits.max() > 63 or digits[-1] & 32:
-        raise ValueError("this is not a COCO string of run lengths, or only a part of one")
-    ends = np.flatnonzero(digits < 32) + 1
-    starts = np.concatenate(([0], ends[:-1]))
-    lengths = ends - starts
-    if lengths.max() > _DIGITS:
-        raise ValueError("a run length in this string is longer than any picture")
-    places = np.arange(digits.size) - np.repeat(starts, lengths)
-    values = np.add.reduceat((digits & 31) << (5 * places), starts)
-    values -= np.where(digits[ends - 1] & 16, 1 << (5 * lengths), 0)
-    values[1::2] = np.cumsum(values[1::2])
-    values[2::2] = np.cumsum(values[2::2])
-    return values
 
 
 def _strength(grid: NDArray[np.float32], geometry: Geometry, max_side: int) -> NDArray[np.float32]:

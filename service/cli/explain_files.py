@@ -27,7 +27,7 @@ from service.inference.questions import Answer, Question
 from service.models.loaded import LoadedModel
 from service.pipeline import response
 from service.pipeline.resolve import hiding, question
-from service.routes.state import Service
+from service.pipeline.service import Service
 
 AT_ONCE = 16
 """Images that are read, asked or kept at a time."""

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from service.cam.regions import rle_decode
 from service.errors import ImageTooLarge, InvalidOption
 from service.images.budget import DecodeBudget
 from service.images.channels import (
@@ -38,6 +37,7 @@ from service.images.decode import (
 )
 from service.images.headers.header import SPARE_BYTES, cut_short
 from service.images.masks import Fill, boxes_mask, hide
+from service.images.run_lengths import rle_decode
 
 SPARE = 2
 """A JPEG that is scaled down while it is decoded keeps this many times the pixels a side that the

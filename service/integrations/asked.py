@@ -25,11 +25,12 @@ from service.images.declared_size import Size
 from service.images.upload import Sent
 from service.models.loaded import LoadedModel
 from service.pipeline.answer_size import Bill, Price, Sizes, size_before
+from service.pipeline.service import Service
 from service.resources import collector_paused
 from service.routes import access, answering, bodies
 from service.routes.answering import Answered, Work
 from service.routes.problems import describe
-from service.routes.state import Service, service_of
+from service.routes.state import service_of
 from service.scheduling.admission import Permit
 
 Form = TypeVar("Form", bound=pydantic.BaseModel)

@@ -13,7 +13,7 @@ from service.errors import InvalidOption
 from service.images.upload import Hiding
 from service.inference.questions import LAYER_METHODS, Kind, Question, check_method, cost
 from service.models.loaded import LoadedModel
-from service.routes.state import Limits
+from service.pipeline.service import Limits
 
 DRAWN_MEGAPIXEL = 0.05
 ACTIVATION_MEBIBYTE = 0.02

@@ -30,9 +30,10 @@ from service.metrics import STAGES
 from service.models.loaded import LoadedModel
 from service.pipeline import resolve
 from service.pipeline.answer_size import UNKNOWN, Bill, Price, Sizes
+from service.pipeline.service import Limits, Service
 from service.routes import access, bodies, encodings
 from service.routes.middleware import CLIENT_CLOSED_REQUEST
-from service.routes.state import Limits, Service, service_of
+from service.routes.state import service_of
 from service.scheduling.admission import Held, Permit
 
 P = ParamSpec("P")

@@ -12,9 +12,10 @@ from starlette.concurrency import run_in_threadpool
 from api_schemas.models import Health
 from service.errors import ModelNotReady, ShuttingDown
 from service.models.library import Entry
+from service.pipeline.service import Service
 from service.routes.access import may_see_reasons
 from service.routes.docs import problems
-from service.routes.state import Service, service_of
+from service.routes.state import service_of
 
 router = APIRouter(tags=["operations"])
 

@@ -10,9 +10,10 @@ from api_schemas import models as wire
 from service.models.library import Entry
 from service.models.loaded import LoadedModel
 from service.models.probes.condition import ATTRIBUTE
+from service.pipeline.service import Service
 from service.routes.access import may_see_reasons
 from service.routes.docs import problems
-from service.routes.state import Service, service_of
+from service.routes.state import service_of
 
 router = APIRouter(tags=["models"])
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from api_schemas.options import Method
 from service.cam.heatmap import COLORMAPS
-from service.cam.regions import rle_decode
+from service.images.run_lengths import rle_decode
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
 

@@ -32,7 +32,7 @@ from service.app import create_app
 from service.inference.questions import Answer, Question, lane_of
 from service.inference.steps import run
 from service.metrics import Metrics
-from service.routes.state import Service
+from service.pipeline.service import Service
 from service.scheduling.scheduler import Scheduler
 from service.settings import Settings
 

@@ -453,9 +453,9 @@ def test_extra_parameters_have_a_bound_and_are_kept_as_json(client) -> None:
     answer = setup(client, extra, project="9.1")
     assert answer.status_code == 422
     assert "65536" in answer.json()["detail"]
-    assert client.app.state.service.label_studio.extra_of("9.1") is None
+    assert client.app.state.label_studio.extra_of("9.1") is None
     assert setup(client, {"method": "layercam"}, project="9.1").status_code == 200
-    assert client.app.state.service.label_studio.extra_of("9.1") == b'{"method":"layercam"}'
+    assert client.app.state.label_studio.extra_of("9.1") == b'{"method":"layercam"}'
     deep: Any = {}
     for _ in range(300):
         deep = {"labels": deep}

@@ -20,8 +20,8 @@ from api_schemas import answers
 from api_schemas.adapters import coco, cvat, fiftyone, labelbox
 from api_schemas.client_errors import ImageRefused
 from api_schemas.client_results import Explanation, Regions, Result
-from service.cam.regions import rle_encode
 from service.cli.export.command import KINDS
+from service.images.run_lengths import rle_encode
 
 ROOT = Path(__file__).parent.parent.parent
 HEIGHT, WIDTH = 40, 60

@@ -23,7 +23,7 @@ from service.inference.questions import (
 )
 from service.models.loaded import LoadedModel
 from service.pipeline import resolve
-from service.routes.state import Limits
+from service.pipeline.service import Limits
 from service.scheduling.jobs import Job
 
 PIXELS = oracles.picture(10, 32, 32)

@@ -13,8 +13,9 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
 from service.cam.heatmap import resample
-from service.cam.regions import MIN_AREA, Regions, find_regions, mask_of, rle_decode, rle_encode
+from service.cam.regions import MIN_AREA, Regions, find_regions, mask_of
 from service.images.decode import Fit, Geometry, Preprocessing, Source, fit_to_model
+from service.images.run_lengths import rle_decode, rle_encode
 
 FITS: tuple[Fit, ...] = ("crop", "squash", "pad")
 SIZES = [(640, 480), (300, 700), (320, 320), (641, 479), (1, 7), (1, 1), (3, 2), (2000, 40)]

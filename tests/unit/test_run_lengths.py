@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 from pycocotools import mask as coco
 
-from service.cam.regions import RLE, rle_decode, rle_encode
+from service.images.run_lengths import RLE, rle_decode, rle_encode
 
 # pycocotools answers with an array class from before numpy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -16,7 +16,7 @@ from service.cli.explain_files import Explained, Outcome, explain_images, into_f
 from service.durable import write_synced
 from service.errors import ConfigurationError
 from service.models.loaded import LoadedModel
-from service.routes.state import Service
+from service.pipeline.service import Service
 
 
 @dataclass(frozen=True, slots=True)

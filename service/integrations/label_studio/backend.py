@@ -31,13 +31,14 @@ from service.integrations.label_studio.config import (
     model_version,
     parameters_in,
 )
+from service.integrations.label_studio.host import LabelStudio, label_studio_of
 from service.integrations.label_studio.images import picture
 from service.integrations.label_studio.results import Evidence, prediction, price
 from service.models.loaded import LoadedModel
 from service.pipeline.answer_size import Bill, size_before
 from service.routes import answering, bodies, docs, encodings
 from service.routes.answering import Work, as_error
-from service.routes.state import Service, service_of
+from service.routes.state import service_of
 from service.scheduling.admission import Permit
 
 router = APIRouter(prefix="/integrations/label-studio", tags=["Label Studio"])
@@ -86,7 +87,7 @@ async def setup(request: Request) -> Response:
             async with answering.model_in_use(request, parameters.options.model) as model:
                 await answering.understand(request, model, parameters.options, 1, permit)
                 version = model_version(model, parameters.options)
-            service.label_studio.remember(project, extra)
+            label_studio_of(request).remember(project, extra)
             return _json(orjson.dumps({"model_version": version}))
 
         return await answering.watched(request, work)
@@ -115,7 +116,7 @@ async def predict(request: Request) -> Response:
 
     async def work(body: bytes, permit: Permit) -> Response:
         service = service_of(request)
-        call = service.scheduler.call(_understood, service, body)
+        call = service.scheduler.call(_understood, label_studio_of(request), body)
         asked = await answering.result_of(call)
         if not asked.images and not asked.is_interactive:
             return _json(_listed([b"[]"] * len(asked.tasks)))
@@ -192,14 +193,14 @@ def _set_up(body: bytes) -> tuple[str, bytes, Parameters]:
     return asked.project, extra, parameters_in(extra)
 
 
-def _understood(service: Service, body: bytes) -> _Predicting:
+def _understood(known: LabelStudio, body: bytes) -> _Predicting:
     """Raises MalformedRequest, InvalidOption."""
     asked = parsed(LabelStudioRequest, body)
     context = asked.params.context
     clicked = context.result[-1] if context is not None and context.result else None
     if clicked is not None and len(asked.tasks) != 1:
         raise InvalidOption(f"A click is in one task, and {len(asked.tasks)} were sent.")
-    extra = service.label_studio.extra_of(asked.project)
+    extra = known.extra_of(asked.project)
     return _Predicting(asked.tasks, images_in(asked.label_config), parameters_in(extra), clicked)
 
 
@@ -215,6 +216,7 @@ class _Selection:
     ) -> None:
         self._asked = asked
         self._permit = permit
+        self._request = request
         self._service = service_of(request)
         self._window = window
         self._failures = 0
@@ -295,7 +297,7 @@ class _Selection:
     async def _evidence(self, image: TaskImage, task: LabelStudioTask, permit: Permit) -> Evidence:
         work, limits = self.work, self._service.limits
         source = image.source(task.data)
-        data = await picture(self._service, source, task.id, lambda size: permit.grow(0, size))
+        data = await picture(self._request, source, task.id, lambda size: permit.grow(0, size))
         size = size_before(data, limits.pixels)
 
         async def hold() -> None:

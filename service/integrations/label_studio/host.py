@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from urllib.parse import quote, unquote, urlsplit
 
 import orjson
+from fastapi import Request
 
 from service.errors import ConfigurationError, ImageUrlFailed, ImageUrlRefused
 from service.security.addresses import MAX_URL, AllowedHost, locate
@@ -173,6 +174,13 @@ class LabelStudio:
     def extra_of(self, project: str) -> bytes | None:
         """A project's extra parameters, JSON, or None."""
         return self._extra.get(project)
+
+
+def label_studio_of(request: Request) -> LabelStudio:
+    """What the app that this request came to knows of Label Studio."""
+    known = request.app.state.label_studio
+    assert isinstance(known, LabelStudio)
+    return known
 
 
 def _allowed_host(url: str) -> AllowedHost:

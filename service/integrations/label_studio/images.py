@@ -5,16 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from fastapi import Request
+
 from service.errors import ImageUrlRefused
 from service.integrations.asked import file_in
+from service.integrations.label_studio.host import label_studio_of
 from service.routes import answering, bodies
-from service.routes.state import Service
+from service.routes.state import service_of
 
 _WEB = re.compile(r"https?://", re.IGNORECASE)
 
 
 async def picture(
-    service: Service, source: str, task: object, take: Callable[[int], None]
+    request: Request, source: str, task: object, take: Callable[[int], None]
 ) -> bytes:
     """The file behind the value of an Image tag.
 
@@ -24,9 +27,10 @@ async def picture(
 
     take: told of the size of each chunk. Raises ImageError, and whatever `take` raises.
     """
+    service = service_of(request)
     if source[:5].lower() == "data:":
         return await answering.result_of(service.scheduler.call(file_in, source))
-    host = service.label_studio.host
+    host = label_studio_of(request).host
     if _WEB.match(source) and (host is None or not host.is_its(source)):
         return await bodies.image_bytes(source, service.fetcher, take)
     if host is None:

@@ -18,6 +18,7 @@ from fastapi import APIRouter, Request, Response
 
 from api_schemas.options import ExplainOptions
 from service.errors import ImageUrlRefused, MalformedRequest, Unauthorized
+from service.integrations.label_studio.host import label_studio_of
 from service.integrations.label_studio.images import picture
 from service.pipeline.answer_size import size_before
 from service.pipeline.response import overlay, style_of
@@ -70,7 +71,7 @@ def _parameter(name: str, text: str) -> dict[str, Any]:
 )
 async def overlay_png(request: Request) -> Response:
     """The evidence for the best class of a task's picture, drawn over it."""
-    secret = service_of(request).label_studio.secret
+    secret = label_studio_of(request).secret
     grant, source = read_query(request.scope["query_string"], secret)
 
     async def work(permit: Permit) -> Response:
@@ -116,7 +117,7 @@ async def _drawn(request: Request, grant: Grant, source: str, permit: Permit) ->
     async with answering.model_in_use(request, options.model) as model:
         work = await answering.understand(request, model, options, 1, permit)
         work = replace(work, price=work.sizes.overlay)
-        data = await picture(service, source, None, lambda size: permit.grow(0, size))
+        data = await picture(request, source, None, lambda size: permit.grow(0, size))
         size = size_before(data, service.limits.pixels)
         work.bill.add(work.price(size))
         found = await answering.ask(work, data, size)

@@ -17,10 +17,11 @@ from pydantic import BaseModel
 from service.errors import CamserveError, ConfigurationError, EmptyBody
 from service.integrations.asked import parsed
 from service.models.library import Entry
+from service.pipeline.service import Service
 from service.routes import answering, bodies, encodings
 from service.routes.access import is_admin
 from service.routes.problems import status_of
-from service.routes.state import Service, service_of
+from service.routes.state import service_of
 from service.scheduling.admission import Permit
 
 _ERROR_BODY = {
