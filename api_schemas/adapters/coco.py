@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from api_schemas.answers import ImageInfo
-from api_schemas.client_results import Explanation, Regions, Result
+from api_schemas.client.results import Explanation, Regions, Result
 
 
 def dataset(

@@ -16,8 +16,8 @@ from typing import Any
 import PIL.Image
 
 from api_schemas.client import URL, Client
-from api_schemas.client_errors import DeadlineExceeded, ImageRefused, UnreadableImage
-from api_schemas.client_results import Explanation, Regions
+from api_schemas.client.errors import DeadlineExceeded, ImageRefused, UnreadableImage
+from api_schemas.client.results import Explanation, Regions
 
 KINDS = ("tag", "mask", "polygon", "rectangle", "points")
 

@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 
 from api_schemas.answers import Rect
 from api_schemas.client import URL, Client
-from api_schemas.client_calls import Progress
-from api_schemas.client_options import ExplainArguments
-from api_schemas.client_results import Regions, Result
+from api_schemas.client.calls import Progress
+from api_schemas.client.options import ExplainArguments
+from api_schemas.client.results import Regions, Result
 
 
 def apply_explanations(

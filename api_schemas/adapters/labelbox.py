@@ -22,7 +22,7 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
-from api_schemas.client_results import Explanation, Regions, Result
+from api_schemas.client.results import Explanation, Regions, Result
 
 Row = dict[str, Any]
 

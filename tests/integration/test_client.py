@@ -19,8 +19,7 @@ from gates import Emptied, Gate
 from PIL import Image
 from pycocotools import mask as coco
 
-from api_schemas import client_errors as errors
-from api_schemas.client import AsyncClient, Client
+from api_schemas.client import AsyncClient, Client, errors
 
 ALL = {"include": ["grid", "heatmap", "overlay", "regions"]}
 
@@ -228,7 +227,7 @@ def test_a_busy_service_is_asked_again_when_it_said(run_server) -> None:
                 first.result(10)
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("api_schemas.client.time.sleep", wait)
+                patch.setattr("api_schemas.client.client.time.sleep", wait)
                 answer = client.explain(pictures.png())
         assert answer[0].predictions
         assert len(waits) == 1

@@ -27,7 +27,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from structlog.testing import capture_logs
 
-from api_schemas.client_calls import EVERY_CONNECTION_KEPT
+from api_schemas.client.calls import EVERY_CONNECTION_KEPT
 from service.app import create_app
 from service.inference.questions import Answer, Question, lane_of
 from service.inference.steps import run

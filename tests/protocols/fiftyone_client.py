@@ -17,7 +17,7 @@ from fiftyone import ViewField as F
 from fiftyone.operators.executor import resolve_type
 
 from api_schemas.adapters.fiftyone import apply_explanations
-from api_schemas.client_errors import ClientError
+from api_schemas.client.errors import ClientError
 
 URL, FOLDER = sys.argv[1:]
 

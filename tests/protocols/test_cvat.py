@@ -20,7 +20,7 @@ from fake_cvat import TASK, FakeCVAT, serving
 from running import running
 
 from api_schemas.client import Client
-from api_schemas.client_results import Result
+from api_schemas.client.results import Result
 
 pytestmark = [pytest.mark.protocols, pytest.mark.timeout(240)]
 

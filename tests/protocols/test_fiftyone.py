@@ -19,7 +19,7 @@ import pytest
 from numpy.typing import NDArray
 
 from api_schemas.client import Client
-from api_schemas.client_results import Result
+from api_schemas.client.results import Result
 
 pytestmark = [pytest.mark.protocols, pytest.mark.timeout(400)]
 

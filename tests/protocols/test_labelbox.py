@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from api_schemas.client import Client
-from api_schemas.client_results import Explanation, Result
+from api_schemas.client.results import Explanation, Result
 from service.cli.main import app
 
 pytestmark = [pytest.mark.protocols, pytest.mark.timeout(240)]

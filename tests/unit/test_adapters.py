@@ -18,8 +18,8 @@ from pycocotools.coco import COCO
 
 from api_schemas import answers
 from api_schemas.adapters import coco, cvat, fiftyone, labelbox
-from api_schemas.client_errors import ImageRefused
-from api_schemas.client_results import Explanation, Regions, Result
+from api_schemas.client.errors import ImageRefused
+from api_schemas.client.results import Explanation, Regions, Result
 from service.cli.export.command import KINDS
 from service.images.run_lengths import rle_encode
 

@@ -24,11 +24,10 @@ from hypothesis.extra import numpy as arrays
 from PIL import Image
 from pycocotools import mask as coco
 
-from api_schemas import client_errors as errors
 from api_schemas.answers import MaskRLE
-from api_schemas.client import AsyncClient, Client
-from api_schemas.client_options import ExplainArguments, PredictArguments
-from api_schemas.client_requests import (
+from api_schemas.client import AsyncClient, Client, errors
+from api_schemas.client.options import ExplainArguments, PredictArguments
+from api_schemas.client.requests import (
     Ask,
     Patience,
     Send,
@@ -38,7 +37,7 @@ from api_schemas.client_requests import (
     image_file,
     read_options,
 )
-from api_schemas.client_results import decode_mask, read_answer
+from api_schemas.client.results import decode_mask, read_answer
 from api_schemas.options import ExplainOptions, Mask, PredictOptions
 
 ASK = Ask("GET", "/models")

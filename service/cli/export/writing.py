@@ -14,8 +14,8 @@ from rich.markup import escape
 
 from api_schemas.adapters import coco, labelbox
 from api_schemas.client import Client
-from api_schemas.client_errors import ClientError
-from api_schemas.client_results import Result, read_result
+from api_schemas.client.errors import ClientError
+from api_schemas.client.results import Result, read_result
 from api_schemas.options import ExplainOptions
 from service import logs
 from service.app import build_service

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from PIL import ImageOps
 from pydantic.fields import FieldInfo
 
-from api_schemas.client_errors import (
+from api_schemas.client.errors import (
     Busy,
     ClientError,
     ConnectionFailed,

@@ -12,8 +12,8 @@ import httpx
 import PIL.Image
 
 from api_schemas import models as wire
-from api_schemas.client_errors import InvalidOption, NotFound, Unauthorized, UnexpectedAnswer
-from api_schemas.client_requests import (
+from api_schemas.client.errors import InvalidOption, NotFound, Unauthorized, UnexpectedAnswer
+from api_schemas.client.requests import (
     Ask,
     Image,
     Images,
@@ -23,7 +23,7 @@ from api_schemas.client_requests import (
     exchange,
     image_file,
 )
-from api_schemas.client_results import Answer, Result, read_answer
+from api_schemas.client.results import Answer, Result, read_answer
 from api_schemas.options import CommonOptions
 
 T = TypeVar("T")

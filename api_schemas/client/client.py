@@ -1,17 +1,4 @@
-"""A client of this service, in threads (`Client`) or tasks (`AsyncClient`), without torch.
-
-    from api_schemas.client import Client
-
-    with Client("http://127.0.0.1:8000") as client:
-        result = client.explain("cat.jpg", include=["grid", "overlay"])[0]
-        print(result.predictions[0].label, result.explanations[0].grid.shape)
-        result.explanations[0].overlay.save("why.jpg")
-
-It needs httpx, numpy, Pillow and pydantic. Options are those of `api_schemas.options`, results
-those of `api_schemas.client_results`, errors those of `api_schemas.client_errors`. What a call says
-and when it is asked again stands once, in `api_schemas.client_calls` and `client_requests`; the
-classes here only send and wait.
-"""
+"""The classes that send and wait: `Client` in threads, `AsyncClient` in tasks."""
 
 from __future__ import annotations
 
@@ -27,7 +14,7 @@ import httpx
 import PIL.Image
 
 from api_schemas import models as wire
-from api_schemas.client_calls import (
+from api_schemas.client.calls import (
     OF_EVERY_IMAGE,
     Calls,
     Progress,
@@ -35,10 +22,10 @@ from api_schemas.client_calls import (
     files_of,
     reporter,
 )
-from api_schemas.client_errors import ClientError
-from api_schemas.client_options import ExplainArguments, PredictArguments
-from api_schemas.client_requests import Heard, Image, Images, Send, Steps, read_options
-from api_schemas.client_results import Answer, Result
+from api_schemas.client.errors import ClientError
+from api_schemas.client.options import ExplainArguments, PredictArguments
+from api_schemas.client.requests import Heard, Image, Images, Send, Steps, read_options
+from api_schemas.client.results import Answer, Result
 from api_schemas.options import CommonOptions, ExplainOptions, PredictOptions
 
 T = TypeVar("T")

@@ -16,7 +16,7 @@ import PIL.Image
 from numpy.typing import NDArray
 
 from api_schemas import answers
-from api_schemas.client_errors import ClientError, service_error
+from api_schemas.client.errors import ClientError, service_error
 
 Floats = NDArray[np.float16] | NDArray[np.float32]
 
