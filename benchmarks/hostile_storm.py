@@ -24,7 +24,7 @@ from measuring import ROOT, machine, markdown, photograph
 from overload import Verdicts
 from watched import Start, Watched
 
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 from soak_requests import Ask, as_json, differences, form, raw
 

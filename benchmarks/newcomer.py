@@ -1,6 +1,6 @@
 """Take the time of README's way from nothing to the first heatmap, on a machine that has nothing.
 
-    PYTHONPATH=tests .venv/bin/python benchmarks/newcomer.py [--keep FOLDER]
+    PYTHONPATH=tests/support .venv/bin/python benchmarks/newcomer.py [--keep FOLDER]
 
 Runs the steps as they stand in README: clones the last commit of this checkout into an empty
 folder, installs (through pip, with the caches that it finds), serves on a free port, asks. Prints

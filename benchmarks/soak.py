@@ -3,7 +3,8 @@
     .venv/bin/python benchmarks/soak.py --requests 20000      # about ten minutes on two cores
 
 The parts are those of `tests/integration/test_soak.py`, which is the same with four hundred
-requests: `tests/soaking.py`. Ctrl-C ends it early, with the table of what was sent until then.
+requests: `tests/support/soaking.py`. Ctrl-C ends it early, with the table of what was sent until
+then.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from measuring import ROOT, machine
 
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 from soaking import Soak, served_for_a_soak
 

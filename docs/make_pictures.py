@@ -1,6 +1,6 @@
 """Take the pictures of the page that README and the tutorial show, in Chromium.
 
-    PYTHONPATH=tests python docs/make_pictures.py
+    PYTHONPATH=tests/support python docs/make_pictures.py
 
 Starts a service of its own with the built-in model; writes docs/images/page-*.webp.
 """

@@ -1,6 +1,6 @@
 """Run the tutorial on right reasons, and keep the pictures that it makes.
 
-    PYTHONPATH=tests .venv/bin/python docs/make_tutorial_pictures.py
+    PYTHONPATH=tests/support .venv/bin/python docs/make_tutorial_pictures.py
 
 Writes docs/images/tutorial-*.webp. Only what the project itself drew is in them.
 """

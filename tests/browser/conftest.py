@@ -39,7 +39,9 @@ def chromium_path() -> str:
 @pytest.fixture(scope="session")
 def site(chromium_path: str) -> Iterator[str]:
     """A server of the built-in model and of the tests' `small`."""
-    with serving("--model", "builtin", "--model", "tiny:small", "--app-dir", "tests") as url:
+    with serving(
+        "--model", "builtin", "--model", "tiny:small", "--app-dir", "tests/support"
+    ) as url:
         yield url
 
 

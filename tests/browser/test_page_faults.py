@@ -109,7 +109,7 @@ def test_a_method_that_the_model_refuses_says_why(explained: Watched) -> None:
 def test_a_server_that_is_gone_is_said_and_asked_again(
     open_page: Callable[..., Watched], serve: Callable[..., Any]
 ) -> None:
-    with serve("--model", "tiny:small", "--app-dir", "tests") as url:
+    with serve("--model", "tiny:small", "--app-dir", "tests/support") as url:
         page = open_page(url)
         page.page.wait_for_selector("#layer option", state="attached")
         page.page.locator("#welcome [data-do=sample]").click()

@@ -11,14 +11,14 @@ from pathlib import Path
 import pictures
 import pyarrow.parquet as pq
 import pytest
-from ray_cluster import HEAD, ROOT, TESTS, Cluster, until
+from ray_cluster import HEAD, ROOT, SUPPORT, Cluster, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
 
 def start(source: Path, out: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "service", "bulk", str(source), str(out)]
-    command += ["--model", "tiny:small", "--device", "cpu", "--app-dir", str(TESTS)]
+    command += ["--model", "tiny:small", "--device", "cpu", "--app-dir", str(SUPPORT)]
     command += ["--shard-size", "10", "--no-pictures"]
     command += ["--ray", f"{HEAD}:6379", "--ray-cpus", "0.3", "--ray-actors", "2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CAMSERVE_COMPILE": "false"}

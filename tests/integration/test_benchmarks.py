@@ -119,7 +119,7 @@ def test_a_wrong_answer_is_noticed(ours):
 
 @pytest.mark.timeout(180)
 def test_servers_race_and_the_report_judges_every_target(tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests" / "support"))
     monkeypatch.setenv("CAMSERVE_CACHE_DIR", str(tmp_path))
     tiny = ["--model", "tiny:small", "--layer", "features", "--servers", "camserve", "torchcam"]
     short = ["--loads", over_http.BUSY, "--rounds", "1", "--seconds", "0.2"]

@@ -29,8 +29,8 @@ from typer.testing import CliRunner
 from service.cli.bulk.results import open_results
 from service.cli.main import app
 
-TESTS = Path(__file__).parent.parent
-ROOT = TESTS.parent
+SUPPORT = Path(__file__).parents[1] / "support"
+ROOT = SUPPORT.parents[1]
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -46,7 +46,7 @@ def bulk(source: Path | str, folder: Path, *more: str) -> Any:
 def bulk_process(source: Path, folder: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
     """The command as a process, to send signals to."""
     command = [sys.executable, "-m", "service", "bulk", str(source), str(folder), *TINY, *more]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{SUPPORT}"}
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
     ) as process:

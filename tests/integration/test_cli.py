@@ -24,8 +24,8 @@ from typer.testing import CliRunner
 from service.cli.main import app
 from service.settings import Settings
 
-TESTS = Path(__file__).parent.parent
-ROOT = TESTS.parent
+SUPPORT = Path(__file__).parents[1] / "support"
+ROOT = SUPPORT.parents[1]
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -43,7 +43,7 @@ def said(result: object) -> str:
 def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
     """`camserve serve` as a process on a free port: the process, its URL, and what it announced."""
     command = [sys.executable, "-m", "service", "serve", "--port", "0", *arguments]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{SUPPORT}"}
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -102,7 +102,7 @@ def test_files_of_one_name_do_not_overwrite_each_other(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["explain", "nowhere.jpg", *TINY], "there is no file"),
-        (["explain", str(TESTS / "unit"), *TINY], "no image is in the folder"),
+        (["explain", str(ROOT / "tests" / "unit"), *TINY], "no image is in the folder"),
         (["explain", __file__, "--target", "cat", *TINY], "no class labelled 'cat'"),
         (["explain", __file__, "--layer", "featurs", *TINY], "Did you mean 'features'"),
         (["explain", __file__, "--fit", "stretch", *TINY], "'crop', 'squash' or 'pad'"),

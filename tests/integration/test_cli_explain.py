@@ -232,7 +232,8 @@ def test_one_error_is_one_sentence(arguments: list[str], sentence: str) -> None:
     """Not once by the log and once by the command; and it names the file."""
     photos("a.png")
     Path("bad.png").write_bytes(b"no picture")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests" / "support")))
+    environment = os.environ | {"PYTHONPATH": path}
     command = [sys.executable, "-m", "service", *arguments]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 2
@@ -363,7 +364,7 @@ def test_a_mistyped_command_or_model_is_answered_with_the_nearest() -> None:
 def test_a_progress_bar_runs_on_a_terminal_only(terminal: bool) -> None:
     photos("a.png", "b.png")
     command = [sys.executable, "-m", "service", "explain", "a.png", "b.png", *TINY]
-    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests" / "support")))
     environment = os.environ | {"PYTHONPATH": path, "TERM": "xterm", "OMP_NUM_THREADS": "1"}
     if not terminal:
         piped = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.timeout(180)
 @pytest.fixture
 def run(monkeypatch):
     """The benchmark's `main`, whose verdict is left to a machine that is quiet."""
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'tests'}:{ROOT}")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'tests' / 'support'}:{ROOT}")
 
     def run(*arguments: str) -> None:
         with contextlib.suppress(SystemExit):

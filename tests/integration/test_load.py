@@ -24,7 +24,7 @@ def load(tmp_path: Path, **given: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "deploy" / "load" / "load.py"), "--build", str(tmp_path)]
     command += ["--steps", "1,1,2", "--seconds", "4"]
     command += ["--serve", "--model tiny:small --device cpu --workers 1"]
-    folders = [ROOT / "benchmarks", ROOT / "deploy" / "load", ROOT / "tests", ROOT]
+    folders = [ROOT / "benchmarks", ROOT / "deploy" / "load", ROOT / "tests" / "support", ROOT]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders)), **given}
     return subprocess.run(
         command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False

@@ -138,7 +138,7 @@ def test_readme_serves_models_of_ones_own(tmp_path: Path) -> None:
     )
     torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "cats.pt")
     (tmp_path / "mypackage").mkdir()
-    shutil.copy(ROOT / "tests" / "tiny.py", tmp_path / "mypackage" / "models.py")
+    shutil.copy(ROOT / "tests" / "support" / "tiny.py", tmp_path / "mypackage" / "models.py")
     with (tmp_path / "mypackage" / "models.py").open("a") as file:
         file.write("\n\nbuild = SmallNet\n")
     served = []

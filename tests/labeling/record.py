@@ -1,6 +1,6 @@
 """Write down what the real Label Studio sends, for `tests/integration/test_label_studio.py`.
 
-PYTHONPATH=.:tests .venv/bin/python tests/labeling/record.py
+PYTHONPATH=.:tests/support .venv/bin/python tests/labeling/record.py
 
 To be run by hand, after `make labeling`, when Label Studio's version changes.
 """

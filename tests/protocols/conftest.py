@@ -39,7 +39,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     keys.write_text(f"ops:{hashlib.sha256(ADMIN.encode()).hexdigest()}\n")
     command = [sys.executable, "-m", "service", "serve", "--port", "0", "--device", "cpu"]
     command += ["--model", "small=tiny:small", "--admin-keys-file", str(keys)]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support'}"}
     environment |= {"COLUMNS": "200", "OMP_NUM_THREADS": "1"}
     with log.open("w") as said:
         process = subprocess.Popen(

@@ -1,6 +1,6 @@
 """Write down what the real clients send, for `tests/integration/test_recorded_clients.py`.
 
-PYTHONPATH=.:tests .venv/bin/python tests/protocols/record.py
+PYTHONPATH=.:tests/support .venv/bin/python tests/protocols/record.py
 
 To be run by hand, after `make protocols`, when a client's version changes.
 """

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 KUSTOMIZATIONS = [DEPLOY / "kubernetes" / name for name in ("cpu", "gpu")]
 RULES = DEPLOY / "prometheus" / "rules" / "camserve.yml"

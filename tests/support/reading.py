@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 from service.cli.main import app
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 FENCE = re.compile(r"^```(\w+)?([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SERVES = re.compile(r"^(make run|(\.venv/bin/)?camserve serve)\b")

@@ -19,8 +19,8 @@ from typing import Any
 import httpx
 import psutil
 
-TESTS = Path(__file__).parent
-ROOT = TESTS.parent
+SUPPORT = Path(__file__).parent
+ROOT = SUPPORT.parents[1]
 
 HEAD, WORKER = "10.77.0.1", "10.77.0.2"
 """Addresses that `make ray` gives the loopback interface."""
@@ -53,7 +53,7 @@ class Cluster:
         else:
             command += ["--address", f"{HEAD}:6379"]
         environment = os.environ | {
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}",
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{SUPPORT}",
             "CAMSERVE_COMPILE": "false",
             "RAY_worker_niceness": "0",  # 15 otherwise: nothing beside a busy neighbour
             "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0",  # or the head's replica gets all

@@ -30,7 +30,7 @@ from service.models.pool import ModelPool, Replica
 from service.models.probes.layers import probe
 from service.models.replicas import replicate
 
-WEIGHTS = Path(__file__).parent.parent.parent / "shared" / "data" / "weights"
+WEIGHTS = Path(__file__).parents[3] / "shared" / "data" / "weights"
 
 
 def picture(seed: int = 0, height: int = 224, width: int = 224) -> Tensor:

@@ -19,7 +19,7 @@ import httpx
 import pytest
 from playwright.sync_api import Locator, Page, Request, Route
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "service" / "web" / "sunflower.jpg"
 
 START_SECONDS = 90
