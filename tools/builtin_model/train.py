@@ -1,4 +1,4 @@
-"""Train the built-in model from scratch: `python -m service.models.builtin.train --data TAR`.
+"""Train the built-in model from scratch: `python tools/builtin_model/train.py --data TAR`.
 
 TAR holds `<root>/train/<class>/*.jpg` and `<root>/val/<class>/*.jpg`. With `--teacher FILE` (a
 torchvision mobilenet_v2 whose batch normalisation is folded) every photograph's crops carry two
@@ -17,12 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.nn import functional
-
-from service.models.builtin.network import flower_net
-from service.models.builtin.photos import (
+from photos import (
     CROP,
     FOLDERS,
     MEAN,
@@ -37,7 +32,12 @@ from service.models.builtin.photos import (
     normalise,
     read_photos,
 )
-from service.models.builtin.teacher import MAP_WIDTH, Seen, fit_head, load_teacher, show_teacher
+from safetensors.torch import load_file, save_file
+from teacher import MAP_WIDTH, Seen, fit_head, load_teacher, show_teacher
+from torch import Tensor, nn
+from torch.nn import functional
+
+from service.models.builtin.network import flower_net
 
 TARGET_LAYER = "layer3"
 BATCH = 32
@@ -199,7 +199,7 @@ def save(net: nn.Module, file: Path) -> None:
         "mean": ",".join(map(str, MEAN)),
         "std": ",".join(map(str, STD)),
         "licence": "Apache-2.0",
-        "source": "trained by service.models.builtin.train on TensorFlow flower_photos (CC BY 2.0)",
+        "source": "trained by tools/builtin_model/train.py on TensorFlow flower_photos (CC BY 2.0)",
     }
     tensors = {k: v.half() if v.ndim > 1 else v for k, v in net.state_dict().items()}
     save_file({k: v.contiguous() for k, v in tensors.items()}, file, metadata)

@@ -7,11 +7,10 @@ from typing import Self
 
 import torch
 import torchvision
+from photos import FOLDERS, cut, normalise
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
-
-from service.models.builtin.photos import FOLDERS, cut, normalise
 
 TEACHER_SIDE, TEACHER_WIDTH = 160, 1280
 MAP_WIDTH = 96
