@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import orjson
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor
 
 from api_schemas.answers import Result
 from api_schemas.options import ExplainOptions
@@ -22,11 +22,12 @@ from service.cli.tensorboard import Board
 from service.durable import write_whole
 from service.errors import CamserveError
 from service.images.files import read_image, text_of
-from service.images.upload import Hiding, Upload, open_upload
-from service.inference.questions import Answer, Question
+from service.images.upload import Upload
+from service.inference.questions import Answer
 from service.models.loaded import LoadedModel
 from service.pipeline import response
-from service.pipeline.resolve import hiding, question
+from service.pipeline.resolve import resolved
+from service.pipeline.run import Recipe, ask, respond
 from service.pipeline.service import Service
 
 AT_ONCE = 16
@@ -97,8 +98,9 @@ def explain_images(  # noqa: PLR0917 - as `explain_files`, and how files are rea
     read: the bytes of an image; what it raises, an OSError or one of ours, is the image's.
     """
     model = service.pool.model(None)
-    ask = question(model, options, service.limits, images=1)
-    job = _Job(service, model, options, ask, hiding(options), keepers, read)
+    found = resolved(model, options, service.limits, images=1)
+    recipe = Recipe(service, model, options, found.question, found.hiding, photo=True)
+    job = _Job(recipe, keepers, read)
     with (
         ThreadPoolExecutor(max_workers=AT_ONCE) as waiters,
         Progress(console=console, disable=len(images) < 2 or not console.is_terminal) as bars,
@@ -132,11 +134,7 @@ def _in_order(
 class _Job:
     """What is the same for every file."""
 
-    service: Service
-    model: LoadedModel
-    options: ExplainOptions
-    question: Callable[[Tensor], Question]
-    hiding: Hiding | None
+    recipe: Recipe
     keepers: Sequence[Keeper]
     read: Callable[[Path], bytes]
 
@@ -144,45 +142,28 @@ class _Job:
         """Explain one file; waits in this thread while the scheduler's threads work."""
         outcome: Outcome
         try:
-            outcome = self._explained(path, name)
+            outcome = asyncio.run(self._explained(path, name))
         except CamserveError as error:
             outcome = Failed(path, name, error.code, error.detail)
         except OSError as error:
             outcome = Failed(path, name, "unreadable_file", f"{error.strerror or error}")
         try:
             for keep in self.keepers:
-                self.service.scheduler.call(keep, outcome).result()
+                self.recipe.service.scheduler.call(keep, outcome).result()
         except CamserveError as error:  # the overlay or the heatmap cannot be drawn
             return Failed(path, name, error.code, error.detail)
         except OSError as error:
             return Failed(path, name, "unwritable_file", f"{error.strerror or error}")
         return outcome
 
-    def _explained(self, path: Path, name: Path) -> Explained:
-        scheduler, limits = self.service.scheduler, self.service.limits
-        upload = scheduler.call(
-            open_upload,
-            self.read(path),
-            self.model.preprocessing,
-            self.options.fit,
-            max_pixels=limits.pixels,
-            photo_side=limits.render_side,
-            hiding=self.hiding,
-            budget=self.service.decoding,
-        ).result()
-        answer = self._ask(self.question(upload.model_input.pixels))
-        masked = None
-        if upload.masked is not None:
-            targets = tuple(explanation.class_id for explanation in answer.explanations)
-            again = self.question(upload.masked.model_input.pixels)
-            masked = self._ask(replace(again, targets=targets, activations=()))
-        result = scheduler.call(
-            response.result, self.model, upload, answer, self.options, limits.render_side, masked
-        ).result()
-        return Explained(path, name, self.model, self.options, upload, answer, result)
-
-    def _ask(self, asked: Question) -> Answer:
-        return self.service.scheduler.submit(self.model, asked).result().answer
+    async def _explained(self, path: Path, name: Path) -> Explained:
+        recipe = self.recipe
+        assert isinstance(recipe.options, ExplainOptions)
+        found = await ask(recipe, self.read(path))
+        result = await respond(recipe, found)
+        return Explained(
+            path, name, recipe.model, recipe.options, found.upload, found.answer, result
+        )
 
 
 def into_folder(

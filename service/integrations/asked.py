@@ -25,10 +25,11 @@ from service.images.declared_size import Size
 from service.images.upload import Sent
 from service.models.loaded import LoadedModel
 from service.pipeline.answer_size import Bill, Price, Sizes, size_before
+from service.pipeline.run import Answered, as_error, drawn, result_of
 from service.pipeline.service import Service
 from service.resources import collector_paused
 from service.routes import access, answering, bodies
-from service.routes.answering import Answered, Work
+from service.routes.answering import Work
 from service.routes.problems import describe
 from service.routes.state import service_of
 from service.scheduling.admission import Permit
@@ -91,11 +92,9 @@ async def answer(
 
     async def work(body: bytes, permit: Permit) -> Response:
         scheduler = service_of(request).scheduler
-        of_model = (
-            name if isinstance(name, str) else await answering.result_of(scheduler.call(name, body))
-        )
+        of_model = name if isinstance(name, str) else await result_of(scheduler.call(name, body))
         async with answering.model_in_use(request, of_model) as model:
-            plan = await answering.result_of(scheduler.call(read, model, body))
+            plan = await result_of(scheduler.call(read, model, body))
             works = await _works(request, model, plan, permit)
             most = works[0].service.limits.pixels
             sizes = [size_before(each.picture, most) for each in plan.asked]
@@ -103,7 +102,7 @@ async def answer(
             grids = sum(work.sizes.grids for work in works)
             bill.add(grids + sum(work.price(size) for work, size in zip(works, sizes, strict=True)))
             replies = await _replies(works, plan.asked, sizes)
-            response = await answering.drawn(works[0], plan.respond, replies)
+            response = await drawn(works[0], plan.respond, replies)
             bill.made(len(response.body))
             response.headers.update(answering.report(request, works[0], len(works)))
             return response
@@ -160,7 +159,7 @@ async def _replies(
     replies: list[Reply] = []
     for work, each in zip(works, found, strict=True):
         if isinstance(each, BaseException):
-            raise answering.as_error(each)
+            raise as_error(each)
         replies.append(Reply(work.model, work.options, each, work.service.limits.render_side))
     return replies
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,23 @@ DRAWN_MEGAPIXEL = 0.05
 ACTIVATION_MEBIBYTE = 0.02
 """What a key is charged for pictures and activations, in forward passes: of a resnet50, measured by
 `benchmarks/round_the_model.py` and rounded up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What options mean for a model; `prices`: what they cost its key, in forward passes."""
+
+    question: Callable[[Tensor], Question]
+    hiding: Hiding | None
+    prices: Sequence[float]
+
+
+def resolved(model: LoadedModel, options: CommonOptions, limits: Limits, images: int) -> Resolved:
+    """Everything that can be refused before an image is looked at. Raises as `question` does."""
+    prices: list[float] = []
+    return Resolved(
+        question(model, options, limits, images, prices.append), hiding(options), prices
+    )
 
 
 def question(

@@ -1,7 +1,7 @@
 """What all routes share that answer pictures: permit, deadline, hang-up, and one image's way.
 
 `in_time` runs a route's work; the work takes a model with `model_in_use`, settles what is asked
-with `understand`, and then for each image calls `ask` and `drawn`.
+with `understand`, and then for each image calls `ask` and `pipeline.run.drawn`.
 """
 
 from __future__ import annotations
@@ -11,26 +11,22 @@ import functools
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from fastapi import Request, Response
-from torch import Tensor
 
 from api_schemas.options import CommonOptions, ExplainOptions
 from service.errors import CamserveError, DeadlineExceeded, MalformedRequest, QueueFull
 from service.images.declared_size import Size
-from service.images.formats import check_format
-from service.images.upload import Hiding, Sent, Upload, open_upload
-from service.inference.questions import Answer, Question
-from service.metrics import STAGES
+from service.images.upload import Sent, Upload
 from service.models.loaded import LoadedModel
-from service.pipeline import resolve
+from service.pipeline import run
 from service.pipeline.answer_size import UNKNOWN, Bill, Price, Sizes
-from service.pipeline.service import Limits, Service
+from service.pipeline.resolve import resolved
+from service.pipeline.run import Answered, Recipe, result_of
 from service.routes import access, bodies, encodings
 from service.routes.middleware import CLIENT_CLOSED_REQUEST
 from service.routes.state import service_of
@@ -46,46 +42,23 @@ LOADS = 3
 """How often a request has its model loaded: others may take its place before the request runs."""
 
 
-@dataclass(slots=True)
-class Clock:
-    """Seconds by stage, summed over the images of one request."""
-
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
-
-    def milliseconds(self) -> dict[str, float]:
-        return {stage: round(value * 1000, 3) for stage, value in self.seconds.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What is to be done for each image of a request.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work(Recipe):
+    """How each image of a request is answered, and what its place in the answer takes.
 
     sizes, price: how many bytes each part of an image's place in the answer takes at most, and the
                   whole of it. bill: of the request, where they are counted.
     """
 
-    service: Service
-    model: LoadedModel
-    options: CommonOptions
-    question: Callable[[Tensor], Question]
-    hiding: Hiding | None
-    deadline: float
-    clock: Clock
     sizes: Sizes
     price: Price
     bill: Bill
 
 
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """One image, opened and answered; `masked` with a part of it hidden, where that was asked.
+@dataclass(frozen=True, slots=True, eq=False)
+class Billed(Answered):
+    """An image that was answered. priced: bytes that are held for its place in the answer."""
 
-    priced: bytes that are held for its place in the answer.
-    """
-
-    upload: Upload
-    answer: Answer
-    masked: Answer | None
     priced: int
 
 
@@ -212,7 +185,7 @@ async def understand(
             reserves it here.
     """
     service = service_of(request)
-    resolve = functools.partial(_resolved, model, options, service.limits, images)
+    resolve = functools.partial(resolved, model, options, service.limits, images)
     if _names_nothing(options):
         found = resolve()
     else:
@@ -220,18 +193,17 @@ async def understand(
     for price in found.prices:
         (charge or functools.partial(access.reserve, request))(price)
     request.scope["log"] = {"model": model.name}
-    sizes = found.sizes
+    sizes = Sizes(model, options, found.question(torch.empty(0)), service.limits.render_side)
     return Work(
-        service,
-        model,
-        options,
-        found.question,
-        found.hiding,
-        request.scope["started"] + timeout_of(request),
-        Clock(),
-        sizes,
-        sizes.result,
-        Bill(permit, service.limits.answer_bytes, sizes.advice(images)),
+        service=service,
+        model=model,
+        options=options,
+        question=found.question,
+        hiding=found.hiding,
+        deadline=request.scope["started"] + timeout_of(request),
+        sizes=sizes,
+        price=sizes.result,
+        bill=Bill(permit, service.limits.answer_bytes, sizes.advice(images)),
     )
 
 
@@ -243,84 +215,26 @@ def _names_nothing(options: CommonOptions) -> bool:
     return not any(named)
 
 
-@dataclass(frozen=True, slots=True)
-class _Resolved:
-    """What options mean for a model; `prices`: what they cost its key, in forward passes."""
-
-    question: Callable[[Tensor], Question]
-    hiding: Hiding | None
-    sizes: Sizes
-    prices: list[float]
-
-
-def _resolved(model: LoadedModel, options: CommonOptions, limits: Limits, images: int) -> _Resolved:
-    prices: list[float] = []
-    question = resolve.question(model, options, limits, images, prices.append)
-    sizes = Sizes(model, options, question(torch.empty(0)), limits.render_side)
-    return _Resolved(question, resolve.hiding(options), sizes, prices)
-
-
-async def ask(work: Work, data: Sent, size: Size = UNKNOWN) -> Answered:
-    """Open one image, put the question to the model, and where asked again with a part hidden.
+async def ask(work: Work, data: Sent, size: Size = UNKNOWN) -> Billed:
+    """Open one image and answer it, as `run.ask` does, within the bytes of its answer.
 
     size: of the image, whose price the caller added to the bill. What it takes more is added here;
           where this fails nothing of it stays held.
     """
     priced = work.price(size)
-    try:
-        upload = await _opened(work, data)
+
+    def bill(upload: Upload) -> None:
+        nonlocal priced
         whole = max(priced, work.price((upload.width, upload.height)))
         work.bill.add(whole - priced)
         priced = whole
-        answer = await _infer(work, work.question(upload.model_input.pixels))
-        if upload.masked is None:
-            return Answered(upload, answer, None, priced)
-        targets = tuple(explanation.class_id for explanation in answer.explanations)
-        again = work.question(upload.masked.model_input.pixels)
-        masked = await _infer(work, replace(again, targets=targets, activations=()))
-        return Answered(upload, answer, masked, priced)
+
+    try:
+        found = await run.ask(work, data, bill)
     except BaseException:
         work.bill.take_back(priced)
         raise
-
-
-async def _opened(work: Work, data: Sent) -> Upload:
-    service, options = work.service, work.options
-    wants_photo = isinstance(options, ExplainOptions) and "overlay" in options.include
-    if isinstance(data, bytes):
-        check_format(data, service.limits.formats)
-    started = time.monotonic()
-    upload = await result_of(
-        service.scheduler.call_in_turn(
-            id(work.bill),  # one for all images of a request
-            open_upload,
-            data,
-            work.model.preprocessing,
-            options.fit,
-            max_pixels=service.limits.pixels,
-            photo_side=service.limits.render_side if wants_photo else None,
-            hiding=work.hiding,
-            budget=service.decoding,
-            deadline=work.deadline,
-        )
-    )
-    work.clock.seconds["decode"] += time.monotonic() - started
-    return upload
-
-
-async def _infer(work: Work, question: Question) -> Answer:
-    timed = await result_of(work.service.scheduler.submit(work.model, question, work.deadline))
-    work.clock.seconds["queue"] += timed.queue
-    work.clock.seconds["inference"] += timed.inference
-    return timed.answer
-
-
-async def drawn(work: Work, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """What a function makes of answers in a worker thread; its seconds count as rendering."""
-    started = time.monotonic()
-    value = await result_of(work.service.scheduler.call(function, *args, **kwargs))
-    work.clock.seconds["render"] += time.monotonic() - started
-    return value
+    return Billed(found.upload, found.answer, found.masked, priced)
 
 
 def report(request: Request, work: Work, images: int) -> dict[str, str]:
@@ -331,24 +245,6 @@ def report(request: Request, work: Work, images: int) -> dict[str, str]:
     timing = work.clock.milliseconds()
     request.scope["log"] |= {"images": images, **timing}
     return {"Server-Timing": ", ".join(f"{stage};dur={ms}" for stage, ms in timing.items())}
-
-
-def as_error(error: BaseException) -> CamserveError:
-    """An error of one image as one of ours; the unforeseen keeps its cause."""
-    if isinstance(error, CamserveError):
-        return error
-    if not isinstance(error, Exception):
-        raise error
-    unexpected = CamserveError(
-        "Something failed on the server's side; its log has the cause under this request id."
-    )
-    unexpected.__cause__ = error
-    return unexpected
-
-
-async def result_of(future: Future[T]) -> T:
-    """Await a scheduler's future; who stops waiting cancels it."""
-    return await asyncio.wrap_future(future)
 
 
 async def _until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -22,10 +22,11 @@ from api_schemas.options import (
 from service.errors import InvalidOption, NotAcceptable
 from service.images.declared_size import Size
 from service.pipeline.answer_size import size_before
-from service.pipeline.response import overlay, result, style_of
+from service.pipeline.response import overlay, style_of
+from service.pipeline.run import as_error, drawn, respond, result_of
 from service.routes import answering, bodies, docs, forms
 from service.routes.accept import preferred_image
-from service.routes.answering import Work, as_error, result_of
+from service.routes.answering import Work
 from service.routes.problems import status_of
 from service.routes.state import service_of
 from service.scheduling.admission import Permit
@@ -132,12 +133,9 @@ async def _one(
     found = await answering.ask(work, data, size)
     if image_format and isinstance(options, ExplainOptions):
         first = found.answer.explanations[0]
-        picture = await answering.drawn(work, overlay, found.upload, first, style_of(options))
+        picture = await drawn(work, overlay, found.upload, first, style_of(options))
         return Response(picture.data, media_type=picture.media_type)
-    side = service.limits.render_side
-    return await answering.drawn(
-        work, result, work.model, found.upload, found.answer, options, side, found.masked
-    )
+    return await respond(work, found)
 
 
 async def _respond(

@@ -12,6 +12,7 @@ from service.cam.kernels import KernelGrid, draw_kernels, sees_colours, weight_o
 from service.errors import InvalidOption
 from service.models.loaded import LoadedModel
 from service.pipeline.answer_size import Bill
+from service.pipeline.run import result_of
 from service.routes import answering
 from service.routes.docs import problems
 from service.routes.state import service_of
@@ -58,7 +59,7 @@ async def kernels(request: Request, name: str, layer: str) -> Response:
     async def work(permit: Permit) -> Response:
         bill = Bill(permit, service.limits.answer_bytes, "Name a layer with fewer kernels.")
         bill.add(min(service.limits.answer_bytes, photo_bytes((side, side), "png")))
-        grid = await answering.result_of(service.scheduler.call(_draw, model, layer, side))
+        grid = await result_of(service.scheduler.call(_draw, model, layer, side))
         bill.add(max(0, len(grid.picture.data) - permit.answer_bytes))
         bill.made(len(grid.picture.data))
         headers = {"X-Kernels": str(grid.kernels), "X-Kernels-Left-Out": str(grid.left_out)}

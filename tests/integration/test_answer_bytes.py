@@ -14,8 +14,8 @@ import pytest
 from gates import Gate
 from starlette.testclient import TestClient
 
+from service.pipeline import run
 from service.pipeline.answer_size import Bill
-from service.routes import answering
 from service.scheduling.admission import Permit
 
 MEBIBYTE = 1 << 20
@@ -60,8 +60,8 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         seen.append(data)
         return inner(data, *args, **kwargs)
 
-    inner = answering.open_upload
-    monkeypatch.setattr(answering, "open_upload", note)
+    inner = run.open_upload
+    monkeypatch.setattr(run, "open_upload", note)
     return seen
 
 

@@ -36,8 +36,9 @@ from service.integrations.label_studio.images import picture
 from service.integrations.label_studio.results import Evidence, prediction, price
 from service.models.loaded import LoadedModel
 from service.pipeline.answer_size import Bill, size_before
+from service.pipeline.run import as_error, drawn, result_of
 from service.routes import answering, bodies, docs, encodings
-from service.routes.answering import Work, as_error
+from service.routes.answering import Work
 from service.routes.state import service_of
 from service.scheduling.admission import Permit
 
@@ -83,7 +84,7 @@ async def setup(request: Request) -> Response:
 
         async def work() -> Response:
             call = service.scheduler.call(_set_up, body)
-            project, extra, parameters = await answering.result_of(call)
+            project, extra, parameters = await result_of(call)
             async with answering.model_in_use(request, parameters.options.model) as model:
                 await answering.understand(request, model, parameters.options, 1, permit)
                 version = model_version(model, parameters.options)
@@ -117,12 +118,12 @@ async def predict(request: Request) -> Response:
     async def work(body: bytes, permit: Permit) -> Response:
         service = service_of(request)
         call = service.scheduler.call(_understood, label_studio_of(request), body)
-        asked = await answering.result_of(call)
+        asked = await result_of(call)
         if not asked.images and not asked.is_interactive:
             return _json(_listed([b"[]"] * len(asked.tasks)))
         async with answering.model_in_use(request, asked.parameters.options.model) as model:
             window = min(len(asked.tasks), max(1, service.admission.max_images // 2))
-            options = await answering.result_of(service.scheduler.call(asked.options, model))
+            options = await result_of(service.scheduler.call(asked.options, model))
             images = max(1, len(asked.tasks) * len(asked.images))
             work = await answering.understand(request, model, options, images, permit)
             selection = _Selection(request, work, asked, permit, window)
@@ -287,7 +288,7 @@ class _Selection:
         try:
             for image in self._asked.images:
                 shown += [(image, await self._evidence(image, task, permit))]
-            part = await answering.drawn(
+            part = await drawn(
                 self.work, prediction, shown, self._version, of_click=self._asked.is_interactive
             )
         finally:

@@ -10,7 +10,8 @@ from fastapi import Request
 from service.errors import ImageUrlRefused
 from service.integrations.asked import file_in
 from service.integrations.label_studio.host import label_studio_of
-from service.routes import answering, bodies
+from service.pipeline.run import result_of
+from service.routes import bodies
 from service.routes.state import service_of
 
 _WEB = re.compile(r"https?://", re.IGNORECASE)
@@ -29,7 +30,7 @@ async def picture(
     """
     service = service_of(request)
     if source[:5].lower() == "data:":
-        return await answering.result_of(service.scheduler.call(file_in, source))
+        return await result_of(service.scheduler.call(file_in, source))
     host = label_studio_of(request).host
     if _WEB.match(source) and (host is None or not host.is_its(source)):
         return await bodies.image_bytes(source, service.fetcher, take)

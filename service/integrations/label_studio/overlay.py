@@ -22,6 +22,7 @@ from service.integrations.label_studio.host import label_studio_of
 from service.integrations.label_studio.images import picture
 from service.pipeline.answer_size import size_before
 from service.pipeline.response import overlay, style_of
+from service.pipeline.run import drawn
 from service.routes import answering
 from service.routes.docs import problems
 from service.routes.state import service_of
@@ -122,6 +123,6 @@ async def _drawn(request: Request, grant: Grant, source: str, permit: Permit) ->
         work.bill.add(work.price(size))
         found = await answering.ask(work, data, size)
         (explanation, *_) = found.answer.explanations
-        drawn = await answering.drawn(work, overlay, found.upload, explanation, style_of(options))
-        work.bill.made(len(drawn.data))
-        return drawn.data
+        picture_drawn = await drawn(work, overlay, found.upload, explanation, style_of(options))
+        work.bill.made(len(picture_drawn.data))
+        return picture_drawn.data

@@ -24,7 +24,7 @@ from service.integrations.label_studio.brush import alpha_of, encode_rle
 from service.integrations.label_studio.config import Control, Parameters, TaskImage
 from service.models.loaded import LoadedModel
 from service.pipeline.answer_size import Price, Sizes
-from service.routes.answering import Answered
+from service.routes.answering import Billed
 
 MAX_REGIONS = 10
 """Boxes and polygons of one map at most, the largest ones."""
@@ -41,7 +41,7 @@ class Evidence:
     """One picture of a task, answered, and what is drawn of it; drawn once for all controls."""
 
     model: LoadedModel
-    found: Answered
+    found: Billed
     parameters: Parameters
     render_side: int
 

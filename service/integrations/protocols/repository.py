@@ -17,8 +17,9 @@ from pydantic import BaseModel
 from service.errors import CamserveError, ConfigurationError, EmptyBody
 from service.integrations.asked import parsed
 from service.models.library import Entry
+from service.pipeline.run import result_of
 from service.pipeline.service import Service
-from service.routes import answering, bodies, encodings
+from service.routes import bodies, encodings
 from service.routes.access import is_admin
 from service.routes.problems import status_of
 from service.routes.state import service_of
@@ -101,7 +102,7 @@ async def _asked(request: Request, service: Service) -> IndexRequest:
             body = await encodings.decoded(request, body, permit, INDEX_BYTES)
     except EmptyBody:
         return IndexRequest()
-    return await answering.result_of(service.scheduler.call(parsed, IndexRequest, body))
+    return await result_of(service.scheduler.call(parsed, IndexRequest, body))
 
 
 @router.post("/models/{name}/load", response_model=None)
