@@ -16,7 +16,7 @@ from service.errors import InvalidOption, UnknownClass, UnknownLayer, nearest
 from service.images.decode import Preprocessing
 from service.models.catalog import ModelSpec, Output, Select
 from service.models.compiled.folding import Folded
-from service.models.compiled.lane import CompiledLane
+from service.models.compiled.front import CompiledLane
 from service.models.patterns import PathMatcher, is_pattern
 from service.models.probes.behaviour import Behaviour, Finding
 from service.models.probes.layers import Layer

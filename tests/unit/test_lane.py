@@ -23,8 +23,8 @@ from service.inference.steps import run, run_compiled
 from service.models.catalog import ModelSpec
 from service.models.compiled import lane as lanes
 from service.models.compiled import openvino_front
-from service.models.compiled.front import Normalised
-from service.models.compiled.lane import TOLERANCES, Compiler, NotCompiled, Parity
+from service.models.compiled.front import Normalised, Parity
+from service.models.compiled.lane import TOLERANCES, Compiler, NotCompiled
 from service.models.compiled.openvino_front import converted
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model

@@ -22,7 +22,7 @@ from service.errors import ModelNotReady
 from service.inference.questions import Question, lane_of
 from service.metrics import Metrics
 from service.models.catalog import ModelSpec
-from service.models.compiled.lane import CompiledLane
+from service.models.compiled.front import CompiledLane
 from service.models.library import Library
 from service.models.loaded import LoadedModel
 from service.models.pool import ModelPool

@@ -22,7 +22,8 @@ from service.inference.steps import run, run_compiled
 from service.models.catalog import InputSpec, ModelSpec
 from service.models.compiled import torch_front
 from service.models.compiled.cut import split
-from service.models.compiled.lane import TOLERANCES, CompiledLane, Compiler, parity_on
+from service.models.compiled.front import CompiledLane
+from service.models.compiled.lane import TOLERANCES, Compiler, parity_on
 from service.models.compiled.torch_front import Graphs, TorchFront
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model

@@ -17,7 +17,7 @@ from torch import nn
 from service.inference.questions import Question
 from service.metrics import Metrics
 from service.models.catalog import ModelSpec
-from service.models.compiled.lane import CompiledLane
+from service.models.compiled.front import CompiledLane
 from service.models.library import Library
 from service.models.loaded import LoadedModel
 from service.models.pool import ModelPool

@@ -53,7 +53,8 @@ def bulk(  # noqa: PLR0913, PLR0917 - a command's parameters are its flags
     pictures. The exit code is 1 where any failed.
     """
     try:
-        from service.cli.bulk.job import Job, Share, run  # noqa: PLC0415 - loads torch, and extras
+        from service.cli.bulk.job import Job, Share  # noqa: PLC0415 - loads torch, and extras
+        from service.cli.bulk.run import run  # noqa: PLC0415 - as above
     except ModuleNotFoundError as error:
         raise ConfigurationError(
             f"camserve bulk needs {error.name}, which is not installed: pip install -e '.[bulk]' "

@@ -10,7 +10,7 @@ import pickle
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 import ray.data
@@ -18,12 +18,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from service.cli.bulk.explaining import Shard
+from service.cli.bulk.job import Job, Share, Stopped
 from service.cli.bulk.results import Results, Row
 from service.cli.flags import ERR
 from service.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from service.cli.bulk.job import Job, Share, Stopped
 
 
 @contextmanager

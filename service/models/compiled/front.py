@@ -1,11 +1,12 @@
-"""What every engine for the front of a cut model is: a function from pixels to an activation."""
+"""A cut model: what every engine for its front is, and the lane that front and tail make."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from service.models.catalog import Floating
 
@@ -21,6 +22,56 @@ class Front(Protocol):
     """
 
     def __call__(self, pixels: Tensor, *, wide: bool = False) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """Largest differences from the hooked lane, each as a share of the largest absolute value."""
+
+    activation: float
+    map: float
+    logits: float
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """The largest differences between the two lanes, as shares of the largest absolute value."""
+
+    activation: float
+    map: float
+    logits: float
+
+    def is_within(self, tolerance: Tolerance) -> bool:
+        return (
+            self.activation <= tolerance.activation
+            and self.map <= tolerance.map
+            and self.logits <= tolerance.logits
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"activation by {self.activation:.1g}, map by {self.map:.1g}, logits by "
+            f"{self.logits:.1g} of the maximum"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledLane:
+    """What answers the common request: predictions, and maps at `layer` from its gradient.
+
+    tail:      from the layer's output to the model's output. It carries no hooks, so that all
+               worker threads share it.
+    parity:    with the hooked lane; None for an int8 front, which was measured when it was made.
+    precision: of the front: `float32`, or what the operator chose: `bf16`, `int8`.
+    instead:   why the front is not in the precision that was chosen.
+    """
+
+    layer: str
+    front: Front
+    tail: fx.GraphModule
+    parity: Parity | None = None
+    precision: Precision = "float32"
+    instead: str | None = None
 
 
 class Normalised(nn.Module):

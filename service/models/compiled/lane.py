@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import structlog
 import torch
@@ -19,22 +18,11 @@ from torch import Tensor, fx
 from service.cam.hooks import record
 from service.models.catalog import Floating
 from service.models.compiled.cut import Uncuttable, split
-from service.models.compiled.front import Front, Precision
+from service.models.compiled.front import CompiledLane, Front, Parity, Tolerance
+from service.models.loaded import LoadedModel
 from service.models.probes.torch_state import kept_torch_state
 
-if TYPE_CHECKING:
-    from service.models.loaded import LoadedModel
-
 _log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Tolerance:
-    """Largest differences from the hooked lane, each as a share of the largest absolute value."""
-
-    activation: float
-    map: float
-    logits: float
 
 
 TOLERANCES: Mapping[Floating, Tolerance] = {
@@ -46,47 +34,6 @@ TOLERANCES: Mapping[Floating, Tolerance] = {
 
 class NotCompiled(Exception):
     """Why a model has no compiled lane; the sentence is shown in `/models`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Parity:
-    """The largest differences between the two lanes, as shares of the largest absolute value."""
-
-    activation: float
-    map: float
-    logits: float
-
-    def is_within(self, tolerance: Tolerance) -> bool:
-        return (
-            self.activation <= tolerance.activation
-            and self.map <= tolerance.map
-            and self.logits <= tolerance.logits
-        )
-
-    def __str__(self) -> str:
-        return (
-            f"activation by {self.activation:.1g}, map by {self.map:.1g}, logits by "
-            f"{self.logits:.1g} of the maximum"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class CompiledLane:
-    """What answers the common request: predictions, and maps at `layer` from its gradient.
-
-    tail:      from the layer's output to the model's output. It carries no hooks, so that all
-               worker threads share it.
-    parity:    with the hooked lane; None for an int8 front, which was measured when it was made.
-    precision: of the front: `float32`, or what the operator chose: `bf16`, `int8`.
-    instead:   why the front is not in the precision that was chosen.
-    """
-
-    layer: str
-    front: Front
-    tail: fx.GraphModule
-    parity: Parity | None = None
-    precision: Precision = "float32"
-    instead: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

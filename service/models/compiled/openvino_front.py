@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import openvino
 import structlog
@@ -22,9 +22,7 @@ from torch import Tensor, nn
 from service import durable
 from service.errors import ConfigurationError
 from service.models.compiled.front import Normalised, Precision
-
-if TYPE_CHECKING:
-    from service.models.loaded import LoadedModel
+from service.models.loaded import LoadedModel
 
 _log = structlog.get_logger(__name__)
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import structlog
 import torch
@@ -18,10 +17,8 @@ from torch import Tensor, fx, nn
 from service.models.catalog import Floating
 from service.models.compiled.cut import traced
 from service.models.compiled.front import Normalised
+from service.models.loaded import LoadedModel
 from service.models.replicas import replicate
-
-if TYPE_CHECKING:
-    from service.models.loaded import LoadedModel
 
 _log = structlog.get_logger(__name__)
 
