@@ -16,6 +16,7 @@ from typing import ParamSpec, TypeVar
 
 from torch import Tensor
 
+from api_schemas.answers import Result
 from api_schemas.options import CommonOptions, ExplainOptions
 from service.errors import CamserveError
 from service.images.formats import check_format
@@ -90,7 +91,7 @@ async def ask(
     return Answered(upload, answer, masked)
 
 
-async def respond(recipe: Recipe, answered: Answered) -> response.Result:
+async def respond(recipe: Recipe, answered: Answered) -> Result:
     """The image's place in the answer. Raises RenderFailed."""
     return await drawn(
         recipe,

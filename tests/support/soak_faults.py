@@ -177,7 +177,7 @@ class Faults:
     def _kills_a_worker(self) -> None:
         scheduler, task = self._server.service.scheduler, _DiesWithItsThread()
         with scheduler._wake:
-            scheduler._calls.append(task)  # type: ignore[arg-type]
+            scheduler._calls.add(task)  # type: ignore[arg-type]
             scheduler._wake.notify()
         task.told.result(PATIENCE)
 
