@@ -15,7 +15,7 @@ from api_schemas.options import Colormap
 from service.cam.heatmap import COLORMAPS
 from service.routes.page.router import read_files
 
-WEB = Path(__file__).parent.parent.parent / "service" / "web"
+WEB = Path(__file__).parent.parent.parent / "service" / "routes" / "page"
 
 PATHS = {
     "/": "text/html; charset=utf-8",
@@ -87,5 +87,5 @@ def test_the_palettes_are_those_that_the_server_draws_with() -> None:
 
 
 def test_the_sample_is_the_one_of_the_examples() -> None:
-    example = WEB.parent.parent / "examples" / "sunflower.jpg"
+    example = WEB.parents[2] / "examples" / "sunflower.jpg"
     assert (WEB / "sunflower.jpg").read_bytes() == example.read_bytes()

@@ -132,9 +132,9 @@ import ctypes, gc, io, sys
 import cv2, numpy as np, torch
 from PIL import Image
 import tiffs
-from service.budget import DecodeBudget
-from service.images import Preprocessing
-from service.upload import Hiding, open_upload
+from service.images.budget import DecodeBudget
+from service.images.decode import Preprocessing
+from service.images.upload import Hiding, open_upload
 
 torch.set_num_threads(1)
 WIDTH, HEIGHT = 2000, 1500

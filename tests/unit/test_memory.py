@@ -46,7 +46,7 @@ def test_metrics_say_what_memory_is_held_and_how_much_may_be() -> None:
 
 ARENAS = """
 import ctypes, sys, threading
-from service.memory import tune_allocator
+from service.resources import tune_allocator
 
 tune_allocator()
 together = threading.Barrier(8)
@@ -83,7 +83,7 @@ def test_threads_share_two_arenas_or_as_many_as_the_environment_says(
 COLLECTED = """
 import gc
 from service.app import build_service
-from service.memory import spare_collector
+from service.resources import spare_collector
 from service.settings import Settings
 
 spare_collector()
