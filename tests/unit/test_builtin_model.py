@@ -3,6 +3,7 @@
 import json
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,13 +14,19 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
-from service.models.builtin import photos
 from service.models.builtin.network import flower_net
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS = ROOT / "service/models/builtin/weights.safetensors"
 FLOWERS = ROOT.parent / "shared/data/flowers128.tar"
+TOOLS = ROOT / "tools" / "builtin_model"
 LABELS = ["daisy", "dandelion", "rose", "sunflower", "tulip"]
+
+
+@pytest.fixture(scope="module")
+def photos() -> SimpleNamespace:
+    """What the training makes of photographs: `tools/builtin_model/photos.py`."""
+    return SimpleNamespace(**runpy.run_path(str(TOOLS / "photos.py")))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +87,7 @@ def test_metadata_says_all_that_a_server_must_know(metadata):
     assert metadata["source"]
 
 
-def test_training_prepares_images_as_the_service_does(metadata, sample):
+def test_training_prepares_images_as_the_service_does(metadata, sample, photos):
     """The accuracy in the model card is that of the pixels which the service feeds the model."""
     trained = photos.normalise(photos.centre(sample)[None])
     torch.testing.assert_close(prepare(sample, metadata), trained)
@@ -120,7 +127,7 @@ def test_map_of_the_sample_peaks_on_the_flower(net, metadata, sample):
 
 @pytest.mark.skipif(not FLOWERS.exists(), reason=f"no photographs at {FLOWERS.name}")
 @pytest.mark.timeout(60)
-def test_unseen_photographs_are_named_right(net):
+def test_unseen_photographs_are_named_right(net, photos):
     """More than four in five of 40 photographs that training never saw."""
     val = photos.read_photos(FLOWERS, "val")
     some = val[torch.linspace(0, len(val.labels) - 1, 40).long()]
