@@ -29,6 +29,7 @@ from torchvision.transforms.v2 import functional as transforms
 from service.errors import CorruptImage, EmptyImage, ImageError, ImageTooLarge, UnsupportedImage
 from service.images.decoders.bmp import decode_bmp
 from service.images.decoders.png import decode_png16
+from service.images.decoders.samples import load
 from service.images.decoders.tiff import decode_tiff
 from service.images.decoders.webp import decode_webp
 from service.images.headers import read_header
@@ -336,7 +337,7 @@ def _by_pillow(header: Header, data: bytes) -> NDArray[np.uint8]:
     with Image.open(io.BytesIO(header.pillow_bytes(data)), formats=(header.format,)) as image:
         if image.size != (header.width, header.height):
             raise cut_short()
-        image.load()
+        load(image)
         transparent = image.info.get("transparency")
         if isinstance(header, PngHeader) and image.mode == "L" and isinstance(transparent, int):
             # Pillow scales the pixels to 8 bits, and not the transparent one of them.

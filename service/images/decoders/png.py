@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from service.images.decoders.samples import Pixels, bands, levels, over_white
+from service.images.decoders.samples import Pixels, bands, levels, load, over_white
 from service.images.headers.png import GREY, GREY_ALPHA, RGBA, PngHeader
 
 _Values = Callable[[slice], NDArray[np.uint16]]
@@ -50,7 +50,7 @@ def _loaded(file: bytes, raw: str | None = None) -> Image.Image:
     image = Image.open(io.BytesIO(file), formats=("PNG",))
     if raw is not None:
         image.tile = [tile._replace(args=raw) for tile in image.tile]
-    image.load()
+    load(image)
     return image
 
 

@@ -5,12 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 BAND_PIXELS = 1 << 16
 """Pixels that are converted at a time: what a conversion takes besides its result is small."""
 
+TOUCH_BYTES = 16 << 20
+"""What Pillow may clear at once without a delay that others notice."""
+
 Pixels = NDArray[np.uint8]
+
+
+def load(image: Image.Image) -> None:
+    """Have Pillow decode an image that is open. Raises what its decoders raise.
+
+    Pillow clears an image's memory under the interpreter's lock. Pages that nobody has touched yet
+    are mapped then, one by one: 256 MB stopped the event loop for 130 ms. So memory of that size is
+    touched before, without the lock, and given back to the allocator, which keeps it.
+    """
+    size = image.width * image.height * (1 if image.mode in {"1", "L", "P"} else 4)
+    if size > TOUCH_BYTES:
+        torch.empty(size, dtype=torch.uint8).zero_()
+    image.load()
 
 
 def bands(width: int, height: int, multiple: int = 1) -> Iterator[slice]:

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from service.errors import CorruptImage, ImageTooLarge, UnsupportedImage
-from service.images.decoders.samples import Pixels, bands, levels, over_white, unpacked
+from service.images.decoders.samples import Pixels, bands, levels, load, over_white, unpacked
 from service.images.headers import tiff
 from service.images.headers.header import cut_short
 from service.images.headers.tiff import TiffHeader
@@ -139,7 +139,7 @@ def _unpack(header: TiffHeader, segments: Sequence[bytes], rows: int) -> Image.I
     }
     file = tiff.write("<", fields, b"".join(segments))
     image = Image.open(io.BytesIO(file), formats=("TIFF",))
-    image.load()
+    load(image)
     return image
 
 
