@@ -3,6 +3,7 @@
 import json
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,12 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
-from service.models.builtin import photos
 from service.models.builtin.network import flower_net
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS = ROOT / "service/models/builtin/weights.safetensors"
 FLOWERS = ROOT.parent / "shared/data/flowers128.tar"
+PHOTOS = SimpleNamespace(**runpy.run_path(str(ROOT / "tools/builtin_model/photos.py")))
 LABELS = ["daisy", "dandelion", "rose", "sunflower", "tulip"]
 
 
@@ -82,7 +83,7 @@ def test_metadata_says_all_that_a_server_must_know(metadata):
 
 def test_training_prepares_images_as_the_service_does(metadata, sample):
     """The accuracy in the model card is that of the pixels which the service feeds the model."""
-    trained = photos.normalise(photos.centre(sample)[None])
+    trained = PHOTOS.normalise(PHOTOS.centre(sample)[None])
     torch.testing.assert_close(prepare(sample, metadata), trained)
 
 
@@ -122,7 +123,7 @@ def test_map_of_the_sample_peaks_on_the_flower(net, metadata, sample):
 @pytest.mark.timeout(60)
 def test_unseen_photographs_are_named_right(net):
     """More than four in five of 40 photographs that training never saw."""
-    val = photos.read_photos(FLOWERS, "val")
+    val = PHOTOS.read_photos(FLOWERS, "val")
     some = val[torch.linspace(0, len(val.labels) - 1, 40).long()]
-    counts = torch.stack([net(photos.normalise(photos.centre(x)[None]))[0] for x in some.images])
+    counts = torch.stack([net(PHOTOS.normalise(PHOTOS.centre(x)[None]))[0] for x in some.images])
     assert (counts.argmax(1) == some.labels).float().mean() > 0.8
