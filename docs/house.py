@@ -38,7 +38,7 @@ class Part:
         return " ".join((ast.get_docstring(self.tree) or "").split("\n\n")[0].split())
 
 
-def parts(package: str) -> Mapping[str, Part]:
+def parts(package: str) -> dict[str, Part]:
     """Every module of a package by its dotted name, a package as its `__init__`."""
     found = {}
     for file in sorted((ROOT / package).rglob("*.py")):
@@ -68,7 +68,7 @@ def imported(part: Part, known: Mapping[str, Part]) -> Iterator[str]:
     for node in ast.walk(part.tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in known)
-        elif isinstance(node, ast.ImportFrom) and node.module in known:
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module in known:
             for alias in node.names:
                 below = f"{node.module}.{alias.name}"
                 yield below if below in known else node.module
