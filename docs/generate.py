@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -259,6 +260,7 @@ PAGES = {
     "reference/routes.md": routes_page,
     "reference/cli.md": cli_page,
     "reference/openapi.json": openapi_document,
+    "explanation/architecture.md": runpy.run_path(str(DOCS / "house.py"))["page"],
     "llms.txt": llms_txt,
 }
 

@@ -188,7 +188,7 @@ def render_overlay(
 ) -> Picture:
     """Lay the coloured map over the picture; outside `geometry.seen` the picture stays plain.
 
-    `photo` is `images.preview` of the source, drawn on for the size "source"; `model_pixels` the
+    `photo` is `decode.preview` of the source, drawn on for the size "source"; `model_pixels` the
     model input, drawn on for "model" and "native"; both uint8 (h, w, 3), RGB. Raises ValueError if
     the map is not finite, RenderFailed if the picture cannot be encoded.
     """

@@ -210,7 +210,7 @@ class Sizes:
         return size
 
     def _tiles(self, path: str, shape: tuple[int, ...], kind: str) -> tuple[int, int, int]:
-        """As `wire.picture_of` lays a capture out: (tiles, rows, columns)."""
+        """As `response.picture_of` lays a capture out: (tiles, rows, columns)."""
         layer = self.model.layer(path)
         if kind.endswith("output") and shape == layer.shape and layer.layout is not None:
             rows, columns = layer.layout.grid

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,11 @@ LINK = re.compile(
     r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)\)|<(?:img|a)\s[^>]*?(?:src|href)=\"([^\"]+)\""
 )
 FENCED = re.compile(r"^```.*?^```$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
+
+NAMED = re.compile(
+    r"`((?:api_schemas|benchmarks|deploy|docs|examples|service|tests|tools)/[\w./-]*)`"
+)
+WALK = re.compile(r"^\| (?:loop|worker) \| `([\w./]+)` \| (.+) \|$", re.MULTILINE)
 
 RUN_BY = {
     "docs/index.md": "integration/test_tutorials.py",
@@ -144,3 +150,34 @@ def test_the_site_asks_nothing_of_other_hosts() -> None:
         assert not re.search(
             r"!\[[^\]]*\]\(https?://|<img[^>]+src=\"https?://", page.read_text("utf-8")
         )
+
+
+def test_the_house_is_drawn_as_it_is() -> None:
+    """`python docs/house.py` draws it into the page, from the imports and the import contract."""
+    house = runpy.run_path(str(DOCS / "house.py"))
+    assert house["PAGE"].read_text(encoding="utf-8") == house["page"]()
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md", *PAGES]
+)
+def test_every_file_that_a_page_names_is_there(page: Path) -> None:
+    """By its path from the root of the repository; NNNN stands for a number."""
+    names = NAMED.findall(page.read_text(encoding="utf-8"))
+    assert [each for each in names if "NNNN" not in each and not (ROOT / each).exists()] == []
+
+
+def test_the_walk_of_a_request_names_what_is_in_its_files() -> None:
+    steps = WALK.findall((DOCS / "explanation" / "architecture.md").read_text(encoding="utf-8"))
+    assert len(steps) > 20
+    for file, text in steps:
+        source = (ROOT / file).read_text(encoding="utf-8")
+        for each in re.findall(r"`(\w+)`", text):
+            assert re.search(rf"\b{each}\b", source), f"{each} in {file}"
+
+
+def test_the_glossary_is_in_the_order_of_the_alphabet() -> None:
+    page = (DOCS / "explanation" / "architecture.md").read_text(encoding="utf-8")
+    words = re.findall(r"^\| ([^|`]+) \| ", page.partition("## Glossary")[2], re.MULTILINE)[1:]
+    assert len(words) > 40
+    assert words == sorted(words)

@@ -1,1 +1,1 @@
-"""The built-in model: a small network that names five flowers, its weights and its training."""
+"""The built-in model: a small network that names five flowers, and its weights."""
