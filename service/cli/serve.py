@@ -87,5 +87,5 @@ def _announce(host: str, port: int) -> None:
 
 def _sample() -> str:
     """The sample image as a path from here, where this is a checkout."""
-    sample = Path(__file__).parent.parent / "examples" / "sunflower.jpg"
+    sample = Path(__file__).parents[2] / "examples" / "sunflower.jpg"
     return os.path.relpath(sample) if sample.exists() else "YOUR.jpg"
