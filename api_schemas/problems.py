@@ -11,6 +11,6 @@ class Problem(BaseModel):
     type: str = "about:blank"
     title: str
     status: int
-    code: str = Field(description="Stable, snake_case; switch on this.")
+    code: str = Field(description="Stable, snake_case; for use in programs.")
     detail: str = Field(description="What is wrong and what to do.")
     request_id: str
