@@ -1,4 +1,4 @@
-"""The responses of `/explain` and `/predict`."""
+"""What `/explain` and `/predict` answer."""
 
 from __future__ import annotations
 

@@ -11,6 +11,6 @@ class Problem(BaseModel):
     type: str = "about:blank"
     title: str
     status: int
-    code: str = Field(description="Stable, snake_case; for use in programs.")
+    code: str = Field(description="Stable, snake_case; switch on this.")
     detail: str = Field(description="What is wrong and what to do.")
     request_id: str
