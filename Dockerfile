@@ -4,10 +4,10 @@
 #   docker build -t camserve --build-arg EXTRAS=otel,timm .         more of pyproject.toml's extras
 #   docker build -t camserve --build-arg PYTHON_IMAGE=python:3.11-slim-bookworm@sha256:… .
 #
-# Nothing that an index sends is run before its hash is known: deploy/image has the hashes, `make lock`
-# writes them. docs/how-to/deploy.md says more, and how large the image is and why.
+# Nothing from a package index runs before its hash is checked: the hashes are in deploy/image, written by
+# `make lock`. See docs/how-to/deploy.md, also for the size of the image.
 
-# By its tag it is what the registry has today; a release names the digest, too.
+# A tag is what the registry has today; a release also sets the digest.
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS base
@@ -17,8 +17,8 @@ ENV LANG=C.UTF-8 \
     PYTHONUNBUFFERED=1
 
 
-# The requirements as files of their own, so that a change of anything else in pyproject.toml (the
-# version, a rule of the linter) does not install torch again.
+# The requirements as separate files, so that another change of pyproject.toml (the version, a rule of
+# the linter) does not install torch again.
 FROM base AS requirements
 ARG EXTRAS=otel
 WORKDIR /requirements
@@ -44,10 +44,10 @@ pathlib.Path("pins.txt").write_text("\n".join(pins) + "\n")
 END
 
 
-# An empty environment without pip, which the next two stages fill from the outside.
+# An empty environment without pip, filled from outside by the next two stages.
 FROM base AS empty
 RUN python -m venv --without-pip /opt/camserve
-# Empty build arguments count as none. An index that asks for a password gets it from a secret:
+# Empty build arguments count as unset. An index that requires a password gets it from a secret:
 # `--secret id=netrc,src=$HOME/.netrc` leaves no trace in the image or its history.
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
@@ -57,15 +57,14 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
 
 
 FROM empty AS dependencies
-# What torch asks for and this service never uses: Triton needs a C compiler at run time.
+# Required by torch, never used by this service: Triton needs a C compiler at run time.
 ARG LEAVE_OUT=triton
-# Distributions, with commas, that come from another index in builds of its own: `torch,torchvision`.
+# Distributions, comma-separated, that another index provides in its own builds: `torch,torchvision`.
 ARG UNHASHED
 COPY --from=requirements /requirements/service.txt /requirements/pins.txt /requirements/
 COPY deploy/image/packages.txt deploy/image/pick.py /requirements/
-# What was fetched is kept for the next build, in a folder for each index: pip's own cache keeps only
-# what an index allows it to keep. Wheels alone: a source distribution runs code before its hash is
-# looked at.
+# Downloads are kept for the next build, in one folder per index: pip's own cache keeps only
+# what an index allows. Only wheels: a source distribution runs code before its hash is checked.
 RUN --mount=type=cache,target=/fetched \
     --mount=type=secret,id=netrc,target=/root/.netrc \
     pip() { python -m pip --python /opt/camserve/bin/python "$@"; } \
@@ -80,15 +79,15 @@ RUN --mount=type=cache,target=/fetched \
     && if [ -s unhashed.txt ]; then pip install --no-compile --no-deps --no-index \
         --only-binary :all: --find-links "$fetched" -r unhashed.txt; fi \
     && if [ -n "$LEAVE_OUT" ]; then pip uninstall --yes $LEAVE_OUT; fi
-# Headers and test suites serve no request. Bytecode is written now, since later the root is
-# read-only, and trusts itself, since files' times change on their way through layers. What does not
-# compile is written for another Python, and nobody imports it.
+# Headers and test suites are not needed. Bytecode is written now, since the root is read-only
+# later, and is unchecked, since layers change the times of files. Files that do not compile are
+# for another Python version and never imported.
 RUN cd /opt/camserve/lib/python3*/site-packages \
     && rm -rf torch/include torch/share torch/test torch/bin/*test* \
     && { python -m compileall -q -j 0 --invalidation-mode unchecked-hash -x '/tests?/' . || true; }
 
 
-# What builds camserve, and what writes down what the image is made of; none of it is in the image.
+# The build tools of camserve and the generator of the SBOM; none of them are in the image.
 FROM empty AS tools
 COPY deploy/image/tools.txt /requirements/
 RUN --mount=type=cache,target=/root/.cache/pip \
@@ -116,7 +115,7 @@ RUN python -m pip wheel --quiet --no-build-isolation --no-deps --no-index --whee
 
 
 FROM base AS final
-# /cache is for a volume: torchvision's and timm's weights, and converted fronts of models.
+# /cache is for a volume: weights of torchvision and timm, and compiled fronts of models.
 RUN groupadd --gid 10001 camserve \
     && useradd --uid 10001 --gid 10001 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin \
         camserve \
@@ -128,7 +127,7 @@ COPY --link --from=dependencies /opt/camserve /opt/camserve
 COPY --link --from=sbom /sbom /usr/local/share/sbom
 COPY --link --from=code /opt/camserve /opt/camserve
 
-# The memory that one batch frees is what the next one needs: see docs/how-to/tune.md.
+# The next batch reuses the memory that one batch frees: see docs/how-to/tune.md.
 ENV PATH=/opt/camserve/bin:/usr/local/bin:/usr/bin:/bin \
     HOME=/tmp \
     MALLOC_MMAP_THRESHOLD_=1073741824 \
@@ -145,7 +144,7 @@ USER 10001:10001
 WORKDIR /models
 EXPOSE 8000
 
-# Ready, not only alive: what waits for this container waits for its models.
+# Readiness, not liveness: services that wait for this container need its models.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=300s --start-interval=1s --retries=3 \
     CMD ["python", "-ISc", "import http.client, os, sys; ask = http.client.HTTPConnection('127.0.0.1', int(os.environ['CAMSERVE_PORT']), timeout=4); ask.request('GET', '/health/ready'); sys.exit(ask.getresponse().status != 200)"]
 

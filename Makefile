@@ -28,7 +28,7 @@ LOAD = $(SAFE) PYTHONPATH=benchmarks:deploy/load .venv/bin/python
 
 .PHONY: help install run test test-all browser protocols labeling ray gpu load capacity check docs bench image lock container clean
 
-help: ## this list
+help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
 install: .venv/.installed ## create .venv and install the service
@@ -40,22 +40,22 @@ test: .venv/.installed-test ## run every test that needs only Python (ARGS= for 
 	@$(SAFE) .venv/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 \
 		-m 'not browser and not labeling and not container and not protocols and not ray and not gpu and not large' $(ARGS)
 
-test-all: .venv/.installed-test ## run every test; one whose tool is missing is skipped and says why
+test-all: .venv/.installed-test ## run every test; a test whose tool is missing is skipped with a reason
 	@$(SAFE) .venv/bin/python -m pytest $(ARGS)
 
 browser: .venv/.installed-test tests/browser/node_modules/.installed ## test the page in Chromium (ARGS= for pytest)
 	@$(SAFE) .venv/bin/python -m pytest -m browser $(ARGS)
 
-protocols: .venv/.installed-test .venv-protocols/.installed .venv-x-anylabeling/.installed .venv-cvat/.installed .venv-fiftyone/.installed .venv-labelbox/.installed ## talk to it through the clients of KServe, Triton, X-AnyLabeling, CVAT, FiftyOne and Labelbox, Java, curl and node
+protocols: .venv/.installed-test .venv-protocols/.installed .venv-x-anylabeling/.installed .venv-cvat/.installed .venv-fiftyone/.installed .venv-labelbox/.installed ## test the service with the clients of KServe, Triton, X-AnyLabeling, CVAT, FiftyOne and Labelbox, Java, curl and node
 	@$(SAFE) .venv/bin/python -m pytest -o testpaths='tests/protocols tests/integration/test_client_alone.py' -m protocols $(ARGS)
 
-labeling: .venv/.installed-test .venv-label-studio/.installed ## be the backend of a real Label Studio, seen in Chromium (ARGS= for pytest)
+labeling: .venv/.installed-test .venv-label-studio/.installed ## test the backend of a real Label Studio, in Chromium (ARGS= for pytest)
 	@$(SAFE) .venv/bin/python -m pytest -o testpaths='tests/labeling' -m labeling $(ARGS)
 
-ray: .venv/.installed-dev ## run it on a Ray cluster of two nodes (ARGS= for pytest)
+ray: .venv/.installed-dev ## test the service on a Ray cluster of two nodes (ARGS= for pytest)
 	@$(SAFE) sh tests/cluster/alone.sh .venv/bin/python -m pytest -m ray $(ARGS)
 
-gpu: .venv/.installed-test ## run what needs a CUDA device, and the service's tests on it (ARGS= for pytest)
+gpu: .venv/.installed-test ## run the tests that need a CUDA device, and the service's tests on it (ARGS= for pytest)
 	@$(SAFE) .venv/bin/python -m pytest -m gpu $(ARGS)
 	@if .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 		$(SAFE) CAMSERVE_TEST_DEVICE=cuda .venv/bin/python -m pytest $(ON_GPU:%=tests/integration/test_%.py) $(ARGS); fi
@@ -66,27 +66,27 @@ check: .venv/.installed-dev ## lint, format, types, imports
 	@$(SAFE) .venv/bin/python -m mypy
 	@$(SAFE) .venv/bin/lint-imports --no-logo
 
-docs: .venv-docs/.installed ## build the documentation into build/docs; a broken link fails it
+docs: .venv-docs/.installed ## build the documentation into build/docs; fails on a broken link
 	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
 	@echo 'camserve: the documentation is in build/docs/index.html'
 
-image: ## build the container's image, camserve:latest (BASE=NAME@DIGEST for a release)
+image: ## build the container image, camserve:latest (BASE=NAME@DIGEST for a release)
 	docker build --tag camserve:latest --build-arg REVISION="$$(git rev-parse HEAD 2>/dev/null)" \
 		$(BASE:%=--build-arg PYTHON_IMAGE=%) --build-arg VERSION="$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' service/__init__.py)" .
 
-lock: ## write the hashes of what the images install, after a change of constraints.txt or a requirement
+lock: ## write the hashes of the packages in the images, after a change of constraints.txt or a requirement
 	@PYTHON="$(PYTHON)" deploy/image/lock.sh
 
 container: .venv/.installed-test .venv-deploy/.installed .venv-protocols/.installed ## build the image and run it; test manifests, alerts and the dashboard
 	@$(SAFE) .venv/bin/python -m pytest -m container $(ARGS)
 
-load: .venv/.installed-dev ## load a server (or ARGS='--url URL') up to more than it takes, report in build/load
+load: .venv/.installed-dev ## load a server (or ARGS='--url URL') up to overload, report in build/load
 	@$(LOAD) deploy/load/load.py $(URL:%=--url %) $(ARGS)
 
-capacity: .venv/.installed-dev ## load it under several settings, write docs/reference/capacity.md (a quarter of an hour)
+capacity: .venv/.installed-dev ## measure the throughput under several settings, write docs/reference/capacity.md (a quarter of an hour)
 	@$(LOAD) deploy/load/capacity.py $(ARGS)
 
-bench: .venv/.installed-dev ## measure beside others, write docs/reference/benchmarks.md (ARGS=--quick: 2 minutes)
+bench: .venv/.installed-dev ## compare with other libraries, write docs/reference/benchmarks.md (ARGS=--quick: 2 minutes)
 	@$(SAFE) PYTHONPATH=benchmarks .venv/bin/python benchmarks/bench.py $(ARGS)
 
 clean: ## remove .venv, caches and build outputs

@@ -10,7 +10,7 @@ Rect = tuple[float, float, float, float]
 
 
 class Encoded(BaseModel):
-    """A picture: standard base64 (RFC 4648 §4) of a file of `media_type`."""
+    """An image: standard base64 (RFC 4648 §4) of a file of `media_type`."""
 
     media_type: str
     width: int
@@ -34,7 +34,7 @@ class Array(BaseModel):
 
 
 class Stats(BaseModel):
-    """A layer's values in five numbers; `zero_fraction` is the share that is exactly 0."""
+    """Five statistics of a layer's values; `zero_fraction` is the share that is exactly 0."""
 
     min: float
     max: float
@@ -44,19 +44,19 @@ class Stats(BaseModel):
 
 
 class ChannelGrid(Encoded):
-    """All channels side by side, each normalised for itself; `channels_left_out` did not fit."""
+    """A grid of all channels, each normalized separately; `channels_left_out` did not fit."""
 
     channels_left_out: int
 
 
 class Activation(BaseModel):
-    """What a layer returned for this image. `call` counts the calls of one forward pass from 0."""
+    """The output of a layer for this image. `call` counts the calls of one forward pass from 0."""
 
     layer: str
     kind: str
     call: int = 0
     part: str | None = Field(
-        None, description="Which tensor, where the layer takes or gives several: [0], [hidden]."
+        None, description="Which tensor, if the layer has several inputs or outputs: [0], [hidden]."
     )
     shape: list[int]
     dtype: str = "float32"
@@ -75,13 +75,13 @@ class Prediction(BaseModel):
 
 
 class Cost(BaseModel):
-    """What the explanation cost, in forward passes of the model for one image."""
+    """The cost of the explanation, in forward passes of the model for one image."""
 
     forwards: float
 
 
 class MaskRLE(BaseModel):
-    """COCO's compressed run-length form of a mask; size is [height, width] of the source."""
+    """A mask as compressed COCO RLE; size is [height, width] of the source."""
 
     size: tuple[int, int]
     counts: str
@@ -90,7 +90,7 @@ class MaskRLE(BaseModel):
 class Regions(BaseModel):
     """Where the map is at least `threshold` of its maximum, in upright source pixels.
 
-    `peak` is [x, y]; boxes are x, y, w, h, the largest region first; polygons are their outlines.
+    `peak` is [x, y]; boxes are x, y, w, h, largest region first; polygons are the outlines.
     """
 
     threshold: float
@@ -101,11 +101,11 @@ class Regions(BaseModel):
 
 
 class Explanation(BaseModel):
-    """One map and what to know about it.
+    """One map with its metadata.
 
     `range` is [min, max] of the map before it was divided by its largest absolute value; `flags`
-    say in what way it is weak: all_zero, target_not_predicted, saturated, low_resolution,
-    random_weights, module_called_n_times.
+    are its limitations: all_zero, target_not_predicted, saturated, low_resolution,
+    random_weights, module_called_n_times and others.
     """
 
     class_id: int
@@ -124,7 +124,7 @@ class Explanation(BaseModel):
 
 
 class ImageInfo(BaseModel):
-    """The upright picture that was read: EXIF orientation is applied, sha256 is of the upload."""
+    """The decoded upright image: EXIF orientation is applied, sha256 is of the upload."""
 
     width: int
     height: int
@@ -133,7 +133,7 @@ class ImageInfo(BaseModel):
 
 
 class ImageFailure(BaseModel):
-    """Why one image of several has no answer."""
+    """Why one image of several failed."""
 
     code: str
     detail: str
@@ -141,7 +141,7 @@ class ImageFailure(BaseModel):
 
 
 class Change(BaseModel):
-    """What hiding a part did to an explained class: the value with it hidden minus without."""
+    """The change of an explained class: the value with the part hidden minus without."""
 
     class_id: int
     label: str
@@ -152,7 +152,7 @@ class Change(BaseModel):
 
 
 class Masked(BaseModel):
-    """The answer for the picture with `mask` hidden."""
+    """The result for the image with `mask` hidden."""
 
     predictions: list[Prediction]
     changes: list[Change]
@@ -160,7 +160,7 @@ class Masked(BaseModel):
 
 
 class Result(BaseModel):
-    """The answer for one image; where it failed, `error` alone.
+    """The result for one image; if it failed, only `error`.
 
     `seen` is the part of the source that the model saw: x, y, w, h in upright source pixels.
     """
@@ -172,13 +172,13 @@ class Result(BaseModel):
     activations: list[Activation] | None = None
     masked: Masked | None = None
     precision: Literal["bf16", "int8"] | None = Field(
-        None, description="Of what computed it, where that is not float32."
+        None, description="Precision of the computation, if it is not float32."
     )
     error: ImageFailure | None = None
 
 
 class ModelVersion(BaseModel):
-    """The model that answered; `version` is the first 12 digits of its weights' sha256."""
+    """The model that was used; `version` is the first 12 digits of its weights' sha256."""
 
     name: str
     version: str
@@ -195,7 +195,7 @@ class Timing(BaseModel):
 
 
 class Answer(BaseModel):
-    """One result an image, in the order they were sent."""
+    """One result per image, in the order they were sent."""
 
     id: str = Field(description="The request id, also in the header X-Request-ID.")
     model: ModelVersion

@@ -1,4 +1,4 @@
-"""What `/models` and the probes answer."""
+"""The responses of `/models` and the health probes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pydantic import BaseModel, Field
 
 
 class InputSize(BaseModel):
-    """The model input in pixels, and the shorter side that a picture is resized to before it."""
+    """The model input in pixels, and the shorter side that an image is resized to before it."""
 
     width: int
     height: int
@@ -17,13 +17,13 @@ class InputSize(BaseModel):
     mean: list[float]
     std: list[float]
     interpolation: str
-    channels: int = Field(3, description="3: RGB; 1: grey; any other number: that of TIFF pages.")
+    channels: int = Field(3, description="3: RGB; 1: gray; any other number: that of TIFF pages.")
 
 
 class Lane(BaseModel):
     """A way to run the model.
 
-    `precision` is what it computes in; `reason` says why it is off, or not in the precision chosen.
+    `precision` is its numeric precision; `reason` says why it is off or has another precision.
     """
 
     name: str
@@ -33,10 +33,10 @@ class Lane(BaseModel):
 
 
 class Probe(BaseModel):
-    """What one probe found when the model was loaded.
+    """The result of one probe when the model was loaded.
 
-    `passed` is false where the model is not served in the plain way; `follows` says how it is
-    served instead, or what to mind.
+    `passed` is false if the model is served with a restriction; `follows` describes the
+    restriction, or what to consider.
     """
 
     name: str = Field(
@@ -48,13 +48,13 @@ class Probe(BaseModel):
 
 
 class Model(BaseModel):
-    """A model of the service. What is not known before it is loaded is left out until then."""
+    """A model of the service. Fields that are unknown before loading are absent until then."""
 
     name: str
     builder: str
     state: str = Field(description="loading, ready, failed or unloaded.")
     reason: str | None = Field(None, description="Why it failed, is not loaded or not the newest.")
-    progress: str | None = Field(None, description="What is being done while it loads.")
+    progress: str | None = Field(None, description="The current step while it loads.")
     default: bool
     version: str | None = Field(None, description="First 12 digits of the weights' sha256.")
     classes: int | None = None
@@ -71,7 +71,7 @@ class Model(BaseModel):
 
 
 class ModelDetails(Model):
-    """A model with its labels, in order of class id, and what was measured of it at load."""
+    """A model with its labels, in order of class id, and the results of its probes."""
 
     labels: list[str] | None = None
     probes: list[Probe] | None = None
@@ -84,7 +84,7 @@ class Models(BaseModel):
 
 
 class Layer(BaseModel):
-    """A module of a model; `shape` is its output's for one image, null where it is no tensor."""
+    """A module of a model; `shape` is its output's for one image, null if that is not a tensor."""
 
     path: str
     type: str
@@ -100,12 +100,12 @@ class Layers(BaseModel):
 
 
 class Health(BaseModel):
-    """A probe's answer."""
+    """The response of a health probe."""
 
     status: str
     states: dict[str, str] = Field(
         {}, description="Models that are not served, or not in their newest version."
     )
     reasons: dict[str, str] = Field(
-        {}, description="Why; only in the answer to a request with an API key."
+        {}, description="The reasons; only in the response to a request with an API key."
     )

@@ -80,7 +80,7 @@ Target = Annotated[str, Field(min_length=1, max_length=200), BeforeValidator(_te
 
 
 class RunLengths(BaseModel):
-    """COCO's run-length form of a mask: size is [height, width], counts compressed or plain."""
+    """A mask as COCO run-length encoding: size is [height, width], counts compressed or plain."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -89,7 +89,7 @@ class RunLengths(BaseModel):
 
 
 class Mask(BaseModel):
-    """A part of the picture to hide, in upright source pixels: one of `rle` and `boxes`."""
+    """A part of the image to hide, in upright source pixels: one of `rle` and `boxes`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -113,18 +113,18 @@ def _json_text(value: object) -> object:
 
 
 class CommonOptions(BaseModel):
-    """What `/explain` and `/predict` both take. An unknown option is an error."""
+    """Options of both `/explain` and `/predict`. An unknown option is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str | None = Field(
         None, max_length=200, description="A name from /models; default: the first model."
     )
-    top_k: int = Field(5, ge=1, le=1000, description="How many predictions to list.")
+    top_k: int = Field(5, ge=1, le=1000, description="Number of predictions to list.")
     fit: Fit | None = Field(
         None,
-        description="How the image meets the model input: `crop` takes its center, `squash` "
-        "resizes without keeping the aspect ratio, `pad` shows all of it; default: as in training.",
+        description="How the image is fitted to the model input: `crop` is a center crop, `squash` "
+        "ignores the aspect ratio, `pad` keeps the whole image; default: as in training.",
     )
     activations: Annotated[
         list[LayerPath], Field(fail_fast=True), AfterValidator(_few_wildcards)
@@ -148,7 +148,7 @@ class PredictOptions(CommonOptions):
     """Options of `/predict`."""
 
     activation_kind: Literal["output", "input"] = Field(
-        "output", description="What of a layer is captured."
+        "output", description="What is captured of a layer."
     )
 
 
@@ -157,15 +157,15 @@ class ExplainOptions(CommonOptions):
 
     activation_kind: Literal["output", "input", "grad_output", "grad_input"] = Field(
         "output",
-        description="What of a layer is captured; gradients are of the one target's logit.",
+        description="What is captured of a layer; gradients are those of the target's logit.",
     )
     targets: list[Target] = Field(
         [],
         max_length=100,
-        description="Classes to explain, by id or exact label; all digits is an id. `id:3` and "
-        "`label:3` say which is meant. Default: the best prediction.",
+        description="Classes to explain, by id or exact label; only digits is an id. `id:3` and "
+        "`label:3` are explicit. Default: the top-1 prediction.",
     )
-    explain_top: int = Field(1, ge=1, le=100, description="Explain the n best predictions.")
+    explain_top: int = Field(1, ge=1, le=100, description="Explain the top n predictions.")
     contrast: Target | None = Field(
         None, description="Explain each target minus this class: why A rather than B."
     )
@@ -180,27 +180,27 @@ class ExplainOptions(CommonOptions):
         ["heatmap"],
         min_length=1,
         max_length=16,
-        description="What to send: `heatmap` (indexed PNG), `overlay` (photo and map), `grid` "
+        description="What to return: `heatmap` (indexed PNG), `overlay` (image and map), `grid` "
         "(the map itself, float32), `regions` (mask, boxes, polygons, peak); `none` for numbers "
         "only.",
     )
-    threshold: float = Field(0.5, ge=0, le=1, description="Where `regions` cuts the map.")
-    samples: int = Field(1000, ge=1, le=100_000, description="Masks of `rise`.")
-    steps: int = Field(50, ge=1, le=1000, description="Points of `integrated_gradients`.")
-    seed: int = Field(0, ge=0, lt=1 << 63, description="Of what is random: same seed, same map.")
+    threshold: float = Field(0.5, ge=0, le=1, description="Map level at which `regions` are cut.")
+    samples: int = Field(1000, ge=1, le=100_000, description="Number of masks of `rise`.")
+    steps: int = Field(50, ge=1, le=1000, description="Number of steps of `integrated_gradients`.")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="Random seed; it determines the map.")
     size: Size = Field(
         "source",
-        description="Raster of the pictures: the upright `source`, the part that the `model` saw "
-        "at its input size, or `native`, one pixel a grid cell.",
+        description="Pixel grid of the images: the upright `source`, the part that the `model` "
+        "received at its input size, or `native`, one pixel per grid cell.",
     )
-    colormap: Colormap = Field("turbo", description="Colours of heatmap and overlay.")
+    colormap: Colormap = Field("turbo", description="Colors of heatmap and overlay.")
     format: OverlayFormat = Field("jpeg", description="Encoding of the overlay.")
-    opacity: float = Field(0.5, ge=0, le=1, description="Share of the colours in the overlay.")
+    opacity: float = Field(0.5, ge=0, le=1, description="Opacity of the colors in the overlay.")
     mask: Annotated[str | None, BeforeValidator(_json_text)] = Field(
         None,
         max_length=1_000_000,
         description='JSON text: {"rle"|"boxes": …, "fill": "mean"|"blur"|"grey", "hide": "region"|'
-        '"rest"}, in source pixels. Answers also for the picture with that part hidden.',
+        '"rest"}, in source pixels. Adds the result for the image with that part hidden.',
     )
 
     @model_validator(mode="after")

@@ -15,14 +15,14 @@ class Instances(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    instances: list[Any] | None = Field(None, description="Pictures: base64 or nested numbers.")
+    instances: list[Any] | None = Field(None, description="Images: base64 or nested numbers.")
     inputs: list[Any] | None = Field(None, description="Another name of `instances`.")
     parameters: dict[str, Any] = Field({}, description="Options of /explain, and `values`.")
-    signature_name: str | None = Field(None, description="Of TensorFlow's clients; not used.")
+    signature_name: str | None = Field(None, description="Sent by TensorFlow's clients; ignored.")
 
 
 class InferInput(BaseModel):
-    """A tensor of a V2 request; its values are in `data` or behind the JSON."""
+    """A tensor of a V2 request; its values are in `data` or after the JSON."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -34,7 +34,7 @@ class InferInput(BaseModel):
 
 
 class RequestedOutput(BaseModel):
-    """A tensor that a V2 request wants back."""
+    """A tensor that a V2 request asks for."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -47,20 +47,24 @@ class InferRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    id: str | None = Field(None, max_length=1000, description="Sent back as it is.")
-    model_name: str | None = Field(None, description="KServe's client sends it; the path counts.")
+    id: str | None = Field(None, max_length=1000, description="Returned unchanged.")
+    model_name: str | None = Field(
+        None, description="Sent by KServe's client; ignored, the path is used."
+    )
     parameters: dict[str, Any] | None = None
     inputs: list[InferInput] = Field(min_length=1, fail_fast=True)
     outputs: list[RequestedOutput] | None = Field(None, fail_fast=True)
 
 
 class LabelingParameters(BaseModel):
-    """What X-AnyLabeling's widgets say; what it sends beyond them is not used."""
+    """The values of X-AnyLabeling's widgets; other fields are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    conf_threshold: float = Field(0.5, ge=0, le=1, description="Where a map is cut.")
-    epsilon_factor: float = Field(0.001, ge=0, le=1, description="How far polygons are simplified.")
+    conf_threshold: float = Field(0.5, ge=0, le=1, description="Level at which a map is cut.")
+    epsilon_factor: float = Field(
+        0.001, ge=0, le=1, description="How much polygons are simplified."
+    )
     current_task: str | None = Field(None, max_length=200)
     filter_classes: list[str] | None = Field(None, fail_fast=True)
 
@@ -76,7 +80,7 @@ class LabelingRequest(BaseModel):
 
 
 class LabelStudioSetup(BaseModel):
-    """The body of a Label Studio backend's `/setup`; the host and token it names are not used."""
+    """The body of a Label Studio backend's `/setup`; its host and token are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -88,7 +92,7 @@ class LabelStudioSetup(BaseModel):
 
 
 class LabelStudioTask(BaseModel):
-    """A task: what its label_config calls `$image` is in `data`."""
+    """A task: the value of `$image` in its label_config is in `data`."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -97,7 +101,7 @@ class LabelStudioTask(BaseModel):
 
 
 class LabelStudioContext(BaseModel):
-    """What is in the page where somebody clicked; the click is the last."""
+    """The regions of the page after a click; the click is the last."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 

@@ -133,8 +133,8 @@ def main() -> None:
     print("| milliseconds | p50 | p90 | p99 | max | n |\n|---|---|---|---|---|---|")
     print(line("/health/live, idle", idle))
     print(line("/health/live, under load", busy))
-    print(line("the probe's own lateness, idle", idle_late))
-    print(line("the probe's own lateness, under load", busy_late))
+    print(line("the probe's own delay, idle", idle_late))
+    print(line("the probe's own delay, under load", busy_late))
     print(line("/explain, heatmap and overlay", [each * 1000 for each in seconds]))
     print(f"\n/explain: {options.clients * len(seconds) / sum(seconds):.1f} requests a second")
     ours, all_of_it = (

@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/fixed_sizes.py            # two minutes
 
 The same front with them and without (`openvino_front.FIXED_UP_TO`), in turn: a full batch on one
-thread, and a lone image on all cores. Random weights: speed does not depend on them.
+thread, and a single image on all cores. Random weights: speed does not depend on them.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="of each comparison")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    header = ["model", "weights, MiB", "full batch", "lone image", "MiB more"]
+    header = ["model", "weights, MiB", "full batch", "single image", "additional MiB"]
     print(f"{machine()}\n\n{markdown(header, [row(m, options.seconds) for m in options.models])}")
 
 

@@ -51,9 +51,9 @@ WORKS_ON = 20.0
 BESIDE = 1.5
 """Seconds after a hostile request that a good one is sent beside it."""
 
-NOTE = """In parentheses the lateness with the time in which the event loop's thread was ready and
-had no core, which others had on a shared machine; the bounds count without it. *Before* is the
-released service, where it broke a bound; an empty cell: it held, or the row is newer."""
+NOTE = """In parentheses: the delay including the time in which the event loop's thread was ready
+but had no core, because the machine is shared; the limits exclude it. *Before* is the
+released service, if it exceeded a limit; an empty cell: it did not, or the row is newer."""
 
 UNANNOUNCED = 1024 * MEBIBYTE
 """The budget where no setting announces one."""
@@ -197,11 +197,11 @@ def measure(
 def section(rows: Sequence[Row], budget: int, how: str, before: dict[str, Row]) -> str:
     """What goes into the page."""
     broken = [row for row in rows if row.broken(budget)]
-    verdict = f"{len(broken)} of {len(rows)} break a bound" if broken else f"All {len(rows)} hold"
+    verdict = f"{len(broken)} of {len(rows)} exceed a limit" if broken else f"All {len(rows)} hold"
     today = datetime.now(UTC)
     return (
         f"Measured by `benchmarks/hostile.py` on {today.day} {today:%B %Y}, under {how}; "
-        f"{machine()}.\nBounds: a request under 1 MB may stop the event loop for "
+        f"{machine()}.\nLimits: a request under 1 MB may stop the event loop for "
         f"{1000 * hostile_table.SMALL_SECONDS:.0f} ms, any other for "
         f"{1000 * hostile_table.SECONDS:.0f} ms; none may take more than {budget >> 20} MiB above "
         f"rest. {verdict}. MB are 10^6 bytes.\n{NOTE}\n\n{table(rows, budget, before)}"

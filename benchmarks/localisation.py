@@ -59,8 +59,8 @@ TRIVIAL = ("centre", "random")
 class Tables:
     """One table a measure."""
 
-    grid: Table = field(default_factory=lambda: Table("energy in the right quarter"))
-    pointing: Table = field(default_factory=lambda: Table("pointing at off-centre objects"))
+    grid: Table = field(default_factory=lambda: Table("energy in the correct quarter"))
+    pointing: Table = field(default_factory=lambda: Table("pointing at off-center objects"))
     mask: Table = field(default_factory=lambda: Table("energy in the mask / area of the mask"))
     insertion: Table = field(default_factory=lambda: Table("insertion"))
     deletion: Table = field(default_factory=lambda: Table("deletion", sign=-1))
@@ -166,9 +166,9 @@ def _measure(bench: Bench) -> None:
     packages = ("torch", "torchvision", "grad-cam", "numpy")
     off_centre = [view for view in chosen if view.boxes]
     print(
-        f"{len(whole)} photographs classified right; {len(chosen)} views "
-        f"({len(off_centre)} with an off-centre object, of "
-        f"{len({view.photo for view in off_centre})} photographs); {len(made)} grids; layer "
+        f"{len(whole)} images classified correctly; {len(chosen)} views "
+        f"({len(off_centre)} with an off-center object, of "
+        f"{len({view.photo for view in off_centre})} images); {len(made)} grids; layer "
         f"`{bench.replica.model.target_layer}`; Python {platform.python_version()}, "
         + ", ".join(f"{package} {version(package)}" for package in packages)
         + f"; {time.monotonic() - start:.0f} s.\n"

@@ -30,8 +30,8 @@ ROUNDING = 1e-4
 """A difference within this is none: float32 sums in another order."""
 
 COLUMNS = (
-    *("method", "cases (clusters)", "ours", "peer, raw", "ours − peer"),
-    *("peer as handed out", "ours − better trivial"),
+    *("method", "cases (clusters)", "camserve", "peer, raw", "camserve − peer"),
+    *("peer, as distributed", "camserve − better trivial"),
 )
 
 FEWEST = 5

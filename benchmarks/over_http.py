@@ -71,7 +71,7 @@ class Row:
 
 OURS, OURS_PREDICT = "camserve /explain", "camserve /predict"
 HEATMAP = "camserve /explain, heatmap alone"
-NARROW = "camserve /explain, one thread a request"
+NARROW = "camserve /explain, one thread per request"
 BF16 = "camserve /explain, bf16 front"
 INT8 = "camserve /explain, int8 front"
 EAGER, OPENVINO = "FastAPI + eager torch /predict", "FastAPI + OpenVINO /predict"
@@ -295,8 +295,8 @@ def against(
 
 def table(results: Results, load: str) -> str:
     """All rows under one load, medians over the rounds."""
-    header = ["", "requests/s", "camserve is", "p50 ms", "p95", "p99", "CPU ms a request"]
-    header += ["peak MiB", "kB an answer", "client's CPU ms"]
+    header = ["", "requests/s", "camserve is", "p50 ms", "p95", "p99", "CPU ms per request"]
+    header += ["peak MiB", "kB per response", "client's CPU ms"]
     rows = []
     for row in ROWS:
         figures = ("rate", "p50", "p95", "p99", "cpu", "peak", "size", "client_cpu")

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for path, _ in find_images(options.folders)
     ]
     found = agreement(exact, rounded, pictures)
-    header = ["model", "photographs", "same first class", "same peak"]
+    header = ["model", "images", "same top-1 class", "same peak"]
     header += ["rank correlation, median", "worst tenth", "at load"]
     row = [exact.name, str(found.pictures), f"{found.same_class:.0%}", f"{found.same_peak:.0%}"]
     row += [f"{found.median:.4f}", f"{found.tenth:.4f}", f"{lane.parity}"]

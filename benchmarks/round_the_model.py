@@ -132,9 +132,9 @@ def steps(photo: Photo) -> Steps:
         "**decode as the service does**": lambda: decode(data, max_pixels=LIMIT, keep=kept),
         "resize and crop for the model": lambda: fit_to_model(source, Preprocessing()),
         "heatmap": lambda: rendered(upload, "heatmap"),
-        "all round a heatmap": lambda: rendered(opened(photo), "heatmap"),
+        "all outside the model, heatmap": lambda: rendered(opened(photo), "heatmap"),
         "overlay": lambda: rendered(with_photo, "overlay"),
-        "all round an overlay": lambda: rendered(opened(photo, SIDE), "overlay"),
+        "all outside the model, overlay": lambda: rendered(opened(photo, SIDE), "overlay"),
     }
 
 
@@ -170,7 +170,7 @@ def encoders(photo: Photo) -> Steps:
         "overlay PNG, OpenCV level 1": lambda: by_opencv(level, 1),
         "**overlay PNG, OpenCV level 1, one filter, no search**": lambda: encode(overlay, "png"),
         "**overlay WebP, Pillow method 0**": lambda: encode(overlay, "webp"),
-        "heatmap PNG in colour, OpenCV level 1": in_colour,
+        "heatmap PNG in color, OpenCV level 1": in_colour,
         "heatmap PNG, indexed, Pillow level 6": lambda: saved(indexed, 6),
         "heatmap PNG, indexed, Pillow level 1": lambda: saved(indexed, 1),
         "heatmap PNG, indexed, differences, zlib level 6": lambda: zlib.compress(
@@ -259,7 +259,7 @@ def report(path: Path, rounds: int) -> str:
         ]
         for name in of_small
     }
-    heatmap = {name: found["all round a heatmap"] for name, found in whole.items()}
+    heatmap = {name: found["all outside the model, heatmap"] for name, found in whole.items()}
     between = "; ".join(
         f"{passes:g}: {(passes + heatmap['12 MP']) / (passes + heatmap['640x480']):.2f}, grain "
         f"{(passes + heatmap['12 MP, grain']) / (passes + heatmap['640x480']):.2f}"
@@ -274,9 +274,9 @@ def report(path: Path, rounds: int) -> str:
         [
             f"1 is an eager forward pass of resnet50. {versions}. Files: {sizes}.\n",
             table("step | 640x480 | 12 MP | 12 MP, grain |", each),
-            f"12 MP ÷ 640x480, a heatmap and a model of so many forward passes: {between}.\n",
+            f"12 MP ÷ 640x480, a heatmap, for a model of this many forward passes: {between}.\n",
             table("encoding 640x480 | kB | ratio |", encoded),
-            table("all round a heatmap, other formats | 640x480 | 12 MP | ÷ |", formats),
+            table("all outside the model, other formats | 640x480 | 12 MP | ÷ |", formats),
         ]
     )
 

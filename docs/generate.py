@@ -33,7 +33,8 @@ def settings_page() -> str:
     lines = [
         "# Settings",
         "",
-        "Each setting is a flag of `camserve serve` and an environment variable; the flag wins.",
+        "Each setting is a flag of `camserve serve` and an environment variable.",
+        "The flag takes precedence.",
         "",
         "| flag | environment | default | meaning |",
         "|---|---|---|---|",
@@ -51,10 +52,10 @@ def errors_page() -> str:
     lines = [
         "# Errors",
         "",
-        "Every error is an `application/problem+json` body (RFC 9457). `code` is stable: switch",
-        "on it. `detail` says what to do, `request_id` is also in the header `X-Request-ID` and in",
-        "the server's log. 429 and 503 carry `Retry-After`, in seconds.",
-        "On the routes of other servers' protocols the body is theirs.",
+        "Every error is an `application/problem+json` body (RFC 9457). `code` is stable: use it in",
+        "programs. `detail` says what to do; `request_id` is also in the header `X-Request-ID` and",
+        "in the server's log. 429 and 503 have `Retry-After`, in seconds.",
+        "Routes of other servers' protocols return errors in the format of that protocol.",
         "",
         "| code | status | meaning |",
         "|---|---|---|",
@@ -67,8 +68,8 @@ def errors_page() -> str:
     lines += [f"| `{code}` | {status} | {text} |" for status, code, text in sorted(rows)]
     lines += [
         "",
-        "A route or method that does not exist answers `not_found` (404) or `method_not_allowed`",
-        "(405) in the same form.",
+        "An unknown route or method returns `not_found` (404) or `method_not_allowed` (405) in the",
+        "same format.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -120,7 +121,7 @@ def routes_page() -> str:
         "# Routes",
         "",
         "Try each at `/docs` of a running service. [openapi.json](openapi.json) has the schemas",
-        "and examples; [Errors](errors.md) says what a problem body holds.",
+        "and examples; [Errors](errors.md) describes the problem body.",
     ]
     for tag in document["tags"]:
         found = [
@@ -143,7 +144,7 @@ def _operation(operation: dict[str, Any]) -> Iterator[str]:
         yield f"\nBody: {', '.join(f'`{kind}`' for kind in bodies)}."
     parameters = operation.get("parameters", [])
     if parameters:
-        yield "\n| option | in | takes | meaning |"
+        yield "\n| option | in | value | meaning |"
         yield "|---|---|---|---|"
     for each in parameters:
         text = _cell(each.get("description") or each["schema"].get("description", ""))
@@ -153,7 +154,7 @@ def _operation(operation: dict[str, Any]) -> Iterator[str]:
     answers = operation["responses"].items()
     good = [f"{status} {_kinds(each)}" for status, each in answers if status < "400"]
     bad = sorted(status for status, _ in answers if status >= "400")
-    yield f"Answers {', '.join(good)}" + (f"; problems {', '.join(bad)}." if bad else ".")
+    yield f"Returns {', '.join(good)}" + (f"; problems {', '.join(bad)}." if bad else ".")
 
 
 def _kinds(answer: dict[str, Any]) -> str:
@@ -162,7 +163,7 @@ def _kinds(answer: dict[str, Any]) -> str:
 
 
 def _takes(schema: dict[str, Any]) -> str:
-    """What a parameter takes, in a few words."""
+    """The values of a parameter, in a few words."""
     schema = next((each for each in schema.get("anyOf", []) if each.get("type") != "null"), schema)
     if "items" in schema:
         return f"{_takes(schema['items'])}, repeated"
@@ -179,9 +180,9 @@ def cli_page() -> str:
         "# Command line",
         "",
         "`make` installs it as `.venv/bin/camserve`; `python -m service` is the same. Every",
-        "command answers `--help`. [How to use it](../how-to/use-the-command-line.md).",
+        "command has `--help`. [How to use it](../how-to/use-the-command-line.md).",
         "",
-        "A flag that is left out is taken from its environment variable, then its default. Tables",
+        "A missing flag is taken from its environment variable, then from its default. Tables",
         "and `--json` go to standard output; progress (on a terminal only), notes and errors to",
         "standard error.",
         "",
@@ -202,7 +203,7 @@ def _command(command: Any) -> Iterator[str]:
     taken = [each for each in command.params if each.param_type_name == "argument"]
     words = [each.metavar or each.name.upper() for each in taken]
     yield f"\n```text\ncamserve {command.name} [FLAGS] {' '.join(words)}".rstrip() + "\n```"
-    yield "\n| | takes | meaning |"
+    yield "\n| | value | meaning |"
     yield "|---|---|---|"
     flags = [each for each in command.params if each.param_type_name == "option"]
     shown = words + [", ".join((*each.opts, *each.secondary_opts)) for each in flags]
@@ -211,7 +212,7 @@ def _command(command: Any) -> Iterator[str]:
 
 
 def _kind(annotation: Any) -> str:
-    """What a flag takes, in a word; nothing for a switch."""
+    """The value of a flag, in a word; nothing for a switch."""
     if get_origin(annotation) is list:
         return f"{_kind(get_args(annotation)[0])}, repeated"
     return {bool: "", int: "integer", float: "number", Path: "path"}.get(annotation, "text")

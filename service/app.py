@@ -176,27 +176,27 @@ def build_service(settings: Settings, *, load: bool = True, only: str | None = N
         hang_seconds=settings.hang_timeout,
     )
     gauges: dict[str, tuple[str, Callable[[], float]]] = {
-        "queue_size": ("Images that wait for a worker.", lambda: scheduler.waiting),
-        "images_held": ("Images admitted and not yet answered.", lambda: admission.images),
+        "queue_size": ("Images waiting for a worker.", lambda: scheduler.waiting),
+        "images_held": ("Images admitted, without a response yet.", lambda: admission.images),
         "answer_bytes_held": (
-            "Bytes of answers that are being made or sent.",
+            "Bytes of responses being built or sent.",
             lambda: admission.answer_bytes,
         ),
         "requests_arriving": (
-            "Requests that have arrived in part.",
+            "Partially received requests.",
             lambda: transfers.arriving,
         ),
         "answers_leaving": (
-            "Answers that their clients have not read to the end.",
+            "Responses that clients have not read completely.",
             lambda: transfers.leaving,
         ),
         "workers_hanging": (
-            "Worker threads that were given up and have not come back.",
+            "Abandoned worker threads that have not returned.",
             lambda: scheduler.workers.abandoned,
         ),
-        "hooks_live": ("Hooks on all replicas beyond the models' own.", pool.hooks_live),
+        "hooks_live": ("Hooks on all replicas, except the models' own.", pool.hooks_live),
         "memory_limit_bytes": (
-            "Memory that this process may use: its container's limit, or the machine's.",
+            "Memory limit of this process: that of its container, or of the machine.",
             memory_limit,
         ),
     }

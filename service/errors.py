@@ -66,23 +66,23 @@ class CamserveError(Exception):
 
 
 class RequestError(CamserveError):
-    """What the client sent cannot be answered."""
+    """The request is invalid."""
 
     code = "malformed_request"
 
 
 class MalformedRequest(RequestError):
-    """The body cannot be read as what it says it is."""
+    """The body does not match its declared format."""
 
 
 class HostNotAllowed(RequestError):
-    """The `Host` header names a host that this service does not answer for."""
+    """The `Host` header names a host that this service does not accept."""
 
     code = "host_not_allowed"
 
 
 class EmptyBody(RequestError):
-    """There is nothing in the body."""
+    """The body is empty."""
 
     code = "empty_body"
 
@@ -94,61 +94,61 @@ class InvalidOption(RequestError):
 
 
 class HeadTooLarge(RequestError):
-    """Request line and headers are over the limit."""
+    """Request line and headers exceed the limit."""
 
     code = "head_too_large"
 
 
 class BodyTooLarge(RequestError):
-    """The body, or the number of its images, is over the limit."""
+    """The body, or the number of its images, exceeds the limit."""
 
     code = "body_too_large"
 
 
 class SlowUpload(RequestError):
-    """The body did not arrive in time, or came too slowly."""
+    """The body did not arrive in time, or arrived too slowly."""
 
     code = "slow_upload"
 
 
 class UnsupportedMediaType(RequestError):
-    """The declared content type is none that we read."""
+    """Unsupported content type."""
 
     code = "unsupported_media_type"
 
 
 class NotAcceptable(RequestError):
-    """The answer cannot be given in the form that `Accept` asks for."""
+    """The response is not available in a media type that `Accept` allows."""
 
     code = "not_acceptable"
 
 
 class UnknownModel(RequestError):
-    """No model of that name is served."""
+    """No model with this name is served."""
 
     code = "unknown_model"
 
 
 class UnknownVersion(UnknownModel):
-    """The model is served, and not in that version."""
+    """The model is served, but not in this version."""
 
     code = "unknown_version"
 
 
 class UnknownLayer(RequestError):
-    """The model has no module at that path."""
+    """The model has no module at this path."""
 
     code = "unknown_layer"
 
 
 class UnknownClass(RequestError):
-    """The model has no class of that id or label."""
+    """The model has no class with this id or label."""
 
     code = "unknown_class"
 
 
 class Unauthorized(CamserveError):
-    """The request carries no key that opens this route."""
+    """The request has no valid key for this route."""
 
     code = "unauthorized"
 
@@ -160,7 +160,7 @@ class ImageError(CamserveError):
 
 
 class InvalidImageData(ImageError):
-    """The place for the image holds something else: no base64, or a URL where none is allowed."""
+    """The image field is invalid: not base64, or a URL where none is allowed."""
 
     code = "invalid_image_data"
 
@@ -172,29 +172,29 @@ class EmptyImage(ImageError):
 
 
 class UnsupportedImage(ImageError):
-    """The bytes are not an image of a format and kind that is read."""
+    """Unsupported image format or kind."""
 
     code = "unsupported_image"
 
 
 class CorruptImage(ImageError):
-    """The bytes begin like a picture and cannot be decoded to its end."""
+    """The bytes start like an image but cannot be decoded completely."""
 
 
 class ImageTooLarge(ImageError):
-    """The image has more pixels or metadata, or takes more memory, than the limit."""
+    """The image has more pixels or metadata, or needs more memory, than the limit."""
 
     code = "image_too_large"
 
 
 class ImageUrlRefused(ImageError):
-    """The URL is not one of a host that images may be fetched from."""
+    """The host of the URL is not allowed."""
 
     code = "image_url_refused"
 
 
 class ImageUrlFailed(ImageError):
-    """No image could be fetched from the URL; what was met on the way is not told."""
+    """The image could not be fetched from the URL; the cause is not disclosed."""
 
     code = "image_url_failed"
 
@@ -210,23 +210,23 @@ class Refused(CamserveError):
 
 
 class QueueFull(Refused):
-    """As many images wait, or as many bytes of answers are held, as the service will hold."""
+    """The queue of images, or the memory for responses, is full."""
 
 
 class KeyLimit(Refused):
-    """The key has used what it may: requests a minute, requests at once, or their cost."""
+    """The key exceeds its limit: requests per minute, concurrent requests, or their cost."""
 
     code = "key_limit"
 
 
 class ShuttingDown(Refused):
-    """The service finishes what it accepted and takes nothing new."""
+    """The service finishes admitted requests and accepts no new ones."""
 
     code = "shutting_down"
 
 
 class OutOfMemory(Refused):
-    """The device has no memory left, even for this image alone."""
+    """The device is out of memory, even for this image alone."""
 
     code = "out_of_memory"
 
@@ -238,7 +238,7 @@ class ModelNotReady(Refused):
 
 
 class DeadlineExceeded(CamserveError):
-    """The answer was not ready when its deadline passed."""
+    """The deadline passed before the response was ready."""
 
     code = "deadline_exceeded"
 
@@ -250,19 +250,19 @@ class InferenceFailed(CamserveError):
 
 
 class InferenceHangs(InferenceFailed):
-    """The work did not end, and was given up."""
+    """The inference did not end, and was abandoned."""
 
     code = "inference_hangs"
 
 
 class NonFiniteOutput(InferenceFailed):
-    """The model answered with NaN or infinity."""
+    """The model returned NaN or infinity."""
 
     code = "non_finite_output"
 
 
 class RenderFailed(CamserveError):
-    """The answer was computed and could not be drawn or encoded."""
+    """The result was computed but could not be rendered or encoded."""
 
     code = "render_failed"
 

@@ -28,13 +28,13 @@ class Metrics:
         ProcessCollector(registry=self.registry)  # memory, CPU seconds, files, start
         self.requests = Counter(
             "camserve_requests",
-            "Requests answered, by route template and status.",
+            "Requests with a response, by route template and status.",
             ("route", "status"),
             registry=self.registry,
         )
         self.stage_seconds = Histogram(
             "camserve_stage_duration_seconds",
-            "Seconds a request spent in each stage.",
+            "Seconds that a request spent in each stage.",
             ("stage",),
             buckets=_SECONDS,
             registry=self.registry,
@@ -43,7 +43,7 @@ class Metrics:
             self.stage_seconds.labels(stage)
         self.batch_size = Histogram(
             "camserve_batch_size",
-            "Images answered by one forward pass.",
+            "Images in one forward pass.",
             buckets=(1, 2, 4, 8, 16, 32, 64),
             registry=self.registry,
         )
@@ -80,7 +80,7 @@ class Readings(Collector):
             yield GaugeMetricFamily(f"camserve_{name}", text, value=read())
         replaced = CounterMetricFamily(
             "camserve_replicas_replaced",
-            "Replicas that came back dirty and were replaced.",
+            "Replicas that were returned dirty and replaced.",
             labels=["model"],
         )
         for model, count in self._replaced().items():
@@ -88,7 +88,7 @@ class Readings(Collector):
         yield replaced
         memory = GaugeMetricFamily(
             "camserve_device_memory_bytes",
-            "Memory of a GPU that this process holds for tensors, free or in use.",
+            "GPU memory that this process holds for tensors, free or in use.",
             labels=["device"],
         )
         for device, held in self._device_memory().items():

@@ -42,90 +42,89 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="CAMSERVE_", extra="ignore")
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
-    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0: a free one.")
     models: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="Models to serve, each [NAME=]BUILDER[@WEIGHTS]; several are separated by "
-        "commas in the environment. None: the built-in model.",
+        description="Models to serve, each [NAME=]BUILDER[@WEIGHTS]; comma-separated in the "
+        "environment. Unset: the built-in model.",
     )
     config: Path | None = Field(
-        None, description="models.toml: models to serve with all that is known of each."
+        None, description="models.toml: the models to serve, with their configuration."
     )
-    weights: Path | None = Field(None, description="Weights file, where there is one model.")
+    weights: Path | None = Field(None, description="Weights file, if there is only one model.")
     app_dir: Path | None = Field(
         None, description="Folder from which package.module:function builders are imported."
     )
     allow_random_weights: bool = Field(
         False,
-        description="Fetch nothing: seeded random weights where a model has no weights file. "
-        "Every answer then carries the flag random_weights.",
+        description="Download nothing: seeded random weights for models without a weights file. "
+        "Every result then has the flag random_weights.",
     )
-    device: str = Field(
-        "auto", description="cpu, cuda, cuda:1 …; auto takes a GPU where there is one."
-    )
+    device: str = Field("auto", description="cpu, cuda, cuda:1 …; auto: a GPU if there is one.")
     workers: int = Field(
         0,
         ge=0,
         le=256,
-        description="Batches that run side by side, each on its own replica; 0: one a core, at "
+        description="Batches that run concurrently, each on its own replica; 0: one per core, at "
         "most 16; on a GPU 2.",
     )
     threads_per_worker: int = Field(
         0,
         ge=0,
         le=256,
-        description="Threads of torch in each worker; 0: the cores divided by the workers.",
+        description="Torch threads per worker; 0: the cores divided by the workers.",
     )
     lone_threads: int = Field(
         0,
         ge=0,
         le=256,
-        description="Threads of the compiled lane for a request that nothing runs beside; 0: one a "
-        "core. 1 saves the memory of a second set of packed weights.",
+        description="Threads of the compiled lane for a single request while no other runs; 0: one "
+        "per core. 1 saves the memory of a second set of packed weights.",
     )
     compile: bool = Field(
         True,
-        description="Whether a model gets a compiled lane, where one gives the same numbers.",
+        description="Whether models get a compiled lane, if it gives the same numbers.",
     )
     precision: Literal["float32", "bf16"] = Field(
         "float32",
-        description="What the compiled lane computes in: float32, or bf16, faster where the device "
-        "has it; every answer then says so. A model whose numbers it changes too much, or a "
-        "processor without it, gets float32 all the same, and /models says why.",
+        description="Precision of the compiled lane: float32, or bf16, which is faster on devices "
+        "that support it; every result then says so. If it changes the numbers of a model too "
+        "much, or the processor does not support it, the model runs in float32, and /models "
+        "gives the reason.",
     )
     int8: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="int8 fronts made by `camserve calibrate`, each NAME=FOLDER, several separated "
-        "by commas: those models are served from them. None: float32.",
+        description="int8 fronts made by `camserve calibrate`, each NAME=FOLDER, comma-separated: "
+        "these models are served from them. Unset: float32.",
     )
     cache_dir: Path | None = Field(
         None,
-        description="Folder where compiled models are kept for the next start. None: camserve in "
+        description="Folder that keeps compiled models for the next start. Unset: camserve in "
         "the user's cache folder.",
     )
     max_batch: int = Field(
         0,
         ge=0,
         le=256,
-        description="Images in one forward pass at most; 0: 4, on a GPU 64.",
+        description="Maximum number of images in one forward pass; 0: 4, on a GPU 64.",
     )
     batch_delay: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="Seconds that a batch which is not full waits for more images.",
+        description="Seconds that an incomplete batch waits for more images.",
     )
     hang_timeout: float = Field(
         120.0,
         gt=0,
-        description="Seconds after which a batch that does not end is given up; its worker and "
+        description="Seconds after which a batch that does not end is abandoned; its worker and "
         "replica are replaced.",
     )
     max_queue: int = Field(
         0,
         ge=0,
-        description="Images held at once, waiting or running; more are refused with 429. 0: 64, on "
-        "a GPU 256.",
+        description="Images admitted at once, waiting or running; more are refused with 429. 0: "
+        "64, on a GPU 256.",
     )
     max_queue_bytes: int = Field(
         256 * MEBIBYTE, ge=1, description="Bytes of bodies held at once; more are refused."
@@ -133,137 +132,137 @@ class Settings(BaseSettings):
     max_uploads: int = Field(
         512,
         ge=1,
-        description="Requests that have arrived in part, at once. Above it the slowest one is "
-        "ended, and where none is slow, a new one is refused with 429.",
+        description="Partially received requests at once. Above it, the slowest one is "
+        "closed; if none is slow, a new one is refused with 429.",
     )
     max_uploads_per_client: int = Field(
         256,
         ge=1,
-        description="The same for one address (of IPv6, one /64 network). All clients behind a "
-        "balancer that names none of them (X-Forwarded-For) have its address.",
+        description="The same per client address (for IPv6, per /64 network). All clients behind "
+        "a load balancer that does not send X-Forwarded-For have its address.",
     )
     min_transfer_rate: int = Field(
         16384,
         ge=1,
-        description="Bytes a second that a client must send of a body, and read of an answer; a "
+        description="Bytes per second at which a client must send a body and read a response; a "
         "slower upload gets 408, a slower reader is disconnected.",
     )
     transfer_grace: float = Field(
         20.0,
         gt=0,
-        description="Seconds that a client may stop, or fall behind that rate. It is ended earlier "
-        "where others need its place.",
+        description="Seconds that a client may pause, or stay below that rate. It is disconnected "
+        "earlier if other requests need its slot.",
     )
     max_images: int = Field(32, ge=1, description="Images in one request.")
     max_body_bytes: int = Field(32 * MEBIBYTE, ge=1, description="Bytes in one request's body.")
     image_formats: Annotated[tuple[Format, ...], NoDecode] = Field(
         ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"),
         min_length=1,
-        description="Formats of images that are read, separated by commas; the readers of others "
-        "are not run.",
+        description="Accepted image formats, comma-separated; the decoders of other formats are "
+        "never run.",
     )
     max_pixels: int = Field(64_000_000, ge=1, description="Pixels in one image.")
     max_decode_bytes: int = Field(
         0,
         ge=0,
-        description="Bytes of memory that decoding images may take, all together; the others wait. "
-        "An image that takes more by itself gets 413. 0: a quarter of the container's limit.",
+        description="Bytes of memory for decoding images, in total; other images wait. "
+        "An image that needs more alone gets 413. 0: a quarter of the container's limit.",
     )
     max_render_side: int = Field(
-        2048, ge=16, description="Longer side of rendered pictures, in pixels."
+        2048, ge=16, description="Longer side of rendered images, in pixels."
     )
     max_activation_bytes: int = Field(
-        64 * MEBIBYTE, ge=1, description="Bytes of float32 activations of one request."
+        64 * MEBIBYTE, ge=1, description="Bytes of float32 activations in one request."
     )
     max_answer_bytes: int = Field(
         64 * MEBIBYTE,
         ge=1,
-        description="Bytes that one answer may take, reckoned before any work; more is refused "
+        description="Bytes of one response, estimated before any work; larger ones are refused "
         "with 422.",
     )
     max_held_answer_bytes: int = Field(
         0,
         ge=0,
-        description="Bytes of all answers that are being made or sent; more are refused with 429. "
+        description="Bytes of all responses being built or sent; more are refused with 429. "
         "0: an eighth of the memory, at least 256 MiB.",
     )
     max_cost: float = Field(
-        2000.0, gt=0, description="Forward passes that one explanation of one image may cost."
+        2000.0, gt=0, description="Maximum cost of one explanation of one image, in forward passes."
     )
     request_timeout: float = Field(60.0, gt=0, description="Seconds until a request gets 504.")
     drain_timeout: float = Field(
-        30.0, ge=0, description="Seconds that accepted requests may take after SIGTERM."
+        30.0, ge=0, description="Seconds that admitted requests may take after SIGTERM."
     )
     drain_delay: float = Field(
         0.0,
         ge=0,
-        description="Seconds that the service goes on listening after SIGTERM at least, not ready, "
-        "so that a balancer can see it.",
+        description="Minimum number of seconds that the service keeps listening after SIGTERM, not "
+        "ready, so that a load balancer notices.",
     )
     max_model_bytes: int = Field(
         0,
         ge=0,
-        description="Bytes of all loaded models; over it the one not asked for the longest is put "
-        "aside, and loaded again on demand. 0: no bound.",
+        description="Bytes of all loaded models; above it, the least recently used one is evicted, "
+        "and reloaded on demand. 0: no limit.",
     )
     api_keys_file: Path | None = Field(
         None,
-        description="Keys that may use the service, a line each: name:sha256, and behind it "
-        "rate=N, concurrency=N, cost=N for bounds of its own. None: everybody may.",
+        description="API keys, one per line: name:sha256, optionally followed by rate=N, "
+        "concurrency=N, cost=N for its own limits. Unset: no authentication.",
     )
     admin_keys_file: Path | None = Field(
-        None, description="Keys that may load and unload models, a line each: name:sha256."
+        None, description="Keys that may load and unload models, one per line: name:sha256."
     )
-    key_rate: int = Field(0, ge=0, description="Requests a minute of one API key; 0: no bound.")
+    key_rate: int = Field(0, ge=0, description="Requests per minute of one API key; 0: no limit.")
     key_concurrency: int = Field(
-        0, ge=0, description="Requests at once of one API key; 0: no bound."
+        0, ge=0, description="Concurrent requests of one API key; 0: no limit."
     )
     key_cost: float = Field(
         0,
         ge=0,
-        description="Forward passes that the requests at once of one API key may cost; 0: no "
-        "bound.",
+        description="Total cost of the concurrent requests of one API key, in forward passes; 0: "
+        "no limit.",
     )
     open_metrics: bool = Field(
-        True, description="Whether /metrics needs no API key where there are keys."
+        True, description="Whether /metrics is open without an API key if there are keys."
     )
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="Names in the Host header that are accepted, comma-separated: NAME, *.NAME for "
+        description="Accepted names in the Host header, comma-separated: NAME, *.NAME for "
         "all names under it, an IP address, or * for every host. localhost and loopback addresses "
-        "always are, and where the service listens beyond them every IP address. Unset: with API "
-        "keys every host; without keys no name that a public DNS zone can have.",
+        "are always accepted, and every IP address if the service listens beyond loopback. Unset: "
+        "with API keys every host; without keys no name that a public DNS zone can have.",
     )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="Origins whose pages may ask, such as https://label.example.org; "
-        "commas between them. None: this service's own pages alone.",
+        description="Origins whose pages may send requests, such as https://label.example.org; "
+        "comma-separated. Unset: only this service's own pages.",
     )
     allowed_image_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         description="Hosts that images may be fetched from by `url`, each [private:]HOST[:PORT]; "
-        "several are separated by commas. *.name is all that is under a name, * every public host, "
-        "`private:` allows private and loopback addresses. None: no image is fetched.",
+        "comma-separated. *.name is every name under it, * every public host, "
+        "`private:` allows private and loopback addresses. Unset: no image is fetched.",
     )
     image_url_timeout: float = Field(
-        10.0, gt=0, description="Seconds to fetch one image by its URL."
+        10.0, gt=0, description="Timeout for fetching one image by its URL, in seconds."
     )
     label_studio_url: str | None = Field(
         None,
-        description="The Label Studio that pictures of tasks are fetched from, such as "
-        "http://localhost:8080; it alone is asked with the token. None: no such pictures.",
+        description="The Label Studio that images of tasks are fetched from, such as "
+        "http://localhost:8080; the token is sent to it only. Unset: no such images.",
     )
     label_studio_token: SecretStr | None = Field(
         None,
-        description="Token for it: a personal access token, or a legacy one of 40 digits.",
+        description="Token of Label Studio: a personal access token, or a legacy one of 40 digits.",
     )
     overlay_secret: SecretStr | None = Field(
         None,
-        description="Signs the keys of live overlays (`camserve overlay-token`); another one makes "
-        "all keys void. None: no overlays.",
+        description="Signs the keys of live overlays (`camserve overlay-token`); changing it "
+        "invalidates all keys. Unset: no overlays.",
     )
-    root_path: str = Field("", description="Path prefix under which a proxy serves this.")
-    log_format: Literal["text", "json"] = Field("text", description="Form of the log lines.")
+    root_path: str = Field("", description="Path prefix under which a proxy serves this service.")
+    log_format: Literal["text", "json"] = Field("text", description="Format of the log lines.")
 
     @field_validator(
         "models", "int8", "allowed_hosts", "allowed_image_hosts", "cors_origins", mode="before"

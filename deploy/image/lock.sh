@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Writes the files of hashes beside this one and in deploy/load: run it after a change of
+# Writes the files of hashes in this folder and in deploy/load. Run it after a change of
 # constraints.txt, of a requirement in pyproject.toml, of tools.in or of locust.in.
 #
 #   make lock
 #
-# uv reads the hashes of every file of a version from the package index, and downloads none of them:
-# wheels of every platform, so that the same files serve x86-64 and aarch64. The index is that of
+# uv reads the hashes of every file of a version from the package index, without downloading the files:
+# wheels of all platforms, so that the same lists serve x86-64 and aarch64. The index is that of
 # pip's environment variables; its address is not written.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -21,7 +21,7 @@ trap 'rm -rf "$work"' EXIT
 [[ -z ${PIP_INDEX_URL:-} ]] || export UV_DEFAULT_INDEX=$PIP_INDEX_URL
 [[ -z ${PIP_EXTRA_INDEX_URL:-} ]] || export UV_INDEX=$PIP_EXTRA_INDEX_URL
 
-lock() { # $1: the file to write; the rest are uv's. Refuses what differs between the platforms
+lock() { # $1: the file to write; the rest are uv's. Fails if the platforms differ
   local platform out=$1
   shift
   for platform in "${PLATFORMS[@]}"; do

@@ -43,7 +43,7 @@ class Configuration:
 CONFIGURATIONS = (
     Configuration("the defaults", ""),
     Configuration("one worker", "--workers 1"),
-    Configuration("one thread for a lone request", "--lone-threads 1"),
+    Configuration("one thread for a single request", "--lone-threads 1"),
     Configuration("batches of one", "--max-batch 1"),
     Configuration("no compiled lane", "--no-compile"),
 )
@@ -109,7 +109,7 @@ def tables(found: dict[str, list[Step]]) -> str:
     first = next(iter(found.values()))
     alone = first[0]
     lines = [
-        "| clients | answers/s ÷ those of 1 client | p50 ÷ p50 of 1 | p99 ÷ p50 of 1 | refused |",
+        "| clients | responses/s ÷ those of 1 client | p50 ÷ p50 of 1 | p99 ÷ p50 of 1 | refused |",
         "|---:|---:|---:|---:|---:|",
     ]
     lines += [
@@ -120,9 +120,9 @@ def tables(found: dict[str, list[Step]]) -> str:
     busy = _busiest(first)
     lines += [
         "",
-        f"Beside the defaults, at {busy.clients} clients (p50 alone: at 1):",
+        f"Relative to the defaults, at {busy.clients} clients (*p50, 1 client*: at 1):",
         "",
-        "| configuration | answers/s | CPU an answer | p50 alone | p99 | memory | command |",
+        "| configuration | responses/s | CPU/response | p50, 1 client | p99 | memory | command |",
         "|---|---:|---:|---:|---:|---:|---|",
     ]
     for each in CONFIGURATIONS:
@@ -141,9 +141,9 @@ def tables(found: dict[str, list[Step]]) -> str:
     peak = max(step.peak or 0 for step in first)
     cpu = busy.cpu or 1
     sentence = (
-        f"For what numbers are worth that were taken on that machine at that hour: {1 / cpu:.0f} "
-        f"answers of this mix a second for each core that the service has to itself (an answer "
-        f"takes {cpu * 1000:.0f} ms of CPU), and {peak:.0f} MiB at the most."
+        f"Absolute numbers, valid only for that machine at that time: {1 / cpu:.0f} responses of "
+        f"this mix per second for each core that the service does not share (a response takes "
+        f"{cpu * 1000:.0f} ms of CPU), and a peak of {peak:.0f} MiB."
     )
     return "\n".join([*lines, "", sentence])
 
@@ -182,8 +182,8 @@ def main() -> None:
     write(
         found,
         f"Measured on {datetime.now(UTC):%Y-%m-%d}: the built-in model in {where} on "
-        f"{os.cpu_count()} cores that the clients, and other programs, used too; {given.rounds} "
-        f"rounds of all configurations in turn, {given.seconds:g} s a step.",
+        f"{os.cpu_count()} cores shared with the clients and other programs; {given.rounds} rounds "
+        f"of all configurations in turn, {given.seconds:g} s per step.",
     )
 
 

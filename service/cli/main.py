@@ -21,8 +21,8 @@ from service.cli.token import overlay_token
 from service.settings import Settings
 
 EXIT_CODES = (
-    "Exit codes: 0 all went well; 1 some images or models failed, the others are done; 2 nothing "
-    "was done, because a flag, a name or a setting is wrong; 130 interrupted."
+    "Exit codes: 0 success; 1 some images or models failed, the others are done; 2 nothing was "
+    "done, because a flag, a name or a setting is invalid; 130 interrupted."
 )
 
 app = typer.Typer(
@@ -59,28 +59,27 @@ def explain(  # noqa: PLR0913, PLR0917 - a command's parameters are its flags
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for an overlay, a heatmap and a JSON file of each image. [default: "
-            "explained, where neither --json nor --sheet nor --report is asked for]",
+            help="Folder for an overlay, a heatmap and a JSON file per image. [default: "
+            "explained, unless --json, --sheet or --report is given]",
         ),
     ] = None,
     as_json: Annotated[
         bool,
-        typer.Option(
-            "--json", help="Answers on standard output, and nothing else: one line of JSON each."
-        ),
+        typer.Option("--json", help="Only results on standard output: one line of JSON per image."),
     ] = False,
     sheet: Annotated[
-        Path | None, typer.Option(help="Contact sheet of all images as one .jpg, .png or .webp.")
+        Path | None,
+        typer.Option(help="Contact sheet of all images, as one .jpg, .png or .webp file."),
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(help="Report on all images as one .html that needs nothing else.")
+        Path | None, typer.Option(help="Report on all images, as one self-contained .html file.")
     ] = None,
     opened: Annotated[
         bool,
-        typer.Option("--open", help="Open the result: the report, else the sheet, else the files."),
+        typer.Option("--open", help="Open the result: the report, the sheet, or the files."),
     ] = False,
     regions: Annotated[
-        bool, typer.Option("--regions", help="Mask, boxes, polygons and peak in the JSON, too.")
+        bool, typer.Option("--regions", help="Add mask, boxes, polygons and peak to the JSON.")
     ] = False,
     tensorboard: Annotated[
         Path | None,
@@ -89,7 +88,7 @@ def explain(  # noqa: PLR0913, PLR0917 - a command's parameters are its flags
 ) -> None:
     """Explain images without a server.
 
-    One bad file does not stop the rest; the exit code is 1 where any failed.
+    A bad file does not stop the others; the exit code is 1 if any failed.
     """
     from service.cli.explain import Wanted, run
 

@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 def models(
     settings: Settings,
     available: Annotated[
-        bool, typer.Option("--available", help="List every builder that can be served instead.")
+        bool, typer.Option("--available", help="List all available builders instead.")
     ] = False,
 ) -> None:
-    """Show the models that would be served, or those that could be."""
+    """Show the models that would be served, or all available builders."""
     from service.app import build_service
 
     logs.configure_command()
@@ -69,7 +69,7 @@ def layers(
     model: Annotated[
         str,
         typer.Argument(
-            help="[NAME=]BUILDER[@WEIGHTS], as of serve --model; or a name in --config."
+            help="[NAME=]BUILDER[@WEIGHTS], as for serve --model; or a name in --config."
         ),
     ],
     targets: Annotated[
@@ -77,7 +77,7 @@ def layers(
     ] = False,
     measure: Annotated[
         Path | None,
-        typer.Option(help="Folder of images: rank layers by how faithful their maps are there."),
+        typer.Option(help="Folder of images: rank layers by the faithfulness of their maps."),
     ] = None,
 ) -> None:
     """List a model's layers: path, type, output shape, parameters; * marks the default target."""
@@ -202,9 +202,9 @@ def _notes(model: LoadedModel, settings: Settings) -> Iterator[str]:
 
 @with_settings((*OF_MODELS, "precision"))
 def check(settings: Settings) -> None:
-    """Load every model, let each explain one picture, and say what does not work; for a CI.
+    """Load every model, explain one image with each, and report what fails; for CI.
 
-    The exit code is 1 where any model failed; the others are checked all the same.
+    The exit code is 1 if any model failed; the others are still checked.
     """
     from service.app import model_loader, model_specs
     from service.cli.check import check_models
@@ -251,15 +251,15 @@ def calibrate(
         str,
         typer.Argument(help="A model of the configuration, or [NAME=]BUILDER[@WEIGHTS]."),
     ],
-    folder: Annotated[Path, typer.Argument(help="Photographs of the kind that it will see.")],
+    folder: Annotated[Path, typer.Argument(help="Images like those that it will receive.")],
     out: Annotated[
         Path | None, typer.Option(help="Folder for the result; default: NAME.int8.")
     ] = None,
 ) -> None:
-    """Make an int8 front of a model, and measure on held-out photographs what it costs.
+    """Make an int8 front of a model, and measure its accuracy on held-out images.
 
-    It is written only where its maps agree with float32, and served where you say so: the command
-    is printed.
+    It is written only if its maps agree with float32, and served only on request: the command is
+    printed.
     """
     from service.app import model_loader
     from service.evaluation.calibration import calibrate as calibrate_front
@@ -270,7 +270,7 @@ def calibrate(
     place = out or Path(f"{spec.name}.int8")
     found = calibrate_front(loaded, _pictures(loaded, folder, settings), place)
     OUT.print(
-        f"On {found.pictures} photographs that did not calibrate: {found.same_class:.1%} of the "
+        f"On {found.pictures} held-out images: {found.same_class:.1%} of the "
         f"predictions and {found.same_peak:.1%} of the peaks are the same; rank correlation of the "
         f"maps {found.median:.3f} in the median, {found.tenth:.3f} in the worst tenth.",
         highlight=False,

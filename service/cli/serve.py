@@ -70,7 +70,7 @@ def _announce(host: str, port: int) -> None:
     url = f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
     sample = _sample()
     ERR.print(f"\n[bold]camserve[/] serves on [bold]{url}[/]\n", highlight=False)
-    ERR.print("  explain a picture, see why:")
+    ERR.print("  explain an image:")
     ERR.print(
         f"    curl -F image=@{sample} '{url}/explain?include=overlay'",
         soft_wrap=True,
@@ -81,7 +81,7 @@ def _announce(host: str, port: int) -> None:
         soft_wrap=True,
         highlight=False,
     )
-    ERR.print(f"  every route, to try out:  {url}/docs", highlight=False)
+    ERR.print(f"  try every route:          {url}/docs", highlight=False)
     ERR.print("  how-to and reference:     README.md and docs/\n", highlight=False)
 
 

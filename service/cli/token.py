@@ -19,19 +19,21 @@ def overlay_token(  # noqa: PLR0917 - a command's parameters are its flags
     settings: Settings,
     prefix: Annotated[
         list[str],
-        typer.Option(help="Beginning of the pictures' addresses: /data/upload/1/ is project 1."),
+        typer.Option(help="Prefix of the images' addresses: /data/upload/1/ is project 1."),
     ],
     origin: Annotated[
-        str, typer.Option(help="Of Label Studio's pages, as the browser has it.")
+        str, typer.Option(help="Origin of Label Studio's pages, as the browser sees it.")
     ] = "http://localhost:8080",
     url: Annotated[
-        str, typer.Option(help="Of this service, as the browser reaches it.")
+        str, typer.Option(help="Address of this service, as the browser reaches it.")
     ] = "http://localhost:8000",
     model: Annotated[str | None, typer.Option(help="Model; default: the service's.")] = None,
     method: Annotated[str | None, typer.Option(help="Method; default: gradcam.")] = None,
-    days: Annotated[float | None, typer.Option(help="How long it is good; default: ever.")] = None,
+    days: Annotated[
+        float | None, typer.Option(help="Days until it expires; default: no expiry.")
+    ] = None,
 ) -> None:
-    """Make the key of live overlays, and the Image tag to put into a labeling config."""
+    """Create a key for live overlays, and the Image tag for a labeling configuration."""
     if not settings.overlay_secret:
         raise ConfigurationError(
             "--overlay-secret is not set; give the one that the service has, such as what "
@@ -44,5 +46,7 @@ def overlay_token(  # noqa: PLR0917 - a command's parameters are its flags
     token = sign(grant, settings.overlay_secret.get_secret_value())
     where = f"{url.rstrip('/')}/integrations/label-studio/overlay.png"
     tag = f'<Image name="heat" value="{where}?key={token}&amp;src=$image"/>'
-    ERR.print("Put this into the labeling config; whoever may read it may see these overlays:")
+    ERR.print(
+        "Put this into the labeling configuration; anyone who can read it can see these overlays:"
+    )
     typer.echo(tag)

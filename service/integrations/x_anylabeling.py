@@ -59,7 +59,7 @@ async def models(request: Request) -> dict[str, Any]:
 
 @router.post("/predict")
 async def predict(request: Request) -> Response:
-    """The shapes of the evidence in one picture."""
+    """The shapes of the evidence in one image."""
     found: list[LabelingRequest] = []
 
     def name_of(body: bytes) -> str:

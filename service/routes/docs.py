@@ -23,20 +23,20 @@ from service.routes.problems import PROBLEM_MEDIA_TYPE
 
 _PROBLEMS = {
     400: "The body or an image cannot be read.",
-    401: "No API key, or one that is not known.",
-    404: "No such model, layer or class; `detail` names the nearest ones.",
-    406: "Several images cannot be answered by one picture.",
+    401: "Missing or unknown API key.",
+    404: "Unknown model, layer or class; `detail` names the nearest ones.",
+    406: "One image cannot be the response for several images.",
     408: "The body did not arrive in time.",
-    413: "The body, an image or their number is over the limit.",
-    415: "Not a content type or an image format that is read.",
-    421: "The `Host` header names a host that this service does not answer for.",
+    413: "The body, an image or the number of images exceeds the limit.",
+    415: "Unsupported content type or image format.",
+    421: "The `Host` header names a host that this service does not accept.",
     424: "An image could not be fetched from its URL.",
     422: "An option is unknown, out of range, or contradicts another.",
-    429: "The queue is full, or the key has used what it may; try again after `Retry-After`.",
-    431: "Request line and headers together are over the limit; send options in a JSON body.",
-    500: "The model or the drawing failed; the log has the cause under the request id.",
+    429: "The queue is full, or the key exceeds its limit; retry after `Retry-After`.",
+    431: "Request line and headers together exceed the limit; send options in a JSON body.",
+    500: "Inference or rendering failed; the log has the cause under the request id.",
     503: "The service is shutting down or the model is not ready.",
-    504: "The answer was not ready at its deadline.",
+    504: "The deadline passed before the response was ready.",
 }
 
 _BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
@@ -61,8 +61,8 @@ _CODES = {
 """One of the codes of each status."""
 
 _TAGS = {
-    "classify": "Pictures in, predictions and the evidence for them out.",
-    "models": "What is served, and the layers that requests may name.",
+    "classify": "Predictions for images, and the evidence for them.",
+    "models": "The served models, and the layers that requests may name.",
     "operations": "Probes and metrics.",
     "model repository": "Load and unload models, with an admin key.",
     "Open Inference Protocol V2": "For clients of KServe, Triton and MLServer.",
@@ -121,7 +121,10 @@ def peer_errors() -> dict[int | str, dict[str, Any]]:
     """What a route of another server's protocol may answer; the bodies are `routes.peers`'."""
     content = {"application/json": {"schema": {"type": "object"}}}
     return {
-        kind: {"description": f"The error of {whose}, as the protocol has it.", "content": content}
+        kind: {
+            "description": f"An error of {whose}, in the format of the protocol.",
+            "content": content,
+        }
         for kind, whose in (("4XX", "the request"), ("5XX", "the service"))
     }
 

@@ -31,14 +31,14 @@ _SAMPLES: dict[int | str, dict[str, Any]] = {
 
 @router.get("/health/live", responses=problems(503))
 async def live(request: Request) -> Health:
-    """The process answers, and not too many of its threads hang."""
+    """The process responds, and not too many of its threads hang."""
     _refuse_where_threads_hang(service_of(request))
     return Health(status="live")
 
 
 @router.get("/health/ready", responses=problems(503), response_model_exclude_unset=True)
 async def ready(request: Request) -> Health:
-    """Models are loaded and new requests are taken."""
+    """Models are loaded and new requests are accepted."""
     service = service_of(request)
     if not service.admission.is_open:
         raise ShuttingDown("The service is shutting down; ask another instance.")
@@ -58,7 +58,7 @@ async def ready(request: Request) -> Health:
 
 @router.get("/metrics", response_class=Response, responses=_SAMPLES | problems(401))
 async def metrics(request: Request) -> Response:
-    """Prometheus' text format."""
+    """Metrics in Prometheus' text format."""
     # Not on the event loop: counting hooks looks through every module of every replica.
     text = await run_in_threadpool(service_of(request).metrics.render)
     return Response(text, media_type=CONTENT_TYPE_LATEST)

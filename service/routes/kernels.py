@@ -47,10 +47,10 @@ _PICTURE: dict[int | str, dict[str, Any]] = {
     responses=_PICTURE | problems(400, 401, 404, 422, 429, 500, 503, 504),
 )
 async def kernels(request: Request, name: str, layer: str) -> Response:
-    """The weights of one layer as a PNG: a first convolution in colour, others in grey.
+    """The weights of one layer as a PNG: a first convolution in color, others in gray.
 
-    A convolution has a tile for each pair of output and input channel (in colour, for each output
-    channel), laid in a square; a linear layer is one picture with a row for each output.
+    A convolution has one tile per pair of output and input channel (in color, per output channel),
+    arranged in a square; a linear layer is one image with one row per output.
     """
     service = service_of(request)
     model = service.pool.model(name)

@@ -32,7 +32,7 @@ async def models(request: Request) -> wire.Models:
 
 @router.get("/models/{name}", responses=problems(401, 404), response_model_exclude_unset=True)
 async def model(request: Request, name: str) -> wire.ModelDetails:
-    """One model, its state and, once it is loaded, its labels and what was measured of it."""
+    """One model with its state and, once loaded, its labels and the results of its probes."""
     service = service_of(request)
     fields = _fields(request, service.library.entry(name))
     loaded = service.pool.models.get(name)

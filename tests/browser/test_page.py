@@ -198,7 +198,7 @@ def test_another_class_is_asked_for_by_its_row(explained: Watched, hand: Hand) -
     pressed = explained.page.locator("#predictions .why[aria-pressed=true]")
     assert pressed.inner_text().startswith("tulip")
     words = explained.page.locator(".flags").inner_text()
-    assert words == "This is not the class the model would choose."
+    assert words == "This is not the predicted class."
 
 
 def test_another_class_is_asked_for_by_name(explained: Watched, hand: Hand) -> None:

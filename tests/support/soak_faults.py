@@ -72,12 +72,12 @@ class Faults:
         self._server = server
         self._one_hangs = threading.Lock()
         self.kinds: dict[str, Callable[[], None]] = {
-            "the client goes in mid-upload": self._goes_in_mid_upload,
-            "the client goes before its answer": self._goes_before_its_answer,
-            "the client goes in mid-answer": self._goes_in_mid_answer,
+            "the client disconnects during the upload": self._goes_in_mid_upload,
+            "the client disconnects before the response": self._goes_before_its_answer,
+            "the client disconnects during the response": self._goes_in_mid_answer,
             "no image": lambda: self._is_refused(b"no image at all", 415),
             "an empty image": lambda: self._is_refused(b"", 400),
-            "an image cut short": lambda: self._is_refused(pictures.png(200, 200)[:4000], 400),
+            "a truncated image": lambda: self._is_refused(pictures.png(200, 200)[:4000], 400),
             "an image of too many pixels": lambda: self._is_refused(_huge(), 413),
             "unknown options": self._asks_for_what_is_not_there,
             "one bad image of three": self._one_bad_of_three,
@@ -87,7 +87,7 @@ class Faults:
             "exception in backward": lambda: self._fails("fails_in_backward", "inference_failed"),
             "exception in render": self._fails_to_render,
             "not a number": lambda: self._fails("gives_nan", "non_finite_output"),
-            "a replica left dirty": self._soils,
+            "a replica returned dirty": self._soils,
             "a worker dies": self._kills_a_worker,
             "a worker hangs": self._hangs,
         }

@@ -316,7 +316,7 @@ class Soak:
     def table(self) -> str:
         """In Markdown: what was sent, what is held, how memory went."""
         total = self.answered + self.faulty.total()
-        rows = [f"| good requests | {self.answered} | {sum(self.wrong.values())} |"]
+        rows = [f"| valid requests | {self.answered} | {sum(self.wrong.values())} |"]
         rows += [
             f"| {kind} | {n} | {sum(c for s, c in self.unforeseen.items() if s.startswith(kind))} |"
             for kind, n in sorted(self.faulty.items(), key=lambda each: -each[1])
@@ -332,11 +332,11 @@ class Soak:
             f"replicas and {self.server.service.scheduler.workers.replaced} threads were replaced."
         )
         memory = (
-            f"Resident MiB, every {20 * SAMPLED_EVERY} requests, in parentheses with what the C "
-            f"library keeps of freed memory: {shown}. Slope after the first "
-            f"{SETTLED_AFTER}: {'-' if slope is None else f'{slope:.2f}'} MiB a thousand."
+            f"Resident MiB, every {20 * SAMPLED_EVERY} requests; in parentheses including "
+            f"the freed memory that the C library keeps: {shown}. Slope after the first "
+            f"{SETTLED_AFTER}: {'-' if slope is None else f'{slope:.2f}'} MiB per thousand."
         )
-        sent_head = "| sent | times | not answered as it must be |\n|---|---|---|"
+        sent_head = "| sent | times | unexpected result |\n|---|---|---|"
         held_head = "| held by the process | at the start | at the end |\n|---|---|---|"
         parts = [sent, "", sent_head, *rows, "", held_head, *held, "", memory]
         return "\n".join(parts)

@@ -22,35 +22,35 @@ def bulk(  # noqa: PLR0913, PLR0917 - a command's parameters are its flags
         str,
         typer.Argument(
             metavar="SRC",
-            help="Folder of images, text file with a path a line, Parquet file with a column of "
-            "paths; or one of these in a bucket (s3://…, gs://…).",
+            help="Folder of images, text file with one path per line, Parquet file with a column "
+            "of paths; or one of these in a bucket (s3://…, gs://…).",
         ),
     ],
     folder: Annotated[Path, typer.Argument(metavar="DST", help="Folder for the results.")],
     column: Annotated[str, typer.Option(help="Column of a Parquet SRC.")] = "path",
     shard_size: Annotated[
-        int, typer.Option(min=1, help="Images a Parquet file: what a kill loses at most.")
+        int, typer.Option(min=1, help="Images per Parquet file: the most that a kill loses.")
     ] = 256,
     pictures: Annotated[
-        bool, typer.Option("--pictures/--no-pictures", help="Overlays and heatmaps, too.")
+        bool, typer.Option("--pictures/--no-pictures", help="Also write overlays and heatmaps.")
     ] = True,
     regions: Annotated[
-        bool, typer.Option("--regions", help="Mask, boxes, polygons and peak in `answer`, too.")
+        bool, typer.Option("--regions", help="Add mask, boxes, polygons and peak to `answer`.")
     ] = False,
     ray: Annotated[
         str | None,
-        typer.Option(help="Address of the Ray cluster that does the work: auto, or HOST:PORT."),
+        typer.Option(help="Run on this Ray cluster: auto, or HOST:PORT."),
     ] = None,
     ray_actors: Annotated[
-        int, typer.Option(min=1, help="On Ray: actors at most, each with a model of its own.")
+        int, typer.Option(min=1, help="On Ray: maximum number of actors, each with its own model.")
     ] = 64,
-    ray_cpus: Annotated[float, typer.Option(min=0.01, help="On Ray: cores an actor asks for.")] = 1,
-    ray_gpus: Annotated[float, typer.Option(min=0, help="On Ray: GPUs an actor asks for.")] = 0,
+    ray_cpus: Annotated[float, typer.Option(min=0.01, help="On Ray: cores per actor.")] = 1,
+    ray_gpus: Annotated[float, typer.Option(min=0, help="On Ray: GPUs per actor.")] = 0,
 ) -> None:
-    """Explain any number of images, and go on where an earlier run ended.
+    """Explain any number of images, and resume an interrupted run.
 
-    DST gets Parquet files with exactly one row for each image, an error where it failed, and
-    pictures. The exit code is 1 where any failed.
+    DST receives Parquet files with exactly one row per image, an error for each failed one, and
+    overlays and heatmaps. The exit code is 1 if any failed.
     """
     try:
         from service.cli.bulk.job import Job, Share  # noqa: PLC0415 - loads torch, and extras

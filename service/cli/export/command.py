@@ -40,25 +40,23 @@ def export(  # noqa: PLR0913, PLR0917 - a command's parameters are its flags
         list[str] | None,
         typer.Option(
             metavar="KIND=NAME",
-            help="Labelbox: what is exported, and what the ontology calls it; KIND is one of "
+            help="Labelbox: what to export, and its name in the ontology; KIND is one of "
             f"{', '.join(KINDS)}. [default: classification=class and mask=evidence]",
         ),
     ] = None,
     url: Annotated[
-        str | None, typer.Option(help="Ask this running service instead of loading a model.")
+        str | None, typer.Option(help="Use this running service instead of loading a model.")
     ] = None,
     api_key: Annotated[
         str | None, typer.Option(envvar="CAMSERVE_API_KEY", help="Key for --url.")
     ] = None,
-    served: Annotated[
-        str | None, typer.Option(help="Which model of --url. [default: its first]")
-    ] = None,
+    served: Annotated[str | None, typer.Option(help="Model of --url. [default: its first]")] = None,
 ) -> None:
-    """Explain images, and write what a labeling tool imports.
+    """Explain images, and write a file for import into a labeling tool.
 
     coco: one JSON file with masks, boxes, scores and peaks as annotations. labelbox: the rows of a
-    label import, whose global keys are the files' names. One bad file does not stop the rest; the
-    exit code is 1 where any failed.
+    label import, with file names as global keys. A bad file does not stop the others; the exit
+    code is 1 if any failed.
     """
     if feature and form == "coco":
         raise ConfigurationError("--feature is for labelbox; COCO has all of it.")

@@ -107,7 +107,7 @@ class ContactSheet:
         layers = ", ".join(self._options.layer) or self._model.target_layer or ""
         images = "1 image" if count == 1 else f"{count} images"
         told = (f"{self._model.name} {self._model.version}", self._options.method, layers, images)
-        pen.text((MARGIN, MARGIN - 6), "Why did it say that?", INK, _font(34))
+        pen.text((MARGIN, MARGIN - 6), "Explanations", INK, _font(34))
         pen.text((MARGIN, MARGIN + 42), "  ·  ".join(filter(None, told)), SOFT, _font(17))
 
 

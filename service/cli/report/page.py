@@ -31,11 +31,11 @@ SIDE = 720
 """Of a picture's longer side, in pixels."""
 
 FLAGS = {
-    "all_zero": "The map is zero everywhere: nothing speaks for this class.",
+    "all_zero": "The map is zero everywhere: there is no evidence for this class.",
     "target_not_predicted": "The model does not predict this class here.",
-    "saturated": "The score is at its limit: gradients say little.",
-    "low_resolution": "The layer has few cells; an earlier one shows finer places.",
-    "random_weights": "The weights are random: this map means nothing.",
+    "saturated": "The score is at its limit: it hardly changes.",
+    "low_resolution": "The layer has few cells; an earlier layer has a finer grid.",
+    "random_weights": "The weights are random: this map is meaningless.",
 }
 
 
@@ -96,7 +96,7 @@ class HtmlReport:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{escape(policy)}">
 <meta name="generator" content="camserve {__version__}">
-<title>Why did {escape(self._model.name)} say that?</title>
+<title>Explanations: {escape(self._model.name)}</title>
 <style>{style}</style>
 </head>
 <body>
@@ -106,9 +106,8 @@ class HtmlReport:
 {cards}
 </main>
 {_failures(self._failed.values())}
-<footer>camserve {__version__}, {datetime.now(UTC):%d %B %Y, %H:%M} UTC. The colours are
-evidence for the class that is named, as this model sees it: where they lie is what it looked at,
-not whether it is right.</footer>
+<footer>camserve {__version__}, {datetime.now(UTC):%d %B %Y, %H:%M} UTC. The colors show
+where the model found evidence for the named class, not whether the prediction is correct.</footer>
 <dialog aria-label="Enlarged"></dialog>
 <script>{script}</script>
 </body>
@@ -127,7 +126,7 @@ not whether it is right.</footer>
         if self._failed:
             facts["failed"] = str(len(self._failed))
         terms = "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items())
-        return f"<header><h1>Why did it say that?</h1><dl>{terms}</dl></header>"
+        return f"<header><h1>Explanations</h1><dl>{terms}</dl></header>"
 
     def _controls(self) -> str:
         most = max(self._labels.values(), default=1)
@@ -136,12 +135,12 @@ not whether it is right.</footer>
             f"<span>{escape(label)}</span> {_bar(count / most)} <b>{count}</b></button></li>"
             for label, count in self._labels.most_common()
         )
-        return f"""<section class="controls" hidden aria-label="What is shown">
+        return f"""<section class="controls" hidden aria-label="Filter and display">
 <ul class="classes">{classes}</ul>
 <label>Opacity <input type="range" id="opacity" min="0" max="1" step="0.01"
  value="{self._options.opacity:g}"></label>
 <label>Order <select id="order"><option value="name">by name</option>
-<option value="low">least sure first</option><option value="high">surest first</option>
+<option value="low">lowest score first</option><option value="high">highest score first</option>
 </select></label>
 </section>"""
 
@@ -189,7 +188,7 @@ def _figure(outcome: Explained, explanation: Explanation, mark: str, *, first: b
         photo = f'<image id="photo-{mark}" {size} href="{data}"/>'
     label = outcome.model.labels[explanation.class_id]
     clip = f"seen-{mark}-{explanation.class_id}"
-    said = f"{text_of(outcome.path)}: where the evidence for {label} lies"
+    said = f"{text_of(outcome.path)}: evidence for {label}"
     caption = f"<figcaption>{escape(label)} {explanation.score:.1%}</figcaption>"
     return f"""<figure><button type="button" aria-label="Enlarge {escape(text_of(outcome.path))}">
 <svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(said)}">
@@ -210,7 +209,7 @@ def _hidden(result: Result) -> list[str]:
     """What hiding a part did, in words."""
     changes = result.masked.changes if result.masked is not None else []
     return [
-        f"With the part hidden, {each.label} has {each.score:.1%} ({each.score_change * 100:+.1f} "
+        f"With the part hidden: {each.label} {each.score:.1%} ({each.score_change * 100:+.1f} "
         "points)."
         for each in changes
     ]

@@ -67,7 +67,7 @@ _PROBLEMS = docs.problems(400, 401, 404, 408, 413, 422, 429, 503, 504)
 
 @router.get("/health", responses=docs.problems(401))
 async def health() -> dict[str, str]:
-    """Alive; Label Studio asks within one second, before all else."""
+    """Liveness; Label Studio expects it within one second, before any other request."""
     return {"status": "UP"}
 
 
@@ -96,14 +96,14 @@ async def setup(request: Request) -> Response:
 
 @router.get("/versions", responses=docs.problems(401))
 async def versions(request: Request) -> dict[str, list[str]]:
-    """What predictions of the loaded models are called where a project sets no parameters."""
+    """The versions of predictions of the loaded models for a project without parameters."""
     models = service_of(request).pool.models.values()
     return {"versions": [model_version(each, ExplainOptions()) for each in models]}
 
 
 @router.post("/webhook")
 async def webhook() -> dict[str, str]:
-    """Nothing, without a key: what happens in a project changes no model."""
+    """No effect, and no key needed: events of a project change no model."""
     return {"status": "ok"}
 
 
@@ -111,8 +111,8 @@ async def webhook() -> dict[str, str]:
 async def predict(request: Request) -> Response:
     """Class and evidence of each task, in the labels of its project.
 
-    A click in a smart control asks for the evidence of the class of its label, a choice for that
-    of the chosen class.
+    A click in a smart control requests the evidence for the class of its label, a choice that for
+    the chosen class.
     """
 
     async def work(body: bytes, permit: Permit) -> Response:

@@ -50,7 +50,7 @@ async def models(request: Request) -> dict[str, list[str]]:
 
 @router.get("/{name}")
 async def model(request: Request, name: str) -> dict[str, Any]:
-    """Whether a model is ready; 503 where it is not."""
+    """Whether a model is ready; 503 if not."""
     entry = service_of(request).library.entry(name)
     if entry.state != "ready" and not entry.on_demand:
         raise ModelNotReady(f"Model with name {name} is not ready.", retry_after=5)
@@ -65,7 +65,7 @@ async def predict(request: Request, name: str) -> Response:
 
 @router.post("/{name}:explain")
 async def explain(request: Request, name: str) -> Response:
-    """Classify and explain each instance; its own `target` counts more than a common one."""
+    """Classify and explain each instance; its own `target` overrides a common one."""
     return await _answer(request, name, ExplainOptions)
 
 

@@ -48,14 +48,14 @@ async def server() -> dict[str, Any]:
 
 @router.get("/health/live")
 async def live(request: Request) -> dict[str, bool]:
-    """The process answers; 503 where too many of its threads hang."""
+    """The process responds; 503 if too many of its threads hang."""
     await health.live(request)
     return {"live": True, "ready": True}
 
 
 @router.get("/health/ready")
 async def ready(request: Request) -> dict[str, bool]:
-    """Models are loaded and requests are taken; 503 where not."""
+    """Models are loaded and requests are accepted; 503 if not."""
     await health.ready(request)
     return {"live": True, "ready": True}
 
@@ -69,7 +69,7 @@ async def models(request: Request) -> dict[str, list[str]]:
 @router.get("/models/{name}/versions/{version}")
 @router.get("/models/{name}")
 async def metadata(request: Request, name: str, version: str | None = None) -> dict[str, Any]:
-    """What a model takes and gives; -1 is any number."""
+    """Inputs and outputs of a model; -1 is any number."""
     service = service_of(request)
     found = named(service, name, version)
     entry = service.library.entry(found)
@@ -88,7 +88,7 @@ async def metadata(request: Request, name: str, version: str | None = None) -> d
 @router.get("/models/{name}/versions/{version}/ready")
 @router.get("/models/{name}/ready")
 async def model_ready(request: Request, name: str, version: str | None = None) -> dict[str, Any]:
-    """Whether a model answers requests; 503 where not."""
+    """Whether a model is ready; 503 if not."""
     service = service_of(request)
     entry = service.library.entry(named(service, name, version))
     if entry.state != "ready" and not entry.on_demand:
@@ -99,14 +99,14 @@ async def model_ready(request: Request, name: str, version: str | None = None) -
 @router.post("/models/{name}/versions/{version}/infer")
 @router.post("/models/{name}/infer")
 async def infer(request: Request, name: str, version: str | None = None) -> Response:
-    """Classify a batch of pictures; outputs that explain are computed where they are named."""
+    """Classify a batch of images; outputs that explain are computed only on request."""
     return await _answer(request, name, version, outputs.OF_INFER)
 
 
 @router.post("/models/{name}/versions/{version}/explain")
 @router.post("/models/{name}/explain")
 async def explain(request: Request, name: str, version: str | None = None) -> Response:
-    """Classify and explain a batch of pictures."""
+    """Classify and explain a batch of images."""
     return await _answer(request, name, version, outputs.OF_EXPLAIN)
 
 

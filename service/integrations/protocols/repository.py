@@ -84,7 +84,7 @@ _INDEX_BODY = {"content": {"application/json": {"schema": IndexRequest.model_jso
     openapi_extra={"requestBody": _INDEX_BODY},
 )
 async def index(request: Request) -> Any:
-    """Every model with its state and, where it is not served, the reason."""
+    """Every model with its state and, if it is not served, the reason."""
     service = service_of(request)
     refused = _refused(request, service)
     if refused is not None:
@@ -107,7 +107,7 @@ async def _asked(request: Request, service: Service) -> IndexRequest:
 
 @router.post("/models/{name}/load", response_model=None)
 async def load(request: Request, name: str) -> Any:
-    """Load a model, or a new version of it; answers when it serves."""
+    """Load a model, or a new version of it; responds when it is ready."""
     service = service_of(request)
     refused = _refused(request, service)
     if refused is not None:
@@ -121,7 +121,7 @@ async def load(request: Request, name: str) -> Any:
 
 @router.post("/models/{name}/unload", response_model=None)
 async def unload(request: Request, name: str) -> Any:
-    """Serve a model no longer; who uses it finishes on it."""
+    """Unload a model; requests that use it finish first."""
     service = service_of(request)
     refused = _refused(request, service)
     if refused is not None:

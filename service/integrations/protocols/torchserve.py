@@ -45,7 +45,7 @@ _MAX_FIELDS = 16
 
 @router.get("/ping")
 async def ping(request: Request) -> Response:
-    """Whether requests are taken and the models loaded."""
+    """Whether requests are accepted and the models loaded."""
     try:
         await health.ready(request)
     except CamserveError:
@@ -59,7 +59,7 @@ async def ping(request: Request) -> Response:
 @router.post("/predictions/{name}/{version}")
 @router.post("/predictions/{name}")
 async def predictions(request: Request, name: str, version: str | None = None) -> Response:
-    """The best classes with their scores."""
+    """The top classes with their scores."""
     return await _answer(request, name, version, PredictOptions)
 
 
@@ -68,7 +68,7 @@ async def predictions(request: Request, name: str, version: str | None = None) -
 @router.post("/explanations/{name}/{version}")
 @router.post("/explanations/{name}")
 async def explanations(request: Request, name: str, version: str | None = None) -> Response:
-    """The map of a class: the best one, or `target`."""
+    """The map of a class: the top-1 class, or `target`."""
     return await _answer(request, name, version, ExplainOptions)
 
 

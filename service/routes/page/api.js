@@ -65,7 +65,7 @@ async function problemOf(response) {
     const { code, detail } = await response.json();
     return new Problem(response.status, code, detail);
   } catch {
-    return new Problem(response.status, "", `The server answered ${response.status}.`);
+    return new Problem(response.status, "", `The server returned ${response.status}.`);
   }
 }
 

@@ -190,7 +190,7 @@ function compare() {
     endComparison();
     $("compare").focus();
   });
-  announce(`${captionOf(state.shown)} stays at the left. Choose another class, method, layer or photograph.`);
+  announce(`${captionOf(state.shown)} stays at the left. Choose another class, method, layer or image.`);
 }
 
 function endComparison() {

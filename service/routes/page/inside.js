@@ -69,7 +69,7 @@ export class Inside {
     const { min, max, mean, zero_fraction: zeros } = activation.stats;
     const left = activation.image.channels_left_out;
     const values = `${number(min)} to ${number(max)}, mean ${number(mean)}, ${Math.round(100 * zeros)} % zeros`;
-    const words = `${activation.layer}: ${shapeWords(activation.shape)}; ${values}${left ? `; ${left} channels have no room here` : ""}.`;
+    const words = `${activation.layer}: ${shapeWords(activation.shape)}; ${values}${left ? `; ${left} channels are not shown` : ""}.`;
     $("channels-words").textContent = words;
     $("open-channel").hidden = layout === null;
     if (layout) {
@@ -107,7 +107,7 @@ export class Inside {
     const [x, y, w, h] = seen.map((value) => value * scale);
     Object.assign(canvas, { width: Math.round(w), height: Math.round(h) });
     canvas.getContext("2d").drawImage(picture, x, y, w, h, 0, 0, canvas.width, canvas.height);
-    canvas.setAttribute("aria-label", `What the model saw of ${name}`);
+    canvas.setAttribute("aria-label", `Model input of ${name}`);
   }
 }
 

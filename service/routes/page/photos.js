@@ -110,8 +110,8 @@ async function opened(words) {
   } catch (error) {
     words.textContent =
       error.name === "NotAllowedError"
-        ? "The camera may not be used. Allow it in the browser, or choose a file."
-        : "No camera can be used here. Choose a file instead.";
+        ? "Access to the camera was denied. Allow it in the browser, or choose a file."
+        : "No camera is available. Choose a file instead.";
     return null;
   }
 }

@@ -6,12 +6,12 @@ import { method } from "./methods.js";
 const SVG = "http://www.w3.org/2000/svg";
 
 const FLAGS = {
-  all_zero: "The map is zero everywhere: here nothing speaks for this class.",
-  target_not_predicted: "This is not the class the model would choose.",
-  saturated: "The score is so close to 1 that it hardly moves any more.",
-  low_resolution: "The layer has few cells; an earlier one shows finer places.",
-  random_weights: "The model has random weights: nothing here means anything.",
-  module_called_n_times: "The layer runs several times; the map is of its last run.",
+  all_zero: "The map is zero everywhere: there is no evidence for this class.",
+  target_not_predicted: "This is not the predicted class.",
+  saturated: "The score is so close to 1 that it hardly changes.",
+  low_resolution: "The layer has few cells; an earlier layer has a finer grid.",
+  random_weights: "The model has random weights: the results are meaningless.",
+  module_called_n_times: "The layer runs several times; the map is of its last call.",
 };
 
 export const percent = (score) => {
