@@ -24,7 +24,7 @@ from service.inference.questions import (
 from service.models.loaded import LoadedModel
 from service.pipeline import resolve
 from service.pipeline.service import Limits
-from service.scheduling.jobs import Job
+from service.scheduling.scheduler import Job
 
 PIXELS = oracles.picture(10, 32, 32)
 LAST, FIRST = "features", "features.0"
