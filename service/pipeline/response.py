@@ -20,7 +20,7 @@ from service.inference.questions import Activation, Answer, Explanation
 from service.models.loaded import LoadedModel
 
 
-def result(  # noqa: PLR0917 - called through the scheduler, which hands on what it is given
+def result(  # noqa: PLR0917 - what one image's place is made of
     model: LoadedModel,
     upload: Upload,
     answer: Answer,

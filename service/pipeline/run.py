@@ -33,9 +33,17 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Clock:
-    """Seconds by stage, summed over the images of one request."""
+    """Seconds by stage, summed over the images of one request.
 
+    started: on `time.monotonic()`'s clock, from when `total` counts.
+    """
+
+    started: float = field(default_factory=time.monotonic)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+
+    def stop(self) -> None:
+        """Set `total`; only the first call counts, since the answer may hold it by then."""
+        self.seconds["total"] = self.seconds["total"] or time.monotonic() - self.started
 
     def milliseconds(self) -> dict[str, float]:
         return {stage: round(value * 1000, 3) for stage, value in self.seconds.items()}
@@ -93,9 +101,30 @@ async def ask(
 
 async def respond(recipe: Recipe, answered: Answered) -> Result:
     """The image's place in the answer. Raises RenderFailed."""
-    return await drawn(
-        recipe,
-        response.result,
+    return await drawn(recipe, _result, recipe, answered)
+
+
+async def respond_alone(
+    recipe: Recipe, answered: Answered, serialise: Callable[[response.Result], bytes]
+) -> bytes:
+    """The whole answer about a single image, rendered and serialised in one call of a worker.
+
+    serialise: what becomes of the image's place in the answer; the clock has stopped by then.
+    Raises RenderFailed, and what `serialise` does.
+    """
+    submitted = time.monotonic()
+
+    def make() -> bytes:
+        result = _result(recipe, answered)
+        recipe.clock.seconds["render"] += time.monotonic() - submitted
+        recipe.clock.stop()
+        return serialise(result)
+
+    return await result_of(recipe.service.scheduler.call(make))
+
+
+def _result(recipe: Recipe, answered: Answered) -> response.Result:
+    return response.result(
         recipe.model,
         answered.upload,
         answered.answer,

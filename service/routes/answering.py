@@ -26,7 +26,7 @@ from service.models.loaded import LoadedModel
 from service.pipeline import run
 from service.pipeline.answer_size import UNKNOWN, Bill, Price, Sizes
 from service.pipeline.resolve import resolved
-from service.pipeline.run import Answered, Recipe, result_of
+from service.pipeline.run import Answered, Clock, Recipe, result_of
 from service.routes import access, bodies, encodings
 from service.routes.middleware import CLIENT_CLOSED_REQUEST
 from service.routes.state import service_of
@@ -201,6 +201,7 @@ async def understand(
         question=found.question,
         hiding=found.hiding,
         deadline=request.scope["started"] + timeout_of(request),
+        clock=Clock(request.scope["started"]),
         sizes=sizes,
         price=sizes.result,
         bill=Bill(permit, service.limits.answer_bytes, sizes.advice(images)),
@@ -239,7 +240,7 @@ async def ask(work: Work, data: Sent, size: Size = UNKNOWN) -> Billed:
 
 def report(request: Request, work: Work, images: int) -> dict[str, str]:
     """Put the stages' times into metrics and log; the header `Server-Timing`."""
-    work.clock.seconds["total"] = time.monotonic() - request.scope["started"]
+    work.clock.stop()
     for stage, value in work.clock.seconds.items():
         work.service.metrics.stage_seconds.labels(stage).observe(value)
     timing = work.clock.milliseconds()
