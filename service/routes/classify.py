@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
-import orjson
 import structlog
 from fastapi import APIRouter, Query, Request, Response
 
@@ -21,10 +21,9 @@ from api_schemas.options import (
     PredictRequest,
 )
 from service.errors import InvalidOption, NotAcceptable
-from service.images.declared_size import Size
-from service.pipeline.answer_size import size_before
-from service.pipeline.response import overlay, style_of
-from service.pipeline.run import as_error, drawn, respond, respond_alone, result_of
+from service.pipeline import response
+from service.pipeline.answer_size import Quote, quoted
+from service.pipeline.run import as_error, drawn, respond, result_of
 from service.routes import answering, bodies, docs, forms
 from service.routes.accept import preferred_image
 from service.routes.answering import Billed, Work
@@ -75,8 +74,8 @@ async def _classify(
         work = await answering.understand(request, model, options, len(uploads), permit)
         if image_format:
             work = replace(work, price=work.sizes.overlay)
-        sizes = [size_before(each, work.service.limits.pixels) for each in uploads]
-        work.bill.add(sum(map(work.price, sizes)))
+        quotes = [quoted(each, work.service.limits.pixels, work.price) for each in uploads]
+        work.bill.add(sum(quote.price for quote in quotes))
         take = bodies.bounded(permit, work.service.limits.body_bytes)
         make: _Make = functools.partial(respond, work)
         if image_format:
@@ -85,8 +84,8 @@ async def _classify(
             make = functools.partial(_alone, request, work)
         results = await asyncio.gather(
             *(
-                _one(work, upload, size, take, make)
-                for upload, size in zip(uploads, sizes, strict=True)
+                _one(work, upload, quote, take, make)
+                for upload, quote in zip(uploads, quotes, strict=True)
             ),
             return_exceptions=True,
         )
@@ -130,25 +129,28 @@ def _image_format(request: Request, options: CommonOptions, images: int) -> str 
 
 
 async def _one(
-    work: Work, image: bodies.Image, size: Size, take: Callable[[int], None], make: _Make
+    work: Work, image: bodies.Image, quote: Quote, take: Callable[[int], None], make: _Make
 ) -> wire.Result | Response:
     """One image from its bytes, or its URL, to its place in the answer, or the whole answer."""
     data = await bodies.image_bytes(image, work.service.fetcher, take)
-    return await make(await answering.ask(work, data, size))
+    return await make(await answering.ask(work, data, quote))
 
 
 async def _overlay(work: Work, found: Billed) -> Response:
     """The first overlay as the whole answer."""
     assert isinstance(work.options, ExplainOptions)
     first = found.answer.explanations[0]
-    picture = await drawn(work, overlay, found.upload, first, style_of(work.options))
+    style = response.style_of(work.options)
+    picture = await drawn(work, response.overlay, found.upload, first, style)
     return Response(picture.data, media_type=picture.media_type)
 
 
 async def _alone(request: Request, work: Work, found: Billed) -> Response:
     """The JSON of a request of one image."""
-    body = await respond_alone(work, found, lambda result: _dump(request, work, [result]))
-    return Response(body, media_type="application/json")
+    call = work.service.scheduler.call(
+        response.alone, work, found, request.scope["request_id"], time.monotonic()
+    )
+    return Response(await result_of(call), media_type="application/json")
 
 
 async def _respond(
@@ -166,19 +168,10 @@ async def _respond(
         only.headers.update(header)
         return only
     places = [each if isinstance(each, wire.Result) else _failed(each) for each in results]
-    body = await result_of(work.service.scheduler.call(_dump, request, work, places))
+    call = work.service.scheduler.call(response.body, work, request.scope["request_id"], places)
+    body = await result_of(call)
     work.bill.made(len(body))
     return Response(body, media_type="application/json", headers=header)
-
-
-def _dump(request: Request, work: Work, results: list[wire.Result]) -> bytes:
-    answer = wire.Answer(
-        id=request.scope["request_id"],
-        model=wire.ModelVersion(name=work.model.name, version=work.model.version),
-        results=results,
-        timing_ms=wire.Timing(**work.clock.milliseconds()),
-    )
-    return orjson.dumps(answer.model_dump(exclude_unset=True))
 
 
 def _failed(error: Any) -> wire.Result:
