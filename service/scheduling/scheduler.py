@@ -65,7 +65,6 @@ class Job:
 
     model: LoadedModel
     question: Question
-    lane: Lane
     deadline: float | None
     arrived: float = field(default_factory=time.monotonic)
     future: Future[Timed] = field(default_factory=Future)
@@ -91,6 +90,10 @@ class Job:
 
     def fail(self, error: BaseException) -> None:
         fail(self.future, error)
+
+    @property
+    def lane(self) -> Lane:
+        return lane_of(self.model, self.question)
 
     @property
     def is_serial(self) -> bool:
@@ -334,7 +337,7 @@ class Scheduler:
         InferenceFailed, OutOfMemory, or what `ModelPool.lease` raises.
         """
         held = self._pool.model(model) if isinstance(model, str) else model
-        job = Job(held, question, lane_of(held, question), deadline)
+        job = Job(held, question, deadline)
         with self._wake:
             self._refuse_when_closed()
             self._queue(job)
@@ -461,12 +464,11 @@ class Scheduler:
 
     def _outcomes(self, batch: Batch) -> Sequence[Outcome]:
         first, questions = batch.jobs[0], [job.question for job in batch.jobs]
-        model = self._pool.sound(first.model, LEASE_SECONDS)
-        if first.lane == "compiled" and model.compiled is not None:
+        model, lane = self._pool.sound(first.model, LEASE_SECONDS), first.lane
+        if lane == "compiled" and model.compiled is not None:
             with kept_torch_state():  # its tail is the model's own code
                 return run_compiled(model, questions, wide=self._is_alone())
-        folded = first.lane == "folded"
-        with self._pool.lease(first.model, LEASE_SECONDS, folded=folded) as replica:
+        with self._pool.lease(first.model, LEASE_SECONDS, folded=lane == "folded") as replica:
             batch.hold(replica)
             try:
                 self._pool.sound(replica.model)
