@@ -36,15 +36,16 @@ from service.models.pool import ModelPool
 from service.pipeline.service import Limits, Service
 from service.resources import device_memory, memory_limit
 from service.routes import classify, docs, health, kernels, models, problems
-from service.routes.access import Access
-from service.routes.hosts import HostCheck, host_rule, is_loopback
+from service.routes.hosts import host_rule, is_loopback
 from service.routes.middleware import (
     CORS,
+    Access,
     BehindPrefix,
     BoundedHeaders,
     BoundedQuery,
     DrainUnreadBody,
     HeadAsGet,
+    HostCheck,
     RefusedWhenFull,
     RequestContext,
 )

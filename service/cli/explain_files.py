@@ -27,8 +27,8 @@ from service.inference.questions import Answer
 from service.models.loaded import LoadedModel
 from service.pipeline import response
 from service.pipeline.resolve import resolved
-from service.pipeline.run import Recipe, ask, respond
-from service.pipeline.service import Service
+from service.pipeline.run import ask, respond
+from service.pipeline.service import Recipe, Service
 
 AT_ONCE = 16
 """Images that are read, asked or kept at a time."""

@@ -122,7 +122,7 @@ class Preprocessing:
 
     @property
     def channels(self) -> int:
-        """3: RGB; 1: grey; other numbers: the pages of a TIFF (`service.images.channels`)."""
+        """3: RGB; 1: grey; other numbers: the pages of a TIFF (`service.images.upload`)."""
         return len(self.mean)
 
 
@@ -130,7 +130,7 @@ class Preprocessing:
 class Source:
     """One decoded upload.
 
-    `pixels` is uint8 (height, width, 3), RGB, upright (`service.images.channels` makes other
+    `pixels` is uint8 (height, width, 3), RGB, upright (`service.images.upload` makes other
     numbers of channels); `format` is what the bytes are ("JPEG", "PNG", ...); `sha256` is the
     hexadecimal digest of the uploaded bytes. `full_size` is the (width, height) of the upright
     picture where `pixels` are fewer, because it was scaled down while it was decoded.

@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import orjson
@@ -21,18 +22,17 @@ from service.errors import (
     MalformedRequest,
     UnknownVersion,
 )
-from service.images.declared_size import Size
 from service.images.upload import Sent
 from service.models.loaded import LoadedModel
-from service.pipeline.answer_size import Bill, Price, Sizes, size_before
-from service.pipeline.run import Answered, as_error, drawn, result_of
-from service.pipeline.service import Service
+from service.pipeline.answer_size import Price, Quote, Sizes, quoted
+from service.pipeline.run import as_error, drawn, result_of
+from service.pipeline.service import Answered, Service
 from service.resources import collector_paused
 from service.routes import access, answering, bodies
 from service.routes.answering import Work
 from service.routes.problems import describe
 from service.routes.state import service_of
-from service.scheduling.admission import Permit
+from service.scheduling.admission import Bill, Permit
 
 Form = TypeVar("Form", bound=pydantic.BaseModel)
 Options = TypeVar("Options", bound=CommonOptions)
@@ -97,11 +97,14 @@ async def answer(
             plan = await result_of(scheduler.call(read, model, body))
             works = await _works(request, model, plan, permit)
             most = works[0].service.limits.pixels
-            sizes = [size_before(each.picture, most) for each in plan.asked]
+            quotes = [
+                quoted(each.picture, most, work.price)
+                for each, work in zip(plan.asked, works, strict=True)
+            ]
             bill = works[0].bill
             grids = sum(work.sizes.grids for work in works)
-            bill.add(grids + sum(work.price(size) for work, size in zip(works, sizes, strict=True)))
-            replies = await _replies(works, plan.asked, sizes)
+            bill.add(grids + sum(quote.price for quote in quotes))
+            replies = await _replies(works, plan.asked, quotes)
             response = await drawn(works[0], plan.respond, replies)
             bill.made(len(response.body))
             response.headers.update(answering.report(request, works[0], len(works)))
@@ -135,7 +138,8 @@ async def _works(request: Request, model: LoadedModel, plan: Plan, permit: Permi
             first = next(iter(by_options.values()))
             work = replace(work, clock=first.clock, bill=first.bill)
         else:
-            bill = Bill(permit, work.service.limits.answer_bytes, work.sizes.advice(count))
+            advice = partial(work.sizes.advice, count)
+            bill = Bill(permit, work.service.limits.answer_bytes, advice)
             work = replace(work, bill=bill)
         by_options[key] = work
     access.reserve(request, sum(costs))
@@ -149,12 +153,12 @@ def check_count(images: int, most: int) -> None:
 
 
 async def _replies(
-    works: Sequence[Work], asked: Sequence[Asked], sizes: Sequence[Size]
+    works: Sequence[Work], asked: Sequence[Asked], quotes: Sequence[Quote]
 ) -> list[Reply]:
     """What is answered about each picture. Raises what the first one failed with."""
     pictures = (each.picture for each in asked)
     found = await asyncio.gather(
-        *map(answering.ask, works, pictures, sizes), return_exceptions=True
+        *map(answering.ask, works, pictures, quotes), return_exceptions=True
     )
     replies: list[Reply] = []
     for work, each in zip(works, found, strict=True):

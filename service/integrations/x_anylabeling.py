@@ -105,8 +105,7 @@ def _task(params: LabelingParameters) -> _Task:
 
 
 def _respond(task: _Task, params: LabelingParameters, reply: Reply) -> Response:
-    found = reply.found
-    made = result(reply.model, found.upload, found.answer, reply.options, reply.render_side)
+    made = result(reply.model, reply.options, reply.render_side, reply.found)
     assert made.explanations
     (explanation,) = made.explanations
     assert explanation.regions is not None

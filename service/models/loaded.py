@@ -169,7 +169,7 @@ class LoadedModel:
                     f"No map can be drawn from layer {path!r}: its cells do not look at the input "
                     f"in rows and columns; GET /models/{self.name}/layers shows which do."
                 )
-            if not found.target:
+            if found.layout is None:
                 gives = (
                     f"gives {found.shape}" if found.shape else "is not called or gives no tensor"
                 )

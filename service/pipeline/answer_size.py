@@ -1,10 +1,8 @@
-"""What an answer takes in bytes at most: reckoned from its options before any work, and held.
+"""What an answer takes in bytes at most: reckoned from its options before any work.
 
     sizes = Sizes(model, options, question, render_side)
-    bill = Bill(permit, 64 << 20, sizes.advice(images=1))
+    bill = Bill(permit, 64 << 20, partial(sizes.advice, images=1))
     bill.add(sizes.result((640, 480)))   # refuses what is too much
-    ...
-    bill.made(len(body))                 # what it really takes
 
 Images are the only part whose size is not in the options; it is taken from the first bytes of the
 file, and again from the decoded image where that says more.
@@ -16,6 +14,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import orjson
@@ -29,12 +28,10 @@ from service.cam.file_sizes import (
     sheet_bytes,
 )
 from service.cam.heatmap import sheet_of
-from service.errors import InvalidOption, QueueFull
 from service.images.declared_size import Size, size_of
 from service.images.decode import preview_size
 from service.inference.questions import LAYER_METHODS, Question
 from service.models.loaded import LoadedModel
-from service.scheduling.admission import Permit
 
 Price = Callable[[Size], int]
 """Bytes that one image's place in the answer takes at most, by the size of its upright source."""
@@ -50,56 +47,6 @@ _RESULT, _PREDICTION, _EXPLANATION, _ACTIVATION = 1024, 160, 1024, 512
 
 _SMALLEST_PATCH = 4
 """Pixels a side of a transformer's patch at least, by which attention rollout's map is reckoned."""
-
-MEBIBYTE = 1 << 20
-
-
-class Bill:
-    """The bytes of one request's answer, which its permit holds.
-
-    most:    bytes that one answer may take.
-    advice:  what a request for less would leave out, as a sentence.
-    in_turn: whether its parts are made one after another, so that what is too much beside the
-             others now may fit when they are made: QueueFull then, in place of InvalidOption.
-    """
-
-    def __init__(self, permit: Permit, most: int, advice: str, *, in_turn: bool = False) -> None:
-        self._permit = permit
-        self._most = most
-        self._advice = advice
-        self._in_turn = in_turn
-        self._total = 0
-        self._made = 0
-
-    def add(self, size: int) -> None:
-        """Hold so many bytes more.
-
-        Raises InvalidOption for more than one answer may take, and QueueFull where the service
-        holds too many; then nothing more is held.
-        """
-        total = self._total + size
-        if total > self._most:
-            if self._in_turn and self._made + size <= self._most:
-                raise QueueFull("Other parts of this answer are still being made.")
-            raise InvalidOption(
-                f"The answer may take up to {_mebibytes(total)}, and at most "
-                f"{_mebibytes(self._most)} are allowed. {self._advice}"
-            )
-        self._permit.hold_answer(total)
-        self._total = total
-
-    def take_back(self, size: int) -> None:
-        """Hold so many bytes less: what they were priced for is not made."""
-        self._total -= size
-        # A permit that was given back holds nothing any more.
-        self._permit.hold_answer(min(self._total, self._permit.answer_bytes))
-
-    def made(self, size: int, priced: int | None = None) -> None:
-        """Something takes `size` bytes until it is sent: the answer, or what was `priced`."""
-        priced = self._total if priced is None else priced
-        self._made += size
-        if size < priced:
-            self.take_back(priced - size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,16 +200,25 @@ def longest_label(labels: tuple[str, ...]) -> int:
     return max((len(orjson.dumps(label)) for label in labels), default=0)
 
 
-def size_before(image: object, max_pixels: int) -> Size:
-    """An image's size by its first bytes, or a tensor's; UNKNOWN where that is not to be had.
+class Quote(NamedTuple):
+    """What an image's place in the answer takes at most, by its size as its first bytes say it."""
 
-    UNKNOWN also for more than `max_pixels`: such an image is refused when it is opened.
+    size: Size
+    price: int
+
+
+def quoted(image: object, max_pixels: int, price: Price) -> Quote:
+    """The price of an image, or of a tensor, before it is decoded.
+
+    Of UNKNOWN where the size is not to be had, and for more than `max_pixels`: such an image is
+    refused when it is opened.
     """
+    size = _size_before(image, max_pixels)
+    return Quote(size, price(size))
+
+
+def _size_before(image: object, max_pixels: int) -> Size:
     if isinstance(image, np.ndarray):
         return image.shape[1], image.shape[0]
     size = size_of(image) if isinstance(image, bytes) else None
     return UNKNOWN if size is None or math.prod(size) > max_pixels else size
-
-
-def _mebibytes(size: int) -> str:
-    return f"{size / MEBIBYTE:.3g} MiB" if size < 100 * MEBIBYTE else f"{size // MEBIBYTE} MiB"

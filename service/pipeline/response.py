@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import time
 from collections.abc import Collection
 from typing import Any
 
 import numpy as np
+import orjson
 import torch
 from numpy.typing import NDArray
 
@@ -18,20 +20,41 @@ from service.errors import CamserveError, RenderFailed
 from service.images.upload import Upload
 from service.inference.questions import Activation, Answer, Explanation
 from service.models.loaded import LoadedModel
+from service.pipeline.service import Answered, Recipe
 
 
-def result(  # noqa: PLR0917 - called through the scheduler, which hands on what it is given
-    model: LoadedModel,
-    upload: Upload,
-    answer: Answer,
-    options: CommonOptions,
-    render_side: int,
-    masked: Answer | None = None,
+def alone(recipe: Recipe, answered: Answered, request_id: str, submitted: float) -> bytes:
+    """The whole answer about a single image as JSON, rendered and serialised in one call.
+
+    submitted: when a worker was asked for it; what rendering takes counts from then.
+    Raises RenderFailed.
+    """
+    side = recipe.service.limits.render_side
+    rendered = result(recipe.model, recipe.options, side, answered)
+    recipe.clock.seconds["render"] += time.monotonic() - submitted
+    recipe.clock.stop()
+    return body(recipe, request_id, [rendered])
+
+
+def body(recipe: Recipe, request_id: str, results: list[wire.Result]) -> bytes:
+    """The answer to a request as JSON; its clock has stopped."""
+    answer = wire.Answer(
+        id=request_id,
+        model=wire.ModelVersion(name=recipe.model.name, version=recipe.model.version),
+        results=results,
+        timing_ms=wire.Timing(**recipe.clock.milliseconds()),
+    )
+    return orjson.dumps(answer.model_dump(exclude_unset=True))
+
+
+def result(
+    model: LoadedModel, options: CommonOptions, side: int, answered: Answered
 ) -> wire.Result:
-    """One image's place in the answer; `masked`: what was answered with a part of it hidden.
+    """One image's place in the answer; `side`: the longest of what is drawn, in pixels.
 
     Raises RenderFailed, with the cause, for whatever breaks.
     """
+    upload, answer, masked = answered.upload, answered.answer, answered.masked
     try:
         fields: dict[str, Any] = {
             "image": wire.ImageInfo(
@@ -45,7 +68,7 @@ def result(  # noqa: PLR0917 - called through the scheduler, which hands on what
         }
         if isinstance(options, ExplainOptions):
             fields["explanations"] = [
-                _explanation(model, upload, explanation, options, render_side)
+                _explanation(model, upload, explanation, options, side)
                 for explanation in answer.explanations
             ]
         if options.activations:
@@ -59,7 +82,7 @@ def result(  # noqa: PLR0917 - called through the scheduler, which hands on what
                 predictions=_predictions(model, masked),
                 changes=_changes(model, answer, masked),
                 explanations=[
-                    _explanation(model, upload.masked, explanation, options, render_side)
+                    _explanation(model, upload.masked, explanation, options, side)
                     for explanation in masked.explanations
                 ],
             )

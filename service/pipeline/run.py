@@ -2,7 +2,7 @@
 
 recipe = Recipe(service, model, options, question, hiding)
 answered = await ask(recipe, data)
-result = await drawn(recipe, response.result, model, answered.upload, …)
+result = await respond(recipe, answered)
 """
 
 from __future__ import annotations
@@ -11,63 +11,20 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import ParamSpec, TypeVar
 
-from torch import Tensor
-
 from api_schemas.answers import Result
-from api_schemas.options import CommonOptions, ExplainOptions
+from api_schemas.options import ExplainOptions
 from service.errors import CamserveError
 from service.images.formats import check_format
-from service.images.upload import Hiding, Sent, Upload, open_upload
+from service.images.upload import Sent, Upload, open_upload
 from service.inference.questions import Answer, Question
-from service.metrics import STAGES
-from service.models.loaded import LoadedModel
 from service.pipeline import response
-from service.pipeline.service import Service
+from service.pipeline.service import Answered, Recipe
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-@dataclass(slots=True)
-class Clock:
-    """Seconds by stage, summed over the images of one request."""
-
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
-
-    def milliseconds(self) -> dict[str, float]:
-        return {stage: round(value * 1000, 3) for stage, value in self.seconds.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """How each image of a request is answered.
-
-    question: made of an image's pixels, as `resolve.question` returns it.
-    hiding:   the part of each image that is hidden for a second answer; None where none is.
-    deadline: until when images are waited for, on `time.monotonic()`'s clock; None: for ever.
-    photo:    whether a photo to draw on is kept where the options ask for no overlay, too.
-    """
-
-    service: Service
-    model: LoadedModel
-    options: CommonOptions
-    question: Callable[[Tensor], Question]
-    hiding: Hiding | None
-    deadline: float | None = None
-    clock: Clock = field(default_factory=Clock)
-    photo: bool = False
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Answered:
-    """One image, opened and answered; `masked` with a part of it hidden, where that was asked."""
-
-    upload: Upload
-    answer: Answer
-    masked: Answer | None
 
 
 async def ask(
@@ -93,16 +50,8 @@ async def ask(
 
 async def respond(recipe: Recipe, answered: Answered) -> Result:
     """The image's place in the answer. Raises RenderFailed."""
-    return await drawn(
-        recipe,
-        response.result,
-        recipe.model,
-        answered.upload,
-        answered.answer,
-        recipe.options,
-        recipe.service.limits.render_side,
-        answered.masked,
-    )
+    side = recipe.service.limits.render_side
+    return await drawn(recipe, response.result, recipe.model, recipe.options, side, answered)
 
 
 async def drawn(recipe: Recipe, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

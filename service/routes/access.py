@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import base64
 import binascii
-from dataclasses import dataclass
 
-import structlog
 from starlette.datastructures import Headers
 from starlette.requests import Request
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Scope
 
-from service.errors import KeyLimit, Unauthorized
-from service.routes.problems import problem
 from service.routes.state import service_of
 from service.security.keys import KeyFile
-from service.security.quotas import Quotas, Visit
+from service.security.quotas import Visit
 
 OPEN = frozenset(
     {
@@ -40,43 +36,9 @@ ADMIN_BELOW = "/v2/repository/"
 """Has keys of its own, which its routes ask for."""
 
 
-@dataclass(frozen=True, slots=True)
-class Access:
-    """Lets a request in by its key: Bearer, `X-API-Key`, or the password of Basic.
-
-    keys:         None lets everybody in.
-    open_metrics: whether `/metrics` needs no key.
-    """
-
-    app: ASGIApp
-    keys: KeyFile | None
-    quotas: Quotas
-    open_metrics: bool = True
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self.keys is None or scope["type"] != "http" or self._is_open(path_of(scope)):
-            await self.app(scope, receive, send)
-            return
-        key = self.keys.owner(sent_key(Headers(scope=scope)))
-        if key is None:
-            refusal = Unauthorized(
-                "Send an API key of this service: Authorization: Bearer KEY, X-API-Key: KEY, or as "
-                "the password of Basic."
-            )
-            await problem(Request(scope), refusal)(scope, receive, send)
-            return
-        structlog.contextvars.bind_contextvars(key=key.name)
-        try:
-            with self.quotas.visit(key) as visit:
-                scope["visit"] = visit
-                await self.app(scope, receive, send)
-        except KeyLimit as error:  # of `visit`; those of the routes are answered further in
-            await problem(Request(scope), error)(scope, receive, send)
-
-    def _is_open(self, path: str) -> bool:
-        if path == "/metrics":
-            return self.open_metrics
-        return path in OPEN or path.startswith((*OPEN_BELOW, ADMIN_BELOW))
+def is_open(path: str) -> bool:
+    """Whether a path needs no API key."""
+    return path in OPEN or path.startswith((*OPEN_BELOW, ADMIN_BELOW))
 
 
 def sent_key(headers: Headers) -> str:

@@ -20,17 +20,17 @@ from fastapi import Request, Response
 
 from api_schemas.options import CommonOptions, ExplainOptions
 from service.errors import CamserveError, DeadlineExceeded, MalformedRequest, QueueFull
-from service.images.declared_size import Size
 from service.images.upload import Sent, Upload
 from service.models.loaded import LoadedModel
 from service.pipeline import run
-from service.pipeline.answer_size import UNKNOWN, Bill, Price, Sizes
+from service.pipeline.answer_size import Price, Quote, Sizes
 from service.pipeline.resolve import resolved
-from service.pipeline.run import Answered, Recipe, result_of
+from service.pipeline.run import result_of
+from service.pipeline.service import Answered, Clock, Recipe
 from service.routes import access, bodies, encodings
 from service.routes.middleware import CLIENT_CLOSED_REQUEST
 from service.routes.state import service_of
-from service.scheduling.admission import Held, Permit
+from service.scheduling.admission import Bill, Held, Permit
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -201,9 +201,10 @@ async def understand(
         question=found.question,
         hiding=found.hiding,
         deadline=request.scope["started"] + timeout_of(request),
+        clock=Clock(request.scope["started"]),
         sizes=sizes,
         price=sizes.result,
-        bill=Bill(permit, service.limits.answer_bytes, sizes.advice(images)),
+        bill=Bill(permit, service.limits.answer_bytes, functools.partial(sizes.advice, images)),
     )
 
 
@@ -215,19 +216,21 @@ def _names_nothing(options: CommonOptions) -> bool:
     return not any(named)
 
 
-async def ask(work: Work, data: Sent, size: Size = UNKNOWN) -> Billed:
+async def ask(work: Work, data: Sent, quote: Quote) -> Billed:
     """Open one image and answer it, as `run.ask` does, within the bytes of its answer.
 
-    size: of the image, whose price the caller added to the bill. What it takes more is added here;
-          where this fails nothing of it stays held.
+    quote: of the image; the caller added its price to the bill. What it takes more is added here;
+           where this fails nothing of it stays held.
     """
-    priced = work.price(size)
+    priced = quote.price
 
     def bill(upload: Upload) -> None:
         nonlocal priced
-        whole = max(priced, work.price((upload.width, upload.height)))
-        work.bill.add(whole - priced)
-        priced = whole
+        size = upload.width, upload.height
+        if size != quote.size:
+            whole = max(priced, work.price(size))
+            work.bill.add(whole - priced)
+            priced = whole
 
     try:
         found = await run.ask(work, data, bill)
@@ -239,7 +242,7 @@ async def ask(work: Work, data: Sent, size: Size = UNKNOWN) -> Billed:
 
 def report(request: Request, work: Work, images: int) -> dict[str, str]:
     """Put the stages' times into metrics and log; the header `Server-Timing`."""
-    work.clock.seconds["total"] = time.monotonic() - request.scope["started"]
+    work.clock.stop()
     for stage, value in work.clock.seconds.items():
         work.service.metrics.stage_seconds.labels(stage).observe(value)
     timing = work.clock.milliseconds()

@@ -60,16 +60,18 @@ async def read_body(request: Request, permit: Permit, max_bytes: int, seconds: f
     )
     if declared_bytes(request) > max_bytes:
         raise too_large
+    size = 0
     chunks: list[bytes] = []
     async with _Upload(request, permit, seconds) as upload:
         async for chunk in request.stream():
-            upload.size += len(chunk)
-            if upload.size > max_bytes:
+            size += len(chunk)
+            upload.transfer.moved = size
+            if size > max_bytes:
                 raise too_large
             permit.grow(0, len(chunk))
             upload.keep_waiting()
             chunks.append(chunk)
-    if not upload.size:
+    if not size:
         raise EmptyBody(
             "The body is empty; send an image, for instance with curl --data-binary @cat.jpg."
         )
@@ -77,13 +79,9 @@ async def read_body(request: Request, permit: Permit, max_bytes: int, seconds: f
 
 
 class _Upload:
-    """The clock of one body; its `async with` ends with SlowUpload.
-
-    size: bytes that have arrived.
-    """
+    """The clock of one body; its `async with` ends with SlowUpload."""
 
     def __init__(self, request: Request, permit: Permit, seconds: float) -> None:
-        self.size = 0
         self._client = request.client.host if request.client else ""
         self._transfers = service_of(request).transfers
         self._permit = permit
@@ -93,7 +91,7 @@ class _Upload:
 
     def keep_waiting(self) -> None:
         """Wait as long as what has come allows."""
-        left = min(self._last, self._transfer.deadline) - time.monotonic()
+        left = min(self._last, self.transfer.deadline) - time.monotonic()
         self._timeout.reschedule(asyncio.get_running_loop().time() + left)
 
     def _give_up(self) -> None:
@@ -102,11 +100,8 @@ class _Upload:
             self._timeout.reschedule(0)
 
     async def __aenter__(self) -> Self:
-        self._transfer = self._transfers.receive(
-            self._client,
-            moved=lambda: self.size,
-            end=self._give_up,
-            holds=self._permit.holds,
+        self.transfer = self._transfers.receive(
+            self._client, end=self._give_up, holds=self._permit.holds
         )
         await self._timeout.__aenter__()
         self.keep_waiting()
@@ -118,7 +113,7 @@ class _Upload:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._transfer.close()
+        self.transfer.close()
         try:
             await self._timeout.__aexit__(exc_type, exc, traceback)
         except TimeoutError as error:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import functools
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
-import orjson
 import structlog
 from fastapi import APIRouter, Query, Request, Response
 
@@ -20,19 +21,21 @@ from api_schemas.options import (
     PredictRequest,
 )
 from service.errors import InvalidOption, NotAcceptable
-from service.images.declared_size import Size
-from service.pipeline.answer_size import size_before
-from service.pipeline.response import overlay, style_of
+from service.pipeline import response
+from service.pipeline.answer_size import Quote, quoted
 from service.pipeline.run import as_error, drawn, respond, result_of
 from service.routes import answering, bodies, docs, forms
 from service.routes.accept import preferred_image
-from service.routes.answering import Work
+from service.routes.answering import Billed, Work
 from service.routes.problems import status_of
 from service.routes.state import service_of
 from service.scheduling.admission import Permit
 
 router = APIRouter(tags=["classify"])
 _log = structlog.get_logger(__name__)
+
+_Make = Callable[[Billed], Awaitable[wire.Result | Response]]
+"""What makes an image that was answered its place in the answer, or the whole answer."""
 
 
 @router.post("/explain", **docs.explain())
@@ -71,13 +74,18 @@ async def _classify(
         work = await answering.understand(request, model, options, len(uploads), permit)
         if image_format:
             work = replace(work, price=work.sizes.overlay)
-        sizes = [size_before(each, work.service.limits.pixels) for each in uploads]
-        work.bill.add(sum(map(work.price, sizes)))
+        quotes = [quoted(each, work.service.limits.pixels, work.price) for each in uploads]
+        work.bill.add(sum(quote.price for quote in quotes))
         take = bodies.bounded(permit, work.service.limits.body_bytes)
+        make: _Make = functools.partial(respond, work)
+        if image_format:
+            make = functools.partial(_overlay, work)
+        elif len(uploads) == 1:
+            make = functools.partial(_alone, request, work)
         results = await asyncio.gather(
             *(
-                _one(work, upload, size, image_format, take)
-                for upload, size in zip(uploads, sizes, strict=True)
+                _one(work, upload, quote, take, make)
+                for upload, quote in zip(uploads, quotes, strict=True)
             ),
             return_exceptions=True,
         )
@@ -121,21 +129,28 @@ def _image_format(request: Request, options: CommonOptions, images: int) -> str 
 
 
 async def _one(
-    work: Work,
-    image: bodies.Image,
-    size: Size,
-    image_format: str | None,
-    take: Callable[[int], None],
+    work: Work, image: bodies.Image, quote: Quote, take: Callable[[int], None], make: _Make
 ) -> wire.Result | Response:
-    """One image from its bytes, or its URL, to its place in the answer."""
-    service, options = work.service, work.options
-    data = await bodies.image_bytes(image, service.fetcher, take)
-    found = await answering.ask(work, data, size)
-    if image_format and isinstance(options, ExplainOptions):
-        first = found.answer.explanations[0]
-        picture = await drawn(work, overlay, found.upload, first, style_of(options))
-        return Response(picture.data, media_type=picture.media_type)
-    return await respond(work, found)
+    """One image from its bytes, or its URL, to its place in the answer, or the whole answer."""
+    data = await bodies.image_bytes(image, work.service.fetcher, take)
+    return await make(await answering.ask(work, data, quote))
+
+
+async def _overlay(work: Work, found: Billed) -> Response:
+    """The first overlay as the whole answer."""
+    assert isinstance(work.options, ExplainOptions)
+    first = found.answer.explanations[0]
+    style = response.style_of(work.options)
+    picture = await drawn(work, response.overlay, found.upload, first, style)
+    return Response(picture.data, media_type=picture.media_type)
+
+
+async def _alone(request: Request, work: Work, found: Billed) -> Response:
+    """The JSON of a request of one image."""
+    call = work.service.scheduler.call(
+        response.alone, work, found, request.scope["request_id"], time.monotonic()
+    )
+    return Response(await result_of(call), media_type="application/json")
 
 
 async def _respond(
@@ -152,19 +167,11 @@ async def _respond(
         work.bill.made(len(only.body))
         only.headers.update(header)
         return only
-    answer = wire.Answer(
-        id=request.scope["request_id"],
-        model=wire.ModelVersion(name=work.model.name, version=work.model.version),
-        results=[each if isinstance(each, wire.Result) else _failed(each) for each in results],
-        timing_ms=wire.Timing(**work.clock.milliseconds()),
-    )
-    body = await result_of(work.service.scheduler.call(_dump, answer))
+    places = [each if isinstance(each, wire.Result) else _failed(each) for each in results]
+    call = work.service.scheduler.call(response.body, work, request.scope["request_id"], places)
+    body = await result_of(call)
     work.bill.made(len(body))
     return Response(body, media_type="application/json", headers=header)
-
-
-def _dump(answer: wire.Answer) -> bytes:
-    return orjson.dumps(answer.model_dump(exclude_unset=True))
 
 
 def _failed(error: Any) -> wire.Result:

@@ -24,12 +24,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from starlette.datastructures import Headers
-from starlette.requests import Request
-from starlette.types import ASGIApp, Receive, Scope, Send
-
-from service.errors import ConfigurationError, HostNotAllowed
-from service.routes.problems import problem
+from service.errors import ConfigurationError
 
 MAX_NAME = 253
 """Characters of a DNS name."""
@@ -109,29 +104,6 @@ def is_loopback(listens_on: str) -> bool:
         return ipaddress.ip_address(listens_on).is_loopback
     except ValueError:
         return listens_on.lower() == "localhost"
-
-
-@dataclass(frozen=True, slots=True)
-class HostCheck:
-    """Answers 421 to a request whose `Host` the rule does not accept.
-
-    A request without one passes: only programs send it, and only by HTTP/1.0.
-    """
-
-    app: ASGIApp
-    rule: HostRule
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sent = Headers(scope=scope).getlist("host") if scope["type"] == "http" else []
-        strange = next((each for each in sent if not self.rule.accepts(each)), None)
-        if strange is None:
-            await self.app(scope, receive, send)
-            return
-        error = HostNotAllowed(
-            f"The Host header names {strange[:100]!r}, and this service accepts {self.rule}. "
-            "Add the name there if it is meant to lead here."
-        )
-        await problem(Request(scope), error)(scope, receive, send)
 
 
 def _host_of(header: str) -> str | Address | None:

@@ -11,12 +11,11 @@ from service.cam.file_sizes import photo_bytes
 from service.cam.kernels import KernelGrid, draw_kernels, sees_colours, weight_of
 from service.errors import InvalidOption
 from service.models.loaded import LoadedModel
-from service.pipeline.answer_size import Bill
 from service.pipeline.run import result_of
 from service.routes import answering
 from service.routes.docs import problems
 from service.routes.state import service_of
-from service.scheduling.admission import Permit
+from service.scheduling.admission import Bill, Permit
 
 router = APIRouter(tags=["models"])
 
@@ -57,8 +56,9 @@ async def kernels(request: Request, name: str, layer: str) -> Response:
     side = service.limits.render_side
 
     async def work(permit: Permit) -> Response:
-        bill = Bill(permit, service.limits.answer_bytes, "Name a layer with fewer kernels.")
-        bill.add(min(service.limits.answer_bytes, photo_bytes((side, side), "png")))
+        most = service.limits.answer_bytes
+        bill = Bill(permit, most, lambda: "Name a layer with fewer kernels.")
+        bill.add(min(most, photo_bytes((side, side), "png")))
         grid = await result_of(service.scheduler.call(_draw, model, layer, side))
         bill.add(max(0, len(grid.picture.data) - permit.answer_bytes))
         bill.made(len(grid.picture.data))

@@ -1,4 +1,4 @@
-"""Round every request: its id, its clock, its line in the log, and its unread body."""
+"""Around every request: its id, clock and line in the log, its host and key, its unread body."""
 
 from __future__ import annotations
 
@@ -17,11 +17,22 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import HeadTooLarge, InvalidOption, QueueFull, ShuttingDown
+from service.errors import (
+    HeadTooLarge,
+    HostNotAllowed,
+    InvalidOption,
+    KeyLimit,
+    QueueFull,
+    ShuttingDown,
+    Unauthorized,
+)
 from service.metrics import Metrics
-from service.routes.access import path_of
+from service.routes.access import is_open, path_of, sent_key
+from service.routes.hosts import HostRule
 from service.routes.problems import problem, unexpected
 from service.scheduling.admission import Admission, Held
+from service.security.keys import KeyFile
+from service.security.quotas import Quotas
 from service.tracing import Traces
 
 _log = structlog.get_logger("camserve.requests")
@@ -196,6 +207,66 @@ class BoundedHeaders:
                 return
             scope["headers"] = [each for each in headers if each[0] != b"cookie"]
         await self.app(scope, receive, send)
+
+
+@dataclass(frozen=True, slots=True)
+class HostCheck:
+    """Answers 421 to a request whose `Host` the rule does not accept.
+
+    A request without one passes: only programs send it, and only by HTTP/1.0.
+    """
+
+    app: ASGIApp
+    rule: HostRule
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sent = Headers(scope=scope).getlist("host") if scope["type"] == "http" else []
+        strange = next((each for each in sent if not self.rule.accepts(each)), None)
+        if strange is None:
+            await self.app(scope, receive, send)
+            return
+        error = HostNotAllowed(
+            f"The Host header names {strange[:100]!r}, and this service accepts {self.rule}. "
+            "Add the name there if it is meant to lead here."
+        )
+        await problem(Request(scope), error)(scope, receive, send)
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Lets a request in by its key: Bearer, `X-API-Key`, or the password of Basic.
+
+    keys:         None lets everybody in.
+    open_metrics: whether `/metrics` needs no key.
+    """
+
+    app: ASGIApp
+    keys: KeyFile | None
+    quotas: Quotas
+    open_metrics: bool = True
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.keys is None or scope["type"] != "http" or self._is_open(path_of(scope)):
+            await self.app(scope, receive, send)
+            return
+        key = self.keys.owner(sent_key(Headers(scope=scope)))
+        if key is None:
+            refusal = Unauthorized(
+                "Send an API key of this service: Authorization: Bearer KEY, X-API-Key: KEY, or as "
+                "the password of Basic."
+            )
+            await problem(Request(scope), refusal)(scope, receive, send)
+            return
+        structlog.contextvars.bind_contextvars(key=key.name)
+        try:
+            with self.quotas.visit(key) as visit:
+                scope["visit"] = visit
+                await self.app(scope, receive, send)
+        except KeyLimit as error:  # of `visit`; those of the routes are answered further in
+            await problem(Request(scope), error)(scope, receive, send)
+
+    def _is_open(self, path: str) -> bool:
+        return self.open_metrics if path == "/metrics" else is_open(path)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from service.errors import QueueFull, ShuttingDown
+from service.errors import InvalidOption, QueueFull, ShuttingDown
+
+MEBIBYTE = 1 << 20
 
 
 class Admission:
@@ -265,3 +267,60 @@ class Held:
         traceback: TracebackType | None,
     ) -> None:
         self.release()
+
+
+class Bill:
+    """The bytes of one request's answer, which its permit holds.
+
+        bill.add(2 << 20)       # what it may take; refused where that is too much
+        bill.made(len(body))    # what it takes
+
+    most:    bytes that one answer may take.
+    advice:  says what a request for less would leave out, in a sentence.
+    in_turn: whether its parts are made one after another, so that what is too much beside the
+             others now may fit when they are made: QueueFull then, in place of InvalidOption.
+    """
+
+    def __init__(
+        self, permit: Permit, most: int, advice: Callable[[], str], *, in_turn: bool = False
+    ) -> None:
+        self._permit = permit
+        self._most = most
+        self._advice = advice
+        self._in_turn = in_turn
+        self._total = 0
+        self._made = 0
+
+    def add(self, size: int) -> None:
+        """Hold so many bytes more.
+
+        Raises InvalidOption for more than one answer may take, and QueueFull where the service
+        holds too many; then nothing more is held.
+        """
+        total = self._total + size
+        if total > self._most:
+            if self._in_turn and self._made + size <= self._most:
+                raise QueueFull("Other parts of this answer are still being made.")
+            raise InvalidOption(
+                f"The answer may take up to {_mebibytes(total)}, and at most "
+                f"{_mebibytes(self._most)} are allowed. {self._advice()}"
+            )
+        self._permit.hold_answer(total)
+        self._total = total
+
+    def take_back(self, size: int) -> None:
+        """Hold so many bytes less: what they were priced for is not made."""
+        self._total -= size
+        # A permit that was given back holds nothing any more.
+        self._permit.hold_answer(min(self._total, self._permit.answer_bytes))
+
+    def made(self, size: int, priced: int | None = None) -> None:
+        """Something takes `size` bytes until it is sent: the answer, or what was `priced`."""
+        priced = self._total if priced is None else priced
+        self._made += size
+        if size < priced:
+            self.take_back(priced - size)
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / MEBIBYTE:.3g} MiB" if size < 100 * MEBIBYTE else f"{size // MEBIBYTE} MiB"

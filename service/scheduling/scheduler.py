@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 from service.errors import (
     CamserveError,
+    DeadlineExceeded,
     InferenceFailed,
+    InferenceHangs,
     ModelNotReady,
     OutOfMemory,
     ShuttingDown,
 )
-from service.inference.questions import Answer, Question, lane_of
+from service.inference.questions import Answer, Lane, Question, lane_of
 from service.inference.steps import Unfinished, run, run_compiled
 from service.metrics import Metrics
 from service.models.loaded import LoadedModel
 from service.models.pool import ModelPool, Replica
 from service.models.probes.torch_state import kept_torch_state
 from service.resources import is_out_of_memory, release_memory
-from service.scheduling.jobs import Call, Job, Timed, hangs, shutting_down
-from service.scheduling.turns import Turn, Turns
-from service.scheduling.workers import Workers
+from service.scheduling.workers import Task, Workers
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -41,6 +43,200 @@ ones are built again; other models need the worker meanwhile, and the request ma
 BATCH_PATIENCE = 1.0
 """Seconds after which a batch goes before the calls of requests: images of 64 megapixels, many in a
 request, would keep it waiting until all of them are decoded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """An answer with the seconds it waited for its first batch, and those its batches took."""
+
+    answer: Answer
+    queue: float
+    inference: float
+
+
+@dataclass(slots=True)
+class Job:
+    """One image to be answered.
+
+    deadline: on `time.monotonic()`'s clock. rest: what is left of a method of many passes.
+    alone:    whether it must not share a batch: one it was in failed.
+    queue, inference: seconds until its first batch, and in its batches so far.
+    """
+
+    model: LoadedModel
+    question: Question
+    deadline: float | None
+    arrived: float = field(default_factory=time.monotonic)
+    future: Future[Timed] = field(default_factory=Future)
+    rest: Unfinished | None = None
+    alone: bool = False
+    queue: float | None = None
+    inference: float = 0.0
+
+    def is_wanted(self) -> bool:
+        """Whether somebody still waits; ends the job where its deadline has passed."""
+        if self.future.done():
+            return False
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            self.fail(
+                DeadlineExceeded("The request waited longer than its deadline; try again later.")
+            )
+            return False
+        return True
+
+    def succeed(self, answer: Answer) -> None:
+        with suppress(InvalidStateError):  # cancelled, or given up
+            self.future.set_result(Timed(answer, self.queue or 0.0, self.inference))
+
+    def fail(self, error: BaseException) -> None:
+        fail(self.future, error)
+
+    @property
+    def lane(self) -> Lane:
+        return lane_of(self.model, self.question)
+
+    @property
+    def is_serial(self) -> bool:
+        """Whether its model has one replica, so that one batch runs at a time."""
+        return not self.model.behaviour.isolated
+
+    def goes_with(self, other: Job) -> bool:
+        """Whether two jobs of one model can share a forward pass."""
+        alone = self.alone or other.alone or self.rest is not None or other.rest is not None
+        same_size = self.question.pixels.shape == other.question.pixels.shape
+        # Every target of one image walks the graph of the whole batch.
+        walks = {job.question.count for job in (self, other) if job.question.walks}
+        alone = alone or not self.model.behaviour.batchable
+        return not alone and self.lane == other.lane and same_size and len(walks) < 2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """A short function to run. request: a number of the request that it is one of several of."""
+
+    future: Future[Any]
+    function: Callable[[], Any]
+    request: int | None = None
+
+    def run(self) -> None:
+        if self.future.done():
+            return
+        try:
+            result = self.function()
+        except BaseException as error:  # noqa: BLE001 - whoever waits gets it, whatever it is
+            fail(self.future, error)
+        else:
+            with suppress(InvalidStateError):
+                self.future.set_result(result)
+
+    def give_up(self) -> None:
+        fail(self.future, hangs())
+
+
+class Turns:
+    """A queue of calls. Not for several threads at once: its owner has a lock.
+
+    Requests take turns with each other, and with calls that belong to none: one call of each, so
+    that thirty-two images of one keep another's single image waiting for one of them, not for all.
+    And a request has at most `most` calls running, so that one leaves a thread to all others.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._waiting: OrderedDict[int | Call, deque[Call]] = OrderedDict()
+        self._running: Counter[int | Call] = Counter()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    @property
+    def has_next(self) -> bool:
+        """Whether a call may run now."""
+        return self._next() is not None
+
+    @property
+    def next_is_of_request(self) -> bool:
+        """Whether the call whose turn it is is one of several of a request."""
+        return isinstance(self._next(), int)
+
+    def _next(self) -> int | Call | None:
+        return next((each for each in self._waiting if self._running[each] < self._most), None)
+
+    def add(self, call: Call) -> None:
+        """Queue a call."""
+        key = call if call.request is None else call.request
+        self._waiting.setdefault(key, deque()).append(call)
+
+    def take(self) -> Call:
+        """The call whose turn it is, where there is one (`has_next`); it runs until `end`."""
+        key = self._next()
+        assert key is not None
+        calls = self._waiting.pop(key)
+        call = calls.popleft()
+        if calls:
+            self._waiting[key] = calls
+        if isinstance(key, int):
+            self._running[key] += 1
+        return call
+
+    def end(self, call: Call) -> None:
+        """A call has run."""
+        if call.request is not None:
+            self._running[call.request] -= 1
+            if not self._running[call.request]:
+                del self._running[call.request]
+
+
+class Batch:
+    """Jobs that share a forward pass, or one step of a long one.
+
+    Its worker settles it when it has the answers, or the watchdog when it hangs: whoever does so
+    first deals with the jobs, and nobody else.
+    """
+
+    def __init__(self, jobs: list[Job]) -> None:
+        self.jobs = jobs
+        self._lock = threading.Lock()
+        self._replica: Replica | None = None
+        self._settled = False
+
+    def begin(self) -> list[Job]:
+        """The jobs that are still wanted now; the others are dropped. Empty where it was given up.
+
+        Between taking a batch and running it a client may disconnect, or a deadline pass.
+        """
+        wanted = [job for job in self.jobs if job.is_wanted()]
+        with self._lock:
+            self.jobs = [] if self._settled else wanted
+            return self.jobs
+
+    def hold(self, replica: Replica) -> None:
+        """Note what it runs on. Raises InferenceHangs where it was given up while it waited."""
+        with self._lock:
+            if self._settled:
+                raise hangs()
+            self._replica = replica
+
+    def let_go(self) -> None:
+        """The replica goes back: from now on it may be somebody else's."""
+        with self._lock:
+            self._replica = None
+
+    def settle(self) -> bool:
+        """Whether the caller is the first to deal with the jobs."""
+        with self._lock:
+            first, self._settled = not self._settled, True
+            return first
+
+    def abandon(self, pool: ModelPool) -> tuple[list[Job], bool]:
+        """Settle it for its worker; the jobs to deal with, and whether its replica is lost."""
+        with self._lock:
+            if self._settled:
+                return [], False
+            self._settled = True
+            if self._replica is not None:
+                pool.drop(self._replica)
+            return self.jobs, self._replica is not None
 
 
 class Scheduler:
@@ -81,12 +277,12 @@ class Scheduler:
         self._max_batch = max_batch
         self._max_delay = max_delay
         self._runner = runner
-        self._calls = Turns(max(1, workers + helpers - 1), self._turn_ended)
+        self._calls = Turns(max(1, workers + helpers - 1))
         self._jobs: OrderedDict[int, deque[Job]] = OrderedDict()
         self._wake = threading.Condition()
         self._open = True
         self._side_by_side = workers
-        self._running: set[_Batch] = set()
+        self._running: set[Batch] = set()
         self.workers = Workers(
             self._take,
             count=workers + helpers,
@@ -114,19 +310,19 @@ class Scheduler:
 
     def call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
         """Run a short function in a worker thread; before any batch."""
-        return self._call(None, lambda: function(*args, **kwargs))
+        return self._call(None, partial(function, *args, **kwargs))
 
     def call_in_turn(
         self, request: int, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
     ) -> Future[R]:
         """Run one of many functions of a request, by the request's number; they take turns."""
-        return self._call(request, lambda: function(*args, **kwargs))
+        return self._call(request, partial(function, *args, **kwargs))
 
     def _call(self, request: int | None, function: Callable[[], R]) -> Future[R]:
         future: Future[R] = Future()
         with self._wake:
             self._refuse_when_closed()
-            self._calls.add(Call(future, function), request)
+            self._calls.add(Call(future, function, request))
             self._wake.notify()
         return future
 
@@ -141,7 +337,7 @@ class Scheduler:
         InferenceFailed, OutOfMemory, or what `ModelPool.lease` raises.
         """
         held = self._pool.model(model) if isinstance(model, str) else model
-        job = Job(held, question, lane_of(held, question), deadline)
+        job = Job(held, question, deadline)
         with self._wake:
             self._refuse_when_closed()
             self._queue(job)
@@ -157,22 +353,23 @@ class Scheduler:
             (waiting.appendleft if first else waiting.append)(job)
             self._wake.notify()
 
-    def _take(self) -> Call[Any] | Turn | _Batch | None:
+    def _take(self) -> Task | None:
         """What a worker does next; None when everything is done and nothing more will come."""
         with self._wake:
             while True:
                 self._wake.wait_for(self._something_to_do)
                 if self._calls.has_next and not self._batch_is_due():
-                    return self._calls.take()
+                    call = self._calls.take()
+                    return Task(partial(self._run_call, call), call.give_up)
                 if not self._jobs:
                     return None
                 turn = self._turn()
                 assert turn is not None
                 wait = self._delay(turn)
                 if wait <= 0:
-                    batch = _Batch(self, self._take_batch(turn))
+                    batch = Batch(self._take_batch(turn))
                     self._running.add(batch)
-                    return batch
+                    return Task(partial(self._run_batch, batch), partial(self._give_up, batch))
                 self._wake.wait(wait)
 
     def _something_to_do(self) -> bool:
@@ -180,11 +377,6 @@ class Scheduler:
             is_free = len(self._running) < self._side_by_side and self._turn() is not None
             return self._calls.has_next or is_free
         return self._calls.has_next or not self._open
-
-    def _turn_ended(self, request: int) -> None:
-        with self._wake:
-            self._calls.end(request)
-            self._wake.notify()
 
     def _batch_is_due(self) -> bool:
         """Whether a batch goes before the calls that wait."""
@@ -227,14 +419,24 @@ class Scheduler:
         with self._wake:
             return not self._calls and not self._jobs and self.workers.busy <= 1
 
-    def run_batch(self, batch: _Batch) -> None:
-        """Answer the jobs of a batch, and let another one run; for `_Batch` alone."""
+    def _run_call(self, call: Call) -> None:
+        """Run a call, and let another one of its request run."""
+        try:
+            call.run()
+        finally:
+            if call.request is not None:
+                with self._wake:
+                    self._calls.end(call)
+                    self._wake.notify()
+
+    def _run_batch(self, batch: Batch) -> None:
+        """Answer the jobs of a batch, and let another one run."""
         try:
             self._answer(batch)
         finally:
             self._ended(batch)
 
-    def _answer(self, batch: _Batch) -> None:
+    def _answer(self, batch: Batch) -> None:
         jobs = batch.begin()
         if not jobs:
             return
@@ -260,14 +462,13 @@ class Scheduler:
             else:
                 job.fail(outcome)
 
-    def _outcomes(self, batch: _Batch) -> Sequence[Outcome]:
+    def _outcomes(self, batch: Batch) -> Sequence[Outcome]:
         first, questions = batch.jobs[0], [job.question for job in batch.jobs]
-        model = self._pool.sound(first.model, LEASE_SECONDS)
-        if first.lane == "compiled" and model.compiled is not None:
+        model, lane = self._pool.sound(first.model, LEASE_SECONDS), first.lane
+        if lane == "compiled" and model.compiled is not None:
             with kept_torch_state():  # its tail is the model's own code
                 return run_compiled(model, questions, wide=self._is_alone())
-        folded = first.lane == "folded"
-        with self._pool.lease(first.model, LEASE_SECONDS, folded=folded) as replica:
+        with self._pool.lease(first.model, LEASE_SECONDS, folded=lane == "folded") as replica:
             batch.hold(replica)
             try:
                 self._pool.sound(replica.model)
@@ -277,14 +478,14 @@ class Scheduler:
             finally:
                 batch.let_go()
 
-    def _ended(self, batch: _Batch) -> None:
+    def _ended(self, batch: Batch) -> None:
         """Another batch may run instead; twice said is as good as once."""
         with self._wake:
             self._running.discard(batch)
             self._wake.notify_all()
 
-    def give_up(self, batch: _Batch) -> None:
-        """Drop a batch that hangs, and lend its replica no more; for `_Batch` alone.
+    def _give_up(self, batch: Batch) -> None:
+        """Drop a batch that hangs, and lend its replica no more.
 
         A single job fails. Of several one hangs, and the others shall not suffer: each runs alone.
         Jobs that were answered meanwhile, or go on with their next step, are left alone.
@@ -334,60 +535,20 @@ class Scheduler:
         jobs[0].fail(failure)
 
 
-class _Batch:
-    """Jobs that share a forward pass, or one step of a long one.
+def fail(future: Future[Any], error: BaseException) -> None:
+    """Tell whoever waits, unless they went or were told something else."""
+    with suppress(InvalidStateError):  # cancelled, or given up
+        future.set_exception(error)
 
-    Its worker settles it when it has the answers, or the watchdog when it hangs: whoever does so
-    first deals with the jobs, and nobody else.
-    """
 
-    def __init__(self, scheduler: Scheduler, jobs: list[Job]) -> None:
-        self._scheduler = scheduler
-        self.jobs = jobs
-        self._lock = threading.Lock()
-        self._replica: Replica | None = None
-        self._settled = False
+def hangs() -> InferenceHangs:
+    """Of work that was given up."""
+    return InferenceHangs(
+        "The work on this image did not end; it was given up. Try another image or a cheaper "
+        "request; the server's log says more under this request id."
+    )
 
-    def begin(self) -> list[Job]:
-        """The jobs that are still wanted now; the others are dropped. Empty where it was given up.
 
-        Between taking a batch and running it a client may disconnect, or a deadline pass.
-        """
-        wanted = [job for job in self.jobs if job.is_wanted()]
-        with self._lock:
-            self.jobs = [] if self._settled else wanted
-            return self.jobs
-
-    def hold(self, replica: Replica) -> None:
-        """Note what it runs on. Raises InferenceHangs where it was given up while it waited."""
-        with self._lock:
-            if self._settled:
-                raise hangs()
-            self._replica = replica
-
-    def let_go(self) -> None:
-        """The replica goes back: from now on it may be somebody else's."""
-        with self._lock:
-            self._replica = None
-
-    def settle(self) -> bool:
-        """Whether the caller is the first to deal with the jobs."""
-        with self._lock:
-            first, self._settled = not self._settled, True
-            return first
-
-    def abandon(self, pool: ModelPool) -> tuple[list[Job], bool]:
-        """Settle it for its worker; the jobs to deal with, and whether its replica is lost."""
-        with self._lock:
-            if self._settled:
-                return [], False
-            self._settled = True
-            if self._replica is not None:
-                pool.drop(self._replica)
-            return self.jobs, self._replica is not None
-
-    def run(self) -> None:
-        self._scheduler.run_batch(self)
-
-    def give_up(self) -> None:
-        self._scheduler.give_up(self)
+def shutting_down() -> ShuttingDown:
+    """Of work that the service takes no more."""
+    return ShuttingDown("The service is shutting down; ask another instance.")

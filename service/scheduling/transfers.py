@@ -1,7 +1,7 @@
 """Requests that arrive and answers that leave: a client that is too slow makes room for others.
 
-    with transfers.receive("192.0.2.7", moved=lambda: size, end=give_up):
-        ...  # while it arrives
+    with transfers.receive("192.0.2.7", end=give_up) as transfer:
+        transfer.moved = size  # whenever more has arrived
 
 A transfer has `grace` seconds. They pass, and every `rate` bytes that it moves give one back: never
 more than were lost, so that nobody sends much, and then nothing for long. Who runs it ends it when
@@ -56,7 +56,6 @@ class Transfers:
         self,
         client: str,
         *,
-        moved: Callable[[], int],
         end: Callable[[], None],
         holds: Callable[[str], bool] = lambda _: False,
     ) -> Transfer:
@@ -70,13 +69,13 @@ class Transfers:
         while self.arriving >= self.most:
             self._end_slowest(lambda each: each.network is not None)
         self._arriving[network] += 1
-        return self._begin(Transfer(self, network, moved, end, holds))
+        return self._begin(Transfer(self, network, None, end, holds))
 
     def send(
-        self, *, moved: Callable[[], int], end: Callable[[], None], holds: Callable[[str], bool]
+        self, *, measure: Callable[[], int], end: Callable[[], None], holds: Callable[[str], bool]
     ) -> Transfer:
         """An answer that begins to leave; see `Transfer`."""
-        return self._begin(Transfer(self, None, moved, end, holds))
+        return self._begin(Transfer(self, None, measure, end, holds))
 
     def make_room(self, counter: str) -> bool:
         """End the slowest transfer that holds some of a counter; False where none is slow."""
@@ -115,7 +114,8 @@ class Transfer:
     """One request or answer on its way; it ends with its `with`, or with `close`.
 
     network: whose request arrives; None for an answer.
-    moved:   bytes that came or went so far.
+    moved:   bytes that came or went so far; set by who receives them.
+    measure: finds it where nobody is told of each byte, as of those that leave.
     end:     called when the transfer has to make room; gives back what is held.
     holds:   whether it holds some of a counter of `Admission`, which ending it would free.
     """
@@ -124,14 +124,15 @@ class Transfer:
         self,
         transfers: Transfers,
         network: str | None,
-        moved: Callable[[], int],
+        measure: Callable[[], int] | None,
         end: Callable[[], None],
         holds: Callable[[str], bool],
     ) -> None:
         self.network = network
         self.end = end
         self.holds = holds
-        self._moved = moved
+        self.moved = 0
+        self._measure = measure
         self._transfers = transfers
         self._counted = 0
         self._deadline = time.monotonic() + transfers.grace
@@ -139,9 +140,11 @@ class Transfer:
     @property
     def deadline(self) -> float:
         """When it must have moved more, as `time.monotonic` counts."""
-        moved, latest = self._moved(), time.monotonic() + self._transfers.grace
-        won = (moved - self._counted) / self._transfers.rate
-        self._counted = moved
+        if self._measure is not None:
+            self.moved = self._measure()
+        latest = time.monotonic() + self._transfers.grace
+        won = (self.moved - self._counted) / self._transfers.rate
+        self._counted = self.moved
         self._deadline = min(self._deadline + won, latest)
         return self._deadline
 

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import structlog
 import torch
@@ -14,17 +13,17 @@ import torch
 _log = structlog.get_logger(__name__)
 
 
-class Task(Protocol):
-    """A piece of work."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Task:
+    """A piece of work.
 
-    def run(self) -> None:
-        """Do it, and tell whoever waits; raises nothing that a waiting one should know."""
+    run:     does it, and tells whoever waits; raises nothing that a waiting one should know.
+    give_up: tells whoever waits that it hangs; called from another thread while it still runs. It
+             may end at this very moment, or have ended: what it answered by then holds.
+    """
 
-    def give_up(self) -> None:
-        """Tell whoever waits that it hangs; called from another thread while it still runs.
-
-        It may end at this very moment, or have ended: what it answered by then holds.
-        """
+    run: Callable[[], None]
+    give_up: Callable[[], None]
 
 
 @dataclass(slots=True, eq=False)

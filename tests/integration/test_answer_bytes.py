@@ -15,8 +15,7 @@ from gates import Gate
 from starlette.testclient import TestClient
 
 from service.pipeline import run
-from service.pipeline.answer_size import Bill
-from service.scheduling.admission import Permit
+from service.scheduling.admission import Bill, Permit
 
 MEBIBYTE = 1 << 20
 WIDE = {"include": ["heatmap", "overlay", "grid", "regions"], "format": "png", "explain_top": 5}

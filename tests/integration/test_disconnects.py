@@ -86,7 +86,7 @@ def test_what_waits_for_a_worker_is_dropped_when_its_client_disconnects(
             ((call,),) = scheduler._calls._waiting.values()
             assert admission.images == (0 if path == SETUP else 1)
             connection.close()
-            until(call._future.cancelled)
+            until(call.future.cancelled)
             until(lambda: admission.images == 0)
         finally:
             hold.release()

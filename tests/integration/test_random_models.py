@@ -23,8 +23,7 @@ from service.models.catalog import InputSpec, ModelSpec
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model
 from service.models.pool import ModelPool
-from service.scheduling.jobs import Timed
-from service.scheduling.scheduler import Scheduler
+from service.scheduling.scheduler import Scheduler, Timed
 
 
 def images() -> list[Tensor]:

@@ -47,6 +47,7 @@ class _DiesWithItsThread:
     """A task that no worker survives."""
 
     told: Future[None] = field(default_factory=Future)
+    request: None = None
 
     def run(self) -> None:
         raise SystemExit

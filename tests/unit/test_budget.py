@@ -13,9 +13,8 @@ import pytest
 
 from service.errors import DeadlineExceeded, ImageTooLarge
 from service.images.budget import SHARE, DecodeBudget
-from service.images.channels import channel_bytes, open_headers
 from service.images.decode import Preprocessing
-from service.images.upload import open_upload
+from service.images.upload import channel_bytes, decode_channels, open_headers, open_upload
 from service.resources import memory_limit
 
 HOW = Preprocessing(32, (32, 32))
@@ -88,8 +87,6 @@ def test_threads_together_never_hold_more_than_the_bound(monkeypatch: pytest.Mon
         nonlocal most
         most = max(most, budget.taken)
         return decode_channels(*arguments, **options)
-
-    from service.images.upload import decode_channels  # noqa: PLC0415 - before it is replaced
 
     monkeypatch.setattr("service.images.upload.decode_channels", watch)
     with ThreadPoolExecutor(8) as pool:

@@ -10,9 +10,14 @@ import pytest
 from PIL import Image
 
 from service.errors import CorruptImage, EmptyImage, ImageTooLarge, UnsupportedImage
-from service.images.channels import decode_channels, for_model, for_people
 from service.images.decode import Preprocessing
-from service.images.upload import Hiding, open_upload
+from service.images.upload import (
+    Hiding,
+    decode_channels,
+    for_model,
+    for_people,
+    open_upload,
+)
 
 pytestmark = pytest.mark.timeout(10)
 

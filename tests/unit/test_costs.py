@@ -24,7 +24,7 @@ from service.inference.questions import (
 from service.models.loaded import LoadedModel
 from service.pipeline import resolve
 from service.pipeline.service import Limits
-from service.scheduling.jobs import Job
+from service.scheduling.scheduler import Job
 
 PIXELS = oracles.picture(10, 32, 32)
 LAST, FIRST = "features", "features.0"
@@ -215,7 +215,7 @@ def test_images_with_other_numbers_of_targets_share_no_walk(model: LoadedModel) 
     """Every target of one walks the graph of the whole batch, which its price does not count."""
 
     def job(**options: Any) -> Job:
-        return Job(model, question(**options), "hooked", None)
+        return Job(model, question(**options), None)
 
     many, one, none = job(explain_top=100), job(), job(method="cam", explain_top=100)
     assert many.goes_with(job(targets=tuple(range(100))))

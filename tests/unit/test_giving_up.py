@@ -21,9 +21,8 @@ from service.inference.questions import Answer, Question
 from service.inference.steps import Unfinished
 from service.metrics import Metrics
 from service.models.pool import ModelPool, Replica
-from service.scheduling.jobs import Call, Job
-from service.scheduling.scheduler import Scheduler
-from service.scheduling.workers import Workers
+from service.scheduling.scheduler import Job, Scheduler
+from service.scheduling.workers import Task, Workers
 
 PATIENCE = 10.0
 NOTHING = Answer((), (), ())
@@ -60,8 +59,10 @@ class Played:
         pixels = torch.zeros(3, 32, 32, dtype=torch.uint8)
         return [self.scheduler.submit("tiny", Question(pixels), deadline) for _ in range(count)]
 
-    def take(self) -> Any:
-        return self.scheduler._take()
+    def take(self) -> Task:
+        task = self.scheduler._take()
+        assert task is not None
+        return task
 
     def run_all(self) -> None:
         """Until nothing waits, the building of lost replicas included."""
@@ -222,9 +223,10 @@ def test_a_deadline_that_passes_after_the_batch_was_taken_is_kept(monkeypatch) -
     played = Played()
     (late,) = played.submit(1, time.monotonic() + 60)
     (early,) = played.submit(1)
-    batch = played.take()
+    task = played.take()
+    (batch,) = played.scheduler._running
     batch.jobs[0].deadline = time.monotonic() - 1
-    batch.run()
+    task.run()
     with pytest.raises(DeadlineExceeded):
         late.result(0)
     assert early.result(0).answer is NOTHING
@@ -250,7 +252,6 @@ def test_a_call_that_is_cancelled_after_it_was_taken_is_not_run() -> None:
     called: list[int] = []
     future = played.scheduler.call(called.append, 1)
     call = played.take()
-    assert isinstance(call, Call)
     assert future.cancel()
     call.run()
     assert called == []

@@ -16,8 +16,8 @@ from PIL import Image
 from tiffs import DEFLATE, LZW, NONE, PACKBITS
 
 from service.errors import CorruptImage, ImageTooLarge, UnsupportedImage
-from service.images.channels import decode_channels
 from service.images.decode import decode
+from service.images.upload import decode_channels
 
 LIMIT = 1_000_000
 SIZE = 11, 37

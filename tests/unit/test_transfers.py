@@ -21,10 +21,22 @@ class Moving:
     """A transfer whose bytes a test counts."""
 
     def __init__(self, of: Transfers, client: str | None = "192.0.2.1", holds: str = "") -> None:
-        self.moved = 0
         self.is_ended = False
-        ways = {"moved": lambda: self.moved, "end": self._end, "holds": holds.__eq__}
-        self.transfer: Transfer = of.send(**ways) if client is None else of.receive(client, **ways)
+        ways = {"end": self._end, "holds": holds.__eq__}
+        self.transfer: Transfer = (
+            of.send(measure=lambda: self._left, **ways)
+            if client is None
+            else of.receive(client, **ways)
+        )
+        self._left = 0
+
+    @property
+    def moved(self) -> int:
+        return self.transfer.moved
+
+    @moved.setter
+    def moved(self, size: int) -> None:
+        self._left = self.transfer.moved = size
 
     def _end(self) -> None:
         self.is_ended = True

@@ -35,12 +35,12 @@ from service.integrations.label_studio.host import LabelStudio, label_studio_of
 from service.integrations.label_studio.images import picture
 from service.integrations.label_studio.results import Evidence, prediction, price
 from service.models.loaded import LoadedModel
-from service.pipeline.answer_size import Bill, size_before
+from service.pipeline.answer_size import quoted
 from service.pipeline.run import as_error, drawn, result_of
 from service.routes import answering, bodies, docs, encodings
 from service.routes.answering import Work
 from service.routes.state import service_of
-from service.scheduling.admission import Permit
+from service.scheduling.admission import Bill, Permit
 
 router = APIRouter(prefix="/integrations/label-studio", tags=["Label Studio"])
 _log = structlog.get_logger(__name__)
@@ -226,7 +226,8 @@ class _Selection:
         self._until = request.scope["started"] + _seconds(request)
         self._version = model_version(work.model, asked.parameters.options)
         images = len(asked.tasks) * len(asked.images)
-        most, advice = self._service.limits.answer_bytes, work.sizes.advice(images)
+        most = self._service.limits.answer_bytes
+        advice = functools.partial(work.sizes.advice, images)
         self.work = replace(
             work,
             price=price(asked.images, work.sizes),
@@ -299,13 +300,13 @@ class _Selection:
         work, limits = self.work, self._service.limits
         source = image.source(task.data)
         data = await picture(self._request, source, task.id, lambda size: permit.grow(0, size))
-        size = size_before(data, limits.pixels)
+        quote = quoted(data, limits.pixels, work.price)
 
         async def hold() -> None:
-            work.bill.add(work.price(size))
+            work.bill.add(quote.price)
 
         await answering.patiently(hold, self._until)
-        found = await answering.ask(work, data, size)
+        found = await answering.ask(work, data, quote)
         return Evidence(work.model, found, self._asked.parameters, limits.render_side)
 
 

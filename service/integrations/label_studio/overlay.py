@@ -20,7 +20,7 @@ from api_schemas.options import ExplainOptions
 from service.errors import ImageUrlRefused, MalformedRequest, Unauthorized
 from service.integrations.label_studio.host import label_studio_of
 from service.integrations.label_studio.images import picture
-from service.pipeline.answer_size import size_before
+from service.pipeline.answer_size import quoted
 from service.pipeline.response import overlay, style_of
 from service.pipeline.run import drawn
 from service.routes import answering
@@ -119,9 +119,9 @@ async def _drawn(request: Request, grant: Grant, source: str, permit: Permit) ->
         work = await answering.understand(request, model, options, 1, permit)
         work = replace(work, price=work.sizes.overlay)
         data = await picture(request, source, None, lambda size: permit.grow(0, size))
-        size = size_before(data, service.limits.pixels)
-        work.bill.add(work.price(size))
-        found = await answering.ask(work, data, size)
+        quote = quoted(data, service.limits.pixels, work.price)
+        work.bill.add(quote.price)
+        found = await answering.ask(work, data, quote)
         (explanation, *_) = found.answer.explanations
         picture_drawn = await drawn(work, overlay, found.upload, explanation, style_of(options))
         work.bill.made(len(picture_drawn.data))

@@ -116,10 +116,7 @@ def picture(model: LoadedModel, value: Any, tensor: Mapping[str, Any]) -> Sent:
 
 
 def _respond(replies: Sequence[Reply]) -> Response:
-    results = [
-        result(each.model, each.found.upload, each.found.answer, each.options, each.render_side)
-        for each in replies
-    ]
+    results = [result(each.model, each.options, each.render_side, each.found) for each in replies]
     dumped = [each.model_dump(exclude_unset=True) for each in results]
     content = {"predictions": [each["predictions"] for each in dumped]}
     if isinstance(replies[0].options, ExplainOptions):

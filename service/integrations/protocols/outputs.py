@@ -168,8 +168,7 @@ def _overlay(replies: Sequence[Reply]) -> Output:
 def _explain(replies: Sequence[Reply]) -> Output:
     texts: list[str] = []
     for each in replies:
-        found, options = each.found, each.options
-        made = result(each.model, found.upload, found.answer, options, each.render_side)
+        made = result(each.model, each.options, each.render_side, each.found)
         explanations = made.model_dump(exclude_unset=True)["explanations"]
         texts += [orjson.dumps(explanation).decode() for explanation in explanations]
     return _files("explain", replies, texts)

@@ -131,6 +131,8 @@ class BoundedConnection(HttpToolsProtocol):
         end = (self._last + data).find(b"\r\n\r\n")
         self._head_bytes += len(data) if end < 0 else end
         self._last = data[-3:]  # the end may come in two pieces
+        if self._arriving is not None:
+            self._arriving.moved = self._head_bytes
         if self._head_bytes <= MAX_HEAD_BYTES:
             return False
         self._reject(
@@ -178,9 +180,8 @@ class BoundedConnection(HttpToolsProtocol):
         if self._arriving is not None:
             return
         try:
-            self._arriving = self._transfers.receive(
-                self._address, moved=lambda: self._head_bytes, end=self._give_up_on_head
-            )
+            self._arriving = self._transfers.receive(self._address, end=self._give_up_on_head)
+            self._arriving.moved = self._head_bytes
         except QueueFull as error:
             self._reject(error)
 

@@ -77,7 +77,7 @@ class Outbox:
         elif self._transfer is None:
             self._before = self._written - self._unsent
             self._transfer = self._transfers.send(
-                moved=self._moved, end=self._end, holds=self._holds
+                measure=self._moved, end=self._end, holds=self._holds
             )
             self._timer = self._loop.call_later(LOOK_SECONDS, self._look)
 
