@@ -20,7 +20,7 @@ import pytest
 from playwright.sync_api import Locator, Page, Request, Route
 
 ROOT = Path(__file__).parents[2]
-SAMPLE = ROOT / "service" / "web" / "sunflower.jpg"
+SAMPLE = ROOT / "service" / "routes" / "page" / "sunflower.jpg"
 
 START_SECONDS = 90
 
