@@ -1,4 +1,4 @@
-"""What `/explain` and `/predict` answer."""
+"""What `/explain` and `/predict` answer, and the body of every error (RFC 9457)."""
 
 from __future__ import annotations
 
@@ -201,3 +201,14 @@ class Answer(BaseModel):
     model: ModelVersion
     results: list[Result]
     timing_ms: Timing
+
+
+class Problem(BaseModel):
+    """An `application/problem+json` body."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    code: str = Field(description="Stable, snake_case; switch on this.")
+    detail: str = Field(description="What is wrong and what to do.")
+    request_id: str

@@ -27,7 +27,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from service.cam.heatmap import COLORMAPS, Style, render_overlay
-from service.cam.methods import GRADIENT_CAMS
+from service.cam.methods import gradcam
 from service.images.decode import decode, fit_to_model, preview
 from service.inference.questions import Question
 from service.inference.steps import run, run_compiled
@@ -125,7 +125,7 @@ def stages(model: LoadedModel, batch: int, rounds: int) -> dict[str, float]:
         (gradient,) = torch.autograd.grad(logits.amax(dim=1).sum(), activation)
         ended("gradient")
         maps = [layout.as_map(each.detach()).float() for each in (activation, gradient)]
-        cam = GRADIENT_CAMS["gradcam"](*maps)
+        cam = gradcam(*maps)
         ended("map")
         cam.cpu()
         logits.detach().cpu()

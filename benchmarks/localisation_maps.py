@@ -22,10 +22,11 @@ from pytorch_grad_cam import (
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 
+from api_schemas.methods import METHODS
 from service.cam.heatmap import resample
 from service.errors import CamserveError
 from service.images.decode import Geometry
-from service.inference.questions import LAYER_METHODS, Question
+from service.inference.questions import Question
 from service.inference.steps import Unfinished, run
 from service.models.loaded import LoadedModel
 from service.models.pool import Replica
@@ -43,10 +44,11 @@ PEERS: Mapping[str, Callable[..., Any]] = {
     "scorecam": ScoreCAM,
 }
 
-CAMS = ("gradcam", "gradcampp", "hirescam", "layercam", "xgradcam", "eigencam", "cam")
-TO_THE_INPUT = ("input_gradient", "guided_backprop", "guided_gradcam")
+_OF_ALL_MODELS = [each for each in METHODS.values() if "attention" not in each.needs]
+CAMS = tuple(each.name for each in _OF_ALL_MODELS if not each.runs)
+TO_THE_INPUT = tuple(each.name for each in _OF_ALL_MODELS if each.runs and each.times == "once")
 FAST = (*CAMS, *TO_THE_INPUT)
-SLOW = ("ablationcam", "scorecam", "integrated_gradients", "occlusion", "rise")
+SLOW = tuple(each.name for each in _OF_ALL_MODELS if each.times != "once")
 """What runs the model, or its tail, a hundred times and more; asked about fewer pictures."""
 
 NO_EPSILON = "gradcampp (no ε)"
@@ -66,7 +68,7 @@ def ours(
     """
     layer = replica.model.target_layer
     assert layer is not None
-    layers = (layer,) if method in LAYER_METHODS else ()
+    layers = (layer,) if METHODS[method].has_layer else ()
     (answer,) = run(
         replica, [Question(pixels, targets=tuple(targets), method=method, layers=layers)]
     )

@@ -30,6 +30,7 @@ from measuring import ROOT, Results, photograph
 from PIL import Image
 from servers import Kind, end_when_told, serving
 
+from api_schemas.methods import METHODS
 from service.models.pool import ModelPool
 
 MEBIBYTE = 1 << 20
@@ -39,7 +40,7 @@ REPLICA_BOUND, SLOPE_BOUND = 1.0, 1.0
 SAMPLED_EVERY = 100
 CLIENTS = 4
 
-METHODS = (
+MIXED = (
     *("gradcam", "gradcampp", "hirescam", "layercam", "xgradcam", "eigencam"),
     *("input_gradient", "guided_backprop", "guided_gradcam"),
 )
@@ -95,7 +96,7 @@ class Mix:
     def _mixed(self) -> Iterator[tuple[str, tuple[str, bytes]]]:
         """Paths and pictures; the lengths have no common factor, so all combinations come."""
         turns = zip(
-            itertools.cycle(METHODS),
+            itertools.cycle(MIXED),
             itertools.cycle(OPTIONS),
             itertools.cycle((None, *self.layers)),
             itertools.cycle(self._pictures),
@@ -105,11 +106,7 @@ class Mix:
             if number % 10 == 9:
                 yield "/predict?top_k=3", picture
                 continue
-            at = (
-                {"layer": layer}
-                if layer and "input" not in method and "backprop" not in method
-                else {}
-            )
+            at = {"layer": layer} if layer and METHODS[method].has_layer else {}
             yield f"/explain?{urlencode({'method': method, **options, **at}, doseq=True)}", picture
 
     def ask(self) -> None:

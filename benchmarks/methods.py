@@ -19,8 +19,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from service.inference.perturbation import CHUNK
-from service.inference.questions import CAM_METHODS, LAYER_METHODS, Question, cost, windows
+from api_schemas.methods import METHODS
+from service.inference.methods import cost
+from service.inference.perturbation import CHUNK, windows
+from service.inference.questions import Question
 from service.inference.steps import Unfinished, run
 from service.models.catalog import parse_model
 from service.models.loaded import LoadedModel
@@ -95,14 +97,10 @@ def main(rounds: int) -> None:
     torch.set_num_threads(1)
     pixels = (torch.rand(3, 224, 224, generator=torch.Generator().manual_seed(0)) * 255).byte()
     resnet = load_model(parse_model("torchvision/resnet50"), allow_random_weights=True)
-    methods = [
-        *sorted(CAM_METHODS),
-        *("ablationcam", "input_gradient", "guided_backprop", "guided_gradcam"),
-        *CHUNKED,
-    ]
+    methods = [name for name, record in METHODS.items() if "attention" not in record.needs]
     plain = Question(pixels, targets=(0,))
     questions = [
-        replace(plain, method=method, layers=("layer4",) if method in LAYER_METHODS else ())
+        replace(plain, method=method, layers=("layer4",) if METHODS[method].has_layer else ())
         for method in methods
     ]
     print("| method | measured | announced |\n|---|---|---|")

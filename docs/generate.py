@@ -18,14 +18,28 @@ import typer.main
 import yaml
 from prometheus_client import CollectorRegistry
 
+from api_schemas.methods import BACKWARD, METHODS, MethodRecord
+from api_schemas.options import ExplainOptions
 from service import errors
 from service.app import build_service, create_app
 from service.cli import main
+from service.inference.perturbation import windows
 from service.routes.problems import STATUS, status_of
 from service.settings import Settings
 
 DOCS = Path(__file__).parent
-METHODS = ("get", "post", "put", "patch", "delete")
+VERBS = ("get", "post", "put", "patch", "delete")
+MARKS = "<!-- The table comes from api_schemas/methods.py -->", "<!-- The end of the table -->"
+COLUMNS = (
+    *("method", "what the map shows", "map", "cost in forward passes", "gradients", "needs"),
+    *("when it misleads", "paper"),
+)
+NEEDS = {
+    "layer": "a layer",
+    "head": "global average pooling and one linear layer behind it",
+    "relu": "ReLU or ReLU6",
+    "attention": "a transformer of `torch.nn.MultiheadAttention`",
+}
 
 
 def settings_page() -> str:
@@ -102,6 +116,52 @@ def _metric_rows(registry: CollectorRegistry) -> Iterator[str]:
         yield f"| `{name}` | {metric.type} | {label} | {metric.documentation} |"
 
 
+def methods_page() -> str:
+    """The page of the methods as it is, with a row for each method between its marks."""
+    page = (DOCS / "explanation" / "methods.md").read_text(encoding="utf-8")
+    before, after = page.split(MARKS[0])[0], page.split(MARKS[1])[1]
+    lines = [
+        MARKS[0],
+        "",
+        f"| {' | '.join(COLUMNS)} |",
+        f"|{'---|' * len(COLUMNS)}",
+        *(f"| {' | '.join(_method_cells(each))} |" for each in METHODS.values()),
+        "",
+        MARKS[1],
+    ]
+    return before + "\n".join(lines) + after
+
+
+def _method_cells(method: MethodRecord) -> Iterator[str]:
+    """A row of the table of methods."""
+    walked = "whole model" if method.runs == "gradient" else "behind the layer"
+    yield f"`{method.name}`"
+    yield method.shows
+    yield "−1..1" if method.signed else "0..1"
+    yield _method_cost(method)
+    yield walked if "gradients" in method.needs else "no"
+    yield ", ".join(NEEDS[need] for need in method.needs if need in NEEDS) or "–"
+    yield method.misleads or "–"
+    yield method.paper
+
+
+def _method_cost(method: MethodRecord) -> str:
+    """What a method costs: the pass that predicts, and what runs behind it."""
+    options, walk = ExplainOptions.model_fields, f"{BACKWARD:g} × targets"
+    times = {
+        "squares": f"squares ({len(windows(224)) ** 2} at 224 px)",
+        "samples": f"samples ({options['samples'].default:,})",
+        "steps": f"steps ({options['steps'].default})",
+    }.get(method.times, method.times)
+    passes = {
+        "": "1",
+        "forward": "2" if times == "once" else f"1 + {times}",
+        "gradient": f"2 + {walk}" if times == "once" else f"1 + (1 + {walk}) × {times}",
+        "tail": f"2 + {times} × share",
+    }[method.runs]
+    return f"{passes} + {walk} × share" if method.walks else passes
+
+
 def _classes(base: type[errors.CamserveError]) -> Iterator[type[errors.CamserveError]]:
     yield base
     for cls in base.__subclasses__():
@@ -128,7 +188,7 @@ def routes_page() -> str:
             (path, method, each)
             for path, methods in document["paths"].items()
             for method, each in methods.items()
-            if method in METHODS and each["tags"][0] == tag["name"]
+            if method in VERBS and each["tags"][0] == tag["name"]
         ]
         if found:
             lines += ["", f"## {tag['name']}", "", tag["description"]]
@@ -255,6 +315,7 @@ def _heading(page: Path) -> tuple[str, str]:
 
 
 PAGES = {
+    "explanation/methods.md": methods_page,
     "reference/settings.md": settings_page,
     "reference/errors.md": errors_page,
     "reference/metrics.md": metrics_page,

@@ -22,7 +22,7 @@ from email.utils import parsedate_to_datetime
 import httpx
 import pydantic
 
-from api_schemas.problems import Problem
+from api_schemas.answers import Problem
 
 
 class ClientError(Exception):

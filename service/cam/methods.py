@@ -7,7 +7,7 @@ gradient (N, C, h, w), map (N, h, w), all float.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -106,15 +106,7 @@ def weighted(activation: Tensor, weights: Tensor) -> Tensor:
 
 
 Cam = Callable[[Tensor, Tensor], Tensor]
-
-GRADIENT_CAMS: Mapping[str, Cam] = {
-    "gradcam": gradcam,
-    "gradcampp": gradcampp,
-    "hirescam": hirescam,
-    "layercam": layercam,
-    "xgradcam": xgradcam,
-    "eigencam": eigencam,
-}
+"""From an activation and what weighs it: the gradient there, or weights (N, C) of its channels."""
 
 
 class Scaled(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -13,18 +13,10 @@ from torch import Tensor
 from service.cam.hooks import Calls, Recording, calls_of, gradients, record
 from service.cam.methods import scale
 from service.errors import CamserveError, InvalidOption, NonFiniteOutput
-from service.inference.captures import Pass, Place, captures, frozen
-from service.inference.maps import GRADIENT_CAM_OF, by_image, cam, fused, maps_at_layers
-from service.inference.questions import (
-    LAYER_METHODS,
-    Activation,
-    Answer,
-    Explanation,
-    Kind,
-    Prediction,
-    Question,
-    cost,
-)
+from service.inference.captures import Part, Pass, Place, captures, frozen
+from service.inference.maps import by_image, from_head, fused, maps_at_layers
+from service.inference.methods import cost
+from service.inference.questions import Answer, Explanation, Kind, Prediction, Question
 from service.models.loaded import LoadedModel
 from service.models.pool import Replica
 
@@ -40,34 +32,6 @@ share a walk, and their maps are made before the next one.
 
 A walk holds many times that on its way. A hundred targets at resnet18's conv1 peak 92 MiB above
 rest, all in one walk 1,544 MiB; in processor time it is not slower."""
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """What the shared forward pass gave one image.
-
-    logits:      (classes,) float32 on the CPU.
-    targets:     the class ids to explain, empty where nothing is to be explained.
-    activations: each target layer's output (1, ...) in its own layout, by image, detached.
-    maps:        the CAM of each target (h, w) on the CPU; empty for methods that go on from here.
-    captured:    what was asked to be captured.
-    repeated:    whether a target layer ran several times in this pass.
-    """
-
-    model: LoadedModel
-    question: Question
-    logits: Tensor
-    targets: tuple[int, ...]
-    activations: Mapping[str, Tensor]
-    maps: Sequence[Tensor]
-    captured: tuple[Activation, ...]
-    repeated: bool
-
-    def value(self, logits: Tensor, place: int) -> Tensor:
-        """What is explained for a target, of any logits (..., classes): its logit, or its lead."""
-        value = logits[..., self.targets[place]]
-        contrast = self.question.contrast
-        return value if contrast is None else value - logits[..., contrast]
 
 
 def forward(replica: Replica, questions: Sequence[Question]) -> list[Part | CamserveError]:
@@ -203,7 +167,7 @@ def _captured_gradients(done: Pass, logits: Tensor, weights: Tensor) -> dict[Pla
 
 
 def _differentiate(done: Pass, logits: Tensor, weights: Tensor) -> Mapping[tuple[int, int], Tensor]:
-    """The map (h, w) of each (image, place) whose method is of GRADIENT_CAM_OF, on the CPU."""
+    """The map (h, w) of each (image, place) that this pass explains, on the CPU."""
     cams = maps_at_layers(done, range(weights.shape[0]), {})
     paths = _union(q.layers for q in done.questions if q.walks)
     at = [done.seen.targets[path][-1] for path in paths]
@@ -240,12 +204,10 @@ def _part(
     question, targets = done.questions[image], done.targets[image]
     layers = question.layers if question.explains else ()
     own = {path: by_image(done, path)[image : image + 1] for path in layers}
-    maps: list[Tensor] = []
+    maps = [made[image, place] for place in range(len(targets)) if (image, place) in made]
     try:
-        if question.explains and question.method == "cam":
-            maps = [cam(done, image, class_id, own, logits) for class_id in targets]
-        elif question.explains and question.method in GRADIENT_CAM_OF:
-            maps = [made[image, place] for place in range(len(targets))]
+        if (method := question.explained_by) is not None and "head" in method.needs:
+            maps = [from_head(done, image, class_id, own, logits) for class_id in targets]
     except InvalidOption as error:
         return error
     return Part(
@@ -262,7 +224,8 @@ def _part(
 
 def _explanation(part: Part, class_id: int, score: float, made: Tensor) -> Explanation:
     question, (grid, low, high) = part.question, scale(made)
-    assert question.method is not None
+    method = question.explained_by
+    assert method is not None
     flags = {
         "all_zero": not bool(grid.any()),
         "target_not_predicted": class_id != int(part.logits.argmax()),
@@ -279,8 +242,8 @@ def _explanation(part: Part, class_id: int, score: float, made: Tensor) -> Expla
         score=score,
         logit=float(part.logits[class_id]),
         contrast=question.contrast,
-        method=question.method,
-        layers=question.layers if question.method in LAYER_METHODS else (),
+        method=method.name,
+        layers=question.layers if method.has_layer else (),
         grid=frozen(grid),
         low=low,
         high=high,

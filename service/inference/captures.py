@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from service.cam.hooks import Calls, Recording, calls_of
+from service.cam.layouts import Layout
 from service.inference.questions import Activation, Kind, Question
 from service.models.loaded import LoadedModel
 
@@ -27,6 +28,34 @@ class Pass:
     targets: Sequence[tuple[int, ...]]
     seen: Recording
     found: Mapping[Place, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What the shared forward pass gave one image.
+
+    logits:      (classes,) float32 on the CPU.
+    targets:     the class ids to explain, empty where nothing is to be explained.
+    activations: each target layer's output (1, ...) in its own layout, by image, detached.
+    maps:        the CAM of each target (h, w) on the CPU; empty for methods that go on from here.
+    captured:    what was asked to be captured.
+    repeated:    whether a target layer ran several times in this pass.
+    """
+
+    model: LoadedModel
+    question: Question
+    logits: Tensor
+    targets: tuple[int, ...]
+    activations: Mapping[str, Tensor]
+    maps: Sequence[Tensor]
+    captured: tuple[Activation, ...]
+    repeated: bool
+
+    def value(self, logits: Tensor, place: int) -> Tensor:
+        """What is explained for a target, of any logits (..., classes): its logit, or its lead."""
+        value = logits[..., self.targets[place]]
+        contrast = self.question.contrast
+        return value if contrast is None else value - logits[..., contrast]
 
 
 def captures(done: Pass, image: int) -> Iterator[Activation]:
@@ -83,3 +112,10 @@ def frozen(values: Tensor) -> NDArray[np.float32]:
     array = np.array(values.detach().float().cpu().numpy(), dtype=np.float32, order="C")
     array.flags.writeable = False
     return array
+
+
+def layout_of_layer(model: LoadedModel, path: str) -> Layout:
+    """The layout of a layer that was checked to have one."""
+    layout = model.layer(path).layout
+    assert layout is not None
+    return layout

@@ -13,7 +13,7 @@ from service.cam.attention import record_attention, rollout
 from service.cam.guided import GuidedReLU
 from service.cam.methods import over_input
 from service.errors import InvalidOption
-from service.inference.batch import Part
+from service.inference.captures import Part
 from service.inference.perturbation import Steps, chunk_of, input_of
 from service.models.pool import Replica
 

@@ -14,12 +14,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from api_schemas.methods import STRIDE, WINDOW
 from service.cam.hooks import replacing
 from service.cam.methods import fuse, over_input, upsample, weighted
 from service.images.decode import Rect
-from service.inference.batch import Part
-from service.inference.maps import layout_of_layer
-from service.inference.questions import windows
+from service.inference.captures import Part, layout_of_layer
 from service.models.compiled.cut import Uncuttable, tail
 from service.models.loaded import LoadedModel
 from service.models.pool import Replica
@@ -117,6 +116,12 @@ def occlusion(part: Part) -> Steps:
             lost = part.value(part.logits, place) - part.value(logits[index], place)
             fall[top:bottom, left:right] += lost
     return [fall / covered for fall in falls]
+
+
+def windows(length: int) -> list[tuple[int, int]]:
+    """Where occlusion's squares begin and end along a side; the last may be cut short."""
+    starts = range(0, max(length - WINDOW, 0) + STRIDE, STRIDE)
+    return [(start, min(start + WINDOW, length)) for start in starts if start < length]
 
 
 def rise(part: Part) -> Steps:

@@ -9,43 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from service.errors import InvalidOption
+from api_schemas.methods import METHODS, MethodRecord
 from service.models.compiled.front import Precision
 from service.models.loaded import LoadedModel
 
 Kind = Literal["output", "input", "grad_output", "grad_input"]
-
-CAM_METHODS = frozenset(
-    {"gradcam", "gradcampp", "hirescam", "layercam", "xgradcam", "eigencam", "cam"}
-)
-"""A map in the shape of the target layer, from the forward pass that also predicts."""
-
 Lane = Literal["compiled", "folded", "hooked"]
-
-LAYER_METHODS = CAM_METHODS | {"scorecam", "ablationcam", "guided_gradcam"}
-"""Methods that have a target layer."""
-
-WALKING_METHODS = CAM_METHODS - {"eigencam", "cam"} | {"guided_gradcam"}
-"""Methods that walk the graph of the pass that predicts back to the target layer, each target."""
-
-GRADIENT_METHODS = LAYER_METHODS | {
-    "guided_backprop",
-    "input_gradient",
-    "integrated_gradients",
-}
-"""Methods that a model without gradients refuses; at a layer these are all."""
-
-FORWARD_AND_BACKWARD = 2.5
-"""What a forward pass with the gradient at the input costs, in forward passes.
-
-Measured on resnet50 (`benchmarks/methods.py`): 2.3, with guided ReLUs 2.9, 1.8 an image in chunks.
-Each further target walks back through the same graph."""
-
-BACKWARD = FORWARD_AND_BACKWARD - 1
-"""What a walk back through the whole model costs; through the part behind a layer, its share."""
-
-WINDOW, STRIDE = 32, 16
-"""Occlusion's square and its step, in pixels of the model input."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +45,20 @@ class Question:
     seed: int = 0
 
     @property
+    def explained_by(self) -> MethodRecord | None:
+        """The record of the method; None where predictions alone are asked for."""
+        record = METHODS[self.method] if self.method else None
+        return record if record and (self.layers or not record.has_layer) else None
+
+    @property
     def explains(self) -> bool:
         """Whether an explanation is asked for."""
-        return self.method is not None and (bool(self.layers) or self.method not in LAYER_METHODS)
+        return self.explained_by is not None
 
     @property
     def walks(self) -> bool:
         """Whether the maps need the gradient of every target at the target layers."""
-        return self.explains and self.method in WALKING_METHODS
+        return bool((record := self.explained_by) and record.walks)
 
     @property
     def differentiates(self) -> bool:
@@ -164,85 +139,8 @@ def lane_of(model: LoadedModel, question: Question) -> Lane:
     lane = model.compiled
     right_size = tuple(question.pixels.shape[1:]) == model.preprocessing.crop
     if lane is not None and right_size and not question.activations:
-        at_cut = question.method in CAM_METHODS and question.layers == (lane.layer,)
-        if at_cut or not question.explains:
+        record = question.explained_by
+        if record is None or (not record.runs and question.layers == (lane.layer,)):
             return "compiled"
     named = {*question.layers, *question.activations}
     return "folded" if model.folded and not named & model.folded.layers else "hooked"
-
-
-def check_method(model: LoadedModel, method: str) -> None:
-    """Raise InvalidOption where the model, compiled or quantised, does not allow the method."""
-    needs_layers = method in LAYER_METHODS or method == "attention_rollout"
-    reason = model.no_layers if needs_layers else None
-    if reason is None and method in GRADIENT_METHODS:
-        reason = model.no_gradients
-    if reason is None:
-        return
-    raise InvalidOption(
-        f"Model {model.name!r} cannot be explained by `{method}`: {reason}. It predicts, and can "
-        "be explained by occlusion and rise."
-    )
-
-
-def cost(model: LoadedModel, question: Question) -> float:
-    """What a question costs, in forward passes of this model for one image, before it runs.
-
-    The pass that predicts counts 1. A walk back through its graph counts BACKWARD times the share
-    of the model's operations behind the earliest layer that it reaches: one walk for each target of
-    a method that needs the gradient there, one for all gradients that are captured. A forward pass
-    with the gradient at the input counts FORWARD_AND_BACKWARD, and BACKWARD for each further
-    target; a tail of the model (ablationcam) its share of the operations.
-
-    Raises UnknownLayer, and InvalidOption for a layer without a feature map.
-    """
-    price = 1 + _captured(model, question)
-    if question.walks:
-        behind = max(1 - model.layer(path).share for path in question.layers)
-        price += BACKWARD * question.count * behind
-    if question.explains:
-        price += _further_passes(model, question)
-    return round(price, 2)
-
-
-def _captured(model: LoadedModel, question: Question) -> float:
-    """The one walk that gives all captured gradients."""
-    layers = [model.layer(path) for path in question.activations]
-    behind = [1 - layer.share for layer in layers if "grad_output" in question.kinds]
-    behind += [1 - layer.before for layer in layers if "grad_input" in question.kinds]
-    return BACKWARD * max(behind, default=0.0)
-
-
-def _further_passes(model: LoadedModel, question: Question) -> float:
-    """What a method runs behind the pass that predicts."""
-    gradients = 1 + BACKWARD * question.count
-    channels = [_channels(model, path) for path in question.layers]
-    height, width = model.preprocessing.crop
-    passes: dict[str | None, float] = {
-        "scorecam": sum(channels),
-        "ablationcam": sum(
-            1 + count * (1 - model.layer(path).share)
-            for path, count in zip(question.layers, channels, strict=True)
-        ),
-        "input_gradient": gradients,
-        "guided_backprop": gradients,
-        "guided_gradcam": gradients,
-        "integrated_gradients": gradients * question.steps,
-        "occlusion": len(windows(height)) * len(windows(width)),
-        "rise": question.samples,
-        "attention_rollout": 1,
-    }
-    return passes.get(question.method, 0.0)
-
-
-def windows(length: int) -> list[tuple[int, int]]:
-    """Where occlusion's squares begin and end along a side; the last may be cut short."""
-    starts = range(0, max(length - WINDOW, 0) + STRIDE, STRIDE)
-    return [(start, min(start + WINDOW, length)) for start in starts if start < length]
-
-
-def _channels(model: LoadedModel, path: str) -> int:
-    layer = model.layer(path)
-    if layer.layout is None or layer.shape is None:
-        raise InvalidOption(f"Layer {path!r} gives no feature map.")
-    return layer.shape[layer.layout.channel_axis]

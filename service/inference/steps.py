@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from service.errors import CamserveError
-from service.inference import input_gradients, perturbation
-from service.inference.batch import Part, finish, forward, forward_compiled
+from service.inference.batch import finish, forward, forward_compiled
+from service.inference.captures import Part
+from service.inference.methods import STEPS
 from service.inference.perturbation import Steps
 from service.inference.questions import Answer, Question
 from service.models.loaded import LoadedModel
 from service.models.pool import Replica
-
-STEPS: Mapping[str, Callable[[Part], Steps]] = {
-    "scorecam": perturbation.scorecam,
-    "ablationcam": perturbation.ablationcam,
-    "occlusion": perturbation.occlusion,
-    "rise": perturbation.rise,
-    "integrated_gradients": input_gradients.integrated_gradients,
-    "input_gradient": input_gradients.input_gradient,
-    "guided_backprop": input_gradients.guided_backprop,
-    "guided_gradcam": input_gradients.guided_gradcam,
-    "attention_rollout": input_gradients.attention_rollout,
-}
-"""The methods that go on where the shared forward pass ends; all others are answered by it."""
 
 
 class Unfinished:

@@ -30,7 +30,7 @@ from service.cam.file_sizes import (
 from service.cam.heatmap import sheet_of
 from service.images.declared_size import Size, size_of
 from service.images.decode import preview_size
-from service.inference.questions import LAYER_METHODS, Question
+from service.inference.questions import Question
 from service.models.loaded import LoadedModel
 
 Price = Callable[[Size], int]
@@ -81,12 +81,12 @@ class Sizes:
     def cells(self) -> tuple[int, int]:
         """Rows and columns of a map."""
         height, width = self.model.preprocessing.crop
-        question = self.question
-        if question.method == "attention_rollout":
-            return -(-height // _SMALLEST_PATCH), -(-width // _SMALLEST_PATCH)
-        if question.method not in LAYER_METHODS or question.method == "guided_gradcam":
+        record = self.question.explained_by
+        if record is None or record.grid == "input":
             return height, width
-        layouts = (self.model.layer(path).layout for path in question.layers)
+        if record.grid == "patches":
+            return -(-height // _SMALLEST_PATCH), -(-width // _SMALLEST_PATCH)
+        layouts = (self.model.layer(path).layout for path in self.question.layers)
         return max(
             (each.grid for each in layouts if each is not None), key=lambda grid: grid[0] * grid[1]
         )

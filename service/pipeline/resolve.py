@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from api_schemas.methods import METHODS
 from api_schemas.options import CommonOptions, ExplainOptions, PredictOptions
 from service.errors import InvalidOption
 from service.images.upload import Hiding
-from service.inference.questions import LAYER_METHODS, Kind, Question, check_method, cost
+from service.inference.methods import check_method, cost
+from service.inference.questions import Kind, Question
 from service.models.loaded import LoadedModel
 from service.pipeline.service import Limits
 
@@ -120,9 +122,10 @@ def _explaining(model: LoadedModel, options: ExplainOptions, asked: Question) ->
             f"The class {contrast} is both a target and `contrast`; its lead over itself is zero."
         )
     check_method(model, options.method)
-    if options.layer and options.method not in LAYER_METHODS:
+    has_layer = METHODS[options.method].has_layer
+    if options.layer and not has_layer:
         raise InvalidOption(f"`{options.method}` has no layer; leave out `layer`.")
-    layers = model.target_layers(options.layer) if options.method in LAYER_METHODS else ()
+    layers = model.target_layers(options.layer) if has_layer else ()
     return replace(
         asked,
         targets=targets,

@@ -8,9 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from api_schemas.answers import Answer
+from api_schemas.answers import Answer, Problem
 from api_schemas.options import ExplainRequest, PredictRequest
-from api_schemas.problems import Problem
 from api_schemas.protocols import (
     InferRequest,
     Instances,

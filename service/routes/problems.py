@@ -16,7 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from api_schemas.problems import Problem
+from api_schemas.answers import Problem
 from service import errors
 from service.errors import CamserveError, Refused, nearest
 from service.routes import peers

@@ -8,18 +8,22 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+import torch
 from browsing import SAMPLE, Hand, Watched, answer_of, canvas_pixels, until, wait_for_caption
 from numpy.typing import NDArray
 from PIL import Image
+from tiny import SmallNet, loaded
 
-from api_schemas.options import Method
+from api_schemas.methods import METHODS
 from service.cam.heatmap import COLORMAPS
 from service.images.run_lengths import rle_decode
+from service.inference.methods import cost
+from service.inference.questions import Question
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
 
@@ -225,9 +229,25 @@ def test_another_layer_is_chosen_from_a_list_with_shapes(explained: Watched, han
 
 def test_every_method_is_offered_and_another_is_chosen(explained: Watched, hand: Hand) -> None:
     offered = explained.page.locator("#method option").evaluate_all("all => all.map(e => e.value)")
-    assert sorted(offered) == sorted(get_args(Method))
+    assert offered == list(METHODS)
     hand.choose("#method", "hirescam")
     explained.page.locator(".facts", has_text="HiResCAM at layer3").wait_for()
+
+
+def test_the_page_reckons_what_the_server_announces(page: Watched) -> None:
+    model = loaded(SmallNet())
+    few = {"samples": 24, "steps": 3}
+    script = """async ([name, few]) => {
+        const { forwards } = await import(new URL("page/methods.js", location.href));
+        return forwards({ method: name, ...few }, { width: 32, height: 32 }, [16, 8, 8]);
+    }"""
+    for name, record in METHODS.items():
+        layers = model.target_layers(()) if record.has_layer else ()
+        pixels = torch.zeros(3, 32, 32, dtype=torch.uint8)
+        announced = cost(model, Question(pixels, method=name, layers=layers, **few))
+        reckoned = page.page.evaluate(script, [name, few])
+        assert announced <= reckoned + 0.05, name
+        assert record.runs == "tail" or announced >= reckoned, name
 
 
 def test_a_method_without_a_layer_takes_the_list_of_layers_away(explained: Watched) -> None:

@@ -18,9 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
-from api_schemas.answers import Answer
+from api_schemas.answers import Answer, Problem
 from api_schemas.options import Colormap, ExplainOptions, Method
-from api_schemas.problems import Problem
 
 pytestmark = pytest.mark.timeout(0)  # 20,000 cases take their time; each is bounded by the service
 

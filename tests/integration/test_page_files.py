@@ -6,11 +6,12 @@ import base64
 import json
 import re
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from starlette.testclient import TestClient
 
+from api_schemas.methods import BACKWARD, METHODS, STRIDE, WINDOW
 from api_schemas.options import Colormap
 from service.cam.heatmap import COLORMAPS
 from service.routes.page.router import read_files
@@ -22,7 +23,7 @@ PATHS = {
     "/docs": "text/html; charset=utf-8",
     "/favicon.ico": "image/x-icon",
     "/page/app.js": "text/javascript; charset=utf-8",
-    "/page/palettes.js": "text/javascript; charset=utf-8",
+    "/page/tables.js": "text/javascript; charset=utf-8",
     "/page/page.css": "text/css; charset=utf-8",
     "/page/favicon.svg": "image/svg+xml",
     "/page/sunflower.jpg": "image/jpeg",
@@ -61,7 +62,7 @@ def test_every_file_that_is_named_exists() -> None:
         *re.findall(r'"page/([^"]+)"', " ".join(text.values())),
         *re.findall(r'from "\./([^"]+)"', " ".join(text.values())),
     }
-    assert {"app.js", "heat.js", "palettes.js", "sunflower.jpg", "page.css"} <= named
+    assert {"app.js", "heat.js", "tables.js", "sunflower.jpg", "page.css"} <= named
     assert named <= files.keys()
 
 
@@ -78,12 +79,24 @@ def test_no_file_holds_an_absolute_address_an_inline_script_or_an_inline_style()
             assert not re.search(r"<script(?![^>]*\ssrc=)", text), name
 
 
+def tables_of_the_page() -> dict[str, Any]:
+    module = read_files()["tables.js"].body.decode()
+    found = re.findall(r"^export const (\w+) = (.+);$", module, re.MULTILINE)
+    return {name: json.loads(value) for name, value in found}
+
+
 def test_the_palettes_are_those_that_the_server_draws_with() -> None:
-    module = read_files()["palettes.js"].body.decode()
-    tables = json.loads(module.removeprefix("export const PALETTES = ").removesuffix(";\n"))
+    tables = tables_of_the_page()["PALETTES"]
     assert list(tables) == list(get_args(Colormap))
     for name, table in tables.items():
         assert base64.b64decode(table) == COLORMAPS[name].tobytes()
+
+
+def test_the_methods_are_those_of_the_table() -> None:
+    tables = tables_of_the_page()
+    assert [each["name"] for each in tables["METHODS"]] == list(METHODS)
+    assert (tables["BACKWARD"], tables["WINDOW"], tables["STRIDE"]) == (BACKWARD, WINDOW, STRIDE)
+    assert "gradcampp" not in read_files()["methods.js"].body.decode()
 
 
 def test_the_sample_is_the_one_of_the_examples() -> None:

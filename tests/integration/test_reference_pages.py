@@ -15,6 +15,7 @@ DOCS = Path(__file__).parent.parent.parent / "docs"
     "name",
     [
         *(f"reference/{name}.md" for name in ("settings", "errors", "metrics", "routes", "cli")),
+        "explanation/methods.md",
         "llms.txt",
     ],
 )

@@ -15,8 +15,8 @@ import pytest
 from gates import PATIENCE, jobs_waiting, wait_until
 from starlette.testclient import TestClient
 
-from service.inference.perturbation import CHUNK
-from service.inference.questions import FORWARD_AND_BACKWARD, windows
+from api_schemas.methods import BACKWARD
+from service.inference.perturbation import CHUNK, windows
 
 PNG = {"content-type": "image/png"}
 COUNTED = ("nets:counted",)
@@ -86,7 +86,7 @@ def explained(client: TestClient, **options: Any) -> list[Any]:
         (
             {"method": "integrated_gradients", "steps": 10},
             11,
-            1 + FORWARD_AND_BACKWARD * 10,
+            1 + (1 + BACKWARD) * 10,
         ),
     ],
 )

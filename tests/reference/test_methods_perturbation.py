@@ -16,8 +16,10 @@ from torch.nn import functional
 from torchcam.methods import ScoreCAM as TorchScoreCAM
 
 from service.inference import perturbation
-from service.inference.batch import Part, forward
-from service.inference.questions import Question, cost
+from service.inference.batch import forward
+from service.inference.captures import Part
+from service.inference.methods import cost
+from service.inference.questions import Question
 from service.models.compiled.cut import tail
 from service.models.loaded import LoadedModel
 

@@ -10,17 +10,12 @@ import pytest
 from tiny import SmallNet, loaded
 from torch import Tensor
 
+from api_schemas.methods import BACKWARD, METHODS
 from api_schemas.options import ExplainOptions, PredictOptions
 from service.errors import InvalidOption
 from service.inference import batch
-from service.inference.questions import (
-    BACKWARD,
-    CAM_METHODS,
-    WALKING_METHODS,
-    Answer,
-    Question,
-    cost,
-)
+from service.inference.methods import cost
+from service.inference.questions import Answer, Question
 from service.models.loaded import LoadedModel
 from service.pipeline import resolve
 from service.pipeline.service import Limits
@@ -28,6 +23,8 @@ from service.scheduling.scheduler import Job
 
 PIXELS = oracles.picture(10, 32, 32)
 LAST, FIRST = "features", "features.0"
+AT_ONCE = [name for name, record in METHODS.items() if record.has_layer and not record.runs]
+WALKING = [name for name in AT_ONCE if METHODS[name].walks]
 LIMITS = Limits(32, 1 << 25, 1 << 26, 2048, 1 << 26, 2000, 60)
 
 
@@ -50,7 +47,7 @@ def answer_of(model: LoadedModel, asked: Question) -> Answer:
     return answer
 
 
-@pytest.mark.parametrize("method", sorted(CAM_METHODS))
+@pytest.mark.parametrize("method", AT_ONCE)
 def test_a_map_at_the_last_layer_costs_what_a_prediction_costs(
     model: LoadedModel, method: str
 ) -> None:
@@ -58,7 +55,7 @@ def test_a_map_at_the_last_layer_costs_what_a_prediction_costs(
     assert cost(model, question(method=method)) == pytest.approx(1, abs=0.05)
 
 
-@pytest.mark.parametrize("method", sorted(WALKING_METHODS - {"guided_gradcam"}))
+@pytest.mark.parametrize("method", WALKING)
 @pytest.mark.parametrize("targets", [1, 5, 100])
 def test_targets_cost_a_walk_each_through_the_share_of_the_model_behind_the_layer(
     model: LoadedModel, method: str, targets: int
@@ -155,7 +152,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("layers", [(FIRST,), (LAST,), (FIRST, LAST)])
-@pytest.mark.parametrize("method", sorted(WALKING_METHODS - {"guided_gradcam"}))
+@pytest.mark.parametrize("method", WALKING)
 def test_targets_that_do_not_fit_one_walk_have_the_same_maps(
     model: LoadedModel, monkeypatch: pytest.MonkeyPatch, method: str, layers: tuple[str, ...]
 ) -> None:

@@ -13,8 +13,9 @@ import torchvision
 from played_device import NAME, played_device
 from torch import nn
 
-from service.inference.questions import CAM_METHODS, Answer, Question
-from service.inference.steps import STEPS, Unfinished, run
+from api_schemas.methods import METHODS
+from service.inference.questions import Answer, Question
+from service.inference.steps import Unfinished, run
 from service.models.catalog import ModelSpec
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model
@@ -118,7 +119,7 @@ REFUSED = {
 @pytest.mark.parametrize("function", REFUSED)
 def test_every_method_answers_as_on_the_cpu(device: Device, function: str) -> None:
     there, here = load(function, device.name), load(function)
-    methods = sorted((CAM_METHODS | set(STEPS)) - REFUSED[function])
+    methods = sorted(METHODS.keys() - REFUSED[function])
     for method in methods:
         layers = here.target_layers(())
         few = {"targets": (3, 7), "contrast": 5, "samples": 8, "steps": 3}

@@ -19,9 +19,9 @@ from typing import Any
 import orjson
 import pydantic
 
+from api_schemas.methods import METHODS
 from api_schemas.options import ExplainOptions
 from service.errors import InvalidImageData, InvalidOption
-from service.inference.questions import LAYER_METHODS
 from service.models.loaded import LoadedModel
 from service.routes.problems import describe
 
@@ -179,7 +179,8 @@ def parameters_in(extra: object) -> Parameters:
 
 def model_version(model: LoadedModel, options: ExplainOptions) -> str:
     """What Label Studio knows predictions by; it asks again only for another one."""
-    layers = model.target_layers(options.layer) if options.method in LAYER_METHODS else ()
+    has_layer = METHODS[options.method].has_layer
+    layers = model.target_layers(options.layer) if has_layer else ()
     parts = [model.name, model.version, options.method, "+".join(layers) or "input"]
     if options.threshold != ExplainOptions().threshold:
         parts.append(f"threshold{options.threshold:g}")

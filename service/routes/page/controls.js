@@ -1,6 +1,6 @@
 /** The controls beside the photograph: predictions, and how to look. */
 
-import { methodOptions, method } from "./methods.js";
+import { hasLayer, methodOptions, method } from "./methods.js";
 import { classOf, nameOf } from "./question.js";
 import { percent, shapeWords } from "./stage.js";
 import { $, button, state } from "./state.js";
@@ -39,14 +39,14 @@ export function listModel(model) {
 /** The controls say what is asked. */
 export function syncQuestion() {
   const { question, model, shown } = state;
-  const { layer, words } = method(question.method);
+  const { shows, times } = method(question.method);
   $("method").value = question.method;
-  $("method-words").textContent = words;
+  $("method-words").textContent = shows;
   $("layer").value = question.layer ?? model.target_layer;
-  $("layer").disabled = !layer;
+  $("layer").disabled = !hasLayer(question.method);
   $("fit").value = question.fit;
-  $("samples-field").hidden = question.method !== "rise";
-  $("steps-field").hidden = question.method !== "integrated_gradients";
+  $("samples-field").hidden = times !== "samples";
+  $("steps-field").hidden = times !== "steps";
   $("amounts").hidden = $("samples-field").hidden && $("steps-field").hidden;
   $("samples").value = question.samples;
   $("steps").value = question.steps;

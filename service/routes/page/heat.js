@@ -1,6 +1,6 @@
 /** A map as numbers and as colours: levels 0..255, palettes, thresholds, regions. */
 
-import { PALETTES } from "./palettes.js";
+import { PALETTES } from "./tables.js";
 
 const MIN_AREA = 4; // source pixels that a region needs to be listed, as on the server
 

@@ -2,7 +2,7 @@
 
 import { query, request } from "./api.js";
 import { bytes, levelsOf } from "./heat.js";
-import { forwards, method } from "./methods.js";
+import { forwards, hasLayer, method } from "./methods.js";
 import { pictureOf } from "./photos.js";
 import { DEFAULTS } from "./state.js";
 
@@ -21,10 +21,10 @@ export function optionsOf({ question, model }) {
   put("targets", targetOf(model, question.target), null);
   put("contrast", targetOf(model, question.contrast), null);
   put("method", question.method, DEFAULTS.method);
-  if (method(question.method).layer) put("layer", question.layer, null);
+  if (hasLayer(question.method)) put("layer", question.layer, null);
   put("fit", question.fit, DEFAULTS.fit);
-  if (question.method === "rise") put("samples", question.samples, DEFAULTS.samples);
-  if (question.method === "integrated_gradients") put("steps", question.steps, DEFAULTS.steps);
+  const { times } = method(question.method);
+  if (times in question) put(times, question[times], DEFAULTS[times]);
   return pairs;
 }
 

@@ -15,6 +15,7 @@ from typing import get_args
 
 from fastapi import APIRouter, HTTPException, Request, Response
 
+from api_schemas.methods import BACKWARD, METHODS, STRIDE, WINDOW
 from api_schemas.options import Colormap
 from service.cam.heatmap import COLORMAPS
 
@@ -64,23 +65,34 @@ def page_router() -> APIRouter:
 
 
 def read_files() -> Mapping[str, PageFile]:
-    """Every file of the page by its name; the palettes are written from the server's own."""
+    """Every file of the page by its name; `tables.js` is written from the server's own tables."""
     folder = resources.files("service.routes.page")
     found = {file.name: file.read_bytes() for file in folder.iterdir() if _suffix(file.name)}
-    found["palettes.js"] = palettes_module()
+    found["tables.js"] = tables_module()
     return {
         name: PageFile(body, TYPES[_suffix(name)], f'"{hashlib.sha256(body).hexdigest()[:20]}"')
         for name, body in found.items()
     }
 
 
-def palettes_module() -> bytes:
-    """A JavaScript module with the colours of each colormap: 256 x RGB in base64."""
-    tables = {
+def tables_module() -> bytes:
+    """A JavaScript module: the methods, what their costs are reckoned from, and the colormaps.
+
+    PALETTES has the 256 × RGB of each colormap in base64.
+    """
+    palettes = {
         name: base64.b64encode(COLORMAPS[name].tobytes()).decode("ascii")
         for name in get_args(Colormap)
     }
-    return f"export const PALETTES = {json.dumps(tables)};\n".encode()
+    tables = {
+        "METHODS": [record._asdict() for record in METHODS.values()],
+        "BACKWARD": BACKWARD,
+        "WINDOW": WINDOW,
+        "STRIDE": STRIDE,
+        "PALETTES": palettes,
+    }
+    lines = [f"export const {name} = {json.dumps(table)};\n" for name, table in tables.items()]
+    return "".join(lines).encode()
 
 
 def _suffix(name: str) -> str:

@@ -1,0 +1,243 @@
+"""The methods: one record each, from which checks, costs, the documentation and the page come.
+
+A new method is a record here, its name in `options.Method`, and a function in
+`service.inference.methods`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+from api_schemas.options import Method
+
+Need = Literal["layer", "gradients", "head", "relu", "attention"]
+
+BACKWARD = 1.5
+"""What a walk back through the whole model costs, in forward passes, each target.
+
+Measured on resnet50 (`benchmarks/methods.py`): forward and backward 2.3, with guided ReLUs 2.9, 1.8
+an image in chunks. A walk back through the part behind a layer costs that part's share."""
+
+WINDOW, STRIDE = 32, 16
+"""Occlusion's square and its step, in pixels of the model input."""
+
+
+class MethodRecord(NamedTuple):
+    """What is known of one method; the order of METHODS is that of the page and of the docs.
+
+    title:    as its paper writes it. group: the heading it stands under on the page.
+    shows:    what the map shows, in one line for people. misleads: when it misleads, or "".
+    paper:    authors, venue, year.
+    needs:    what the model must have: a target layer, gradients, one linear layer behind the
+              target layer, ReLUs, attention.
+    runs:     what runs behind the pass that predicts: nothing, forward passes, forward passes with
+              the gradient at the input, or the part of the model behind the layer.
+    times:    how often that runs; `squares` are occlusion's.
+    grid:     whose shape the map has: the layer's, the model input's, or that of the patches.
+    signed:   whether the map is −1..1, negative where it speaks against the class, or 0..1.
+    """
+
+    name: Method
+    title: str
+    group: Literal["At a layer", "At the pixels", "By hiding parts", "Of transformers"]
+    shows: str
+    misleads: str
+    paper: str
+    needs: tuple[Need, ...] = ()
+    runs: Literal["", "forward", "gradient", "tail"] = ""
+    times: Literal["once", "channels", "squares", "samples", "steps"] = "once"
+    grid: Literal["layer", "input", "patches"] = "layer"
+    signed: bool = False
+
+    @property
+    def has_layer(self) -> bool:
+        """Whether it explains target layers."""
+        return "layer" in self.needs
+
+    @property
+    def walks(self) -> bool:
+        """Whether it walks the graph of the pass that predicts back to its layers, each target."""
+        return {"layer", "gradients"} <= {*self.needs}
+
+
+METHODS: Mapping[str, MethodRecord] = {
+    record.name: record
+    for record in (
+        MethodRecord(
+            "gradcam",
+            "Grad-CAM",
+            "At a layer",
+            "Channels weighted by their mean gradient: where evidence for the class is active.",
+            "averages the gradient over the map: a channel that supports the class here and "
+            "opposes it there cancels out; weak for small or several objects",
+            "Selvaraju et al., ICCV 2017",
+            needs=("layer", "gradients"),
+        ),
+        MethodRecord(
+            "gradcampp",
+            "Grad-CAM++",
+            "At a layer",
+            "Like Grad-CAM, with weights from higher orders of the gradient, for several objects.",
+            "can highlight places with a gradient and no evidence; follows the paper where other "
+            "implementations add a constant",
+            "Chattopadhay et al., WACV 2018",
+            needs=("layer", "gradients"),
+        ),
+        MethodRecord(
+            "hirescam",
+            "HiResCAM",
+            "At a layer",
+            "Gradient times activation, cell by cell.",
+            "exact only where a linear head follows the layer, noisy elsewhere; vanishes right "
+            "before a LayerNorm (ConvNeXt's stages), where gradient times activation sums to zero",
+            "Draelos and Carin, arXiv 2011.08891, 2020",
+            needs=("layer", "gradients"),
+        ),
+        MethodRecord(
+            "layercam",
+            "LayerCAM",
+            "At a layer",
+            "Positive gradient times activation, cell by cell; also for early layers.",
+            "drops evidence against the class",
+            "Jiang et al., IEEE TIP 2021",
+            needs=("layer", "gradients"),
+        ),
+        MethodRecord(
+            "xgradcam",
+            "XGrad-CAM",
+            "At a layer",
+            "Like Grad-CAM, gradients weighted by the activation.",
+            "as Grad-CAM; equals it for ReLU features with a linear head",
+            "Fu et al., BMVC 2020",
+            needs=("layer", "gradients"),
+        ),
+        MethodRecord(
+            "eigencam",
+            "Eigen-CAM",
+            "At a layer",
+            "What stands out in the layer: its first principal component, whatever the class.",
+            "has the same map for every target",
+            "Muhammad and Yeasin, IJCNN 2020",
+            needs=("layer",),
+        ),
+        MethodRecord(
+            "cam",
+            "CAM",
+            "At a layer",
+            "The original: channels weighted by the linear head.",
+            "",
+            "Zhou et al., CVPR 2016",
+            needs=("layer", "head"),
+        ),
+        MethodRecord(
+            "ablationcam",
+            "Ablation-CAM",
+            "At a layer",
+            "Channels weighted by how much the class falls without them.",
+            "the model never sees zeroed channels in practice; where it can neither be cut nor "
+            "broadcast behind the layer, it runs in full and costs more than announced",
+            "Desai and Ramaswamy, WACV 2020",
+            needs=("layer",),
+            runs="tail",
+            times="channels",
+        ),
+        MethodRecord(
+            "scorecam",
+            "Score-CAM",
+            "At a layer",
+            "Channels weighted by how the class scores when the image is seen through them. Slow.",
+            "a softmax over many channels hardly differs between them",
+            "Wang et al., CVPR workshops 2020",
+            needs=("layer",),
+            runs="forward",
+            times="channels",
+        ),
+        MethodRecord(
+            "input_gradient",
+            "Input gradient",
+            "At the pixels",
+            "How much each pixel would move the class: the slope of its logit. Noisy.",
+            "noise; a saturated score has no slope",
+            "Simonyan et al., arXiv 1312.6034, 2013",
+            needs=("gradients",),
+            runs="gradient",
+            grid="input",
+            signed=True,
+        ),
+        MethodRecord(
+            "integrated_gradients",
+            "Integrated gradients",
+            "At the pixels",
+            "Gradients summed on the way from the mean color to the image; their sum is the "
+            "difference of the logits.",
+            "depends on the baseline: pixels of the mean color get nothing",
+            "Sundararajan et al., ICML 2017",
+            needs=("gradients",),
+            runs="gradient",
+            times="steps",
+            grid="input",
+            signed=True,
+        ),
+        MethodRecord(
+            "guided_backprop",
+            "Guided backprop",
+            "At the pixels",
+            "The input gradient, negative gradients cut at each ReLU: sharp edges that hardly "
+            "depend on the class, not evidence.",
+            "shows the edges of the image, whatever the class (Adebayo et al., 2018)",
+            "Springenberg et al., ICLR workshop 2015",
+            needs=("gradients", "relu"),
+            runs="gradient",
+            grid="input",
+            signed=True,
+        ),
+        MethodRecord(
+            "guided_gradcam",
+            "Guided Grad-CAM",
+            "At the pixels",
+            "Guided backprop where Grad-CAM looks.",
+            "the detail is that of guided backprop",
+            "Selvaraju et al., ICCV 2017",
+            needs=("layer", "gradients", "relu"),
+            runs="gradient",
+            grid="input",
+            signed=True,
+        ),
+        MethodRecord(
+            "occlusion",
+            "Occlusion",
+            "By hiding parts",
+            "How much the class falls when a square hides each part. Slow.",
+            "squares are themselves a shape; blind to parts much larger or smaller than them",
+            "Zeiler and Fergus, ECCV 2014",
+            runs="forward",
+            times="squares",
+            grid="input",
+            signed=True,
+        ),
+        MethodRecord(
+            "rise",
+            "RISE",
+            "By hiding parts",
+            "How the class scores under random masks that keep a pixel. Slow; needs no gradients.",
+            "noisy: noise falls with the square root of the samples",
+            "Petsiuk et al., BMVC 2018",
+            runs="forward",
+            times="samples",
+            grid="input",
+            signed=True,
+        ),
+        MethodRecord(
+            "attention_rollout",
+            "Attention rollout",
+            "Of transformers",
+            "What the class token draws from each patch through all layers, whatever the class.",
+            "attention is not importance",
+            "Abnar and Zuidema, ACL 2020",
+            needs=("attention",),
+            runs="forward",
+            grid="patches",
+        ),
+    )
+}

@@ -1,0 +1,107 @@
+"""The methods of the table as functions: what each computes and costs, and what models allow it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from api_schemas.methods import BACKWARD, METHODS, MethodRecord
+from service.cam import methods as cam
+from service.errors import InvalidOption
+from service.inference import input_gradients, perturbation
+from service.inference.captures import Part
+from service.inference.perturbation import Steps, windows
+from service.inference.questions import Question
+from service.models.loaded import LoadedModel
+
+AT_LAYER: Mapping[str, cam.Cam] = {
+    "gradcam": cam.gradcam,
+    "gradcampp": cam.gradcampp,
+    "hirescam": cam.hirescam,
+    "layercam": cam.layercam,
+    "xgradcam": cam.xgradcam,
+    "eigencam": cam.eigencam,
+    "cam": cam.weighted,
+    "guided_gradcam": cam.gradcam,
+}
+"""Maps of a layer from its activation and gradient, or the weights of the linear head."""
+
+STEPS: Mapping[str, Callable[[Part], Steps]] = {
+    "scorecam": perturbation.scorecam,
+    "ablationcam": perturbation.ablationcam,
+    "occlusion": perturbation.occlusion,
+    "rise": perturbation.rise,
+    "integrated_gradients": input_gradients.integrated_gradients,
+    "input_gradient": input_gradients.input_gradient,
+    "guided_backprop": input_gradients.guided_backprop,
+    "guided_gradcam": input_gradients.guided_gradcam,
+    "attention_rollout": input_gradients.attention_rollout,
+}
+"""The methods that go on where the shared forward pass ends; all others are answered by it."""
+
+
+def check_method(model: LoadedModel, method: str) -> None:
+    """Raise InvalidOption where the model, compiled or quantised, does not allow the method."""
+    needs = {*METHODS[method].needs}
+    reason = model.no_layers if needs & {"layer", "attention"} else None
+    if reason is None and needs & {"layer", "gradients"}:
+        reason = model.no_gradients
+    if reason is None:
+        return
+    *others, last = [name for name, record in METHODS.items() if not record.needs]
+    raise InvalidOption(
+        f"Model {model.name!r} cannot be explained by `{method}`: {reason}. It predicts, and can "
+        f"be explained by {', '.join(others)} and {last}."
+    )
+
+
+def cost(model: LoadedModel, question: Question) -> float:
+    """What a question costs, in forward passes of this model for one image, before it runs.
+
+    The pass that predicts counts 1. A walk back through its graph counts BACKWARD times the share
+    of the model's operations behind the earliest layer that it reaches: one walk for each target of
+    a method that needs the gradient there, one for all gradients that are captured. A forward pass
+    with the gradient at the input counts 1 + BACKWARD, and BACKWARD for each further target; a tail
+    of the model (ablationcam) its share of the operations.
+
+    Raises UnknownLayer, and InvalidOption for a layer without a feature map.
+    """
+    price = 1 + _captured(model, question)
+    if question.walks:
+        behind = max(1 - model.layer(path).share for path in question.layers)
+        price += BACKWARD * question.count * behind
+    if (record := question.explained_by) is not None:
+        price += _further_passes(model, question, record)
+    return round(price, 2)
+
+
+def _captured(model: LoadedModel, question: Question) -> float:
+    """The one walk that gives all captured gradients."""
+    layers = [model.layer(path) for path in question.activations]
+    behind = [1 - layer.share for layer in layers if "grad_output" in question.kinds]
+    behind += [1 - layer.before for layer in layers if "grad_input" in question.kinds]
+    return BACKWARD * max(behind, default=0.0)
+
+
+def _further_passes(model: LoadedModel, question: Question, record: MethodRecord) -> float:
+    """What a method runs behind the pass that predicts."""
+    channels = [_channels(model, path) for path in question.layers]
+    if record.runs == "tail":  # and a pass a layer that tries how it can be run
+        shares = (1 - model.layer(path).share for path in question.layers)
+        return sum(1 + count * share for count, share in zip(channels, shares, strict=True))
+    height, width = model.preprocessing.crop
+    times = {
+        "once": 1,
+        "channels": sum(channels),
+        "squares": len(windows(height)) * len(windows(width)),
+        "samples": question.samples,
+        "steps": question.steps,
+    }
+    price = {"": 0, "forward": 1, "gradient": 1 + BACKWARD * question.count}
+    return price[record.runs] * times[record.times]
+
+
+def _channels(model: LoadedModel, path: str) -> int:
+    layer = model.layer(path)
+    if layer.layout is None or layer.shape is None:
+        raise InvalidOption(f"Layer {path!r} gives no feature map.")
+    return layer.shape[layer.layout.channel_axis]
