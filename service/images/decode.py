@@ -14,8 +14,9 @@ import contextlib
 import hashlib
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -31,7 +32,8 @@ from service.images.decoders.bmp import decode_bmp
 from service.images.decoders.png import decode_png16
 from service.images.decoders.tiff import decode_tiff
 from service.images.decoders.webp import decode_webp
-from service.images.headers import read_header
+from service.images.formats import format_of, no_format
+from service.images.headers import bmp, gif, jpeg, png, tiff, webp
 from service.images.headers.bmp import BmpHeader
 from service.images.headers.header import SPARE_BYTES, Header, cut_short
 from service.images.headers.jpeg import JpegHeader
@@ -48,6 +50,17 @@ Rect = tuple[float, float, float, float]
 MAX_SIDE = 65_535
 """Pixels of a side, as JPEG has them. Decoders convert a band of whole rows at a time: a row of
 millions of pixels would take as much memory as the whole image, and hold the GIL as long."""
+
+_READERS: Mapping[str, Callable[[bytes], Header]] = MappingProxyType(
+    {
+        "JPEG": jpeg.read,
+        "PNG": png.read,
+        "WEBP": webp.read,
+        "GIF": gif.read,
+        "BMP": bmp.read,
+        "TIFF": tiff.read,
+    }
+)
 
 TOO_LARGE = "Scale it down to at most {} pixels (width x height) and send it again."
 
@@ -254,6 +267,18 @@ def open_header(data: bytes, max_pixels: int) -> Header:
         header = read_header(data)
         check_bounds(header, data, max_pixels)
     return header
+
+
+def read_header(data: bytes) -> Header:
+    """The header of a JPEG, PNG, WebP, GIF, BMP or TIFF.
+
+    Raises UnsupportedImage for other bytes and for kinds that are not read, CorruptImage where the
+    header is cut short, ImageTooLarge over the bounds of `headers.header`.
+    """
+    name = format_of(data)
+    if name is None or (name == "BMP" and data[15:18] != b"\0\0\0"):
+        raise UnsupportedImage(f"{no_format(data)}; send JPEG, PNG, WebP, GIF, BMP or TIFF.")
+    return _READERS[name](data)
 
 
 @contextlib.contextmanager
