@@ -30,6 +30,7 @@ from torchvision.transforms.v2 import functional as transforms
 from service.errors import CorruptImage, EmptyImage, ImageError, ImageTooLarge, UnsupportedImage
 from service.images.decoders.bmp import decode_bmp
 from service.images.decoders.png import decode_png16
+from service.images.decoders.samples import bands
 from service.images.decoders.tiff import decode_tiff
 from service.images.decoders.webp import decode_webp
 from service.images.formats import format_of, no_format
@@ -41,7 +42,6 @@ from service.images.headers.png import PngHeader
 from service.images.headers.tiff import JPEG, TiffHeader
 from service.images.headers.webp import WebpHeader
 from service.images.jpeg import MAX_ASPECT, MAX_JPEG_SCANS, decode_jpeg, scale_of, scans, upright
-from service.images.pixel_modes import rgb_pixels
 
 Fit = Literal["crop", "squash", "pad"]
 Rect = tuple[float, float, float, float]
@@ -366,7 +366,26 @@ def _by_pillow(header: Header, data: bytes) -> NDArray[np.uint8]:
         if isinstance(header, PngHeader) and image.mode == "L" and isinstance(transparent, int):
             # Pillow scales the pixels to 8 bits, and not the transparent one of them.
             image.info["transparency"] = transparent * 255 // ((1 << header.depth) - 1)
-        return rgb_pixels(image)
+        return _rgb_pixels(image)
+
+
+def _rgb_pixels(image: Image.Image) -> NDArray[np.uint8]:
+    """A loaded image as uint8 (height, width, 3), transparency over white.
+
+    It is converted in bands, so that it takes the result and little more.
+    """
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for rows in bands(image.width, image.height):
+        band = image.crop((0, rows.start, image.width, rows.stop))
+        pixels[rows] = np.asarray(_as_rgb(band))
+    return pixels
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    paper = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(paper, image.convert("RGBA")).convert("RGB")
 
 
 def decoded_pixels(header: Header, keep: tuple[int, int] | None = None) -> int:
