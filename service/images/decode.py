@@ -14,8 +14,9 @@ import contextlib
 import hashlib
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -29,10 +30,11 @@ from torchvision.transforms.v2 import functional as transforms
 from service.errors import CorruptImage, EmptyImage, ImageError, ImageTooLarge, UnsupportedImage
 from service.images.decoders.bmp import decode_bmp
 from service.images.decoders.png import decode_png16
-from service.images.decoders.samples import load
+from service.images.decoders.samples import bands, load
 from service.images.decoders.tiff import decode_tiff
 from service.images.decoders.webp import decode_webp
-from service.images.headers import read_header
+from service.images.formats import format_of, no_format
+from service.images.headers import bmp, gif, jpeg, png, tiff, webp
 from service.images.headers.bmp import BmpHeader
 from service.images.headers.header import SPARE_BYTES, Header, cut_short
 from service.images.headers.jpeg import JpegHeader
@@ -40,7 +42,6 @@ from service.images.headers.png import PngHeader
 from service.images.headers.tiff import JPEG, TiffHeader
 from service.images.headers.webp import WebpHeader
 from service.images.jpeg import MAX_ASPECT, MAX_JPEG_SCANS, decode_jpeg, scale_of, scans, upright
-from service.images.pixel_modes import rgb_pixels
 
 Fit = Literal["crop", "squash", "pad"]
 Rect = tuple[float, float, float, float]
@@ -49,6 +50,17 @@ Rect = tuple[float, float, float, float]
 MAX_SIDE = 65_535
 """Pixels of a side, as JPEG has them. Decoders convert a band of whole rows at a time: a row of
 millions of pixels would take as much memory as the whole image, and hold the GIL as long."""
+
+_READERS: Mapping[str, Callable[[bytes], Header]] = MappingProxyType(
+    {
+        "JPEG": jpeg.read,
+        "PNG": png.read,
+        "WEBP": webp.read,
+        "GIF": gif.read,
+        "BMP": bmp.read,
+        "TIFF": tiff.read,
+    }
+)
 
 TOO_LARGE = "Scale it down to at most {} pixels (width x height) and send it again."
 
@@ -257,6 +269,18 @@ def open_header(data: bytes, max_pixels: int) -> Header:
     return header
 
 
+def read_header(data: bytes) -> Header:
+    """The header of a JPEG, PNG, WebP, GIF, BMP or TIFF.
+
+    Raises UnsupportedImage for other bytes and for kinds that are not read, CorruptImage where the
+    header is cut short, ImageTooLarge over the bounds of `headers.header`.
+    """
+    name = format_of(data)
+    if name is None or (name == "BMP" and data[15:18] != b"\0\0\0"):
+        raise UnsupportedImage(f"{no_format(data)}; send JPEG, PNG, WebP, GIF, BMP or TIFF.")
+    return _READERS[name](data)
+
+
 @contextlib.contextmanager
 def image_errors(max_pixels: int) -> Iterator[None]:
     """Whatever readers raise as one of the four image errors."""
@@ -342,7 +366,26 @@ def _by_pillow(header: Header, data: bytes) -> NDArray[np.uint8]:
         if isinstance(header, PngHeader) and image.mode == "L" and isinstance(transparent, int):
             # Pillow scales the pixels to 8 bits, and not the transparent one of them.
             image.info["transparency"] = transparent * 255 // ((1 << header.depth) - 1)
-        return rgb_pixels(image)
+        return _rgb_pixels(image)
+
+
+def _rgb_pixels(image: Image.Image) -> NDArray[np.uint8]:
+    """A loaded image as uint8 (height, width, 3), transparency over white.
+
+    It is converted in bands, so that it takes the result and little more.
+    """
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for rows in bands(image.width, image.height):
+        band = image.crop((0, rows.start, image.width, rows.stop))
+        pixels[rows] = np.asarray(_as_rgb(band))
+    return pixels
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    paper = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(paper, image.convert("RGBA")).convert("RGB")
 
 
 def decoded_pixels(header: Header, keep: tuple[int, int] | None = None) -> int:

@@ -25,7 +25,6 @@ from service.pipeline import response
 from service.pipeline.answer_size import Quote, quoted
 from service.pipeline.run import as_error, drawn, respond, result_of
 from service.routes import answering, bodies, docs, forms
-from service.routes.accept import preferred_image
 from service.routes.answering import Billed, Work
 from service.routes.problems import status_of
 from service.routes.state import service_of
@@ -33,6 +32,8 @@ from service.scheduling.admission import Permit
 
 router = APIRouter(tags=["classify"])
 _log = structlog.get_logger(__name__)
+
+_FORMATS = {"image/jpeg": "jpeg", "image/png": "png", "image/webp": "webp"}
 
 _Make = Callable[[Billed], Awaitable[wire.Result | Response]]
 """What makes an image that was answered its place in the answer, or the whole answer."""
@@ -126,6 +127,38 @@ def _image_format(request: Request, options: CommonOptions, images: int) -> str 
             "send them one by one."
         )
     return image_format
+
+
+def preferred_image(accept: str, default: str) -> str | None:
+    """The overlay format that an `Accept` header asks for, or None where JSON is as welcome.
+
+    The most preferred type counts (RFC 9110 §12.5.1); `image/*` takes `default`. Types that we
+    cannot make are passed over.
+    """
+    best, best_quality = None, 0.0
+    for item in accept.split(","):
+        kind, *parameters = (part.strip().lower() for part in item.split(";"))
+        quality = _quality(parameters)
+        if quality > best_quality and _makes(kind):
+            best, best_quality = kind, quality
+    if best == "image/*":
+        return default
+    return _FORMATS.get(best or "")
+
+
+def _makes(kind: str) -> bool:
+    return kind in _FORMATS or kind in ("image/*", "*/*", "application/*", "application/json")
+
+
+def _quality(parameters: list[str]) -> float:
+    for parameter in parameters:
+        name, _, value = parameter.partition("=")
+        if name.strip() == "q":
+            try:
+                return float(value)
+            except ValueError:
+                return 0.0
+    return 1.0
 
 
 async def _one(

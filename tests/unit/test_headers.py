@@ -15,8 +15,8 @@ import tiffs
 from PIL import Image
 
 from service.errors import CorruptImage, ImageError, ImageTooLarge
-from service.images.decode import decode
-from service.images.headers import exif, header, read_header
+from service.images.decode import decode, read_header
+from service.images.headers import exif, header
 
 LIMIT = 1_000_000
 PARTS, BYTES = header.MAX_PARTS, header.MAX_METADATA_BYTES
