@@ -23,8 +23,6 @@ from service.images.run_lengths import rle_decode
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
 
-OTHERS = ("daisy", "dandelion", "rose", "tulip")
-
 
 def drawn(page: Watched) -> NDArray[np.uint8]:
     """The colours that lie over the photograph: uint8 (h, w, 4)."""
