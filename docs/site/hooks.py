@@ -28,7 +28,7 @@ def on_files(files: Files, config: Any) -> Files:
     for source, place in GUESTS.items():
         content = (ROOT / source).read_text(encoding="utf-8")
         files.append(File.generated(config, place, content=content))
-    icon = ROOT / "service" / "web" / "favicon.svg"
+    icon = ROOT / "service" / "routes" / "page" / "favicon.svg"
     files.append(File.generated(config, "images/favicon.svg", abs_src_path=str(icon)))
     return files
 
