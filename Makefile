@@ -60,11 +60,13 @@ gpu: .venv/.installed-test ## run what needs a CUDA device, and the service's te
 	@if .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 		$(SAFE) CAMSERVE_TEST_DEVICE=cuda .venv/bin/python -m pytest $(ON_GPU:%=tests/integration/test_%.py) $(ARGS); fi
 
-check: .venv/.installed-dev ## lint, format, types, imports
+check: .venv/.installed-dev ## lint, format, types, imports, dependencies, unused code
 	@$(SAFE) .venv/bin/python -m ruff check
 	@$(SAFE) .venv/bin/python -m ruff format --check
 	@$(SAFE) .venv/bin/python -m mypy
 	@$(SAFE) .venv/bin/lint-imports --no-logo
+	@$(SAFE) .venv/bin/deptry --no-ansi .
+	@$(SAFE) .venv/bin/vulture
 
 docs: .venv-docs/.installed ## build the documentation into build/docs; a broken link fails it
 	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
