@@ -26,7 +26,7 @@ CLIENTS = sh tests/protocols/install.sh
 ON_GPU = explain captures_http stepwise_http mask concurrency faults overload repository protocols
 LOAD = $(SAFE) PYTHONPATH=benchmarks:deploy/load .venv/bin/python
 
-.PHONY: help install run test test-all browser protocols labeling ray gpu load capacity check docs bench image lock container clean
+.PHONY: help install run test test-all browser protocols labeling ray gpu load capacity check mutants docs bench image lock container clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -67,6 +67,9 @@ check: .venv/.installed-dev ## lint, format, types, imports, dependencies, unuse
 	@$(SAFE) .venv/bin/lint-imports --no-logo
 	@$(SAFE) .venv/bin/deptry --no-ansi .
 	@$(SAFE) .venv/bin/vulture
+
+mutants: .venv/.installed-test ## change one token at a time: which changes do the tests not notice? (ARGS=--count 10)
+	@$(SAFE) PYTHONPATH=. .venv/bin/python tools/mutants.py $(ARGS)
 
 docs: .venv-docs/.installed ## build the documentation into build/docs; a broken link fails it
 	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
