@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pictures
 import pytest
+from PIL import Image
 
 import service
 
@@ -89,7 +90,8 @@ def test_an_installed_wheel_explains_an_image_without_the_checkout(
     help_text = run(environment / "camserve", "--help", folder=tmp_path)
     assert "explain" in help_text
     (tmp_path / "noise.png").write_bytes(pictures.png())
-    answer = run(environment / "camserve", "explain", "noise.png", "--json", folder=tmp_path)
-    result = json.loads(answer)
-    assert result["model"]["name"] == "builtin"
-    assert result["explanations"][0]["heatmap"]["data"]
+    options = ("noise.png", "--json", "--out", "explained")
+    answer = run(environment / "camserve", "explain", *options, folder=tmp_path)
+    assert json.loads(answer)["model"]["name"] == "builtin"
+    with Image.open(tmp_path / "explained" / "noise.heatmap.png") as heatmap:
+        assert heatmap.size == (80, 60)
