@@ -25,8 +25,10 @@ CLIENTS = sh tests/protocols/install.sh
 # The service's tests that `make gpu` runs a second time, with the models on the GPU.
 ON_GPU = explain captures_http stepwise_http mask concurrency faults overload repository protocols
 LOAD = $(SAFE) PYTHONPATH=benchmarks:deploy/load .venv/bin/python
+TEST = $(SAFE) .venv/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 \
+	-m 'not browser and not labeling and not container and not protocols and not ray and not gpu and not large'
 
-.PHONY: help install run test test-all browser protocols labeling ray gpu load capacity check docs bench image lock container clean
+.PHONY: help install run test coverage test-all browser protocols labeling ray gpu load capacity check mutants docs bench image lock container clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -37,8 +39,10 @@ run: install ## start the service on http://127.0.0.1:8000 (HOST=, PORT=, ARGS= 
 	@exec .venv/bin/camserve serve $(HOST:%=--host %) $(PORT:%=--port %) $(ARGS)
 
 test: .venv/.installed-test ## run every test that needs only Python (ARGS= for pytest)
-	@$(SAFE) .venv/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 \
-		-m 'not browser and not labeling and not container and not protocols and not ray and not gpu and not large' $(ARGS)
+	@$(TEST) $(ARGS)
+
+coverage: .venv/.installed-test ## make test, and measure the lines and branches that it reaches: report in build/coverage
+	@$(TEST) --cov --cov-report=term --cov-report=html $(ARGS)
 
 test-all: .venv/.installed-test ## run every test; a test whose tool is missing is skipped with a reason
 	@$(SAFE) .venv/bin/python -m pytest $(ARGS)
@@ -60,11 +64,16 @@ gpu: .venv/.installed-test ## run the tests that need a CUDA device, and the ser
 	@if .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 		$(SAFE) CAMSERVE_TEST_DEVICE=cuda .venv/bin/python -m pytest $(ON_GPU:%=tests/integration/test_%.py) $(ARGS); fi
 
-check: .venv/.installed-dev ## lint, format, types, imports
+check: .venv/.installed-dev ## lint, format, types, imports, dependencies, unused code
 	@$(SAFE) .venv/bin/python -m ruff check
 	@$(SAFE) .venv/bin/python -m ruff format --check
 	@$(SAFE) .venv/bin/python -m mypy
 	@$(SAFE) .venv/bin/lint-imports --no-logo
+	@$(SAFE) .venv/bin/deptry --no-ansi .
+	@$(SAFE) .venv/bin/vulture
+
+mutants: .venv/.installed-test ## change one token at a time: which changes do the tests not notice? (ARGS=--count 10)
+	@$(SAFE) PYTHONPATH=. .venv/bin/python tools/mutants.py $(ARGS)
 
 docs: .venv-docs/.installed ## build the documentation into build/docs; fails on a broken link
 	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml

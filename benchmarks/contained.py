@@ -40,15 +40,6 @@ class Bound:
         """Bytes used at most, by the control group's own count, files in the cache included."""
         return self._number("memory.peak", "memory.max_usage_in_bytes")
 
-    def kills(self) -> int:
-        """How many processes the kernel killed for want of memory."""
-        for name in ("memory.events", "memory.oom_control"):
-            with suppress(OSError, AttributeError):
-                for line in (self.group / name).read_text().splitlines():  # type: ignore[operator]
-                    if line.startswith("oom_kill "):
-                        return int(line.split()[1])
-        return 0
-
     def _number(self, *names: str) -> int | None:
         for name in names if self.group is not None else ():
             with suppress(OSError, ValueError):

@@ -201,6 +201,7 @@ proves_a_quick_rebuild() {
   echo "# changed" >>"$work/changed/pyproject.toml"
   begun=$SECONDS
   docker build --progress=plain --build-arg EXTRAS="${CAMSERVE_EXTRAS:-otel}" \
+    --build-arg PYTHON_IMAGE="${PYTHON_IMAGE:-python:3.11-slim-bookworm}" \
     --build-arg PIP_INDEX_URL="${PIP_INDEX_URL:-}" \
     --build-arg PIP_EXTRA_INDEX_URL="${PIP_EXTRA_INDEX_URL:-}" \
     --build-arg UNHASHED="${UNHASHED:-}" \

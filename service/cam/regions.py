@@ -70,14 +70,6 @@ def find_regions(
     )
 
 
-def mask_of(
-    grid: NDArray[np.float32], geometry: Geometry, threshold: float, max_side: int = 2048
-) -> NDArray[np.bool_]:
-    """The mask of `find_regions`, bool (height, width) of the source."""
-    strength = _strength(grid, geometry, max_side)
-    return _at_source(_reached(strength, threshold), geometry.source_size)
-
-
 def _strength(grid: NDArray[np.float32], geometry: Geometry, max_side: int) -> NDArray[np.float32]:
     """|grid| over the source, float32 (h, w), no side over `max_side`; 0 outside `seen`."""
     width, height = geometry.source_size

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from service import __version__
+
 PNG, JPEG = "iVBORw0KGgo=", "/9j/4AAQSkZJRg=="
 """The first bytes of a file."""
 
@@ -175,7 +177,7 @@ ANSWERS: Mapping[str, Any] = {
     "POST /v2/repository/models/{name}/unload": {"name": "builtin", "unload": True},
     "GET /v2": {
         "name": "camserve",
-        "version": "0.1.0",
+        "version": __version__,
         "extensions": ["binary_tensor_data", "classification", "model_repository"],
     },
     "GET /v2/health/live": {"live": True, "ready": True},

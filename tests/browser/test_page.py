@@ -27,8 +27,6 @@ from service.inference.questions import Question
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
 
-OTHERS = ("daisy", "dandelion", "rose", "tulip")
-
 
 def drawn(page: Watched) -> NDArray[np.uint8]:
     """The colours that lie over the photograph: uint8 (h, w, 4)."""

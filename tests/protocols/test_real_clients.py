@@ -78,10 +78,6 @@ def triton(python: Path, url: str, files: dict[str, Path], admin_key: str) -> An
     )
 
 
-def by_class(scores: Any) -> list[float]:
-    return [each["score"] for each in sorted(scores, key=lambda each: each["class_id"])]
-
-
 def test_kserves_v1_predict_gives_what_predict_gives(kserve, ours, logits) -> None:
     file, wrapped, pixels = kserve["v1"]["predict"]["predictions"]
     expected = ours["predictions"]

@@ -159,6 +159,14 @@ def test_a_url_of_another_host_or_port_is_refused(entry: str, url: str) -> None:
         locate(url, parse_hosts([entry]))
 
 
+@pytest.mark.parametrize(("scheme", "port"), [("http", 80), ("https", 443)])
+def test_a_url_without_a_port_means_the_port_of_its_scheme(scheme: str, port: int) -> None:
+    hosts = parse_hosts(["example.org"])
+    for host in ("example.org", f"example.org:{port}"):
+        place = locate(f"{scheme}://{host}/a", hosts)
+        assert (place.port, place.host_header) == (port, "example.org")
+
+
 def test_the_path_and_query_go_on_as_they_were_written_and_the_fragment_stays() -> None:
     place = locate("https://example.org/a%2Fb/../c?x=1%0A&y=a/b?#frag", parse_hosts(["*"]))
     assert place.target == "/a%2Fb/../c?x=1%0A&y=a/b?"

@@ -61,6 +61,15 @@ def test_a_file_that_is_wrong_stops_the_start_and_is_named(path: Path, text: str
         KeyFile(path)
 
 
+@pytest.mark.parametrize(
+    "wrong", ["ops", line("o p s", "b"), line("ops", "b", "rate=-1"), line("first", "b")]
+)
+def test_a_line_that_is_wrong_is_named_by_its_number(path: Path, wrong: str) -> None:
+    path.write_text("# who may\n" + line("first", "a") + "\n" + wrong)
+    with pytest.raises(ConfigurationError, match=r"keys, line 4: a key is written as name:sha256"):
+        KeyFile(path)
+
+
 def test_a_file_that_is_not_there_stops_the_start(path: Path) -> None:
     with pytest.raises(ConfigurationError, match="cannot read"):
         KeyFile(path)

@@ -222,6 +222,16 @@ def test_what_the_cut_cannot_show_goes_to_the_hooked_lane(model) -> None:
     assert lane_of(replace(model, compiled=None), plain) == "folded"
 
 
+@pytest.mark.parametrize(
+    ("height", "width"), [(SIZE // 2, SIZE // 2), (SIZE * 2, SIZE * 2), (SIZE, SIZE * 2)]
+)
+def test_an_image_of_another_size_goes_to_the_hooked_lane(model, height: int, width: int) -> None:
+    (plain,) = questions(1)
+    pixels = torch.zeros(3, height, width, dtype=torch.uint8)
+    assert lane_of(model, replace(plain, pixels=pixels)) == "folded"
+    assert lane_of(model, replace(plain, pixels=pixels, method=None, layers=())) == "folded"
+
+
 def test_four_threads_disturb_neither_each_other_nor_their_inputs(model) -> None:
     """OpenVINO 2026.4 wrote into other callers' arrays where inputs were shared."""
     lane = model.compiled

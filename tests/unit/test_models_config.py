@@ -89,7 +89,7 @@ def test_everything_that_can_be_said_is_read(tmp_path: Path, write) -> None:
         (TINY.replace('"a"', '"a b"'), ["model[0].name: takes letters"]),
         (TINY + TINY, ["two models are called 'a'", "model[0] and", "model[1]"]),
         (TINY + "x = [1,\n\n\ny = 2\n", ["line 7"]),
-        ('[[model]]\nname = "a\n', ["line 2"]),
+        ('[[model]]\nname = "a\n', ["line 2, column 10: "]),
         ("[[model]]\nname = [1,\n", ["line 2"]),
     ],
 )
@@ -98,6 +98,12 @@ def test_every_mistake_names_the_file_and_its_place(write, text: str, words: lis
     detail = refused(path)
     for word in (str(path), *words):
         assert word in detail
+
+
+def test_bytes_that_are_no_text_are_named_by_their_line(tmp_path: Path) -> None:
+    path = tmp_path / "models.toml"
+    path.write_bytes(b"[[model]]\n\nname = '\xff'\n")
+    assert refused(path) == f"{path}, line 3: the file is not UTF-8."
 
 
 def test_the_second_model_has_its_own_place(write) -> None:

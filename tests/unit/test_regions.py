@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
 from service.cam.heatmap import resample
-from service.cam.regions import MIN_AREA, Regions, find_regions, mask_of
+from service.cam.regions import MIN_AREA, Regions, find_regions
 from service.images.decode import Fit, Geometry, Preprocessing, Source, fit_to_model
 from service.images.run_lengths import rle_decode, rle_encode
 
@@ -70,12 +70,11 @@ def test_the_mask_is_where_the_resampled_map_reaches_the_threshold() -> None:
     geometry = fitted(640, 480, "crop")
     grid = np.random.default_rng(0).random((7, 7), dtype=np.float32)
     drawn = resample(grid, geometry, (640, 480), (0.0, 0.0, 640.0, 480.0))
-    mask = mask_of(grid, geometry, 0.6)
+    mask = decoded(find_regions(grid, geometry, 0.6))
     assert mask.shape == (480, 640)
     assert np.array_equal(
         mask[np.abs(drawn - 0.6) > 1e-5], (drawn > 0.6)[np.abs(drawn - 0.6) > 1e-5]
     )
-    assert np.array_equal(decoded(find_regions(grid, geometry, 0.6)), mask)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0])
@@ -85,8 +84,8 @@ def test_an_all_zero_map_marks_nothing(threshold: float) -> None:
 
 
 def test_threshold_zero_marks_all_evidence_and_nothing_more() -> None:
-    mask = mask_of(one_hot(3, 3), whole(70, 70), 0.0)
-    assert tight(mask) == (25, 25, 20, 20)
+    regions = find_regions(one_hot(3, 3), whole(70, 70), 0.0)
+    assert tight(decoded(regions)) == (25, 25, 20, 20)
 
 
 def test_a_map_that_is_one_everywhere_is_marked_whole_at_threshold_one() -> None:

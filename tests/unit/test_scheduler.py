@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from gates import Gate, Hold, wait_until
 from tiny import SmallNet, loaded
+from torch import nn
 
 from service.errors import (
     CorruptImage,
@@ -27,8 +28,11 @@ from service.errors import (
 from service.inference.questions import Answer, Question
 from service.inference.steps import Unfinished
 from service.metrics import Metrics
+from service.models.compiled.folding import fold
+from service.models.compiled.front import CompiledLane
 from service.models.pool import ModelPool, Replica
 from service.models.probes.behaviour import Behaviour
+from service.scheduling import scheduler as scheduling_module
 from service.scheduling.scheduler import BATCH_PATIENCE, Scheduler
 
 PATIENCE = 4.0
@@ -81,6 +85,42 @@ def held(scheduler: Scheduler) -> Iterator[None]:
         yield
     finally:
         hold.release()
+
+
+# ---- lanes
+
+
+def test_each_question_runs_in_the_lane_that_was_chosen_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ran: list[str] = []
+
+    def compiled(*_: object, **__: object) -> list[Answer]:
+        ran.append("compiled")
+        return [NOTHING]
+
+    def on_a_replica(replica: Replica, _: object) -> list[Answer]:
+        norms = [each for each in replica.module.modules() if isinstance(each, nn.BatchNorm2d)]
+        ran.append("hooked" if norms else "folded")
+        return [NOTHING]
+
+    monkeypatch.setattr(scheduling_module, "run_compiled", compiled)
+    model = loaded(SmallNet())
+    lane = CompiledLane("features", *[cast(Any, None)] * 2)
+    model = replace(model, compiled=lane, folded=fold(model.replicate()))
+    scheduler = Scheduler(ModelPool([model], replicas=1), Metrics(), workers=1, runner=on_a_replica)
+    scheduler.start()
+    try:
+        asked = replace(question(), method=None)
+        for each in (
+            asked,
+            replace(asked, activations=("features.3",)),
+            replace(asked, activations=("features.1",)),
+        ):
+            scheduler.submit("tiny", each).result(PATIENCE)
+    finally:
+        scheduler.close(PATIENCE)
+    assert ran == ["compiled", "folded", "hooked"]
 
 
 # ---- batches

@@ -6,8 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from service.models.probes.condition import Condition
 from service.models.probes.torch_state import kept_torch_state
@@ -137,10 +136,3 @@ def _behind(graph: fx.Graph, crossing: fx.Node) -> fx.Graph:
         raise Uncuttable("the model's output does not depend on the layer")
     cut.lint()
     return cut
-
-
-def agrees(cut: fx.GraphModule, activation: Tensor, logits: Tensor) -> bool:
-    """Whether the tail makes the same logits (N, classes) of the layer's output as the model."""
-    with torch.no_grad():
-        made = cut(activation)
-    return bool(torch.allclose(made, logits, rtol=1e-3, atol=1e-4))

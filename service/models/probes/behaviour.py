@@ -1,8 +1,9 @@
 """What is measured of a model when it is loaded, before anybody relies on its answers.
 
 Each probe runs the model a few times and gives a `Finding`: what was found, and what follows from
-it. `measure` runs them all, in at most `MAX_FORWARDS` forward passes and about `MAX_SECONDS`; what
-there was no time for counts as failed, so that the model is served in the careful way.
+it. `measure` runs them all, in at most 25 forward passes of one image (a backward pass counts 1.5)
+and about `MAX_SECONDS`; what there was no time for counts as failed, so that the model is served in
+the careful way.
 """
 
 from __future__ import annotations
@@ -27,9 +28,6 @@ from service.models.probes.condition import Condition
 from service.models.probes.output import Activated, activated, as_logits, logits_in
 from service.models.probes.torch_state import kept_torch_state
 from service.models.replicas import replicate
-
-MAX_FORWARDS = 25
-"""Forward passes of one image that all probes of a model cost at most; a backward pass is 1.5."""
 
 MAX_SECONDS = 120.0
 """After which no further probe begins."""
@@ -86,7 +84,6 @@ class Trial:
     def __init__(self, master: nn.Module, images: Tensor, select: Select) -> None:
         self.master = master
         self.images = images
-        self.forwards = 0.0
         self.select = select
         self._until = time.monotonic() + MAX_SECONDS
         self.uncopied: str | None = None
@@ -104,7 +101,6 @@ class Trial:
 
     def run(self, module: nn.Module, images: Tensor, seed: int = 0) -> Tensor:
         """The logits (N, classes) of some images, with the random numbers of a seed."""
-        self.forwards += len(images)
         with torch.no_grad(), seeded(seed), kept_torch_state(random=False), preserved(module):
             return self.logits(module(images.clone())).detach()
 
@@ -126,7 +122,6 @@ class Trial:
             image = self.images[:1].clone().requires_grad_()
             with seeded(0), kept_torch_state(random=False), preserved(self.served):
                 self._graph = image, self.logits(self.served(image.clone()))
-            self.forwards += 1
         return self._graph
 
     @property
@@ -271,7 +266,6 @@ def _determinism(trial: Trial) -> tuple[Finding, bool]:
         with torch.no_grad(), kept_torch_state(random=False), preserved(trial.served):
             again = trial.logits(trial.served(trial.images[:1].clone())).detach()
         draws = _random_states() != before
-    trial.forwards += 1
     same = not differ(trial.alone[0], again, trial.spread) and torch.allclose(
         trial.alone[0], again, rtol=1e-5, atol=1e-6, equal_nan=True
     )
@@ -382,7 +376,6 @@ def _side_by_side(trial: Trial, replicas: Sequence[nn.Module]) -> list[Tensor | 
             thread.start()
         for thread in threads:
             thread.join()
-    trial.forwards += len(replicas)
     return found
 
 
@@ -554,7 +547,6 @@ def _gradients(trial: Trial) -> Finding:
         weights = logits.new_zeros(2, *logits.shape)
         weights[0, 0, 0] = weights[1, 0, -1] = 1
         gradients(logits, [image], weights)
-        trial.forwards += 3
     except Exception as error:  # noqa: BLE001 - a custom Function without a vmap rule, above all
         return Finding(
             "gradients", False, f"Two gradients at once fail ({_first_line(error)}).", follows
