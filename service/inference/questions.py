@@ -17,6 +17,9 @@ Kind = Literal["output", "input", "grad_output", "grad_input"]
 Lane = Literal["compiled", "folded", "hooked"]
 
 
+_WALKING = frozenset(record.name for record in METHODS.values() if record.walks)
+
+
 @dataclass(frozen=True, slots=True)
 class Question:
     """What is asked about one image.
@@ -58,7 +61,7 @@ class Question:
     @property
     def walks(self) -> bool:
         """Whether the maps need the gradient of every target at the target layers."""
-        return bool((record := self.explained_by) and record.walks)
+        return bool(self.layers) and self.method in _WALKING
 
     @property
     def differentiates(self) -> bool:
