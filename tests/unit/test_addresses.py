@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.errors import ConfigurationError, ImageUrlRefused
+from service.integrations.label_studio.host import LabelStudioHost
 from service.security.addresses import is_allowed, locate, parse_hosts
 
 PUBLIC = ["93.184.215.14", "1.1.1.1", "172.32.0.1", "2606:2800:21f:cb07:6820:80da:af6b:8b2c"]
@@ -165,6 +166,13 @@ def test_a_url_without_a_port_means_the_port_of_its_scheme(scheme: str, port: in
     for host in ("example.org", f"example.org:{port}"):
         place = locate(f"{scheme}://{host}/a", hosts)
         assert (place.port, place.host_header) == (port, "example.org")
+
+
+@pytest.mark.parametrize("url", ["http://studio.example.org", "https://studio.example.org/ls"])
+def test_a_label_studio_without_a_port_is_at_the_port_of_its_scheme(url: str) -> None:
+    host = LabelStudioHost(url, None, allowed=(), max_bytes=1, seconds=1)
+    assert host.is_its(f"{url}/data/upload/1/cat.jpg")
+    assert not host.is_its("http://studio.example.org:8080/data/upload/1/cat.jpg")
 
 
 def test_the_path_and_query_go_on_as_they_were_written_and_the_fragment_stays() -> None:

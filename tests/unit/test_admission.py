@@ -63,6 +63,7 @@ def test_a_permit_grows_while_there_is_room_and_keeps_what_it_has_when_there_is_
         with pytest.raises(QueueFull):
             other.grow(1)
         assert places.images == 3
+        assert [(each.images, each.bytes) for each in (permit, other)] == [(2, 0), (1, 0)]
     assert places.images == 0
 
 
