@@ -27,8 +27,10 @@ def test_a_lane_looks_wherever_its_marker_is(lane: str) -> None:
 
 def test_ci_runs_targets_of_the_makefile() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    (lanes,) = re.findall(r"^lanes=\((.+)\)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
-    assert {"check", "coverage"} < set(lanes.split())
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    (lanes,) = re.findall(r"^lanes=\((.+)\)$", script, re.MULTILINE)
+    assert {"check", "test"} < set(lanes.split())
+    assert "$lane != test ]] || arguments=('ARGS=--cov" in script, "its tests are measured"
     for lane in lanes.split():
         assert re.search(rf"^{lane}:", makefile, re.MULTILINE), lane
 
