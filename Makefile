@@ -25,7 +25,7 @@ CLIENTS = sh tests/protocols/install.sh
 # The service's tests that `make gpu` runs a second time, with the models on the GPU.
 ON_GPU = explain captures_http stepwise_http mask concurrency faults overload repository protocols
 LOAD = $(SAFE) PYTHONPATH=benchmarks:deploy/load .venv/bin/python
-TEST = $(SAFE) .venv/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 \
+TEST = $(SAFE) .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
 	-m 'not browser and not labeling and not container and not protocols and not ray and not gpu and not large'
 
 .PHONY: help install run test coverage test-all browser protocols labeling ray gpu load capacity check mutants docs bench image lock container clean
