@@ -101,7 +101,10 @@ def _build_torchvision(spec: ModelSpec, name: str, allow_random_weights: bool) -
     if spec.weights and not _names_entry(spec):
         return _torchvision_file(spec, name, make)
     if allow_random_weights:
-        module = _randomised(lambda: make(weights=None))
+        # A vision transformer is built for one image size: that which it will be fed.
+        side = (spec.input.size or preprocessing.crop)[0]
+        size = {"image_size": side} if name.startswith("vit_") else {}
+        module = _randomised(lambda: make(weights=None, **(size | dict(spec.arguments))))
     else:
         with _fetching(spec):
             module = torchvision.models.get_model(name, weights=entry, **spec.arguments)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torchvision
@@ -72,3 +74,11 @@ def test_it_is_served_and_explained_at_its_smallest_input(name: str, monkeypatch
     assert abs(rows - side / cell_of(name)) <= 1
     assert replica.condition.faults() == []
     assert model.stateful == ()
+
+
+@pytest.mark.parametrize("entry", ["IMAGENET1K_V1", "IMAGENET1K_SWAG_E2E_V1"])
+def test_a_vision_transformer_without_weights_has_the_size_of_its_transform(entry: str) -> None:
+    """`vit_h_14`, whose default weights are fed 518 pixels, was built for 224."""
+    spec = ModelSpec("m", "torchvision/vit_b_16", weights=Path(entry))
+    built = builders.build(spec, allow_random_weights=True)
+    assert built.preprocessing.crop == (built.module.image_size,) * 2
