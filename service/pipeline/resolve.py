@@ -75,7 +75,7 @@ def question(
 
 
 def hiding(options: CommonOptions) -> Hiding | None:
-    """The part of each picture to hide, if any."""
+    """The part of each image to hide, if any."""
     mask = options.hidden() if isinstance(options, ExplainOptions) else None
     if mask is None:
         return None

@@ -1,4 +1,4 @@
-"""What all routes share that answer pictures: permit, deadline, hang-up, and one image's way.
+"""What all routes share that answer images: permit, deadline, disconnect, and one image's way.
 
 `in_time` runs a route's work; the work takes a model with `model_in_use`, settles what is asked
 with `understand`, and then for each image calls `ask` and `pipeline.run.drawn`.
