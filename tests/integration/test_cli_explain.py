@@ -94,6 +94,13 @@ def rounded(value: Any) -> Any:
     return f"{value:.4g}" if isinstance(value, float) else value
 
 
+def test_a_format_that_the_settings_leave_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAMSERVE_IMAGE_FORMATS", "JPEG")
+    photos("a.png")
+    (line,) = lines(explain("a.png", "--json", code=1))
+    assert line["error"]["code"] == "unsupported_image"
+
+
 def test_standard_input_is_an_image_called_stdin() -> None:
     (line,) = lines(explain("-", "--json", "--out", "out", stdin=pictures.png()))
     assert line["file"] == "-"
