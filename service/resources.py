@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 _MALLOPT = {
-    "MALLOC_TRIM_THRESHOLD_": (-1, 1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": (-1, 256 << 20),
     "MALLOC_MMAP_THRESHOLD_": (-3, 1 << 30),
     "MALLOC_ARENA_MAX": (-8, 2),
 }
@@ -24,9 +24,11 @@ _MALLOPT = {
 def tune_allocator() -> None:
     """Tell glibc how memory is used here, but for what the environment tells it.
 
-    It keeps what is freed, up to a GiB, since the next activation needs it again; otherwise each
-    large tensor is mapped anew and every page of it faults. And all threads share two arenas: with
-    its eight a core, each with gaps of its own, memory grew for as long as it was watched.
+    It keeps up to 256 MiB of freed memory, because the next activation needs it again; otherwise
+    every page of each large tensor faults. More is returned to the kernel in pieces of that size:
+    a GiB at once, freed under the interpreter's lock, stopped the event loop for 120 ms. And all
+    threads share two arenas: with glibc's eight per core, each with its own gaps, memory grew for
+    as long as it was watched.
 
     Other C libraries have no such settings.
     """

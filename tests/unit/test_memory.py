@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import os
 import subprocess
 import sys
@@ -117,3 +118,39 @@ def test_the_collector_is_paused_until_the_last_one_is_done() -> None:
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+FREED = """
+import ctypes, re, pathlib
+from service.resources import tune_allocator
+
+tune_allocator()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+
+def resident():
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(re.search(r"RssAnon:\\s+(\\d+)", status)[1]) >> 10
+
+blocks = [libc.malloc(64 << 20) for _ in range(16)]
+for block in blocks:
+    ctypes.memset(block, 1, 64 << 20)
+steps = [resident()]
+for block in reversed(blocks):
+    libc.free(block)
+    steps.append(resident())
+print(*steps)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="not the C library glibc")
+def test_freed_memory_returns_to_the_kernel_in_pieces_of_at_most_256_mib() -> None:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    result = subprocess.run(
+        [sys.executable, "-c", FREED], env=environment, capture_output=True, text=True, check=True
+    )
+    steps = [int(step) for step in result.stdout.split()]
+    returned = [before - after for before, after in itertools.pairwise(steps)]
+    assert max(returned) <= 256 + 64, "what one free() gives back while it holds Python's lock"
+    assert steps[0] - steps[-1] >= 512, "most of the GiB went back"
