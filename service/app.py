@@ -24,7 +24,7 @@ from service import __version__
 from service.errors import ConfigurationError, ShuttingDown
 from service.images.budget import DecodeBudget
 from service.integrations.label_studio.host import LabelStudio, LabelStudioHost
-from service.integrations.routers import ROUTERS
+from service.integrations.registry import INTEGRATIONS
 from service.metrics import Metrics, Readings
 from service.models.catalog import ModelSpec, check_names, parse_models, with_int8
 from service.models.compiled.lane import Compiler
@@ -109,8 +109,12 @@ def create_app(settings: Settings, *, background: bool = False, only: str | None
     )
     app.state.service = service
     app.state.label_studio = label_studio
-    for router in (classify.router, models.router, kernels.router, health.router, *ROUTERS):
+    app.state.integrations = INTEGRATIONS
+    for router in (classify.router, models.router, kernels.router, health.router):
         app.include_router(router)
+    for integration in INTEGRATIONS:
+        for router in integration.routers:
+            app.include_router(router)
     _serve_page(app)
     problems.install(app, options=list(ExplainOptions.model_fields))
     _add_middleware(app, service, settings, traces)
@@ -339,7 +343,9 @@ def _serve_page(app: FastAPI) -> None:
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
-        return app.openapi_schema or docs.complete(generate())
+        if app.openapi_schema is None:
+            app.openapi_schema = docs.complete(generate(), INTEGRATIONS)
+        return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
 

@@ -28,9 +28,10 @@ from service import logs
 from service.app import create_app, model_specs
 from service.errors import CamserveError, UnknownModel, nearest
 from service.integrations.label_studio import overlay
+from service.integrations.protocols import repository
 from service.pipeline.service import Service
 from service.resources import spare_collector, tune_allocator
-from service.routes.access import ADMIN_BELOW, is_admin, path_of, sent_key
+from service.routes.access import is_admin, path_of, sent_key
 from service.routes.hosts import host_rule
 from service.routes.middleware import BehindPrefix
 from service.routes.problems import problem
@@ -48,6 +49,7 @@ DEPLOYMENT: dict[str, Any] = {
 """Where a configuration file says nothing else. How many replicas, it must say."""
 
 OVERLAY = f"{overlay.router.prefix}/overlay.png"
+ADMIN = f"{repository.router.prefix}/"
 MAX_OPTIONS = 1000
 """Of a query; with more the app refuses it."""
 
@@ -132,7 +134,8 @@ class ManyModels:
             name = self._chosen(scope)
             app = self._any_app() if name is None else (await self._model(name)).app
         except CamserveError as error:
-            await problem(Request(scope), error)(scope, receive, send)
+            # The app knows which form errors have on this path.
+            await problem(Request({**scope, "app": self._front}), error)(scope, receive, send)
             return
         await app(scope, receive, send)
 
@@ -146,7 +149,7 @@ class ManyModels:
             return None
         if path == OVERLAY:
             return self._known(self._model_of_overlay(query))
-        if path.startswith(ADMIN_BELOW):
+        if path.startswith(ADMIN):
             admitted = is_admin(headers, self._service.admin_keys)
         else:
             keys = self._service.api_keys

@@ -25,12 +25,45 @@ from service.errors import InvalidOption, nearest
 from service.integrations.asked import Asked, Plan, Reply, answer, file_in, json_response, parsed
 from service.models.loaded import LoadedModel
 from service.pipeline.response import result
-from service.routes.docs import peer_errors
+from service.routes import docs
+from service.routes.examples import JPEG
+from service.routes.integration import Integration
 from service.routes.state import service_of
 
+
+def _error(_status: int, code: str, detail: str) -> dict[str, Any]:
+    return {"success": False, "error": {"code": code, "message": detail}}
+
+
 router = APIRouter(
-    prefix="/integrations/x-anylabeling/v1", tags=["X-AnyLabeling"], responses=peer_errors()
+    prefix="/integrations/x-anylabeling/v1",
+    tags=["X-AnyLabeling"],
+    responses=docs.protocol_errors(_error),
 )
+
+INTEGRATION = Integration(
+    routers=(router,),
+    description="The remote server of the labeling program.",
+    schemas=(LabelingRequest,),
+    prefixes=("/integrations/x-anylabeling/",),
+    error_body=_error,
+)
+
+_EXAMPLE_REQUEST = {
+    "model": "builtin",
+    "image": f"data:image/jpeg;base64,{JPEG}",
+    "params": {"conf_threshold": 0.5, "current_task": "cam_polygon"},
+}
+_EXAMPLE_SHAPE = {
+    "label": "sunflower",
+    "shape_type": "polygon",
+    "points": [[140.0, 120.0], [320.0, 120.0], [320.0, 285.0]],
+    "score": 0.9968,
+    "description": "gradcam",
+    "attributes": {},
+    "flags": {},
+    "group_id": 1,
+}
 
 Points = list[tuple[float, float]]
 
@@ -50,14 +83,25 @@ class _Task:
     outlines: Callable[[wire.Regions, float], list[Points]]
 
 
-@router.get("/models")
+@router.get(
+    "/models",
+    responses=docs.example(
+        {"success": True, "data": {"builtin": {"display_name": "builtin: class and evidence"}}}
+    ),
+)
 async def models(request: Request) -> dict[str, Any]:
     """Every loaded model with its tasks and widgets."""
     loaded = service_of(request).pool.models
     return {"success": True, "data": {name: _described(loaded[name]) for name in loaded}}
 
 
-@router.post("/predict")
+@router.post(
+    "/predict",
+    responses=docs.example(
+        {"success": True, "data": {"shapes": [_EXAMPLE_SHAPE], "description": "sunflower 1.00"}}
+    ),
+    openapi_extra=docs.json_body(LabelingRequest, _EXAMPLE_REQUEST),
+)
 async def predict(request: Request) -> Response:
     """The shapes of the evidence in one image."""
     found: list[LabelingRequest] = []

@@ -9,6 +9,7 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import Scope
 
+from service.routes.integration import integrations_of
 from service.routes.state import service_of
 from service.security.keys import KeyFile
 from service.security.quotas import Visit
@@ -21,30 +22,25 @@ OPEN = frozenset(
         "/openapi.json",
         "/health/live",
         "/health/ready",
-        "/v2/health/live",
-        "/v2/health/ready",
-        "/ping",
-        "/integrations/label-studio/webhook",
-        "/integrations/label-studio/overlay.png",
     }
 )
-"""Paths without secrets and without cost: probes, the page, what the routes are, and a webhook that
-does nothing. The overlay asks for a key of its own, which stands in its query."""
+"""Paths without secrets and without cost: probes, the page, and the description of the routes.
+Integrations add their own (`Integration.open_paths`)."""
 
 OPEN_BELOW = ("/docs/static/", "/page/")
-ADMIN_BELOW = "/v2/repository/"
-"""Has keys of its own, which its routes ask for."""
 
 
-def is_open(path: str) -> bool:
-    """Whether a path needs no API key."""
-    return path in OPEN or path.startswith((*OPEN_BELOW, ADMIN_BELOW))
+def is_open(scope: Scope) -> bool:
+    """Whether the path of a request needs no API key."""
+    path = path_of(scope)
+    is_generic = path in OPEN or path.startswith(OPEN_BELOW)
+    return is_generic or any(each.is_open(path) for each in integrations_of(scope))
 
 
 def sent_key(headers: Headers) -> str:
-    """The key of a request, or "": of Authorization where there is one, else of X-API-Key.
+    """The key of a request, or "": from Authorization if it is there, else from X-API-Key.
 
-    X-AnyLabeling sends it as Token.
+    A labeling program sends it as Token.
     """
     scheme, _, value = headers.get("authorization", "").strip().partition(" ")
     if scheme.lower() == "bearer":
@@ -76,7 +72,7 @@ def may_see_reasons(request: Request) -> bool:
     service = service_of(request)
     if service.api_keys is not None:
         return service.api_keys.owner(sent_key(request.headers)) is not None
-    return service.is_near and path_of(request.scope) not in OPEN
+    return service.is_near and not is_open(request.scope)
 
 
 def path_of(scope: Scope) -> str:

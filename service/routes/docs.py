@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -10,14 +11,8 @@ from pydantic import BaseModel
 
 from api_schemas.answers import Answer, Problem
 from api_schemas.options import ExplainRequest, PredictRequest
-from api_schemas.protocols import (
-    InferRequest,
-    Instances,
-    LabelingRequest,
-    LabelStudioRequest,
-    LabelStudioSetup,
-)
-from service.routes import examples, peers
+from service.routes import examples
+from service.routes.integration import ErrorBody, Integration
 from service.routes.problems import PROBLEM_MEDIA_TYPE
 
 _PROBLEMS = {
@@ -63,35 +58,33 @@ _TAGS = {
     "classify": "Predictions for images, and the evidence for them.",
     "models": "The served models, and the layers that requests may name.",
     "operations": "Probes and metrics.",
-    "model repository": "Load and unload models, with an admin key.",
-    "Open Inference Protocol V2": "For clients of KServe, Triton and MLServer.",
-    "KServe V1": "For clients of KServe's first protocol and of TensorFlow Serving.",
-    "TorchServe": "For clients of TorchServe.",
-    "X-AnyLabeling": "The remote server of the labeling program.",
-    "Label Studio": "The machine learning backend of the labeling program.",
 }
-
-_BODIES: dict[str, type[BaseModel]] = {
-    "POST /v1/models/{name}:predict": Instances,
-    "POST /v1/models/{name}:explain": Instances,
-    "POST /v2/models/{name}/infer": InferRequest,
-    "POST /v2/models/{name}/explain": InferRequest,
-    "POST /integrations/x-anylabeling/v1/predict": LabelingRequest,
-    "POST /integrations/label-studio/setup": LabelStudioSetup,
-    "POST /integrations/label-studio/predict": LabelStudioRequest,
-}
-"""What routes read that take their body apart themselves."""
 
 
 def explain() -> dict[str, Any]:
     """Keyword arguments of the route `/explain`."""
-    pictures = dict.fromkeys(("image/jpeg", "image/png", "image/webp"), _BINARY)
-    return _described(ExplainRequest, pictures)
+    images = dict.fromkeys(("image/jpeg", "image/png", "image/webp"), _BINARY)
+    return _classifying(ExplainRequest, examples.EXPLAIN, examples.EXPLAINED, images)
 
 
 def predict() -> dict[str, Any]:
     """Keyword arguments of the route `/predict`."""
-    return _described(PredictRequest, {})
+    return _classifying(PredictRequest, examples.PREDICT, examples.PREDICTED, {})
+
+
+def example(answer: Any) -> dict[int | str, dict[str, Any]]:
+    """The responses of a route: an example of the JSON that it answers with status 200."""
+    return {200: {"content": {"application/json": {"example": answer}}}}
+
+
+def json_body(form: type[BaseModel], request: Any) -> dict[str, Any]:
+    """The body of a route that parses it itself: its model, and an example."""
+    return _body({"application/json": _json(form, request)})
+
+
+def image_body() -> dict[str, Any]:
+    """The body of a route that takes one image file."""
+    return _body(dict.fromkeys(("image/*", "application/octet-stream"), _BINARY))
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -116,37 +109,44 @@ def _problem(status: int) -> dict[str, Any]:
     ).model_dump()
 
 
-def peer_errors() -> dict[int | str, dict[str, Any]]:
-    """What a route of another server's protocol may answer; the bodies are `routes.peers`'."""
-    content = {"application/json": {"schema": {"type": "object"}}}
+def protocol_errors(body: ErrorBody) -> dict[int | str, dict[str, Any]]:
+    """The errors of a route whose protocol has an error body of its own, with examples of it."""
     return {
         kind: {
             "description": f"An error of {whose}, in the format of the protocol.",
-            "content": content,
+            "content": {
+                "application/json": {
+                    "schema": {"type": "object"},
+                    "example": body(status, _CODES[status], _PROBLEMS[status]),
+                }
+            },
         }
-        for kind, whose in (("4XX", "the request"), ("5XX", "the service"))
+        for kind, status, whose in (("4XX", 404, "the request"), ("5XX", 503, "the service"))
     }
 
 
-def complete(document: dict[str, Any]) -> dict[str, Any]:
-    """What FastAPI wrote, with what it does not know: schemas, bodies, examples, tags, servers.
+def complete(document: dict[str, Any], integrations: Sequence[Integration]) -> dict[str, Any]:
+    """The document that FastAPI wrote, with servers, tags, and the schemas that it does not know.
 
-    Servers are relative to where the document lies, so it holds behind any proxy's prefix.
+    Servers are relative to the document's own address, so it is right behind any proxy's prefix.
     """
     document.setdefault("servers", [{"url": "."}])
-    document["tags"] = [{"name": name, "description": text} for name, text in _TAGS.items()]
-    for path, operations in document["paths"].items():
-        for method, operation in operations.items():
-            _complete_operation(method, path, operation)
+    tags = _TAGS | {str(each.routers[0].tags[0]): each.description for each in integrations}
+    document["tags"] = [{"name": name, "description": text} for name, text in tags.items()]
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            _complete_operation(operation)
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     for name in ("HTTPValidationError", "ValidationError"):  # of FastAPI's own errors
         schemas.pop(name, None)
-    for name, schema in _components():
+    for name, schema in _components(integrations):
         schemas.setdefault(name, schema)
-    return document
+    text = json.dumps(document).replace(json.dumps(examples.NULL), "null")
+    whole: dict[str, Any] = json.loads(text)
+    return whole
 
 
-def _complete_operation(method: str, path: str, operation: dict[str, Any]) -> None:
+def _complete_operation(operation: dict[str, Any]) -> None:
     first, _, rest = operation.pop("description", "").partition("\n\n")
     if first:
         operation["summary"] = " ".join(first.split()).rstrip(".")
@@ -157,61 +157,48 @@ def _complete_operation(method: str, path: str, operation: dict[str, Any]) -> No
         responses |= {str(status): of for status, of in problems(421, 431).items()}
     if "HTTPValidationError" in str(responses.get("422")):
         del responses["422"]
-    _describe_body(method, path, operation)
-    answer = examples.of(examples.ANSWERS, method, path)
-    if answer is not None:
-        responses["200"]["content"]["application/json"]["example"] = answer
-    for kind, status in (("4XX", 404), ("5XX", 503)):
-        theirs = peers.error(f"{path}/", status, _CODES[status], _PROBLEMS[status])
-        if theirs is not None and kind in responses:
-            responses[kind]["content"]["application/json"]["example"] = theirs[1]
 
 
-def _describe_body(method: str, path: str, operation: dict[str, Any]) -> None:
-    form = examples.of(_BODIES, method, path)
-    if form is not None:
-        schema = {"$ref": f"#/components/schemas/{form.__name__}"}
-        content: dict[str, Any] = {"application/json": {"schema": schema}}
-        operation["requestBody"] = {"required": True, "content": content}
-    elif operation["tags"] == ["TorchServe"] and method == "post":
-        pictures = dict.fromkeys(("image/*", "application/octet-stream"), _BINARY)
-        operation["requestBody"] = {"required": True, "content": pictures}
-    example = examples.of(examples.REQUESTS, method, path)
-    if example is not None:
-        operation["requestBody"]["content"]["application/json"]["example"] = example
-
-
-def _components() -> Iterator[tuple[str, Any]]:
+def _components(integrations: Sequence[Integration]) -> Iterator[tuple[str, Any]]:
     """Schemas that routes refer to and FastAPI does not collect by itself."""
-    models: list[type[BaseModel]] = [Problem, ExplainRequest, PredictRequest, *_BODIES.values()]
+    models: list[type[BaseModel]] = [Problem, ExplainRequest, PredictRequest]
+    models += [schema for integration in integrations for schema in integration.schemas]
     for model in models:
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
         yield from schema.pop("$defs", {}).items()
         yield model.__name__, schema
 
 
-def _described(form: type, pictures: dict[str, Any]) -> dict[str, Any]:
-    body = {
-        "required": True,
-        "description": "A form with parts named `image`, one raw image, or JSON with base64.",
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["image"],
-                    "properties": {
-                        "image": {"type": "array", "items": {"type": "string", "format": "binary"}}
-                    },
-                }
-            },
-            "image/*": _BINARY,
-            "application/octet-stream": _BINARY,
-            "application/json": {"schema": {"$ref": f"#/components/schemas/{form.__name__}"}},
+def _json(form: type[BaseModel], request: Any) -> dict[str, Any]:
+    return {"schema": {"$ref": f"#/components/schemas/{form.__name__}"}, "example": request}
+
+
+def _body(content: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """The keyword argument `openapi_extra` of a route that takes a body of these types."""
+    return {"requestBody": {"required": True, **more, "content": content}}
+
+
+def _classifying(
+    form: type[BaseModel], request: Any, response: Any, images: dict[str, Any]
+) -> dict[str, Any]:
+    """Arguments of a route that takes images in three ways; with an example of both directions."""
+    files = {"type": "array", "items": {"type": "string", "format": "binary"}}
+    content = {
+        "multipart/form-data": {
+            "schema": {"type": "object", "required": ["image"], "properties": {"image": files}}
         },
+        "image/*": _BINARY,
+        "application/octet-stream": _BINARY,
+        "application/json": _json(form, request),
     }
-    answer = {"model": Answer, "description": "One result an image.", "content": pictures}
+    text = "A form with parts named `image`, one raw image, or JSON with base64."
+    result = {
+        "model": Answer,
+        "description": "One result an image.",
+        "content": {"application/json": {"example": response}, **images},
+    }
     return {
         "response_model": None,
-        "responses": {200: answer, **problems(*_PROBLEMS)},
-        "openapi_extra": {"requestBody": body},
+        "responses": {200: result, **problems(*_PROBLEMS)},
+        "openapi_extra": _body(content, description=text),
     }

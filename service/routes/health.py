@@ -14,7 +14,7 @@ from service.errors import ModelNotReady, ShuttingDown
 from service.models.library import Entry
 from service.pipeline.service import Service
 from service.routes.access import may_see_reasons
-from service.routes.docs import problems
+from service.routes.docs import example, problems
 from service.routes.state import service_of
 
 router = APIRouter(tags=["operations"])
@@ -29,14 +29,18 @@ _SAMPLES: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.get("/health/live", responses=problems(503))
+@router.get("/health/live", responses=example({"status": "live"}) | problems(503))
 async def live(request: Request) -> Health:
     """The process responds, and not too many of its threads hang."""
     _refuse_where_threads_hang(service_of(request))
     return Health(status="live")
 
 
-@router.get("/health/ready", responses=problems(503), response_model_exclude_unset=True)
+@router.get(
+    "/health/ready",
+    responses=example({"status": "ready"}) | problems(503),
+    response_model_exclude_unset=True,
+)
 async def ready(request: Request) -> Health:
     """Models are loaded and new requests are accepted."""
     service = service_of(request)

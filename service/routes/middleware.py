@@ -246,7 +246,7 @@ class Access:
     open_metrics: bool = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self.keys is None or scope["type"] != "http" or self._is_open(path_of(scope)):
+        if self.keys is None or scope["type"] != "http" or self._is_open(scope):
             await self.app(scope, receive, send)
             return
         key = self.keys.owner(sent_key(Headers(scope=scope)))
@@ -265,8 +265,8 @@ class Access:
         except KeyLimit as error:  # of `visit`; those of the routes are answered further in
             await problem(Request(scope), error)(scope, receive, send)
 
-    def _is_open(self, path: str) -> bool:
-        return self.open_metrics if path == "/metrics" else is_open(path)
+    def _is_open(self, scope: Scope) -> bool:
+        return self.open_metrics if path_of(scope) == "/metrics" else is_open(scope)
 
 
 @dataclass(frozen=True, slots=True)

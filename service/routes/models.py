@@ -12,7 +12,8 @@ from service.models.loaded import LoadedModel
 from service.models.probes.condition import ATTRIBUTE
 from service.pipeline.service import Service
 from service.routes.access import may_see_reasons
-from service.routes.docs import problems
+from service.routes.docs import example, problems
+from service.routes.examples import VERSION
 from service.routes.state import service_of
 
 router = APIRouter(tags=["models"])
@@ -20,8 +21,41 @@ router = APIRouter(tags=["models"])
 HIDDEN = "The log of the service has the reason; it may name files."
 """Shown in place of a reason where the client may be anybody."""
 
+_MODEL = {
+    "name": "builtin",
+    "builder": "builtin",
+    "state": "ready",
+    "default": True,
+    "version": VERSION,
+    "classes": 102,
+    "input": {
+        "width": 224,
+        "height": 224,
+        "resize": 256,
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+        "interpolation": "bilinear",
+        "channels": 3,
+    },
+    "target_layer": "features.7",
+    "lanes": [{"name": "hooked", "ready": True}, {"name": "compiled", "ready": True}],
+    "random_weights": False,
+    "replicas": 2,
+}
+_LAYER = {
+    "path": "features.7",
+    "type": "Sequential",
+    "shape": [96, 14, 14],
+    "parameters": 31392,
+    "target": True,
+}
 
-@router.get("/models", responses=problems(401), response_model_exclude_unset=True)
+
+@router.get(
+    "/models",
+    responses=example({"models": [_MODEL]}) | problems(401),
+    response_model_exclude_unset=True,
+)
 async def models(request: Request) -> wire.Models:
     """Every served model; the first is the default."""
     service = service_of(request)
@@ -30,7 +64,11 @@ async def models(request: Request) -> wire.Models:
     )
 
 
-@router.get("/models/{name}", responses=problems(401, 404), response_model_exclude_unset=True)
+@router.get(
+    "/models/{name}",
+    responses=example(_MODEL | {"labels": ["alpine sea holly", "anthurium"]}) | problems(401, 404),
+    response_model_exclude_unset=True,
+)
 async def model(request: Request, name: str) -> wire.ModelDetails:
     """One model with its state and, once loaded, its labels and the results of its probes."""
     service = service_of(request)
@@ -45,7 +83,10 @@ async def model(request: Request, name: str) -> wire.ModelDetails:
     return wire.ModelDetails(**fields)
 
 
-@router.get("/models/{name}/layers", responses=problems(401, 404, 503))
+@router.get(
+    "/models/{name}/layers",
+    responses=example({"layers": [_LAYER]}) | problems(401, 404, 503),
+)
 async def layers(request: Request, name: str) -> wire.Layers:
     """Every module of a model: its path, type, output shape, and whether it can be a target."""
     found = service_of(request).pool.model(name)

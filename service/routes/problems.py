@@ -1,6 +1,6 @@
 """Errors at the edge: one table from exception class to status, one body for all (RFC 9457).
 
-On the routes of other servers' protocols the body is theirs (`service.routes.peers`).
+On the paths of an integration the body is that of its protocol (`service.routes.integration`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from api_schemas.answers import Problem
 from service import errors
 from service.errors import CamserveError, Refused, nearest
-from service.routes import peers
+from service.routes.integration import integrations_of
 
 _log = structlog.get_logger(__name__)
 
@@ -149,9 +149,10 @@ def _response(
     request: Request, status: int, code: str, detail: str, headers: dict[str, str]
 ) -> JSONResponse:
     path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
-    theirs = peers.error(path, status, code, detail)
-    if theirs is not None:
-        return JSONResponse(theirs[1], status_code=theirs[0], headers=headers)
+    for integration in integrations_of(request.scope):
+        error = integration.error(path, status, code, detail)
+        if error is not None:
+            return JSONResponse(error[1], status_code=error[0], headers=headers)
     body = Problem(
         title=HTTPStatus(status).phrase,
         status=status,

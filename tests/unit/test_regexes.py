@@ -21,7 +21,7 @@ from backtracking import Mode, alphabet, matched, steps
 from starlette.routing import Route
 
 import service
-from service.integrations.routers import ROUTERS
+from service.integrations.registry import INTEGRATIONS
 from service.routes import classify, health, kernels, models
 from service.routes.page.router import page_router
 
@@ -147,8 +147,9 @@ def found() -> dict[str, re.Pattern[Any]]:
 
 
 def routes() -> Iterator[tuple[str, re.Pattern[str]]]:
-    own = (classify.router, health.router, kernels.router, models.router, page_router(), *ROUTERS)
-    for router in own:
+    routers = [router for integration in INTEGRATIONS for router in integration.routers]
+    routers += [classify.router, health.router, kernels.router, models.router, page_router()]
+    for router in routers:
         for route in router.routes:
             assert isinstance(route, Route)
             yield route.path, route.path_regex

@@ -24,6 +24,7 @@ from api_schemas.options import CommonOptions, ExplainOptions, PredictOptions
 from api_schemas.protocols import LabelStudioRequest, LabelStudioSetup, LabelStudioTask
 from service.errors import CamserveError, InvalidOption
 from service.integrations.asked import parsed
+from service.integrations.label_studio import overlay
 from service.integrations.label_studio.config import (
     Parameters,
     TaskImage,
@@ -39,11 +40,21 @@ from service.pipeline.answer_size import quoted
 from service.pipeline.run import as_error, drawn, result_of
 from service.routes import answering, bodies, docs, encodings
 from service.routes.answering import Work
+from service.routes.examples import NULL
+from service.routes.integration import Integration
 from service.routes.state import service_of
 from service.scheduling.admission import Bill, Permit
 
 router = APIRouter(prefix="/integrations/label-studio", tags=["Label Studio"])
 _log = structlog.get_logger(__name__)
+
+INTEGRATION = Integration(
+    routers=(router, overlay.router),
+    description="The machine learning backend of the labeling program.",
+    schemas=(LabelStudioSetup, LabelStudioRequest),
+    # The webhook does nothing. The overlay has a key of its own, in its query.
+    open_paths=frozenset({f"{router.prefix}/webhook", f"{router.prefix}/overlay.png"}),
+)
 
 LABEL_STUDIO_SECONDS = 100.0
 """How long Label Studio waits for predictions."""
@@ -64,14 +75,47 @@ LISTED = 20
 
 _PROBLEMS = docs.problems(400, 401, 404, 408, 413, 422, 429, 503, 504)
 
+_VERSION = "builtin-24bec9d19b86-gradcam-layer3"
+_LABEL_CONFIG = (
+    '<View><Image name="image" value="$image"/><BrushLabels name="cam" toName="image">'
+    '<Label value="cam"/></BrushLabels></View>'
+)
+_EXAMPLE_SETUP = {
+    "project": "1.1795168170",
+    "schema": _LABEL_CONFIG,
+    "extra_params": {"method": "layercam", "labels": {"sunflower": "yellow flower"}},
+}
+_EXAMPLE_REQUEST = {
+    "tasks": [{"id": 7, "data": {"image": "/data/upload/1/ab12-cat.jpg"}}],
+    "project": "1.1795168170",
+    "label_config": _LABEL_CONFIG,
+    "params": {"context": NULL},
+}
+_EXAMPLE_BRUSH = {
+    "id": "c027ad3599",
+    "from_name": "cam",
+    "to_name": "image",
+    "type": "brushlabels",
+    "score": 0.9968,
+    "original_width": 640,
+    "original_height": 480,
+    "image_rotation": 0,
+    "value": {"format": "rle", "rle": [0, 18, 192, 0, 57, 27, 252], "brushlabels": ["cam"]},
+}
+_EXAMPLE_PREDICTION = {"result": [_EXAMPLE_BRUSH], "score": 0.9968, "model_version": _VERSION}
 
-@router.get("/health", responses=docs.problems(401))
+
+@router.get("/health", responses=docs.example({"status": "UP"}) | docs.problems(401))
 async def health() -> dict[str, str]:
     """Liveness; Label Studio expects it within one second, before any other request."""
     return {"status": "UP"}
 
 
-@router.post("/setup", responses=_PROBLEMS)
+@router.post(
+    "/setup",
+    responses=docs.example({"model_version": _VERSION}) | _PROBLEMS,
+    openapi_extra=docs.json_body(LabelStudioSetup, _EXAMPLE_SETUP),
+)
 async def setup(request: Request) -> Response:
     """The version of the predictions that this project would get.
 
@@ -94,20 +138,24 @@ async def setup(request: Request) -> Response:
         return await answering.watched(request, work)
 
 
-@router.get("/versions", responses=docs.problems(401))
+@router.get("/versions", responses=docs.example({"versions": [_VERSION]}) | docs.problems(401))
 async def versions(request: Request) -> dict[str, list[str]]:
     """The versions of predictions of the loaded models for a project without parameters."""
     models = service_of(request).pool.models.values()
     return {"versions": [model_version(each, ExplainOptions()) for each in models]}
 
 
-@router.post("/webhook")
+@router.post("/webhook", responses=docs.example({"status": "ok"}))
 async def webhook() -> dict[str, str]:
     """No effect, and no key needed: events of a project change no model."""
     return {"status": "ok"}
 
 
-@router.post("/predict", responses=_PROBLEMS)
+@router.post(
+    "/predict",
+    responses=docs.example({"results": [_EXAMPLE_PREDICTION]}) | _PROBLEMS,
+    openapi_extra=docs.json_body(LabelStudioRequest, _EXAMPLE_REQUEST),
+)
 async def predict(request: Request) -> Response:
     """Class and evidence of each task, in the labels of its project.
 

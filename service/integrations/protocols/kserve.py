@@ -33,22 +33,40 @@ from service.integrations.protocols.nested import array_of
 from service.integrations.protocols.pixels import pictures
 from service.models.loaded import LoadedModel
 from service.pipeline.response import result
-from service.routes.docs import peer_errors
+from service.routes import docs
+from service.routes.examples import DANDELION, EXPLANATION, JPEG, SUNFLOWER
+from service.routes.integration import Integration
 from service.routes.state import service_of
 
-router = APIRouter(prefix="/v1/models", tags=["KServe V1"], responses=peer_errors())
+
+def error_body(_status: int, _code: str, detail: str) -> dict[str, Any]:
+    """An error as KServe has it in both versions of its protocol."""
+    return {"error": detail}
+
+
+router = APIRouter(
+    prefix="/v1/models", tags=["KServe V1"], responses=docs.protocol_errors(error_body)
+)
+
+INTEGRATION = Integration(
+    routers=(router,),
+    description="For clients of KServe's first protocol and of TensorFlow Serving.",
+    schemas=(Instances,),
+    prefixes=("/v1/",),
+    error_body=error_body,
+)
 
 _NAMES = ("b64", "data", "image", "image_bytes", "content")
 """Under what names clients send a picture: KServe, TorchServe, TensorFlow Serving, Vertex AI."""
 
 
-@router.get("")
+@router.get("", responses=docs.example({"models": ["builtin"]}))
 async def models(request: Request) -> dict[str, list[str]]:
     """The names of all models."""
     return {"models": list(service_of(request).library.entries)}
 
 
-@router.get("/{name}")
+@router.get("/{name}", responses=docs.example({"name": "builtin", "ready": True}))
 async def model(request: Request, name: str) -> dict[str, Any]:
     """Whether a model is ready; 503 if not."""
     entry = service_of(request).library.entry(name)
@@ -57,13 +75,27 @@ async def model(request: Request, name: str) -> dict[str, Any]:
     return {"name": name, "ready": True}
 
 
-@router.post("/{name}:predict")
+@router.post(
+    "/{name}:predict",
+    responses=docs.example({"predictions": [[SUNFLOWER, DANDELION]]}),
+    openapi_extra=docs.json_body(
+        Instances, {"instances": [{"b64": JPEG}], "parameters": {"top_k": 2}}
+    ),
+)
 async def predict(request: Request, name: str) -> Response:
     """Classify each instance."""
     return await _answer(request, name, PredictOptions)
 
 
-@router.post("/{name}:explain")
+@router.post(
+    "/{name}:explain",
+    responses=docs.example(
+        {"predictions": [[SUNFLOWER, DANDELION]], "explanations": [[EXPLANATION]]}
+    ),
+    openapi_extra=docs.json_body(
+        Instances, {"instances": [{"image": {"b64": JPEG}, "target": "sunflower"}]}
+    ),
+)
 async def explain(request: Request, name: str) -> Response:
     """Classify and explain each instance; its own `target` overrides a common one."""
     return await _answer(request, name, ExplainOptions)

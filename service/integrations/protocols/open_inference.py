@@ -22,52 +22,100 @@ from service.errors import InvalidOption, MalformedRequest, ModelNotReady
 from service.images.upload import Sent
 from service.integrations.asked import Asked, Plan, Reply, answer, named, options, parsed
 from service.integrations.protocols import outputs
+from service.integrations.protocols.kserve import error_body
 from service.integrations.protocols.pixels import pictures
 from service.integrations.protocols.tensors import Output, files, numbers, raw_parts
 from service.models.loaded import LoadedModel
-from service.routes import health
-from service.routes.docs import peer_errors
+from service.routes import docs, health
+from service.routes.examples import JPEG, VERSION
+from service.routes.integration import Integration
 from service.routes.state import service_of
 
-router = APIRouter(prefix="/v2", tags=["Open Inference Protocol V2"], responses=peer_errors())
+router = APIRouter(
+    prefix="/v2", tags=["Open Inference Protocol V2"], responses=docs.protocol_errors(error_body)
+)
+
+INTEGRATION = Integration(
+    routers=(router,),
+    description="For clients of KServe, Triton and MLServer.",
+    schemas=(InferRequest,),
+    prefixes=("/v2/",),
+    error_body=error_body,
+    open_paths=frozenset({"/v2/health/live", "/v2/health/ready"}),
+)
 
 HEADER = "Inference-Header-Content-Length"
 """How many bytes of a body are JSON; 0: the body is a picture file and nothing else."""
 
-
 _DIGITS = 15
 """Of a header's number at most: Python refuses to read one of thousands of digits."""
 
+_SERVER = {
+    "name": "camserve",
+    "version": __version__,
+    "extensions": ["binary_tensor_data", "classification", "model_repository"],
+}
+_LIVE = docs.example({"live": True, "ready": True})
+_METADATA = docs.example(
+    {
+        "name": "builtin",
+        "versions": [VERSION],
+        "platform": "pytorch",
+        "inputs": [{"name": "image", "datatype": "BYTES", "shape": [-1]}],
+        "outputs": [{"name": "scores", "datatype": "FP32", "shape": [-1, 102]}],
+    }
+)
+_READY = docs.example({"name": "builtin", "ready": True})
+_TENSORS = [
+    {"name": "class_ids", "datatype": "INT64", "shape": [1, 2], "data": [53, 16]},
+    {"name": "labels", "datatype": "BYTES", "shape": [1, 2], "data": ["sunflower", "dandelion"]},
+]
+_MAP = {"name": "grid", "datatype": "FP32", "shape": [1, 1, 2, 2], "data": [0.0, 0.4, 1.0, 0.2]}
 
-@router.get("")
+
+def _described(tensors: list[dict[str, Any]], **parameters: Any) -> dict[str, Any]:
+    """Keyword arguments of a route that answers images, with examples."""
+    tensor = {"name": "image", "shape": [1], "datatype": "BYTES", "data": [JPEG]}
+    request = {"inputs": [tensor], "parameters": parameters}
+    response = {"model_name": "builtin", "model_version": VERSION, "outputs": tensors}
+    return {
+        "responses": docs.example(response),
+        "openapi_extra": docs.json_body(InferRequest, request),
+    }
+
+
+_INFER = _described(_TENSORS, top_k=2)
+_EXPLAIN = _described([_MAP, *_TENSORS], targets=["sunflower"])
+
+
+@router.get("", responses=docs.example(_SERVER))
 async def server() -> dict[str, Any]:
     """Name, version and extensions."""
-    extensions = ["binary_tensor_data", "classification", "model_repository"]
-    return {"name": "camserve", "version": __version__, "extensions": extensions}
+    return _SERVER
 
 
-@router.get("/health/live")
+@router.get("/health/live", responses=_LIVE)
 async def live(request: Request) -> dict[str, bool]:
     """The process responds; 503 if too many of its threads hang."""
     await health.live(request)
     return {"live": True, "ready": True}
 
 
-@router.get("/health/ready")
+@router.get("/health/ready", responses=_LIVE)
 async def ready(request: Request) -> dict[str, bool]:
     """Models are loaded and requests are accepted; 503 if not."""
     await health.ready(request)
     return {"live": True, "ready": True}
 
 
-@router.get("/models")
+@router.get("/models", responses=docs.example({"models": ["builtin"]}))
 async def models(request: Request) -> dict[str, list[str]]:
     """The names of all models."""
     return {"models": list(service_of(request).library.entries)}
 
 
-@router.get("/models/{name}/versions/{version}")
-@router.get("/models/{name}")
+@router.get("/models/{name}/versions/{version}", responses=_METADATA)
+@router.get("/models/{name}", responses=_METADATA)
 async def metadata(request: Request, name: str, version: str | None = None) -> dict[str, Any]:
     """Inputs and outputs of a model; -1 is any number."""
     service = service_of(request)
@@ -85,8 +133,8 @@ async def metadata(request: Request, name: str, version: str | None = None) -> d
     }
 
 
-@router.get("/models/{name}/versions/{version}/ready")
-@router.get("/models/{name}/ready")
+@router.get("/models/{name}/versions/{version}/ready", responses=_READY)
+@router.get("/models/{name}/ready", responses=_READY)
 async def model_ready(request: Request, name: str, version: str | None = None) -> dict[str, Any]:
     """Whether a model is ready; 503 if not."""
     service = service_of(request)
@@ -96,15 +144,15 @@ async def model_ready(request: Request, name: str, version: str | None = None) -
     return {"name": name, "ready": True}
 
 
-@router.post("/models/{name}/versions/{version}/infer")
-@router.post("/models/{name}/infer")
+@router.post("/models/{name}/versions/{version}/infer", **_INFER)
+@router.post("/models/{name}/infer", **_INFER)
 async def infer(request: Request, name: str, version: str | None = None) -> Response:
     """Classify a batch of images; outputs that explain are computed only on request."""
     return await _answer(request, name, version, outputs.OF_INFER)
 
 
-@router.post("/models/{name}/versions/{version}/explain")
-@router.post("/models/{name}/explain")
+@router.post("/models/{name}/versions/{version}/explain", **_EXPLAIN)
+@router.post("/models/{name}/explain", **_EXPLAIN)
 async def explain(request: Request, name: str, version: str | None = None) -> Response:
     """Classify and explain a batch of images."""
     return await _answer(request, name, version, outputs.OF_EXPLAIN)

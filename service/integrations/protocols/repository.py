@@ -19,8 +19,10 @@ from service.integrations.asked import parsed
 from service.models.library import Entry
 from service.pipeline.run import result_of
 from service.pipeline.service import Service
-from service.routes import bodies, encodings
+from service.routes import bodies, docs, encodings
 from service.routes.access import is_admin
+from service.routes.examples import VERSION
+from service.routes.integration import Integration
 from service.routes.problems import status_of
 from service.routes.state import service_of
 from service.scheduling.admission import Permit
@@ -45,6 +47,12 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 router = APIRouter(prefix="/v2/repository", tags=["model repository"], responses=_ERRORS)
+
+INTEGRATION = Integration(
+    routers=(router,),
+    description="Load and unload models, with an admin key.",
+    open_below=(f"{router.prefix}/",),  # has admin keys, which its routes check
+)
 
 INDEX_BYTES, INDEX_SECONDS = 64 << 10, 10.0
 """Of the body of `index`, which says one thing."""
@@ -74,13 +82,17 @@ _INDEX_ERRORS: dict[int | str, dict[str, Any]] = {
         429: "Too many requests arrive at once.",
     }.items()
 }
-_INDEX_BODY = {"content": {"application/json": {"schema": IndexRequest.model_json_schema()}}}
+_INDEX_SCHEMA = IndexRequest.model_json_schema()
+_INDEX_BODY = {
+    "content": {"application/json": {"schema": _INDEX_SCHEMA, "example": {"ready": True}}}
+}
+_LINES = [{"name": "builtin", "version": VERSION, "state": "READY", "reason": ""}]
 
 
 @router.post(
     "/index",
     response_model=None,
-    responses=_INDEX_ERRORS,
+    responses=docs.example(_LINES) | _INDEX_ERRORS,
     openapi_extra={"requestBody": _INDEX_BODY},
 )
 async def index(request: Request) -> Any:
@@ -105,7 +117,11 @@ async def _asked(request: Request, service: Service) -> IndexRequest:
     return await result_of(service.scheduler.call(parsed, IndexRequest, body))
 
 
-@router.post("/models/{name}/load", response_model=None)
+@router.post(
+    "/models/{name}/load",
+    response_model=None,
+    responses=docs.example({"name": "builtin", "load": True}),
+)
 async def load(request: Request, name: str) -> Any:
     """Load a model, or a new version of it; responds when it is ready."""
     service = service_of(request)
@@ -119,7 +135,11 @@ async def load(request: Request, name: str) -> Any:
     return {"name": name, "load": True}
 
 
-@router.post("/models/{name}/unload", response_model=None)
+@router.post(
+    "/models/{name}/unload",
+    response_model=None,
+    responses=docs.example({"name": "builtin", "unload": True}),
+)
 async def unload(request: Request, name: str) -> Any:
     """Unload a model; requests that use it finish first."""
     service = service_of(request)

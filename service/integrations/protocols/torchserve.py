@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -32,18 +33,66 @@ from service.integrations.asked import (
 from service.integrations.protocols.kserve import picture
 from service.models.loaded import LoadedModel
 from service.pipeline.answer_size import NUMBER_BYTES, Price, Sizes
-from service.routes import bodies, forms, health
-from service.routes.docs import peer_errors
+from service.routes import bodies, docs, forms, health
+from service.routes.integration import Integration
 from service.routes.state import service_of
 
-router = APIRouter(tags=["TorchServe"], responses=peer_errors())
+_ERROR_TYPES = MappingProxyType(
+    {
+        400: "BadRequestException",
+        401: "InvalidKeyException",
+        403: "InvalidKeyException",
+        404: "ResourceNotFoundException",
+        405: "MethodNotAllowedException",
+        408: "RequestTimeoutException",
+        413: "RequestEntityTooLargeException",
+        421: "BadRequestException",
+        503: "ServiceUnavailableException",
+    }
+)
+_ERROR_TYPES_OF_CODES = MappingProxyType(
+    {
+        "unknown_model": "ModelNotFoundException",
+        "unknown_version": "ModelVersionNotFoundException",
+    }
+)
+
+
+def _error(status: int, code: str, detail: str) -> dict[str, Any]:
+    kind = _ERROR_TYPES.get(status, "InternalServerException")
+    return {
+        "code": status,
+        "type": _ERROR_TYPES_OF_CODES.get(code, kind),
+        "message": detail,
+    }
+
+
+router = APIRouter(tags=["TorchServe"], responses=docs.protocol_errors(_error))
+
+INTEGRATION = Integration(
+    routers=(router,),
+    description="For clients of TorchServe.",
+    prefixes=("/predictions/", "/explanations/", "/ping"),
+    error_body=_error,
+    statuses={429: 503},  # TorchServe has one answer to too many requests
+    open_paths=frozenset({"/ping"}),
+)
+
+_PREDICTIONS: dict[str, Any] = {
+    "responses": docs.example({"sunflower": 0.9968, "dandelion": 0.0011}),
+    "openapi_extra": docs.image_body(),
+}
+_EXPLANATIONS: dict[str, Any] = {
+    "responses": docs.example([[[0.0, 0.4], [1.0, 0.2]]]),
+    "openapi_extra": docs.image_body(),
+}
 
 _PICTURES = ("data", "body")
 _MAX_FIELDS = 16
 """Fields of a form beside the pictures."""
 
 
-@router.get("/ping")
+@router.get("/ping", responses=docs.example({"status": "Healthy"}))
 async def ping(request: Request) -> Response:
     """Whether requests are accepted and the models loaded."""
     try:
@@ -56,8 +105,8 @@ async def ping(request: Request) -> Response:
 # `curl -T` sends PUT.
 @router.put("/predictions/{name}/{version}", include_in_schema=False)
 @router.put("/predictions/{name}", include_in_schema=False)
-@router.post("/predictions/{name}/{version}")
-@router.post("/predictions/{name}")
+@router.post("/predictions/{name}/{version}", **_PREDICTIONS)
+@router.post("/predictions/{name}", **_PREDICTIONS)
 async def predictions(request: Request, name: str, version: str | None = None) -> Response:
     """The top classes with their scores."""
     return await _answer(request, name, version, PredictOptions)
@@ -65,8 +114,8 @@ async def predictions(request: Request, name: str, version: str | None = None) -
 
 @router.put("/explanations/{name}/{version}", include_in_schema=False)
 @router.put("/explanations/{name}", include_in_schema=False)
-@router.post("/explanations/{name}/{version}")
-@router.post("/explanations/{name}")
+@router.post("/explanations/{name}/{version}", **_EXPLANATIONS)
+@router.post("/explanations/{name}", **_EXPLANATIONS)
 async def explanations(request: Request, name: str, version: str | None = None) -> Response:
     """The map of a class: the top-1 class, or `target`."""
     return await _answer(request, name, version, ExplainOptions)
