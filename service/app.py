@@ -35,7 +35,7 @@ from service.models.loading import load_model
 from service.models.pool import ModelPool
 from service.pipeline.service import Limits, Service
 from service.resources import device_memory, memory_limit
-from service.routes import classify, docs, health, kernels, models, problems
+from service.routes import classify, docs, health, kernel_images, problems, served_models
 from service.routes.hosts import host_rule, is_loopback
 from service.routes.middleware import (
     CORS,
@@ -110,7 +110,7 @@ def create_app(settings: Settings, *, background: bool = False, only: str | None
     app.state.service = service
     app.state.label_studio = label_studio
     app.state.integrations = INTEGRATIONS
-    for router in (classify.router, models.router, kernels.router, health.router):
+    for router in (classify.router, served_models.router, kernel_images.router, health.router):
         app.include_router(router)
     for integration in INTEGRATIONS:
         for router in integration.routers:

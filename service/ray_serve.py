@@ -35,7 +35,7 @@ from service.routes.access import is_admin, path_of, sent_key
 from service.routes.hosts import host_rule
 from service.routes.middleware import BehindPrefix
 from service.routes.problems import problem
-from service.routes.server.serve import SWITCH_SECONDS
+from service.routes.server.draining import SWITCH_SECONDS
 from service.settings import Settings
 
 DEPLOYMENT: dict[str, Any] = {

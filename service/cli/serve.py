@@ -17,7 +17,7 @@ from service.app import create_app
 from service.cli.flags import ERR
 from service.errors import ConfigurationError
 from service.resources import spare_collector, tune_allocator
-from service.routes.server.serve import SWITCH_SECONDS, DrainingServer
+from service.routes.server.draining import SWITCH_SECONDS, DrainingServer
 from service.settings import Settings
 
 

@@ -22,7 +22,15 @@ from api_schemas.options import ExplainOptions
 from api_schemas.protocols import LabelingParameters, LabelingRequest
 from service.cam.regions import TOLERANCE_SHARE
 from service.errors import InvalidOption, nearest
-from service.integrations.asked import Asked, Plan, Reply, answer, file_in, json_response, parsed
+from service.integrations.protocol_requests import (
+    ImageRequest,
+    Plan,
+    Reply,
+    answer,
+    file_in,
+    json_response,
+    parsed,
+)
 from service.models.loaded import LoadedModel
 from service.pipeline.response import result
 from service.routes import docs
@@ -104,18 +112,20 @@ async def models(request: Request) -> dict[str, Any]:
 )
 async def predict(request: Request) -> Response:
     """The shapes of the evidence in one image."""
-    found: list[LabelingRequest] = []
+    received: list[LabelingRequest] = []
 
     def name_of(body: bytes) -> str:
-        found.append(parsed(LabelingRequest, body))
-        return found[0].model
+        received.append(parsed(LabelingRequest, body))
+        return received[0].model
 
     def read(_model: LoadedModel, _body: bytes) -> Plan:
-        asked = found[0]
-        task = _task(asked.params)
-        chosen = ExplainOptions(include=["regions"], threshold=asked.params.conf_threshold)
-        picture = Asked(file_in(asked.image), chosen)
-        return Plan([picture], lambda replies: _respond(task, asked.params, replies[0]))
+        labeling_request = received[0]
+        task = _task(labeling_request.params)
+        chosen = ExplainOptions(
+            include=["regions"], threshold=labeling_request.params.conf_threshold
+        )
+        image = ImageRequest(file_in(labeling_request.image), chosen)
+        return Plan([image], lambda replies: _respond(task, labeling_request.params, replies[0]))
 
     return await answer(request, name_of, read)
 
@@ -149,9 +159,9 @@ def _task(params: LabelingParameters) -> _Task:
 
 
 def _respond(task: _Task, params: LabelingParameters, reply: Reply) -> Response:
-    made = result(reply.model, reply.options, reply.render_side, reply.found)
-    assert made.explanations
-    (explanation,) = made.explanations
+    rendered = result(reply.model, reply.options, reply.render_side, reply.answered)
+    assert rendered.explanations
+    (explanation,) = rendered.explanations
     assert explanation.regions is not None
     wanted = not params.filter_classes or explanation.label in params.filter_classes
     outlines = task.outlines(explanation.regions, params.epsilon_factor) if wanted else []

@@ -34,7 +34,7 @@ def is_open(scope: Scope) -> bool:
     """Whether the path of a request needs no API key."""
     path = path_of(scope)
     is_generic = path in OPEN or path.startswith(OPEN_BELOW)
-    return is_generic or any(each.is_open(path) for each in integrations_of(scope))
+    return is_generic or any(integration.is_open(path) for integration in integrations_of(scope))
 
 
 def sent_key(headers: Headers) -> str:

@@ -150,9 +150,9 @@ def raw_image(kind: str, body: bytes) -> list[bytes]:
     """
     if kind.startswith("image/") or kind in _BINARY:
         return [body]
-    said = f"{kind!r} is not a content type we read" if kind else "No content type was sent"
+    reason = f"{kind!r} is not a content type we read" if kind else "No content type was sent"
     raise UnsupportedMediaType(
-        f"{said}; add -H 'content-type: image/jpeg' to send an image with --data-binary, or use "
+        f"{reason}; add -H 'content-type: image/jpeg' to send an image with --data-binary, or use "
         "curl -F image=@cat.jpg for a form, or application/json."
     )
 
@@ -170,10 +170,10 @@ def check_json(body: bytes, max_values: int, max_lists: int, advice: str) -> Non
 
 def utf8_json(body: bytes) -> bytes:
     """A JSON body without a byte order mark. Raises MalformedRequest for what is not UTF-8."""
-    if found := format_of(body):
+    if image_format := format_of(body):
         raise MalformedRequest(
-            f"The body is not JSON: it is a {found} file; send it with the content type "
-            f"image/{found.lower()}."
+            f"The body is not JSON: it is a {image_format} file; send it with the content type "
+            f"image/{image_format.lower()}."
         )
     if body.startswith(b"--"):
         raise MalformedRequest(
@@ -225,15 +225,15 @@ def json_request(body: bytes, form: type[Options], max_images: int) -> tuple[lis
     try:
         request = form.model_validate_json(body)
     except pydantic.ValidationError as error:
-        found = error.errors(include_url=False)
-        if any(issue["type"] == "json_invalid" for issue in found):
-            raise MalformedRequest(f"The body is not JSON: {found[0]['msg']}.") from error
-        if found[0]["type"] == "model_type" and not found[0]["loc"]:
+        issues = error.errors(include_url=False)
+        if any(issue["type"] == "json_invalid" for issue in issues):
+            raise MalformedRequest(f"The body is not JSON: {issues[0]['msg']}.") from error
+        if issues[0]["type"] == "model_type" and not issues[0]["loc"]:
             raise MalformedRequest(
                 'The body is JSON but not an object; send {"images": [{"data": "<base64>"}]} and '
                 "options beside `images`."
             ) from error
-        raise InvalidOption(describe(found, list(ExplainRequest.model_fields))) from error
+        raise InvalidOption(describe(issues, list(ExplainRequest.model_fields))) from error
     sources: list[ImageSource] = request.images  # type: ignore[attr-defined]
     if len(sources) > max_images:
         raise BodyTooLarge(

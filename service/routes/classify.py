@@ -24,8 +24,8 @@ from service.errors import InvalidOption, NotAcceptable
 from service.pipeline import response
 from service.pipeline.answer_size import Quote, quoted
 from service.pipeline.run import as_error, drawn, respond, result_of
-from service.routes import answering, bodies, docs, forms
-from service.routes.answering import Billed, Work
+from service.routes import bodies, docs, forms, lifecycle
+from service.routes.lifecycle import Billed, RequestWork
 from service.routes.problems import status_of
 from service.routes.state import service_of
 from service.scheduling.admission import Permit
@@ -54,7 +54,7 @@ async def predict(request: Request, options: Annotated[PredictOptions, Query()])
 async def _answer_in_time(
     request: Request, options: CommonOptions, form: type[CommonOptions]
 ) -> Response:
-    return await answering.in_time(
+    return await lifecycle.in_time(
         request, lambda body, permit: _classify(request, body, permit, options, form)
     )
 
@@ -71,11 +71,11 @@ async def _classify(
     image_format = _image_format(request, options, len(uploads))
     if image_format and isinstance(options, ExplainOptions):
         options = options.model_copy(update={"format": image_format, "include": ["overlay"]})
-    async with answering.model_in_use(request, options.model) as model:
-        work = await answering.understand(request, model, options, len(uploads), permit)
+    async with lifecycle.model_in_use(request, options.model) as model:
+        work = await lifecycle.prepare(request, model, options, len(uploads), permit)
         if image_format:
             work = replace(work, price=work.sizes.overlay)
-        quotes = [quoted(each, work.service.limits.pixels, work.price) for each in uploads]
+        quotes = [quoted(upload, work.service.limits.pixels, work.price) for upload in uploads]
         work.bill.add(sum(quote.price for quote in quotes))
         take = bodies.bounded(permit, work.service.limits.body_bytes)
         make: _Make = functools.partial(respond, work)
@@ -162,46 +162,46 @@ def _quality(parameters: list[str]) -> float:
 
 
 async def _one(
-    work: Work, image: bodies.Image, quote: Quote, take: Callable[[int], None], make: _Make
+    work: RequestWork, image: bodies.Image, quote: Quote, take: Callable[[int], None], make: _Make
 ) -> wire.Result | Response:
     """One image from its bytes, or its URL, to its place in the answer, or the whole answer."""
     data = await bodies.image_bytes(image, work.service.fetcher, take)
-    return await make(await answering.ask(work, data, quote))
+    return await make(await lifecycle.infer(work, data, quote))
 
 
-async def _overlay(work: Work, found: Billed) -> Response:
+async def _overlay(work: RequestWork, answered: Billed) -> Response:
     """The first overlay as the whole answer."""
     assert isinstance(work.options, ExplainOptions)
-    first = found.answer.explanations[0]
+    first = answered.answer.explanations[0]
     style = response.style_of(work.options)
-    picture = await drawn(work, response.overlay, found.upload, first, style)
-    return Response(picture.data, media_type=picture.media_type)
+    image = await drawn(work, response.overlay, answered.upload, first, style)
+    return Response(image.data, media_type=image.media_type)
 
 
-async def _alone(request: Request, work: Work, found: Billed) -> Response:
+async def _alone(request: Request, work: RequestWork, answered: Billed) -> Response:
     """The JSON of a request of one image."""
     call = work.service.scheduler.call(
-        response.alone, work, found, request.scope["request_id"], time.monotonic()
+        response.alone, work, answered, request.scope["request_id"], time.monotonic()
     )
     return Response(await result_of(call), media_type="application/json")
 
 
 async def _respond(
     request: Request,
-    work: Work,
+    work: RequestWork,
     results: Sequence[wire.Result | Response | BaseException],
 ) -> Response:
-    failures = [as_error(each) for each in results if isinstance(each, BaseException)]
+    failures = [as_error(result) for result in results if isinstance(result, BaseException)]
     if len(failures) == len(results):
         raise failures[0]
-    header = answering.report(request, work, len(results))
+    header = lifecycle.report(request, work, len(results))
     only = results[0]
     if isinstance(only, Response):
         work.bill.made(len(only.body))
         only.headers.update(header)
         return only
-    places = [each if isinstance(each, wire.Result) else _failed(each) for each in results]
-    call = work.service.scheduler.call(response.body, work, request.scope["request_id"], places)
+    entries = [result if isinstance(result, wire.Result) else _failed(result) for result in results]
+    call = work.service.scheduler.call(response.body, work, request.scope["request_id"], entries)
     body = await result_of(call)
     work.bill.made(len(body))
     return Response(body, media_type="application/json", headers=header)

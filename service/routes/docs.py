@@ -131,7 +131,9 @@ def complete(document: dict[str, Any], integrations: Sequence[Integration]) -> d
     Servers are relative to the document's own address, so it is right behind any proxy's prefix.
     """
     document.setdefault("servers", [{"url": "."}])
-    tags = _TAGS | {str(each.routers[0].tags[0]): each.description for each in integrations}
+    tags = _TAGS | {
+        str(integration.routers[0].tags[0]): integration.description for integration in integrations
+    }
     document["tags"] = [{"name": name, "description": text} for name, text in tags.items()]
     for operations in document["paths"].values():
         for operation in operations.values():

@@ -36,13 +36,13 @@ def codings_of(request: Request) -> tuple[str, ...]:
     Raises UnsupportedMediaType for one that is not read, with those that are.
     """
     listed = ",".join(request.headers.getlist("content-encoding")).split(",")
-    names = [name for each in listed if (name := each.strip().lower())]
+    names = [name for text in listed if (name := text.strip().lower())]
     codings = tuple(name.removeprefix("x-") for name in names if name != "identity")
     unknown = [name for name in codings if name not in ACCEPTED]
     if unknown or len(codings) > MAX_CODINGS:
-        said = f"{unknown[0][:40]!r}" if unknown else f"{len(codings)} codings in one another"
+        received = f"{unknown[0][:40]!r}" if unknown else f"{len(codings)} codings in one another"
         raise UnsupportedMediaType(
-            f"A body with Content-Encoding {said} is not read; send it as it is, or as one of "
+            f"A body with Content-Encoding {received} is not read; send it as it is, or as one of "
             f"{', '.join(ACCEPTED[:-1])}."
         )
     return codings

@@ -101,9 +101,9 @@ def _without_preamble(body: bytes, boundary: bytes) -> bytes:
     if body.count(b"\n" + opening) > with_crlf or body.startswith(opening + b"\n"):
         raise MalformedRequest(_LF_ALONE)
     if not with_crlf and not body.startswith(opening):
-        said = boundary[:100].decode("latin-1")
+        sent = boundary[:100].decode("latin-1")
         raise MalformedRequest(
-            f"The multipart form has no boundary {said!r}, which its content type names; let the "
+            f"The multipart form has no boundary {sent!r}, which its content type names; let the "
             "client set the header (curl -F does) instead of writing it by hand."
         )
     start = 0 if body.startswith(opening) else body.index(b"\r\n" + opening) + 2
@@ -128,7 +128,7 @@ def _reason(error: MultipartParseError, body: bytes) -> str:
 
 
 @dataclass(slots=True)
-class _Part:
+class _FormPart:
     """One part of a form.
 
     headers: those that say how to read it, by their names in lower case.
@@ -180,11 +180,11 @@ class _Form:
     """What the parser's callbacks collect."""
 
     def __init__(self, max_parts: int, check: Callable[[str], None]) -> None:
-        self.parts: list[_Part] = []
+        self.parts: list[_FormPart] = []
         self.ended = False
         self._max_parts = max_parts
         self._check = check
-        self._part = _Part()
+        self._part = _FormPart()
         self._field = bytearray()
         self._value = bytearray()
         self._header_bytes = 0
@@ -201,7 +201,7 @@ class _Form:
         }
 
     def _begin_part(self) -> None:
-        self._part = _Part()
+        self._part = _FormPart()
         self._header_bytes = 0
 
     def _header_field(self, data: bytes, start: int, end: int) -> None:

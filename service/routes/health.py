@@ -54,7 +54,7 @@ async def ready(request: Request) -> Health:
         n for n, entry in entries.items() if entry.state == "loading" and not entry.on_demand
     ]
     failed = {name: entry for name, entry in entries.items() if entry.reason}
-    if loading or not any(each.state == "ready" or each.on_demand for each in entries.values()):
+    if loading or not any(entry.state == "ready" or entry.on_demand for entry in entries.values()):
         waiting = f"Loading: {', '.join(loading)}." if loading else "No model is loaded."
         raise ModelNotReady(f"{waiting} {_sentence(request, failed)}".strip(), retry_after=2)
     return _health(request, failed)
@@ -79,17 +79,17 @@ def _health(request: Request, failed: Mapping[str, Entry]) -> Health:
     """The answer of a service that is ready, though it has models to look at."""
     if not failed:
         return Health(status="ready")
-    health = Health(status="ready", states={name: each.state for name, each in failed.items()})
+    health = Health(status="ready", states={name: entry.state for name, entry in failed.items()})
     if may_see_reasons(request):
-        health.reasons = {name: each.reason or "" for name, each in failed.items()}
+        health.reasons = {name: entry.reason or "" for name, entry in failed.items()}
     return health
 
 
 def _sentence(request: Request, failed: Mapping[str, Entry]) -> str:
     """What is wrong with models; why, only to who may see it."""
     if may_see_reasons(request):
-        return " ".join(f"{name}: {each.reason}" for name, each in failed.items())
-    states = ", ".join(f"{name} is {each.state}" for name, each in failed.items())
+        return " ".join(f"{name}: {entry.reason}" for name, entry in failed.items())
+    states = ", ".join(f"{name} is {entry.state}" for name, entry in failed.items())
     return f"{states}; GET /models has the reasons." if states else ""
 
 

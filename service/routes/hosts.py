@@ -80,14 +80,14 @@ def host_rule(listens_on: str, listed: Sequence[str], *, keys: bool) -> HostRule
 
     Raises ConfigurationError for an entry of another form.
     """
-    entries = [_entry(each) for each in listed]
+    entries = [_entry(text) for text in listed]
     if "*" in entries or (keys and not entries):
         return None
-    names = [each for each in entries if not each.startswith("*")]
-    suffixes = [each[1:] for each in entries if each.startswith("*")]
-    near, own = is_loopback(listens_on), _host_of(listens_on)
-    if isinstance(own, str):
-        names = [own, *names]
+    names = [entry for entry in entries if not entry.startswith("*")]
+    suffixes = [entry[1:] for entry in entries if entry.startswith("*")]
+    near, host = is_loopback(listens_on), _host_of(listens_on)
+    if isinstance(host, str):
+        names = [host, *names]
     if not near and not entries:
         names, suffixes = [*names, socket.gethostname().lower()], list(PRIVATE_SUFFIXES)
     return HostRule(

@@ -121,12 +121,12 @@ class RequestContext:
         self.metrics.requests.labels(route, str(status)).inc()
         is_probe = route.startswith(("/health", "/metrics"))
         method = scope.get("sent_method", scope["method"])
-        said = {"method": method, "route": route, **scope.get("log", {})}
+        fields = {"method": method, "route": route, **scope.get("log", {})}
         log = _log.debug if is_probe else _log.info
-        log("request", status=status, ms=round(seconds * 1000, 1), **said)
+        log("request", status=status, ms=round(seconds * 1000, 1), **fields)
         if self.traces is not None and not is_probe:
-            said["request_id"] = scope["request_id"]
-            self.traces.record(Headers(scope=scope), seconds, said, status)
+            fields["request_id"] = scope["request_id"]
+            self.traces.record(Headers(scope=scope), seconds, fields, status)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +153,7 @@ class HeadAsGet:
 
 def _name_head(headers: MutableHeaders) -> None:
     """Where a route says that it takes GET, it takes HEAD."""
-    methods = [each.strip() for each in headers.get("allow", "").split(",")]
+    methods = [method.strip() for method in headers.get("allow", "").split(",")]
     if "GET" in methods and "HEAD" not in methods:
         headers["allow"] = ", ".join([*methods, "HEAD"])
 
@@ -205,7 +205,7 @@ class BoundedHeaders:
                 bare = Request({**scope, "headers": [], "path": scope["path"][: self.path]})
                 await problem(bare, error)(scope, receive, send)
                 return
-            scope["headers"] = [each for each in headers if each[0] != b"cookie"]
+            scope["headers"] = [header for header in headers if header[0] != b"cookie"]
         await self.app(scope, receive, send)
 
 
@@ -221,7 +221,7 @@ class HostCheck:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sent = Headers(scope=scope).getlist("host") if scope["type"] == "http" else []
-        strange = next((each for each in sent if not self.rule.accepts(each)), None)
+        strange = next((host for host in sent if not self.rule.accepts(host)), None)
         if strange is None:
             await self.app(scope, receive, send)
             return

@@ -167,7 +167,7 @@ def _response(
 
 def _sentence(issue: Any, known: Sequence[str]) -> str:
     *around, name = [_shown(part) for part in issue["loc"] if part not in ("query", "body")] or [""]
-    place = ".".join((*around, name))
+    location = ".".join((*around, name))
     if issue["type"] == "extra_forbidden":
         if around:
             return f"{'.'.join(around)} has no field {name!r}"
@@ -181,10 +181,10 @@ def _sentence(issue: Any, known: Sequence[str]) -> str:
         given = _shown(issue["input"])
         several = given.split(",")
         if around and len(several) > 1 and set(several) <= set(choices):
-            each = "&".join(f"{around[0]}={value}" for value in several)
-            return f"{around[0]}: give each value on its own: {each}, or a list in JSON"
+            repeated = "&".join(f"{around[0]}={value}" for value in several)
+            return f"{around[0]}: give each value on its own: {repeated}, or a list in JSON"
         message += f".{nearest(given, choices)}".rstrip(".")
-    return f"{place}: {message}" if place else message
+    return f"{location}: {message}" if location else message
 
 
 def _shown(value: object) -> str:

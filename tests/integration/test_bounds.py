@@ -25,10 +25,10 @@ from structlog.testing import capture_logs
 from api_schemas.options import ExplainRequest
 from service.errors import InvalidOption
 from service.images.formats import format_of
-from service.integrations import asked
+from service.integrations import protocol_requests
 from service.integrations.protocols import kserve, nested
 from service.routes import bodies, classify
-from service.routes.server import connections
+from service.routes.server import bounded_connection
 
 PNG = {"content-type": "image/png"}
 JSON = {"content-type": "application/json"}
@@ -50,7 +50,7 @@ def test_a_head_without_end_is_refused_and_cut_off(
     run_server, http, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     """Uvicorn alone would keep it all in memory."""
-    monkeypatch.setattr(connections, "LINGER_SECONDS", 0)
+    monkeypatch.setattr(bounded_connection, "LINGER_SECONDS", 0)
     more = {"a line": b"x" * 999, "one header": b"x" * 999, "many headers": b"x: y\r\n" * 200}[part]
     start = b"GET /" if part == "a line" else b"GET / HTTP/1.1\r\nhost: x\r\na: "
     with run_server() as server, socket.create_connection(server.address, timeout=5) as connection:
@@ -124,7 +124,7 @@ def test_a_body_that_comes_with_the_end_of_its_head_is_none_of_it(run_server, fi
 def test_a_head_that_does_not_come_is_not_waited_for(
     run_server, monkeypatch: pytest.MonkeyPatch, begun: bytes
 ) -> None:
-    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(bounded_connection, "HEAD_SECONDS", 0.2)
     with run_server() as server, socket.create_connection(server.address, timeout=5) as connection:
         connection.sendall(begun)
         assert read_to_the_end(connection) == b""
@@ -132,7 +132,7 @@ def test_a_head_that_does_not_come_is_not_waited_for(
 
 def test_a_body_may_take_longer_than_a_head(run_server, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a second request on the connection has a clock of its own."""
-    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(bounded_connection, "HEAD_SECONDS", 0.3)
     with run_server() as server:
         connection = HTTPConnection(*server.address, timeout=5)
         try:
@@ -232,7 +232,7 @@ PEERS = (
 def test_heavy_json_of_other_protocols_is_refused_before_it_is_parsed(
     client: TestClient, monkeypatch: pytest.MonkeyPatch, route: str, body: bytes
 ) -> None:
-    monkeypatch.setattr(asked.orjson, "loads", lambda _: pytest.fail("it was parsed"))
+    monkeypatch.setattr(protocol_requests.orjson, "loads", lambda _: pytest.fail("it was parsed"))
     response = client.post(route, content=body, headers=JSON)
     assert response.status_code == 400
     assert "send images as base64, or tensors as bytes" in response.text
@@ -243,7 +243,7 @@ def test_numbers_that_would_hold_the_interpreter_for_long_are_refused_before_the
 ) -> None:
     """A parser of JSON lets no other thread run until it is done."""
     monkeypatch.setattr(bodies, "describe", lambda *_: pytest.fail("it was parsed"))
-    monkeypatch.setattr(asked.orjson, "loads", lambda _: pytest.fail("it was parsed"))
+    monkeypatch.setattr(protocol_requests.orjson, "loads", lambda _: pytest.fail("it was parsed"))
     ours = b'{"images":[],"targets":[' + b"1," * 300_001 + b"1]}"
     assert client.post("/explain", content=ours, headers=JSON).status_code == 400
     theirs = b'{"instances":[' + b"1," * 2_500_001 + b"1]}"

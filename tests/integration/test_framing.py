@@ -13,7 +13,7 @@ import pytest
 from raw import ask, chunked, connected, head, last_of, post, read_one, read_to_the_end, statuses
 from structlog.testing import capture_logs
 
-from service.routes.server import connections, framing, serve
+from service.routes.server import bounded_connection, draining, framing
 
 CLOSE = "connection: close"
 SMUGGLED = b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n"
@@ -21,7 +21,7 @@ SMUGGLED = b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n"
 
 @pytest.fixture(autouse=True)
 def _no_lingering(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "LINGER_SECONDS", 0.05)
+    monkeypatch.setattr(bounded_connection, "LINGER_SECONDS", 0.05)
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +220,7 @@ def test_what_comes_beside_a_body_ends(
     server, http, monkeypatch: pytest.MonkeyPatch, start: bytes, more: bytes
 ) -> None:
     """Trailers and chunk extensions without end were parsed, and trailers kept, without end."""
-    monkeypatch.setattr(connections, "LINGER_SECONDS", 0)
+    monkeypatch.setattr(bounded_connection, "LINGER_SECONDS", 0)
     with connected(server.address) as connection:
         endless(connection, chunked_post(start), more, 100_000_000)
     assert http.get(f"{server.url}/health/live").status_code == 200
@@ -270,7 +270,7 @@ def test_framing_is_bounded_beside_its_content(content: int, pieces: int | None)
 def test_empty_lines_keep_no_answered_connection_open(
     run_server, monkeypatch: pytest.MonkeyPatch, extra: bytes
 ) -> None:
-    monkeypatch.setattr(serve, "KEEP_ALIVE_SECONDS", 0.3)
+    monkeypatch.setattr(draining, "KEEP_ALIVE_SECONDS", 0.3)
     with run_server() as server, connected(server.address) as connection:
         connection.sendall(head("GET /health/live", "host: x"))
         assert statuses(read_one(connection)) == [200]
@@ -300,7 +300,7 @@ def test_a_connection_takes_few_requests_before_their_turn(server) -> None:
     """The last that is answered says that the others are not."""
     answer = ask(server.address, post() + head("GET /health/live", "host: x") * 5000)
     assert set(statuses(answer)) == {200}
-    assert len(statuses(answer)) <= 2 + connections.MAX_PIPELINED
+    assert len(statuses(answer)) <= 2 + bounded_connection.MAX_PIPELINED
     assert b"connection: close" in last_of(answer)
 
 

@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 
 from service.cam.heatmap import GAP
 from service.errors import ShuttingDown
-from service.routes.kernels import NAMED
+from service.routes.kernel_images import NAMED
 
 KERNELS = ["features.0", "features.3", "head"]
 

@@ -14,8 +14,8 @@ from starlette.testclient import TestClient
 
 from api_schemas.options import Mask
 from service import errors
-from service.integrations import asked
-from service.integrations.label_studio import backend, config
+from service.integrations import protocol_requests
+from service.integrations.label_studio import backend, label_config
 from service.integrations.protocols import kserve, nested, open_inference, tensors
 from service.models import loaded, patterns
 from service.routes import bodies, encodings, forms
@@ -122,14 +122,14 @@ WATCHED: list[tuple[Any, str]] = [
     (bodies, "image_file"),
     (bodies, "utf8_json"),
     (encodings, "decode"),
-    (asked, "json_of"),
-    (asked, "parsed"),
+    (protocol_requests, "json_of"),
+    (protocol_requests, "parsed"),
     (kserve, "options"),
     (open_inference, "options"),
-    (config, "images_in"),
+    (label_config, "images_in"),
     (backend, "images_in"),
     (backend, "parameters_in"),
-    (config.Control, "label_of"),
+    (label_config.Control, "label_of"),
     (nested, "leaves"),
     (tensors, "files"),
     (tensors, "numbers"),

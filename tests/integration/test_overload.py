@@ -19,7 +19,7 @@ import pytest
 from gates import Emptied, Gate, queued
 from starlette.testclient import TestClient
 
-from service.routes.server.serve import DrainingServer
+from service.routes.server.draining import DrainingServer
 
 PNG = {"content-type": "image/png"}
 LARGE = 20_000_000

@@ -16,7 +16,7 @@ from tiny import SmallNet
 
 from service.app import create_app
 from service.models.loaded import LoadedModel
-from service.routes.models import HIDDEN
+from service.routes.served_models import HIDDEN
 from service.settings import Settings
 
 KEY = {"x-api-key": "key"}

@@ -29,7 +29,7 @@ from raw import (
 from structlog.testing import capture_logs
 from webhosts import web
 
-from service.routes.server import connections, outbox
+from service.routes.server import bounded_connection, outbox
 from service.scheduling import transfers
 
 PNG = {"content-type": "image/png"}
@@ -56,7 +56,7 @@ BODIES = (
 
 @pytest.fixture(autouse=True)
 def _no_lingering(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "LINGER_SECONDS", 0.05)
+    monkeypatch.setattr(bounded_connection, "LINGER_SECONDS", 0.05)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 
 from service.app import create_app
 from service.pipeline.service import Service
-from service.routes.server.serve import config_of
+from service.routes.server.draining import config_of
 from service.settings import Settings
 
 DEVICE = os.environ.get("CAMSERVE_TEST_DEVICE", "cpu")

@@ -7,8 +7,8 @@ from counting import lines_run
 from tiny import SmallNet, loaded
 
 from service.errors import InvalidImageData, InvalidOption
-from service.integrations.label_studio.config import images_in, model_version, parameters_in
 from service.integrations.label_studio.host import LabelStudio
+from service.integrations.label_studio.label_config import images_in, model_version, parameters_in
 
 CONFIG = """<View>
   <Style>.x {}</Style>

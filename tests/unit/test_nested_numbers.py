@@ -14,7 +14,7 @@ from service.errors import BodyTooLarge, InvalidImageData, MalformedRequest
 from service.images.decode import Preprocessing
 from service.integrations.protocols import nested, tensors
 from service.integrations.protocols.nested import array_of, shape_of
-from service.integrations.protocols.pixels import pictures
+from service.integrations.protocols.pixels import images_of
 from service.integrations.protocols.tensors import files, is_base64, numbers
 from service.routes import bodies
 
@@ -209,7 +209,7 @@ def test_pixels_are_converted_band_by_band(values: str) -> None:
     batch = np.zeros((2, 4096, 64, 3), np.float32)
     tracemalloc.start()
     try:
-        pixels = pictures(batch, Preprocessing(), values)
+        pixels = images_of(batch, Preprocessing(), values)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -22,7 +22,7 @@ from starlette.routing import Route
 
 import service
 from service.integrations.registry import INTEGRATIONS
-from service.routes import classify, health, kernels, models
+from service.routes import classify, health, kernel_images, served_models
 from service.routes.page.router import page_router
 
 ROOT = Path(service.__file__).parent.parent
@@ -42,11 +42,11 @@ LISTED: dict[str, tuple[Mode, list[Hostile]]] = {
     "service.images.headers.jpeg._MARKER": ("scan", [("", "\xff", ""), ("", "\xff\x00", "")]),
     "service.images.files._OF_A_CLASS": ("scan", [("", ".1", "a"), (".", "1", "a"), ("", ".", "")]),
     "service.images.files.text_of": ("scan", [("", "\\", ""), ("", "\\x", ""), ("", "\\x0", "")]),
-    "service.integrations.label_studio.config._VARIABLE": (
+    "service.integrations.label_studio.label_config._VARIABLE": (
         "scan",
         [("", "$", ""), ("$a", ".a", "."), ("$a", "-", ""), ("", "$a.", ""), ("$", "a", "")],
     ),
-    "service.integrations.label_studio.images._WEB": ("match", [("http", "s", "")]),
+    "service.integrations.label_studio.task_images._WEB": ("match", [("http", "s", "")]),
     "service.integrations.label_studio.overlay._ENCODED": ("match", [("https", "%3A", "")]),
     "service.integrations.label_studio.overlay._QUERY": (
         "fullmatch",
@@ -58,7 +58,7 @@ LISTED: dict[str, tuple[Mode, list[Hostile]]] = {
         [(f"a:{'0' * 64}", " a", "\n"), (f"a:{'0' * 64} ", " ", ""), (f"a:{'0' * 64} ", "a", " ")],
     ),
     "service.integrations.label_studio.host._LEGACY": ("fullmatch", [("", "a", "g")]),
-    "service.integrations.label_studio.host._PICTURES": (
+    "service.integrations.label_studio.host._IMAGE_PATHS": (
         "match",
         [("/tasks/", "1", "/"), ("/", "data/upload", "")],
     ),
@@ -97,7 +97,7 @@ LISTED: dict[str, tuple[Mode, list[Hostile]]] = {
         "fullmatch",
         [("http://", "a", " "), ("/", "a/", " ")],
     ),
-    "service.routes.answering.timeout_of": ("fullmatch", [("", "1", "."), ("1.", "1", "a")]),
+    "service.routes.lifecycle.timeout_of": ("fullmatch", [("", "1", "."), ("1.", "1", "a")]),
     "service.routes.hosts._NAME": ("fullmatch", [("", "a", "/"), ("", "a.", ""), ("", "a.", "/")]),
     "service.routes.hosts._PORT": ("fullmatch", [(":", "1", ""), ("", ":", "")]),
     "service.routes.middleware._ID": ("fullmatch", [("", "a", "/")]),
@@ -148,7 +148,8 @@ def found() -> dict[str, re.Pattern[Any]]:
 
 def routes() -> Iterator[tuple[str, re.Pattern[str]]]:
     routers = [router for integration in INTEGRATIONS for router in integration.routers]
-    routers += [classify.router, health.router, kernels.router, models.router, page_router()]
+    routers += [classify.router, health.router, kernel_images.router, served_models.router]
+    routers += [page_router()]
     for router in routers:
         for route in router.routes:
             assert isinstance(route, Route)

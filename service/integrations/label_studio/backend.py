@@ -23,25 +23,25 @@ from fastapi import APIRouter, Request, Response
 from api_schemas.options import CommonOptions, ExplainOptions, PredictOptions
 from api_schemas.protocols import LabelStudioRequest, LabelStudioSetup, LabelStudioTask
 from service.errors import CamserveError, InvalidOption
-from service.integrations.asked import parsed
 from service.integrations.label_studio import overlay
-from service.integrations.label_studio.config import (
+from service.integrations.label_studio.host import LabelStudio, label_studio_of
+from service.integrations.label_studio.label_config import (
     Parameters,
     TaskImage,
     images_in,
     model_version,
     parameters_in,
 )
-from service.integrations.label_studio.host import LabelStudio, label_studio_of
-from service.integrations.label_studio.images import picture
-from service.integrations.label_studio.results import Evidence, prediction, price
+from service.integrations.label_studio.predictions import Evidence, prediction, price
+from service.integrations.label_studio.task_images import fetch_image
+from service.integrations.protocol_requests import parsed
 from service.models.loaded import LoadedModel
 from service.pipeline.answer_size import quoted
 from service.pipeline.run import as_error, drawn, result_of
-from service.routes import answering, bodies, docs, encodings
-from service.routes.answering import Work
+from service.routes import bodies, docs, encodings, lifecycle
 from service.routes.examples import NULL
 from service.routes.integration import Integration
+from service.routes.lifecycle import RequestWork
 from service.routes.state import service_of
 from service.scheduling.admission import Bill, Permit
 
@@ -129,20 +129,20 @@ async def setup(request: Request) -> Response:
         async def work() -> Response:
             call = service.scheduler.call(_set_up, body)
             project, extra, parameters = await result_of(call)
-            async with answering.model_in_use(request, parameters.options.model) as model:
-                await answering.understand(request, model, parameters.options, 1, permit)
+            async with lifecycle.model_in_use(request, parameters.options.model) as model:
+                await lifecycle.prepare(request, model, parameters.options, 1, permit)
                 version = model_version(model, parameters.options)
             label_studio_of(request).remember(project, extra)
             return _json(orjson.dumps({"model_version": version}))
 
-        return await answering.watched(request, work)
+        return await lifecycle.watched(request, work)
 
 
 @router.get("/versions", responses=docs.example({"versions": [_VERSION]}) | docs.problems(401))
 async def versions(request: Request) -> dict[str, list[str]]:
     """The versions of predictions of the loaded models for a project without parameters."""
     models = service_of(request).pool.models.values()
-    return {"versions": [model_version(each, ExplainOptions()) for each in models]}
+    return {"versions": [model_version(model, ExplainOptions()) for model in models]}
 
 
 @router.post("/webhook", responses=docs.example({"status": "ok"}))
@@ -165,26 +165,26 @@ async def predict(request: Request) -> Response:
 
     async def work(body: bytes, permit: Permit) -> Response:
         service = service_of(request)
-        call = service.scheduler.call(_understood, label_studio_of(request), body)
-        asked = await result_of(call)
-        if not asked.images and not asked.is_interactive:
-            return _json(_listed([b"[]"] * len(asked.tasks)))
-        async with answering.model_in_use(request, asked.parameters.options.model) as model:
-            window = min(len(asked.tasks), max(1, service.admission.max_images // 2))
-            options = await result_of(service.scheduler.call(asked.options, model))
-            images = max(1, len(asked.tasks) * len(asked.images))
-            work = await answering.understand(request, model, options, images, permit)
-            selection = _Selection(request, work, asked, permit, window)
+        call = service.scheduler.call(_parsed_tasks, label_studio_of(request), body)
+        task_request = await result_of(call)
+        if not task_request.images and not task_request.is_interactive:
+            return _json(_listed([b"[]"] * len(task_request.tasks)))
+        async with lifecycle.model_in_use(request, task_request.parameters.options.model) as model:
+            window = min(len(task_request.tasks), max(1, service.admission.max_images // 2))
+            options = await result_of(service.scheduler.call(task_request.options, model))
+            images = max(1, len(task_request.tasks) * len(task_request.images))
+            work = await lifecycle.prepare(request, model, options, images, permit)
+            selection = _Selection(request, work, task_request, permit, window)
             parts = await selection.answers()
-            header = answering.report(request, selection.work, len(parts))
+            header = lifecycle.report(request, selection.work, len(parts))
             return _json(_listed(parts), header)
 
     until = request.scope["started"] + _seconds(request)
-    return await answering.in_time(request, work, waits=until)
+    return await lifecycle.in_time(request, work, waits=until)
 
 
 @dataclass(frozen=True, slots=True)
-class _Predicting:
+class _TaskRequest:
     """A request for predictions, understood. clicked: the mark or choice that was just made."""
 
     tasks: list[LabelStudioTask]
@@ -212,13 +212,13 @@ class _Predicting:
         named = value.get(str(clicked.get("type"))) if isinstance(value, dict) else None
         if not isinstance(named, list):
             return None
-        chosen = {each for each in named if isinstance(each, str)}
-        for control in (each for image in self.images for each in image.controls):
+        chosen = {label for label in named if isinstance(label, str)}
+        for control in (control for image in self.images for control in image.controls):
             if control.name != clicked.get("from_name"):
                 continue
             for class_id, label in enumerate(model.labels):
-                own = control.label_of(*self.parameters.names_of(label))
-                if own in chosen:
+                control_label = control.label_of(*self.parameters.names_of(label))
+                if control_label in chosen:
                     return f"id:{class_id}"
         return None
 
@@ -228,9 +228,9 @@ def _set_up(body: bytes) -> tuple[str, bytes, Parameters]:
 
     Raises MalformedRequest, InvalidOption, also for a label_config that predictions fail on.
     """
-    asked = parsed(LabelStudioSetup, body)
-    images_in(asked.label_config)
-    given = asked.extra_params or ""
+    sent = parsed(LabelStudioSetup, body)
+    images_in(sent.label_config)
+    given = sent.extra_params or ""
     try:
         extra = given.encode() if isinstance(given, str) else orjson.dumps(given)
     except orjson.JSONEncodeError as error:  # nested deeper than it writes
@@ -239,18 +239,18 @@ def _set_up(body: bytes) -> tuple[str, bytes, Parameters]:
         raise InvalidOption(
             f"The extra parameters have {len(extra)} bytes; at most {MAX_EXTRA} are kept."
         )
-    return asked.project, extra, parameters_in(extra)
+    return sent.project, extra, parameters_in(extra)
 
 
-def _understood(known: LabelStudio, body: bytes) -> _Predicting:
+def _parsed_tasks(known: LabelStudio, body: bytes) -> _TaskRequest:
     """Raises MalformedRequest, InvalidOption."""
-    asked = parsed(LabelStudioRequest, body)
-    context = asked.params.context
+    sent = parsed(LabelStudioRequest, body)
+    context = sent.params.context
     clicked = context.result[-1] if context is not None and context.result else None
-    if clicked is not None and len(asked.tasks) != 1:
-        raise InvalidOption(f"A click is in one task, and {len(asked.tasks)} were sent.")
-    extra = known.extra_of(asked.project)
-    return _Predicting(asked.tasks, images_in(asked.label_config), parameters_in(extra), clicked)
+    if clicked is not None and len(sent.tasks) != 1:
+        raise InvalidOption(f"A click is in one task, and {len(sent.tasks)} were sent.")
+    extra = known.extra_of(sent.project)
+    return _TaskRequest(sent.tasks, images_in(sent.label_config), parameters_in(extra), clicked)
 
 
 class _Selection:
@@ -261,24 +261,29 @@ class _Selection:
     """
 
     def __init__(
-        self, request: Request, work: Work, asked: _Predicting, permit: Permit, window: int
+        self,
+        request: Request,
+        work: RequestWork,
+        task_request: _TaskRequest,
+        permit: Permit,
+        window: int,
     ) -> None:
-        self._asked = asked
+        self._task_request = task_request
         self._permit = permit
         self._request = request
         self._service = service_of(request)
         self._window = window
         self._failures = 0
-        self._waiting = iter(enumerate(asked.tasks))
-        self._parts = [b"[]"] * len(asked.tasks)
+        self._waiting = iter(enumerate(task_request.tasks))
+        self._parts = [b"[]"] * len(task_request.tasks)
         self._until = request.scope["started"] + _seconds(request)
-        self._version = model_version(work.model, asked.parameters.options)
-        images = len(asked.tasks) * len(asked.images)
+        self._version = model_version(work.model, task_request.parameters.options)
+        images = len(task_request.tasks) * len(task_request.images)
         most = self._service.limits.answer_bytes
         advice = functools.partial(work.sizes.advice, images)
         self.work = replace(
             work,
-            price=price(asked.images, work.sizes),
+            price=price(task_request.images, work.sizes),
             # Most tasks take far less than they may, which only those that were drawn tell.
             bill=Bill(permit, most, advice, in_turn=True),
         )
@@ -288,20 +293,20 @@ class _Selection:
 
         A click has one task, and raises what it fails with: somebody looks at the page.
         """
-        if self._asked.is_interactive:
-            return [await self._answer(self._asked.tasks[0], self._permit)]
+        if self._task_request.is_interactive:
+            return [await self._answer(self._task_request.tasks[0], self._permit)]
         left = self._until - time.monotonic()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(left), asyncio.TaskGroup() as group:
                 for number in range(self._window):
-                    group.create_task(self._work_off(self._first if number == 0 else self._place))
+                    group.create_task(self._work_off(self._first if number == 0 else self._admit))
         return self._parts
 
-    async def _work_off(self, place: Callable[[], Permit]) -> None:
+    async def _work_off(self, admit: Callable[[], Permit]) -> None:
         for index, task in self._waiting:
             try:
-                ask = functools.partial(self._placed, task, place)
-                self._parts[index] = await answering.patiently(ask, self._until)
+                ask = functools.partial(self._admitted, task, admit)
+                self._parts[index] = await lifecycle.patiently(ask, self._until)
             except Exception as error:  # noqa: BLE001 - of one task; the others are kept
                 self._log_failure(task, as_error(error))
             await asyncio.sleep(0)  # many that fail at once keep nobody else from the event loop
@@ -324,43 +329,47 @@ class _Selection:
         """For bytes alone: the place is the request's own."""
         return Permit(self._service.admission)
 
-    def _place(self) -> Permit:
+    def _admit(self) -> Permit:
         return self._service.admission.admit()
 
-    async def _placed(self, task: LabelStudioTask, place: Callable[[], Permit]) -> bytes:
-        with place() as permit:
+    async def _admitted(self, task: LabelStudioTask, admit: Callable[[], Permit]) -> bytes:
+        with admit() as permit:
             return await self._answer(task, permit)
 
     async def _answer(self, task: LabelStudioTask, permit: Permit) -> bytes:
         shown: list[tuple[TaskImage, Evidence]] = []
         part = b""
         try:
-            for image in self._asked.images:
+            for image in self._task_request.images:
                 shown += [(image, await self._evidence(image, task, permit))]
             part = await drawn(
-                self.work, prediction, shown, self._version, of_click=self._asked.is_interactive
+                self.work,
+                prediction,
+                shown,
+                self._version,
+                of_click=self._task_request.is_interactive,
             )
         finally:
-            self.work.bill.made(len(part), sum(each.found.priced for _, each in shown))
+            self.work.bill.made(len(part), sum(evidence.answered.priced for _, evidence in shown))
         return part
 
     async def _evidence(self, image: TaskImage, task: LabelStudioTask, permit: Permit) -> Evidence:
         work, limits = self.work, self._service.limits
         source = image.source(task.data)
-        data = await picture(self._request, source, task.id, lambda size: permit.grow(0, size))
+        data = await fetch_image(self._request, source, task.id, lambda size: permit.grow(0, size))
         quote = quoted(data, limits.pixels, work.price)
 
         async def hold() -> None:
             work.bill.add(quote.price)
 
-        await answering.patiently(hold, self._until)
-        found = await answering.ask(work, data, quote)
-        return Evidence(work.model, found, self._asked.parameters, limits.render_side)
+        await lifecycle.patiently(hold, self._until)
+        answered = await lifecycle.infer(work, data, quote)
+        return Evidence(work.model, answered, self._task_request.parameters, limits.render_side)
 
 
 def _seconds(request: Request) -> float:
     """What a request may take, with time left for the way back."""
-    return min(answering.timeout_of(request), LABEL_STUDIO_SECONDS) * SHARE_OF_TIME
+    return min(lifecycle.timeout_of(request), LABEL_STUDIO_SECONDS) * SHARE_OF_TIME
 
 
 def _listed(parts: list[bytes]) -> bytes:

@@ -62,10 +62,10 @@ def _packed(counts: NDArray[np.int64], values: NDArray[np.uint8], total: int) ->
     code = (((1 << 2 | kind) << size | counts) << _WORD) | values
     widths = 3 + size + _WORD
     widest = 3 + _SIZES[-1] + _WORD
-    places = np.arange(widest - 1, -1, -1)
-    bits = ((code[:, None] >> places) & 1).astype(np.uint8)
-    body = bits[places < widths[:, None]]
-    head = f"{total:032b}{_WORD - 1:05b}" + "".join(f"{each - 1:04b}" for each in _SIZES)
+    positions = np.arange(widest - 1, -1, -1)
+    bits = ((code[:, None] >> positions) & 1).astype(np.uint8)
+    body = bits[positions < widths[:, None]]
+    head = f"{total:032b}{_WORD - 1:05b}" + "".join(f"{width - 1:04b}" for width in _SIZES)
     start = np.frombuffer(head.encode("ascii"), dtype=np.uint8) - ord("0")
     packed: list[int] = np.packbits(np.concatenate((start, body))).tolist()
     return packed

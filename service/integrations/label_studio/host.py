@@ -34,7 +34,7 @@ either the project that was set up the longest ago is evicted."""
 
 _LEGACY = re.compile(r"[0-9a-f]{40}")
 _STORAGE = re.compile(r"(?!https?:)[a-z][a-z0-9+.-]*://.+", re.IGNORECASE)
-_PICTURES = re.compile(
+_IMAGE_PATHS = re.compile(
     r"/(data/upload|data/local-files|storage-data/uploaded|(tasks|projects)/\d+/(resolve|presign))/"
 )
 _REFUSED = (
@@ -63,27 +63,27 @@ class LabelStudioHost:
         max_bytes: int,
         seconds: float,
     ) -> None:
-        own = _allowed_host(url)
+        host = _allowed_host(url)
         try:
-            place = locate(url, (own,))
+            location = locate(url, (host,))
         except ImageUrlRefused as error:
             raise _no_url(url) from error
-        self._base = place.url.rstrip("/")
-        self._path = place.target.rstrip("/")
+        self._base = location.url.rstrip("/")
+        self._path = location.target.rstrip("/")
         self._origin = self._base.removesuffix(self._path)
-        self._own = own
+        self._host = host
         self._token = token
         self._access, self._good_until = "", 0.0
         self._lock = asyncio.Lock()
-        self._fetcher = Fetcher((own, *allowed), max_bytes=max_bytes, seconds=seconds)
+        self._fetcher = Fetcher((host, *allowed), max_bytes=max_bytes, seconds=seconds)
 
     def is_its(self, url: str) -> bool:
         """Whether an absolute URL leads to this host."""
         try:
-            place = locate(url, (self._own,))
+            location = locate(url, (self._host,))
         except ImageUrlRefused:
             return False
-        return place.url.startswith(f"{self._origin}/")
+        return location.url.startswith(f"{self._origin}/")
 
     async def fetch(self, source: str, task: object, take: Callable[[int], None]) -> bytes:
         """A picture by its path here, its URL here, or its address in a storage of Label Studio.
@@ -111,8 +111,8 @@ class LabelStudioHost:
             source = parts.path + (f"?{parts.query}" if parts.query else "")
         source = quote(source.removeprefix(self._path), safe="/%?=&:+,;@!$'()*~")
         path = unquote(source.partition("?")[0])
-        strays = {".", ".."} & set(path.split("/"))
-        if not _PICTURES.match(source) or strays or "\\" in path or "//" in path:
+        dot_segments = {".", ".."} & set(path.split("/"))
+        if not _IMAGE_PATHS.match(source) or dot_segments or "\\" in path or "//" in path:
             raise ImageUrlRefused(_REFUSED)
         return self._path + source
 

@@ -19,11 +19,11 @@ from fastapi import APIRouter, Request, Response
 from api_schemas.options import ExplainOptions
 from service.errors import ImageUrlRefused, MalformedRequest, Unauthorized
 from service.integrations.label_studio.host import label_studio_of
-from service.integrations.label_studio.images import picture
+from service.integrations.label_studio.task_images import fetch_image
 from service.pipeline.answer_size import quoted
 from service.pipeline.response import overlay, style_of
 from service.pipeline.run import drawn
-from service.routes import answering
+from service.routes import lifecycle
 from service.routes.docs import problems
 from service.routes.state import service_of
 from service.scheduling.admission import Permit
@@ -41,7 +41,7 @@ MAX_QUERY = 10_000
 _QUERY = re.compile(r"key=([A-Za-z0-9_.-]*)&src=(.*)", re.DOTALL)
 _ENCODED = re.compile(r"(?:%2F|https?%3A)", re.IGNORECASE)
 
-_PICTURE: dict[int | str, dict[str, Any]] = {
+_IMAGE_RESPONSE: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The photo with its evidence over it.",
         "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}},
@@ -62,7 +62,7 @@ def _parameter(name: str, text: str) -> dict[str, Any]:
 @router.get(
     "/overlay.png",
     response_class=Response,
-    responses=_PICTURE | problems(400, 401, 415, 422, 424, 429, 500, 503, 504),
+    responses=_IMAGE_RESPONSE | problems(400, 401, 415, 422, 424, 429, 500, 503, 504),
     openapi_extra={
         "parameters": [
             _parameter("key", "Made by `camserve overlay-token`."),
@@ -84,7 +84,7 @@ async def overlay_png(request: Request) -> Response:
         }
         return Response(data, media_type="image/png", headers=headers)
 
-    return await answering.in_time_without_body(request, work)
+    return await lifecycle.in_time_without_body(request, work)
 
 
 def read_query(query: bytes, secret: str | None) -> tuple[Grant, str]:
@@ -92,16 +92,16 @@ def read_query(query: bytes, secret: str | None) -> tuple[Grant, str]:
 
     Raises MalformedRequest, Unauthorized, ImageUrlRefused.
     """
-    found = _QUERY.fullmatch(query.decode("latin-1")) if len(query) <= MAX_QUERY else None
-    if found is None:
+    match = _QUERY.fullmatch(query.decode("latin-1")) if len(query) <= MAX_QUERY else None
+    if match is None:
         raise MalformedRequest(
             "Ask for overlay.png?key=KEY&src=$image, in this order, and with at most "
             f"{MAX_QUERY} bytes behind the question mark."
         )
     if secret is None:
         raise Unauthorized("There are no overlays here; CAMSERVE_OVERLAY_SECRET is not set.")
-    grant = overlay_tokens.read(found[1], secret)
-    source = unquote(found[2]) if _ENCODED.match(found[2]) else found[2]
+    grant = overlay_tokens.read(match[1], secret)
+    source = unquote(match[2]) if _ENCODED.match(match[2]) else match[2]
     if source.startswith(f"{grant.origin}/"):  # Label Studio writes its own address before some
         source = source.removeprefix(grant.origin)
     if not grant.covers(source):
@@ -115,14 +115,14 @@ async def _drawn(request: Request, grant: Grant, source: str, permit: Permit) ->
     options = ExplainOptions.model_validate(
         {"model": grant.model, "include": ["overlay"], "format": "png", **given}
     )
-    async with answering.model_in_use(request, options.model) as model:
-        work = await answering.understand(request, model, options, 1, permit)
+    async with lifecycle.model_in_use(request, options.model) as model:
+        work = await lifecycle.prepare(request, model, options, 1, permit)
         work = replace(work, price=work.sizes.overlay)
-        data = await picture(request, source, None, lambda size: permit.grow(0, size))
+        data = await fetch_image(request, source, None, lambda size: permit.grow(0, size))
         quote = quoted(data, service.limits.pixels, work.price)
         work.bill.add(quote.price)
-        found = await answering.ask(work, data, quote)
-        (explanation, *_) = found.answer.explanations
-        picture_drawn = await drawn(work, overlay, found.upload, explanation, style_of(options))
-        work.bill.made(len(picture_drawn.data))
-        return picture_drawn.data
+        answered = await lifecycle.infer(work, data, quote)
+        (explanation, *_) = answered.answer.explanations
+        image = await drawn(work, overlay, answered.upload, explanation, style_of(options))
+        work.bill.made(len(image.data))
+        return image.data

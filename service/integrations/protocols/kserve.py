@@ -16,9 +16,9 @@ from api_schemas.options import CommonOptions, ExplainOptions, PredictOptions
 from api_schemas.protocols import Instances
 from service.errors import InvalidImageData, MalformedRequest, ModelNotReady
 from service.images.upload import Sent
-from service.integrations.asked import (
+from service.integrations.protocol_requests import (
     MAX_NUMBERS,
-    Asked,
+    ImageRequest,
     Plan,
     Reply,
     answer,
@@ -30,7 +30,7 @@ from service.integrations.asked import (
     query,
 )
 from service.integrations.protocols.nested import array_of
-from service.integrations.protocols.pixels import pictures
+from service.integrations.protocols.pixels import images_of
 from service.models.loaded import LoadedModel
 from service.pipeline.response import result
 from service.routes import docs
@@ -105,20 +105,22 @@ async def _answer(request: Request, name: str, form: type[CommonOptions]) -> Res
     given, most = query(request), service_of(request).limits.images
 
     def read(model: LoadedModel, body: bytes) -> Plan:
-        asked = parsed(Instances, body)
-        instances = asked.instances if asked.instances is not None else asked.inputs
+        sent = parsed(Instances, body)
+        instances = sent.instances if sent.instances is not None else sent.inputs
         if instances is None:
             raise MalformedRequest('Expected "instances", a list of pictures, in the body.')
         check_count(len(instances), most)
-        parameters = given | asked.parameters
-        return Plan([_asked(model, form, each, parameters) for each in instances], _respond)
+        parameters = given | sent.parameters
+        return Plan(
+            [_image_request(model, form, instance, parameters) for instance in instances], _respond
+        )
 
     return await answer(request, name, read)
 
 
-def _asked(
+def _image_request(
     model: LoadedModel, form: type[CommonOptions], instance: Any, parameters: Mapping[str, Any]
-) -> Asked:
+) -> ImageRequest:
     given = dict(parameters)
     tensor: dict[str, Any] = {
         name: given.pop(name) for name in ("values", "layout") if name in given
@@ -127,10 +129,10 @@ def _asked(
         if form is ExplainOptions:
             given["target"] = instance["target"]
         instance = {key: value for key, value in instance.items() if key != "target"}
-    return Asked(picture(model, instance, tensor), options(form, given))
+    return ImageRequest(image_of(model, instance, tensor), options(form, given))
 
 
-def picture(model: LoadedModel, value: Any, tensor: Mapping[str, Any]) -> Sent:
+def image_of(model: LoadedModel, value: Any, tensor: Mapping[str, Any]) -> Sent:
     """The picture of an instance, however it is wrapped. Raises InvalidImageData.
 
     tensor: `values` and `layout` of `service.integrations.protocols.pixels`.
@@ -144,13 +146,15 @@ def picture(model: LoadedModel, value: Any, tensor: Mapping[str, Any]) -> Sent:
         (value,) = value.values()
     if isinstance(value, str):
         return file_in(value)
-    return pictures(array_of(value, MAX_NUMBERS)[None], model.preprocessing, **tensor)[0]
+    return images_of(array_of(value, MAX_NUMBERS)[None], model.preprocessing, **tensor)[0]
 
 
 def _respond(replies: Sequence[Reply]) -> Response:
-    results = [result(each.model, each.options, each.render_side, each.found) for each in replies]
-    dumped = [each.model_dump(exclude_unset=True) for each in results]
-    content = {"predictions": [each["predictions"] for each in dumped]}
+    results = [
+        result(reply.model, reply.options, reply.render_side, reply.answered) for reply in replies
+    ]
+    dumped = [image.model_dump(exclude_unset=True) for image in results]
+    content = {"predictions": [image["predictions"] for image in dumped]}
     if isinstance(replies[0].options, ExplainOptions):
-        content["explanations"] = [each["explanations"] for each in dumped]
+        content["explanations"] = [image["explanations"] for image in dumped]
     return json_response(content)

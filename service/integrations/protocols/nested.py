@@ -86,9 +86,9 @@ def _converted(piece: list[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     if not kinds <= {int, float}:
         raise InvalidImageData("The nested lists hold something else than numbers.")
     if dtype.kind in "iu" and float in kinds:
-        if not all(float(each).is_integer() for each in piece):
+        if not all(float(number).is_integer() for number in piece):
             raise InvalidImageData(f"The lists hold fractions, and {dtype.name} has none.")
-        piece = [int(each) for each in piece]
+        piece = [int(number) for number in piece]
     try:
         with np.errstate(over="ignore"):
             return np.array(piece, dtype)

@@ -20,10 +20,18 @@ from api_schemas.protocols import InferInput, InferRequest, RequestedOutput
 from service import __version__
 from service.errors import InvalidOption, MalformedRequest, ModelNotReady
 from service.images.upload import Sent
-from service.integrations.asked import Asked, Plan, Reply, answer, named, options, parsed
+from service.integrations.protocol_requests import (
+    ImageRequest,
+    Plan,
+    Reply,
+    answer,
+    named,
+    options,
+    parsed,
+)
 from service.integrations.protocols import outputs
 from service.integrations.protocols.kserve import error_body
-from service.integrations.protocols.pixels import pictures
+from service.integrations.protocols.pixels import images_of
 from service.integrations.protocols.tensors import Output, files, numbers, raw_parts
 from service.models.loaded import LoadedModel
 from service.routes import docs, health
@@ -119,11 +127,11 @@ async def models(request: Request) -> dict[str, list[str]]:
 async def metadata(request: Request, name: str, version: str | None = None) -> dict[str, Any]:
     """Inputs and outputs of a model; -1 is any number."""
     service = service_of(request)
-    found = named(service, name, version)
-    entry = service.library.entry(found)
-    model = service.pool.models.get(found)
+    model_name = named(service, name, version)
+    entry = service.library.entry(model_name)
+    model = service.pool.models.get(model_name)
     if model is None:
-        raise ModelNotReady(f"Model {found!r} is {entry.state}.", retry_after=5)
+        raise ModelNotReady(f"Model {model_name!r} is {entry.state}.", retry_after=5)
     return {
         "name": name,
         "versions": [version or model.version],
@@ -175,14 +183,14 @@ async def _answer(
     def read(model: LoadedModel, body: bytes) -> Plan:
         sent: Sequence[Sent] = [body]
         if length == "0":
-            asked = InferRequest(inputs=[_FILE])
+            infer_request = InferRequest(inputs=[_FILE])
         else:
-            asked, tail = _parts(body, length)
-            sent = _sent(model, asked, tail, most)
-        wanted = _wanted(asked, default)
-        chosen = _options(asked, wanted, default)
+            infer_request, tail = _parts(body, length)
+            sent = _sent(model, infer_request, tail, most)
+        wanted = _wanted(infer_request, default)
+        chosen = _options(infer_request, wanted, default)
         return Plan(
-            [Asked(each, chosen) for each in sent],
+            [ImageRequest(image, chosen) for image in sent],
             lambda replies: _respond(model, name, wanted, replies),
             every_class=True,
             price=lambda sizes: outputs.price(wanted.outputs, sizes),
@@ -203,43 +211,48 @@ def _parts(body: bytes, length: str | None) -> tuple[InferRequest, bytes]:
     return parsed(InferRequest, body[: int(length)]), body[int(length) :]
 
 
-def _sent(model: LoadedModel, asked: InferRequest, tail: bytes, most: int) -> Sequence[Sent]:
-    parts = raw_parts(asked.inputs, tail)
+def _sent(
+    model: LoadedModel, infer_request: InferRequest, tail: bytes, most: int
+) -> Sequence[Sent]:
+    parts = raw_parts(infer_request.inputs, tail)
     if len(parts) != 1:
         raise MalformedRequest(f"A model takes one input, a batch of pictures, not {len(parts)}.")
-    (tensor,), (raw,) = asked.inputs, parts
+    (tensor,), (raw,) = infer_request.inputs, parts
     if tensor.datatype == "BYTES":
         return files(tensor, raw, most)
-    said = {**(asked.parameters or {}), **(tensor.parameters or {})}
-    return pictures(
-        numbers(tensor, raw, most), model.preprocessing, said.get("values"), said.get("layout")
+    parameters = {**(infer_request.parameters or {}), **(tensor.parameters or {})}
+    return images_of(
+        numbers(tensor, raw, most),
+        model.preprocessing,
+        parameters.get("values"),
+        parameters.get("layout"),
     )
 
 
-def _wanted(asked: InferRequest, default: Sequence[str]) -> _Wanted:
-    binary = bool((asked.parameters or {}).get("binary_data_output", False))
-    named_outputs = asked.outputs or [RequestedOutput(name=name) for name in default]
-    found: list[tuple[str, int, bool]] = []
+def _wanted(infer_request: InferRequest, default: Sequence[str]) -> _Wanted:
+    binary = bool((infer_request.parameters or {}).get("binary_data_output", False))
+    named_outputs = infer_request.outputs or [RequestedOutput(name=name) for name in default]
+    wanted: list[tuple[str, int, bool]] = []
     for output in named_outputs:
-        if any(output.name == name for name, _, _ in found):
+        if any(output.name == name for name, _, _ in wanted):
             raise InvalidOption(f"The output {output.name!r} is named twice; name it once.")
-        said = output.parameters or {}
+        parameters = output.parameters or {}
         if output.name not in outputs.NAMES:
             raise InvalidOption(
                 f"There is no output {output.name!r}; there are {', '.join(outputs.NAMES)}."
             )
-        classes = said.get("classification", 0)
+        classes = parameters.get("classification", 0)
         if not isinstance(classes, int) or classes < 0:
             raise InvalidOption("`classification` is how many classes to list.")
-        found.append((output.name, classes, bool(said.get("binary_data", binary))))
-    return _Wanted(asked.id, found)
+        wanted.append((output.name, classes, bool(parameters.get("binary_data", binary))))
+    return _Wanted(infer_request.id, wanted)
 
 
-def _options(asked: InferRequest, wanted: _Wanted, default: Sequence[str]) -> CommonOptions:
+def _options(infer_request: InferRequest, wanted: _Wanted, default: Sequence[str]) -> CommonOptions:
     """The options in a request's parameters; those of explaining go with what explains."""
     names = {name for name, _, _ in wanted.outputs}
     protocols = ("binary_data_output", "values", "layout")
-    given = {k: v for k, v in (asked.parameters or {}).items() if k not in protocols}
+    given = {k: v for k, v in (infer_request.parameters or {}).items() if k not in protocols}
     if default is outputs.OF_INFER and not names & outputs.EXPLAINING:
         return options(PredictOptions, given)
     # What else `include` names is for `explain`; a heatmap is named where that would not get it.
@@ -248,7 +261,7 @@ def _options(asked: InferRequest, wanted: _Wanted, default: Sequence[str]) -> Co
     if drawn:
         also = given.get("include", [])
         also = also if isinstance(also, list) else [also]
-        given["include"] = [*drawn, *(each for each in also if each != "none")]
+        given["include"] = [*drawn, *(part for part in also if part != "none")]
     given.setdefault("include", ["none"])
     return options(ExplainOptions, given)
 
@@ -257,15 +270,15 @@ def _respond(model: LoadedModel, name: str, wanted: _Wanted, replies: Sequence[R
     described: list[dict[str, Any]] = []
     tails: list[bytes] = []
     for output, classes, binary in wanted.outputs:
-        made: Output = outputs.MAKERS[output](replies)
+        tensor: Output = outputs.MAKERS[output](replies)
         if classes:
-            made = outputs.classification(made, model, classes)
+            tensor = outputs.classification(tensor, model, classes)
         if binary:
-            place, raw = made.in_binary()
+            entry, raw = tensor.in_binary()
             tails += raw
         else:
-            place = made.in_json()
-        described.append(place)
+            entry = tensor.in_json()
+        described.append(entry)
     content: dict[str, Any] = {"model_name": name, "model_version": model.version}
     if wanted.id is not None:
         content["id"] = wanted.id

@@ -28,7 +28,7 @@ from service.cam.heatmap import render_heatmap
 from service.errors import InvalidOption
 from service.images.declared_size import Size
 from service.inference.questions import Explanation
-from service.integrations.asked import Reply
+from service.integrations.protocol_requests import Reply
 from service.integrations.protocols.tensors import Output
 from service.models.loaded import LoadedModel
 from service.pipeline.answer_size import NUMBER_BYTES, Price, Sizes
@@ -97,18 +97,18 @@ def _bytes_of(name: str, classes: int, sizes: Sizes, source: Size, *, binary: bo
 
 
 def _class_ids(replies: Sequence[Reply]) -> Output:
-    ids = np.array([_best(each) for each in replies], dtype=np.int64)
+    ids = np.array([_best(reply) for reply in replies], dtype=np.int64)
     return Output("class_ids", "INT64", ids.shape, ids)
 
 
 def _labels(replies: Sequence[Reply]) -> Output:
-    best = [_best(each) for each in replies]
+    best = [_best(reply) for reply in replies]
     texts = [replies[0].model.labels[index] for ids in best for index in ids]
     return Output("labels", "BYTES", (len(best), len(best[0])), texts)
 
 
 def _best(reply: Reply) -> list[int]:
-    predictions = reply.found.answer.predictions[: reply.options.top_k]
+    predictions = reply.answered.answer.predictions[: reply.options.top_k]
     return [prediction.class_id for prediction in predictions]
 
 
@@ -123,15 +123,15 @@ def _logits(replies: Sequence[Reply]) -> Output:
 def _by_class(name: str, replies: Sequence[Reply]) -> Output:
     values = np.zeros((len(replies), len(replies[0].model.labels)), dtype=np.float32)
     for row, reply in zip(values, replies, strict=True):
-        for prediction in reply.found.answer.predictions:
-            found = prediction.score if name == "scores" else prediction.logit
-            row[prediction.class_id] = found
+        for prediction in reply.answered.answer.predictions:
+            value = prediction.score if name == "scores" else prediction.logit
+            row[prediction.class_id] = value
     return Output(name, "FP32", values.shape, values)
 
 
 def _targets(replies: Sequence[Reply]) -> Output:
     ids = np.array(
-        [[found.class_id for found in each.found.answer.explanations] for each in replies],
+        [[shown.class_id for shown in reply.answered.answer.explanations] for reply in replies],
         dtype=np.int64,
     )
     return Output("targets", "INT64", ids.shape, ids)
@@ -139,37 +139,40 @@ def _targets(replies: Sequence[Reply]) -> Output:
 
 def _grid(replies: Sequence[Reply]) -> Output:
     grids = np.stack(
-        [np.stack([found.grid for found in each.found.answer.explanations]) for each in replies]
+        [
+            np.stack([shown.grid for shown in reply.answered.answer.explanations])
+            for reply in replies
+        ]
     )
     return Output("grid", "FP32", grids.shape, grids)
 
 
 def _heatmap(replies: Sequence[Reply]) -> Output:
-    pictures = [
+    files = [
         render_heatmap(
             explanation.grid,
-            reply.found.upload.model_input.geometry,
+            reply.answered.upload.model_input.geometry,
             style_of(options),
             reply.render_side,
         ).data
         for reply, options, explanation in _explained(replies)
     ]
-    return _files("heatmap", replies, pictures)
+    return _files("heatmap", replies, files)
 
 
 def _overlay(replies: Sequence[Reply]) -> Output:
-    pictures = [
-        overlay(reply.found.upload, explanation, style_of(options)).data
+    files = [
+        overlay(reply.answered.upload, explanation, style_of(options)).data
         for reply, options, explanation in _explained(replies)
     ]
-    return _files("overlay", replies, pictures)
+    return _files("overlay", replies, files)
 
 
 def _explain(replies: Sequence[Reply]) -> Output:
     texts: list[str] = []
-    for each in replies:
-        made = result(each.model, each.options, each.render_side, each.found)
-        explanations = made.model_dump(exclude_unset=True)["explanations"]
+    for reply in replies:
+        rendered = result(reply.model, reply.options, reply.render_side, reply.answered)
+        explanations = rendered.model_dump(exclude_unset=True)["explanations"]
         texts += [orjson.dumps(explanation).decode() for explanation in explanations]
     return _files("explain", replies, texts)
 
@@ -177,7 +180,7 @@ def _explain(replies: Sequence[Reply]) -> Output:
 def _explained(replies: Sequence[Reply]) -> Iterator[tuple[Reply, ExplainOptions, Explanation]]:
     for reply in replies:
         assert isinstance(reply.options, ExplainOptions)
-        for explanation in reply.found.answer.explanations:
+        for explanation in reply.answered.answer.explanations:
             yield reply, reply.options, explanation
 
 

@@ -25,7 +25,7 @@ _SLACK = 1.0
 """Levels of 255 by which values may lie outside: bicubic resizing overshoots a little."""
 
 
-def pictures(
+def images_of(
     tensor: NDArray[Any],
     preprocessing: Preprocessing,
     values: Any = None,
@@ -41,7 +41,7 @@ def pictures(
     batch = _channels_last(tensor, preprocessing.channels, layout)
     if 0 in batch.shape[1:]:
         raise InvalidImageData(f"A picture of shape {list(batch.shape[1:])} has no pixels.")
-    return [_bytes(each, preprocessing, values) for each in batch]
+    return [_bytes(image, preprocessing, values) for image in batch]
 
 
 def _channels_last(tensor: NDArray[Any], channels: int, layout: Layout | None) -> NDArray[Any]:
@@ -88,6 +88,8 @@ def _levels(band: NDArray[Any], preprocessing: Preprocessing, kind: Values) -> N
     """Rows of an image as levels of 255, float32."""
     levels = band.astype(np.float32)
     if kind == "normalized":
-        mean, std = (np.array(each, np.float32) for each in (preprocessing.mean, preprocessing.std))
+        mean, std = (
+            np.array(values, np.float32) for values in (preprocessing.mean, preprocessing.std)
+        )
         levels = levels * std + mean
     return levels if kind == "byte" else levels * np.float32(255)

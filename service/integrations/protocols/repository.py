@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from service.errors import CamserveError, ConfigurationError, EmptyBody
-from service.integrations.asked import parsed
+from service.integrations.protocol_requests import parsed
 from service.models.library import Entry
 from service.pipeline.run import result_of
 from service.pipeline.service import Service
@@ -101,12 +101,16 @@ async def index(request: Request) -> Any:
     refused = _refused(request, service)
     if refused is not None:
         return refused
-    asked = await _asked(request, service)
+    index_request = await _index_request(request, service)
     entries = service.library.entries.values()
-    return [_line(service, entry) for entry in entries if not asked.ready or entry.state == "ready"]
+    return [
+        _line(service, entry)
+        for entry in entries
+        if not index_request.ready or entry.state == "ready"
+    ]
 
 
-async def _asked(request: Request, service: Service) -> IndexRequest:
+async def _index_request(request: Request, service: Service) -> IndexRequest:
     """The body, where there is one; read here so that it is bounded, and read for admins alone."""
     try:
         with Permit(service.admission) as permit:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from api_schemas.protocols import InferInput
 from service.errors import InvalidImageData, MalformedRequest
-from service.integrations.asked import check_count, file_in
+from service.integrations.protocol_requests import check_count, file_in
 from service.integrations.protocols.nested import leaves, numbers_of, shape_of
 
 T = TypeVar("T")
@@ -61,8 +61,8 @@ class Output:
         values: Any = self.values
         if isinstance(values, np.ndarray):
             values = np.ascontiguousarray(values).reshape(-1)
-        elif any(isinstance(each, bytes) for each in values):
-            values = [base64.b64encode(each).decode("ascii") for each in values]
+        elif any(isinstance(element, bytes) for element in values):
+            values = [base64.b64encode(element).decode("ascii") for element in values]
         return self._described() | {"data": values}
 
     def in_binary(self) -> tuple[dict[str, Any], list[bytes]]:
@@ -70,8 +70,8 @@ class Output:
         if isinstance(self.values, np.ndarray):
             raw = [self.values.astype(DTYPES[self.datatype]).tobytes()]
         else:
-            elements = [each.encode() if isinstance(each, str) else each for each in self.values]
-            raw = [part for each in elements for part in (struct.pack("<I", len(each)), each)]
+            files = [value.encode() if isinstance(value, str) else value for value in self.values]
+            raw = [part for file in files for part in (struct.pack("<I", len(file)), file)]
         size = sum(map(len, raw))
         return self._described() | {"parameters": {"binary_data_size": size}}, raw
 
@@ -88,13 +88,13 @@ def files(tensor: InferInput, raw: bytes | None, most: int) -> list[bytes]:
     check_count(count, most)
     if raw is None:
         elements = list(_flat(tensor, lambda shape: leaves(tensor.data, shape)))
-        if not all(isinstance(each, str) for each in elements):
+        if not all(isinstance(element, str) for element in elements):
             raise InvalidImageData("BYTES in JSON are strings: the base64 of each image file.")
-        return [file_in(each) for each in elements]
+        return [file_in(element) for element in elements]
     parts = _elements(raw, count)
     _check_count(tensor, len(parts))
     # Some clients send base64 in this form too.
-    return [file_in(each.decode(errors="replace")) if is_base64(each) else each for each in parts]
+    return [file_in(part.decode(errors="replace")) if is_base64(part) else part for part in parts]
 
 
 def is_base64(data: bytes) -> bool:

@@ -19,8 +19,8 @@ from fastapi import APIRouter, Request, Response
 from api_schemas.options import CommonOptions, ExplainOptions, PredictOptions
 from service.errors import CamserveError, EmptyBody
 from service.images.upload import Sent
-from service.integrations.asked import (
-    Asked,
+from service.integrations.protocol_requests import (
+    ImageRequest,
     Plan,
     Reply,
     answer,
@@ -30,7 +30,7 @@ from service.integrations.asked import (
     options,
     query,
 )
-from service.integrations.protocols.kserve import picture
+from service.integrations.protocols.kserve import image_of
 from service.models.loaded import LoadedModel
 from service.pipeline.answer_size import NUMBER_BYTES, Price, Sizes
 from service.routes import bodies, docs, forms, health
@@ -87,7 +87,7 @@ _EXPLANATIONS: dict[str, Any] = {
     "openapi_extra": docs.image_body(),
 }
 
-_PICTURES = ("data", "body")
+_IMAGE_FIELDS = ("data", "body")
 _MAX_FIELDS = 16
 """Fields of a form beside the pictures."""
 
@@ -129,31 +129,31 @@ async def _answer(
     most = service.limits.images + _MAX_FIELDS
 
     def read(model: LoadedModel, body: bytes) -> Plan:
-        pictures: Sequence[Sent] = [body]
+        images: Sequence[Sent] = [body]
         fields = given
         if kind == "multipart/form-data":
             parts = forms.form_parts(content_type, body, most, lambda _name: None)
-            pictures = [data for name, data in parts if name in _PICTURES]
-            texts = [(name, data) for name, data in parts if name not in _PICTURES]
+            images = [data for name, data in parts if name in _IMAGE_FIELDS]
+            texts = [(name, data) for name, data in parts if name not in _IMAGE_FIELDS]
             fields = given | {name: data.decode(errors="replace") for name, data in texts}
         elif bodies.is_json(kind):
-            pictures = [picture(model, json_of(body), {})]
-        if not pictures:
+            images = [image_of(model, json_of(body), {})]
+        if not images:
             raise EmptyBody("The form has no part named 'data'; use curl -F data=@cat.jpg.")
         if form is PredictOptions:
             fields = {name: value for name, value in fields.items() if name != "target"}
         chosen = options(form, fields)
-        return Plan([Asked(each, chosen) for each in pictures], _respond, price=_price)
+        return Plan([ImageRequest(image, chosen) for image in images], _respond, price=_price)
 
     return await answer(request, named(service, name, version), read)
 
 
 def _respond(replies: Sequence[Reply]) -> Response:
-    made = [
+    rendered = [
         _explanation(r) if isinstance(r.options, ExplainOptions) else _prediction(r)
         for r in replies
     ]
-    return json_response(made[0] if len(made) == 1 else made)
+    return json_response(rendered[0] if len(rendered) == 1 else rendered)
 
 
 def _price(sizes: Sizes) -> Price:
@@ -164,8 +164,8 @@ def _price(sizes: Sizes) -> Price:
 
 def _prediction(reply: Reply) -> dict[str, float]:
     labels = reply.model.labels
-    best = reply.found.answer.predictions
-    return {_key(labels, each.class_id): each.score for each in best}
+    best = reply.answered.answer.predictions
+    return {_key(labels, prediction.class_id): prediction.score for prediction in best}
 
 
 def _key(labels: Sequence[str], class_id: int) -> str:
@@ -175,4 +175,4 @@ def _key(labels: Sequence[str], class_id: int) -> str:
 
 
 def _explanation(reply: Reply) -> Any:
-    return np.stack([each.grid for each in reply.found.answer.explanations])
+    return np.stack([explanation.grid for explanation in reply.answered.answer.explanations])

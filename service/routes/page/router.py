@@ -67,11 +67,11 @@ def page_router() -> APIRouter:
 def read_files() -> Mapping[str, PageFile]:
     """Every file of the page by its name; `tables.js` is written from the server's own tables."""
     folder = resources.files("service.routes.page")
-    found = {file.name: file.read_bytes() for file in folder.iterdir() if _suffix(file.name)}
-    found["tables.js"] = tables_module()
+    bodies = {file.name: file.read_bytes() for file in folder.iterdir() if _suffix(file.name)}
+    bodies["tables.js"] = tables_module()
     return {
         name: PageFile(body, TYPES[_suffix(name)], f'"{hashlib.sha256(body).hexdigest()[:20]}"')
-        for name, body in found.items()
+        for name, body in bodies.items()
     }
 
 

@@ -34,8 +34,8 @@ def fault_in(version: str, headers: Sequence[tuple[bytes, bytes]]) -> str | None
             "request as HTTP/1.1."
         )
     if codings not in ([], [b"chunked"]):
-        said = b", ".join(codings)[:100].decode("latin-1")
-        return f"Transfer-Encoding is {said!r}; send the body chunked, without another coding."
+        sent = b", ".join(codings)[:100].decode("latin-1")
+        return f"Transfer-Encoding is {sent!r}; send the body chunked, without another coding."
     return None
 
 

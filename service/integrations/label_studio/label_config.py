@@ -84,10 +84,10 @@ class Control:
 
     def region_label(self, *names: str) -> str | None:
         """The class's own label; else a generic one; else the only one; else None."""
-        own = self.label_of(*names) or self.label_of(*GENERIC)
-        if own is None and len(self.labels) == 1:
+        label = self.label_of(*names) or self.label_of(*GENERIC)
+        if label is None and len(self.labels) == 1:
             return self.labels[0].name
-        return own
+        return label
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ def images_in(label_config: str) -> tuple[TaskImage, ...]:
     """Every Image tag that a known control with a label belongs to. Raises InvalidOption."""
     read = _parsed(label_config)
     images = {name: value for name, value in read.images.items() if value is not None}
-    own: dict[str, list[Control]] = {}
+    by_image: dict[str, list[Control]] = {}
     pairs = 0
     for tag in filter(lambda tag: tag.labels, read.controls):
         controls = tag.controls(images)
@@ -139,15 +139,15 @@ def images_in(label_config: str) -> tuple[TaskImage, ...]:
                 "that belongs to it; use fewer control tags."
             )
         for control in controls:
-            own.setdefault(control.to_name, []).append(control)
-    if len(own) > MAX_IMAGES:
+            by_image.setdefault(control.to_name, []).append(control)
+    if len(by_image) > MAX_IMAGES:
         raise InvalidOption(
             f"The label_config has more than {MAX_IMAGES} Image tags with controls; use fewer."
         )
     return tuple(
-        TaskImage(name, _checked(name, value), tuple(own[name]))
+        TaskImage(name, _checked(name, value), tuple(by_image[name]))
         for name, value in images.items()
-        if name in own
+        if name in by_image
     )
 
 

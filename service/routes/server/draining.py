@@ -12,7 +12,7 @@ import structlog
 import uvicorn
 from fastapi import FastAPI
 
-from service.routes.server.connections import BoundedConnection
+from service.routes.server.bounded_connection import BoundedConnection
 
 _log = structlog.get_logger(__name__)
 

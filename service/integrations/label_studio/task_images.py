@@ -8,8 +8,8 @@ from collections.abc import Callable
 from fastapi import Request
 
 from service.errors import ImageUrlRefused
-from service.integrations.asked import file_in
 from service.integrations.label_studio.host import label_studio_of
+from service.integrations.protocol_requests import file_in
 from service.pipeline.run import result_of
 from service.routes import bodies
 from service.routes.state import service_of
@@ -17,7 +17,7 @@ from service.routes.state import service_of
 _WEB = re.compile(r"https?://", re.IGNORECASE)
 
 
-async def picture(
+async def fetch_image(
     request: Request, source: str, task: object, take: Callable[[int], None]
 ) -> bytes:
     """The file behind the value of an Image tag.

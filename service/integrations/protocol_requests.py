@@ -28,8 +28,8 @@ from service.pipeline.answer_size import Price, Quote, Sizes, quoted
 from service.pipeline.run import as_error, drawn, result_of
 from service.pipeline.service import Answered, Service
 from service.resources import collector_paused
-from service.routes import access, answering, bodies
-from service.routes.answering import Work
+from service.routes import access, bodies, lifecycle
+from service.routes.lifecycle import RequestWork
 from service.routes.problems import describe
 from service.routes.state import service_of
 from service.scheduling.admission import Bill, Permit
@@ -46,10 +46,10 @@ holds the GIL from the first to the last: 0.1 s of CPU for as many."""
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """One picture and what is asked about it."""
+class ImageRequest:
+    """One image, and the options for it."""
 
-    picture: Sent
+    data: Sent
     options: CommonOptions
 
 
@@ -59,7 +59,7 @@ class Reply:
 
     model: LoadedModel
     options: CommonOptions
-    found: Answered
+    answered: Answered
     render_side: int
 
 
@@ -73,7 +73,7 @@ class Plan:
                  have in an answer of `/explain` or `/predict`.
     """
 
-    asked: Sequence[Asked]
+    images: Sequence[ImageRequest]
     respond: Callable[[Sequence[Reply]], Response]
     every_class: bool = False
     price: Callable[[Sizes], Price] | None = None
@@ -93,42 +93,44 @@ async def answer(
     async def work(body: bytes, permit: Permit) -> Response:
         scheduler = service_of(request).scheduler
         of_model = name if isinstance(name, str) else await result_of(scheduler.call(name, body))
-        async with answering.model_in_use(request, of_model) as model:
+        async with lifecycle.model_in_use(request, of_model) as model:
             plan = await result_of(scheduler.call(read, model, body))
             works = await _works(request, model, plan, permit)
             most = works[0].service.limits.pixels
             quotes = [
-                quoted(each.picture, most, work.price)
-                for each, work in zip(plan.asked, works, strict=True)
+                quoted(image.data, most, work.price)
+                for image, work in zip(plan.images, works, strict=True)
             ]
             bill = works[0].bill
             grids = sum(work.sizes.grids for work in works)
             bill.add(grids + sum(quote.price for quote in quotes))
-            replies = await _replies(works, plan.asked, quotes)
+            replies = await _replies(works, plan.images, quotes)
             response = await drawn(works[0], plan.respond, replies)
             bill.made(len(response.body))
-            response.headers.update(answering.report(request, works[0], len(works)))
+            response.headers.update(lifecycle.report(request, works[0], len(works)))
             return response
 
-    return await answering.in_time(request, work)
+    return await lifecycle.in_time(request, work)
 
 
-async def _works(request: Request, model: LoadedModel, plan: Plan, permit: Permit) -> list[Work]:
+async def _works(
+    request: Request, model: LoadedModel, plan: Plan, permit: Permit
+) -> list[RequestWork]:
     """The work of each image, on one clock. Raises EmptyBody, BodyTooLarge, QueueFull."""
-    count = len(plan.asked)
+    count = len(plan.images)
     if not count:
         raise EmptyBody("The request has no image; send at least one.")
     check_count(count, service_of(request).limits.images)
     permit.grow(count - 1)
-    keys = [each.options.model_dump_json() for each in plan.asked]
+    keys = [image.options.model_dump_json() for image in plan.images]
     alike = Counter(keys)
-    by_options: dict[str, Work] = {}
+    by_options: dict[str, RequestWork] = {}
     costs: list[float] = []
-    for key, asked in zip(keys, plan.asked, strict=True):
+    for key, image in zip(keys, plan.images, strict=True):
         if key in by_options:
             continue
-        work = await answering.understand(
-            request, model, asked.options, alike[key], permit, charge=costs.append
+        work = await lifecycle.prepare(
+            request, model, image.options, alike[key], permit, charge=costs.append
         )
         if plan.price is not None:
             work = replace(work, price=plan.price(work.sizes))
@@ -153,22 +155,22 @@ def check_count(images: int, most: int) -> None:
 
 
 async def _replies(
-    works: Sequence[Work], asked: Sequence[Asked], quotes: Sequence[Quote]
+    works: Sequence[RequestWork], images: Sequence[ImageRequest], quotes: Sequence[Quote]
 ) -> list[Reply]:
     """What is answered about each picture. Raises what the first one failed with."""
-    pictures = (each.picture for each in asked)
-    found = await asyncio.gather(
-        *map(answering.ask, works, pictures, quotes), return_exceptions=True
+    files = (image.data for image in images)
+    outcomes = await asyncio.gather(
+        *map(lifecycle.infer, works, files, quotes), return_exceptions=True
     )
     replies: list[Reply] = []
-    for work, each in zip(works, found, strict=True):
-        if isinstance(each, BaseException):
-            raise as_error(each)
-        replies.append(Reply(work.model, work.options, each, work.service.limits.render_side))
+    for work, outcome in zip(works, outcomes, strict=True):
+        if isinstance(outcome, BaseException):
+            raise as_error(outcome)
+        replies.append(Reply(work.model, work.options, outcome, work.service.limits.render_side))
     return replies
 
 
-def _of_every_class(work: Work) -> Callable[..., Any]:
+def _of_every_class(work: RequestWork) -> Callable[..., Any]:
     classes = len(work.model.labels)
     return lambda pixels: replace(work.question(pixels), top_k=classes)
 

@@ -77,8 +77,13 @@ async def model(request: Request, name: str) -> wire.ModelDetails:
     if loaded is not None:
         fields["labels"] = list(loaded.labels)
         fields["probes"] = [
-            wire.Probe(name=each.name, passed=each.passed, result=each.result, follows=each.follows)
-            for each in loaded.findings
+            wire.Probe(
+                name=finding.name,
+                passed=finding.passed,
+                result=finding.result,
+                follows=finding.follows,
+            )
+            for finding in loaded.findings
         ]
     return wire.ModelDetails(**fields)
 
@@ -89,7 +94,7 @@ async def model(request: Request, name: str) -> wire.ModelDetails:
 )
 async def layers(request: Request, name: str) -> wire.Layers:
     """Every module of a model: its path, type, output shape, and whether it can be a target."""
-    found = service_of(request).pool.model(name)
+    loaded = service_of(request).pool.model(name)
     return wire.Layers(
         layers=[
             wire.Layer(
@@ -99,7 +104,7 @@ async def layers(request: Request, name: str) -> wire.Layers:
                 parameters=layer.parameters,
                 target=layer.target,
             )
-            for layer in found.layers
+            for layer in loaded.layers
         ]
     )
 

@@ -338,10 +338,10 @@ def _disconnect(cycle: RequestResponseCycle) -> None:
 
 
 def _reason(error: httptools.HttpParserError) -> str:
-    found = str(error).rstrip(".")[:200] or "it cannot be parsed"
+    reason = str(error).rstrip(".")[:200] or "it cannot be parsed"
     if isinstance(error, httptools.HttpParserCallbackError):
-        found = "its target cannot be read"
-    return f"What was sent is not HTTP/1.1: {found}."
+        reason = "its target cannot be read"
+    return f"What was sent is not HTTP/1.1: {reason}."
 
 
 def _answer_to(error: CamserveError) -> bytes:

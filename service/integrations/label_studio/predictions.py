@@ -21,10 +21,10 @@ from service.cam.regions import Regions, find_regions
 from service.images.declared_size import Size
 from service.inference.questions import Prediction
 from service.integrations.label_studio.brush import alpha_of, encode_rle
-from service.integrations.label_studio.config import Control, Parameters, TaskImage
+from service.integrations.label_studio.label_config import Control, Parameters, TaskImage
 from service.models.loaded import LoadedModel
 from service.pipeline.answer_size import Price, Sizes
-from service.routes.answering import Billed
+from service.routes.lifecycle import Billed
 
 MAX_REGIONS = 10
 """Boxes and polygons of one map at most, the largest ones."""
@@ -41,19 +41,19 @@ class Evidence:
     """One picture of a task, answered, and what is drawn of it; drawn once for all controls."""
 
     model: LoadedModel
-    found: Billed
+    answered: Billed
     parameters: Parameters
     render_side: int
 
     @property
     def class_id(self) -> int:
         """The explained class, or the best one."""
-        answer = self.found.answer
+        answer = self.answered.answer
         return (answer.explanations or answer.predictions)[0].class_id
 
     @property
     def score(self) -> float:
-        answer = self.found.answer
+        answer = self.answered.answer
         return (answer.explanations or answer.predictions)[0].score
 
     @property
@@ -67,20 +67,20 @@ class Evidence:
     @property
     def size(self) -> tuple[int, int]:
         """Width and height of the upright source."""
-        return self.found.upload.width, self.found.upload.height
+        return self.answered.upload.width, self.answered.upload.height
 
     @cached_property
     def regions(self) -> Regions:
-        (explanation, *_) = self.found.answer.explanations
-        geometry = self.found.upload.model_input.geometry
+        (explanation, *_) = self.answered.answer.explanations
+        geometry = self.answered.upload.model_input.geometry
         threshold = self.parameters.options.threshold
         return find_regions(explanation.grid, geometry, threshold, self.render_side)
 
     @cached_property
     def rle(self) -> list[int]:
         """The map as a brush; empty where it is 0 throughout."""
-        (explanation, *_) = self.found.answer.explanations
-        geometry = self.found.upload.model_input.geometry
+        (explanation, *_) = self.answered.answer.explanations
+        geometry = self.answered.upload.model_input.geometry
         alpha = alpha_of(explanation.grid, geometry, self.render_side)
         return encode_rle(alpha) if alpha.any() else []
 
@@ -96,10 +96,10 @@ def prediction(
     put that over the annotator's own at once, before the suggested regions are accepted.
     """
     result = [
-        each
+        entry
         for image, evidence in images
-        for each in _of_image(image, evidence)
-        if not (of_click and each["type"] == "choices")
+        for entry in _of_image(image, evidence)
+        if not (of_click and entry["type"] == "choices")
     ]
     if not result and not of_click:
         return b"[]"
@@ -119,11 +119,11 @@ def price(images: Sequence[TaskImage], sizes: Sizes) -> Price:
             "polygonlabels": 4 * regions,  # in percent, with all their digits
             "rectanglelabels": MAX_REGIONS * 512,
         }
-        places = (
-            sum(count * (512 + a_kind.get(kind, 0)) for kind, count in each.items())
-            for each in controls
+        totals = (
+            sum(count * (512 + a_kind.get(kind, 0)) for kind, count in kinds.items())
+            for kinds in controls
         )
-        return 512 + max(places, default=0)
+        return 512 + max(totals, default=0)
 
     return bytes_of if any(controls) else lambda _: 512
 
@@ -134,7 +134,7 @@ def _of_image(image: TaskImage, evidence: Evidence) -> Iterator[dict[str, Any]]:
             yield from _choices(control, evidence)
             continue
         label = control.region_label(*evidence.names)
-        if label is None or not evidence.found.answer.explanations:
+        if label is None or not evidence.answered.answer.explanations:
             continue
         for value in _VALUES[control.kind](evidence):
             yield _entry(control, evidence.score) | {
@@ -162,8 +162,8 @@ def _choices(control: Control, evidence: Evidence) -> Iterator[dict[str, Any]]:
     chosen: list[tuple[int, float]] = [(evidence.class_id, evidence.score)]
     if control.several:
         least = CHOSEN if least is None else least
-        listed: Sequence[Prediction] = evidence.found.answer.predictions
-        chosen = [(each.class_id, each.score) for each in listed]
+        predictions: Sequence[Prediction] = evidence.answered.answer.predictions
+        chosen = [(listed.class_id, listed.score) for listed in predictions]
     kept = [(class_id, score) for class_id, score in chosen if least is None or score >= least]
     labels = [(control.label_of(*evidence.names_of(class_id)), score) for class_id, score in kept]
     known = {label: score for label, score in reversed(labels) if label is not None}
@@ -203,11 +203,11 @@ def _peak(evidence: Evidence) -> Iterator[dict[str, Any]]:
         yield {"x": 100 * x / width, "y": 100 * y / height, "width": KEYPOINT_WIDTH}
 
 
-class _Values(Protocol):
+class _RegionValues(Protocol):
     def __call__(self, evidence: Evidence, /) -> Iterator[dict[str, Any]]: ...
 
 
-_VALUES: Mapping[str, _Values] = MappingProxyType(
+_VALUES: Mapping[str, _RegionValues] = MappingProxyType(
     {
         "brushlabels": _brush,
         "rectanglelabels": _boxes,

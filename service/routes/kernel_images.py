@@ -12,7 +12,7 @@ from service.cam.kernels import KernelGrid, draw_kernels, sees_colours, weight_o
 from service.errors import InvalidOption
 from service.models.loaded import LoadedModel
 from service.pipeline.run import result_of
-from service.routes import answering
+from service.routes import lifecycle
 from service.routes.docs import problems
 from service.routes.state import service_of
 from service.scheduling.admission import Bill, Permit
@@ -22,7 +22,7 @@ router = APIRouter(tags=["models"])
 NAMED = 12
 """How many layers with kernels the refusal of another one names."""
 
-_PICTURE: dict[int | str, dict[str, Any]] = {
+_IMAGE_RESPONSE: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The kernels side by side, each from its least value to its greatest.",
         "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}},
@@ -43,7 +43,7 @@ _PICTURE: dict[int | str, dict[str, Any]] = {
 @router.get(
     "/models/{name}/kernels/{layer:path}",
     response_class=Response,
-    responses=_PICTURE | problems(400, 401, 404, 422, 429, 500, 503, 504),
+    responses=_IMAGE_RESPONSE | problems(400, 401, 404, 422, 429, 500, 503, 504),
 )
 async def kernels(request: Request, name: str, layer: str) -> Response:
     """The weights of one layer as a PNG: a first convolution in color, others in gray.
@@ -65,7 +65,7 @@ async def kernels(request: Request, name: str, layer: str) -> Response:
         headers = {"X-Kernels": str(grid.kernels), "X-Kernels-Left-Out": str(grid.left_out)}
         return Response(grid.picture.data, media_type=grid.picture.media_type, headers=headers)
 
-    return await answering.in_time_without_body(request, work)
+    return await lifecycle.in_time_without_body(request, work)
 
 
 def _draw(model: LoadedModel, path: str, max_side: int) -> KernelGrid:

@@ -43,7 +43,7 @@ LOADS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work(Recipe):
+class RequestWork(Recipe):
     """How each image of a request is answered, and what its place in the answer takes.
 
     sizes, price: how many bytes each part of an image's place in the answer takes at most, and the
@@ -62,7 +62,7 @@ class Billed(Answered):
     priced: int
 
 
-class _ClientGone(Exception):
+class _ClientDisconnected(Exception):
     """The client hung up before its answer was ready."""
 
 
@@ -91,12 +91,12 @@ async def in_time(
 
     async def decoded_and_placed() -> Response:
         whole = await encodings.decoded(request, body, permit, limits.body_bytes)
-        return await _placed(work, whole, permit, waits)
+        return await _with_place(work, whole, permit, waits)
 
     return await watched(request, decoded_and_placed)
 
 
-async def _placed(
+async def _with_place(
     work: Callable[[bytes, Permit], Coroutine[Any, Any, Response]],
     body: bytes,
     permit: Permit,
@@ -109,14 +109,14 @@ async def _placed(
     return await work(body, permit)
 
 
-async def patiently(ask: Callable[[], Awaitable[T]], until: float) -> T:
+async def patiently(attempt: Callable[[], Awaitable[T]], until: float) -> T:
     """Try again as long as the service is full and there is time. Raises QueueFull.
 
     ask: what may be called twice; a body, for one, is read once.
     """
     while True:
         try:
-            return await ask()
+            return await attempt()
         except QueueFull:
             if time.monotonic() + PAUSE > until:
                 raise
@@ -136,15 +136,15 @@ def timeout_of(request: Request) -> float:
     Raises MalformedRequest where the header is no number above zero.
     """
     most = service_of(request).limits.timeout
-    said = request.headers.get("x-request-timeout")
-    if said is None:
+    sent = request.headers.get("x-request-timeout")
+    if sent is None:
         return most
     # What `float` reads beyond this, such as "1e3", "inf" or "nan", is no plain number of seconds.
-    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", said) or not float(said):
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", sent) or not float(sent):
         raise MalformedRequest(
-            f"X-Request-Timeout takes seconds, a number above zero such as 2.5, not {said[:40]!r}."
+            f"X-Request-Timeout takes seconds, a number above zero such as 2.5, not {sent[:40]!r}."
         )
-    return min(most, float(said))
+    return min(most, float(sent))
 
 
 @asynccontextmanager
@@ -166,7 +166,7 @@ async def model_in_use(request: Request, name: str | None) -> AsyncIterator[Load
         yield model
 
 
-async def understand(
+async def prepare(
     request: Request,
     model: LoadedModel,
     options: CommonOptions,
@@ -174,7 +174,7 @@ async def understand(
     permit: Permit,
     *,
     charge: Callable[[float], None] | None = None,
-) -> Work:
+) -> RequestWork:
     """Everything that can be refused before any image is looked at is refused here.
 
     Names, patterns and masks, which may be long, are resolved in a worker thread; what the request
@@ -187,19 +187,19 @@ async def understand(
     service = service_of(request)
     resolve = functools.partial(resolved, model, options, service.limits, images)
     if _names_nothing(options):
-        found = resolve()
+        resolution = resolve()
     else:
-        found = await result_of(service.scheduler.call(resolve))
-    for price in found.prices:
+        resolution = await result_of(service.scheduler.call(resolve))
+    for price in resolution.prices:
         (charge or functools.partial(access.reserve, request))(price)
     request.scope["log"] = {"model": model.name}
-    sizes = Sizes(model, options, found.question(torch.empty(0)), service.limits.render_side)
-    return Work(
+    sizes = Sizes(model, options, resolution.question(torch.empty(0)), service.limits.render_side)
+    return RequestWork(
         service=service,
         model=model,
         options=options,
-        question=found.question,
-        hiding=found.hiding,
+        question=resolution.question,
+        hiding=resolution.hiding,
         deadline=request.scope["started"] + timeout_of(request),
         clock=Clock(request.scope["started"]),
         sizes=sizes,
@@ -216,7 +216,7 @@ def _names_nothing(options: CommonOptions) -> bool:
     return not any(named)
 
 
-async def ask(work: Work, data: Sent, quote: Quote) -> Billed:
+async def infer(work: RequestWork, data: Sent, quote: Quote) -> Billed:
     """Open one image and answer it, as `run.ask` does, within the bytes of its answer.
 
     quote: of the image; the caller added its price to the bill. What it takes more is added here;
@@ -233,14 +233,14 @@ async def ask(work: Work, data: Sent, quote: Quote) -> Billed:
             priced = whole
 
     try:
-        found = await run.ask(work, data, bill)
+        answered = await run.ask(work, data, bill)
     except BaseException:
         work.bill.take_back(priced)
         raise
-    return Billed(found.upload, found.answer, found.masked, priced)
+    return Billed(answered.upload, answered.answer, answered.masked, priced)
 
 
-def report(request: Request, work: Work, images: int) -> dict[str, str]:
+def report(request: Request, work: RequestWork, images: int) -> dict[str, str]:
     """Put the stages' times into metrics and log; the header `Server-Timing`."""
     work.clock.stop()
     for stage, value in work.clock.seconds.items():
@@ -250,19 +250,19 @@ def report(request: Request, work: Work, images: int) -> dict[str, str]:
     return {"Server-Timing": ", ".join(f"{stage};dur={ms}" for stage, ms in timing.items())}
 
 
-async def _until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def _until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """Await `work`, and cancel it where the client hangs up first; the body must be read.
 
     Cancelling it cancels what it waits for, so that jobs nobody wants are dropped unrun.
     Raises _ClientGone.
     """
     working = asyncio.ensure_future(work)
-    watching = asyncio.ensure_future(_hang_up(request))
+    watching = asyncio.ensure_future(_disconnect(request))
     try:
         await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise _ClientGone("The client hung up.")
+        raise _ClientDisconnected("The client hung up.")
     finally:
         watching.cancel()
         working.cancel()
@@ -271,7 +271,7 @@ async def _until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.gather(working, watching, return_exceptions=True)
 
 
-async def _hang_up(request: Request) -> None:
+async def _disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
@@ -295,10 +295,10 @@ async def watched(request: Request, work: Callable[[], Coroutine[Any, Any, Respo
     seconds = timeout_of(request)
     try:
         async with asyncio.timeout(request.scope["started"] + seconds - time.monotonic()):
-            return await _until_gone(request, work())
+            return await _until_disconnect(request, work())
     except TimeoutError as error:
         raise DeadlineExceeded(
             f"The answer was not ready within {seconds:g} seconds; try again, or ask for less."
         ) from error
-    except _ClientGone:
+    except _ClientDisconnected:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
