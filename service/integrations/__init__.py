@@ -1,1 +1,1 @@
-"""Other programs' protocols, spoken on their own routes with their own error bodies."""
+"""Protocols of other programs, on separate routes with their own error bodies."""

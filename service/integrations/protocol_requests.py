@@ -1,4 +1,4 @@
-"""From a request of another server's protocol to its answer, on the same way as `/explain`."""
+"""Answers requests of other protocols with the same steps as `/explain`."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ _OURS_ALONE = frozenset({"model", "mask", "activations", "activation_as", "activ
 _LISTS = frozenset({"targets", "layer", "include"})
 
 MAX_NUMBERS = 2_500_000
-"""In a JSON body, where tensors may be lists of numbers: 16 images of 224 x 224. The reader of JSON
-holds the GIL from the first to the last: 0.1 s of CPU for as many."""
+"""In a JSON body, where tensors may be lists of numbers: 16 images of 224 x 224. The JSON parser
+holds the GIL meanwhile: 0.1 s of CPU for this many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class ImageRequest:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One picture's answer, and what was asked."""
+    """The answer for one image, and its options."""
 
     model: LoadedModel
     options: CommonOptions
@@ -65,12 +65,12 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A request, understood.
+    """A parsed request.
 
-    respond:     makes the response; both it and what made this plan run in worker threads.
-    every_class: predictions of all classes, whatever `top_k` is.
-    price:       how many bytes of the answer are about one picture; None: the place that it would
-                 have in an answer of `/explain` or `/predict`.
+    respond:     makes the response; like the parsing, it runs in a worker thread.
+    every_class: predict all classes, whatever `top_k` is.
+    price:       bytes of the response per image; None: as in a response of `/explain` or
+                 `/predict`.
     """
 
     images: Sequence[ImageRequest]
@@ -84,10 +84,10 @@ async def answer(
     name: str | Callable[[bytes], str],
     read: Callable[[LoadedModel, bytes], Plan],
 ) -> Response:
-    """Answer a request to a model; the first picture that fails fails the request.
+    """Answer a request to a model; the first image that fails fails the request.
 
-    name: the model's, or what finds it in the body; like `read` it runs in a worker thread.
-    Admission, bounds, deadline, hang-up, scheduler and metrics are those of `/explain`.
+    name: of the model, or a function that reads it from the body; like `read`, it runs in a worker
+    thread. Admission, bounds, deadline, disconnect, scheduler and metrics are those of `/explain`.
     """
 
     async def work(body: bytes, permit: Permit) -> Response:
@@ -157,7 +157,7 @@ def check_count(images: int, most: int) -> None:
 async def _replies(
     works: Sequence[RequestWork], images: Sequence[ImageRequest], quotes: Sequence[Quote]
 ) -> list[Reply]:
-    """What is answered about each picture. Raises what the first one failed with."""
+    """The reply for each image. Raises the error of the first image that failed."""
     files = (image.data for image in images)
     outcomes = await asyncio.gather(
         *map(lifecycle.infer, works, files, quotes), return_exceptions=True
@@ -176,9 +176,9 @@ def _of_every_class(work: RequestWork) -> Callable[..., Any]:
 
 
 def named(service: Service, name: str, version: str | None) -> str:
-    """The model that a path with a version means.
+    """The name of the model at a path with a version.
 
-    It is the one called NAME-VERSION, or NAME itself where VERSION is the one `/models` says.
+    It is NAME-VERSION if there is such a model, or NAME if VERSION is its version in `/models`.
     Raises UnknownModel, UnknownVersion.
     """
     if version is None:
@@ -191,8 +191,8 @@ def named(service: Service, name: str, version: str | None) -> str:
         return name
     served = "" if model is None else f" It is served in version {model.version};"
     raise UnknownVersion(
-        f"Model {name!r} has no version {version!r}.{served} a model called {name}-{version} "
-        "would be found here."
+        f"Model {name!r} has no version {version!r}.{served} this path also selects a model with "
+        f"the name {name}-{version}."
     )
 
 
@@ -205,7 +205,7 @@ def parsed(form: type[Form], body: bytes) -> Form:
 
 
 def json_of(body: bytes) -> Any:
-    """What a JSON body says. Raises MalformedRequest."""
+    """The value of a JSON body. Raises MalformedRequest."""
     advice = "send images as base64, or tensors as bytes."
     body = bodies.utf8_json(body)
     bodies.check_json(body, MAX_NUMBERS, MAX_NUMBERS // 3, advice)  # a list for each pixel
@@ -217,7 +217,7 @@ def json_of(body: bytes) -> Any:
 
 
 def query(request: Request) -> dict[str, Any]:
-    """The query's parameters; one that is repeated is a list."""
+    """The parameters of the query; a repeated one becomes a list."""
     given: dict[str, list[str]] = {}
     for name, value in request.query_params.multi_items():
         given.setdefault(name, []).append(value)
@@ -225,7 +225,7 @@ def query(request: Request) -> dict[str, Any]:
 
 
 def file_in(text: str) -> bytes:
-    """The picture file in base64 or a data: URI. Raises InvalidImageData."""
+    """The image file in base64 or a data: URI. Raises InvalidImageData."""
     data = bodies.image_file(text)
     if isinstance(data, InvalidImageData):
         raise data
@@ -235,14 +235,14 @@ def file_in(text: str) -> bytes:
 def options(form: type[Options], given: Mapping[str, Any]) -> Options:
     """Options of `/explain` or `/predict` from a protocol's parameters.
 
-    `target` is `targets`, and what is a list there may be a single value here.
+    `target` means `targets`, and a single value may replace a list.
     Raises InvalidOption.
     """
     fields: dict[str, Any] = {}
     for key, value in given.items():
         name = "targets" if key == "target" else key
         if name in _OURS_ALONE:
-            raise InvalidOption(f"`{key}` is not taken by this protocol; /explain takes it.")
+            raise InvalidOption(f"This protocol does not accept `{key}`; use /explain.")
         fields[name] = [value] if name in _LISTS and not isinstance(value, list) else value
     try:
         return form(**fields)

@@ -1,9 +1,9 @@
 """The remote server of X-AnyLabeling, at `/integrations/x-anylabeling`.
 
-The desktop program appends `/v1/models` and `/v1/predict` to the address it is given. A task says
-what the evidence of the best class becomes: polygons, rectangles or its peak. Its "confidence" is
-where the map is cut, the mask fineness how far outlines are simplified, the class filter which
-classes get shapes at all. Whether older shapes stay is left to the program's own switch.
+The desktop program appends `/v1/models` and `/v1/predict` to the configured address. A task defines
+the shapes of the evidence for the best class: polygons, rectangles or the peak. "Confidence" is the
+threshold of the map, mask fineness the simplification of outlines, and the class filter selects the
+classes that get shapes. The program's own switch decides whether older shapes stay.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ _START = {"edit_conf": 0.5, "mask_fineness_slider": 10}
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """What the program lists: a title, the widgets it shows, and the shapes that come of it."""
+    """A task as the program lists it: title, widgets, and the shapes that it returns."""
 
     title: str
     shape: str
@@ -187,8 +187,8 @@ def _polygons(regions: wire.Regions, fineness: float) -> list[Points]:
 
 
 def _simplified(polygon: Points, share: float) -> Points:
-    """The outline with points left out that are within this share of its length."""
-    if share <= TOLERANCE_SHARE:  # as it is found
+    """The outline without points that are within this share of its length."""
+    if share <= TOLERANCE_SHARE:  # no further than it already is
         return polygon
     points = np.array(polygon, dtype=np.float32)
     fewer = cv2.approxPolyDP(points, share * cv2.arcLength(points, closed=True), closed=True)

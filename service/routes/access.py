@@ -1,4 +1,4 @@
-"""Who may ask: an API key on every route but the open ones, and each key within its bounds."""
+"""Authentication: an API key on every route except the open ones, each key within its limits."""
 
 from __future__ import annotations
 
@@ -57,17 +57,17 @@ def sent_key(headers: Headers) -> str:
 def is_admin(headers: Headers, keys: KeyFile | None) -> bool:
     """Whether a request carries an admin key.
 
-    Not as the password of Basic: a browser would send it along with other pages' requests.
+    Not as the password of Basic: a browser would send it with requests of other pages.
     """
     basic = headers.get("authorization", "").strip().lower().startswith("basic")
     return keys is not None and not basic and keys.owner(sent_key(headers)) is not None
 
 
 def may_see_reasons(request: Request) -> bool:
-    """Whether the answer may say why a model is not served: with file paths and exception texts.
+    """Whether the response may contain the reason why a model is not served (paths, exceptions).
 
-    With API keys: to a request with one, on open routes too. Without: where only this machine can
-    ask, and not on open routes, which a proxy may hand on to everybody.
+    With API keys: yes for a request with one, on open routes too. Without: yes if only this machine
+    can connect, except on open routes, which a proxy may forward for any client.
     """
     service = service_of(request)
     if service.api_keys is not None:

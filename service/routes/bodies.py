@@ -1,4 +1,4 @@
-"""A request's body: read within its bounds, and taken apart into image bytes and options."""
+"""A request's body: read within its bounds, and parsed into images and options."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from service.security.fetcher import Fetcher
 Options = TypeVar("Options", bound=CommonOptions)
 
 Image = bytes | str | InvalidImageData
-"""An image of a request: its file, its URL, or why it is neither."""
+"""An image of a request: its file, its URL, or the error that it is neither."""
 
 _MAX_URI_HEAD = 1000
 """Characters of a data: URI before its data."""
@@ -53,7 +53,7 @@ async def read_body(request: Request, permit: Permit, max_bytes: int, seconds: f
     """All bytes of the body, once; `permit` grows by them as they arrive.
 
     Raises BodyTooLarge, EmptyBody, QueueFull; SlowUpload after `seconds`, below the minimum rate,
-    and where it is slow and somebody else needs what it holds.
+    and if it is slow and another request needs what it holds.
     """
     too_large = BodyTooLarge(
         f"The body is larger than {max_bytes} bytes; send fewer or smaller images."
@@ -79,7 +79,7 @@ async def read_body(request: Request, permit: Permit, max_bytes: int, seconds: f
 
 
 class _Upload:
-    """The clock of one body; its `async with` ends with SlowUpload."""
+    """The timeout of one body, an `async with` that raises SlowUpload."""
 
     def __init__(self, request: Request, permit: Permit, seconds: float) -> None:
         self._client = request.client.host if request.client else ""
@@ -90,7 +90,7 @@ class _Upload:
         self._timeout = asyncio.timeout(seconds)
 
     def keep_waiting(self) -> None:
-        """Wait as long as what has come allows."""
+        """Extend the timeout by what the received bytes allow."""
         left = min(self._last, self.transfer.deadline) - time.monotonic()
         self._timeout.reschedule(asyncio.get_running_loop().time() + left)
 
@@ -128,7 +128,7 @@ class _Upload:
 
 
 def declared_bytes(request: Request) -> int:
-    """`Content-Length`, or 0 where there is none or it is no number."""
+    """`Content-Length`, or 0 if it is missing or not a number."""
     length = request.headers.get("content-length", "")
     return int(length) if length.isdecimal() else 0
 
@@ -139,18 +139,18 @@ def media_type(request: Request) -> str:
 
 
 def is_json(kind: str) -> bool:
-    """Whether a media type says JSON."""
+    """Whether a media type is JSON."""
     return kind in ("application/json", "text/json") or kind.endswith("+json")
 
 
 def raw_image(kind: str, body: bytes) -> list[bytes]:
-    """The body itself as the one image, where its type allows that.
+    """The body itself as the one image, if its content type allows that.
 
     Raises UnsupportedMediaType with the header to send instead.
     """
     if kind.startswith("image/") or kind in _BINARY:
         return [body]
-    reason = f"{kind!r} is not a content type we read" if kind else "No content type was sent"
+    reason = f"Content type {kind!r} is not supported" if kind else "No content type was sent"
     raise UnsupportedMediaType(
         f"{reason}; add -H 'content-type: image/jpeg' to send an image with --data-binary, or use "
         "curl -F image=@cat.jpg for a form, or application/json."
@@ -158,7 +158,7 @@ def raw_image(kind: str, body: bytes) -> list[bytes]:
 
 
 def check_json(body: bytes, max_values: int, max_lists: int, advice: str) -> None:
-    """Bound what a JSON body is made of, before it is. Raises MalformedRequest with the advice."""
+    """Bound the values of a JSON body before parsing. Raises MalformedRequest with the advice."""
     names = max(body.count(b":"), body.count(b"{"))
     lists, values = body.count(b"["), body.count(b",")
     if names > MAX_JSON_NAMES or lists > max_lists or values > max_values:
@@ -169,7 +169,7 @@ def check_json(body: bytes, max_values: int, max_lists: int, advice: str) -> Non
 
 
 def utf8_json(body: bytes) -> bytes:
-    """A JSON body without a byte order mark. Raises MalformedRequest for what is not UTF-8."""
+    """A JSON body without a byte order mark. Raises MalformedRequest if it is not UTF-8."""
     if image_format := format_of(body):
         raise MalformedRequest(
             f"The body is not JSON: it is a {image_format} file; send it with the content type "
@@ -182,7 +182,7 @@ def utf8_json(body: bytes) -> bytes:
         )
     head = body[:4]
     coding = next((name for mark, name in _MARKS if head.startswith(mark)), None)
-    if coding is None and b"\0" in head:  # no JSON text has one, and these begin with ASCII
+    if coding is None and b"\0" in head:  # JSON text has none, and both encodings start with ASCII
         coding = "UTF-32" if head.count(b"\0") > 2 else "UTF-16"
     if coding is not None:
         raise MalformedRequest(
@@ -196,17 +196,19 @@ def utf8_json(body: bytes) -> bytes:
 def _check_utf8(body: bytes) -> None:
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
-        for start in range(0, len(body), _PIECE):  # as a whole, a text takes four times the memory
+        for start in range(
+            0, len(body), _PIECE
+        ):  # decoded as a whole, it takes four times the memory
             decoder.decode(body[start : start + _PIECE], final=start + _PIECE >= len(body))
     except UnicodeDecodeError as error:
         raise MalformedRequest(
-            "The body is not JSON: it is not UTF-8, whatever its charset says; send it as UTF-8 "
+            "The body is not JSON: it is not UTF-8, whatever its charset is; send it as UTF-8 "
             "(RFC 8259 §8.1)."
         ) from error
 
 
 _MARKS = (
-    (codecs.BOM_UTF32_LE, "UTF-32"),  # before UTF-16's, which it begins with
+    (codecs.BOM_UTF32_LE, "UTF-32"),  # before UTF-16's mark, which is its beginning
     (codecs.BOM_UTF32_BE, "UTF-32"),
     (codecs.BOM_UTF16_LE, "UTF-16"),
     (codecs.BOM_UTF16_BE, "UTF-16"),
@@ -214,7 +216,7 @@ _MARKS = (
 
 
 def json_request(body: bytes, form: type[Options], max_images: int) -> tuple[list[Image], Options]:
-    """Images and options of a JSON request; an image that is no base64 is its own error.
+    """Images and options of a JSON request; an image that is not base64 becomes its own error.
 
     form: `ExplainRequest` or `PredictRequest`.
     Raises MalformedRequest, InvalidOption, BodyTooLarge.
@@ -243,9 +245,9 @@ def json_request(body: bytes, form: type[Options], max_images: int) -> tuple[lis
 
 
 async def image_bytes(image: Image, fetcher: Fetcher | None, take: Callable[[int], None]) -> bytes:
-    """The file of an image; one of a URL is fetched, where that is allowed.
+    """The file of an image; a URL is fetched, if that is allowed.
 
-    take: told of the size of each chunk that is fetched; see `bounded`. Raises ImageError, and
+    take: called with the size of each fetched chunk; see `bounded`. Raises ImageError, and
     whatever `take` raises.
     """
     if isinstance(image, InvalidImageData):
@@ -258,9 +260,9 @@ async def image_bytes(image: Image, fetcher: Fetcher | None, take: Callable[[int
 
 
 def bounded(permit: Permit, max_bytes: int) -> Callable[[int], None]:
-    """Count what is fetched for one request: its permit grows, up to the bound of a body.
+    """Count the bytes fetched for one request: its permit grows, up to the bound of a body.
 
-    What it returns raises BodyTooLarge and QueueFull.
+    The returned function raises BodyTooLarge and QueueFull.
     """
     left = max_bytes
 
@@ -288,7 +290,7 @@ def _image(source: ImageSource) -> Image:
 
 
 def image_file(text: str) -> bytes | InvalidImageData:
-    """The file in base64 or in a data: URI, or why there is none; ASCII whitespace is left out."""
+    """The file in base64 or in a data: URI, or the error; ASCII whitespace is ignored."""
     if text[:5].lower() == "data:":
         end = text.find(",", 0, _MAX_URI_HEAD)
         if end < 0 or not text[:end].lower().endswith(";base64"):
@@ -296,11 +298,11 @@ def image_file(text: str) -> bytes | InvalidImageData:
         text = text[end + 1 :]
     try:
         return from_base64(text.encode("ascii"))
-    except ValueError:  # UnicodeEncodeError is such
+    except ValueError:  # includes UnicodeEncodeError
         return InvalidImageData("`data` is not standard base64 (RFC 4648 §4) of an image file.")
 
 
 def from_base64(text: bytes | bytearray) -> bytes:
-    """What standard base64 stands for; whitespace is left out. Raises ValueError."""
+    """Decode standard base64; whitespace is ignored. Raises ValueError."""
     # Not by `split`: base64 with a space every two characters would become millions of strings.
     return binascii.a2b_base64(text.translate(None, b" \t\n\r\v\f"), strict_mode=True)

@@ -1,4 +1,4 @@
-"""`POST /explain` and `POST /predict`: from the body to the answer, one image beside the other."""
+"""`POST /explain` and `POST /predict`: from body to response, all images concurrently."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _log = structlog.get_logger(__name__)
 _FORMATS = {"image/jpeg": "jpeg", "image/png": "png", "image/webp": "webp"}
 
 _Make = Callable[[Billed], Awaitable[wire.Result | Response]]
-"""What makes an image that was answered its place in the answer, or the whole answer."""
+"""Turns an answered image into its entry of the response, or into the whole response."""
 
 
 @router.post("/explain", **docs.explain())
@@ -96,7 +96,7 @@ async def _classify(
 async def _take_apart(
     request: Request, body: bytes, options: CommonOptions, form: type[CommonOptions]
 ) -> tuple[Sequence[bodies.Image], CommonOptions]:
-    """The images and options of a body of any of the three kinds."""
+    """Images and options of the body: a form, one raw image, or JSON."""
     service, kind = service_of(request), bodies.media_type(request)
     if kind == "multipart/form-data":
         content_type = request.headers["content-type"]
@@ -117,23 +117,23 @@ async def _take_apart(
 
 
 def _image_format(request: Request, options: CommonOptions, images: int) -> str | None:
-    """The format of the overlay that is the whole answer, where `Accept` prefers an image."""
+    """The overlay format if `Accept` prefers an image to JSON, else None. Raises NotAcceptable."""
     if not isinstance(options, ExplainOptions):
         return None
     image_format = preferred_image(request.headers.get("accept", ""), options.format)
     if image_format and images > 1:
         raise NotAcceptable(
-            f"{images} images cannot be answered by one picture; ask for application/json, or "
-            "send them one by one."
+            f"{images} images cannot be answered with one image; accept application/json, or "
+            "send one image per request."
         )
     return image_format
 
 
 def preferred_image(accept: str, default: str) -> str | None:
-    """The overlay format that an `Accept` header asks for, or None where JSON is as welcome.
+    """The overlay format that an `Accept` header asks for, or None for JSON.
 
-    The most preferred type counts (RFC 9110 §12.5.1); `image/*` takes `default`. Types that we
-    cannot make are passed over.
+    The most preferred type counts (RFC 9110 §12.5.1); `image/*` takes `default`. Types that the
+    service cannot produce are ignored.
     """
     best, best_quality = None, 0.0
     for item in accept.split(","):
@@ -164,13 +164,13 @@ def _quality(parameters: list[str]) -> float:
 async def _one(
     work: RequestWork, image: bodies.Image, quote: Quote, take: Callable[[int], None], make: _Make
 ) -> wire.Result | Response:
-    """One image from its bytes, or its URL, to its place in the answer, or the whole answer."""
+    """Process one image from its bytes or URL to its entry, or to the whole response."""
     data = await bodies.image_bytes(image, work.service.fetcher, take)
     return await make(await lifecycle.infer(work, data, quote))
 
 
 async def _overlay(work: RequestWork, answered: Billed) -> Response:
-    """The first overlay as the whole answer."""
+    """The first overlay as the whole response."""
     assert isinstance(work.options, ExplainOptions)
     first = answered.answer.explanations[0]
     style = response.style_of(work.options)
@@ -179,7 +179,7 @@ async def _overlay(work: RequestWork, answered: Billed) -> Response:
 
 
 async def _alone(request: Request, work: RequestWork, answered: Billed) -> Response:
-    """The JSON of a request of one image."""
+    """The JSON response to a request with one image."""
     call = work.service.scheduler.call(
         response.alone, work, answered, request.scope["request_id"], time.monotonic()
     )
@@ -208,7 +208,7 @@ async def _respond(
 
 
 def _failed(error: Any) -> wire.Result:
-    """The place of an image that failed among others that did not."""
+    """The entry of an image that failed, if others succeeded."""
     known = as_error(error)
     status = status_of(known)
     if status == 500:

@@ -1,4 +1,4 @@
-"""What the OpenAPI document says of a route, beyond its parameters."""
+"""The parts of the OpenAPI document that FastAPI does not write."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _problem(status: int) -> dict[str, Any]:
 
 
 def protocol_errors(body: ErrorBody) -> dict[int | str, dict[str, Any]]:
-    """The errors of a route whose protocol has an error body of its own, with examples of it."""
+    """The errors of a route whose protocol has its own error body, with examples."""
     return {
         kind: {
             "description": f"An error of {whose}, in the format of the protocol.",
@@ -155,7 +155,7 @@ def _complete_operation(operation: dict[str, Any]) -> None:
     if rest:
         operation["description"] = " ".join(rest.split())
     responses = operation["responses"]
-    if "4XX" not in responses:  # every route may be sent a head without end, or to a wrong host
+    if "4XX" not in responses:  # any route may get too long a head, or a wrong host
         responses |= {str(status): of for status, of in problems(421, 431).items()}
     if "HTTPValidationError" in str(responses.get("422")):
         del responses["422"]
@@ -183,7 +183,7 @@ def _body(content: dict[str, Any], **more: Any) -> dict[str, Any]:
 def _classifying(
     form: type[BaseModel], request: Any, response: Any, images: dict[str, Any]
 ) -> dict[str, Any]:
-    """Arguments of a route that takes images in three ways; with an example of both directions."""
+    """Keyword arguments of a route that takes images in three ways, with examples."""
     files = {"type": "array", "items": {"type": "string", "format": "binary"}}
     content = {
         "multipart/form-data": {

@@ -3,8 +3,7 @@
     codings_of(request)                     # or UnsupportedMediaType, before a byte is read
     body = await decoded(request, body, permit, max_bytes)
 
-Decoding stops at the bound, so a small body that stands for a large one costs no more than the
-bound itself.
+Decoding stops at the bound, so a decompression bomb costs no more than the bound itself.
 """
 
 from __future__ import annotations
@@ -33,23 +32,23 @@ _PIECE = 64 << 10
 def codings_of(request: Request) -> tuple[str, ...]:
     """The codings of a request's body in the order they were applied; `identity` is left out.
 
-    Raises UnsupportedMediaType for one that is not read, with those that are.
+    Raises UnsupportedMediaType for an unsupported one, with those that are supported.
     """
     listed = ",".join(request.headers.getlist("content-encoding")).split(",")
     names = [name for text in listed if (name := text.strip().lower())]
     codings = tuple(name.removeprefix("x-") for name in names if name != "identity")
     unknown = [name for name in codings if name not in ACCEPTED]
     if unknown or len(codings) > MAX_CODINGS:
-        received = f"{unknown[0][:40]!r}" if unknown else f"{len(codings)} codings in one another"
+        received = f"{unknown[0][:40]!r}" if unknown else f"{len(codings)} nested codings"
         raise UnsupportedMediaType(
-            f"A body with Content-Encoding {received} is not read; send it as it is, or as one of "
+            f"Content-Encoding {received} is not supported; send the body without it, or as one of "
             f"{', '.join(ACCEPTED[:-1])}."
         )
     return codings
 
 
 async def decoded(request: Request, body: bytes, permit: Permit, max_bytes: int) -> bytes:
-    """The body without its codings, decoded in a worker thread; `permit` grows by what it gained.
+    """The body without its codings, decoded in a worker thread; `permit` grows by the difference.
 
     Raises UnsupportedMediaType, BodyTooLarge, MalformedRequest, EmptyBody, QueueFull.
     """
@@ -63,7 +62,7 @@ async def decoded(request: Request, body: bytes, permit: Permit, max_bytes: int)
 
 
 def decode(body: bytes, codings: Sequence[str], max_bytes: int) -> bytes:
-    """Take codings off a body, the last one first.
+    """Remove the codings of a body, the last one first.
 
     Raises BodyTooLarge as soon as more than `max_bytes` are decoded, MalformedRequest, EmptyBody.
     """
@@ -72,10 +71,10 @@ def decode(body: bytes, codings: Sequence[str], max_bytes: int) -> bytes:
             body = _gunzip(body, max_bytes) if coding == "gzip" else _inflate(body, max_bytes)
         except zlib.error as error:
             raise MalformedRequest(
-                f"The body is not {coding}, as its Content-Encoding says: {error}."
+                f"The body is not {coding}, although its Content-Encoding is: {error}."
             ) from error
     if not body:
-        raise EmptyBody("The body is empty once it is decoded; send an image.")
+        raise EmptyBody("The decoded body is empty; send an image.")
     return body
 
 
@@ -91,7 +90,7 @@ def _gunzip(body: bytes, max_bytes: int) -> bytes:
 
 
 def _inflate(body: bytes, max_bytes: int) -> bytes:
-    """`deflate` is zlib's format (RFC 9110 §8.4.1.2); some clients leave out its head and sum."""
+    """`deflate` is zlib's format (RFC 9110 §8.4.1.2); some clients omit its header and checksum."""
     plain = bytearray()
     has_head = len(body) > 1 and body[0] & 15 == 8 and int.from_bytes(body[:2], "big") % 31 == 0
     end = _read(body, 0, zlib.MAX_WBITS if has_head else -zlib.MAX_WBITS, plain, max_bytes)
@@ -108,14 +107,13 @@ def _read(body: bytes, start: int, window: int, plain: bytearray, max_bytes: int
         if not rest:
             rest = body[at : at + _PIECE]
             at += len(rest)
-        more = reader.decompress(rest, _PIECE)  # also of nothing: what is left of the last piece
+        more = reader.decompress(rest, _PIECE)  # also if empty: the rest of the last piece
         if not (rest or more or reader.eof):
             raise MalformedRequest("The compressed body ends too early; send all of it.")
         plain += more
         if len(plain) > max_bytes:
             raise BodyTooLarge(
-                f"The body is larger than {max_bytes} bytes once it is decoded; send fewer or "
-                "smaller images."
+                f"The decoded body is larger than {max_bytes} bytes; send fewer or smaller images."
             )
         rest = reader.unconsumed_tail
     return at - start - len(reader.unused_data)

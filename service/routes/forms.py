@@ -1,9 +1,9 @@
-"""A multipart form taken apart (RFC 7578), as the many stacks write it.
+"""Multipart forms (RFC 7578), parsed as different HTTP libraries write them.
 
     form_parts(content_type, body, max_parts, check)    # [("image", b"..."), ...]
 
-A part in base64 is decoded. What would be taken for something else than was meant, such as lines
-that end in LF alone, is refused by its name.
+A part in base64 is decoded. Ambiguous input, such as lines that end with LF alone, is refused with
+its name.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _MAX_PART_HEADER = 4096
 """Bytes of one header of a part; all headers of a part have eight times as many at most."""
 
 _AS_IT_IS = ("", "7bit", "8bit", "binary")
-"""Values of Content-Transfer-Encoding that change nothing."""
+"""Values of Content-Transfer-Encoding that need no decoding."""
 
-_GOOD = "curl -F image=@cat.jpg makes a good one."
+_GOOD = "curl -F image=@cat.jpg writes a valid one."
 
 _LF_ALONE = (
     "The lines of the multipart form end with LF alone; end them with CRLF (RFC 2046 §4.1.1), "
@@ -66,9 +66,8 @@ def form_parts(
 ) -> list[tuple[str, bytes]]:
     """The parts of a multipart form with their names, in order.
 
-    check: told of each name as it comes, to refuse it. Raises MalformedRequest,
-    UnsupportedMediaType for a part in an encoding that is not read, BodyTooLarge for too many, and
-    what `check` raises.
+    check: called with each name, to refuse it. Raises MalformedRequest, UnsupportedMediaType for a
+    part in an unsupported encoding, BodyTooLarge for too many, and what `check` raises.
     """
     boundary = parse_options_header(content_type)[1].get(b"boundary")
     if not boundary:
@@ -92,9 +91,9 @@ def form_parts(
 
 
 def _without_preamble(body: bytes, boundary: bytes) -> bytes:
-    """The form from its first boundary on. Raises MalformedRequest where a boundary follows LF.
+    """The form from its first boundary on. Raises MalformedRequest if a boundary follows LF.
 
-    A later one would be taken for data, and its part would be lost without a word.
+    The parser would treat such a boundary as data, and lose its part silently.
     """
     opening = b"--" + boundary
     with_crlf = body.count(b"\r\n" + opening)
@@ -109,7 +108,9 @@ def _without_preamble(body: bytes, boundary: bytes) -> bytes:
     start = 0 if body.startswith(opening) else body.index(b"\r\n" + opening) + 2
     after = start + len(opening)
     padding, _, _ = body[after : after + _MAX_PART_HEADER].partition(b"\r\n")
-    if padding and not padding.strip(b" \t"):  # allowed, and read only after later boundaries
+    if padding and not padding.strip(
+        b" \t"
+    ):  # allowed, but the parser accepts it only at later boundaries
         return opening + body[after + len(padding) :]
     return body[start:]
 
@@ -131,7 +132,7 @@ def _reason(error: MultipartParseError, body: bytes) -> str:
 class _FormPart:
     """One part of a form.
 
-    headers: those that say how to read it, by their names in lower case.
+    headers: its Content-* headers, by their names in lower case.
     """
 
     headers: dict[str, str] = field(default_factory=dict)
@@ -143,12 +144,12 @@ class _FormPart:
         return self.headers.get("content-transfer-encoding", "").lower()
 
     def check(self) -> None:
-        """Raise UnsupportedMediaType where its data would not be what it stands for."""
+        """Raise UnsupportedMediaType if its data is encoded in an unsupported way."""
         if self._transfer_encoding not in (*_AS_IT_IS, "base64"):
             raise UnsupportedMediaType(
                 f"The part {self.name[:100]!r} has Content-Transfer-Encoding "
-                f"{self._transfer_encoding[:40]!r}, which is not read; send the file as it is "
-                "(binary), or in base64."
+                f"{self._transfer_encoding[:40]!r}, which is not supported; send the file as it "
+                "is (binary), or in base64."
             )
         coding = self.headers.get("content-encoding", "").lower()
         if coding not in ("", "identity"):
@@ -159,8 +160,8 @@ class _FormPart:
         kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind.startswith("multipart/"):
             raise UnsupportedMediaType(
-                f"The part {self.name[:100]!r} is {kind[:40]!r}; send each file as a part of its "
-                "own, all of the same name."
+                f"The part {self.name[:100]!r} is {kind[:40]!r}; send each file as a separate "
+                "part, all with the same name."
             )
 
     def decoded(self) -> bytes:
@@ -177,7 +178,7 @@ class _FormPart:
 
 
 class _Form:
-    """What the parser's callbacks collect."""
+    """Collects the parts from the parser's callbacks."""
 
     def __init__(self, max_parts: int, check: Callable[[str], None]) -> None:
         self.parts: list[_FormPart] = []

@@ -1,4 +1,4 @@
-"""Probes and metrics: they answer from memory and never wait for a worker."""
+"""Probes and metrics, which respond from memory and never wait for a worker."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ async def ready(request: Request) -> Health:
     """Models are loaded and new requests are accepted."""
     service = service_of(request)
     if not service.admission.is_open:
-        raise ShuttingDown("The service is shutting down; ask another instance.")
+        raise ShuttingDown("The service is shutting down; use another instance.")
     _refuse_where_threads_hang(service)
     _have_repaired(service)
     entries = service.library.entries
-    # A model that a request loads again keeps no others from being served.
+    # A model that a request reloads does not make the service unready.
     loading = [
         n for n, entry in entries.items() if entry.state == "loading" and not entry.on_demand
     ]
@@ -69,14 +69,14 @@ async def metrics(request: Request) -> Response:
 
 
 def _have_repaired(service: Service) -> None:
-    """Have what failed tried again where its delay has passed: no request may come to do it."""
+    """Retry failed loads and repairs after their delay: there may be no request that does it."""
     service.library.retry()
     if service.pool.wants_mending:
         service.scheduler.call(service.pool.mend)
 
 
 def _health(request: Request, failed: Mapping[str, Entry]) -> Health:
-    """The answer of a service that is ready, though it has models to look at."""
+    """The response of a service that is ready, with the models that failed."""
     if not failed:
         return Health(status="ready")
     health = Health(status="ready", states={name: entry.state for name, entry in failed.items()})
@@ -86,7 +86,7 @@ def _health(request: Request, failed: Mapping[str, Entry]) -> Health:
 
 
 def _sentence(request: Request, failed: Mapping[str, Entry]) -> str:
-    """What is wrong with models; why, only to who may see it."""
+    """States of the failed models; the reasons only for authorized clients."""
     if may_see_reasons(request):
         return " ".join(f"{name}: {entry.reason}" for name, entry in failed.items())
     states = ", ".join(f"{name} is {entry.state}" for name, entry in failed.items())

@@ -1,10 +1,10 @@
-"""Which `Host` headers are accepted: no page may reach the service by a name of its own.
+"""Which `Host` headers are accepted: a protection against DNS rebinding.
 
-Once a page of http://evil.example:8000 is loaded, its owner can let that name lead to 127.0.0.1 or
-to an address of the visitor's network (DNS rebinding). The browser then takes this service for the
-page's own origin and lets the page read all of it. What such a request cannot hide is its `Host`.
+After a page of http://evil.example:8000 is loaded, its owner can point that name to 127.0.0.1 or to
+an address in the visitor's network. The browser then treats this service as the page's own origin
+and lets the page read all responses. Such a request cannot hide its `Host`.
 
-A service with API keys is not open to this: the page has none. So where nothing is listed:
+A service with API keys is not vulnerable: the page has no key. So if no hosts are listed:
 
     keys   listens on       accepted
     yes    anything         every host
@@ -12,8 +12,8 @@ A service with API keys is not open to this: the page has none. So where nothing
     no     anything else    these, every IP address, and names that no public DNS zone has:
                             those without a dot, this machine's own, *.internal, *.local …
 
-An IP address is safe because no DNS answer decides where it leads; probes of Kubernetes and load
-balancers send one. A list replaces the names of the last row, and holds beside keys, too.
+An IP address is safe because it needs no DNS; probes of Kubernetes and load balancers send one. A
+list replaces the names of the last row, and also applies if there are keys.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ MAX_NAME = 253
 """Characters of a DNS name."""
 
 PRIVATE_SUFFIXES = (".cluster.local", ".home.arpa", ".internal", ".local", ".localhost", ".svc")
-"""Reserved for private use by RFC 6761, 6762 and 8375, ICANN or Kubernetes: nobody can buy a name
-that ends in one of them."""
+"""Reserved for private use by RFC 6761, 6762 and 8375, ICANN or Kubernetes: no public
+domain ends in one of them."""
 
 _NAME = re.compile(r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*")
 _PORT = re.compile(r"(?::[0-9]{0,5})?")
@@ -65,7 +65,7 @@ class HostRule:
         return listed or (self.undotted and "." not in host)
 
     def __str__(self) -> str:
-        """What is accepted, without names of this machine or of the list: strangers read it."""
+        """What is accepted, without names of this machine and the list: any client can read it."""
         kinds = ["localhost", "every IP address" if self.addresses else "loopback addresses"]
         if self.undotted:
             kinds += ["names without a dot", *(f"*{suffix}" for suffix in PRIVATE_SUFFIXES)]
@@ -73,7 +73,7 @@ class HostRule:
 
 
 def host_rule(listens_on: str, listed: Sequence[str], *, keys: bool) -> HostRule | None:
-    """The rule of a service; None where every host is accepted.
+    """The rule of a service; None: every host is accepted.
 
     listens_on: address or name that the service listens on. listed: NAME, *.NAME, an address or *,
     as the operator wrote them. keys: whether requests need an API key.
@@ -99,7 +99,7 @@ def host_rule(listens_on: str, listed: Sequence[str], *, keys: bool) -> HostRule
 
 
 def is_loopback(listens_on: str) -> bool:
-    """Whether only this machine can reach what listens there."""
+    """Whether only this machine can connect to that address."""
     try:
         return ipaddress.ip_address(listens_on).is_loopback
     except ValueError:
@@ -107,7 +107,7 @@ def is_loopback(listens_on: str) -> bool:
 
 
 def _host_of(header: str) -> str | Address | None:
-    """The name or address in a `Host` header, without its port; None where it is malformed."""
+    """The name or address in a `Host` header, without its port; None if it is malformed."""
     text = header.strip().lower()
     if len(text) > MAX_NAME + len("[]:65535"):
         return None

@@ -42,7 +42,7 @@ class Integration:
     def error(
         self, path: str, status: int, code: str, detail: str
     ) -> tuple[int, Mapping[str, Any]] | None:
-        """Status and body of an error at a path; None where the body is not the protocol's."""
+        """Status and body of an error at a path; None if the body is not the protocol's."""
         if self.error_body is None or not path.startswith(self.prefixes):
             return None
         status = 400 if status in _AS_BAD_REQUEST else self.statuses.get(status, status)

@@ -1,4 +1,4 @@
-"""`GET /models/{name}/kernels/{layer}`: the weights of a layer as a picture."""
+"""`GET /models/{name}/kernels/{layer}`: the weights of a layer as an image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from service.scheduling.admission import Bill, Permit
 router = APIRouter(tags=["models"])
 
 NAMED = 12
-"""How many layers with kernels the refusal of another one names."""
+"""How many layers with kernels an error names at most."""
 
 _IMAGE_RESPONSE: dict[int | str, dict[str, Any]] = {
     200: {
@@ -32,7 +32,7 @@ _IMAGE_RESPONSE: dict[int | str, dict[str, Any]] = {
                 "schema": {"type": "integer"},
             },
             "X-Kernels-Left-Out": {
-                "description": "How many of them, the last ones, the picture has no room for.",
+                "description": "How many kernels, the last ones, do not fit into the image.",
                 "schema": {"type": "integer"},
             },
         },
@@ -69,7 +69,7 @@ async def kernels(request: Request, name: str, layer: str) -> Response:
 
 
 def _draw(model: LoadedModel, path: str, max_side: int) -> KernelGrid:
-    """Draw from the master: it is never run, so reading it is safe at any time.
+    """Draw from the master, which is never run, so it can be read at any time.
 
     Raises UnknownLayer, and InvalidOption for a layer without kernels.
     """
@@ -88,7 +88,7 @@ def _refusal(model: LoadedModel, path: str) -> str:
     ]
     inside = [other for other in having if other.startswith(f"{path}.")]
     if inside:
-        return f"Layer {path!r} has no kernels of its own; inside it {_listed(inside)}."
+        return f"Layer {path!r} has no kernels; inside it {_listed(inside)}."
     if not having:
         return f"No layer of model {model.name!r} has kernels to draw."
     return f"Layer {path!r} has no kernels; of model {model.name!r} {_listed(having)}."

@@ -1,7 +1,7 @@
-"""What all routes share that answer images: permit, deadline, disconnect, and one image's way.
+"""The lifecycle of a request with images: permit, deadline, disconnect, and the steps of an image.
 
-`in_time` runs a route's work; the work takes a model with `model_in_use`, settles what is asked
-with `understand`, and then for each image calls `ask` and `pipeline.run.drawn`.
+`in_time` runs a route's work; the work takes a model with `model_in_use`, resolves the options with
+`prepare`, and then for each image calls `infer` and `pipeline.run.drawn`.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 PAUSE = 0.05
-"""Seconds until a place among the images held is asked for again."""
+"""Seconds between two attempts to get a place among the images held."""
 
 LOADS = 3
-"""How often a request has its model loaded: others may take its place before the request runs."""
+"""How often a request loads its model at most: it may be evicted before the request runs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestWork(Recipe):
-    """How each image of a request is answered, and what its place in the answer takes.
+    """How the images of a request are answered, and how large their entries in the response are.
 
-    sizes, price: how many bytes each part of an image's place in the answer takes at most, and the
-                  whole of it. bill: of the request, where they are counted.
+    sizes, price: bytes of each part of an image's entry at most, and of the whole entry.
+    bill:         of the request, which adds them up.
     """
 
     sizes: Sizes
@@ -57,13 +57,13 @@ class RequestWork(Recipe):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Billed(Answered):
-    """An image that was answered. priced: bytes that are held for its place in the answer."""
+    """An answered image. priced: bytes that are held for its entry in the response."""
 
     priced: int
 
 
 class _ClientDisconnected(Exception):
-    """The client hung up before its answer was ready."""
+    """The client disconnected before its response was ready."""
 
 
 async def in_time(
@@ -72,9 +72,9 @@ async def in_time(
     *,
     waits: float | None = None,
 ) -> Response:
-    """Read the body, take a place, and work until the answer, the deadline or the disconnect.
+    """Read the body, take a place, and work until the response, the deadline or the disconnect.
 
-    The permit is held until the answer has left.
+    The permit is held until the response is sent.
 
     waits: until when to wait for a place (`time.monotonic`); None: a full service refuses at once,
     before the body is read.
@@ -83,7 +83,7 @@ async def in_time(
     """
     service = service_of(request)
     limits, seconds = service.limits, timeout_of(request)
-    encodings.codings_of(request)  # what cannot be decoded need not be read
+    encodings.codings_of(request)  # refuse an unsupported coding before the body is read
     if waits is None:
         service.admission.check()
     permit = held(request).keep(service.admission.expect())
@@ -110,9 +110,9 @@ async def _with_place(
 
 
 async def patiently(attempt: Callable[[], Awaitable[T]], until: float) -> T:
-    """Try again as long as the service is full and there is time. Raises QueueFull.
+    """Retry while the service is full, until a time (`time.monotonic`). Raises QueueFull.
 
-    ask: what may be called twice; a body, for one, is read once.
+    attempt: called again after QueueFull, so it must not read the body.
     """
     while True:
         try:
@@ -124,7 +124,7 @@ async def patiently(attempt: Callable[[], Awaitable[T]], until: float) -> T:
 
 
 def held(request: Request) -> Held:
-    """What this request holds until its answer has left."""
+    """The permits that this request holds until its response is sent."""
     kept = request.scope["held"]
     assert isinstance(kept, Held)
     return kept
@@ -133,23 +133,23 @@ def held(request: Request) -> Held:
 def timeout_of(request: Request) -> float:
     """Seconds that the request may take: `X-Request-Timeout`, at most the server's own.
 
-    Raises MalformedRequest where the header is no number above zero.
+    Raises MalformedRequest if the header is not a positive number.
     """
     most = service_of(request).limits.timeout
     sent = request.headers.get("x-request-timeout")
     if sent is None:
         return most
-    # What `float` reads beyond this, such as "1e3", "inf" or "nan", is no plain number of seconds.
+    # `float` also accepts "1e3", "inf" and "nan", which are not plain numbers of seconds.
     if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", sent) or not float(sent):
         raise MalformedRequest(
-            f"X-Request-Timeout takes seconds, a number above zero such as 2.5, not {sent[:40]!r}."
+            f"X-Request-Timeout is a positive number of seconds, such as 2.5, not {sent[:40]!r}."
         )
     return min(most, float(sent))
 
 
 @asynccontextmanager
 async def model_in_use(request: Request, name: str | None) -> AsyncIterator[LoadedModel]:
-    """A model (None: the default one), loaded again where it was put aside, held while it is used.
+    """A model (None: the default one), reloaded if it was evicted, and held while it is used.
 
     Raises UnknownModel, ModelNotReady, ConfigurationError.
     """
@@ -158,8 +158,8 @@ async def model_in_use(request: Request, name: str | None) -> AsyncIterator[Load
         loading = service.library.demand(name)
         if loading is None:
             break
-        # Others may wait for the same model: whoever hangs up must not stop its loading. Where it
-        # failed, what is known of the model by then says when to come back.
+        # Others may wait for the same model: a disconnect must not stop its loading. If loading
+        # failed, `use` raises the error with the time to retry.
         with suppress(CamserveError):
             await asyncio.shield(asyncio.wrap_future(loading))
     with service.pool.use(name or service.library.default) as model:
@@ -175,13 +175,13 @@ async def prepare(
     *,
     charge: Callable[[float], None] | None = None,
 ) -> RequestWork:
-    """Everything that can be refused before any image is looked at is refused here.
+    """Resolve the options of a request, and refuse what can be refused before an image is read.
 
-    Names, patterns and masks, which may be long, are resolved in a worker thread; what the request
-    costs is charged to its key here, on the event loop.
+    Names, patterns and masks, which may be long, are resolved in a worker thread; the cost of the
+    request is charged to its key here, on the event loop.
 
     permit: holds the bytes of the answer, once the images' sizes are known.
-    charge: takes what these images cost, where a request's sum is reserved by the caller; None
+    charge: receives the cost of these images if the caller reserves the sum of a request; None
             reserves it here.
     """
     service = service_of(request)
@@ -209,7 +209,7 @@ async def prepare(
 
 
 def _names_nothing(options: CommonOptions) -> bool:
-    """Whether there is nothing to look up: then resolving takes less than the way to a thread."""
+    """Whether no names are to be resolved: then resolving is faster than a hand-off to a thread."""
     if not isinstance(options, ExplainOptions):
         return not options.activations
     named = (options.activations, options.targets, options.layer, options.contrast, options.mask)
@@ -217,10 +217,10 @@ def _names_nothing(options: CommonOptions) -> bool:
 
 
 async def infer(work: RequestWork, data: Sent, quote: Quote) -> Billed:
-    """Open one image and answer it, as `run.ask` does, within the bytes of its answer.
+    """Open one image and answer it, as `run.ask` does, within the bytes of its response.
 
-    quote: of the image; the caller added its price to the bill. What it takes more is added here;
-           where this fails nothing of it stays held.
+    quote: of the image; the caller added its price to the bill. If the image needs more, it is
+           added here; after an error nothing of it stays held.
     """
     priced = quote.price
 
@@ -241,7 +241,7 @@ async def infer(work: RequestWork, data: Sent, quote: Quote) -> Billed:
 
 
 def report(request: Request, work: RequestWork, images: int) -> dict[str, str]:
-    """Put the stages' times into metrics and log; the header `Server-Timing`."""
+    """Record the times of the stages in metrics and log; return the header `Server-Timing`."""
     work.clock.stop()
     for stage, value in work.clock.seconds.items():
         work.service.metrics.stage_seconds.labels(stage).observe(value)
@@ -251,9 +251,9 @@ def report(request: Request, work: RequestWork, images: int) -> dict[str, str]:
 
 
 async def _until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Await `work`, and cancel it where the client hangs up first; the body must be read.
+    """Await `work`, and cancel it if the client disconnects first; the body must be read.
 
-    Cancelling it cancels what it waits for, so that jobs nobody wants are dropped unrun.
+    This also cancels what `work` waits for, so that jobs without a client are dropped unrun.
     Raises _ClientGone.
     """
     working = asyncio.ensure_future(work)
@@ -262,12 +262,12 @@ async def _until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T
         await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise _ClientDisconnected("The client hung up.")
+        raise _ClientDisconnected("The client disconnected.")
     finally:
         watching.cancel()
         working.cancel()
-        # What it waits for is cancelled only when it has run once more; until then its jobs look
-        # wanted, and its permit must not be given to somebody else.
+        # The cancellation takes effect when the task runs once more; until then its jobs count,
+        # and its permit must not be released.
         await asyncio.gather(working, watching, return_exceptions=True)
 
 
@@ -279,7 +279,7 @@ async def _disconnect(request: Request) -> None:
 async def in_time_without_body(
     request: Request, work: Callable[[Permit], Coroutine[Any, Any, Response]]
 ) -> Response:
-    """As `in_time`, of a route without a body: a permit, a deadline, and an end with the client.
+    """Like `in_time` for a route without a body: permit, deadline and disconnect.
 
     Raises QueueFull, ShuttingDown, DeadlineExceeded, MalformedRequest, and what `work` does.
     """
@@ -288,7 +288,7 @@ async def in_time_without_body(
 
 
 async def watched(request: Request, work: Callable[[], Coroutine[Any, Any, Response]]) -> Response:
-    """Work until the answer, the deadline or the disconnect, without a place; the body is read.
+    """Work until the response, the deadline or the disconnect, without a place; the body is read.
 
     Raises DeadlineExceeded, MalformedRequest, and what `work` does.
     """
@@ -298,7 +298,7 @@ async def watched(request: Request, work: Callable[[], Coroutine[Any, Any, Respo
             return await _until_disconnect(request, work())
     except TimeoutError as error:
         raise DeadlineExceeded(
-            f"The answer was not ready within {seconds:g} seconds; try again, or ask for less."
+            f"The response was not ready within {seconds:g} seconds; retry, or request less."
         ) from error
     except _ClientDisconnected:
         return Response(status_code=CLIENT_CLOSED_REQUEST)

@@ -1,4 +1,4 @@
-"""Around every request: its id, clock and line in the log, its host and key, its unread body."""
+"""Middleware: request id, timing and log line, host, key, bounds, and unread bodies."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ from service.tracing import Traces
 
 _log = structlog.get_logger("camserve.requests")
 CLIENT_CLOSED_REQUEST = 499
-"""What log and metrics say of a request whose client has gone; nobody reads the response."""
+"""Status in log and metrics of a request whose client disconnected; no client reads it."""
 
 CONTENT_SECURITY_POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; "
     "form-action 'self'; frame-ancestors 'none'"
 )
-"""The pages at `/` and `/docs` have no script and no style but those served from here."""
+"""The pages at `/` and `/docs` use only scripts and styles that this service serves."""
 
 SECURITY_HEADERS = {
     "Content-Security-Policy": CONTENT_SECURITY_POLICY,
@@ -53,7 +53,7 @@ SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
-"""Of every answer."""
+"""Headers of every response."""
 
 CORS: Mapping[str, Any] = {
     "allow_methods": ["GET", "HEAD", "POST"],
@@ -61,7 +61,7 @@ CORS: Mapping[str, Any] = {
     "expose_headers": ["Retry-After", "Server-Timing", "X-Request-ID"],
     "max_age": 600,
 }
-"""What pages of other origins may send and read, where any may. No cookie ever counts."""
+"""What pages of other origins may send and read, if any are allowed. Cookies are ignored."""
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,100}")
 
@@ -70,9 +70,9 @@ _ID = re.compile(r"[A-Za-z0-9._-]{1,100}")
 class RequestContext:
     """Gives each request an id (its own `X-Request-ID`, or a new one), logs and counts it.
 
-    What the request holds is given back once its answer has left: `send` returns from the last
+    What the request holds is released once its response is sent: `send` returns from the last
     message when the socket has taken it (`service.routes.server.outbox`).
-    An exception that no handler took becomes a 500 problem body here; nothing of it leaves.
+    An unhandled exception becomes a 500 problem body here, without its text.
     """
 
     app: ASGIApp
@@ -107,7 +107,7 @@ class RequestContext:
         try:
             with held:
                 await self.app(scope, receive, send_with_id)
-        except ClientDisconnect:  # while it sent its body: nobody is left to answer
+        except ClientDisconnect:  # while it sent its body: no client is left to answer
             status = CLIENT_CLOSED_REQUEST
         except Exception as error:  # noqa: BLE001 - the last stop before the server
             _log.error("internal_error", exc_info=error)
@@ -131,7 +131,7 @@ class RequestContext:
 
 @dataclass(frozen=True, slots=True)
 class HeadAsGet:
-    """Answers HEAD as GET is answered, without the body."""
+    """Answers HEAD like GET, without the body."""
 
     app: ASGIApp
 
@@ -152,7 +152,7 @@ class HeadAsGet:
 
 
 def _name_head(headers: MutableHeaders) -> None:
-    """Where a route says that it takes GET, it takes HEAD."""
+    """Add HEAD to a list of allowed methods that has GET."""
     methods = [method.strip() for method in headers.get("allow", "").split(",")]
     if "GET" in methods and "HEAD" not in methods:
         headers["allow"] = ", ".join([*methods, "HEAD"])
@@ -160,10 +160,10 @@ def _name_head(headers: MutableHeaders) -> None:
 
 @dataclass(frozen=True, slots=True)
 class BehindPrefix:
-    """Serves the same paths with and without the prefix that a proxy puts before them.
+    """Serves the same paths with and without the prefix that a proxy adds.
 
-    Some proxies take the prefix away and some hand it on; mounted files are found only where the
-    path begins with `root_path`.
+    Some proxies strip the prefix and some forward it; mounted files are found only if the path
+    begins with `root_path`.
     """
 
     app: ASGIApp
@@ -180,10 +180,10 @@ class BehindPrefix:
 
 @dataclass(frozen=True, slots=True)
 class BoundedHeaders:
-    """Refuses more header fields, or longer ones, than any client sends, and paths without end.
+    """Refuses too many or too long header fields, and too long paths.
 
-    Cookies are taken away: nothing here reads them, and the framework would parse those of every
-    request, with a regular expression that takes the square of their length.
+    Cookies are removed: the service does not use them, and the framework would parse those of every
+    request with a regular expression whose time grows with the square of their length.
     """
 
     app: ASGIApp
@@ -213,7 +213,7 @@ class BoundedHeaders:
 class HostCheck:
     """Answers 421 to a request whose `Host` the rule does not accept.
 
-    A request without one passes: only programs send it, and only by HTTP/1.0.
+    A request without one passes: browsers always send it, and HTTP/1.1 requires it.
     """
 
     app: ASGIApp
@@ -226,17 +226,17 @@ class HostCheck:
             await self.app(scope, receive, send)
             return
         error = HostNotAllowed(
-            f"The Host header names {strange[:100]!r}, and this service accepts {self.rule}. "
-            "Add the name there if it is meant to lead here."
+            f"The Host header is {strange[:100]!r}, and this service accepts {self.rule}. "
+            "Add the name to that setting if clients should use it."
         )
         await problem(Request(scope), error)(scope, receive, send)
 
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Lets a request in by its key: Bearer, `X-API-Key`, or the password of Basic.
+    """Authenticates a request by its key: Bearer, `X-API-Key`, or the password of Basic.
 
-    keys:         None lets everybody in.
+    keys:         None: no authentication.
     open_metrics: whether `/metrics` needs no key.
     """
 
@@ -262,7 +262,7 @@ class Access:
             with self.quotas.visit(key) as visit:
                 scope["visit"] = visit
                 await self.app(scope, receive, send)
-        except KeyLimit as error:  # of `visit`; those of the routes are answered further in
+        except KeyLimit as error:  # of `visit`; those of the routes are handled by the app
             await problem(Request(scope), error)(scope, receive, send)
 
     def _is_open(self, scope: Scope) -> bool:
@@ -271,7 +271,7 @@ class Access:
 
 @dataclass(frozen=True, slots=True)
 class BoundedQuery:
-    """Refuses a query of more than `names` parameters before anything is made of them."""
+    """Refuses a query of more than `names` parameters before they are parsed."""
 
     app: ASGIApp
     names: int = 1000
@@ -286,10 +286,10 @@ class BoundedQuery:
 
 @dataclass(frozen=True, slots=True)
 class RefusedWhenFull:
-    """Refuses a request to one of `routes`, by their paths, for which admission has no place.
+    """Refuses a request to one of `routes`, by path, if admission has no place for it.
 
-    The routes ask admission themselves. But of what an overloaded service is sent most is refused,
-    and before a route is asked its options are understood, which takes longer than all the rest.
+    The routes check admission too. But an overloaded service refuses most requests, and before a
+    route runs, its options are validated, which takes longer than the rest of a refusal.
     """
 
     app: ASGIApp
@@ -310,11 +310,11 @@ class RefusedWhenFull:
 
 @dataclass(frozen=True, slots=True)
 class DrainUnreadBody:
-    """Reads what is left of a body, for at most `seconds`, before an early answer is sent.
+    """Reads the rest of a body, for at most `seconds`, before an early response is sent.
 
-    Without it the server closes the connection under a client that still sends, and the client
-    reports a reset instead of the answer. A client that waits for `100 Continue` has sent nothing
-    yet: it gets the answer instead, and keeps its body.
+    Otherwise the server closes the connection while the client is sending, and the client reports
+    a reset instead of the response. A client that waits for `100 Continue` has sent no body yet: it
+    gets the response at once.
     """
 
     app: ASGIApp

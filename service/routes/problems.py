@@ -1,4 +1,4 @@
-"""Errors at the edge: one table from exception class to status, one body for all (RFC 9457).
+"""Errors as responses: one table from exception class to status, one body for all (RFC 9457).
 
 On the paths of an integration the body is that of its protocol (`service.routes.integration`).
 """
@@ -59,17 +59,17 @@ STATUS: dict[type[CamserveError], int] = {
 }
 
 _SHOWN = 200
-"""Characters of a client's own text that a sentence repeats."""
+"""Characters of the client's text that an error repeats at most."""
 
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 
 CHALLENGE = 'Bearer realm="camserve", Basic realm="camserve", charset="UTF-8"'
-"""Of every 401. A browser asks for a password by it: the key."""
+"""Header of every 401. A browser then prompts for a password, which is the key."""
 
 
-NOT_LOADABLE = "The model cannot be loaded; GET /models says more, and the log of the service."
+NOT_LOADABLE = "The model cannot be loaded; GET /models and the log of the service have the reason."
 
 
 def status_of(error: CamserveError) -> int:
@@ -78,9 +78,9 @@ def status_of(error: CamserveError) -> int:
 
 
 def problem(request: Request, error: CamserveError) -> JSONResponse:
-    """The response for an error; what lies on the server's side is logged with its cause."""
+    """The response for an error; a server-side error is logged with its cause."""
     if isinstance(error, errors.ConfigurationError):
-        # Of a model that is loaded on demand: its sentence may name files.
+        # Of a model that is loaded on demand: the detail may name files.
         _log.error(error.code, detail=error.detail)
         error = errors.ConfigurationError(NOT_LOADABLE)
     status = status_of(error)
@@ -95,16 +95,16 @@ def problem(request: Request, error: CamserveError) -> JSONResponse:
 
 
 def describe(issues: Sequence[Any], known: Sequence[str] = ()) -> str:
-    """What pydantic found as one sentence that names each option and what it takes.
+    """The errors of pydantic as one sentence: each option and its accepted values.
 
-    known: the options of /explain, which are all there are.
+    known: the options of /explain, which include those of all other routes.
     """
     text = "; ".join(_sentence(issue, known) for issue in issues[:5])
     return text if text.endswith("?") else f"{text}."
 
 
 def install(app: FastAPI, options: Sequence[str]) -> None:
-    """Answer every error of the app with a problem body. options: names, to suggest from."""
+    """Answer every error of the app with a problem body. options: names for suggestions."""
 
     async def refused(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, CamserveError)
@@ -119,7 +119,7 @@ def install(app: FastAPI, options: Sequence[str]) -> None:
         # Not `request.url`: the standard library keeps the last 128 addresses it has split.
         path = request.scope["path"][:_SHOWN]
         detail = {
-            404: f"Nothing is at {path}; /docs lists every route.",
+            404: f"There is no route {path}; /docs lists all routes.",
             405: _wrong_method(request, path, error),
         }.get(error.status_code, str(error.detail))
         code = _CODES.get(error.status_code, "http_error")
@@ -132,16 +132,16 @@ def install(app: FastAPI, options: Sequence[str]) -> None:
 
 def _wrong_method(request: Request, path: str, error: HTTPException) -> str:
     allowed = (error.headers or {}).get("Allow")
-    detail = f"{path} does not take {request.method[:_SHOWN]}"
-    detail += f"; it takes {allowed}." if allowed else "; /docs says what it takes."
+    detail = f"{path} does not accept {request.method[:_SHOWN]}"
+    detail += f"; it accepts {allowed}." if allowed else "; see /docs."
     if "access-control-request-method" in request.headers:
-        detail += " Pages of other origins may call it where CAMSERVE_CORS_ORIGINS lists them."
+        detail += " Pages of other origins may call it if CAMSERVE_CORS_ORIGINS lists them."
     return detail
 
 
 def unexpected(request: Request) -> JSONResponse:
-    """The answer for an exception that nobody foresaw; the caller logs it."""
-    detail = "Something failed on the server's side; its log has the cause under this request id."
+    """The response for an unexpected exception; the caller logs it."""
+    detail = "The server failed unexpectedly; its log has the cause under this request id."
     return _response(request, 500, "internal_error", detail, {})
 
 
@@ -172,7 +172,7 @@ def _sentence(issue: Any, known: Sequence[str]) -> str:
         if around:
             return f"{'.'.join(around)} has no field {name!r}"
         if name in known:
-            return f"{name!r} is an option of /explain, which this route does not take"
+            return f"{name!r} is an option of /explain, which this route does not accept"
         return f"there is no option {name!r}.{nearest(name, known)}".rstrip(".")
     message = str(issue["msg"]).removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
@@ -182,13 +182,13 @@ def _sentence(issue: Any, known: Sequence[str]) -> str:
         several = given.split(",")
         if around and len(several) > 1 and set(several) <= set(choices):
             repeated = "&".join(f"{around[0]}={value}" for value in several)
-            return f"{around[0]}: give each value on its own: {repeated}, or a list in JSON"
+            return f"{around[0]}: repeat the parameter: {repeated}, or send a list in JSON"
         message += f".{nearest(given, choices)}".rstrip(".")
     return f"{location}: {message}" if location else message
 
 
 def _shown(value: object) -> str:
-    """A name or value that a client sent, cut before anything is made of it."""
+    """A name or value that a client sent, shortened."""
     if isinstance(value, int) and value.bit_length() < 64:
         return str(value)
     return value[:_SHOWN] if isinstance(value, str) else ""

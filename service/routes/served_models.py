@@ -1,4 +1,4 @@
-"""`GET /models…`: what is served, and the layers that requests may name."""
+"""`GET /models…`: the served models, and the layers that requests may name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from service.routes.state import service_of
 router = APIRouter(tags=["models"])
 
 HIDDEN = "The log of the service has the reason; it may name files."
-"""Shown in place of a reason where the client may be anybody."""
+"""Replaces a reason if the client is not authorized to see file names."""
 
 _MODEL = {
     "name": "builtin",
@@ -120,7 +120,7 @@ def _fields(request: Request, entry: Entry) -> dict[str, Any]:
         "default": entry.spec.name == service.library.default,
     }
     if entry.reason:
-        # Why a model is unloaded names no file.
+        # The reason why a model is unloaded names no file.
         fields["reason"] = entry.reason if shown or entry.state == "unloaded" else HIDDEN
     if entry.progress:
         fields["progress"] = entry.progress
@@ -162,7 +162,7 @@ def _loaded(service: Service, model: LoadedModel, *, shown: bool) -> dict[str, A
 
 
 def _changes(model: LoadedModel) -> list[str]:
-    """Paths of attributes, and words for the rest."""
+    """Paths of the attributes that change, and descriptions of other changes."""
     return [fault.removeprefix(ATTRIBUTE) for fault in model.stateful]
 
 

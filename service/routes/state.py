@@ -1,4 +1,4 @@
-"""What the routes work with: put on the app once, by `create_app`."""
+"""The service that the routes use: `create_app` puts it on the app."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from service.pipeline.service import Service
 
 
 def service_of(request: Request) -> Service:
-    """The parts of the app that this request came to."""
+    """The service of the app that handles this request."""
     service = request.app.state.service
     assert isinstance(service, Service)
     return service

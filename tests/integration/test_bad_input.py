@@ -132,7 +132,7 @@ OPTIONS = {
         "include=heatmap,overlay",
         422,
         "invalid_option",
-        ["include: give each value on its own: include=heatmap&include=overlay"],
+        ["include: repeat the parameter: include=heatmap&include=overlay"],
     ),
     "unknown, with a comma": ("include=heatmap,x", 422, "invalid_option", ["include", "'heatmap'"]),
     "unknown colormap": ("colormap=grey", 422, "invalid_option", ["colormap:", "'gray'"]),

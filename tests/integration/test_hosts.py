@@ -68,7 +68,7 @@ def test_a_rebound_name_has_nothing_explained_and_learns_what_to_do(client: Test
     body = client.post("/explain", **sent).json()
     assert (body["code"], body["status"]) == ("host_not_allowed", 421)
     assert "accepts localhost, loopback addresses, and the names that" in body["detail"]
-    assert "CAMSERVE_ALLOWED_HOSTS lists. Add the name there" in body["detail"]
+    assert "CAMSERVE_ALLOWED_HOSTS lists. Add the name to that" in body["detail"]
     assert client.post("/explain", content=pictures.png(), headers=PNG | LOCAL).status_code == 200
 
 

@@ -254,7 +254,7 @@ REFUSED: dict[str, tuple[bytes, int, str, list[str]]] = {
         form(part(PLAIN, "Content-Type: multipart/mixed; boundary=in", data=b"--in--")),
         415,
         "unsupported_media_type",
-        ["'multipart/mixed'", "a part of its own"],
+        ["'multipart/mixed'", "a separate part"],
     ),
     "base64 without a header": (
         form(part(PLAIN, data=LINES)),
@@ -375,7 +375,7 @@ REFUSED: dict[str, tuple[bytes, int, str, list[str]]] = {
         request(JPEG, target="PUT /predict"),
         405,
         "method_not_allowed",
-        ["PUT", "takes POST"],
+        ["PUT", "accepts POST"],
     ),
     "a preflight where no origin is allowed": (
         request(
@@ -387,7 +387,7 @@ REFUSED: dict[str, tuple[bytes, int, str, list[str]]] = {
         ),
         405,
         "method_not_allowed",
-        ["OPTIONS", "takes POST", "CAMSERVE_CORS_ORIGINS"],
+        ["OPTIONS", "accepts POST", "CAMSERVE_CORS_ORIGINS"],
     ),
 }
 

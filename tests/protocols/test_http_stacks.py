@@ -136,7 +136,7 @@ def test_javas_client_lists_the_models(java, preferred: str) -> None:
     [
         ("wrong option", 422, "Did you mean 'top_k'"),
         ("no type", 415, "No content type was sent"),
-        ("wrong method", 405, "it takes POST"),
+        ("wrong method", 405, "it accepts POST"),
     ],
 )
 def test_javas_client_reads_why_it_is_refused(
@@ -248,7 +248,7 @@ def test_curl_that_insists_on_http_2_ends_at_once_with_an_error(curl, url) -> No
     ("arguments", "status", "words"),
     [
         (["--data-binary", "@{file}"], "415", "content-type: image/jpeg"),
-        (["--upload-file", "{file}"], "405", "it takes POST"),
+        (["--upload-file", "{file}"], "405", "it accepts POST"),
         (["--form", "file=@{file}"], "422", "sent as 'image'"),
         (["--form", "image=@{file};encoder=quoted-printable"], "415", "quoted-printable"),
         (

@@ -1,9 +1,9 @@
 """The machine learning backend of Label Studio, at `/integrations/label-studio`.
 
-Label Studio sends a whole selection of tasks in one request, takes what has come within 100
-seconds, and stores a prediction for every task whose place is not `[]`. So a task that fails has
-`[]`, and those that time does not reach have it, too. It sends health and setup before each
-selection, and does not ask again for tasks that have a prediction of setup's `model_version`.
+Label Studio sends a whole selection of tasks in one request, waits at most 100 seconds, and stores
+a prediction for every task whose entry is not `[]`. So a task that fails, or is not reached in
+time, has `[]`. Label Studio sends health and setup before each selection, and sends no tasks that
+have a prediction of setup's `model_version`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ LABEL_STUDIO_SECONDS = 100.0
 """How long Label Studio waits for predictions."""
 
 SHARE_OF_TIME = 0.9
-"""Of the time for a request; the rest is for what was begun, and for the way back."""
+"""Of the time for a request; the rest is for started tasks, and for sending the response."""
 
 SETUP_BYTES, SETUP_SECONDS = 1 << 20, 3.0
 
@@ -68,10 +68,10 @@ MAX_EXTRA = 64 << 10
 """Bytes of a project's extra parameters."""
 
 LOGGED = 100
-"""Failed tasks of one request that have a line in the log."""
+"""Failed tasks of one request that are logged."""
 
 LISTED = 20
-"""Predictions that are looked at where a project lets several classes be chosen."""
+"""Predictions considered for a project in which several classes can be chosen."""
 
 _PROBLEMS = docs.problems(400, 401, 404, 408, 413, 422, 429, 503, 504)
 
@@ -185,7 +185,7 @@ async def predict(request: Request) -> Response:
 
 @dataclass(frozen=True, slots=True)
 class _TaskRequest:
-    """A request for predictions, understood. clicked: the mark or choice that was just made."""
+    """A parsed request for predictions. clicked: the mark or choice that was just made."""
 
     tasks: list[LabelStudioTask]
     images: tuple[TaskImage, ...]
@@ -197,7 +197,7 @@ class _TaskRequest:
         return self.clicked is not None
 
     def options(self, model: LoadedModel) -> CommonOptions:
-        """What to ask of the model: only classes where the project has room for nothing else."""
+        """The options for the model: only predictions if the project has only choices."""
         controls = [control for image in self.images for control in image.controls]
         options = self.parameters.options.model_copy(update={"top_k": LISTED})
         if all(control.kind == "choices" for control in controls):
@@ -206,7 +206,7 @@ class _TaskRequest:
         return options.model_copy(update={"targets": [] if target is None else [target]})
 
     def _clicked_class(self, model: LoadedModel) -> str | None:
-        """The id of the class that a click or a choice means; None where its label means none."""
+        """The id of the class of a click or a choice; None if its label matches no class."""
         clicked = self.clicked or {}
         value = clicked.get("value")
         named = value.get(str(clicked.get("type"))) if isinstance(value, dict) else None
@@ -224,7 +224,7 @@ class _TaskRequest:
 
 
 def _set_up(body: bytes) -> tuple[str, bytes, Parameters]:
-    """The project, its extra parameters as JSON, and what they mean.
+    """The project, its extra parameters as JSON, and the parsed parameters.
 
     Raises MalformedRequest, InvalidOption, also for a label_config that predictions fail on.
     """
@@ -234,10 +234,10 @@ def _set_up(body: bytes) -> tuple[str, bytes, Parameters]:
     try:
         extra = given.encode() if isinstance(given, str) else orjson.dumps(given)
     except orjson.JSONEncodeError as error:  # nested deeper than it writes
-        raise InvalidOption(f"The extra parameters cannot be kept: {error}.") from error
+        raise InvalidOption(f"The extra parameters cannot be stored: {error}.") from error
     if len(extra) > MAX_EXTRA:
         raise InvalidOption(
-            f"The extra parameters have {len(extra)} bytes; at most {MAX_EXTRA} are kept."
+            f"The extra parameters have {len(extra)} bytes; send at most {MAX_EXTRA}."
         )
     return sent.project, extra, parameters_in(extra)
 
@@ -248,16 +248,18 @@ def _parsed_tasks(known: LabelStudio, body: bytes) -> _TaskRequest:
     context = sent.params.context
     clicked = context.result[-1] if context is not None and context.result else None
     if clicked is not None and len(sent.tasks) != 1:
-        raise InvalidOption(f"A click is in one task, and {len(sent.tasks)} were sent.")
+        raise InvalidOption(
+            f"A click belongs to one task, and the request has {len(sent.tasks)}; send one."
+        )
     extra = known.extra_of(sent.project)
     return _TaskRequest(sent.tasks, images_in(sent.label_config), parameters_in(extra), clicked)
 
 
 class _Selection:
-    """Tasks on their way, so many at once as half the service's images: others get through.
+    """The tasks of one request, at once at most half of the service's places, so that others run.
 
-    The request's own place is one of them; every other task takes one for itself, and waits where
-    none is free.
+    The first task uses the request's place; every other one takes a place, and waits until one is
+    free.
     """
 
     def __init__(
@@ -284,14 +286,14 @@ class _Selection:
         self.work = replace(
             work,
             price=price(task_request.images, work.sizes),
-            # Most tasks take far less than they may, which only those that were drawn tell.
+            # Most tasks take far less than their price; the real size is known after drawing.
             bill=Bill(permit, most, advice, in_turn=True),
         )
 
     async def answers(self) -> list[bytes]:
-        """JSON for each task, in order; `[]` where it failed or time was too short.
+        """JSON for each task, in order; `[]` if it failed or the time was too short.
 
-        A click has one task, and raises what it fails with: somebody looks at the page.
+        A click has one task, and its error is raised: an annotator waits at the page.
         """
         if self._task_request.is_interactive:
             return [await self._answer(self._task_request.tasks[0], self._permit)]
@@ -309,10 +311,10 @@ class _Selection:
                 self._parts[index] = await lifecycle.patiently(ask, self._until)
             except Exception as error:  # noqa: BLE001 - of one task; the others are kept
                 self._log_failure(task, as_error(error))
-            await asyncio.sleep(0)  # many that fail at once keep nobody else from the event loop
+            await asyncio.sleep(0)  # many tasks that fail at once must not block the event loop
 
     def _log_failure(self, task: LabelStudioTask, error: CamserveError) -> None:
-        """A line for each of the first failures; the last says that others are left out."""
+        """Log each of the first failures; the last line says that others are not logged."""
         self._failures += 1
         if self._failures > LOGGED:
             return
@@ -326,7 +328,7 @@ class _Selection:
         )
 
     def _first(self) -> Permit:
-        """For bytes alone: the place is the request's own."""
+        """A permit for bytes only: the request already has the place."""
         return Permit(self._service.admission)
 
     def _admit(self) -> Permit:
@@ -368,7 +370,7 @@ class _Selection:
 
 
 def _seconds(request: Request) -> float:
-    """What a request may take, with time left for the way back."""
+    """Seconds for a request, with time left to send the response."""
     return min(lifecycle.timeout_of(request), LABEL_STUDIO_SECONDS) * SHARE_OF_TIME
 
 

@@ -42,7 +42,7 @@ def alpha_of(grid: NDArray[np.float32], geometry: Geometry, max_side: int) -> ND
 
 
 def encode_rle(alpha: NDArray[np.uint8]) -> list[int]:
-    """Bytes of the run lengths of a picture whose four channels are all `alpha`, uint8 (h, w)."""
+    """Bytes of the run lengths of an image whose four channels are all `alpha`, uint8 (h, w)."""
     flat = alpha.ravel()
     starts = np.concatenate(([0], np.flatnonzero(flat[1:] != flat[:-1]) + 1))
     lengths = 4 * np.diff(np.append(starts, flat.size))

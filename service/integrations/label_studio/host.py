@@ -1,10 +1,10 @@
-"""The one Label Studio that pictures of tasks are fetched from, with its token.
+"""The configured Label Studio, from which images of tasks are fetched with its token.
 
     host = LabelStudioHost("http://label-studio:8080", token, allowed=(), max_bytes=…, seconds=10)
     await host.fetch("/data/upload/1/ab12-cat.jpg", task=7, take=permit_bytes)
 
-Host and token are the operator's; what a request names as its host is never asked. The token goes
-to that host alone, and only to the paths under which Label Studio keeps pictures.
+The operator configures host and token; a host in a request is never contacted. The token is sent
+only to that host, and only to the paths under which Label Studio keeps images.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ACCESS_SECONDS = 240.0
 
 MAX_PROJECTS, MAX_PROJECTS_BYTES = 1000, 4 << 20
 """Projects whose extra parameters are kept, and bytes of these with the projects' names; beyond
-either the project that was set up the longest ago is evicted."""
+either the project with the oldest setup is evicted."""
 
 _LEGACY = re.compile(r"[0-9a-f]{40}")
 _STORAGE = re.compile(r"(?!https?:)[a-z][a-z0-9+.-]*://.+", re.IGNORECASE)
@@ -38,20 +38,20 @@ _IMAGE_PATHS = re.compile(
     r"/(data/upload|data/local-files|storage-data/uploaded|(tasks|projects)/\d+/(resolve|presign))/"
 )
 _REFUSED = (
-    "This is no path under which Label Studio keeps pictures: /data/upload/, /data/local-files/, "
-    "/storage-data/uploaded/ and /tasks/N/resolve/ are."
+    "Label Studio keeps no images under this path; send one under /data/upload/, "
+    "/data/local-files/, /storage-data/uploaded/ or /tasks/N/resolve/."
 )
 
 
 class LabelStudioHost:
-    """Fetches pictures from one Label Studio.
+    """Fetches images from one Label Studio.
 
-    url:       where it is, with the path it is served under; a private address is fine.
+    url:       its address, with the path it is served under; a private address is allowed.
     token:     a personal access token, or a legacy one (40 hexadecimal digits); None sends none.
     allowed:   hosts that it may redirect to: cloud storage behind presigned links.
-    max_bytes: of one picture. seconds: for one picture, with all its redirects.
+    max_bytes: of one image. seconds: for one image, with all its redirects.
 
-    Raises ConfigurationError for a URL that is none.
+    Raises ConfigurationError for an invalid URL.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class LabelStudioHost:
         return location.url.startswith(f"{self._origin}/")
 
     async def fetch(self, source: str, task: object, take: Callable[[int], None]) -> bytes:
-        """A picture by its path here, its URL here, or its address in a storage of Label Studio.
+        """An image by its path or URL in Label Studio, or its address in a storage of Label Studio.
 
         task: its number; Label Studio resolves `s3://…` and the like for a task.
         Raises ImageUrlRefused, ImageUrlFailed, and whatever `take` raises.
@@ -98,11 +98,11 @@ class LabelStudioHost:
         return await self._fetcher.fetch(f"{self._origin}{target}", take, authorization)
 
     async def aclose(self) -> None:
-        """Close what is still open."""
+        """Close open connections."""
         await self._fetcher.aclose()
 
     def _target(self, source: str, task: object) -> str:
-        """Path and query at this host. Raises ImageUrlRefused."""
+        """Path and query on this host. Raises ImageUrlRefused."""
         if _STORAGE.fullmatch(source):
             address = base64.urlsafe_b64encode(source.encode()).decode()
             return f"{self._path}/tasks/{quote(str(task), safe='')}/resolve/?fileuri={address}"
@@ -122,7 +122,7 @@ class LabelStudioHost:
             return None
         if _LEGACY.fullmatch(self._token):
             return f"Token {self._token}"
-        async with self._lock:  # so that many tasks make one exchange
+        async with self._lock:  # so that many tasks share one exchange
             if time.monotonic() >= self._good_until:
                 self._access = await self._exchange(self._token)
                 self._good_until = time.monotonic() + ACCESS_SECONDS
@@ -136,18 +136,20 @@ class LabelStudioHost:
         except (ValueError, TypeError, KeyError):
             access = None
         if not isinstance(access, str) or not re.fullmatch(r"[!-~]+", access):
-            raise ImageUrlFailed("Label Studio answered its token with no access token.")
+            raise ImageUrlFailed(
+                "Label Studio returned no access token for CAMSERVE_LABEL_STUDIO_TOKEN."
+            )
         return access
 
 
 @dataclass(frozen=True, slots=True)
 class LabelStudio:
-    """What the service knows of Label Studio.
+    """The Label Studio of this service, and the parameters of its projects.
 
-    host:   where pictures are fetched from; None where the operator named none.
-    secret: what tokens of overlays are signed with; None where there are none.
+    host:   where images are fetched from; None if the operator configured none.
+    secret: signs the tokens of overlays; None: no overlays.
 
-    Raises ConfigurationError for a secret that is short enough to be found by trying.
+    Raises ConfigurationError for a secret that is short enough to be guessed.
     """
 
     host: LabelStudioHost | None = None
@@ -159,7 +161,7 @@ class LabelStudio:
             check_secret(self.secret)
 
     def remember(self, project: str, extra: bytes) -> None:
-        """Keep a project's extra parameters, JSON, which come with its setup alone."""
+        """Keep a project's extra parameters, JSON, which only its setup contains."""
         self._extra.pop(project, None)
         if extra:
             self._extra[project] = extra
@@ -177,7 +179,7 @@ class LabelStudio:
 
 
 def label_studio_of(request: Request) -> LabelStudio:
-    """What the app that this request came to knows of Label Studio."""
+    """The Label Studio of the app that handles this request."""
     known = request.app.state.label_studio
     assert isinstance(known, LabelStudio)
     return known

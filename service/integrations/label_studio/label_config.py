@@ -1,11 +1,11 @@
-"""A Label Studio project: what its label_config has room for, and what its extra parameters say.
+"""A Label Studio project: the controls of its label_config, and its extra parameters.
 
-    (image,) = images_in(label_config)      # Image tags with controls that evidence can be put into
-    image.source(task_data)                 # what its value, such as "$image", stands for
+    (image,) = images_in(label_config)      # Image tags with controls for evidence
+    image.source(task_data)                 # the value of its variable, such as "$image"
     image.controls[0].label_of("tulip")     # the label to emit there, or None
 
-A label means the class of the same name, in any case, and those that its `predicted_values` lists
-(commas between them), which is the attribute that Label Studio's own backends read.
+A label matches the class of the same name, in any case, and those in its `predicted_values`
+(comma-separated), the attribute that Label Studio's own backends read.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from service.routes.problems import describe
 
 CONTROLS = ("Choices", "BrushLabels", "RectangleLabels", "PolygonLabels", "KeyPointLabels")
 GENERIC = ("cam", "heatmap", "evidence", "peak")
-"""Labels of regions that hold the evidence of any class."""
+"""Labels of regions that match the evidence of any class."""
 
 PARAMETERS = ("model", "method", "layer", "threshold", "fit", "samples", "steps", "seed")
-"""Options of /explain that a project's extra parameters may set; beside them `labels`."""
+"""Options of /explain that a project's extra parameters may set, besides `labels`."""
 
 MAX_TAGS, MAX_ATTRIBUTES, MAX_NAMES = 10_000, 50_000, 50_000
 """Of a label_config: tags, attributes, and names between commas. Counted before it is parsed."""
 
 MAX_NAMESPACES = 10
-"""Mentions of `xmlns`: what editors leave behind is passed over."""
+"""Occurrences of `xmlns` at most; some editors add a few."""
 
 MAX_DEPTH = 64
-"""Tags of a label_config within each other."""
+"""Nested tags of a label_config at most."""
 
 MAX_IMAGES, MAX_PAIRS = 16, 256
 """Image tags that evidence belongs to, and how often a control tag and such an image belong
@@ -53,7 +53,7 @@ _VARIABLE = re.compile(r"\$([A-Za-z_][\w-]*(?:\.[A-Za-z_][\w-]*)*)")
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """A label or choice: what is emitted, and the names of classes that it stands for."""
+    """A label or choice: the name in results, and the names of classes that it matches."""
 
     name: str
     means: frozenset[str]
@@ -61,7 +61,7 @@ class Label:
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """A control tag that evidence can be put into.
+    """A control tag that evidence can be written to.
 
     kind:     choices, brushlabels, rectanglelabels, polygonlabels or keypointlabels.
     to_name:  the Image it belongs to. several: whether more than one choice may be made.
@@ -99,7 +99,7 @@ class TaskImage:
     controls: tuple[Control, ...]
 
     def source(self, data: Mapping[str, Any]) -> str:
-        """Where a task says that the image is. Raises InvalidImageData."""
+        """The address of the image in a task's data. Raises InvalidImageData."""
         variable = _VARIABLE.search(self.value)
         if variable is None:
             return self.value
@@ -113,13 +113,13 @@ class TaskImage:
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """What a project's extra parameters say: options, and the label of some classes."""
+    """A project's extra parameters: options, and labels for some classes."""
 
     options: ExplainOptions
     labels: Mapping[str, str]
 
     def names_of(self, label: str) -> tuple[str, ...]:
-        """Under which names a class's label is looked for in the project."""
+        """The names of a class that are looked up in the project."""
         mapped = self.labels.get(label)
         return (label,) if mapped is None else (mapped,)
 
@@ -165,7 +165,7 @@ def parameters_in(extra: object) -> Parameters:
     unknown = sorted(set(given) - set(PARAMETERS))
     if unknown:
         raise InvalidOption(
-            f"The extra parameters have {', '.join(map(repr, unknown))}; they take labels, "
+            f"The extra parameters have {', '.join(map(repr, unknown))}; accepted are labels, "
             f"{', '.join(PARAMETERS)}."
         )
     if isinstance(given.get("layer"), str):
@@ -178,7 +178,7 @@ def parameters_in(extra: object) -> Parameters:
 
 
 def model_version(model: LoadedModel, options: ExplainOptions) -> str:
-    """What Label Studio knows predictions by; it asks again only for another one."""
+    """The version of predictions; Label Studio requests tasks again only for another version."""
     has_layer = METHODS[options.method].has_layer
     layers = model.target_layers(options.layer) if has_layer else ()
     parts = [model.name, model.version, options.method, "+".join(layers) or "input"]
@@ -216,11 +216,11 @@ def _parsed(label_config: str) -> _Reader:
             f"{MAX_NAMES} names between commas; use fewer labels."
         )
     if "<!DOCTYPE" in label_config or "<!ENTITY" in label_config:
-        raise InvalidOption("The label_config has a document type; a labeling config has none.")
+        raise InvalidOption("The label_config has a document type; remove it.")
     if label_config.count("xmlns") > MAX_NAMESPACES:
-        raise InvalidOption("The label_config has namespaces; a labeling config has none.")
+        raise InvalidOption("The label_config has namespaces; remove them.")
     reader = _Reader()
-    parser = ET.XMLParser(target=reader)  # noqa: S314 - without entities there are no bombs
+    parser = ET.XMLParser(target=reader)  # noqa: S314 - entities, which make XML bombs, are refused above
     try:
         parser.feed(label_config)
         parser.close()
@@ -231,7 +231,7 @@ def _parsed(label_config: str) -> _Reader:
 
 @dataclass(slots=True)
 class _ControlTag:
-    """A control tag while it is read: its attributes, and the labels found in it so far."""
+    """A control tag while it is parsed: its attributes, and its labels so far."""
 
     tag: str
     attributes: Mapping[str, str]
@@ -264,7 +264,7 @@ class _ControlTag:
 class _Reader:
     """Collects Image and control tags while a label_config is parsed; no tree is built.
 
-    A label belongs to the control tag that is nearest around it.
+    A label belongs to the innermost control tag around it.
     """
 
     def __init__(self) -> None:
@@ -306,7 +306,7 @@ class _Reader:
 def _label(attributes: Mapping[str, str]) -> Label | None:
     value = attributes.get("value", "")
     name = attributes.get("alias") or value
-    if not name or value.startswith("$"):  # that one is filled in by the task
+    if not name or value.startswith("$"):  # filled in by the task
         return None
     listed = [part.strip() for part in attributes.get("predicted_values", "").split(",")]
     return Label(name, frozenset(text.casefold() for text in (value, name, *listed) if text))

@@ -1,10 +1,10 @@
-"""`overlay.png`: the photo of a task with its evidence over it, live in the labeling page.
+"""`overlay.png`: the image of a task with its evidence over it, live in the labeling page.
 
     <Image name="heat" value="http://service/integrations/label-studio/overlay.png?key=…&amp;src=$image"/>
 
-Label Studio puts the address of the task's picture in the place of `$image`, unencoded, and the
-browser fetches the whole with CORS and without credentials. So `src` is all that follows it, and
-the key is a token that says which pictures may be seen, and from pages of which origin.
+Label Studio replaces `$image` with the address of the task's image, unencoded, and the browser
+fetches the result with CORS and without credentials. So `src` is the rest of the query, and the key
+is a token that defines which images may be seen, and from pages of which origin.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from service.security.overlay_tokens import Grant
 router = APIRouter(prefix="/integrations/label-studio", tags=["Label Studio"])
 
 CACHE_SECONDS = 300
-"""How long a browser may show an overlay without asking again."""
+"""How long a browser may cache an overlay."""
 
 MAX_QUERY = 10_000
 """Bytes of a query: a key, and an address of which every character may be encoded."""
@@ -43,7 +43,7 @@ _ENCODED = re.compile(r"(?:%2F|https?%3A)", re.IGNORECASE)
 
 _IMAGE_RESPONSE: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "The photo with its evidence over it.",
+        "description": "The image with its evidence over it.",
         "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}},
     }
 }
@@ -66,12 +66,12 @@ def _parameter(name: str, text: str) -> dict[str, Any]:
     openapi_extra={
         "parameters": [
             _parameter("key", "Made by `camserve overlay-token`."),
-            _parameter("src", "The address of the picture; all that follows, encoded or not."),
+            _parameter("src", "The address of the image: the rest of the query, encoded or not."),
         ]
     },
 )
 async def overlay_png(request: Request) -> Response:
-    """The evidence for the best class of a task's picture, drawn over it."""
+    """The evidence for the top-1 class of a task's image, drawn over it."""
     secret = label_studio_of(request).secret
     grant, source = read_query(request.scope["query_string"], secret)
 
@@ -88,24 +88,26 @@ async def overlay_png(request: Request) -> Response:
 
 
 def read_query(query: bytes, secret: str | None) -> tuple[Grant, str]:
-    """What the key of an overlay's query opens, and the image's address that follows it.
+    """The grant of the key in an overlay's query, and the image's address behind it.
 
     Raises MalformedRequest, Unauthorized, ImageUrlRefused.
     """
     match = _QUERY.fullmatch(query.decode("latin-1")) if len(query) <= MAX_QUERY else None
     if match is None:
         raise MalformedRequest(
-            "Ask for overlay.png?key=KEY&src=$image, in this order, and with at most "
-            f"{MAX_QUERY} bytes behind the question mark."
+            "Request overlay.png?key=KEY&src=$image, in this order, with a query of at most "
+            f"{MAX_QUERY} bytes."
         )
     if secret is None:
-        raise Unauthorized("There are no overlays here; CAMSERVE_OVERLAY_SECRET is not set.")
+        raise Unauthorized("Overlays are disabled; set CAMSERVE_OVERLAY_SECRET.")
     grant = overlay_tokens.read(match[1], secret)
     source = unquote(match[2]) if _ENCODED.match(match[2]) else match[2]
-    if source.startswith(f"{grant.origin}/"):  # Label Studio writes its own address before some
+    if source.startswith(f"{grant.origin}/"):  # Label Studio adds its own address to some
         source = source.removeprefix(grant.origin)
     if not grant.covers(source):
-        raise ImageUrlRefused("The overlay's key opens other pictures than this one.")
+        raise ImageUrlRefused(
+            "The overlay's key is not valid for this image; make one for its address."
+        )
     return grant, source
 
 

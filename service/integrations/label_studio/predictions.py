@@ -1,7 +1,7 @@
-"""From an answer to Label Studio's regions and choices: percent of the picture, labels that exist.
+"""Answers as Label Studio's regions and choices: in percent of the image, with existing labels.
 
-Each control of a project gets what it can hold: Choices the class, BrushLabels the whole map,
-RectangleLabels and PolygonLabels the parts of it that reach the threshold, KeyPointLabels its peak.
+Each control of a project gets its kind of result: Choices the class, BrushLabels the whole map,
+RectangleLabels and PolygonLabels the parts above the threshold, KeyPointLabels the peak.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ MAX_REGIONS = 10
 """Boxes and polygons of one map at most, the largest ones."""
 
 KEYPOINT_WIDTH = 1.5
-"""Of the peak, in percent of the picture's width."""
+"""Of the peak, in percent of the image's width."""
 
 CHOSEN = 0.5
-"""The least score of a class where several may be chosen and the project does not say."""
+"""The minimum score if several classes can be chosen and the project sets no threshold."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """One picture of a task, answered, and what is drawn of it; drawn once for all controls."""
+    """The answer for one image of a task, and its drawings, made once for all controls."""
 
     model: LoadedModel
     answered: Billed
@@ -47,7 +47,7 @@ class Evidence:
 
     @property
     def class_id(self) -> int:
-        """The explained class, or the best one."""
+        """The explained class, or the top-1 class."""
         answer = self.answered.answer
         return (answer.explanations or answer.predictions)[0].class_id
 
@@ -58,7 +58,7 @@ class Evidence:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the class is called in the project."""
+        """Names of the class in the project."""
         return self.names_of(self.class_id)
 
     def names_of(self, class_id: int) -> tuple[str, ...]:
@@ -78,7 +78,7 @@ class Evidence:
 
     @cached_property
     def rle(self) -> list[int]:
-        """The map as a brush; empty where it is 0 throughout."""
+        """The map as a brush; empty if the map is all zero."""
         (explanation, *_) = self.answered.answer.explanations
         geometry = self.answered.upload.model_input.geometry
         alpha = alpha_of(explanation.grid, geometry, self.render_side)
@@ -88,12 +88,12 @@ class Evidence:
 def prediction(
     images: Sequence[tuple[TaskImage, Evidence]], version: str, *, of_click: bool = False
 ) -> bytes:
-    """A task's place in the answer, JSON; `[]` where nothing fits the project's labels.
+    """A task's entry in the response, JSON; `[]` if no result fits the project's labels.
 
-    Label Studio would keep an empty prediction and not ask this version again.
+    Label Studio would store an empty prediction and not request this version again.
 
-    of_click: whether it answers a click. Then it may be empty, and makes no choice: the page would
-    put that over the annotator's own at once, before the suggested regions are accepted.
+    of_click: whether it answers a click. Then it may be empty, and has no choices: the page would
+    replace the annotator's choice at once, before the suggested regions are accepted.
     """
     result = [
         entry
@@ -108,7 +108,7 @@ def prediction(
 
 
 def price(images: Sequence[TaskImage], sizes: Sizes) -> Price:
-    """What one image of a task takes in the answer at most, whichever of them it is."""
+    """Bytes of one image of a task in the response at most, for the largest of the images."""
     controls = [Counter(control.kind for control in image.controls) for image in images]
 
     def bytes_of(source: Size) -> int:
@@ -116,7 +116,7 @@ def price(images: Sequence[TaskImage], sizes: Sizes) -> Price:
         a_kind = {
             "brushlabels": brush_bytes(source, sizes.cells),
             "choices": sizes.predictions(),
-            "polygonlabels": 4 * regions,  # in percent, with all their digits
+            "polygonlabels": 4 * regions,  # in percent, with all digits
             "rectanglelabels": MAX_REGIONS * 512,
         }
         totals = (
@@ -146,7 +146,7 @@ def _of_image(image: TaskImage, evidence: Evidence) -> Iterator[dict[str, Any]]:
 
 
 def _entry(control: Control, score: float) -> dict[str, Any]:
-    """What all results say; the id is a new one, because regions of one page must differ."""
+    """The fields of all results; the id is new, because regions of one page must differ."""
     return {
         "id": uuid.uuid4().hex[:10],
         "from_name": control.name,
@@ -157,7 +157,7 @@ def _entry(control: Control, score: float) -> dict[str, Any]:
 
 
 def _choices(control: Control, evidence: Evidence) -> Iterator[dict[str, Any]]:
-    """The class that is explained; of several that may be chosen all that score enough."""
+    """The explained class; if several can be chosen, all with a sufficient score."""
     least = control.at_least
     chosen: list[tuple[int, float]] = [(evidence.class_id, evidence.score)]
     if control.several:

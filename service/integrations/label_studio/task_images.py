@@ -1,4 +1,4 @@
-"""The picture of a task, wherever Label Studio says that it is."""
+"""Fetches the image of a task from the address in the task."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ async def fetch_image(
     """The file behind the value of an Image tag.
 
     A data: URI is the file itself. Paths, and addresses in storages of Label Studio (`s3://…`), are
-    asked of the Label Studio that the operator named, with its token; other URLs of the hosts that
-    images may be fetched from, without.
+    fetched from the configured Label Studio, with its token; other URLs from the hosts that images
+    may be fetched from, without it.
 
-    take: told of the size of each chunk. Raises ImageError, and whatever `take` raises.
+    take: called with the size of each chunk. Raises ImageError, and whatever `take` raises.
     """
     service = service_of(request)
     if source[:5].lower() == "data:":
@@ -36,7 +36,7 @@ async def fetch_image(
         return await bodies.image_bytes(source, service.fetcher, take)
     if host is None:
         raise ImageUrlRefused(
-            "The task's picture lies in Label Studio, and this service was not told where that is; "
-            "set CAMSERVE_LABEL_STUDIO_URL and CAMSERVE_LABEL_STUDIO_TOKEN."
+            "The image of the task is in Label Studio, whose address is not configured; set "
+            "CAMSERVE_LABEL_STUDIO_URL and CAMSERVE_LABEL_STUDIO_TOKEN."
         )
     return await host.fetch(source, task, take)

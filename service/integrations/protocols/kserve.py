@@ -1,6 +1,6 @@
 """KServe's V1 protocol, which is TensorFlow Serving's and Vertex AI's too.
 
-https://kserve.github.io/website/docs/concepts/architecture/data-plane/v1-protocol says the shapes.
+https://kserve.github.io/website/docs/concepts/architecture/data-plane/v1-protocol defines it.
 `predictions` has for each instance the `predictions` of `/predict`, best first; `explanations` the
 `explanations` of `/explain`. Options go into `parameters`, or into the query.
 """
@@ -57,7 +57,7 @@ INTEGRATION = Integration(
 )
 
 _NAMES = ("b64", "data", "image", "image_bytes", "content")
-"""Under what names clients send a picture: KServe, TorchServe, TensorFlow Serving, Vertex AI."""
+"""Names under which clients send an image: KServe, TorchServe, TensorFlow Serving, Vertex AI."""
 
 
 @router.get("", responses=docs.example({"models": ["builtin"]}))
@@ -108,7 +108,7 @@ async def _answer(request: Request, name: str, form: type[CommonOptions]) -> Res
         sent = parsed(Instances, body)
         instances = sent.instances if sent.instances is not None else sent.inputs
         if instances is None:
-            raise MalformedRequest('Expected "instances", a list of pictures, in the body.')
+            raise MalformedRequest('The body has no "instances"; send a list of images there.')
         check_count(len(instances), most)
         parameters = given | sent.parameters
         return Plan(
@@ -133,7 +133,7 @@ def _image_request(
 
 
 def image_of(model: LoadedModel, value: Any, tensor: Mapping[str, Any]) -> Sent:
-    """The picture of an instance, however it is wrapped. Raises InvalidImageData.
+    """The image of an instance, however it is wrapped. Raises InvalidImageData.
 
     tensor: `values` and `layout` of `service.integrations.protocols.pixels`.
     """

@@ -1,8 +1,7 @@
-"""Nested lists of JSON as flat values: shape, count and types are checked before numpy sees them.
+"""Nested JSON lists as flat values: shape, count and types are checked before numpy gets them.
 
 numpy makes an array of strings, as wide as the longest, of a row that mixes one string with
-numbers; so nothing but plain numbers reaches it. Work is done in pieces, between which other
-threads run.
+numbers; so it gets only plain numbers. The work is done in pieces, between which other threads run.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from numpy.typing import DTypeLike, NDArray
 from service.errors import InvalidImageData
 
 MAX_DEPTH = 8
-"""Lists within lists; a tensor of a V2 request has as many dimensions at most."""
+"""Depth of nested lists at most, and dimensions of a tensor of a V2 request."""
 
 _PIECE = 1 << 16
 
@@ -35,16 +34,18 @@ def shape_of(data: Any) -> tuple[int, ...]:
 
 
 def leaves(data: Any, shape: Sequence[int]) -> Iterator[Any]:
-    """What the innermost of nested lists hold, in order.
+    """The values of the innermost lists, in order.
 
-    Raises InvalidImageData where a list has another length than the first of its depth.
+    Raises InvalidImageData if a list has another length than the first one of its depth.
     """
     rows: list[Any] = [data]
     for depth, length in enumerate(shape):
         if depth:
             rows = list(chain.from_iterable(rows))
         if any(type(row) is not list or len(row) != length for row in rows):
-            raise InvalidImageData("The nested lists have different lengths.")
+            raise InvalidImageData(
+                "The nested lists have different lengths; send rows of equal length."
+            )
     return chain.from_iterable(rows)
 
 
@@ -70,8 +71,8 @@ def array_of(data: Any, most: int) -> NDArray[Any]:
 def numbers_of(data: Any, shape: Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
     """The numbers in nested lists of this shape, flat.
 
-    Raises InvalidImageData for what is no number, or does not fit the dtype: too large, or a
-    fraction where the dtype has none.
+    Raises InvalidImageData for a value that is not a number or does not fit the dtype: too large,
+    or a fraction in an integer dtype.
     """
     values = np.empty(math.prod(shape), dtype)
     start = 0
@@ -84,10 +85,14 @@ def numbers_of(data: Any, shape: Sequence[int], dtype: DTypeLike) -> NDArray[Any
 def _converted(piece: list[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     kinds = set(map(type, piece))
     if not kinds <= {int, float}:
-        raise InvalidImageData("The nested lists hold something else than numbers.")
+        raise InvalidImageData(
+            "The nested lists have values that are not numbers; send numbers only."
+        )
     if dtype.kind in "iu" and float in kinds:
         if not all(float(number).is_integer() for number in piece):
-            raise InvalidImageData(f"The lists hold fractions, and {dtype.name} has none.")
+            raise InvalidImageData(
+                f"The lists have fractions, which {dtype.name} cannot hold; send whole numbers."
+            )
         piece = [int(number) for number in piece]
     try:
         with np.errstate(over="ignore"):

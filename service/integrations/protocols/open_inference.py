@@ -2,8 +2,8 @@
 
 https://github.com/kserve/open-inference-protocol, with the binary tensor data extension, Triton's
 classification extension, and `explain`, which takes and gives the same bodies as `infer`. The one
-input of a model is a batch of pictures: BYTES are files, numbers are pixels; its name is free. The
-model repository extension is in `service.integrations.protocols.repository`.
+input of a model is a batch of images: BYTES are files, numbers are pixels; any name is accepted.
+The model repository extension is in `service.integrations.protocols.repository`.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ INTEGRATION = Integration(
 )
 
 HEADER = "Inference-Header-Content-Length"
-"""How many bytes of a body are JSON; 0: the body is a picture file and nothing else."""
+"""How many bytes of a body are JSON; 0: the body is an image file."""
 
 _DIGITS = 15
-"""Of a header's number at most: Python refuses to read one of thousands of digits."""
+"""Digits of a header's number at most: Python refuses to parse thousands of digits."""
 
 _SERVER = {
     "name": "camserve",
@@ -168,7 +168,7 @@ async def explain(request: Request, name: str, version: str | None = None) -> Re
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """What a request wants back: each output, Triton's `class_count`, and whether in binary."""
+    """The requested outputs: each with Triton's `class_count`, and whether in binary."""
 
     id: str | None
     outputs: Sequence[tuple[str, int, bool]]
@@ -203,7 +203,7 @@ _FILE = InferInput(name="image", shape=[1], datatype="BYTES")
 
 
 def _parts(body: bytes, length: str | None) -> tuple[InferRequest, bytes]:
-    """The JSON and what follows it."""
+    """The JSON, and the binary data behind it."""
     if length is None:
         return parsed(InferRequest, body), b""
     if not (length.isdecimal() and len(length) <= _DIGITS) or int(length) > len(body):
@@ -216,7 +216,7 @@ def _sent(
 ) -> Sequence[Sent]:
     parts = raw_parts(infer_request.inputs, tail)
     if len(parts) != 1:
-        raise MalformedRequest(f"A model takes one input, a batch of pictures, not {len(parts)}.")
+        raise MalformedRequest(f"A model has one input, a batch of images, not {len(parts)}.")
     (tensor,), (raw,) = infer_request.inputs, parts
     if tensor.datatype == "BYTES":
         return files(tensor, raw, most)
@@ -239,23 +239,23 @@ def _wanted(infer_request: InferRequest, default: Sequence[str]) -> _Wanted:
         parameters = output.parameters or {}
         if output.name not in outputs.NAMES:
             raise InvalidOption(
-                f"There is no output {output.name!r}; there are {', '.join(outputs.NAMES)}."
+                f"There is no output {output.name!r}; the outputs are {', '.join(outputs.NAMES)}."
             )
         classes = parameters.get("classification", 0)
         if not isinstance(classes, int) or classes < 0:
-            raise InvalidOption("`classification` is how many classes to list.")
+            raise InvalidOption("`classification` is the number of classes to list, such as 3.")
         wanted.append((output.name, classes, bool(parameters.get("binary_data", binary))))
     return _Wanted(infer_request.id, wanted)
 
 
 def _options(infer_request: InferRequest, wanted: _Wanted, default: Sequence[str]) -> CommonOptions:
-    """The options in a request's parameters; those of explaining go with what explains."""
+    """The options in a request's parameters; those of `/explain` if an output needs it."""
     names = {name for name, _, _ in wanted.outputs}
     protocols = ("binary_data_output", "values", "layout")
     given = {k: v for k, v in (infer_request.parameters or {}).items() if k not in protocols}
     if default is outputs.OF_INFER and not names & outputs.EXPLAINING:
         return options(PredictOptions, given)
-    # What else `include` names is for `explain`; a heatmap is named where that would not get it.
+    # Other parts of `include` are for `explain`, which has the heatmap if both are requested.
     drawn = [name for name in ("overlay", "heatmap") if name in names]
     drawn = [name for name in drawn if name == "overlay" or "explain" not in names]
     if drawn:

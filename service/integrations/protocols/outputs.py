@@ -7,8 +7,8 @@ scores      FP32      (n, classes)               the score of every class, by id
 logits      FP32      (n, classes)               the logit of every class, by id
 targets     INT64     (n, targets)               the explained classes
 grid        FP32      (n, targets, rows, cols)   their maps, in the layer's shape
-heatmap     BYTES     (n, targets)               their maps over the picture, PNG files
-overlay     BYTES     (n, targets)               the same laid over the picture
+heatmap     BYTES     (n, targets)               their maps in colors, at image size, PNG files
+overlay     BYTES     (n, targets)               the heatmap over the image
 explain     BYTES     (n, targets)               the explanations of `/explain`, JSON
 """
 
@@ -54,10 +54,10 @@ def described(model: LoadedModel) -> list[dict[str, Any]]:
 def classification(output: Output, model: LoadedModel, count: int) -> Output:
     """Triton's classification extension: the largest values as "value:id:label".
 
-    Raises InvalidOption for an output that has no value for each class.
+    Raises InvalidOption for an output without a value per class.
     """
     if not isinstance(output.values, np.ndarray) or output.values.shape[1:] != (len(model.labels),):
-        raise InvalidOption(f"`classification` is of scores and logits, not of {output.name}.")
+        raise InvalidOption(f"`classification` applies to scores and logits, not to {output.name}.")
     rows = output.values
     best = np.argsort(-rows, axis=1, kind="stable")[:, :count]
     texts = [
@@ -69,7 +69,7 @@ def classification(output: Output, model: LoadedModel, count: int) -> Output:
 
 
 def price(wanted: Sequence[tuple[str, int, bool]], sizes: Sizes) -> Price:
-    """What the named outputs, each with `classification` and in binary or not, take at most."""
+    """Bytes of the requested outputs at most; each with `classification`, and whether in binary."""
 
     def bytes_of(source: Size) -> int:
         return 256 + sum(

@@ -1,7 +1,7 @@
 """The model repository extension of the Open Inference Protocol: list, load and unload models.
 
-https://github.com/kserve/open-inference-protocol describes the shapes. Loading a model that is
-served reads its files again and replaces it without failing a request. All routes want an admin key
+https://github.com/kserve/open-inference-protocol defines it. Loading a model that is
+served reads its files again and replaces it without failing a request. All routes need an admin key
 (`CAMSERVE_ADMIN_KEYS_FILE`), as `Authorization: Bearer KEY` or `X-API-Key: KEY`.
 """
 
@@ -55,7 +55,7 @@ INTEGRATION = Integration(
 )
 
 INDEX_BYTES, INDEX_SECONDS = 64 << 10, 10.0
-"""Of the body of `index`, which says one thing."""
+"""Limits of the body of `index`, which has one field."""
 
 STATES = {
     "loading": "LOADING",
@@ -66,7 +66,7 @@ STATES = {
 
 
 class IndexRequest(BaseModel):
-    """What `index` may be asked: only models that are ready."""
+    """The body of `index`. ready: list only models that are ready."""
 
     ready: bool = False
 
@@ -111,7 +111,7 @@ async def index(request: Request) -> Any:
 
 
 async def _index_request(request: Request, service: Service) -> IndexRequest:
-    """The body, where there is one; read here so that it is bounded, and read for admins alone."""
+    """The body, if there is one; read here, so that it is bounded, and read only for admins."""
     try:
         with Permit(service.admission) as permit:
             body = await bodies.read_body(request, permit, INDEX_BYTES, INDEX_SECONDS)
@@ -170,7 +170,7 @@ def _error(error: CamserveError) -> JSONResponse:
 
 
 def _refused(request: Request, service: Service) -> JSONResponse | None:
-    """The answer for who may not do this, or None."""
+    """The response to an unauthorized request, or None."""
     if service.admin_keys is None:
         detail = "No admin key is configured: set CAMSERVE_ADMIN_KEYS_FILE to manage models."
         return JSONResponse({"error": detail}, status_code=403)

@@ -66,7 +66,7 @@ class Output:
         return self._described() | {"data": values}
 
     def in_binary(self) -> tuple[dict[str, Any], list[bytes]]:
-        """The tensor's place in the JSON, and its bytes, in pieces that need no copy of a file."""
+        """The tensor's entry in the JSON, and its bytes, in pieces so that no file is copied."""
         if isinstance(self.values, np.ndarray):
             raw = [self.values.astype(DTYPES[self.datatype]).tobytes()]
         else:
@@ -98,7 +98,7 @@ def files(tensor: InferInput, raw: bytes | None, most: int) -> list[bytes]:
 
 
 def is_base64(data: bytes) -> bool:
-    """Whether an element is base64 or a data: URI, which no image file looks like."""
+    """Whether an element is base64 or a data: URI; no image file consists of such characters."""
     return data[:5].lower() == b"data:" or not data.translate(None, _TEXT)
 
 
@@ -110,24 +110,26 @@ def numbers(tensor: InferInput, raw: bytes | None, most: int) -> NDArray[Any]:
     dtype = DTYPES.get(tensor.datatype)
     if dtype is None or tensor.datatype == "BOOL":
         raise MalformedRequest(
-            f"The datatype {tensor.datatype!r} is no image's; send BYTES, UINT8 or FP32."
+            f"The datatype {tensor.datatype!r} cannot hold an image; send BYTES, UINT8 or FP32."
         )
     _count(tensor)
     check_count(tensor.shape[0], most)
     if raw is not None:
         if len(raw) % np.dtype(dtype).itemsize:
-            raise MalformedRequest(f"{len(raw)} bytes are no whole number of {tensor.datatype}.")
+            raise MalformedRequest(
+                f"{len(raw)} bytes are not a multiple of the size of {tensor.datatype}."
+            )
         values = np.frombuffer(raw, dtype)
         _check_count(tensor, values.size)
     elif tensor.datatype == "FP16":
-        raise MalformedRequest("FP16 has no form in JSON; send it as binary data.")
+        raise MalformedRequest("FP16 cannot be sent in JSON; send it as binary data.")
     else:
         values = _flat(tensor, lambda shape: numbers_of(tensor.data, shape, dtype))
     return values.reshape(tensor.shape)
 
 
 def _flat(tensor: InferInput, read: Callable[[Sequence[int]], T]) -> T:
-    """What `read` makes of `data`, flat or nested, once it has as many elements as the shape."""
+    """The result of `read` for `data`, flat or nested, if it has as many elements as the shape."""
     try:
         shape = shape_of(tensor.data)
         _check_count(tensor, math.prod(shape))
@@ -139,14 +141,14 @@ def _flat(tensor: InferInput, read: Callable[[Sequence[int]], T]) -> T:
 
 
 def raw_parts(inputs: Sequence[InferInput], tail: bytes) -> list[bytes | None]:
-    """What of the bytes behind the JSON belongs to each input. Raises MalformedRequest."""
+    """The bytes behind the JSON that belong to each input. Raises MalformedRequest."""
     parts: list[bytes | None] = []
     for tensor in inputs:
         size = _binary_size(tensor.parameters or {})
         if (size is None) == (tensor.data is None):
             raise MalformedRequest(
-                f"Input {tensor.name!r} has its values either in `data` or, as many bytes as "
-                "`binary_data_size` says, behind the JSON."
+                f"Input {tensor.name!r} needs either `data` or `binary_data_size` with that many "
+                "bytes behind the JSON."
             )
         if size is not None and len(tail) < size:
             raise MalformedRequest(f"The body ends within the binary data of {tensor.name!r}.")
@@ -161,11 +163,11 @@ def _binary_size(parameters: Mapping[str, Any]) -> int | None:
     size = parameters.get("binary_data_size")
     if size is None or (isinstance(size, int) and size >= 0):
         return size
-    raise MalformedRequest("`binary_data_size` is a number of bytes.")
+    raise MalformedRequest("`binary_data_size` is a number of bytes, such as 150528.")
 
 
 def _elements(raw: bytes, most: int) -> list[bytes]:
-    """The elements of a BYTES tensor, one more than `most` at the most."""
+    """The elements of a BYTES tensor, at most one more than `most`."""
     elements: list[bytes] = []
     at = 0
     while at < len(raw) and len(elements) <= most:
@@ -178,7 +180,7 @@ def _elements(raw: bytes, most: int) -> list[bytes]:
 
 
 def _count(tensor: InferInput) -> int:
-    """How many elements the shape says. Raises MalformedRequest."""
+    """The number of elements of the shape. Raises MalformedRequest."""
     if min(tensor.shape) < 0:
         raise MalformedRequest(
             f"The shape {tensor.shape} of input {tensor.name!r} has a negative number of elements."
@@ -190,6 +192,6 @@ def _check_count(tensor: InferInput, count: int) -> None:
     if _count(tensor) != count:
         more = "or more " if count > _count(tensor) else ""
         raise MalformedRequest(
-            f"Input {tensor.name!r} has {count} {more}elements, which are not of shape "
+            f"Input {tensor.name!r} has {count} {more}elements, which do not have the shape "
             f"{tensor.shape}."
         )

@@ -1,7 +1,7 @@
 """TorchServe's inference API: `/predictions`, `/explanations` and `/ping`.
 
-https://pytorch.org/serve/inference_api.html. The picture is the body, the part `data` (or `body`)
-of a form, or its base64 in JSON; the form's `target`, its other fields and the query are options of
+https://pytorch.org/serve/inference_api.html. The image is the body, the part `data` (or `body`)
+of a form, or base64 in JSON; the form's `target`, its other fields and the query are options of
 `/explain`. A prediction is {label: score}; an explanation is the map as (1, rows, columns) nested
 lists, in the layer's shape, where TorchServe's default handler gave (channels, height, width).
 """
@@ -89,7 +89,7 @@ _EXPLANATIONS: dict[str, Any] = {
 
 _IMAGE_FIELDS = ("data", "body")
 _MAX_FIELDS = 16
-"""Fields of a form beside the pictures."""
+"""Fields of a form besides the images."""
 
 
 @router.get("/ping", responses=docs.example({"status": "Healthy"}))
@@ -169,7 +169,7 @@ def _prediction(reply: Reply) -> dict[str, float]:
 
 
 def _key(labels: Sequence[str], class_id: int) -> str:
-    """The label, with the id where other classes have it too."""
+    """The label, with the id if other classes have the same label."""
     label = labels[class_id]
     return label if labels.count(label) == 1 else f"{label} ({class_id})"
 

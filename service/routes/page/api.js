@@ -2,7 +2,7 @@
 
 const KEY = "camserve-key";
 
-/** What the server refuses, in its own words. */
+/** A refusal of the server, with its own text. */
 export class Problem extends Error {
   /**
    * @param {number} status 0 where the server was not reached

@@ -1,19 +1,19 @@
-/** The page: one photograph, one question, one map; everything else hangs on these. */
+/** The page: one image, one question, one map; all else depends on them. */
 
 import { Problem, query, request } from "./api.js";
-import { listModel, listPhotos, listPredictions, syncQuestion, wireQuestion } from "./controls.js";
+import { listModel, listImages, listPredictions, syncQuestion, wireQuestion } from "./controls.js";
 import { Inside } from "./inside.js";
 import { method } from "./methods.js";
 import { announce, complain, failed, settle } from "./notices.js";
-import { photograph, sample, take, watch } from "./photos.js";
-import { answered, priceOf } from "./question.js";
+import { newImage, sample, take, watch } from "./images.js";
+import { answerTo, priceOf } from "./question.js";
 import { Pane, captionOf } from "./stage.js";
 import { $, state } from "./state.js";
-import { wireTaking } from "./taking.js";
+import { wireExport } from "./export.js";
 import { wireTheme, wireView } from "./view.js";
 
 const POLL_MS = 1000;
-const SLOW = 5; // forward passes from which on the wait is announced
+const SLOW = 5; // forward passes; longer waits are announced
 
 const live = new Pane($("panes"));
 let kept = null; // the pane at the left of a comparison
@@ -30,20 +30,20 @@ async function loadModels() {
     return;
   }
   const chosen = $("model").value;
-  const preset = state.models.find((each) => each.default) ?? state.models[0];
-  const model = state.models.find((each) => each.name === chosen) ?? preset;
+  const preset = state.models.find((candidate) => candidate.default) ?? state.models[0];
+  const model = state.models.find((candidate) => candidate.name === chosen) ?? preset;
   const named = ({ name, state: is }) => (is === "ready" ? name : `${name} (${is})`);
-  $("model").replaceChildren(...state.models.map((each) => new Option(named(each), each.name)));
+  $("model").replaceChildren(...state.models.map((entry) => new Option(named(entry), entry.name)));
   $("model").disabled = state.models.length === 0;
   if (!model) return;
   $("model").value = model.name;
   if (state.model?.name !== model.name) await useModel(model.name);
-  if (state.models.some((each) => each.state === "loading")) setTimeout(loadModels, POLL_MS);
+  if (state.models.some((entry) => entry.state === "loading")) setTimeout(loadModels, POLL_MS);
 }
 
 async function useModel(name) {
   settle();
-  const known = state.models.find((each) => each.name === name);
+  const known = state.models.find((entry) => entry.name === name);
   if (known.state === "failed") return complain(`The model ${name} could not be loaded: ${known.reason}`);
   if (known.state === "loading") return announce(`The model ${name} is loading: ${known.progress ?? "one moment"}.`);
   const path = `models/${encodeURIComponent(name)}`;
@@ -61,69 +61,69 @@ async function useModel(name) {
   return ask();
 }
 
-// ---- photographs ------------------------------------------------------------------------------
+// ---- images ------------------------------------------------------------------------------
 
 function add(files) {
   settle();
-  const photos = files.map((file) => photograph(file));
-  state.photos.push(...photos);
-  choose(photos[0]);
-  classify(photos.slice(1));
+  const images = files.map((file) => newImage(file));
+  state.images.push(...images);
+  choose(images[0]);
+  classify(images.slice(1));
 }
 
-function choose(photo) {
-  if (state.photo !== photo) Object.assign(state.question, { target: null, contrast: null });
-  state.photo = photo;
+function choose(image) {
+  if (state.image !== image) Object.assign(state.question, { target: null, contrast: null });
+  state.image = image;
   $("welcome").hidden = true;
   $("work").hidden = false;
-  listPhotos(choose);
-  live.showPhoto(photo);
-  photo.ready.then(() => {
-    if (state.photo === photo && live.shown?.photo !== photo) live.showPhoto(photo);
-    listPhotos(choose);
+  listImages(choose);
+  live.showImage(image);
+  image.ready.then(() => {
+    if (state.image === image && live.shown?.image !== image) live.showImage(image);
+    listImages(choose);
   });
   inside.clear();
   ask();
 }
 
-/** Asks what is on the photographs that are not looked at, one after the other. */
-async function classify(photos) {
-  for (const photo of photos) {
-    if (!state.model || photo.label) continue;
+/** Classifies the images that are not shown, one after the other. */
+async function classify(images) {
+  for (const image of images) {
+    if (!state.model || image.label) continue;
     try {
       const options = query([["model", state.model.name], ["top_k", 1]]);
-      const answer = await request(`predict?${options}`, { body: photo.file });
-      photo.label = answer.results[0].predictions[0].label;
-      listPhotos(choose);
+      const answer = await request(`predict?${options}`, { body: image.file });
+      image.label = answer.results[0].predictions[0].label;
+      listImages(choose);
     } catch (error) {
-      refuse(photo, error);
+      refuse(image, error);
     }
   }
 }
 
-/** A file that is no photograph leaves the list, with the reason; false where it is another error. */
-function refuse(photo, error) {
+/** Removes a file that is not a readable image, with the reason; false for any other error. */
+function refuse(image, error) {
   if (!(error instanceof Problem) || ![400, 413, 415].includes(error.status)) return false;
-  state.photos = state.photos.filter((each) => each !== photo);
-  if (state.photo === photo) leave();
-  listPhotos(choose);
-  failed(error, null, photo.name);
+  state.images = state.images.filter((other) => other !== image);
+  if (state.image === image) leave();
+  listImages(choose);
+  failed(error, null, image.name);
   return true;
 }
 
-/** Back to the photograph that was looked at before, or to the beginning. */
+/** Returns to the image that was shown before, or to the start. */
 function leave() {
-  const before = state.shown?.photo;
-  state.photo = null;
-  if (state.photos.includes(before)) return choose(before);
-  if (state.photos.length) return choose(state.photos[0]);
+  const before = state.shown?.image;
+  state.image = null;
+  if (state.images.includes(before)) return choose(before);
+  if (state.images.length) return choose(state.images[0]);
   $("work").hidden = true;
   $("welcome").hidden = false;
 }
 
 // ---- the question and its answer --------------------------------------------------------------
 
-/** Another question about the same photograph. */
+/** Another question about the same image. */
 function put(change) {
   settle();
   Object.assign(state.question, change);
@@ -131,23 +131,23 @@ function put(change) {
 }
 
 async function ask() {
-  const { photo, model, question } = state;
-  state.asking?.abort();
-  if (photo && !model) live.say("Waiting for the model …");
-  if (!photo || !model) return;
+  const { image, model, question } = state;
+  state.pending?.abort();
+  if (image && !model) live.say("Waiting for the model …");
+  if (!image || !model) return;
   syncQuestion();
-  const asking = new AbortController();
-  state.asking = asking;
+  const pending = new AbortController();
+  state.pending = pending;
   const { passes, seconds } = priceOf(question, model);
   const { title } = method(question.method);
   const words = passes > SLOW ? `${title} · up to ${Math.round(passes).toLocaleString("en")} forward passes` : title;
   if (passes > SLOW) announce(`${words}. Cancel stops it.`);
-  const done = live.wait(words, seconds, () => asking.abort());
+  const done = live.wait(words, seconds, () => pending.abort());
   try {
-    const shown = await answered(photo, model, { ...question }, asking.signal);
-    if (state.asking === asking) show(shown);
+    const shown = await answerTo(image, model, { ...question }, pending.signal);
+    if (state.pending === pending) show(shown);
   } catch (error) {
-    if (state.asking === asking) refused(error, photo);
+    if (state.pending === pending) refused(error, image);
   } finally {
     done();
   }
@@ -155,20 +155,20 @@ async function ask() {
 
 function show(shown) {
   state.shown = shown;
-  shown.photo.label = shown.predictions[0].label;
+  shown.image.label = shown.predictions[0].label;
   live.showMap(shown, state.view);
-  listPhotos(choose);
+  listImages(choose);
   listPredictions(shown, put);
   syncQuestion();
-  announce(`${shown.photo.name}: ${captionOf(shown)}, by ${method(shown.explanation.method).title}.`);
+  announce(`${shown.image.name}: ${captionOf(shown)}, by ${method(shown.explanation.method).title}.`);
 }
 
-/** What was not answered leaves the page as it was, with the question of the map it shows. */
-function refused(error, photo) {
+/** After an error the page stays as it is, with the question of the shown map. */
+function refused(error, image) {
   if (error.name === "AbortError") announce("Cancelled.");
-  else if (refuse(photo, error)) return;
+  else if (refuse(image, error)) return;
   else failed(error, ask);
-  if (state.shown?.photo === photo && error.status !== 401) {
+  if (state.shown?.image === image && error.status !== 401) {
     Object.assign(state.question, state.shown.question);
     syncQuestion();
   }
@@ -176,7 +176,7 @@ function refused(error, photo) {
 
 // ---- two maps side by side --------------------------------------------------------------------
 
-/** Keeps the present map at the left; from now on the right one changes. */
+/** Keeps the current map at the left; only the right one changes from now on. */
 function compare() {
   if (!state.shown) return;
   endComparison();
@@ -229,6 +229,6 @@ wireView(() => {
   live.draw(state.view);
   kept?.draw(state.view);
 });
-wireTaking(live);
+wireExport(live);
 watch({ input: $("file"), drop: $("drop"), onFiles: add });
 loadModels();

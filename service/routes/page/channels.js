@@ -1,6 +1,6 @@
 /** The channels of a layer: a sheet of tiles, of which one can be opened. */
 
-import { pictureOf } from "./heat.js";
+import { bitmapOf } from "./heat.js";
 
 const GAP = 2; // pixels between tiles, as the server draws them
 
@@ -54,11 +54,11 @@ export class Sheet {
   }
 
   async show(activation) {
-    this.picture = await pictureOf(activation.image);
+    this.bitmap = await bitmapOf(activation.image);
     this.layout = layout(activation.shape, activation.image);
-    const { width, height } = this.picture;
+    const { width, height } = this.bitmap;
     Object.assign(this.canvas, { width, height });
-    this.canvas.getContext("2d").drawImage(this.picture, 0, 0);
+    this.canvas.getContext("2d").drawImage(this.bitmap, 0, 0);
     this.canvas.classList.toggle("opens", this.layout !== null);
     this.mark.hidden = true;
   }
@@ -85,10 +85,10 @@ export class Sheet {
     const { tile } = this.layout;
     const share = (value, whole) => `${(100 * value) / whole}%`;
     const { style } = this.mark;
-    style.left = share(left, this.picture.width);
-    style.top = share(top, this.picture.height);
-    style.width = share(tile.width, this.picture.width);
-    style.height = share(tile.height, this.picture.height);
+    style.left = share(left, this.bitmap.width);
+    style.top = share(top, this.bitmap.height);
+    style.width = share(tile.width, this.bitmap.width);
+    style.height = share(tile.height, this.bitmap.height);
     this.mark.hidden = false;
   }
 
@@ -97,6 +97,6 @@ export class Sheet {
     const [left, top] = this.corner(channel);
     const { width, height } = this.layout.tile;
     Object.assign(canvas, { width, height });
-    canvas.getContext("2d").drawImage(this.picture, left, top, width, height, 0, 0, width, height);
+    canvas.getContext("2d").drawImage(this.bitmap, left, top, width, height, 0, 0, width, height);
   }
 }

@@ -1,4 +1,4 @@
-/** The same question as a command and as a program. */
+/** The same request as a command and as a program. */
 
 /** A word of a POSIX shell. */
 export const quoted = (word) => (/^[\w@%+=:,./-]+$/.test(word) ? word : `'${word.replaceAll("'", `'\\''`)}'`);
@@ -13,7 +13,7 @@ const KEY = `-H "Authorization: Bearer $CAMSERVE_KEY"`;
 
 /**
  * @param {string} base  address of the service, ending in a slash
- * @param {string} name  of the photograph's file
+ * @param {string} name  of the image file
  * @param {string} query  the options
  * @param {{key: boolean, accept?: string, out?: string}} more
  */
@@ -35,11 +35,11 @@ export function python(base, name, pairs, { key }) {
     "options = [",
     ...options,
     "]",
-    `with open(${literal(name)}, "rb") as photo:`,
+    `with open(${literal(name)}, "rb") as image:`,
     "    answer = httpx.post(",
     `        ${literal(`${base}explain`)},`,
     "        params=options,",
-    `        files={"image": photo},`,
+    `        files={"image": image},`,
     ...(key ? [`        headers={"Authorization": f"Bearer {os.environ['CAMSERVE_KEY']}"},`] : []),
     "        timeout=60,",
     "    )",

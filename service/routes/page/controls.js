@@ -1,4 +1,4 @@
-/** The controls beside the photograph: predictions, and how to look. */
+/** The controls beside the image: predictions, method, layer and model input. */
 
 import { hasLayer, methodOptions, method } from "./methods.js";
 import { classOf, nameOf } from "./question.js";
@@ -36,7 +36,7 @@ export function listModel(model) {
   $("labels").replaceChildren(...model.labels.map((_label, id) => new Option(nameOf(model, id))));
 }
 
-/** The controls say what is asked. */
+/** Sets the controls to the current question. */
 export function syncQuestion() {
   const { question, model, shown } = state;
   const { shows, times } = method(question.method);
@@ -50,16 +50,16 @@ export function syncQuestion() {
   $("amounts").hidden = $("samples-field").hidden && $("steps-field").hidden;
   $("samples").value = question.samples;
   $("steps").value = question.steps;
-  const listed = shown?.predictions.some((each) => each.class_id === question.target);
+  const listed = shown?.predictions.some((entry) => entry.class_id === question.target);
   const text = (wanted) => (typeof wanted === "number" ? nameOf(model, wanted) : (wanted ?? ""));
   $("target").value = listed ? "" : text(question.target);
   $("contrast").value = text(question.contrast);
 }
 
-/** The predictions as bars; each is asked for by a click, or set against the class that is shown. */
+/** The predictions as bars; a click explains one, or contrasts it with the shown class. */
 export function listPredictions(shown, put) {
   const focused = document.activeElement?.dataset?.row;
-  $("predictions").replaceChildren(...shown.predictions.map((each) => prediction(each, shown, put)));
+  $("predictions").replaceChildren(...shown.predictions.map((entry) => prediction(entry, shown, put)));
   if (focused) $("predictions").querySelector(`[data-row="${focused}"]`)?.focus();
 }
 
@@ -92,28 +92,28 @@ function versus(id, label, explanation, put) {
   return element;
 }
 
-/** The photographs as thumbnails, once there are two. */
-export function listPhotos(choose) {
+/** The images as thumbnails, if there are several. */
+export function listImages(choose) {
   const focused = document.activeElement?.dataset?.photo;
-  $("photos").hidden = state.photos.length < 2;
-  $("photos").replaceChildren(...state.photos.map((photo) => thumbnail(photo, choose)));
+  $("photos").hidden = state.images.length < 2;
+  $("photos").replaceChildren(...state.images.map((image) => thumbnail(image, choose)));
   if (focused) $("photos").querySelector(`[data-photo="${focused}"]`)?.focus();
 }
 
-function thumbnail(photo, choose) {
+function thumbnail(image, choose) {
   const item = document.createElement("li");
-  const element = button("", () => choose(photo));
-  element.dataset.photo = photo.id;
-  element.title = photo.name;
-  element.setAttribute("aria-pressed", photo === state.photo);
+  const element = button("", () => choose(image));
+  element.dataset.photo = image.id;
+  element.title = image.name;
+  element.setAttribute("aria-pressed", image === state.image);
   const canvas = Object.assign(document.createElement("canvas"), { width: 112, height: 112 });
-  if (photo.picture) {
-    const { width, height } = photo.picture;
+  if (image.bitmap) {
+    const { width, height } = image.bitmap;
     const side = Math.min(width, height);
-    canvas.getContext("2d").drawImage(photo.picture, (width - side) / 2, (height - side) / 2, side, side, 0, 0, 112, 112);
+    canvas.getContext("2d").drawImage(image.bitmap, (width - side) / 2, (height - side) / 2, side, side, 0, 0, 112, 112);
   }
   const name = document.createElement("span");
-  name.textContent = photo.label || photo.name;
+  name.textContent = image.label || image.name;
   element.append(canvas, name);
   item.append(element);
   return item;

@@ -1,4 +1,4 @@
-// A file of its own: the Content-Security-Policy lets no script stand in the page.
+// A separate file: the Content-Security-Policy forbids inline scripts.
 "use strict";
 
 SwaggerUIBundle({

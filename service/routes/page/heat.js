@@ -18,7 +18,7 @@ export function palette(name) {
   return colours;
 }
 
-/** Standard base64 to bytes; a `fetch` of a data: URI would be against the policy. */
+/** Standard base64 to bytes; a `fetch` of a data: URI would violate the Content-Security-Policy. */
 export function bytes(base64) {
   const text = atob(base64);
   const out = new Uint8Array(text.length);
@@ -26,24 +26,24 @@ export function bytes(base64) {
   return out;
 }
 
-/** A picture of an answer as something to draw, its values untouched by colour management. */
-export function pictureOf(encoded) {
+/** An encoded image as a bitmap, without colour management. */
+export function bitmapOf(encoded) {
   const blob = new Blob([bytes(encoded.data)], { type: encoded.media_type });
   return createImageBitmap(blob, { colorSpaceConversion: "none", premultiplyAlpha: "none" });
 }
 
 /**
- * The levels of a heatmap that was asked for in grey, where a pixel's red is its level.
+ * The levels of a heatmap requested in grey, where a pixel's red is its level.
  *
  * @returns {Promise<{width: number, height: number, levels: Uint8Array}>}
  */
 export async function levelsOf(heatmap) {
-  const picture = await pictureOf(heatmap);
-  const { width, height } = picture;
+  const bitmap = await bitmapOf(heatmap);
+  const { width, height } = bitmap;
   const canvas = new OffscreenCanvas(width, height);
   const context = canvas.getContext("2d", { willReadFrequently: true });
-  context.drawImage(picture, 0, 0);
-  picture.close();
+  context.drawImage(bitmap, 0, 0);
+  bitmap.close();
   const { data } = context.getImageData(0, 0, width, height);
   const levels = new Uint8Array(width * height);
   for (let index = 0; index < levels.length; index++) levels[index] = data[4 * index];
@@ -109,15 +109,15 @@ const firstPixel = (edge) => Math.ceil(edge - 0.5);
 function runs(levels, width, height, least) {
   const rows = [];
   for (let row = 0; row < height; row++) {
-    const found = [];
+    const ranges = [];
     const offset = row * width;
     for (let x = 0; x < width; x++) {
       if (levels[offset + x] < least) continue;
       const left = x;
       while (x < width && levels[offset + x] >= least) x++;
-      found.push({ left, right: x, top: row, bottom: row + 1, area: x - left, parent: null });
+      ranges.push({ left, right: x, top: row, bottom: row + 1, area: x - left, parent: null });
     }
-    rows.push(found);
+    rows.push(ranges);
   }
   return rows;
 }
@@ -127,8 +127,8 @@ function joined(rows) {
     let above = 0;
     for (const run of rows[row]) {
       while (above < rows[row - 1].length && rows[row - 1][above].right < run.left) above++;
-      for (let each = above; each < rows[row - 1].length && rows[row - 1][each].left <= run.right; each++) {
-        join(root(rows[row - 1][each]), root(run));
+      for (let index = above; index < rows[row - 1].length && rows[row - 1][index].left <= run.right; index++) {
+        join(root(rows[row - 1][index]), root(run));
       }
     }
   }

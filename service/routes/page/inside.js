@@ -1,4 +1,4 @@
-/** The section "Inside a layer": asks for a layer's channels and opens one of them. */
+/** The section "Inside a layer": requests a layer's channels and opens one of them. */
 
 import { query, request } from "./api.js";
 import { Sheet } from "./channels.js";
@@ -37,24 +37,24 @@ export class Inside {
     this.clear();
   }
 
-  /** Nothing is shown until it is asked for again. */
+  /** Shows nothing until the next request. */
   clear() {
-    this.asking?.abort();
+    this.pending?.abort();
     $("channels").hidden = true;
   }
 
   async ask() {
-    const { photo } = state;
-    if (!photo || !state.model) return;
-    this.asking?.abort();
-    const asking = new AbortController();
-    this.asking = asking;
+    const { image } = state;
+    if (!image || !state.model) return;
+    this.pending?.abort();
+    const pending = new AbortController();
+    this.pending = pending;
     const layer = $("inside-layer").value;
     const pairs = [["model", state.model.name], ["activations", layer], ["activation_as", "image"], ["activation_as", "stats"]];
     $("inside-show").setAttribute("aria-busy", "true");
     try {
-      const answer = await request(`predict?${query(pairs)}`, { body: photo.file, signal: asking.signal });
-      if (this.asking === asking) await this.show(answer.results[0].activations[0]);
+      const answer = await request(`predict?${query(pairs)}`, { body: image.file, signal: pending.signal });
+      if (this.pending === pending) await this.show(answer.results[0].activations[0]);
     } catch (error) {
       if (error.name !== "AbortError") failed(error, () => this.ask());
     } finally {
@@ -81,7 +81,7 @@ export class Inside {
     announce(words);
   }
 
-  /** One channel, enlarged, beside the part of the photograph that the model saw. */
+  /** One channel, enlarged, beside the part of the image that the model saw. */
   open(channel) {
     const { count } = this.sheet.layout;
     if (!(channel >= 0 && channel < count)) return;
@@ -92,21 +92,21 @@ export class Inside {
     $("channel-title").textContent = title;
     $("channel-canvas").setAttribute("aria-label", title);
     this.sheet.draw(channel, $("channel-canvas"));
-    this.drawPhoto($("channel-photo"));
+    this.drawInput($("channel-photo"));
     $("channel-back").disabled = channel === 0;
     $("channel-next").disabled = channel === count - 1;
     if (!$("channel-view").open) $("channel-view").showModal();
   }
 
-  drawPhoto(canvas) {
-    const { picture, name } = state.photo;
-    const { seen, source, photo } = state.shown ?? {};
-    canvas.hidden = !picture || photo !== state.photo;
+  drawInput(canvas) {
+    const { bitmap, name } = state.image;
+    const { seen, source, image } = state.shown ?? {};
+    canvas.hidden = !bitmap || image !== state.image;
     if (canvas.hidden) return;
-    const scale = picture.width / source.width;
+    const scale = bitmap.width / source.width;
     const [x, y, w, h] = seen.map((value) => value * scale);
     Object.assign(canvas, { width: Math.round(w), height: Math.round(h) });
-    canvas.getContext("2d").drawImage(picture, x, y, w, h, 0, 0, canvas.width, canvas.height);
+    canvas.getContext("2d").drawImage(bitmap, x, y, w, h, 0, 0, canvas.width, canvas.height);
     canvas.setAttribute("aria-label", `Model input of ${name}`);
   }
 }

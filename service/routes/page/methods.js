@@ -1,18 +1,18 @@
-/** The methods as the server knows them: what each shows, whether it has a layer, and what it costs. */
+/** The methods of the server: what they show, whether they have a layer, and their cost. */
 
 import { BACKWARD, METHODS, STRIDE, WINDOW } from "./tables.js";
 
 /** The record of a method, as in api_schemas/methods.py. */
-export const method = (name) => METHODS.find((each) => each.name === name);
+export const method = (name) => METHODS.find((record) => record.name === name);
 
 /** Whether a method explains a layer. */
 export const hasLayer = (name) => method(name).needs.includes("layer");
 
 /** `<optgroup>`s of a select, in the order of the table. */
 export function methodOptions() {
-  return [...new Set(METHODS.map((each) => each.group))].map((label) => {
+  return [...new Set(METHODS.map((record) => record.group))].map((label) => {
     const group = Object.assign(document.createElement("optgroup"), { label });
-    const inside = METHODS.filter((each) => each.group === label);
+    const inside = METHODS.filter((record) => record.group === label);
     group.append(...inside.map(({ title, name }) => new Option(title, name)));
     return group;
   });
@@ -35,6 +35,6 @@ export function forwards(question, input, shape) {
     samples: question.samples,
     steps: question.steps,
   };
-  const each = { forward: 1, gradient: 1 + BACKWARD, tail: 1 };
-  return 1 + (runs === "tail") + (each[runs] ?? 0) * count[times];
+  const passes = { forward: 1, gradient: 1 + BACKWARD, tail: 1 };
+  return 1 + (runs === "tail") + (passes[runs] ?? 0) * count[times];
 }

@@ -1,11 +1,11 @@
-/** What is said: to those who listen to the page, and to all when something fails. */
+/** Messages: announcements for screen readers, and visible errors. */
 
 import { Problem, useKey } from "./api.js";
 import { $, button } from "./state.js";
 
 const PASSING = [0, 429, 503, 504]; // statuses after which the same request may succeed
 
-/** Says something through the live region; nothing is seen. */
+/** Announces a text in the live region, without showing it. */
 export function announce(text) {
   $("status").textContent = text;
 }
@@ -30,9 +30,9 @@ export function complain(text, again) {
 
 export const settle = () => $("alert").replaceChildren();
 
-/** Shows why something failed; where a key is missing, asks for it and goes on with `again`. */
+/** Shows an error; if the key is missing, prompts for it and continues with `again`. */
 export function failed(error, again, about = "") {
-  if (!(error instanceof Problem)) throw error; // a fault of this page belongs in the console
+  if (!(error instanceof Problem)) throw error; // a bug of this page goes to the console
   if (error.status === 401) askForKey(error.message, again);
   else complain(about ? `${about}: ${error.message}` : error.message, PASSING.includes(error.status) ? again : null);
 }

@@ -3,7 +3,7 @@
 import { query, request } from "./api.js";
 import { bytes, levelsOf } from "./heat.js";
 import { forwards, hasLayer, method } from "./methods.js";
-import { pictureOf } from "./photos.js";
+import { bitmapOf } from "./images.js";
 import { DEFAULTS } from "./state.js";
 
 const KEPT_ANSWERS = 24;
@@ -11,7 +11,7 @@ const KEPT_ANSWERS = 24;
 const answers = new Map();
 const pace = new Map(); // the fewest milliseconds a forward pass has taken, by model
 
-/** The options of a question as pairs, without those that the server presets. */
+/** The options of a question as pairs, without the server's defaults. */
 export function optionsOf({ question, model }) {
   const pairs = [];
   const put = (name, value, preset) => {
@@ -28,7 +28,7 @@ export function optionsOf({ question, model }) {
   return pairs;
 }
 
-/** A class as the server takes it: an id that is also the label of another class says that it is one. */
+/** A class for the server: an id that is also the label of another class gets the prefix `id:`. */
 function targetOf(model, target) {
   const isOther = (label, id) => label === String(target) && id !== target;
   return typeof target === "number" && model.labels.some(isOther) ? `id:${target}` : target;
@@ -40,58 +40,58 @@ export function viewOptions({ opacity, threshold, colormap }) {
   return pairs.filter(([, value]) => value !== "turbo" && value !== 0.5);
 }
 
-const layerOf = (model, path) => model.layers.find((each) => each.path === path);
+const layerOf = (model, path) => model.layers.find((layer) => layer.path === path);
 
-/** What a question will cost at most: forward passes, and seconds where the model's pace is known. */
+/** The cost of a question at most: forward passes, and seconds if the model's pace is known. */
 export function priceOf(question, model) {
   const passes = forwards(question, model.input, layerOf(model, question.layer ?? model.target_layer)?.shape);
   return { passes, seconds: (passes * (pace.get(model.name) ?? 0)) / 1000 };
 }
 
-/** What a class is called here: its label, with the id where two classes share it. */
+/** The name of a class: its label, with the id if two classes share the label. */
 export function nameOf(model, id) {
   const label = model.labels[id];
   return model.shared.has(label) ? `${label} (${id})` : (label ?? String(id));
 }
 
-/** The class that a text means: its id, or the text itself, of which the server says what it thinks. */
+/** The class for a text: its id, or the text itself, which the server then checks. */
 export function classOf(model, text) {
   const typed = text.trim().toLowerCase();
   if (!typed) return null;
-  const id = model.labels.findIndex((_label, each) => nameOf(model, each).toLowerCase() === typed);
+  const id = model.labels.findIndex((_label, index) => nameOf(model, index).toLowerCase() === typed);
   return id === -1 ? text.trim() : id;
 }
 
 /**
- * The answer to a question, with its map as levels; from memory where it was asked before.
+ * The answer to a question, with its map as levels; from memory if it was requested before.
  *
  * Throws Problem, or AbortError.
  */
-export async function answered(photo, model, question, signal) {
-  const key = JSON.stringify([photo.id, model.name, model.version, question]);
-  if (!answers.has(key)) answers.set(key, await asked(photo, model, question, signal));
+export async function answerTo(image, model, question, signal) {
+  const key = JSON.stringify([image.id, model.name, model.version, question]);
+  if (!answers.has(key)) answers.set(key, await fetchAnswer(image, model, question, signal));
   if (answers.size > KEPT_ANSWERS) answers.delete(answers.keys().next().value);
   return answers.get(key);
 }
 
-async function asked(photo, model, question, signal) {
+async function fetchAnswer(image, model, question, signal) {
   // In grey a pixel of the heatmap is its level; the colours are put on here.
   const drawing = [["include", "heatmap"], ["include", "regions"], ["colormap", "gray"]];
-  await photo.ready;
-  // What this browser cannot read is asked for as a picture, without colours.
-  if (!photo.picture) drawing.push(["include", "overlay"], ["opacity", 0]);
+  await image.ready;
+  // If the browser cannot read the image, the server sends it, without colours.
+  if (!image.bitmap) drawing.push(["include", "overlay"], ["opacity", 0]);
   const options = query([...optionsOf({ question, model }), ...drawing]);
-  const answer = await request(`explain?${options}`, { body: photo.file, signal });
+  const answer = await request(`explain?${options}`, { body: image.file, signal });
   const [result] = answer.results;
   const [explanation] = result.explanations;
   if (explanation.overlay) {
-    photo.picture ??= await pictureOf(new Blob([bytes(explanation.overlay.data)]));
+    image.bitmap ??= await bitmapOf(new Blob([bytes(explanation.overlay.data)]));
     delete explanation.overlay;
   }
   const milliseconds = answer.timing_ms.inference / explanation.cost.forwards;
   pace.set(model.name, Math.min(milliseconds, pace.get(model.name) ?? Infinity));
   return {
-    photo,
+    image,
     model,
     question,
     answer,

@@ -31,7 +31,7 @@ TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class PageFile:
-    """What is sent for a name: the bytes, their type, and a tag that changes with them."""
+    """A file of the page: its bytes, their media type, and an entity tag of them."""
 
     body: bytes
     media_type: str
@@ -39,7 +39,7 @@ class PageFile:
 
 
 def page_router() -> APIRouter:
-    """The routes of the page; every file is read here, so none is read while requests wait."""
+    """The routes of the page; every file is read here, so no request waits for the disk."""
     files = read_files()
     router = APIRouter(include_in_schema=False)
 
@@ -65,7 +65,7 @@ def page_router() -> APIRouter:
 
 
 def read_files() -> Mapping[str, PageFile]:
-    """Every file of the page by its name; `tables.js` is written from the server's own tables."""
+    """Every file of the page by its name; `tables.js` is generated from the server's tables."""
     folder = resources.files("service.routes.page")
     bodies = {file.name: file.read_bytes() for file in folder.iterdir() if _suffix(file.name)}
     bodies["tables.js"] = tables_module()
@@ -76,7 +76,7 @@ def read_files() -> Mapping[str, PageFile]:
 
 
 def tables_module() -> bytes:
-    """A JavaScript module: the methods, what their costs are reckoned from, and the colormaps.
+    """A JavaScript module: the methods, the constants of their costs, and the colormaps.
 
     PALETTES has the 256 × RGB of each colormap in base64.
     """
@@ -96,12 +96,12 @@ def tables_module() -> bytes:
 
 
 def _suffix(name: str) -> str:
-    """The end of a name that is sent, or ""."""
+    """The suffix of a file that is served, or ""."""
     return next((suffix for suffix in TYPES if name.endswith(suffix)), "")
 
 
 def _answer(request: Request, file: PageFile) -> Response:
-    """The file, or 304 where the client has it; browsers ask each time and seldom get a body."""
+    """The file, or 304 if the client has it; browsers revalidate it each time."""
     headers = {"ETag": file.etag, "Cache-Control": "no-cache"}
     known = request.headers.get("if-none-match", "")
     if known == "*" or file.etag in (tag.strip().removeprefix("W/") for tag in known.split(",")):

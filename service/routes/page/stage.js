@@ -1,4 +1,4 @@
-/** A photograph with its map over it, what was asked, and how far the answer is. */
+/** An image with its map over it, its caption, and the progress of the request. */
 
 import { coloured, palette, regionBoxes } from "./heat.js";
 import { method } from "./methods.js";
@@ -45,7 +45,7 @@ export class Pane {
   constructor(parent) {
     const template = document.getElementById("pane");
     this.element = template.content.firstElementChild.cloneNode(true);
-    this.photo = null;
+    this.image = null;
     this.shown = null;
     parent.append(this.element);
   }
@@ -54,34 +54,34 @@ export class Pane {
     return this.element.querySelector(selector);
   }
 
-  /** The photograph alone, until its map is there. */
-  showPhoto(photo) {
-    if (this.photo === photo && this.drawn === photo.picture) return;
-    this.photo = photo;
-    this.drawn = photo.picture;
+  /** The image alone, until its map is there. */
+  showImage(image) {
+    if (this.image === image && this.drawn === image.bitmap) return;
+    this.image = image;
+    this.drawn = image.bitmap;
     this.shown = null;
     const canvas = this.find(".photo");
-    const { width, height } = photo.picture ?? { width: 4, height: 3 };
+    const { width, height } = image.bitmap ?? { width: 4, height: 3 };
     canvas.width = width;
     canvas.height = height;
-    if (photo.picture) canvas.getContext("2d").drawImage(photo.picture, 0, 0);
+    if (image.bitmap) canvas.getContext("2d").drawImage(image.bitmap, 0, 0);
     this.find(".stage").style.setProperty("--ratio", width / height);
-    this.find(".stage").setAttribute("aria-label", photo.name);
+    this.find(".stage").setAttribute("aria-label", image.name);
     this.find(".heat").width = 0;
     this.find(".marks").replaceChildren();
-    this.find(".caption").textContent = photo.name;
+    this.find(".caption").textContent = image.name;
     this.find(".facts").textContent = "";
     this.find(".flags").replaceChildren();
   }
 
-  /** A line under the photograph, until there is a map. */
+  /** A line under the image, until there is a map. */
   say(words) {
     this.find(".facts").textContent = words;
   }
 
-  /** The map of an answer over its photograph. */
+  /** The map of an answer over its image. */
   showMap(shown, view) {
-    this.showPhoto(shown.photo);
+    this.showImage(shown.image);
     this.shown = shown;
     this.painted = null;
     this.find(".caption").textContent = captionOf(shown);
@@ -93,12 +93,12 @@ export class Pane {
         return item;
       }),
     );
-    const words = `${shown.photo.name} with the heatmap for ${captionOf(shown)}. ${factsOf(shown)}.`;
+    const words = `${shown.image.name} with the heatmap for ${captionOf(shown)}. ${factsOf(shown)}.`;
     this.find(".stage").setAttribute("aria-label", words);
     this.draw(view);
   }
 
-  /** The same map, drawn another way: no request is made, and opacity touches no pixel. */
+  /** Draws the same map in another way: no request, and opacity changes no pixel. */
   draw(view) {
     if (!this.shown) return;
     const heat = this.find(".heat");
@@ -114,7 +114,7 @@ export class Pane {
     this.mark(view);
   }
 
-  /** The part that was seen, and, if wanted, the regions and the peak. */
+  /** The part that the model saw, and, if requested, the regions and the peak. */
   mark(view) {
     const { map, seen, source, explanation } = this.shown;
     const marks = this.find(".marks");
@@ -130,7 +130,7 @@ export class Pane {
     marks.replaceChildren(...shapes);
   }
 
-  /** Photograph, colours and marks as one picture, at the size of the map. */
+  /** Image, colours and marks as one image file, at the size of the map. */
   async overlay(view) {
     const { map, source } = this.shown;
     const canvas = new OffscreenCanvas(map.width, map.height);
@@ -150,7 +150,7 @@ export class Pane {
   }
 
   /**
-   * Says that an answer is awaited, and for how long; returns what ends that.
+   * Shows the progress of a request; returns a function that ends that.
    *
    * @param {string} words  what is being done
    * @param {number} seconds  how long it may take, or 0
@@ -172,7 +172,7 @@ export class Pane {
     this.waiting = timer;
     return () => {
       clearInterval(timer);
-      if (this.waiting !== timer) return; // another question is on its way by now
+      if (this.waiting !== timer) return; // another request is pending by now
       progress.hidden = true;
       this.find(".mat").removeAttribute("aria-busy");
     };

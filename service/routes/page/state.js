@@ -1,16 +1,16 @@
-/** What the page knows, and two words that every module uses. */
+/** The state of the page, and two functions that every module uses. */
 
 export const DEFAULTS = { target: null, contrast: null, method: "gradcam", layer: null, fit: "", samples: 1000, steps: 50 };
 
 export const state = {
   models: [],
-  model: null, // of GET models/{name}, with its `layers`, `labels` and the labels that are `shared`
-  photos: [],
-  photo: null,
+  model: null, // from GET models/{name}, with its `layers`, `labels`, and the labels that are `shared`
+  images: [],
+  image: null,
   question: { ...DEFAULTS },
   view: { opacity: 0.5, threshold: 0, colormap: "turbo", regions: false },
-  shown: null, // the answer whose map is seen
-  asking: null, // the AbortController of the question on its way
+  shown: null, // the answer whose map is visible
+  pending: null, // the AbortController of the pending question
 };
 
 export const $ = (id) => document.getElementById(id);

@@ -5,5 +5,5 @@ try {
   const chosen = localStorage.getItem("camserve-theme");
   if (chosen) document.documentElement.dataset.theme = chosen;
 } catch {
-  // Storage may be forbidden; the system's theme is right then.
+  // Storage may be forbidden; then the system's theme applies.
 }

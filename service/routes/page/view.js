@@ -21,7 +21,7 @@ export function wireView(redraw) {
   });
   $("regions").addEventListener("change", () => {
     const regions = $("regions").checked;
-    // A region of everything says nothing: begin where the server does.
+    // A region of everything is useless: start at the server's default.
     look({ regions, threshold: regions ? state.view.threshold || 0.5 : state.view.threshold });
   });
   syncView();
@@ -57,7 +57,7 @@ export function wireTheme() {
     try {
       localStorage.setItem("camserve-theme", theme);
     } catch {
-      // Where storage is forbidden the choice holds for this page.
+      // If storage is forbidden, the choice applies to this page only.
     }
     sync();
   });

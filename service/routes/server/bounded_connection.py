@@ -1,7 +1,7 @@
 """HTTP/1.1 connections with the bounds that uvicorn does not set.
 
-On a request's head, on what comes beside its content, on requests that arrive before their turn,
-and on the time that a client may take to send and to read.
+On a request's head, on its framing, on pipelined requests, and on the time that a client may take
+to send and to read.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ from service.scheduling.transfers import Transfer, Transfers
 _log = structlog.get_logger(__name__)
 
 MAX_HEAD_BYTES = 256 << 10
-"""Of request line and headers: a mask of many run lengths belongs into a JSON body."""
+"""Of request line and headers; send a mask of many run lengths in a JSON body."""
 
 HEAD_SECONDS = 20.0
-"""From the first byte of a head, or from the connection, to the head's end."""
+"""From the first byte of a head, or from the connection's start, to the end of the head."""
 
 LINGER_SECONDS = 1.0
-"""For the client of a refused request to send the rest and read why; closed at once, it would be
-told of a reset instead."""
+"""How long a refused client may still send; if the connection were closed at once, the client would
+report a reset instead of the error."""
 
 MAX_BLANK_BYTES = 1024
-"""Of empty lines before a request, where old clients send one."""
+"""Of empty lines before a request; old clients send one."""
 
 MAX_PIPELINED = 16
-"""Requests on one connection that wait for the answer to an earlier one."""
+"""Requests on one connection that wait for the response to an earlier one."""
 
 MAX_DROPPED_BYTES = 1 << 20
-"""Read and thrown away after a request that cannot be followed by another; then nothing is read."""
+"""Read and discarded after the last request that a connection accepts; then reading stops."""
 
 HTTP_2 = (
-    "The client speaks HTTP/2, and this service speaks HTTP/1.1; let the client use HTTP/1.1, or "
-    "put a proxy before the service that speaks HTTP/2."
+    "The request is HTTP/2, and this service accepts HTTP/1.1; let the client use HTTP/1.1, or "
+    "put a proxy before the service that accepts HTTP/2."
 )
-"""For a client that does not ask first. An upgrade, which can be declined, is ignored instead."""
+"""For a client that starts with HTTP/2. A request to upgrade is ignored instead."""
 
 
 class _Phase(enum.Enum):
@@ -59,11 +59,11 @@ class _Phase(enum.Enum):
 
 
 class _Enough(Exception):
-    """No further request is taken from a connection. Stops the parser."""
+    """The connection accepts no further request. Stops the parser."""
 
 
 class BoundedConnection(HttpToolsProtocol):
-    """Refuses what breaks the bounds or the framing; answers what came before it."""
+    """Refuses input beyond the bounds or with broken framing, after answering earlier requests."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -94,7 +94,7 @@ class BoundedConnection(HttpToolsProtocol):
         self._outbox.lost()
         if self._linger is not None:
             self._linger.cancel()
-        # uvicorn says so to the last request alone, which may not have begun.
+        # uvicorn notifies only the last request, which may not have started.
         for cycle in (self._running, *(waiting for waiting, _ in self.pipeline)):
             if cycle is not None and not cycle.response_complete:
                 _disconnect(cycle)
@@ -105,10 +105,10 @@ class BoundedConnection(HttpToolsProtocol):
     def _address(self) -> str:
         return self.client[0] if self.client else ""
 
-    # ---- what comes
+    # ---- input
 
     def data_received(self, data: bytes) -> None:
-        """In place of uvicorn's, which takes every byte for a sign of life."""
+        """Replaces uvicorn's, which resets the keep-alive timer with every byte."""
         if self._phase is _Phase.BETWEEN and not self._is_deaf:
             data = self._after_blank_lines(data)
         if self._is_deaf:
@@ -122,7 +122,11 @@ class BoundedConnection(HttpToolsProtocol):
         rest = data.lstrip(b"\r\n")
         self._blank_bytes += len(data) - len(rest)
         if self._blank_bytes > MAX_BLANK_BYTES:
-            self._reject(MalformedRequest("Too many empty lines came before a request; send none."))
+            self._reject(
+                MalformedRequest(
+                    f"More than {MAX_BLANK_BYTES} bytes of empty lines before a request; send none."
+                )
+            )
         return rest
 
     def _head_is_too_long(self, data: bytes) -> bool:
@@ -147,8 +151,8 @@ class BoundedConnection(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            # The parser takes what follows for another protocol, of which we speak none: a fresh
-            # one reads the same head without it, and then the body.
+            # The parser expects another protocol from here on. The service ignores the upgrade: a
+            # new parser reads the head without it, and then the body.
             self.parser = httptools.HttpRequestParser(self)
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
             self._feed(self._without_upgrade + data[upgrade.args[0] :])
@@ -160,7 +164,7 @@ class BoundedConnection(HttpToolsProtocol):
                 self._reject(MalformedRequest(HTTP_2 if is_http_2 else _reason(error)))
 
     def _count(self, data: bytes, framing: Framing, before: int) -> None:
-        """Hold what has just been parsed against the bounds."""
+        """Check the bytes that were just parsed against the bounds."""
         if self._is_deaf:
             return
         is_of_body = self._phase is _Phase.BODY and framing is self._framing
@@ -171,8 +175,8 @@ class BoundedConnection(HttpToolsProtocol):
         elif is_of_body and framing.is_excessive(len(data), framing.content - before):
             self._reject(
                 MalformedRequest(
-                    "The body has too many bytes of chunk sizes, extensions and trailers beside "
-                    "its content; send larger chunks without them."
+                    "The chunk sizes, extensions and trailers of the body have too many bytes for "
+                    "its content; send larger chunks without extensions and trailers."
                 )
             )
 
@@ -190,11 +194,11 @@ class BoundedConnection(HttpToolsProtocol):
         if self._dropped_bytes > MAX_DROPPED_BYTES:
             self.flow.pause_reading()
 
-    # ---- what the parser finds
+    # ---- callbacks of the parser
 
     def on_message_begin(self) -> None:
         if len(self.pipeline) >= MAX_PIPELINED:
-            # The client sends again what is not answered when the connection closes.
+            # The client sends unanswered requests again when the connection closes.
             self.pipeline[0][0].keep_alive = False
             self._is_deaf = True
             raise _Enough
@@ -206,7 +210,7 @@ class BoundedConnection(HttpToolsProtocol):
         self._begin_head()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._phase is _Phase.HEAD:  # else it is a trailer, and those are not read
+        if self._phase is _Phase.HEAD:  # otherwise it is a trailer, which is ignored
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -225,7 +229,9 @@ class BoundedConnection(HttpToolsProtocol):
     def _head_without_upgrade(self, version: str) -> bytes:
         method = self.parser.get_method()
         if method == b"CONNECT":
-            raise MalformedRequest("CONNECT asks for a tunnel; this service is no proxy.")
+            raise MalformedRequest(
+                "CONNECT requests a tunnel, and this service is not a proxy; send GET or POST."
+            )
         lines = [b"%b %b HTTP/%b" % (method, self.url, version.encode())]
         lines += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
         return b"\r\n".join([*lines, b"", b""])
@@ -235,13 +241,13 @@ class BoundedConnection(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        if self._phase is _Phase.HEAD:  # of a request for an upgrade: its body comes yet
+        if self._phase is _Phase.HEAD:  # of an upgrade request: its body follows
             return
         self._phase = _Phase.BETWEEN
         super().on_message_complete()
         self._is_deaf = self._is_deaf or not self.cycle.keep_alive
 
-    # ---- what goes
+    # ---- output
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
@@ -250,14 +256,14 @@ class BoundedConnection(HttpToolsProtocol):
             async def put(message: Message) -> None:
                 await self._outbox.put(send, message, scope["held"])
 
-            await self._outbox.emptied()  # of the answers before it
+            await self._outbox.emptied()  # of the responses before it
             await app(scope, receive, put)
 
         super()._start_asgi_task(cycle, answer)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self._phase is _Phase.HEAD:  # which has a clock of its own
+        if self._phase is _Phase.HEAD:  # which has its own timer
             self._unset_keepalive_if_required()
         if self._farewell and not self._is_answering:
             self._part()
@@ -269,13 +275,13 @@ class BoundedConnection(HttpToolsProtocol):
             running is None or running.response_complete or running.disconnected
         )
 
-    # ---- what is refused
+    # ---- refusals
 
     def _reject(self, error: CamserveError) -> None:
-        """Answer what came before; then this, with an error; then close."""
+        """Answer earlier requests; then send this error; then close."""
         self._end_head()
         self._is_deaf = True
-        # No middleware sees it, which would have logged it.
+        # No middleware sees this error, so it is logged here.
         _log.info(error.code, client=self._address)
         self._farewell = _answer_to(error)
         if self._phase is _Phase.BODY:
@@ -305,7 +311,7 @@ class BoundedConnection(HttpToolsProtocol):
         self._farewell = b""
         self._outbox.watch()
 
-    # ---- the clock of a head
+    # ---- the timer of a head
 
     def _begin_head(self) -> None:
         if self._give_up is not None:
@@ -341,12 +347,12 @@ def _reason(error: httptools.HttpParserError) -> str:
     reason = str(error).rstrip(".")[:200] or "it cannot be parsed"
     if isinstance(error, httptools.HttpParserCallbackError):
         reason = "its target cannot be read"
-    return f"What was sent is not HTTP/1.1: {reason}."
+    return f"The request is not HTTP/1.1: {reason}."
 
 
 def _answer_to(error: CamserveError) -> bytes:
-    """All of the answer to what was refused before it was a request."""
-    # What the request was for is not known: it has not been read to its end.
+    """The whole response to input that was refused before it was a complete request."""
+    # The path is unknown: the request has not been read to its end.
     response = problem(Request({"type": "http", "path": "/"}), error)
     response.headers.update(SECURITY_HEADERS)
     lines = [f"HTTP/1.1 {response.status_code} {HTTPStatus(response.status_code).phrase}".encode()]

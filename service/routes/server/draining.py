@@ -17,15 +17,16 @@ from service.routes.server.bounded_connection import BoundedConnection
 _log = structlog.get_logger(__name__)
 
 SWITCH_SECONDS = 0.0005
-"""For `sys.setswitchinterval`: how long a worker computes before the event loop gets its turn.
+"""For `sys.setswitchinterval`: how long a worker computes before the event loop can run.
 
-Python's own 5 ms may be waited at each of the many reads and writes of a refusal.
+With Python's default, each of the many reads and writes of a refusal may wait 5 ms.
 """
 
 KEEP_ALIVE_SECONDS = 75
-"""Of a connection that nothing is asked on.
+"""How long an idle connection stays open.
 
-Balancers keep theirs for a minute; were ours closed sooner, a request could be on its way then.
+Load balancers keep idle connections for a minute; if the service closed them sooner, it could lose
+a request that is being sent.
 """
 
 
@@ -44,14 +45,14 @@ def config_of(app: FastAPI, **options: Any) -> uvicorn.Config:
 
 
 class DrainingServer(uvicorn.Server):
-    """On SIGTERM or Ctrl-C: takes nothing new, finishes what it accepted, then ends with 0.
+    """On SIGTERM or Ctrl-C: refuses new requests, finishes accepted ones, then exits with 0.
 
-    uvicorn alone closes its sockets first, so that nobody could see that the service is not ready
-    any more. Here it goes on listening while it drains: `/health/ready` and new requests get 503
-    with `Retry-After`, and a balancer sends them elsewhere. A second signal ends it at once.
+    uvicorn alone closes its sockets first, so clients cannot see that the service is no longer
+    ready. This server keeps listening while it drains: `/health/ready` and new requests get 503
+    with `Retry-After`, and a load balancer sends them elsewhere. A second signal stops it at once.
 
-    grace: seconds that what was accepted may take.
-    delay: seconds to go on listening at least, for balancers that look only now and then.
+    grace: seconds that accepted requests may take.
+    delay: seconds to keep listening at least, for load balancers that probe rarely.
     """
 
     def __init__(self, app: FastAPI, *, grace: float, delay: float, **options: Any) -> None:
@@ -71,7 +72,7 @@ class DrainingServer(uvicorn.Server):
             super().handle_exit(sig, frame)
             return
         if sig == signal.SIGINT:
-            # Raised again at the end, for the shell to see. After SIGTERM the service ended well.
+            # Raised again at the end, for the shell. After SIGTERM the exit status is 0.
             self._captured_signals.append(sig)
         self._admission.close()
         self._loop.call_soon_threadsafe(self._begin_to_drain)

@@ -1,4 +1,4 @@
-"""What a connection was given to send, until the socket has taken it."""
+"""The unsent output of a connection, until the socket has taken it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from service.scheduling.transfers import Transfer, Transfers
 _log = structlog.get_logger(__name__)
 
 LOOK_SECONDS = 1.0
-"""How often a client that does not read is looked at."""
+"""How often a client that does not read is checked."""
 
 Message = MutableMapping[str, Any]
 
 
 class Outbox:
-    """Waits until answers have left, and ends the connection of a client that does not read them.
+    """Waits until responses are sent, and aborts the connection if the client does not read them.
 
     client: its address, for the log.
     """
@@ -49,9 +49,9 @@ class Outbox:
     async def put(
         self, send: Callable[[Message], Awaitable[None]], message: Message, held: Held
     ) -> None:
-        """Send one message of an answer; after the last one, wait until all of it has left.
+        """Send one message of a response; after the last one, wait until all of it is sent.
 
-        At most 64 KiB, which the transport buffers, are not waited for.
+        Up to 64 KiB, which the transport buffers, are not waited for.
         """
         self._held = held
         await send(message)
@@ -61,7 +61,7 @@ class Outbox:
             await self.emptied()
 
     async def emptied(self) -> None:
-        """Return when everything has left, or the connection has ended."""
+        """Return when everything is sent, or the connection is closed."""
         if not self._flow.write_paused or self._is_lost:
             return
         self._transport.set_write_buffer_limits(high=0)  # now `drain` waits for the last byte
@@ -71,7 +71,7 @@ class Outbox:
         self.watch()
 
     def watch(self) -> None:
-        """Look from now on whether the client reads, where it has not read everything."""
+        """Check from now on that the client reads, if some output is unsent."""
         if not self._unsent:
             self._rest()
         elif self._transfer is None:
@@ -82,7 +82,7 @@ class Outbox:
             self._timer = self._loop.call_later(LOOK_SECONDS, self._look)
 
     def lost(self) -> None:
-        """The connection has ended."""
+        """The connection is closed."""
         self._is_lost = True
         self._rest()
 

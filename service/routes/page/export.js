@@ -1,4 +1,4 @@
-/** What can be taken along: the picture, the JSON, and the code that gives the same. */
+/** Export: the image with its map, the JSON, and code for the same request. */
 
 import { hasKey, query } from "./api.js";
 import { curl, python } from "./code.js";
@@ -6,8 +6,8 @@ import { announce } from "./notices.js";
 import { optionsOf, viewOptions } from "./question.js";
 import { $, state } from "./state.js";
 
-/** `pane` shows the map to take. */
-export function wireTaking(pane) {
+/** `pane` shows the map to export. */
+export function wireExport(pane) {
   $("save-overlay").addEventListener("click", async () => {
     if (state.shown) save(await pane.overlay(state.view), fileName(state.shown, "jpg"));
   });
@@ -17,9 +17,9 @@ export function wireTaking(pane) {
     save(new Blob([text], { type: "application/json" }), fileName(state.shown, "json"));
   });
   $("show-code").addEventListener("click", showCode);
-  for (const each of document.querySelectorAll("[data-copy]")) {
-    each.addEventListener("click", async () => {
-      each.textContent = (await copied($(each.dataset.copy))) ? "Copied" : "Press Ctrl C";
+  for (const copy of document.querySelectorAll("[data-copy]")) {
+    copy.addEventListener("click", async () => {
+      copy.textContent = (await copied($(copy.dataset.copy))) ? "Copied" : "Press Ctrl C";
     });
   }
 }
@@ -32,27 +32,27 @@ function save(blob, name) {
   setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
 }
 
-function fileName({ photo, explanation }, end) {
-  const parts = [photo.name.replace(/\.[^.]*$/, ""), explanation.label, explanation.method];
+function fileName({ image, explanation }, end) {
+  const parts = [image.name.replace(/\.[^.]*$/, ""), explanation.label, explanation.method];
   return `${parts.join("-").replaceAll(/[^\p{L}\p{N}.-]+/gu, "_")}.${end}`;
 }
 
 function showCode() {
   if (!state.shown) return;
-  const { photo, question, model } = state.shown;
+  const { image, question, model } = state.shown;
   const base = new URL(".", document.baseURI).href;
   const options = [...optionsOf({ question, model }), ...viewOptions(state.view)];
   const all = [...options, ["include", "heatmap"], ["include", "regions"]];
   const key = hasKey();
-  $("code-curl").textContent = curl(base, photo.name, query(all), { key });
-  $("code-picture").textContent = curl(base, photo.name, query(options), { key, accept: "image/jpeg", out: "why.jpg" });
-  $("code-python").textContent = python(base, photo.name, all, { key });
+  $("code-curl").textContent = curl(base, image.name, query(all), { key });
+  $("code-picture").textContent = curl(base, image.name, query(options), { key, accept: "image/jpeg", out: "why.jpg" });
+  $("code-python").textContent = python(base, image.name, all, { key });
   $("code-key").hidden = !key;
-  for (const each of document.querySelectorAll("[data-copy]")) each.textContent = "Copy";
+  for (const copy of document.querySelectorAll("[data-copy]")) copy.textContent = "Copy";
   $("code").showModal();
 }
 
-/** Puts a text on the clipboard; where that is forbidden, selects it. */
+/** Puts a text on the clipboard; if that is forbidden, selects it. */
 async function copied(element) {
   try {
     await navigator.clipboard.writeText(element.textContent);

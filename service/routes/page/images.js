@@ -1,28 +1,28 @@
-/** Photographs: picked, dropped, pasted, taken, or the sample. */
+/** Images: picked, dropped, pasted, from the camera, or the sample. */
 
 import { download } from "./api.js";
 
-const MAX_SIDE = 2048; // of what is drawn here; the server is sent the file as it is
+const MAX_SIDE = 2048; // of the drawn bitmap; the server gets the original file
 
 let count = 0;
 
 /**
- * A file, and what this browser can draw of it.
+ * A file with its bitmap.
  *
- * @returns {{id: number, name: string, file: Blob, picture: ImageBitmap | null, ready: Promise}}
- *   `picture` is upright and at most MAX_SIDE long; null until `ready`, and for what browsers do not
- *   read, a TIFF for instance.
+ * @returns {{id: number, name: string, file: Blob, bitmap: ImageBitmap | null, ready: Promise}}
+ *   `bitmap` is upright and at most MAX_SIDE long; null until `ready`, and for files that
+ *   browsers cannot read, such as TIFF.
  */
-export function photograph(file, name = file.name) {
-  const photo = { id: (count += 1), name: name || `photo-${count}.png`, file, picture: null, label: "" };
-  photo.ready = pictureOf(file).then((picture) => {
-    photo.picture = picture;
+export function newImage(file, name = file.name) {
+  const image = { id: (count += 1), name: name || `photo-${count}.png`, file, bitmap: null, label: "" };
+  image.ready = bitmapOf(file).then((bitmap) => {
+    image.bitmap = bitmap;
   });
-  return photo;
+  return image;
 }
 
-/** What of a photograph can be drawn; null where the browser cannot read it. */
-export async function pictureOf(blob) {
+/** The bitmap of an image file; null if the browser cannot read it. */
+export async function bitmapOf(blob) {
   let whole;
   try {
     whole = await createImageBitmap(blob);
@@ -41,7 +41,7 @@ export async function pictureOf(blob) {
   return small;
 }
 
-/** Hands on what is picked, dropped on the page or pasted into it. */
+/** Passes on files that are picked, dropped on the page or pasted into it. */
 export function watch({ input, drop, onFiles }) {
   const take = (files) => {
     if (files?.length) onFiles([...files]);
@@ -68,12 +68,12 @@ export function watch({ input, drop, onFiles }) {
   });
 }
 
-/** The sunflower that this server brings along. Throws Problem. */
+/** The sunflower that the server provides. Throws Problem. */
 export async function sample() {
   return new File([await download("page/sunflower.jpg")], "sunflower.jpg", { type: "image/jpeg" });
 }
 
-/** Lets a camera look into a dialog; resolves to the photograph taken, or null. */
+/** Shows the camera in a dialog; resolves to the captured image, or null. */
 export async function take(dialog) {
   const video = dialog.querySelector("video");
   const words = dialog.querySelector("#camera-words");
@@ -105,7 +105,7 @@ export async function take(dialog) {
 
 async function opened(words) {
   try {
-    // `mediaDevices` is absent on pages that came over plain HTTP from another machine.
+    // `mediaDevices` is missing if the page comes over plain HTTP from another machine.
     return await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
   } catch (error) {
     words.textContent =
