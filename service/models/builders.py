@@ -10,7 +10,7 @@ import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, get_args
 
@@ -26,7 +26,6 @@ from service.models.catalog import BUILTIN, ENTRY, Fit, Interpolation, ModelSpec
 from service.models.eager import eager
 from service.models.weights.files import (
     Weights,
-    classes_in,
     digest,
     fits,
     labels_in,
@@ -34,6 +33,7 @@ from service.models.weights.files import (
     read_weights,
 )
 from service.models.weights.metadata import FED_BY, output_in, preprocessing_in
+from service.models.weights.shapes import classes_in, has_positions, image_size_in
 
 DOWNLOAD_TIMEOUT = 10.0
 """Seconds that a connection to fetch weights may stall."""
@@ -131,18 +131,22 @@ def _torchvision_file(spec: ModelSpec, name: str, make: Callable[..., nn.Module]
     if name in _WITH_AUX:  # as torchvision sets it with its weights, from which people fine-tune
         given |= {"aux_logits": False, "transform_input": True}
     given = {key: value for key, value in given.items() if key not in spec.arguments}
+    given |= _image_size(spec, weights, lambda: make(**given), "image_size")
     module = make(**given, **_classes(spec, weights, lambda **more: make(**given, **more)))
     entries = torchvision.models.get_model_weights(name)
     published = next((each for each in entries if _is_of_url(weights, each.url)), None)
     entry = published or entries.DEFAULT
     preprocessing, labels = _from_entry(entry)
+    source = _of_entry(entry)
+    if isinstance(module, torchvision.models.VisionTransformer):
+        preprocessing, source = _at_size(module.image_size, preprocessing, source)
     return _filled(
         spec,
         module,
         weights,
         labels if published else None,
         default=preprocessing,
-        source=_of_entry(entry),
+        source=source,
         unused=_OF_AUX if "aux_logits" in given else None,
     )
 
@@ -200,10 +204,12 @@ def _build_timm(spec: ModelSpec, name: str, allow_random_weights: bool) -> Built
 
     if spec.weights is not None:
         weights = _weights(spec)
-        module = make(**_classes(spec, weights, make))
-        fed = _timm_preprocessing(timm, module)
-        source = f"timm's configuration of {name}"
-        return _filled(spec, module, weights, default=fed, source=source)
+        size = _image_size(spec, weights, make, "img_size")
+        module = make(**size, **_classes(spec, weights, lambda **more: make(**size, **more)))
+        default, source = _timm_preprocessing(timm, module), f"timm's configuration of {name}"
+        if size:
+            default, source = _at_size(size["img_size"], default, source)
+        return _filled(spec, module, weights, default=default, source=source)
     if allow_random_weights:
         module = _randomised(make)
     else:
@@ -374,6 +380,31 @@ def _classes(
         sketches = make(**{name: 1013}), make(**{name: 1019})  # like no other size in a model
     found = classes_in(sketches, weights, _source(spec))
     return {} if found is None else {name: found}
+
+
+def _image_size(
+    spec: ModelSpec, weights: Weights, make: Callable[[], nn.Module], name: str
+) -> dict[str, int]:
+    """The argument for the image size of the weights file; empty where it is given or the default.
+
+    name: the argument that takes the side of a square image in pixels.
+    """
+    if name in spec.arguments or not has_positions(weights):
+        return {}
+    with torch.device("meta"):
+        sketch = make()
+    size = image_size_in(sketch, weights, _source(spec))
+    return {} if size is None else {name: size}
+
+
+def _at_size(side: int, preprocessing: Preprocessing, source: str) -> tuple[Preprocessing, str]:
+    """A transform that ends in square images of one size, without a margin; and its source."""
+    if preprocessing.crop == (side, side):
+        return preprocessing, source
+    return (
+        replace(preprocessing, resize=side, crop=(side, side)),
+        f"resize and crop from the position embedding, else {source}",
+    )
 
 
 def _filled(

@@ -130,7 +130,7 @@ def load_into(
     sets of weights that fit.
     """
     wanted = module.state_dict()
-    chosen = _chosen(weights, wanted, source)
+    chosen = chosen_from(weights, wanted, source)
     spare = [key for key in chosen.tensors if unused and key not in wanted and unused(key)]
     tensors = {key: value for key, value in chosen.tensors.items() if key not in spare}
     _tell(chosen, spare, source)
@@ -164,7 +164,11 @@ def _way_out(chosen: Chosen, *, only_more: bool) -> str:
     )
 
 
-def _chosen(weights: Weights, wanted: Mapping[str, Tensor], source: str) -> Chosen:
+def chosen_from(weights: Weights, wanted: Mapping[str, Tensor], source: str) -> Chosen:
+    """What of a weights file fits a model's state dict best (`checkpoints.choose`).
+
+    Raises ConfigurationError where several weights fit.
+    """
     chosen = choose(weights.entries, wanted, weights.key)
     if chosen.others:
         names = [f"{weights.key}.{each}" if weights.key else each for each in chosen.others]
@@ -198,34 +202,9 @@ def fits(module: nn.Module, weights: Weights, source: str) -> bool:
     Raises ConfigurationError where several weights fit.
     """
     wanted = module.state_dict()
-    chosen = _chosen(weights, wanted, source)
+    chosen = chosen_from(weights, wanted, source)
     pairs = ((chosen.tensors[key], wanted[key]) for key in chosen.tensors if key in wanted)
     return not chosen.fits or all(tensor.shape == other.shape for tensor, other in pairs)
-
-
-def classes_in(sketches: tuple[nn.Module, nn.Module], weights: Weights, source: str) -> int | None:
-    """How many classes a file has, or None where its keys do not say it.
-
-    sketches: the model for two numbers of classes; what differs between them is the head.
-    Raises ConfigurationError where several heads of the file have several numbers.
-    """
-    one, other = (sketch.state_dict() for sketch in sketches)
-    tensors = _chosen(weights, one, source).tensors
-    counts = {
-        key: int(tensors[key].shape[axis])
-        for key, tensor in one.items()
-        if key in tensors and tensors[key].ndim == tensor.ndim
-        for axis, size in enumerate(tensor.shape)
-        if key in other and size != other[key].shape[axis]
-    }
-    found = sorted(set(counts.values()))
-    if len(found) > 1:
-        heads = ", ".join(f"{key}: {count}" for key, count in sorted(counts.items())[:SHOWN])
-        raise ConfigurationError(
-            f"{source} has heads of {' and '.join(map(str, found))} classes ({heads}); say which "
-            "with arguments = { num_classes = … } in models.toml."
-        )
-    return found[0] if found else None
 
 
 def digest(state: Mapping[str, Any]) -> str:
