@@ -127,7 +127,7 @@ def _photographs(model: LoadedModel, folder: Path) -> list[torch.Tensor]:
     files = sorted(folder.rglob("*.jp*g"))[:4] if folder.is_dir() else []
     read = [
         open_upload(
-            file.read_bytes(), model.preprocessing, "crop", max_pixels=10**8, photo_side=None
+            file.read_bytes(), model.preprocessing, "crop", max_pixels=10**8, preview_side=None
         )
         for file in files
     ]

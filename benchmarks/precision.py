@@ -15,7 +15,7 @@ from pathlib import Path
 from measuring import machine, markdown
 
 from service.evaluation.calibration import agreement
-from service.images.files import find_images
+from service.images.image_files import find_images
 from service.images.upload import open_upload
 from service.models.catalog import parse_model
 from service.models.compiled.lane import Compiler
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     pictures = [
         open_upload(
-            path.read_bytes(), exact.preprocessing, "crop", max_pixels=MAX_PIXELS, photo_side=None
+            path.read_bytes(), exact.preprocessing, "crop", max_pixels=MAX_PIXELS, preview_side=None
         ).model_input.pixels
         for path, _ in find_images(options.folders)
     ]

@@ -87,7 +87,7 @@ def by_pillow(data: bytes, scale: int = 1) -> Pixels:
 
 def opened(photo: Photo, side: int | None = None) -> Upload:
     """What the service does before the model."""
-    return open_upload(photo.data, Preprocessing(), "crop", max_pixels=LIMIT, photo_side=side)
+    return open_upload(photo.data, Preprocessing(), "crop", max_pixels=LIMIT, preview_side=side)
 
 
 def map_of(seed: int = 0) -> NDArray[np.float32]:
@@ -105,9 +105,9 @@ def rendered(upload: Upload, include: str) -> object:
     cam, geometry = map_of(), upload.model_input.geometry
     if include == "heatmap":
         return render_heatmap(cam, geometry, Style(), SIDE)
-    assert upload.photo is not None
+    assert upload.preview is not None
     pixels = upload.model_input.pixels.permute(1, 2, 0).numpy()
-    return render_overlay(cam, geometry, Style(), upload.photo, pixels)
+    return render_overlay(cam, geometry, Style(), upload.preview, pixels)
 
 
 def steps(photo: Photo) -> Steps:

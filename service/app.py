@@ -28,10 +28,10 @@ from service.integrations.registry import INTEGRATIONS
 from service.metrics import Metrics, Readings
 from service.models.catalog import ModelSpec, check_names, parse_models, with_int8
 from service.models.compiled.lane import Compiler
-from service.models.config import read_config
 from service.models.library import Library
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model
+from service.models.models_toml import read_config
 from service.models.pool import ModelPool
 from service.pipeline.service import Limits, Service
 from service.resources import device_memory, memory_limit
@@ -165,7 +165,7 @@ def build_service(settings: Settings, *, load: bool = True, only: str | None = N
         most_per_client=settings.max_uploads_per_client,
     )
     admission = Admission(
-        max_images=settings.places,
+        max_images=settings.queue_limit,
         max_bytes=settings.max_queue_bytes,
         max_answer_bytes=settings.max_held_answer_bytes or max(memory_limit() // 8, 256 << 20),
         make_room=transfers.make_room,

@@ -320,7 +320,7 @@ class Settings(BaseSettings):
         return self.max_batch or (64 if self.uses_gpu else 4)
 
     @property
-    def places(self) -> int:
+    def queue_limit(self) -> int:
         """`max_queue`, with 0 resolved."""
         return self.max_queue or (256 if self.uses_gpu else 64)
 

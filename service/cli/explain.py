@@ -29,7 +29,7 @@ from service.cli.report.contact_sheet import ContactSheet
 from service.cli.report.page import HtmlReport
 from service.cli.tensorboard import open_board
 from service.errors import ConfigurationError
-from service.images.files import find_images, text_of
+from service.images.image_files import find_images, text_of
 from service.pipeline.service import Service
 from service.settings import Settings
 

@@ -21,7 +21,7 @@ from service.cam.heatmap import render_heatmap
 from service.cli.tensorboard import Board
 from service.durable import write_whole
 from service.errors import CamserveError
-from service.images.files import read_image, text_of
+from service.images.image_files import read_image, text_of
 from service.images.upload import Upload
 from service.inference.questions import Answer
 from service.models.loaded import LoadedModel

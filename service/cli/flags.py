@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from api_schemas.options import ExplainOptions
 from service.errors import CamserveError, InvalidOption
-from service.images.files import left_out_of
+from service.images.image_files import skipped_files
 from service.settings import Settings
 
 OUT = Console()
@@ -136,7 +136,7 @@ def _option(name: str) -> inspect.Parameter:
 
 def say_left_out(given: Iterable[str]) -> None:
     """Say on standard error what folders on a command line hold beside images."""
-    line = left_out_of(given)
+    line = skipped_files(given)
     if line:
         ERR.print(escape(line), soft_wrap=True)
 

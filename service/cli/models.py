@@ -17,7 +17,7 @@ from rich.table import Table
 from service import logs
 from service.cli.flags import ERR, OF_MODELS, OUT, with_settings
 from service.errors import CamserveError, ConfigurationError
-from service.images.files import find_images, text_of
+from service.images.image_files import find_images, text_of
 from service.models.catalog import BUILTIN, ModelSpec, parse_model
 from service.settings import Settings
 
@@ -132,7 +132,7 @@ def _pictures(model: LoadedModel, folder: Path, settings: Settings) -> list[Tens
                 model.preprocessing,
                 "crop",
                 max_pixels=settings.max_pixels,
-                photo_side=None,
+                preview_side=None,
                 budget=budget,
             )
         except CamserveError as error:

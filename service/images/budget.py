@@ -39,16 +39,16 @@ class DecodeBudget:
         """
         if amount > self.max_bytes:
             raise ImageTooLarge(
-                f"Decoding the image takes {amount:,} bytes of memory, and at most "
-                f"{self.max_bytes:,} are allowed here; scale it down, or save it in 8 bits and in "
+                f"Decoding the image takes {amount:,} bytes of memory, and the limit is "
+                f"{self.max_bytes:,}; scale it down, or save it in 8 bits and in "
                 "strips or tiles, and send it again."
             )
         with self._freed:
             wait = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not self._freed.wait_for(lambda: self._taken + amount <= self.max_bytes, wait):
                 raise DeadlineExceeded(
-                    "The image waited longer than its deadline for memory to decode it; try again "
-                    "later."
+                    "The deadline passed before there was enough memory to decode the image; try "
+                    "again later."
                 )
             self._taken += amount
         try:

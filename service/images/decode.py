@@ -1,4 +1,4 @@
-"""From bytes to a bounded, upright RGB picture, and from model input back to source pixels.
+"""From bytes to a bounded, upright RGB image, and from model input back to source pixels.
 
     source = decode(data, max_pixels=50_000_000)          # or one of the four image errors
     model_input = fit_to_model(source, Preprocessing())   # uint8 (3, 224, 224)
@@ -28,20 +28,34 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from service.errors import CorruptImage, EmptyImage, ImageError, ImageTooLarge, UnsupportedImage
-from service.images.decoders.bmp import decode_bmp
-from service.images.decoders.png import decode_png16
+from service.images.decoders.bmp_decoder import decode_bmp
+from service.images.decoders.jpeg_decoder import (
+    MAX_ASPECT,
+    MAX_JPEG_SCANS,
+    decode_jpeg,
+    scale_of,
+    scans,
+    upright,
+)
+from service.images.decoders.png_decoder import decode_png16
 from service.images.decoders.samples import bands, load
-from service.images.decoders.tiff import decode_tiff
-from service.images.decoders.webp import decode_webp
-from service.images.formats import format_of, no_format
-from service.images.headers import bmp, gif, jpeg, png, tiff, webp
-from service.images.headers.bmp import BmpHeader
-from service.images.headers.header import SPARE_BYTES, Header, cut_short
-from service.images.headers.jpeg import JpegHeader
-from service.images.headers.png import PngHeader
-from service.images.headers.tiff import JPEG, TiffHeader
-from service.images.headers.webp import WebpHeader
-from service.images.jpeg import MAX_ASPECT, MAX_JPEG_SCANS, decode_jpeg, scale_of, scans, upright
+from service.images.decoders.tiff_decoder import decode_tiff
+from service.images.decoders.webp_decoder import decode_webp
+from service.images.formats import format_of, unsupported_format
+from service.images.headers import (
+    bmp_header,
+    gif_header,
+    jpeg_header,
+    png_header,
+    tiff_header,
+    webp_header,
+)
+from service.images.headers.bmp_header import BmpHeader
+from service.images.headers.header import SPARE_BYTES, Header, corrupt
+from service.images.headers.jpeg_header import JpegHeader
+from service.images.headers.png_header import PngHeader
+from service.images.headers.tiff_header import JPEG, TiffHeader
+from service.images.headers.webp_header import WebpHeader
 
 Fit = Literal["crop", "squash", "pad"]
 Rect = tuple[float, float, float, float]
@@ -53,12 +67,12 @@ millions of pixels would take as much memory as the whole image, and hold the GI
 
 _READERS: Mapping[str, Callable[[bytes], Header]] = MappingProxyType(
     {
-        "JPEG": jpeg.read,
-        "PNG": png.read,
-        "WEBP": webp.read,
-        "GIF": gif.read,
-        "BMP": bmp.read,
-        "TIFF": tiff.read,
+        "JPEG": jpeg_header.read,
+        "PNG": png_header.read,
+        "WEBP": webp_header.read,
+        "GIF": gif_header.read,
+        "BMP": bmp_header.read,
+        "TIFF": tiff_header.read,
     }
 )
 
@@ -145,7 +159,7 @@ class Source:
     `pixels` is uint8 (height, width, 3), RGB, upright (`service.images.upload` makes other
     numbers of channels); `format` is what the bytes are ("JPEG", "PNG", ...); `sha256` is the
     hexadecimal digest of the uploaded bytes. `full_size` is the (width, height) of the upright
-    picture where `pixels` are fewer, because it was scaled down while it was decoded.
+    image where `pixels` are fewer, because it was scaled down while it was decoded.
     """
 
     pixels: NDArray[np.uint8]
@@ -155,7 +169,7 @@ class Source:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of the whole picture, after the EXIF orientation."""
+        """Width and height of the whole image, after the EXIF orientation."""
         return self.full_size or (int(self.pixels.shape[1]), int(self.pixels.shape[0]))
 
     @property
@@ -174,7 +188,7 @@ class Geometry:
     """Where the model input lies in the source.
 
     `source_size` and `input_size` are (width, height). `window` is what the whole model input
-    covers, in source pixels, and may stick out of the picture. The point (u, v) of the model input,
+    covers, in source pixels, and may stick out of the image. The point (u, v) of the model input,
     as fractions of its width and height, is (x + u * w, y + v * h) of the source.
     """
 
@@ -207,7 +221,7 @@ class Geometry:
 
     @property
     def seen(self) -> Rect:
-        """The part of the picture that the model sees: what is covered, within the picture."""
+        """The part of the image that the model sees: what is covered, within the image."""
         x, y, w, h = self.covered
         left, top = max(x, 0.0), max(y, 0.0)
         right, bottom = min(x + w, self.source_size[0]), min(y + h, self.source_size[1])
@@ -262,7 +276,7 @@ def open_header(data: bytes, max_pixels: int) -> Header:
     Raises EmptyImage, UnsupportedImage, CorruptImage or ImageTooLarge.
     """
     if not data:
-        raise EmptyImage("The image has no bytes; send the content of the picture file.")
+        raise EmptyImage("The image has no bytes; send the content of the image file.")
     with image_errors(max_pixels):
         header = read_header(data)
         check_bounds(header, data, max_pixels)
@@ -277,7 +291,9 @@ def read_header(data: bytes) -> Header:
     """
     name = format_of(data)
     if name is None or (name == "BMP" and data[15:18] != b"\0\0\0"):
-        raise UnsupportedImage(f"{no_format(data)}; send JPEG, PNG, WebP, GIF, BMP or TIFF.")
+        raise UnsupportedImage(
+            f"{unsupported_format(data)}; send JPEG, PNG, WebP, GIF, BMP or TIFF."
+        )
     return _READERS[name](data)
 
 
@@ -290,25 +306,25 @@ def image_errors(max_pixels: int) -> Iterator[None]:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
         raise ImageTooLarge(
-            f"The picture has too many pixels. {TOO_LARGE.format(max_pixels)}"
+            f"The image has too many pixels. {TOO_LARGE.format(max_pixels)}"
         ) from error
     except Exception as error:  # Pillow's readers raise a dozen unrelated types on broken files.
-        raise cut_short() from error
+        raise corrupt() from error
 
 
 def check_bounds(header: Header, data: bytes, max_pixels: int) -> None:
-    """Refuse a picture that would take too long or too much memory; nothing is decoded yet."""
+    """Refuse an image that would take too long or too much memory; nothing is decoded yet."""
     width, height = header.extent
     if header.width < 1 or header.height < 1:
-        raise CorruptImage("The picture has no pixels; save it again and send the new file.")
+        raise CorruptImage("The image has no pixels; save it again and send the new file.")
     if width * height > max_pixels:
         raise ImageTooLarge(
-            f"The picture has {width} x {height} pixels. {TOO_LARGE.format(max_pixels)}"
+            f"The image has {width} x {height} pixels. {TOO_LARGE.format(max_pixels)}"
         )
     if max(width, height) > MAX_SIDE:
         raise ImageTooLarge(
-            f"The image has {width} x {height} pixels, and a side has at most {MAX_SIDE:,}; cut it "
-            "into several images and send those."
+            f"The image has {width} x {height} pixels, and the limit of a side is {MAX_SIDE:,}; "
+            "cut it into several images and send those."
         )
     if _passes(header, data) > MAX_JPEG_SCANS:
         raise UnsupportedImage(
@@ -360,7 +376,7 @@ def decode_stored(
 def _by_pillow(header: Header, data: bytes) -> NDArray[np.uint8]:
     with Image.open(io.BytesIO(header.pillow_bytes(data)), formats=(header.format,)) as image:
         if image.size != (header.width, header.height):
-            raise cut_short()
+            raise corrupt()
         load(image)
         transparent = image.info.get("transparency")
         if isinstance(header, PngHeader) and image.mode == "L" and isinstance(transparent, int):
@@ -492,20 +508,20 @@ def _crop_start(length: int, crop: int) -> int:
     return round((length - crop) / 2.0)
 
 
-def _cut_extreme(picture: Tensor, preprocessing: Preprocessing) -> tuple[Tensor, tuple[int, int]]:
-    """Of an extremely long picture, the middle that the crop needs, and its upper left corner."""
-    height, width = picture.shape[-2:]
+def _cut_extreme(image: Tensor, preprocessing: Preprocessing) -> tuple[Tensor, tuple[int, int]]:
+    """Of an extremely long image, the middle that the crop needs, and its upper left corner."""
+    height, width = image.shape[-2:]
     short, long = sorted((height, width))
     if long <= MAX_ASPECT * short:
-        return picture, (0, 0)
+        return image, (0, 0)
     scale = short / min(preprocessing.resized((width, height)))
     crop = preprocessing.crop[1] if width > height else preprocessing.crop[0]
     margin = math.ceil(2 * max(1.0, scale)) + 1  # the reach of the bicubic filter
     keep = min(long, max(short, math.ceil(crop * scale)) + 2 * margin)
     start = (long - keep) // 2
     if width > height:
-        return picture.narrow(2, start, keep), (start, 0)
-    return picture.narrow(1, start, keep), (0, start)
+        return image.narrow(2, start, keep), (start, 0)
+    return image.narrow(1, start, keep), (0, start)
 
 
 def _squash(image: Tensor, room: tuple[int, int], mode: InterpolationMode) -> Tensor:
@@ -531,10 +547,10 @@ def preview_size(size: tuple[int, int], max_side: int) -> tuple[int, int]:
 
 
 def preview(source: Source, max_side: int) -> NDArray[np.uint8]:
-    """Scale the picture, antialiased, to `preview_size`; where that is its size, the same array."""
+    """Scale the image, antialiased, to `preview_size`; where that is its size, the same array."""
     width, height = preview_size(source.size, max_side)
     if source.pixels.shape[:2] == (height, width):
         return source.pixels
-    picture = torch.from_numpy(source.pixels).permute(2, 0, 1)
-    scaled = transforms.resize(picture, [height, width])
+    image = torch.from_numpy(source.pixels).permute(2, 0, 1)
+    scaled = transforms.resize(image, [height, width])
     return np.ascontiguousarray(scaled.permute(1, 2, 0).numpy())

@@ -1,4 +1,4 @@
-"""Which format a picture's first bytes promise, and whether that format is read here."""
+"""Which format an image's first bytes promise, and whether that format is read here."""
 
 from __future__ import annotations
 
@@ -51,17 +51,17 @@ def check_format(data: bytes, formats: Sequence[str]) -> None:
     Raises EmptyImage, UnsupportedImage.
     """
     if not data:
-        raise EmptyImage("The image has no bytes; send the content of the picture file.")
+        raise EmptyImage("The image has no bytes; send the content of the image file.")
     found = format_of(data)
     if found not in formats:
-        said = f"{found} is not read here" if found else no_format(data)
-        raise UnsupportedImage(f"{said}; send one of {', '.join(formats)}.")
+        kind = f"{found} is not accepted by this service" if found else unsupported_format(data)
+        raise UnsupportedImage(f"{kind}; send one of {', '.join(formats)}.")
 
 
-def no_format(data: bytes) -> str:
-    """Say what bytes of no format that is read are, as far as their first ones show it."""
+def unsupported_format(data: bytes) -> str:
+    """Describe bytes of an unsupported format, as far as the first ones show what they are."""
     kind = _else_of(data)
-    return f"The bytes are {kind and f'{kind}, '}not a picture that is read"
+    return f"The bytes are {kind and f'{kind}, '}not a supported image format"
 
 
 def _else_of(data: bytes) -> str:

@@ -1,4 +1,4 @@
-"""Hide a part of a picture, to see what the answer owes to it."""
+"""Hide a part of an image, to see what the answer owes to it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GREY = 128
 BLUR_SHARE = 0.1
 """Standard deviation of the blur, of the shorter side."""
 
-# The shorter side that the picture is scaled to before it is blurred: what the blur leaves has no
+# The shorter side that the image is scaled to before it is blurred: what the blur leaves has no
 # detail that more pixels could show.
 BLUR_SIDE = 128
 
@@ -27,14 +27,14 @@ BLUR_SIDE = 128
 def hide(
     pixels: NDArray[np.uint8], mask: NDArray[np.bool_], fill: Fill = "mean"
 ) -> NDArray[np.uint8]:
-    """A copy of a picture, uint8 (h, w, c), with the pixels of `mask`, bool (h, w), replaced.
+    """A copy of an image, uint8 (h, w, c), with the pixels of `mask`, bool (h, w), replaced.
 
-    `mean`: by the mean colour of the whole picture; `blur`: by the picture with a strong Gaussian
-    blur, which keeps its colours in their places; `grey`: by 128. Raises ValueError where picture
+    `mean`: by the mean colour of the whole image; `blur`: by the image with a strong Gaussian
+    blur, which keeps its colours in their places; `grey`: by 128. Raises ValueError where image
     and mask differ in size.
     """
     if pixels.shape[:2] != mask.shape:
-        raise ValueError(f"a mask of {mask.shape} does not lie on a picture of {pixels.shape}")
+        raise ValueError(f"a mask of {mask.shape} does not lie on an image of {pixels.shape}")
     if fill == "mean":
         hidden = np.full_like(pixels, np.rint(_mean(pixels)))
     elif fill == "blur":

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _DIGITS = 7
-"""Characters of one COCO run length at most: 34 bits and a sign, more pixels than any picture."""
+"""Characters of one COCO run length at most: 34 bits and a sign, more pixels than any image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ def rle_encode(mask: NDArray[np.bool_]) -> RLE:
 def rle_decode(size: tuple[int, int], counts: str | Sequence[int]) -> NDArray[np.bool_]:
     """Read COCO run lengths, compressed or as a list of numbers, into bool (h, w).
 
-    Takes height x width bytes, so compare `size` with the picture first where it comes from
+    Takes height x width bytes, so compare `size` with the image first where it comes from
     outside. Raises ValueError where `counts` is not a mask of exactly that size.
     """
     height, width = size
@@ -86,7 +86,7 @@ def _unpacked(counts: str) -> NDArray[np.int64]:
     starts = np.concatenate(([0], ends[:-1]))
     lengths = ends - starts
     if lengths.max() > _DIGITS:
-        raise ValueError("a run length in this string is longer than any picture")
+        raise ValueError("a run length in this string is longer than any image")
     places = np.arange(digits.size) - np.repeat(starts, lengths)
     values = np.add.reduceat((digits & 31) << (5 * places), starts)
     values -= np.where(digits[ends - 1] & 16, 1 << (5 * lengths), 0)

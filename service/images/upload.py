@@ -1,4 +1,4 @@
-"""One uploaded image, opened once: what the model needs and what the pictures need.
+"""One uploaded image, opened once: the model input, and a preview for drawing.
 
 A model of one channel sees grey (ITU-R 601, as Pillow's mode "L"). A model of any other number than
 1 and 3 takes a TIFF with that many pages, all of one size, each page one channel.
@@ -40,10 +40,10 @@ from service.images.decode import (
     preview,
     preview_size,
 )
+from service.images.decoders.jpeg_decoder import upright
 from service.images.decoders.samples import bands
-from service.images.headers.header import SPARE_BYTES, Header, cut_short
-from service.images.headers.tiff import STARTS, directories, header_of
-from service.images.jpeg import upright
+from service.images.headers.header import SPARE_BYTES, Header, corrupt
+from service.images.headers.tiff_header import STARTS, directories, header_of
 from service.images.masks import Fill, boxes_mask, hide
 from service.images.run_lengths import rle_decode
 
@@ -52,14 +52,14 @@ SPARE = 2
 model resizes it to, so that most of the scaling is still the antialiased resize."""
 
 SHARPNESS = 0.9
-"""A photo to draw on may be enlarged from this share of its side: nobody sees it, and the commonest
-camera's 4,000 pixels are decoded at 2,000 for a side of 2,048."""
+"""A preview may be enlarged from this share of its side: the difference is not visible, and the
+common 4,000 pixels are decoded at 2,000 for a side of 2,048."""
 
 _SCALING = 2 if "AVX" in torch.backends.cpu.get_cpu_capability() else 14
 """Bytes a pixel that scaling RGB takes: where the processor has no such instructions, floats."""
 
 Sent = bytes | NDArray[np.uint8]
-"""A picture as it came: a file, or its pixels (height, width, channels)."""
+"""An image as it was sent: a file, or its pixels (height, width, channels)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,7 +68,7 @@ class Upload:
 
     width, height, format, sha256: of the upright source.
     model_input: what the model sees, and the geometry back to source pixels.
-    photo:       uint8 (h, w, 3), the source scaled to at most the render side; None if not wanted.
+    preview:     uint8 (h, w, 3), the source scaled to at most the render side; None if not wanted.
     masked:      the upload with a part hidden; None if not wanted.
     """
 
@@ -77,7 +77,7 @@ class Upload:
     format: str
     sha256: str
     model_input: ModelInput
-    photo: NDArray[np.uint8] | None
+    preview: NDArray[np.uint8] | None
     masked: Upload | None = None
 
 
@@ -99,15 +99,15 @@ class Hiding:
                 mask = rle_decode(*self.rle)
             else:
                 raise InvalidOption(
-                    f"`mask` is for a picture of [height, width] {list(self.rle[0])}, and this one "
-                    f"is {[size[1], size[0]]}; give it in upright source pixels."
+                    f"`mask` is for an image of [height, width] {list(self.rle[0])}, and this one "
+                    f"is {[size[1], size[0]]}; send it in upright source pixels."
                 )
         except ValueError as error:
             raise InvalidOption(f"`mask` cannot be read: {error}.") from error
         if not mask.any():
             raise InvalidOption(
-                "`mask` covers no pixel of this picture; give it in upright source pixels, 0, 0 at "
-                "the upper left."
+                "`mask` covers no pixel of this image; send it in upright source pixels, with 0, 0 "
+                "at the upper left."
             )
         return ~mask if self.rest else mask
 
@@ -118,22 +118,22 @@ def open_upload(
     fit: Fit | None,
     *,
     max_pixels: int,
-    photo_side: int | None,
+    preview_side: int | None,
     hiding: Hiding | None = None,
     budget: DecodeBudget | None = None,
     deadline: float | None = None,
 ) -> Upload:
-    """Decode, fit to the model, and keep a photo of at most `photo_side` pixels (None: no photo).
+    """Decode, fit to the model, and keep a preview of at most `preview_side` pixels (None: none).
 
     Pixels at the model's input size are the model input, whatever `fit` is.
 
     budget:   what the memory is taken from before anything is decoded; None: nothing bounds it.
     deadline: until when its bytes are waited for, on `time.monotonic()`'s clock; None: for ever.
 
-    Raises the ImageErrors of `decode`, InvalidOption where `hiding` does not fit the picture, and
+    Raises the ImageErrors of `decode`, InvalidOption where `hiding` does not fit the image, and
     DeadlineExceeded.
     """
-    request = _Request(preprocessing, fit, photo_side, hiding)
+    request = _Request(preprocessing, fit, preview_side, hiding)
     available = _Memory(budget, deadline)
     if not isinstance(data, bytes):
         _check_pixels(data, max_pixels)
@@ -142,7 +142,7 @@ def open_upload(
         height, width = data.shape[:2]
         with available.take(request.bytes_for((width, height), width * height)):
             return request.opened(_of_pixels(data))
-    keep = None if hiding is not None else _needed(preprocessing, photo_side)
+    keep = None if hiding is not None else _needed(preprocessing, preview_side)
     headers = open_headers(data, preprocessing.channels, max_pixels)
     for _ in range(2):
         fitting = request.bytes_for(headers[0].upright, decoded_pixels(headers[0], keep))
@@ -155,7 +155,7 @@ def open_upload(
             )
             return request.opened(source)
         headers = tuple(map(for_pillow, headers))
-    raise cut_short()
+    raise corrupt()
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +177,7 @@ class _Request:
 
     preprocessing: Preprocessing
     fit: Fit | None
-    photo_side: int | None
+    preview_side: int | None
     hiding: Hiding | None
 
     def bytes_for(self, size: tuple[int, int], decoded: int) -> int:
@@ -189,9 +189,9 @@ class _Request:
         width = max(3, channels)
         scaling = _SCALING if channels == 3 else 5 * channels
         hidden = 0 if self.hiding is None else math.prod(size) * (width + 3)
-        side = self.photo_side
-        photo = 0 if side is None else 6 * math.prod(preview_size(size, side))
-        return decoded * (width + scaling) + hidden + photo + SPARE_BYTES
+        side = self.preview_side
+        drawn = 0 if side is None else 6 * math.prod(preview_size(size, side))
+        return decoded * (width + scaling) + hidden + drawn + SPARE_BYTES
 
     def opened(self, source: Source) -> Upload:
         masked = None
@@ -203,9 +203,9 @@ class _Request:
         return replace(self._fitted(source), masked=masked)
 
     def _fitted(self, source: Source) -> Upload:
-        photo, side = None, self.photo_side
+        shown, side = None, self.preview_side
         if side is not None:
-            photo = preview(for_people(source), side)
+            shown = preview(for_people(source), side)
         seen = for_model(source, self.preprocessing.channels)
         return Upload(
             width=source.width,
@@ -213,23 +213,23 @@ class _Request:
             format=source.format,
             sha256=source.sha256,
             model_input=fit_to_model(seen, self.preprocessing, self.fit),
-            photo=photo,
+            preview=shown,
         )
 
 
-def _needed(preprocessing: Preprocessing, photo_side: int | None) -> tuple[int, int] | None:
-    """How many pixels of a photo's (shorter, longer) side its decoding must leave; None: all."""
+def _needed(preprocessing: Preprocessing, preview_side: int | None) -> tuple[int, int] | None:
+    """How many pixels of an image's (shorter, longer) side decoding must leave; None: all."""
     if preprocessing.interpolation == "nearest":  # takes single pixels, which scaling would mix
         return None
     shorter = SPARE * preprocessing.longest
-    return shorter, max(shorter, math.ceil(SHARPNESS * (photo_side or 0)))
+    return shorter, max(shorter, math.ceil(SHARPNESS * (preview_side or 0)))
 
 
 def _check_pixels(pixels: NDArray[np.uint8], max_pixels: int) -> None:
     height, width, channels = pixels.shape
     if height * width * channels > 3 * max_pixels:
         raise ImageTooLarge(
-            f"The picture has {width} x {height} pixels. {TOO_LARGE.format(max_pixels)}"
+            f"The image has {width} x {height} pixels. {TOO_LARGE.format(max_pixels)}"
         )
 
 
@@ -259,8 +259,8 @@ def open_headers(data: bytes, channels: int, max_pixels: int) -> tuple[Header, .
             check_bounds(header, data, 3 * max_pixels // channels)
             if header.upright != headers[0].upright:
                 raise CorruptImage(
-                    f"Page {page + 1} of the TIFF has another size than the first one; all must "
-                    "have one size."
+                    f"Page {page + 1} of the TIFF has another size than the first page; all pages "
+                    "must have the same size."
                 )
     return headers
 

@@ -234,7 +234,7 @@ def _explanation(part: Part, class_id: int, score: float, made: Tensor) -> Expla
         "random_weights": part.model.random_weights,
         "module_called_n_times": part.repeated,
         "not_deterministic": not part.model.behaviour.deterministic,
-        "activation_in_model": part.model.behaviour.activated is not None,
+        "activation_in_model": part.model.behaviour.output_activation is not None,
         "places_unclear": not part.model.unclear.isdisjoint(question.layers),
     }
     return Explanation(

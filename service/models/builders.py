@@ -22,18 +22,18 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from service.errors import ConfigurationError, nearest
 from service.images.decode import Preprocessing
 from service.models.builtin.network import flower_net
+from service.models.capabilities import unwrap_compiled
 from service.models.catalog import BUILTIN, ENTRY, Fit, Interpolation, ModelSpec, Output
-from service.models.eager import eager
-from service.models.weights.files import (
+from service.models.weights.metadata import FED_BY, output_in, preprocessing_in
+from service.models.weights.shapes import classes_in, has_positions, image_size_in
+from service.models.weights.weights_file import (
     Weights,
     digest,
-    fits,
     labels_in,
     load_into,
     read_weights,
+    shapes_fit,
 )
-from service.models.weights.metadata import FED_BY, output_in, preprocessing_in
-from service.models.weights.shapes import classes_in, has_positions, image_size_in
 
 DOWNLOAD_TIMEOUT = 10.0
 """Seconds that a connection to fetch weights may stall."""
@@ -68,8 +68,8 @@ def build(spec: ModelSpec, allow_random_weights: bool) -> Built:
     if not separator and ":" in spec.builder:
         return _build_function(spec)
     raise ConfigurationError(
-        f"{spec.at('builder')}: the builder {spec.builder!r} is none we know; use builtin, "
-        "torchvision/NAME, timm/NAME or package.module:function."
+        f"{spec.at('builder')}: unknown builder {spec.builder!r}; use builtin, torchvision/NAME, "
+        "timm/NAME or package.module:function."
     )
 
 
@@ -248,18 +248,18 @@ def preprocessing_of_timm(config: Mapping[str, Any]) -> Preprocessing:
     _, height, width = config["input_size"]
     large = math.floor(height / config["crop_pct"]), math.floor(width / config["crop_pct"])
     fit: Fit = _TIMM_FITS.get(config["crop_mode"], "crop")
-    said = config["interpolation"]
-    if said not in get_args(Interpolation):
+    name = config["interpolation"]
+    if name not in get_args(Interpolation):
         raise ConfigurationError(
-            f"timm's configuration resizes by {said!r}, and here images are resized by "
-            f"{', '.join(get_args(Interpolation))}; say `input.interpolation` in models.toml."
+            f"timm's configuration has the interpolation {name!r}, and this service supports "
+            f"{', '.join(get_args(Interpolation))}; set `input.interpolation` in models.toml."
         )
     return Preprocessing(
         resize=large[0] if fit == "crop" and large[0] == large[1] else large,
         crop=(height, width),
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
-        interpolation=said,
+        interpolation=name,
         fit=fit,
     )
 
@@ -273,8 +273,8 @@ def _build_function(spec: ModelSpec) -> Built:
         function = getattr(importlib.import_module(module_name), function_name)
     except Exception as error:  # an import runs code, which may raise anything
         raise ConfigurationError(
-            f"{spec.at('builder')}: cannot import {spec.builder!r} ({error}); --app-dir says where "
-            "to import from."
+            f"{spec.at('builder')}: cannot import {spec.builder!r} ({error}); set --app-dir to "
+            "the folder to import from."
         ) from error
     weights = None if spec.weights is None else _weights(spec)
     base = preprocessing_in({} if weights is None else weights.metadata, Preprocessing())
@@ -286,7 +286,7 @@ def _build_function(spec: ModelSpec) -> Built:
                 f"{spec.at('builder')}: {spec.builder}() returned {type(made).__name__}, not a "
                 "module."
             )
-        return _completed(spec, eager(made, spec.name), base)
+        return _completed(spec, unwrap_compiled(made, spec.name), base)
 
     if weights is None:
         module = make()
@@ -308,7 +308,7 @@ def _with_classes(
         return make()
     if taken[name].default is not inspect.Parameter.empty:
         module = make()
-        if fits(module, weights, _source(spec)):
+        if shapes_fit(module, weights, _source(spec)):
             return module
     try:
         found = _classes(spec, weights, make, name)
@@ -340,8 +340,8 @@ def _completed(spec: ModelSpec, module: nn.Module, base: Preprocessing) -> nn.Mo
             module.eval()(torch.zeros(1, *shape))
     except Exception as error:  # the user's model may raise anything
         raise ConfigurationError(
-            f"{spec.at('builder')} has lazy layers, which the first image completes, and one of "
-            f"{'×'.join(map(str, shape))} fails ({error}); say `input.size` and `input.channels`."
+            f"{spec.at('builder')} has lazy layers, which an image initializes, and one of "
+            f"{'×'.join(map(str, shape))} fails ({error}); set `input.size` and `input.channels`."
         ) from error
     return module
 
@@ -478,7 +478,7 @@ def _fetching(spec: ModelSpec) -> Iterator[None]:
         raise ConfigurationError(
             f"{spec.at('weights')}: the weights of {spec.builder} are neither in the cache nor can "
             f"they be fetched ({error}). Give a file: --model {spec.builder} --weights FILE "
-            "(safetensors or a state dict), or try the machinery with "
+            "(safetensors or a state dict), or test the service with random weights: "
             "CAMSERVE_ALLOW_RANDOM_WEIGHTS=true."
         ) from error
     finally:

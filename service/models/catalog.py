@@ -111,8 +111,8 @@ def parse_model(argument: str) -> ModelSpec:
     if not builder or not NAME.fullmatch(name) or (at and not weights):
         raise ConfigurationError(
             f"--model {argument!r} is not [NAME=]BUILDER[@WEIGHTS], for instance "
-            "torchvision/resnet50 or cats=torchvision/resnet18@cats.safetensors; a name is made "
-            "of letters, digits, '.', '_' and '-'."
+            "torchvision/resnet50 or cats=torchvision/resnet18@cats.safetensors; a name "
+            "consists of letters, digits, '.', '_' and '-'."
         )
     return ModelSpec(name, builder, Path(weights) if weights else None)
 
@@ -160,6 +160,6 @@ def check_names(specs: Iterable[ModelSpec]) -> None:
         if other is not spec:
             where = " and ".join(each.source or "--model" for each in (other, spec))
             raise ConfigurationError(
-                f"two models are called {spec.name!r} ({where}); give one another name: "
+                f"two models are called {spec.name!r} ({where}); rename one: "
                 "--model NAME=BUILDER, or `name` in the file."
             )

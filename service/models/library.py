@@ -278,7 +278,7 @@ class Library:
             future = self._loads[name] = Future()
             future.set_running_or_notify_cancel()  # who stops waiting does not stop the others
         generation = self._begin(name)
-        self._set(name, progress="waiting for its turn")
+        self._set(name, progress="waiting for other models to load")
         if self._entries[name].state != "ready" and not quietly:
             self._set(name, state="loading", reason=None)
         if self._thread is None:
@@ -326,7 +326,7 @@ class Library:
             taken -= entry.size
             names.append(entry.spec.name)
             freed += self._pool.remove(entry.spec.name)
-            reason = "It made room for another model; a request for it loads it again."
+            reason = "It was evicted to free memory for another model; a request for it reloads it."
             self._set(entry.spec.name, state="unloaded", reason=reason, on_demand=True)
         return names, freed
 
@@ -340,7 +340,7 @@ class Library:
             self._queued.discard(name)
             spec = self._entries[name].spec
         try:
-            self._note(name, generation, "reading weights and trying the model out")
+            self._note(name, generation, "reading and testing the model")
             with kept_torch_state():
                 model = self._load(spec)
             size = _size_of(model)
@@ -356,7 +356,7 @@ class Library:
     def _refuse_too_large(self, name: str, size: int) -> None:
         if self._max_bytes and size > self._max_bytes:
             raise ConfigurationError(
-                f"model {name!r} takes {size} bytes, and all models together may take "
+                f"model {name!r} needs {size} bytes, and the limit for all models is "
                 f"{self._max_bytes}: raise CAMSERVE_MAX_MODEL_BYTES."
             )
 
@@ -371,7 +371,7 @@ class Library:
             future = self._loads.pop(name, None)
         del freed
         for each in evicted:
-            _log.info("model_put_aside", model=each)
+            _log.info("model_evicted", model=each)
         model = served.model
         _log.info("model_ready", model=name, version=model.version, target_layer=model.target_layer)
         if future is not None:
@@ -404,7 +404,7 @@ def _fail(future: Future[None] | None, error: BaseException) -> None:
 
 
 def _shutting_down() -> ShuttingDown:
-    return ShuttingDown("The service is shutting down; ask another instance.")
+    return ShuttingDown("The service is shutting down; send the request to another instance.")
 
 
 def _size_of(model: LoadedModel) -> int:

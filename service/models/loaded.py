@@ -20,7 +20,7 @@ from service.models.compiled.front import CompiledLane
 from service.models.patterns import PathMatcher, is_pattern
 from service.models.probes.behaviour import Behaviour, Finding
 from service.models.probes.layers import Layer
-from service.models.probes.output import as_logits, logits_in
+from service.models.probes.logits import as_logits, logits_in
 from service.models.replicas import replicate
 
 _TYPE = "type:"
@@ -130,8 +130,8 @@ class LoadedModel:
         Of probabilities p, log p − log(1 − p); of one logit z for two labels, −z and z.
         """
         logits = logits_in(output, self.select)
-        if self.behaviour.activated is not None:
-            logits = as_logits(logits, self.behaviour.activated)
+        if self.behaviour.output_activation is not None:
+            logits = as_logits(logits, self.behaviour.output_activation)
         return torch.cat([-logits, logits], dim=-1) if self.binary else logits
 
     def scores(self, logits: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class LoadedModel:
             if self.target_layer is None:
                 raise InvalidOption(
                     f"Model {self.name!r} has no layer that a map can be drawn from by default; "
-                    "name one with `layer`, or give the model one with `target_layer`."
+                    "set `layer`, or configure `target_layer` for the model."
                 )
             paths = (self.target_layer,)
         for path in paths:

@@ -15,10 +15,15 @@ from torch import Tensor, nn
 from service.errors import ConfigurationError, nearest
 from service.images.decode import Preprocessing
 from service.models.builders import Built, build
+from service.models.capabilities import (
+    differentiable_layer,
+    in_eval_mode,
+    why_no_gradients,
+    why_no_layers,
+)
 from service.models.catalog import TARGET_LAYERS, InputSpec, ModelSpec, Output
 from service.models.compiled.folding import fold
 from service.models.compiled.lane import Compiler
-from service.models.eager import answering, in_eval_mode, why_no_gradients, why_no_layers
 from service.models.loaded import LoadedModel
 from service.models.probes.behaviour import (
     Behaviour,
@@ -28,9 +33,14 @@ from service.models.probes.behaviour import (
     preserved,
     trial_images,
 )
+from service.models.probes.cell_positions import (
+    CellPositions,
+    Rect,
+    covered,
+    measure_cell_positions,
+)
 from service.models.probes.condition import parts_of
-from service.models.probes.layers import Probe, default_target, probe
-from service.models.probes.places import Places, Rect, covered, measure_places
+from service.models.probes.layers import LayerTrace, default_target, trace_layers
 from service.models.probes.settling import settle
 from service.models.probes.torch_state import kept_torch_state
 from service.models.replicas import replicate
@@ -157,12 +167,14 @@ def _measured(model: LoadedModel, built: Built, images: Tensor) -> LoadedModel:
     behaves = behaviour(trial)
     if trial.alone is not alone:  # the copy's layers may be others than those that run
         with preserved(trial.served):
-            tried = probe(trial.served, images[:1], spec.select)
+            tried = trace_layers(trial.served, images[:1], spec.select)
     with preserved(trial.served):
-        places = measure_places(trial.served, tried.layers, images[:1], batchable=behaves.batchable)
+        places = measure_cell_positions(
+            trial.served, tried.layers, images[:1], batchable=behaves.batchable
+        )
     output, binary = _output(spec, built, tried.classes, behaves)
     if spec.output == "none":
-        behaves = replace(behaves, activated=None)
+        behaves = replace(behaves, output_activation=None)
     tried = replace(tried, layers=places.layers)
     target, no_gradients = _target_layer(spec, built, tried, trial, places)
     covers = _covers(trial, target)
@@ -182,19 +194,19 @@ def _measured(model: LoadedModel, built: Built, images: Tensor) -> LoadedModel:
     )
 
 
-def _tried(model: LoadedModel, images: Tensor) -> tuple[Trial, Probe]:
+def _tried(model: LoadedModel, images: Tensor) -> tuple[Trial, LayerTrace]:
     """Run the model on images alone, and look at its layers."""
     spec, (channels, height, width) = model.spec, tuple(images.shape[1:])
     try:
         trial = Trial(model.module, images, spec.select)
         with kept_torch_state(random=False), preserved(trial.served):
-            return trial, probe(trial.served, images[:1], spec.select)
+            return trial, trace_layers(trial.served, images[:1], spec.select)
     except Exception as error:
         what = "RGB image" if channels == 3 else f"image of {channels} channels"
         precision = f" in {spec.dtype} on {images.device.type}" if spec.dtype else ""
         hint = ""
         if "required positional argument" in str(error):
-            hint = "; a model is served where its forward() needs one tensor of images alone"
+            hint = "; forward() must accept a single tensor of images"
         raise ConfigurationError(
             f"{spec.at('builder')} cannot classify one {what} of {width}×{height} pixels"
             f"{precision}: {error}{hint}"
@@ -218,7 +230,7 @@ def _output(spec: ModelSpec, built: Built, classes: int, behaves: Behaviour) -> 
     Raises ConfigurationError for a softmax of one logit, which is 1 whatever the image.
     """
     output = spec.output or built.output
-    if behaves.activated is not None and output != "none":
+    if behaves.output_activation is not None and output != "none":
         output = "sigmoid"
     if classes > 1:
         return output, False
@@ -227,9 +239,10 @@ def _output(spec: ModelSpec, built: Built, classes: int, behaves: Behaviour) -> 
         output = "sigmoid"
     if output == "softmax":
         raise ConfigurationError(
-            f"{spec.at('output')}: the model has one logit, and a softmax of one is 1 for every "
-            'image; write output = { activation = "sigmoid" } and two labels, [negative, '
-            'positive], or output = { activation = "none" } for a number that is no probability.'
+            f"{spec.at('output')}: the model has one logit, and a softmax of one logit is 1 "
+            'for every image; set output = { activation = "sigmoid" } and two labels, [negative, '
+            'positive], or output = { activation = "none" } for a number that is not a '
+            "probability."
         )
     return output, two and output == "sigmoid"
 
@@ -252,7 +265,7 @@ def _input_finding(covers: Rect | None) -> tuple[Finding, ...]:
         Finding(
             "input",
             False,
-            f"The model looks at a part of its input alone: {width} of the width from {left}, "
+            f"The model sees only a part of its input: {width} of the width from {left}, "
             f"{height} of the height from {top}.",
             "Maps and `seen` are placed over that part.",
         ),
@@ -264,13 +277,13 @@ def _labels(spec: ModelSpec, built: Built, classes: int) -> tuple[str, ...]:
     if len(labels) != classes:
         raise ConfigurationError(
             f"{spec.at('labels')} has {classes} classes and {len(labels)} labels; "
-            "give it the labels of these weights, one a class."
+            "set the labels of these weights, one per class."
         )
     return labels
 
 
 def _target_layer(
-    spec: ModelSpec, built: Built, tried: Probe, trial: Trial, places: Places
+    spec: ModelSpec, built: Built, tried: LayerTrace, trial: Trial, places: CellPositions
 ) -> tuple[str | None, str | None]:
     """The layer that was said, else that of the family's table, else what the rule finds.
 
@@ -285,7 +298,7 @@ def _target_layer(
         of_family = _of_family(spec.builder, built.module)
         found = of_family if of_family in mappable else default_target(tried, tried.layers)
         likely = found if found in mappable else None
-        target = answering(trial, tried, likely)
+        target = differentiable_layer(trial, tried, likely)
         if target is not None:
             return target, None
         reason = _why_no_gradients(trial, likely)
@@ -299,7 +312,7 @@ def _target_layer(
         if places.verdicts.get(said) == "scattered":
             why = " (its cells do not look at the input in rows and columns)"
         raise ConfigurationError(
-            f"{spec.at('target_layer')}: {whose}, {said!r}, is no layer that a map can be drawn "
+            f"{spec.at('target_layer')}: {whose}, {said!r}, is not a layer that a map can be drawn "
             f"from{why}.{nearest(said, mappable)}"
         )
     return said, _why_no_gradients(trial, said)
@@ -387,6 +400,6 @@ def _per_channel(
         raise ConfigurationError(
             f"{spec.at(f'input.{key}')} has {channels} channels and "
             f"{'' if given else 'by default '}{len(values)} numbers in `{key}`; "
-            "give one a channel, or one for all."
+            "set one per channel, or one for all."
         )
     return values

@@ -402,7 +402,7 @@ class ModelPool:
         if served.spoiled:
             return []
         served.spoiled = True
-        served.reason = "A request changed what all of its replicas share."
+        served.reason = "A request modified the parameters that its replicas share."
         return self._lose_idle(served)
 
     def _lose_idle(self, served: Served) -> list[object]:
@@ -443,7 +443,9 @@ class ModelPool:
         except (Exception, SystemExit) as error:  # noqa: BLE001 - or the place would be lost
             with self._changed:
                 served.vacant[folded] += 1
-                served.reason = "No replica of it can be built; the log of the service says why."
+                served.reason = (
+                    "No replica of it can be built; the log of the service has the cause."
+                )
                 served.building.failed(self._clock())
                 self._changed.notify_all()
             _log.error("replica_not_built", model=model.name, exc_info=error)
@@ -469,8 +471,8 @@ class ModelPool:
                 served.reloading = False
                 served.reading.failed(self._clock())
                 served.reason = (
-                    "A request changed what its replicas share, and its weights cannot be read "
-                    "again; the log of the service says why."
+                    "A request modified the parameters that its replicas share, and its weights "
+                    "cannot be reloaded; the log of the service has the cause."
                 )
                 self._changed.notify_all()
             _log.error("reload_failed", model=model.name, exc_info=error)

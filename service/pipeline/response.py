@@ -126,11 +126,11 @@ def _changes(model: LoadedModel, answer: Answer, masked: Answer) -> list[wire.Ch
 
 def overlay(upload: Upload, explanation: Explanation, style: Style) -> Picture:
     """The photo with the map over it, as a file."""
-    assert upload.photo is not None
+    assert upload.preview is not None
     pixels = upload.model_input.pixels.permute(1, 2, 0).contiguous().numpy()
     try:
         return render_overlay(
-            explanation.grid, upload.model_input.geometry, style, upload.photo, pixels
+            explanation.grid, upload.model_input.geometry, style, upload.preview, pixels
         )
     except ValueError as error:
         raise RenderFailed("The overlay could not be drawn; the server's log says why.") from error

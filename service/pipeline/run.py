@@ -96,7 +96,7 @@ async def _opened(recipe: Recipe, data: Sent) -> Upload:
             recipe.model.preprocessing,
             options.fit,
             max_pixels=service.limits.pixels,
-            photo_side=service.limits.render_side if wants_photo else None,
+            preview_side=service.limits.render_side if wants_photo else None,
             hiding=recipe.hiding,
             budget=service.decoding,
             deadline=recipe.deadline,

@@ -1,8 +1,8 @@
 """Which hosts an image may be fetched from, and which addresses may stand behind their names.
 
     hosts = parse_hosts(["*.example.org", "private:minio.local:9000"])
-    place = locate("https://img.example.org/cat.jpg", hosts)   # or ImageUrlRefused
-    is_allowed("10.0.0.5", private=place.private)              # False: a public name, inside
+    location = parse_image_url("https://img.example.org/cat.jpg", hosts)   # or ImageUrlRefused
+    is_allowed("10.0.0.5", private=location.private)              # False: a public name, inside
 
 What a URL says is judged by its text alone, in one reading: what is not plainly a URL of an allowed
 host is refused before anything is resolved. What a name resolves to is judged by `is_allowed`.
@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from service.errors import ConfigurationError, ImageUrlRefused
 
 MAX_URL = 2048
-"""Characters of a URL; what is longer is no address of a picture."""
+"""Characters of a URL; what is longer is no address of an image."""
 
 _PORTS = {"http": 80, "https": 443}
 _LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
@@ -99,7 +99,7 @@ class AllowedHost:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ImageLocation:
     """Where a URL leads: `target` is its path and query; `private` as in AllowedHost."""
 
     scheme: str
@@ -132,22 +132,22 @@ def _parse_host(entry: str) -> AllowedHost:
     if found is None or not (name == "*" or _is_host(plain)) or (found["private"] and name == "*"):
         raise ConfigurationError(
             f"--allowed-image-hosts: {entry!r} is not of the form [private:]HOST[:PORT], with HOST "
-            "a name, *.name for all that is under it, an address, or * for every public host "
+            "a name, *.name for all names under it, an address, or * for every public host "
             "(which cannot be private)."
         )
     port = None if found["port"] is None else int(found["port"])
     return AllowedHost(name.strip("[]"), port, private=bool(found["private"]))
 
 
-def locate(url: str, hosts: Sequence[AllowedHost]) -> Place:
+def parse_image_url(url: str, hosts: Sequence[AllowedHost]) -> ImageLocation:
     """Read a URL and find its host in the allow-list.
 
     Raises ImageUrlRefused, which tells nothing but what the text and the list tell.
     """
     if len(url) > MAX_URL or not _PRINTABLE.fullmatch(url) or not _URL.match(url):
         raise ImageUrlRefused(
-            f"An image URL begins with http:// or https:// and has at most {MAX_URL} ASCII "
-            "characters, with no user, no backslash and no space among them."
+            f"An image URL starts with http:// or https:// and has at most {MAX_URL} ASCII "
+            "characters, without a user, a backslash or a space."
         )
     try:
         parts = urlsplit(url)
@@ -155,18 +155,16 @@ def locate(url: str, hosts: Sequence[AllowedHost]) -> Place:
     except ValueError as error:
         raise ImageUrlRefused("The host or port of the image URL cannot be read.") from error
     if not _is_host(host) or parts.netloc.endswith(":"):
-        raise ImageUrlRefused(
-            "The host of the image URL is neither a plain name nor a plain address."
-        )
+        raise ImageUrlRefused("The host of the image URL is not a plain name or address.")
     port = _PORTS[scheme] if port is None else port
     matching = [each for each in hosts if each.matches(host, port, scheme)]
     if not matching:
         raise ImageUrlRefused(
             "This service fetches no images from this host and port; send the image in `data`, or "
-            "ask who runs the service to allow the host."
+            "ask the operator of the service to allow the host."
         )
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    return Place(scheme, host, port, target, any(each.private for each in matching))
+    return ImageLocation(scheme, host, port, target, any(each.private for each in matching))
 
 
 def is_allowed(address: str, *, private: bool) -> bool:

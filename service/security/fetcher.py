@@ -22,7 +22,7 @@ import httpx
 import structlog
 
 from service.errors import ImageError, ImageUrlFailed, ImageUrlRefused
-from service.security.addresses import AllowedHost, Place, is_allowed, locate
+from service.security.addresses import AllowedHost, ImageLocation, is_allowed, parse_image_url
 
 _log = structlog.get_logger(__name__)
 
@@ -32,7 +32,7 @@ MAX_CONNECTIONS = 32
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 _TYPES = ("", "application/octet-stream", "binary/octet-stream")
-_ACCEPT = "image/*, */*;q=0.5"  # Label Studio has pictures, and 406 for `image/*` alone
+_ACCEPT = "image/*, */*;q=0.5"  # Label Studio has images, and 406 for `image/*` alone
 _ADDRESSES_TRIED = 3
 _MAX_ANSWER = 1 << 16
 """Bytes of what answers a `post`."""
@@ -76,34 +76,34 @@ class Fetcher:
         Raises ImageUrlRefused for what the URL says, and ImageUrlFailed, always in the same words,
         for all that is learnt on the way, so that nobody can explore a network by it.
         """
-        place = locate(url, self._hosts)
-        return await self._in_time(place, self._follow(place, take, authorization))
+        location = parse_image_url(url, self._hosts)
+        return await self._in_time(location, self._follow(location, take, authorization))
 
     async def post(self, url: str, body: bytes) -> bytes:
         """What answers JSON that is sent to a URL, without redirects. Raises as `fetch` does."""
-        place = locate(url, self._hosts)
-        return await self._in_time(place, self._exchange(place, body))
+        location = parse_image_url(url, self._hosts)
+        return await self._in_time(location, self._exchange(location, body))
 
     async def aclose(self) -> None:
         """Close what is still open."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         await self._transport.aclose()
 
-    async def _in_time(self, place: Place, answer: Coroutine[Any, Any, bytes]) -> bytes:
+    async def _in_time(self, location: ImageLocation, answer: Coroutine[Any, Any, bytes]) -> bytes:
         try:
             async with asyncio.timeout(self._seconds):
                 return await answer
         except (_Unusable, ImageUrlRefused, httpx.HTTPError, OSError, ValueError) as error:
-            _log.info("image_url_failed", host=place.host, reason=_reason(error))
+            _log.info("image_url_failed", host=location.host, reason=_reason(error))
             raise ImageUrlFailed(
                 f"No image could be fetched from this URL within {self._seconds:g} seconds and "
-                f"{self._max_bytes} bytes; check that it answers anybody, without detours, with an "
-                "image."
+                f"{self._max_bytes} bytes; check that it returns an image without "
+                "authentication."
             ) from error
 
-    async def _exchange(self, place: Place, body: bytes) -> bytes:
+    async def _exchange(self, location: ImageLocation, body: bytes) -> bytes:
         headers = {"Accept": "application/json", "Content-Type": "application/json"}
-        response = await self._send(place, headers, body)
+        response = await self._send(location, headers, body)
         try:
             if response.status_code != 200:
                 raise _Unusable(f"status {response.status_code}")
@@ -117,38 +117,38 @@ class Fetcher:
             await response.aclose()
 
     async def _follow(
-        self, place: Place, take: Callable[[int], None], authorization: str | None
+        self, location: ImageLocation, take: Callable[[int], None], authorization: str | None
     ) -> bytes:
         headers = {"Accept": _ACCEPT}
         if authorization is not None:
             headers["Authorization"] = authorization
         for _ in range(MAX_REDIRECTS + 1):
-            response = await self._send(place, headers)
+            response = await self._send(location, headers)
             try:
                 if response.status_code not in _REDIRECTS:
                     return await self._read(response, take)
-                location = urljoin(place.url, response.headers.get("location", ""))
+                redirect = urljoin(location.url, response.headers.get("location", ""))
             finally:
                 await response.aclose()
-            leads_to = locate(location, self._hosts)
-            if place.scheme == "https" and leads_to.scheme == "http":
+            redirected = parse_image_url(redirect, self._hosts)
+            if location.scheme == "https" and redirected.scheme == "http":
                 raise _Unusable("redirected from https to http")
-            if (leads_to.host, leads_to.port) != (place.host, place.port):
+            if (redirected.host, redirected.port) != (location.host, location.port):
                 headers.pop("Authorization", None)
-            place = leads_to
+            location = redirected
         raise _Unusable(f"more than {MAX_REDIRECTS} redirects")
 
     async def _send(
-        self, place: Place, headers: Mapping[str, str], body: bytes | None = None
+        self, location: ImageLocation, headers: Mapping[str, str], body: bytes | None = None
     ) -> httpx.Response:
         """GET, or POST where there is a body."""
-        addresses = await self._resolve(place.host, place.port)
-        if not all(is_allowed(each, private=place.private) for each in addresses):
+        addresses = await self._resolve(location.host, location.port)
+        if not all(is_allowed(each, private=location.private) for each in addresses):
             raise _Unusable("the host has an address that is not allowed")
         failed: httpx.TransportError | None = None
         for address in addresses[:_ADDRESSES_TRIED]:
             try:
-                request = self._request(place, address, headers, body)
+                request = self._request(location, address, headers, body)
                 return await self._transport.handle_async_request(request)
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 failed = error
@@ -161,18 +161,18 @@ class Fetcher:
         return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
     def _request(
-        self, place: Place, address: str, headers: Mapping[str, str], body: bytes | None
+        self, location: ImageLocation, address: str, headers: Mapping[str, str], body: bytes | None
     ) -> httpx.Request:
         return httpx.Request(
             "GET" if body is None else "POST",
             httpx.URL(
-                scheme=place.scheme,
+                scheme=location.scheme,
                 host=address,
-                port=place.port,
-                raw_path=place.target.encode("ascii"),
+                port=location.port,
+                raw_path=location.target.encode("ascii"),
             ),
             headers={
-                "Host": place.host_header,
+                "Host": location.host_header,
                 "Accept-Encoding": "identity",
                 "Connection": "close",
                 "User-Agent": "camserve",
@@ -180,7 +180,7 @@ class Fetcher:
             },
             content=body,
             extensions={
-                "sni_hostname": place.host,
+                "sni_hostname": location.host,
                 # Time is bounded round the whole; this leaves some for the next address.
                 "timeout": {"connect": self._seconds / _ADDRESSES_TRIED},
             },

@@ -108,9 +108,9 @@ def read_keys(path: Path) -> Mapping[str, Key]:
         key = _read_key(text)
         if key is None or key.name in keys:
             raise ConfigurationError(
-                f"{path}, line {number}: a key is written as name:sha256, with a name of its own "
-                'and 64 digits of 0–9 and a–f; printf %s "$KEY" | sha256sum makes them. Behind it '
-                "may stand rate=N, concurrency=N and cost=N."
+                f"{path}, line {number}: a key is written as name:sha256, with a unique name "
+                'and 64 digits of 0–9 and a–f (printf %s "$KEY" | sha256sum), optionally '
+                "followed by rate=N, concurrency=N and cost=N."
             )
         if key.sha256 in _blank_hashes():
             raise ConfigurationError(
@@ -121,11 +121,11 @@ def read_keys(path: Path) -> Mapping[str, Key]:
         if key.sha256 in names:
             raise ConfigurationError(
                 f"{path}, line {number}: {key.name!r} has the same key as {names[key.sha256]!r}; "
-                "make a key for each name, so that each can be bounded and removed alone."
+                "make one key per name, so that each can be limited and removed alone."
             )
         keys[key.name], names[key.sha256] = key, key.name
     if not keys:
-        raise ConfigurationError(f"the keys file {path} has no key in it.")
+        raise ConfigurationError(f"the keys file {path} contains no key.")
     return keys
 
 

@@ -1,12 +1,12 @@
-"""Signed tokens that open overlays of some pictures to the pages of one origin.
+"""Signed tokens that open overlays of some images to the pages of one origin.
 
     token = sign(Grant(("/data/upload/1/",), "http://localhost:8080"), secret)
     grant = read(token, secret)             # or Unauthorized
     grant.covers("/data/upload/1/ab12-cat.jpg")
 
 A labeling page asks for its overlays without credentials and without encoding the address of the
-picture, so the token stands in the project's configuration, where every annotator may read it. It
-therefore names what it opens: pictures by the beginnings of their addresses, and nothing else.
+image, so the token stands in the project's configuration, where every annotator may read it. It
+therefore names what it opens: images by the beginnings of their addresses, and nothing else.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _BETWEEN = re.compile(r"[/=?&]")
 class Grant:
     """What the holder of a token may see.
 
-    prefixes: beginnings of addresses of pictures, paths of Label Studio or URLs.
+    prefixes: beginnings of addresses of images, paths of Label Studio or URLs.
     origin:   of the pages that may read the overlay, such as http://localhost:8080.
     model, method: what explains; None is the service's default.
     expires:  seconds since 1970; None never.
@@ -52,19 +52,19 @@ class Grant:
     def __post_init__(self) -> None:
         if not _ORIGIN.fullmatch(self.origin):
             raise InvalidOption(
-                f"{self.origin!r} is no origin; write scheme, host and port, such as "
+                f"{self.origin!r} is not an origin; write scheme, host and port, such as "
                 "http://localhost:8080."
             )
         strays = [each for each in self.prefixes if not _PREFIX.fullmatch(each) or _strays(each)]
         if strays or not self.prefixes:
             raise InvalidOption(
-                f"{', '.join(map(repr, strays)) or 'Nothing'} is no beginning of pictures' "
+                f"{', '.join(map(repr, strays)) or 'Nothing'} is not a prefix of image "
                 "addresses; write a path of Label Studio, such as /data/upload/1/, or a URL with a "
                 "host and a slash."
             )
 
     def covers(self, source: str) -> bool:
-        """Whether a picture's address begins as one of the prefixes, and stays below it."""
+        """Whether an image's address begins as one of the prefixes, and stays below it."""
         below = [each for each in self.prefixes if source.startswith(each)]
         # A second parameter could name another file than the one that was looked at.
         own = max((each.count("&") for each in below), default=0)
@@ -77,8 +77,8 @@ def check_secret(secret: str) -> None:
     visible = len(secret.strip())
     if visible < MIN_SECRET:
         raise ConfigurationError(
-            f"--overlay-secret has {visible} characters; give at least {MIN_SECRET}, such as what "
-            "`openssl rand -hex 32` makes."
+            f"--overlay-secret has {visible} characters; use at least {MIN_SECRET}, for instance "
+            "the output of `openssl rand -hex 32`."
         )
 
 
@@ -103,14 +103,17 @@ def read(token: str, secret: str) -> Grant:
     payload, _, signature = token.partition(".")
     expected = _base64(_mac(payload, secret))
     if not hmac.compare_digest(signature.encode(), expected.encode()):
-        raise Unauthorized("The overlay's key was not signed here; make one with overlay-token.")
+        raise Unauthorized(
+            "The overlay key is not signed with the secret of this service; create one with "
+            "overlay-token."
+        )
     try:
         said = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
         grant = Grant(**{**said, "prefixes": tuple(said["prefixes"])})
     except (binascii.Error, ValueError, TypeError, KeyError) as error:
-        raise Unauthorized("The overlay's key is of another version; make a new one.") from error
+        raise Unauthorized("The overlay key is of another version; create a new one.") from error
     if grant.expires is not None and time.time() > grant.expires:
-        raise Unauthorized("The overlay's key has expired; make a new one with overlay-token.")
+        raise Unauthorized("The overlay key has expired; create a new one with overlay-token.")
     return grant
 
 

@@ -51,13 +51,13 @@ class Visit:
         most, total = self.bounds.cost, self.cost + cost
         if most and total > most:
             raise InvalidOption(
-                f"This request costs {total:g} forward passes, and the key {self.name!r} may use "
-                f"{most:g} at once. Send fewer images, or ask for less."
+                f"This request costs {total:g} forward passes, and the limit of the key "
+                f"{self.name!r} is {most:g} at once. Send fewer images or request less."
             )
         if most and self.use.cost + cost > most:
             raise KeyLimit(
-                f"The requests of the key {self.name!r} cost {self.use.cost:g} forward passes "
-                f"already, and {most:g} at once are allowed; try again when they are answered."
+                f"The open requests of the key {self.name!r} cost {self.use.cost:g} forward "
+                f"passes, and its limit is {most:g} at once; try again when they are finished."
             )
         self.use.cost += cost
         self.cost = total
@@ -82,8 +82,8 @@ class Quotas:
         use = self._uses.setdefault(key.name, _Use(bounds.rate, self.clock()))
         if bounds.concurrency and use.requests >= bounds.concurrency:
             raise KeyLimit(
-                f"The key {key.name!r} has {use.requests} requests open, which is as many as it "
-                "may; try again when one is answered."
+                f"The key {key.name!r} has {use.requests} open requests, which is its limit; "
+                "try again when one is finished."
             )
         if bounds.rate:
             self._take_token(key.name, use, bounds.rate)
@@ -101,8 +101,8 @@ class Quotas:
         use.filled = now
         if use.tokens < 1:
             raise KeyLimit(
-                f"The key {name!r} may make {rate} requests a minute; try again after the seconds "
-                "in Retry-After.",
+                f"The key {name!r} may make {rate} requests per minute; try again after the "
+                "seconds in Retry-After.",
                 retry_after=math.ceil((1 - use.tokens) * 60 / rate),
             )
         use.tokens -= 1

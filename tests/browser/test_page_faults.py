@@ -27,7 +27,7 @@ def test_a_broken_file_is_refused_in_words_and_the_page_begins_again(
     broken.write_bytes(SAMPLE.read_bytes()[:5000])
     page.page.set_input_files("#file", broken)
     assert alert(page) == (
-        "broken.jpg: The picture is cut short or broken; send the complete file again."
+        "broken.jpg: The image is truncated or corrupt; send the complete file again."
     )
     assert page.page.locator("#welcome").is_visible()
     page.forgive(400)
@@ -41,7 +41,7 @@ def test_a_broken_file_among_others_leaves_them_alone(page: Watched, tmp_path: P
     text.write_text("no picture")
     page.page.set_input_files("#file", [SAMPLE, text])
     wait_for_caption(page.page, "sunflower, ")
-    assert alert(page).startswith("notes.jpg: The bytes are not a picture ")
+    assert alert(page).startswith("notes.jpg: The bytes are not a supported image format")
     assert page.page.locator("#photos").is_hidden()
     page.forgive(415)
 

@@ -107,7 +107,7 @@ def test_a_bad_image_says_the_same_in_json_and_in_a_form(
     strict: TestClient, data: bytes, status: int, code: str, words: str
 ) -> None:
     if not data:  # here there is a body, and the image in it is empty
-        code, words = "empty_image", "content of the picture file"
+        code, words = "empty_image", "content of the image file"
     text = base64.b64encode(data).decode()
     check_problem(strict.post("/explain", json={"images": [{"data": text}]}), status, code, words)
     body = form(("image", data))

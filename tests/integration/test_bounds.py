@@ -362,7 +362,10 @@ def test_only_allowed_formats_are_read(picky: TestClient, client: TestClient, ki
         assert answer.status_code == 200
     else:
         assert refused(answer) == (415, "unsupported_image")
-        assert f"{kind} is not read here; send one of JPEG, PNG." in answer.json()["detail"]
+        assert (
+            f"{kind} is not accepted by this service; send one of JPEG, PNG."
+            in answer.json()["detail"]
+        )
 
 
 # ---- pictures that are larger than they look

@@ -155,7 +155,7 @@ def test_what_a_folder_holds_beside_images_is_said(tmp_path: Path) -> None:
     result = bulk(source, tmp_path / "out")
     assert result.exit_code == 0
     assert [row["path"] for row in rows(tmp_path / "out")] == ["00000.jpg", "b.jfif", "c.jpe"]
-    assert "left out 1 file without a suffix of an image: " in result.output
+    assert "skipped 1 file without an image suffix: " in result.output
     assert "notes.txt" in result.output
 
 

@@ -46,7 +46,7 @@ def test_check_says_what_a_model_cannot_show(tmp_path: Path) -> None:
     result = run.invoke(app, ["check", "--config", str(tmp_path / "models.toml")])
     assert result.exit_code == 0
     assert "predict only" in result.output
-    assert "takes no hooks" in result.output
+    assert "accepts no hooks" in result.output
 
 
 def test_check_refuses_a_file_that_cannot_be_read(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_files_of_one_name_do_not_overwrite_each_other(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["explain", "nowhere.jpg", *TINY], "there is no file"),
-        (["explain", str(ROOT / "tests" / "unit"), *TINY], "no image is in the folder"),
+        (["explain", str(ROOT / "tests" / "unit"), *TINY], "there is no image in the folder"),
         (["explain", __file__, "--target", "cat", *TINY], "no class labelled 'cat'"),
         (["explain", __file__, "--layer", "featurs", *TINY], "Did you mean 'features'"),
         (["explain", __file__, "--fit", "stretch", *TINY], "'crop', 'squash' or 'pad'"),

@@ -192,8 +192,8 @@ def test_a_folder_says_what_it_left_out_and_reads_every_suffix_of_an_image() -> 
     names = ["p/a.PNG", "p/b.jpe", "p/c.jfif", "p/d.pjpeg", "p/deep/e.jpg"]
     assert [each["file"] for each in lines(result)] == names
     assert (
-        "left out 3 files without a suffix of an image: p/deep/notes.txt, p/no-suffix, p/x.heic. "
-        "Name a file itself to read it."
+        "skipped 3 files without an image suffix: p/deep/notes.txt, p/no-suffix, p/x.heic. "
+        "Name a file explicitly to read it."
     ) in words(result.stderr)
     assert [each["file"] for each in lines(explain("p/x.heic", "--json"))] == ["p/x.heic"]
 
@@ -201,21 +201,21 @@ def test_a_folder_says_what_it_left_out_and_reads_every_suffix_of_an_image() -> 
 def test_of_many_files_that_were_left_out_a_few_are_named() -> None:
     photos("p/a.png", *(f"p/{n:02}.raw" for n in range(20)))
     said = words(explain("p", "--json").stderr)
-    assert "left out 20 files without a suffix of an image: p/00.raw" in said
+    assert "skipped 20 files without an image suffix: p/00.raw" in said
     assert "p/04.raw and 15 more. " in said
     assert "05.raw" not in said
 
 
 def test_a_folder_of_images_alone_says_nothing() -> None:
     photos("p/a.png")
-    assert "left out" not in explain("p", "--json").stderr
+    assert "skipped" not in explain("p", "--json").stderr
 
 
 def test_a_folder_without_images_is_refused_with_what_it_has() -> None:
     Path("p").mkdir()
     Path("p/a.heic").write_bytes(b"")
     said = words(explain("p", code=2).stderr)
-    assert "no image is in the folder p; left out 1 file without a suffix of an image: p/a" in said
+    assert "there is no image in the folder p; skipped 1 file without an image suffix: p/a" in said
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,7 @@ def test_what_compile_wrapped_is_served_by_its_layers(own) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "reason"), [("scripted", "takes no hooks"), ("quantised", "backward")]
+    ("model", "reason"), [("scripted", "accepts no hooks"), ("quantised", "backward")]
 )
 def test_what_carries_no_hooks_or_gradients_predicts_and_says_why_not_more(
     own, model: str, reason: str
@@ -250,7 +250,7 @@ def test_what_is_wrong_with_a_model_is_a_sentence_and_nothing_is_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"head.weight": Trap()}, tmp_path / "code.pt")
-    assert "it wants to run" in broken(serve, tmp_path, "weights = 'code.pt'").lower()
+    assert "it tries to run" in broken(serve, tmp_path, "weights = 'code.pt'").lower()
     assert not (tmp_path / "it-ran").exists()
     (tmp_path / "bad.safetensors").write_bytes(b"\xff" * 8 + b"{}")
     assert "not a safetensors file" in broken(serve, tmp_path, "weights = 'bad.safetensors'")
@@ -269,7 +269,10 @@ def test_what_is_wrong_with_a_model_is_a_sentence_and_nothing_is_run(
 
 @pytest.mark.parametrize(
     ("builder", "words"),
-    [("raises", "planted: no such data set"), ("two_inputs", "needs one tensor of images alone")],
+    [
+        ("raises", "planted: no such data set"),
+        ("two_inputs", "must accept a single tensor of images"),
+    ],
 )
 def test_a_builder_that_cannot_be_used_is_told(serve, tmp_path: Path, builder, words) -> None:
     (tmp_path / "models.toml").write_text(

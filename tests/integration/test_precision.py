@@ -32,6 +32,6 @@ def test_a_processor_without_it_answers_in_float32_and_says_why(serve, monkeypat
     with serve(compile=True, precision="bf16") as client:
         lane = compiled_lane(client)
         assert lane["ready"]
-        assert "this processor does not compute" in lane["reason"]
+        assert "this processor cannot compute" in lane["reason"]
         (result,) = client.post("/explain", files={"image": png()}).json()["results"]
         assert "precision" not in result

@@ -142,7 +142,7 @@ def test_v1_takes_nested_numbers_and_the_model_sees_just_those(
         ({}, 400, "instances"),
         ({"instances": []}, 400, "no image"),
         ({"instances": [{"b64": "no base64!"}]}, 400, "base64"),
-        ({"instances": [{"b64": B64[:40]}]}, 400, "broken"),
+        ({"instances": [{"b64": B64[:40]}]}, 400, "corrupt"),
         ({"instances": [{"url": "https://example.com/a.jpg"}]}, 400, "'url'"),
         ({"instances": [[[1, 2], [3]]]}, 400, "different lengths"),
         ({"instances": [[["red"]]]}, 400, "numbers"),
@@ -372,9 +372,9 @@ def test_v2_refuses_in_its_own_body(client, name: str) -> None:
     [
         (b"\xff\0\0\0rest", "ends within an element"),
         (b"\1\0", "ends within an element"),
-        (b"\4\0\0\0junk", "not a picture"),
+        (b"\4\0\0\0junk", "not a supported image format"),
         (b"\5\0\0\0data:", "data: URI"),
-        (struct.pack("<I", 5) + b"\xff\xd8\xff\0\0", "broken"),
+        (struct.pack("<I", 5) + b"\xff\xd8\xff\0\0", "corrupt"),
     ],
 )
 def test_v2_refuses_broken_binary_files(client, raw: bytes, words: str) -> None:
@@ -554,7 +554,7 @@ def test_a_broken_picture_among_good_ones_fails_the_request_and_leaves_nothing(c
     instances = [B64, base64.b64encode(PNG[:60]).decode(), B64]
     answer = client.post("/v1/models/small:explain", json={"instances": instances})
     assert answer.status_code == 400
-    assert "cut short or broken" in answer.json()["error"]
+    assert "truncated or corrupt" in answer.json()["error"]
     assert client.app.state.service.admission.images == 0
 
 

@@ -106,7 +106,7 @@ def grid_of(explanation: Any) -> Any:
 def test_kserves_client_shows_the_reason_of_a_refusal(kserve) -> None:
     status, message = kserve["v1"]["refused"]
     assert status == 400
-    assert "not a picture" in message
+    assert "not a supported image format" in message
 
 
 def test_kserves_client_sees_health(kserve) -> None:

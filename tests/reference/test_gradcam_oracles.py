@@ -32,7 +32,7 @@ from service.models.catalog import parse_model
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model
 from service.models.pool import ModelPool
-from service.models.probes.layers import probe
+from service.models.probes.layers import trace_layers
 from service.settings import Settings
 
 pytestmark = pytest.mark.reference
@@ -285,7 +285,7 @@ class Watched(nn.Module):
 def fed(model: LoadedModel, source: Source) -> Tensor:
     """What `run` feeds the model for a picture."""
     module = Watched()
-    layers = probe(module, torch.zeros(1, 3, *model.preprocessing.crop)).layers
+    layers = trace_layers(module, torch.zeros(1, 3, *model.preprocessing.crop)).layers
     watched = replace(model, module=module, layers=layers)
     question = Question(fit_to_model(source, model.preprocessing).pixels, activations=("fed",))
     with ModelPool([watched], replicas=1).lease(model.name) as replica:

@@ -36,7 +36,7 @@ def photographs(folder: Path) -> Iterator[bytes]:
 
 def answered(model: LoadedModel, pool: ModelPool, data: bytes, side: int | None) -> Answer:
     """A photo to draw on, as large as the source, needs the whole picture; None does not."""
-    upload = open_upload(data, model.preprocessing, "crop", max_pixels=LIMIT, photo_side=side)
+    upload = open_upload(data, model.preprocessing, "crop", max_pixels=LIMIT, preview_side=side)
     target = str(model.target_layer)
     with pool.lease(model.name) as replica:
         (answer,) = run(replica, [Question(upload.model_input.pixels, layers=(target,))])

@@ -27,7 +27,7 @@ from service.models.catalog import ModelSpec, parse_model
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model
 from service.models.pool import ModelPool, Replica
-from service.models.probes.layers import probe
+from service.models.probes.layers import trace_layers
 from service.models.replicas import replicate
 
 WEIGHTS = Path(__file__).parents[3] / "shared" / "data" / "weights"
@@ -45,7 +45,7 @@ def picture(seed: int = 0, height: int = 224, width: int = 224) -> Tensor:
 def served(module: nn.Module, height: int, width: int, name: str = "tested") -> LoadedModel:
     """A module as the pool wants it, for inputs of one size, with ImageNet's mean and std."""
     module = module.eval().requires_grad_(requires_grad=False)
-    tried = probe(replicate(module), torch.zeros(1, 3, height, width))
+    tried = trace_layers(replicate(module), torch.zeros(1, 3, height, width))
     return LoadedModel(
         ModelSpec(name, "tests"),
         module,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from service.images.decode import Preprocessing
 from service.models.catalog import ModelSpec
 from service.models.loaded import LoadedModel
-from service.models.probes.layers import probe
+from service.models.probes.layers import trace_layers
 
 
 class PaperNet(nn.Module):
@@ -147,7 +147,7 @@ def loaded(module: nn.Module, name: str = "tiny", side: int = 32) -> LoadedModel
     """A module as the pool wants it, for square inputs of `side` pixels, mean 0 and std 1."""
     module = module.eval().requires_grad_(requires_grad=False)
     preprocessing = Preprocessing(side, (side, side), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    tried = probe(module, torch.zeros(1, 3, side, side))
+    tried = trace_layers(module, torch.zeros(1, 3, side, side))
     labels = tuple(f"class {index}" for index in range(tried.classes))
     return LoadedModel(
         ModelSpec(name, "tests"),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from service.errors import ConfigurationError, ImageUrlRefused
 from service.integrations.label_studio.host import LabelStudioHost
-from service.security.addresses import is_allowed, locate, parse_hosts
+from service.security.addresses import is_allowed, parse_hosts, parse_image_url
 
 PUBLIC = ["93.184.215.14", "1.1.1.1", "172.32.0.1", "2606:2800:21f:cb07:6820:80da:af6b:8b2c"]
 PRIVATE = ["10.0.0.5", "172.16.0.1", "172.31.255.255", "192.168.1.1", "127.0.0.1", "127.9.9.9"]
@@ -135,8 +135,8 @@ def test_an_entry_that_cannot_be_read_stops_the_start(entry: str) -> None:
     ],
 )
 def test_a_url_of_an_allowed_host_is_found(entry: str, url: str) -> None:
-    assert not locate(url, parse_hosts([entry])).private
-    assert locate(url, parse_hosts([f"private:{entry}"] if entry != "*" else [entry])).url
+    assert not parse_image_url(url, parse_hosts([entry])).private
+    assert parse_image_url(url, parse_hosts([f"private:{entry}"] if entry != "*" else [entry])).url
 
 
 @pytest.mark.parametrize(
@@ -157,14 +157,14 @@ def test_a_url_of_an_allowed_host_is_found(entry: str, url: str) -> None:
 )
 def test_a_url_of_another_host_or_port_is_refused(entry: str, url: str) -> None:
     with pytest.raises(ImageUrlRefused):
-        locate(url, parse_hosts([entry]))
+        parse_image_url(url, parse_hosts([entry]))
 
 
 @pytest.mark.parametrize(("scheme", "port"), [("http", 80), ("https", 443)])
 def test_a_url_without_a_port_means_the_port_of_its_scheme(scheme: str, port: int) -> None:
     hosts = parse_hosts(["example.org"])
     for host in ("example.org", f"example.org:{port}"):
-        place = locate(f"{scheme}://{host}/a", hosts)
+        place = parse_image_url(f"{scheme}://{host}/a", hosts)
         assert (place.port, place.host_header) == (port, "example.org")
 
 
@@ -176,6 +176,6 @@ def test_a_label_studio_without_a_port_is_at_the_port_of_its_scheme(url: str) ->
 
 
 def test_the_path_and_query_go_on_as_they_were_written_and_the_fragment_stays() -> None:
-    place = locate("https://example.org/a%2Fb/../c?x=1%0A&y=a/b?#frag", parse_hosts(["*"]))
+    place = parse_image_url("https://example.org/a%2Fb/../c?x=1%0A&y=a/b?#frag", parse_hosts(["*"]))
     assert place.target == "/a%2Fb/../c?x=1%0A&y=a/b?"
     assert (place.host_header, place.port) == ("example.org", 443)

@@ -93,7 +93,7 @@ def test_threads_together_never_hold_more_than_the_bound(monkeypatch: pytest.Mon
         opened = list(
             pool.map(
                 lambda _: open_upload(
-                    data, HOW, "crop", max_pixels=100_000, photo_side=None, budget=budget
+                    data, HOW, "crop", max_pixels=100_000, preview_side=None, budget=budget
                 ),
                 range(40),
             )
@@ -116,7 +116,7 @@ def test_an_image_over_the_budget_is_refused_before_it_is_decoded(
             HOW,
             "crop",
             max_pixels=100_000,
-            photo_side=None,
+            preview_side=None,
             budget=DecodeBudget(1_000_000),
         )
 
@@ -189,7 +189,7 @@ def measured(data, hiding):
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
     before = status("VmRSS")
-    open_upload(data, Preprocessing(), "crop", max_pixels=10**8, photo_side=None, hiding=hiding,
+    open_upload(data, Preprocessing(), "crop", max_pixels=10**8, preview_side=None, hiding=hiding,
                 budget=budget)
     return status("VmHWM") - before, budget.asked
 

@@ -72,8 +72,8 @@ def test_the_orientation_holds_for_every_page() -> None:
         (tiff(levels(11)), UnsupportedImage, "more than 10 pages"),
         (tiff([*levels(9), *levels(1, (8, 8))]), CorruptImage, "Page 10"),
         (tiff(levels(10, (200, 200))), ImageTooLarge, "200 x 200"),
-        (tiff(levels(10))[:2000], CorruptImage, "cut short"),
-        (b"II*\0" + b"\xff" * 64, CorruptImage, "cut short"),
+        (tiff(levels(10))[:2000], CorruptImage, "truncated"),
+        (b"II*\0" + b"\xff" * 64, CorruptImage, "truncated"),
     ],
 )
 def test_what_is_no_stack_of_ten_is_refused(data: bytes, error: type, words: str) -> None:
@@ -87,10 +87,10 @@ def test_a_grey_model_sees_luma_and_people_see_the_colours() -> None:
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("L"))
     assert np.array_equal(for_model(source, 1).pixels[:, :, 0], expected)
     assert for_people(source) is source
-    upload = open_upload(data, GREY, "crop", max_pixels=10_000, photo_side=64)
+    upload = open_upload(data, GREY, "crop", max_pixels=10_000, preview_side=64)
     assert upload.model_input.pixels.shape == (1, 32, 32)
-    assert upload.photo is not None
-    assert upload.photo.shape[2] == 3
+    assert upload.preview is not None
+    assert upload.preview.shape[2] == 3
 
 
 @pytest.mark.parametrize("fit", ["crop", "squash", "pad"])
@@ -101,12 +101,12 @@ def test_a_stack_is_fitted_masked_and_shown_by_its_first_page(fit: str) -> None:
         TEN,
         fit,
         max_pixels=10_000,
-        photo_side=64,
+        preview_side=64,
         hiding=Hiding(boxes=[(0, 0, 40, 15)], fill="blur"),
     )
     assert upload.model_input.pixels.shape == (10, 32, 32)
     assert upload.model_input.pixels[:, 16, 16].tolist() == [10 * (n + 1) for n in range(10)]
-    assert upload.photo is not None
-    assert upload.photo[5, 5].tolist() == [10, 10, 10]
+    assert upload.preview is not None
+    assert upload.preview[5, 5].tolist() == [10, 10, 10]
     assert upload.masked is not None
     assert upload.masked.model_input.pixels.shape == (10, 32, 32)

@@ -247,7 +247,7 @@ def test_signed_values_out_of_range_are_refused_with_the_values() -> None:
 def test_a_whole_tiff_of_another_kind_is_refused_by_its_name(
     options: dict[str, Any], name: str
 ) -> None:
-    """Never "cut short": the file is whole."""
+    """Never "truncated": the file is whole."""
     given = {"photometric": GREY, "bits": 8, "form": UNSIGNED, **options}
     samples = given.pop("samples", 3 if given["photometric"] == RGB else 1)
     form = given["form"]
@@ -259,7 +259,7 @@ def test_a_whole_tiff_of_another_kind_is_refused_by_its_name(
     )
     assert name in said
     assert "a TIFF of" in said
-    assert "cut short" not in said
+    assert "truncated" not in said
 
 
 @pytest.mark.parametrize("photometric", [GREY, RGB])
@@ -273,7 +273,7 @@ def test_a_tiff_without_its_last_strip_is_cut_short(
     (place,) = struct.unpack_from("<I", data, 4)
     head = struct.pack("<I", 8 + place % 2)
     broken = data[:4] + head + bytes(place % 2) + data[place:]  # the directory alone
-    with pytest.raises(CorruptImage, match="cut short"):
+    with pytest.raises(CorruptImage, match="truncated"):
         read(broken)
 
 
@@ -553,7 +553,7 @@ def test_run_lengths_of_a_bmp_may_jump() -> None:
     wanted = np.zeros((6, 8), int)
     wanted[5, :3], wanted[3, 4:], wanted[2] = 5, 7, 9
     assert (read(data)[:, :, 0] == wanted).all()
-    with pytest.raises(CorruptImage, match="cut short"):
+    with pytest.raises(CorruptImage, match="truncated"):
         read(data[:-3])
 
 

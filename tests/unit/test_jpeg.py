@@ -16,8 +16,8 @@ from PIL import Image, ImageFile, ImageOps
 
 from service.errors import CorruptImage, ImageError, ImageTooLarge, UnsupportedImage
 from service.images.decode import Preprocessing, decode, fit_to_model
-from service.images.headers import jpeg
-from service.images.jpeg import decode_jpeg, scale_of, scans
+from service.images.decoders.jpeg_decoder import decode_jpeg, scale_of, scans
+from service.images.headers import jpeg_header
 from service.images.upload import Hiding, open_upload
 
 LIMIT = 20_000_000
@@ -150,14 +150,14 @@ def test_a_broken_jpeg_is_read_or_refused_as_pillow_does(data: st.DataObject) ->
 def test_a_large_jpeg_cut_short_is_corrupt() -> None:
     """Never half a picture, though half the rows would be enough."""
     for length in (len(large()) // 2, len(large()) - 3000):
-        with pytest.raises(CorruptImage, match="cut short or broken"):
+        with pytest.raises(CorruptImage, match="truncated or corrupt"):
             decode(large()[:length], max_pixels=LIMIT, keep=(512, 512))
 
 
 def test_a_file_that_says_another_size_than_its_header_takes_no_memory_for_it() -> None:
     """What is decoded into is of the size that was checked against the bound."""
     data = encode(photograph(64, 48))
-    header = replace(jpeg.read(data), width=32, height=24)
+    header = replace(jpeg_header.read(data), width=32, height=24)
     assert decode_jpeg(header, data, None) is None
 
 
@@ -205,7 +205,7 @@ def test_scale(size: tuple[int, int], keep: tuple[int, int] | None, scale: int) 
 
 
 def opened(data: bytes, how: Preprocessing | None = None, **options: object) -> object:
-    wanted: dict[str, object] = {"photo_side": None, "max_pixels": LIMIT, **options}
+    wanted: dict[str, object] = {"preview_side": None, "max_pixels": LIMIT, **options}
     return open_upload(data, how or Preprocessing(), "crop", **wanted)  # type: ignore[arg-type]
 
 
@@ -219,11 +219,11 @@ def test_only_what_is_asked_for_needs_the_whole_photo(monkeypatch: pytest.Monkey
         kept.append(keep)
         return scale(size, keep)
 
-    monkeypatch.setattr("service.images.jpeg.scale_of", watch)
+    monkeypatch.setattr("service.images.decoders.jpeg_decoder.scale_of", watch)
     data = large()
-    assert opened(data).photo is None
-    assert opened(data, photo_side=2048).photo.shape == (1655, 2048, 3)
-    assert opened(data, photo_side=600).photo.shape == (485, 600, 3)
+    assert opened(data).preview is None
+    assert opened(data, preview_side=2048).preview.shape == (1655, 2048, 3)
+    assert opened(data, preview_side=600).preview.shape == (485, 600, 3)
     opened(data, hiding=Hiding(boxes=[(0, 0, 500, 500)]))
     opened(data, Preprocessing(interpolation="nearest"))
     opened(data, Preprocessing(resize=518, crop=(600, 560)))

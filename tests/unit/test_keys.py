@@ -222,7 +222,7 @@ def test_a_rate_lets_a_minutes_worth_through_and_then_one_by_one() -> None:
     key, other = Key("one", ""), Key("two", "")
     for _ in range(6):
         visit(quotas, key)
-    with pytest.raises(KeyLimit, match="6 requests a minute") as refused:
+    with pytest.raises(KeyLimit, match="6 requests per minute") as refused:
         visit(quotas, key)
     assert refused.value.retry_after == 10
     visit(quotas, other)
@@ -244,7 +244,7 @@ def test_requests_at_once_are_counted_until_they_end_however_they_end() -> None:
     quotas = Quotas(Bounds(concurrency=2))
     key = Key("one", "")
     with quotas.visit(key), quotas.visit(key):
-        with pytest.raises(KeyLimit, match="2 requests open"):
+        with pytest.raises(KeyLimit, match="2 open requests"):
             visit(quotas, key)
         visit(quotas, Key("two", ""))
     for _ in range(5):
@@ -260,10 +260,10 @@ def test_the_cost_at_once_is_bounded_and_given_back() -> None:
         first.reserve(35)
         first.reserve(25)  # of one request the sum counts
         second.reserve(40)
-        with pytest.raises(KeyLimit, match="cost 100 forward passes already"):
+        with pytest.raises(KeyLimit, match="cost 100 forward passes"):
             second.reserve(41)
     with quotas.visit(key) as third:
-        with pytest.raises(InvalidOption, match="may use 100 at once"):
+        with pytest.raises(InvalidOption, match="is 100 at once"):
             third.reserve(101)
         third.reserve(100)
 

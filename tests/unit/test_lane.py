@@ -385,7 +385,7 @@ def test_an_int8_front_that_is_half_written_is_none(tmp_path: Path, monkeypatch)
     monkeypatch.setattr("service.durable.sync", cut)
     with pytest.raises(OSError, match="cut"):
         openvino_front.write(graph, tmp_path, {"identity": "a model"})
-    with pytest.raises(ConfigurationError, match="holds no int8 front"):
+    with pytest.raises(ConfigurationError, match="contains no int8 front"):
         openvino_front.read(tmp_path, "a model")
 
 

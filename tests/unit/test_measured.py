@@ -13,10 +13,10 @@ from torch import nn
 
 from service.cam.layouts import Layout, token_layout
 from service.models.probes import behaviour as module
-from service.models.probes import places
+from service.models.probes import cell_positions
 from service.models.probes.behaviour import Behaviour, Trial, behaviour, trial_images
-from service.models.probes.layers import probe
-from service.models.probes.places import covered, measure_places
+from service.models.probes.cell_positions import covered, measure_cell_positions
+from service.models.probes.layers import trace_layers
 from service.models.replicas import replicate
 
 
@@ -82,7 +82,7 @@ def test_a_probe_fails_the_model_that_it_is_for(name: str, build: Callable[[], n
         ("isolation", ["_shared_state"], None, misbehaving.ReadsGlobal),
         ("isolation", ["_unlike_master"], None, misbehaving.forward_of_master),
         ("batch", ["differ"], False, misbehaving.MeanOfBatch),
-        ("output", ["activated"], None, misbehaving.softmax),
+        ("output", ["output_activation"], None, misbehaving.softmax),
         ("gradients", ["gradients"], [], misbehaving.OwnFunction),
     ],
 )
@@ -119,7 +119,7 @@ def test_a_batch_is_compared_where_probabilities_are_saturated() -> None:
 
 def test_the_activation_in_a_model_is_named() -> None:
     kinds = {
-        build.__name__: measured_of(build()).activated
+        build.__name__: measured_of(build()).output_activation
         for build in (misbehaving.softmax, misbehaving.log_softmax, misbehaving.sigmoid)
     }
     assert kinds == {name: name for name in ("softmax", "log_softmax", "sigmoid")}
@@ -130,7 +130,7 @@ def test_small_logits_that_lie_in_0_to_1_by_chance_are_logits() -> None:
     with torch.no_grad():
         net.head.weight.mul_(0.01)
         net.head.bias.fill_(0.5)
-    assert measured_of(net).activated is None
+    assert measured_of(net).output_activation is None
 
 
 def test_a_sigmoid_is_found_behind_what_only_moves_and_scales_it() -> None:
@@ -138,7 +138,7 @@ def test_a_sigmoid_is_found_behind_what_only_moves_and_scales_it() -> None:
         def forward(self, x):
             return (super().forward(x)[:, None].tanh() / 2 + 0.5).squeeze(1)
 
-    assert measured_of(Scaled(3)).activated == "sigmoid"
+    assert measured_of(Scaled(3)).output_activation == "sigmoid"
 
 
 def test_measuring_leaves_buffers_and_random_numbers_as_they_were() -> None:
@@ -170,7 +170,7 @@ def test_what_the_first_call_builds_is_no_state_and_not_left_in_the_master() -> 
 def places_of(module: nn.Module, size: tuple[int, int] = (SIDE, SIDE)):
     module = module.eval().requires_grad_(requires_grad=False)
     image = trial_images((3, *size))[:1].float() / 255
-    return measure_places(module, probe(module, image).layers, image, batchable=True)
+    return measure_cell_positions(module, trace_layers(module, image).layers, image, batchable=True)
 
 
 def layout_at(found, path: str):
@@ -257,7 +257,7 @@ def test_the_part_of_the_input_that_is_looked_at_is_measured(
 def test_all_places_of_a_gap_are_scored_as_each_alone(by_column: bool, extra: int) -> None:
     generator = torch.Generator().manual_seed(4)
     output = torch.randn(5, 12 + extra, 6, generator=generator)
-    looks = places._Looks(output, (12 + extra, 6))
+    looks = cell_positions._Looks(output, (12 + extra, 6))
     scores = looks.by_start(Layout("tokens", (3, 4), extra), by_column=by_column)
     each = [
         looks.score(token_layout(12 + extra, (3, 4), start, by_column=by_column))

@@ -39,9 +39,18 @@ LISTED: dict[str, tuple[Mode, list[Hostile]]] = {
     "service.security.addresses._PRINTABLE": ("fullmatch", [("", "a", " ")]),
     "service.security.addresses._URL": ("match", [("http://", "a", "@"), ("http://", "a:", "\\")]),
     "service.security.addresses._is_host": ("fullmatch", [("0x", "f", "g")]),
-    "service.images.headers.jpeg._MARKER": ("scan", [("", "\xff", ""), ("", "\xff\x00", "")]),
-    "service.images.files._OF_A_CLASS": ("scan", [("", ".1", "a"), (".", "1", "a"), ("", ".", "")]),
-    "service.images.files.text_of": ("scan", [("", "\\", ""), ("", "\\x", ""), ("", "\\x0", "")]),
+    "service.images.headers.jpeg_header._MARKER": (
+        "scan",
+        [("", "\xff", ""), ("", "\xff\x00", "")],
+    ),
+    "service.images.image_files._OF_A_CLASS": (
+        "scan",
+        [("", ".1", "a"), (".", "1", "a"), ("", ".", "")],
+    ),
+    "service.images.image_files.text_of": (
+        "scan",
+        [("", "\\", ""), ("", "\\x", ""), ("", "\\x0", "")],
+    ),
     "service.integrations.label_studio.label_config._VARIABLE": (
         "scan",
         [("", "$", ""), ("$a", ".a", "."), ("$a", "-", ""), ("", "$a.", ""), ("$", "a", "")],
@@ -83,11 +92,17 @@ LISTED: dict[str, tuple[Mode, list[Hostile]]] = {
         "fullmatch",
         [("", "loss", ""), ("", ".", "")],
     ),
-    "service.models.config._digest": ("fullmatch", [("", "a", "")]),
-    "service.models.config._syntax": ("scan", [("", " (at line ", ""), (" (at line ", "1", "")]),
-    "service.models.eager._FOLDERS": ("scan", [("", "/a", " "), ("/", "a", ""), ("", "/", "")]),
+    "service.models.models_toml._digest": ("fullmatch", [("", "a", "")]),
+    "service.models.models_toml._syntax": (
+        "scan",
+        [("", " (at line ", ""), (" (at line ", "1", "")],
+    ),
+    "service.models.capabilities._FOLDERS": (
+        "scan",
+        [("", "/a", " "), ("/", "a", ""), ("", "/", "")],
+    ),
     "service.models.patterns._PARTS": ("scan", [("", "*", "a"), ("", "*?", "")]),
-    "service.models.weights.files._unpickled": (
+    "service.models.weights.weights_file._unpickled": (
         "scan",
         [("", "GLOBAL ", ""), ("GLOBAL ", "a", "")],
     ),
@@ -186,7 +201,9 @@ def test_no_other_module_of_regular_expressions_is_used() -> None:
             if isinstance(node, ast.ImportFrom):
                 names = [node.module or ""]
                 assert node.module != "re", module
-            allowed = {"glob"} if module == "service.images.files" else set()  # the command line's
+            allowed = (
+                {"glob"} if module == "service.images.image_files" else set()
+            )  # the command line's
             assert not {"fnmatch", "regex", "glob"}.intersection(names) - allowed, module
 
 

@@ -16,8 +16,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from service.errors import ConfigurationError, InvalidOption
 from service.models import loading
 from service.models.catalog import InputSpec, ModelSpec
-from service.models.config import read_config
 from service.models.loading import load_model
+from service.models.models_toml import read_config
 
 INPUT = InputSpec(size=(SIDE, SIDE), mean=(0.0,), std=(1.0,))
 
@@ -55,7 +55,9 @@ def test_an_operator_who_wants_the_output_as_it_is_gets_it() -> None:
 
 
 def test_a_softmax_of_one_logit_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"softmax of one is 1 .* \[negative, positive\]"):
+    with pytest.raises(
+        ConfigurationError, match=r"softmax of one logit is 1 .* \[negative, positive\]"
+    ):
         load("one_logit")
     with pytest.raises(ConfigurationError, match="softmax of one"):
         load("one_logit", output="softmax", labels=("no", "yes"))
@@ -86,10 +88,10 @@ def test_one_logit_and_one_label_stay_one_class() -> None:
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("mean = [123.675, 116.28, 103.53]", "123.675 is written 0.485"),
-        ("mean = 128", "128 is written 0.502"),
-        ("std = [58.395, 57.12, 57.375]", "58.395 is written 0.229"),
-        ("std = [0.2, 57.12, 0.2]", "57.12 is written 0.224"),
+        ("mean = [123.675, 116.28, 103.53]", "write 0.485 for 123.675"),
+        ("mean = 128", "write 0.502 for 128"),
+        ("std = [58.395, 57.12, 57.375]", "write 0.229 for 58.395"),
+        ("std = [0.2, 57.12, 0.2]", "write 0.224 for 57.12"),
     ],
 )
 def test_mean_and_std_in_0_to_255_are_named(text: str, named: str, tmp_path: Path) -> None:
@@ -102,7 +104,7 @@ def test_mean_and_std_in_0_to_255_are_named(text: str, named: str, tmp_path: Pat
 def test_metadata_in_0_to_255_are_named(tmp_path: Path) -> None:
     file = tmp_path / "m.safetensors"
     safetensors.torch.save_file(SmallNet().state_dict(), file, {"mean": "123.7,116.3,103.5"})
-    with pytest.raises(ConfigurationError, match=r"values in 0..1.*123.7 is written 0.485"):
+    with pytest.raises(ConfigurationError, match=r"values in 0..1.*write 0.485 for 123.7"):
         load_model(ModelSpec("m", "tiny:small", file))
 
 

@@ -25,10 +25,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from service.errors import ConfigurationError
 from service.models.catalog import InputSpec, ModelSpec
-from service.models.config import read_config
 from service.models.loading import load_model
-from service.models.weights.checkpoints import choose, entries_of
-from service.models.weights.files import load_into, read_weights
+from service.models.models_toml import read_config
+from service.models.weights.checkpoints import checkpoint_tensors, select_weights
+from service.models.weights.weights_file import load_into, read_weights
 
 pytestmark = pytest.mark.timeout(20)
 
@@ -149,7 +149,7 @@ def test_what_may_be_a_part_of_what_was_trained_is_named_and_refused(
         saved(tmp_path / "w.pt", content)
     assert f"unexpected: {beside}. " in error.value.detail
     assert "missing" not in error.value.detail
-    assert 'leave the rest out with weights_key = "state_dict.model"' in error.value.detail
+    assert 'ignore the rest with weights_key = "state_dict.model"' in error.value.detail
     assert is_as(saved(tmp_path / "w.pt", content, "state_dict.model"), TRAINED), "it was chosen"
 
 
@@ -254,7 +254,7 @@ def test_the_key_is_said_in_the_file_and_makes_another_version(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("said", "words"),
     [
-        ('weights_key = "ema"', "chooses in a weights file, and `weights` names none"),
+        ('weights_key = "ema"', "needs a weights file, and `weights` names none"),
         ('weights = "w.pt"\nweights_key = 3', "takes names joined by dots"),
         ('weights = "w.pt"\nweights_key = "."', "takes names joined by dots"),
     ],
@@ -324,7 +324,7 @@ class Careless(argparse.Namespace):
 def test_a_type_that_could_do_anything_is_refused_by_its_name(
     tmp_path: Path, value: Any, wanted: str
 ) -> None:
-    with pytest.raises(ConfigurationError, match=f"wants to run .*{wanted}, which was not done"):
+    with pytest.raises(ConfigurationError, match=f"tries to run .*{wanted}, which was refused"):
         saved(tmp_path / "w.pt", {"hyper": value, "state_dict": state()})
 
 
@@ -372,7 +372,9 @@ def test_the_work_to_find_the_weights_grows_with_the_file(monkeypatch) -> None:
         Wanted.looks = 0
         names = [f"blocks.{i}.weight" for i in range(count)]
         content = {f"a.b.{name}": torch.ones(1) for name in names}
-        choose(list(entries_of(content)), Wanted(dict.fromkeys(names, torch.ones(1))))
+        select_weights(
+            list(checkpoint_tensors(content)), Wanted(dict.fromkeys(names, torch.ones(1)))
+        )
         return Wanted.looks
 
     assert looks(400) <= 4.2 * looks(100)
@@ -380,7 +382,7 @@ def test_the_work_to_find_the_weights_grows_with_the_file(monkeypatch) -> None:
 
 def test_a_refused_pickle_says_what_it_wanted_to_run(tmp_path: Path) -> None:
     torch.save({"state_dict": SmallNet().state_dict(), "net": SmallNet()}, tmp_path / "w.pt")
-    with pytest.raises(ConfigurationError, match=r"wants to run tiny\.SmallNet"):
+    with pytest.raises(ConfigurationError, match=r"tries to run tiny\.SmallNet"):
         read_weights(tmp_path / "w.pt")
 
 

@@ -67,7 +67,7 @@ class Explaining:
             if self.pictures
             else []
         )
-        cut_short: tuple[Shard, list[Row]] | None = None
+        corrupt: tuple[Shard, list[Row]] | None = None
         with explain_images(
             self.service,
             [(name, name) for name in named],
@@ -83,11 +83,11 @@ class Explaining:
                     if stopped():
                         break
                 if len(rows) < len(shard.inputs):
-                    cut_short = shard, rows
+                    corrupt = shard, rows
                     break
                 yield self.work.finish(shard.name, rows)
-        if cut_short is not None:  # now that no thread draws any more
-            shard, rows = cut_short
+        if corrupt is not None:  # now that no thread draws any more
+            shard, rows = corrupt
             yield self.work.finish(shard.name, rows)
 
     def _row(self, image: Input, outcome: Outcome, folder: str) -> Row:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from service.errors import BodyTooLarge, ConfigurationError
-from service.images.files import is_image, text_of
+from service.images.image_files import is_image, text_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from service.cli.bulk.job import Job, Share, Stopped
 from service.cli.bulk.results import Results, Row, open_results
 from service.cli.flags import ERR, say_left_out
 from service.errors import ConfigurationError
-from service.images.files import text_of
+from service.images.image_files import text_of
 
 
 def run(  # noqa: PLR0917 - what, of what, where to, and how

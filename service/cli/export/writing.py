@@ -23,7 +23,7 @@ from service.cli.explain_files import Failed, Outcome, explain_files
 from service.cli.flags import ERR, say_left_out
 from service.durable import whole
 from service.errors import ConfigurationError
-from service.images.files import find_images, text_of
+from service.images.image_files import find_images, text_of
 from service.settings import Settings
 
 Images = Sequence[tuple[Path, str]]

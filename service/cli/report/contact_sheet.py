@@ -19,7 +19,7 @@ from service.cam.heatmap import Picture, Style
 from service.cli.explain_files import Explained, Failed, Outcome
 from service.durable import whole
 from service.errors import ConfigurationError
-from service.images.files import text_of
+from service.images.image_files import text_of
 from service.images.upload import Upload
 from service.models.loaded import LoadedModel
 from service.pipeline import response
@@ -120,14 +120,14 @@ def _small_overlay(outcome: Explained) -> Picture:
 
 def small_photo(upload: Upload, side: int) -> Upload:
     """The upload with its photo scaled down to at most `side` pixels."""
-    assert upload.photo is not None
-    height, width = upload.photo.shape[:2]
+    assert upload.preview is not None
+    height, width = upload.preview.shape[:2]
     scale = min(1.0, side / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
     photo: NDArray[np.uint8] = np.asarray(
-        cv2.resize(upload.photo, size, interpolation=cv2.INTER_AREA), dtype=np.uint8
+        cv2.resize(upload.preview, size, interpolation=cv2.INTER_AREA), dtype=np.uint8
     )
-    return replace(upload, photo=photo)
+    return replace(upload, preview=photo)
 
 
 def _draw_tile(sheet: Image.Image, corner: tuple[int, int], side: int, tile: Tile) -> None:

@@ -23,7 +23,7 @@ from service.cli.explain_files import Explained, Failed, Outcome
 from service.cli.report.contact_sheet import small_photo
 from service.durable import write_whole
 from service.errors import ConfigurationError
-from service.images.files import text_of
+from service.images.image_files import text_of
 from service.inference.questions import Explanation
 from service.models.loaded import LoadedModel
 
@@ -171,8 +171,8 @@ def _card(outcome: Explained) -> str:
 def _figure(outcome: Explained, explanation: Explanation, mark: str, *, first: bool) -> str:
     """The photo under the map; the photo is in the page once, however many maps it has."""
     upload, options = small_photo(outcome.upload, SIDE), outcome.options
-    assert upload.photo is not None
-    height, width = upload.photo.shape[:2]
+    assert upload.preview is not None
+    height, width = upload.preview.shape[:2]
     geometry = upload.model_input.geometry
     style = Style("source", options.colormap, "jpeg", options.opacity)
     heat = render_heatmap(explanation.grid, geometry, style, max(width, height))
@@ -184,7 +184,7 @@ def _figure(outcome: Explained, explanation: Explanation, mark: str, *, first: b
     size = f'width="{width}" height="{height}"'
     photo = f'<use href="#photo-{mark}"/>'
     if first:
-        data = _data("image/jpeg", encode(upload.photo, "jpeg"))
+        data = _data("image/jpeg", encode(upload.preview, "jpeg"))
         photo = f'<image id="photo-{mark}" {size} href="{data}"/>'
     label = outcome.model.labels[explanation.class_id]
     clip = f"seen-{mark}-{explanation.class_id}"

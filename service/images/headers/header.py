@@ -62,9 +62,9 @@ class Header:
         return data
 
 
-def cut_short() -> CorruptImage:
+def corrupt() -> CorruptImage:
     """The error for a file that ends too early, or contradicts itself."""
-    return CorruptImage("The picture is cut short or broken; send the complete file again.")
+    return CorruptImage("The image is truncated or corrupt; send the complete file again.")
 
 
 def unsupported(kind: str) -> UnsupportedImage:
@@ -83,6 +83,6 @@ def check_parts(parts: int, metadata: int, names: str) -> None:
         )
     if metadata > MAX_METADATA_BYTES:
         raise ImageTooLarge(
-            f"The image has {metadata:,} bytes of metadata in its {names}, and at most "
-            f"{MAX_METADATA_BYTES:,} are read; save it again without metadata."
+            f"The image has {metadata:,} bytes of metadata in its {names}, and the limit is "
+            f"{MAX_METADATA_BYTES:,}; save it again without metadata."
         )

@@ -21,7 +21,7 @@ import orjson
 from fastapi import Request
 
 from service.errors import ConfigurationError, ImageUrlFailed, ImageUrlRefused
-from service.security.addresses import MAX_URL, AllowedHost, locate
+from service.security.addresses import MAX_URL, AllowedHost, parse_image_url
 from service.security.fetcher import Fetcher
 from service.security.overlay_tokens import check_secret
 
@@ -65,7 +65,7 @@ class LabelStudioHost:
     ) -> None:
         host = _allowed_host(url)
         try:
-            location = locate(url, (host,))
+            location = parse_image_url(url, (host,))
         except ImageUrlRefused as error:
             raise _no_url(url) from error
         self._base = location.url.rstrip("/")
@@ -80,7 +80,7 @@ class LabelStudioHost:
     def is_its(self, url: str) -> bool:
         """Whether an absolute URL leads to this host."""
         try:
-            location = locate(url, (self._host,))
+            location = parse_image_url(url, (self._host,))
         except ImageUrlRefused:
             return False
         return location.url.startswith(f"{self._origin}/")

@@ -107,7 +107,7 @@ class Compiler:
             else:
                 front, tail, batches = self._on_its_device(model, layer, precision)
             lane = CompiledLane(layer, front, tail, precision=precision)
-            parity = parity_on(model, lane, _pictures(model, batches))
+            parity = parity_on(model, lane, _parity_images(model, batches))
         except Uncuttable as error:
             raise NotCompiled(f"{error}.") from error
         except NotCompiled:
@@ -125,7 +125,7 @@ class Compiler:
         from service.models.compiled import openvino_front  # noqa: PLC0415
 
         if precision == "bf16" and not openvino_front.has_bf16():
-            raise NotCompiled("this processor does not compute: it has no AVX512-BF16 and no AMX.")
+            raise NotCompiled("this processor does not support: it has no AVX512-BF16 and no AMX.")
         front, tail = split(model.module, layer)
         graph = openvino_front.graph_of(model, front, self.cache, identity(model), anew=anew)
         made = openvino_front.OpenVinoFront(
@@ -185,7 +185,7 @@ def layer_to_cut(model: LoadedModel) -> str:
 
 
 def parity_on(model: LoadedModel, lane: CompiledLane, batches: Iterable[Tensor]) -> Parity:
-    """How near a lane is to the hooked one on pictures, uint8 (B, C, h, w), in both programs."""
+    """How near a lane is to the hooked one on images, uint8 (B, C, h, w), in both programs."""
     module, worst = model.replicate(), Parity(0.0, 0.0, 0.0)
     layout = model.layer(lane.layer).layout
     assert layout is not None
@@ -218,7 +218,7 @@ def _signed_map(activation: Tensor, gradient: Tensor) -> Tensor:
     return (activation * gradient.mean(dim=(2, 3), keepdim=True)).sum(dim=1)
 
 
-def _pictures(model: LoadedModel, batches: Sequence[int]) -> Iterator[Tensor]:
+def _parity_images(model: LoadedModel, batches: Sequence[int]) -> Iterator[Tensor]:
     """Batches of uint8 (B, C, h, w): noise of two, and noise with photographs' spectrum (1/f)."""
     generator = torch.Generator().manual_seed(0)
     channels, (height, width) = model.preprocessing.channels, model.preprocessing.crop

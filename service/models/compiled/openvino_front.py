@@ -242,11 +242,11 @@ def read(folder: Path, identity: str) -> Graph:
         graph = openvino.Core().read_model(folder / "front.xml")
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ConfigurationError(
-            f"{folder} holds no int8 front; `camserve calibrate` makes one."
+            f"{folder} contains no int8 front; create one with `camserve calibrate`."
         ) from error
     if found != identity:
         raise ConfigurationError(
-            f"the int8 front in {folder} was made of {found}, and this model is {identity}: run "
-            "`camserve calibrate` again for it."
+            f"the int8 front in {folder} was made from {found}, and this model is {identity}: run "
+            "`camserve calibrate` again."
         )
     return graph

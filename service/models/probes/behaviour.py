@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from service.cam.hooks import gradients
 from service.models.catalog import Select
 from service.models.probes.condition import Condition
-from service.models.probes.output import Activated, activated, as_logits, logits_in
+from service.models.probes.logits import OutputActivation, as_logits, logits_in, output_activation
 from service.models.probes.torch_state import kept_torch_state
 from service.models.replicas import replicate
 
@@ -60,14 +60,14 @@ class Behaviour:
     batchable:     whether an image gets the same logits beside others as alone; else batches hold
                    one image.
     deterministic: whether the same image gets the same answer twice, without random numbers.
-    activated:     which activation the model's output already went through.
+    output_activation:     which activation the model's output already went through.
     vectorised:    whether several gradients can be taken in one walk (`is_grads_batched`).
     """
 
     isolated: bool = True
     batchable: bool = True
     deterministic: bool = True
-    activated: Activated | None = None
+    output_activation: OutputActivation | None = None
     vectorised: bool = True
     findings: tuple[Finding, ...] = ()
 
@@ -159,7 +159,7 @@ def behaviour(trial: Trial) -> Behaviour:
         isolated=isolated.passed,
         batchable=batch.passed,
         deterministic=determinism.passed,
-        activated=kind,
+        output_activation=kind,
         vectorised=vectorised.passed,
         findings=(isolated, batch, determinism, output, vectorised),
     )
@@ -247,8 +247,8 @@ def differ(expected: Tensor, found: Tensor, spread: float) -> bool:
 
 def _differ_before_activation(expected: Tensor, found: Tensor, rounding: float) -> bool:
     """Whether probabilities come of other logits: near 0 and 1 these differ by far more."""
-    kind = activated(expected)
-    if kind is None or activated(found) != kind:
+    kind = output_activation(expected)
+    if kind is None or output_activation(found) != kind:
         return False
     before, after = as_logits(expected, kind), as_logits(found, kind)
     sure = before.abs() < 11  # where a rounded probability still tells its logit
@@ -476,9 +476,9 @@ def _batch(trial: Trial, *, steady: bool) -> Finding:
     return Finding("batch", True, "An image gets the same logits in a batch as alone.")
 
 
-def _output(trial: Trial) -> tuple[Finding, Activated | None]:
+def _output(trial: Trial) -> tuple[Finding, OutputActivation | None]:
     """Whether the output already went through an activation."""
-    kind = activated(torch.cat(trial.alone))
+    kind = output_activation(torch.cat(trial.alone))
     if kind == "sigmoid" and not _ends_in_activation(trial):  # logits that lie in 0..1 by chance
         kind = None
     if kind is None:

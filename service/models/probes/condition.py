@@ -60,8 +60,8 @@ class Condition:
 
     def __init__(self, module: nn.Module) -> None:
         modules = parts_of(module)
-        self._values = _Values({id(each) for _, each in modules})
-        self._parts = [_Part(path, each, self._values) for path, each in modules]
+        self._values = _AttributeValues({id(each) for _, each in modules})
+        self._parts = [_ModuleCondition(path, each, self._values) for path, each in modules]
         self._forwards = {type(each): type(each).__dict__.get("forward") for _, each in modules}
         self._parameters = list(_tensors(modules, "_parameters"))
         self._buffers = list(_tensors(modules, "_buffers"))
@@ -132,10 +132,10 @@ class Condition:
         }
 
 
-class _Part:
+class _ModuleCondition:
     """One module of the tree, and what it was like."""
 
-    def __init__(self, path: str, module: nn.Module, values: _Values) -> None:
+    def __init__(self, path: str, module: nn.Module, values: _AttributeValues) -> None:
         self._path = path
         self._module = module
         self._class = type(module)
@@ -152,7 +152,7 @@ class _Part:
         self._watched = [
             (name, value, values.watch(value))
             for name, value in self._attributes.items()
-            if name not in OWN and not _is_fixed(value)
+            if name not in MODULE_ATTRIBUTES and not _is_fixed(value)
         ]
 
     def compare(self, words: set[str], attributes: list[str]) -> None:
@@ -184,7 +184,7 @@ class _Part:
 
     def _compare_names(self, now: dict[str, Any], words: set[str], attributes: list[str]) -> None:
         for name in _rebound(self._attributes, now):
-            if name not in OWN:
+            if name not in MODULE_ATTRIBUTES:
                 attributes.append(self._dotted(name))
             elif name in _HOOK_TABLES:
                 words.add("hooks left or removed")
@@ -200,7 +200,7 @@ class _Part:
         for name in [name for name in now if name not in self._attributes]:
             del now[name]
         for name, value in self._attributes.items():
-            if name not in OWN:
+            if name not in MODULE_ATTRIBUTES:
                 now[name] = value
         for (table, values), (held, ids) in zip(self._tables, self._held, strict=True):
             if table == "_buffers" and _ids(values) != ids:
@@ -211,11 +211,11 @@ class _Part:
         return f"{self._path}.{name}" if self._path else name
 
 
-OWN = frozenset(vars(nn.Module()))
+MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 """What torch keeps in the `__dict__` of every module; it is compared apart."""
 
 
-class _Values:
+class _AttributeValues:
     """What attributes hold: marks to compare it by, and copies to restore it from.
 
     tree: ids of the modules that are compared for themselves.

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import flop_registry
 from service.cam.hooks import taken_by, tensors_in
 from service.cam.layouts import Layout, layout_of
 from service.models.catalog import Select
-from service.models.probes.output import logits_in
+from service.models.probes.logits import logits_in
 
 Shapes = dict[tuple[str, int], tuple[int, ...]]
 """By part and call, as `service.cam.hooks.calls_of` names them; with the batch dimension."""
@@ -54,7 +54,7 @@ class Layer:
 
 
 @dataclass(slots=True)
-class _Seen:
+class _LayerCalls:
     shape: tuple[int, ...] | None = None
     whole: bool = False
     real: bool = False
@@ -92,13 +92,13 @@ class _Operations(TorchDispatchMode):
         return output
 
 
-def probe(model: nn.Module, image: Tensor, select: Select = None) -> Probe:
+def trace_layers(model: nn.Module, image: Tensor, select: Select = None) -> LayerTrace:
     """Run `model` once on `image` (1, C, H, W), with hooks on every module, all removed after it.
 
     select: where the logits are in the model's output. Raises whatever the model raises, and
     TypeError where there are no logits (1, classes).
     """
-    seen = {path: _Seen() for path, _ in model.named_modules() if path}
+    seen = {path: _LayerCalls() for path, _ in model.named_modules() if path}
     clock = iter(range(1 << 62))
 
     def watch(path: str) -> Any:
@@ -155,7 +155,7 @@ def probe(model: nn.Module, image: Tensor, select: Select = None) -> Probe:
     finished = sorted((now.finished, path) for path, now in seen.items() if now.calls)
     order = tuple(path for _, path in finished)
     unchanged = frozenset(path for path, now in seen.items() if now.unchanged)
-    found = Probe(layers, None, logits.shape[1], order, unchanged)
+    found = LayerTrace(layers, None, logits.shape[1], order, unchanged)
     return replace(found, target_layer=default_target(found, layers))
 
 
@@ -166,7 +166,7 @@ def _note(shapes: Shapes, tree: Any) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
+class LayerTrace:
     """The layers in definition order, the target layer that the rule finds, and the class count.
 
     order:     the paths of the modules that ran, by when they finished last.
@@ -180,7 +180,7 @@ class Probe:
     unchanged: frozenset[str] = frozenset()
 
 
-def default_target(found: Probe, layers: Sequence[Layer]) -> str | None:
+def default_target(found: LayerTrace, layers: Sequence[Layer]) -> str | None:
     """The module that finishes last with a feature map, as the output of the last block does.
 
     layers: those of `found`, with the layouts to go by.
@@ -210,7 +210,7 @@ def _is_whole(layer: Layer) -> bool:
     return len(given) > 1 and given[0] == 1
 
 
-def _passes_on(layer: Layer, found: Probe) -> bool:
+def _passes_on(layer: Layer, found: LayerTrace) -> bool:
     return "Pool" in layer.type or layer.path in found.unchanged
 
 

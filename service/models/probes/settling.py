@@ -13,7 +13,7 @@ from torch.jit import ScriptModule
 from service.errors import ConfigurationError
 from service.models.probes.condition import (
     ATTRIBUTE,
-    OWN,
+    MODULE_ATTRIBUTES,
     PARAMETERS_CHANGED,
     Condition,
     parts_of,
@@ -111,7 +111,7 @@ def _writes(module: nn.Module) -> Iterator[set[str]]:
         def note(
             self: nn.Module, name: str, value: Any, *, path: str = path, kind: Any = kind
         ) -> None:
-            if name not in OWN and name != "__class__":
+            if name not in MODULE_ATTRIBUTES and name != "__class__":
                 written.add(f"{path}.{name}" if path else name)
             kind.__setattr__(self, name, value)
 

@@ -1,7 +1,7 @@
 """The state dict in what a training script saved.
 
-    found = entries_of(checkpoint)                  # every tensor below a name, whatever is around
-    chosen = choose(found, model.state_dict())      # those that are the model's, under its own keys
+    found = checkpoint_tensors(checkpoint)             # every tensor below a name, at any depth
+    chosen = select_weights(found, model.state_dict())  # those of the model, under its own keys
 
 The rule: all keys of the model are there after one prefix, which may be names of dicts around the
 state dict, names of modules around the model, or both. What `torch.compile` and wrappers for
@@ -40,7 +40,7 @@ _AVERAGED = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class CheckpointTensor:
     """A tensor. place: names of the dicts around it, joined by dots; key: its own name there."""
 
     place: str
@@ -53,7 +53,7 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class SelectedWeights:
     """What of a checkpoint a model gets.
 
     tensors: under the model's own keys; where it does not fit, what is left over keeps its names.
@@ -70,7 +70,7 @@ class Chosen:
     others: Sequence[str] = ()
 
 
-def entries_of(found: Any, place: str = "", depth: int = 0) -> Iterator[Entry]:
+def checkpoint_tensors(found: Any, place: str = "", depth: int = 0) -> Iterator[CheckpointTensor]:
     """Every tensor of dicts inside one another whose keys are texts; lists count as dicts."""
     if isinstance(found, (list, tuple)):
         found = {str(index): each for index, each in enumerate(found) if isinstance(each, Mapping)}
@@ -80,14 +80,14 @@ def entries_of(found: Any, place: str = "", depth: int = 0) -> Iterator[Entry]:
         if not isinstance(key, str):  # an optimiser's state, by the number of the parameter
             continue
         if isinstance(value, Tensor):
-            yield Entry(place, key, value)
+            yield CheckpointTensor(place, key, value)
         else:
-            yield from entries_of(value, f"{place}.{key}" if place else key, depth + 1)
+            yield from checkpoint_tensors(value, f"{place}.{key}" if place else key, depth + 1)
 
 
-def choose(
-    entries: Sequence[Entry], wanted: Mapping[str, Tensor], under: str | None = None
-) -> Chosen:
+def select_weights(
+    entries: Sequence[CheckpointTensor], wanted: Mapping[str, Tensor], under: str | None = None
+) -> SelectedWeights:
     """What of a checkpoint fits a model best.
 
     wanted: the model's state dict. under: the names in front of what may be chosen.
@@ -117,7 +117,7 @@ def choose(
             dropped.append(entry.key)
         else:
             tensors[left] = entry.tensor
-    return Chosen(
+    return SelectedWeights(
         tensors,
         f"{under}.{prefix}" if under else prefix,
         fits=True,
@@ -132,15 +132,15 @@ def _is_of_training(key: str) -> bool:
     return bool(_OF_TRAINING.fullmatch(first) or _AVERAGED.search(first))
 
 
-def _below(entry: Entry, under: str) -> Entry:
+def _below(entry: CheckpointTensor, under: str) -> CheckpointTensor:
     """An entry as if what is under some names were the whole checkpoint."""
     if entry.place == under or entry.place.startswith(f"{under}."):
-        return Entry(entry.place[len(under) + 1 :], entry.key, entry.tensor)
-    return Entry("", entry.name[len(under) + 1 :], entry.tensor)
+        return CheckpointTensor(entry.place[len(under) + 1 :], entry.key, entry.tensor)
+    return CheckpointTensor("", entry.name[len(under) + 1 :], entry.tensor)
 
 
 def _spelt(
-    entries: Sequence[Entry], wanted: Mapping[str, Tensor]
+    entries: Sequence[CheckpointTensor], wanted: Mapping[str, Tensor]
 ) -> tuple[list[str], dict[str, dict[str, int]]]:
     """The names as they fit best, with what is between them taken out; and what fits by prefix."""
     spellings = (
@@ -177,13 +177,16 @@ def _by_prefix(names: Sequence[str], wanted: Mapping[str, Tensor]) -> dict[str, 
 
 
 def _has_shapes(
-    entries: Sequence[Entry], keys: Mapping[str, int], wanted: Mapping[str, Tensor]
+    entries: Sequence[CheckpointTensor], keys: Mapping[str, int], wanted: Mapping[str, Tensor]
 ) -> bool:
     return all(entries[index].tensor.shape == wanted[key].shape for key, index in keys.items())
 
 
 def _same(
-    entries: Sequence[Entry], one: Mapping[str, int], other: Mapping[str, int], keys: Sequence[str]
+    entries: Sequence[CheckpointTensor],
+    one: Mapping[str, int],
+    other: Mapping[str, int],
+    keys: Sequence[str],
 ) -> bool:
     """Whether two sets of weights are one, saved twice."""
     pairs = ((entries[one[key]].tensor, entries[other[key]].tensor) for key in keys)
@@ -191,17 +194,19 @@ def _same(
 
 
 def _nearest(
-    entries: Sequence[Entry], names: Sequence[str], by_prefix: Mapping[str, Mapping[str, int]]
-) -> Chosen:
+    entries: Sequence[CheckpointTensor],
+    names: Sequence[str],
+    by_prefix: Mapping[str, Mapping[str, int]],
+) -> SelectedWeights:
     """Where nothing fits: what has most of the model's keys, or else the most tensors."""
     if not by_prefix:
         count = Counter(entry.place for entry in entries)
         place = max(count, key=lambda each: count[each], default="")
         tensors = {each.key: each.tensor for each in entries if each.place == place}
-        return Chosen(tensors, f"{place}." if place else "")
+        return SelectedWeights(tensors, f"{place}." if place else "")
     prefix = max(by_prefix, key=lambda p: (len(by_prefix[p]), -len(p)))
     places = {entries[index].place for index in by_prefix[prefix].values()}
-    return Chosen(
+    return SelectedWeights(
         {
             name.removeprefix(prefix) if name.startswith(prefix) else entry.key: entry.tensor
             for entry, name in zip(entries, names, strict=True)

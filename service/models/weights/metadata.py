@@ -21,7 +21,8 @@ def output_in(metadata: Mapping[str, str]) -> Output:
         if said == known:
             return known  # type: ignore[no-any-return]
     raise ConfigurationError(
-        f"the metadata `output` of the weights file is {said!r}; it takes softmax, sigmoid or none."
+        f"the metadata `output` of the weights file is {said!r}; it must be softmax, "
+        "sigmoid or none."
     )
 
 
@@ -57,8 +58,8 @@ def preprocessing_in(metadata: Mapping[str, str], default: Preprocessing) -> Pre
         ) from error
     if not is_sound:
         raise ConfigurationError(
-            "the metadata of the weights file must have `resize` and `crop` over 0, one number a "
-            "channel in `mean` and in `std` (for RGB three numbers), none of these 0, "
+            "the metadata of the weights file must have `resize` and `crop` above 0, one number "
+            "per channel in `mean` and in `std` (three for RGB), no 0 in `std`, "
             "`interpolation` bilinear, bicubic or nearest, and `fit` crop, squash or pad."
         )
     return found
@@ -74,8 +75,8 @@ def check_unit(mean: Sequence[float], std: Sequence[float]) -> None:
     wrong += [x for x in std if abs(x) > LARGEST_STD]
     if wrong:
         raise ValueError(
-            "mean and std are of values in 0..1; numbers of 0–255 are divided by 255: "
-            f"{wrong[0]:g} is written {wrong[0] / 255:.4g}"
+            "mean and std are for values in 0..1; divide numbers for 0–255 by 255: "
+            f"write {wrong[0] / 255:.4g} for {wrong[0]:g}"
         )
 
 

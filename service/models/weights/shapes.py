@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 from service.errors import ConfigurationError
-from service.models.weights.files import SHOWN, Weights, chosen_from
+from service.models.weights.weights_file import SHOWN, Weights, selected_from
 
 _POSITIONS = ("encoder.pos_embedding", "pos_embed")
 """Position embeddings of torchvision and of timm: one vector for each token."""
@@ -22,7 +22,7 @@ def classes_in(sketches: tuple[nn.Module, nn.Module], weights: Weights, source: 
     Raises ConfigurationError where several heads of the file have several numbers.
     """
     one, other = (sketch.state_dict() for sketch in sketches)
-    tensors = chosen_from(weights, one, source).tensors
+    tensors = selected_from(weights, one, source).tensors
     counts = {
         key: int(tensors[key].shape[axis])
         for key, tensor in one.items()
@@ -34,8 +34,8 @@ def classes_in(sketches: tuple[nn.Module, nn.Module], weights: Weights, source: 
     if len(numbers) > 1:
         heads = ", ".join(f"{key}: {count}" for key, count in sorted(counts.items())[:SHOWN])
         raise ConfigurationError(
-            f"{source} has heads of {' and '.join(map(str, numbers))} classes ({heads}); say which "
-            "with arguments = { num_classes = … } in models.toml."
+            f"{source} has heads of {' and '.join(map(str, numbers))} classes ({heads}); set "
+            "arguments = { num_classes = … } in models.toml."
         )
     return numbers[0] if numbers else None
 
@@ -58,7 +58,7 @@ def image_size_in(sketch: nn.Module, weights: Weights, source: str) -> int | Non
         return None
     side, pixels = patches
     in_model = tuple(wanted[key].shape)
-    in_file = tuple(chosen_from(weights, wanted, source).tensors.get(key, wanted[key]).shape)
+    in_file = tuple(selected_from(weights, wanted, source).tensors.get(key, wanted[key]).shape)
     if len(in_model) != 3 or len(in_file) != 3 or in_file[1] == in_model[1]:
         return None
     count = in_file[1] - (in_model[1] - side * side)  # class tokens have positions, too

@@ -19,8 +19,8 @@ from torch.jit import ScriptModule
 from service.cam.hooks import record
 from service.models.catalog import Select
 from service.models.probes.behaviour import Trial
-from service.models.probes.layers import Probe, default_target
-from service.models.probes.output import logits_in
+from service.models.probes.layers import LayerTrace, default_target
+from service.models.probes.logits import logits_in
 from service.models.probes.torch_state import kept_torch_state
 
 _log = structlog.get_logger(__name__)
@@ -28,7 +28,7 @@ _log = structlog.get_logger(__name__)
 _FOLDERS = re.compile(r"(?:/[\w.@+~-]+)+/")
 
 
-def eager(module: nn.Module, name: str) -> nn.Module:
+def unwrap_compiled(module: nn.Module, name: str) -> nn.Module:
     """The module with every `torch.compile` wrapper taken off, at the root and inside."""
     unwrapped = _inside(module)
     count = int(unwrapped is not module)
@@ -89,12 +89,12 @@ def why_no_layers(module: nn.Module) -> str | None:
     """Why nothing can be recorded inside the model; None where hooks fire."""
     if isinstance(module, ScriptModule):
         return (
-            "it is a TorchScript module, which runs as a whole and takes no hooks; serve the "
+            "it is a TorchScript module, which runs as a whole and accepts no hooks; serve the "
             "module that it was made from"
         )
     if _is_exported(module):
         return (
-            "it is an exported program, which runs as one graph and takes no hooks; serve the "
+            "it is an exported program, which runs as one graph and accepts no hooks; serve the "
             "module that it was made from"
         )
     return None
@@ -125,7 +125,7 @@ def why_no_gradients(
     return None
 
 
-def answering(trial: Trial, tried: Probe, likely: str | None) -> str | None:
+def differentiable_layer(trial: Trial, tried: LayerTrace, likely: str | None) -> str | None:
     """The likely layer where the logits depend on it, else the mappable one nearest to the output.
 
     likely: a mappable layer. Costs a forward and a backward pass.
@@ -136,7 +136,7 @@ def answering(trial: Trial, tried: Probe, likely: str | None) -> str | None:
     no such layer.
     """
     known = {layer.path: layer for layer in tried.layers if layer.layout is not None}
-    paths = [path for path in tried.order if path in known][-LATEST:]
+    paths = [path for path in tried.order if path in known][-MAX_CANDIDATES:]
     paths += [likely] if likely and likely not in paths else []
     try:
         with kept_torch_state(random=False), record(trial.served, targets=paths) as seen:
@@ -163,8 +163,8 @@ def answering(trial: Trial, tried: Probe, likely: str | None) -> str | None:
     return rule or next(reversed(norms or usable), None)
 
 
-LATEST = 48
-"""Layers, the last ones, among which `answering` looks."""
+MAX_CANDIDATES = 48
+"""Layers, the last ones, among which `differentiable_layer` looks."""
 
 
 def _first_line(error: Exception) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from service.images.headers.header import Header, cut_short, unsupported
+from service.images.headers.header import Header, corrupt, unsupported
 
 _OS2, _OS2_SECOND = 12, 64
 _SIZES = (_OS2, 40, 52, 56, _OS2_SECOND, 108, 124)
@@ -50,12 +50,12 @@ class BmpHeader(Header):
 def read(data: bytes) -> BmpHeader:
     """Read the header of a BMP. Raises CorruptImage, UnsupportedImage."""
     if len(data) < 26:
-        raise cut_short()
+        raise corrupt()
     offset, size = struct.unpack_from("<II", data, 10)
     if size not in _SIZES:
         raise unsupported(f"a BMP with a header of {size} bytes")
     if len(data) < 14 + size:
-        raise cut_short()
+        raise corrupt()
     if size == _OS2:
         width, height, _, bits = struct.unpack_from("<HHHH", data, 18)
         compression, stored, colours = PLAIN, 0, 0
@@ -98,7 +98,7 @@ def _masks(data: bytes, size: int, bits: int, compression: int) -> tuple[int, in
         return default
     count = 4 if size >= 56 or compression == _ALPHA_MASKS else 3
     if len(data) < _AT_MASKS + 4 * count:
-        raise cut_short()
+        raise corrupt()
     masks = (*struct.unpack_from(f"<{count}I", data, _AT_MASKS), 0)[:4]
     if not any(masks[:3]):
         return default
@@ -123,6 +123,6 @@ def _palette(data: bytes, place: int, size: int, bits: int, colours: int) -> tup
     count = min(colours or 1 << bits, 1 << bits)
     end = place + count * size
     if end > len(data):
-        raise cut_short()
+        raise corrupt()
     entries = [data[at : at + 3] for at in range(place, end, size)]
     return b"".join(entries), end

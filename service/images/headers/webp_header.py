@@ -6,7 +6,7 @@ import struct
 from dataclasses import dataclass
 
 from service.images.headers.exif import orientation_of
-from service.images.headers.header import Header, Span, check_parts, cut_short
+from service.images.headers.header import Header, Span, check_parts, corrupt
 
 _PIXEL_BYTES = {(False, False): 4.5, (False, True): 8, (True, False): 6, (True, True): 9}
 """By whether an image is lossless and whether it has alpha: measured, with libwebp and OpenCV."""
@@ -37,7 +37,7 @@ class WebpHeader(Header):
 
 
 @dataclass(slots=True)
-class _Found:
+class _Chunks:
     canvas: tuple[int, int] | None = None
     corner: tuple[int, int] = (0, 0)
     frame: tuple[int, int] | None = None
@@ -50,77 +50,77 @@ class _Found:
 
 def read(data: bytes) -> WebpHeader:
     """Read the header of a WebP. Raises CorruptImage, ImageTooLarge."""
-    found, place, parts = _Found(), 12, 0
+    chunks, place, parts = _Chunks(), 12, 0
     while place + 8 <= len(data):
         name, length = struct.unpack_from("<4sI", data, place)
         start, place = place, place + 8 + length + (length & 1)
         if start + 8 + length > len(data) and name != b"ANMF":
             break
         parts += 1
-        if name == b"ANMF" and found.image is None:
-            _take_frame(found, data, start)
+        if name == b"ANMF" and chunks.image is None:
+            _take_frame(chunks, data, start)
         else:
-            _take(found, data, name, (start, start + 8 + length))
-        check_parts(parts, found.metadata, "WebP chunks")
-    return _header(found, data)
+            _take(chunks, data, name, (start, start + 8 + length))
+        check_parts(parts, chunks.metadata, "WebP chunks")
+    return _header(chunks, data)
 
 
-def _take_frame(found: _Found, data: bytes, start: int) -> None:
+def _take_frame(chunks: _Chunks, data: bytes, start: int) -> None:
     """The chunks of the first frame of an animation."""
     (length,) = struct.unpack_from("<I", data, start + 4)
     if length < 16 or start + 24 > len(data):
-        raise cut_short()
+        raise corrupt()
     x, y, width, height = (_uint24(data, at) for at in range(start + 8, start + 20, 3))
-    found.corner, found.frame = (2 * x, 2 * y), (width + 1, height + 1)
+    chunks.corner, chunks.frame = (2 * x, 2 * y), (width + 1, height + 1)
     place, end = start + 24, start + 8 + length
     for _ in range(4):  # alpha, the bitstream, and perhaps chunks that nobody knows
-        if found.image is not None or place + 8 > min(end, len(data)):
+        if chunks.image is not None or place + 8 > min(end, len(data)):
             break
         name, size = struct.unpack_from("<4sI", data, place)
         if place + 8 + size > min(end, len(data)):
             break
-        _take(found, data, name, (place, place + 8 + size))
+        _take(chunks, data, name, (place, place + 8 + size))
         place += 8 + size + (size & 1)
 
 
-def _take(found: _Found, data: bytes, name: bytes, span: Span) -> None:
+def _take(chunks: _Chunks, data: bytes, name: bytes, span: Span) -> None:
     start, end = span
-    if name in (_LOSSY, _LOSSLESS) and found.image is None:
-        found.image = span
-    elif name == b"ALPH" and found.image is None:
-        found.alpha = span
-    elif name == b"VP8X" and end - start >= 18 and found.canvas is None:
-        found.canvas = _uint24(data, start + 12) + 1, _uint24(data, start + 15) + 1
+    if name in (_LOSSY, _LOSSLESS) and chunks.image is None:
+        chunks.image = span
+    elif name == b"ALPH" and chunks.image is None:
+        chunks.alpha = span
+    elif name == b"VP8X" and end - start >= 18 and chunks.canvas is None:
+        chunks.canvas = _uint24(data, start + 12) + 1, _uint24(data, start + 15) + 1
     elif name not in (b"ANMF", b"ANIM"):
-        found.metadata += end - start
+        chunks.metadata += end - start
         if name == b"EXIF":
-            found.exif = found.exif or data[start + 8 : end]
+            chunks.exif = chunks.exif or data[start + 8 : end]
         elif name == b"XMP ":
-            found.xmp = found.xmp or data[start + 8 : end]
+            chunks.xmp = chunks.xmp or data[start + 8 : end]
 
 
-def _header(found: _Found, data: bytes) -> WebpHeader:
-    if found.image is None:
-        raise cut_short()
-    start, _ = found.image
+def _header(chunks: _Chunks, data: bytes) -> WebpHeader:
+    if chunks.image is None:
+        raise corrupt()
+    start, _ = chunks.image
     lossless = data[start : start + 4] == _LOSSLESS
     size, alpha = _lossless(data, start) if lossless else _lossy(data, start)
-    spans = [found.image]
-    if not lossless and found.alpha is not None:
-        spans, alpha = [found.alpha, found.image], True
-    canvas = found.canvas or size
-    sides = [at + side for at, side in zip(found.corner, size, strict=True)]
-    if found.frame not in (None, size) or sides[0] > canvas[0] or sides[1] > canvas[1]:
-        raise cut_short()
+    spans = [chunks.image]
+    if not lossless and chunks.alpha is not None:
+        spans, alpha = [chunks.alpha, chunks.image], True
+    canvas = chunks.canvas or size
+    sides = [at + side for at, side in zip(chunks.corner, size, strict=True)]
+    if chunks.frame not in (None, size) or sides[0] > canvas[0] or sides[1] > canvas[1]:
+        raise corrupt()
     return WebpHeader(
         format="WEBP",
         width=canvas[0],
         height=canvas[1],
-        orientation=orientation_of(found.exif, found.xmp),
+        orientation=orientation_of(chunks.exif, chunks.xmp),
         pixel_bytes=_PIXEL_BYTES[lossless, alpha],
         fixed_bytes=len(data),
         size=size,
-        corner=found.corner,
+        corner=chunks.corner,
         alpha=alpha,
         image=tuple(spans),
     )
@@ -132,13 +132,13 @@ def _uint24(data: bytes, place: int) -> int:
 
 def _lossy(data: bytes, start: int) -> tuple[tuple[int, int], bool]:
     if data[start + 11 : start + 14] != b"\x9d\x01\x2a" or len(data) < start + 18:
-        raise cut_short()
+        raise corrupt()
     width, height = struct.unpack_from("<HH", data, start + 14)
     return (width & 0x3FFF, height & 0x3FFF), False
 
 
 def _lossless(data: bytes, start: int) -> tuple[tuple[int, int], bool]:
     if data[start + 8 : start + 9] != b"\x2f" or len(data) < start + 13:
-        raise cut_short()
+        raise corrupt()
     (bits,) = struct.unpack_from("<I", data, start + 9)
     return ((bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1), bool(bits >> 28 & 1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from service.models.catalog import Select
 
-Activated = Literal["softmax", "sigmoid", "log_softmax"]
+OutputActivation = Literal["softmax", "sigmoid", "log_softmax"]
 """An activation that is part of a model, so that it returns probabilities or their logarithms."""
 
 SMALLEST = 1e-7
@@ -37,7 +37,7 @@ def logits_in(output: Any, select: Select) -> Tensor:
     return found.float()
 
 
-def activated(rows: Tensor) -> Activated | None:
+def output_activation(rows: Tensor) -> OutputActivation | None:
     """Which activation some outputs (N, classes) went through, by their values; None for logits.
 
     One output a row is a sigmoid's where it lies in 0..1; a softmax of one would always be 1.
@@ -57,7 +57,7 @@ def _sum_to_one(rows: Tensor) -> bool:
     return bool(((rows.sum(dim=1) - 1).abs() < 1e-3).all())
 
 
-def as_logits(output: Tensor, kind: Activated) -> Tensor:
+def as_logits(output: Tensor, kind: OutputActivation) -> Tensor:
     """Probabilities p (N, classes), or their logarithms, as log p − log(1 − p).
 
     A sigmoid of that is p again, so that scores are those that the model gave.

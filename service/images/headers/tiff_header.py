@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from service.errors import ImageTooLarge
-from service.images.headers.header import Header, check_parts, cut_short, unsupported
+from service.images.headers.header import Header, check_parts, corrupt, unsupported
 
 STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
@@ -199,7 +199,7 @@ def directories(data: bytes) -> Iterator[Directory]:
             yield directory
             place = directory.next
     except struct.error as error:
-        raise cut_short() from error
+        raise corrupt() from error
 
 
 def read(data: bytes) -> TiffHeader:
@@ -209,7 +209,7 @@ def read(data: bytes) -> TiffHeader:
     """
     first = next(directories(data), None)
     if first is None:
-        raise cut_short()
+        raise corrupt()
     return header_of(first, data)
 
 
@@ -281,7 +281,7 @@ def _directory(data: bytes, order: str, place: int, *, big: bool) -> Directory:
     counting, entry, step = ("Q", "HHQ", 20) if big else ("H", "HHI", 12)
     (count,) = struct.unpack_from(f"{order}{counting}", data, place)
     if place + step * count > len(data):
-        raise cut_short()
+        raise corrupt()
     if count > MAX_ENTRIES:
         raise ImageTooLarge(
             f"A directory of the TIFF has {count:,} entries, and at most {MAX_ENTRIES:,} are read; "
@@ -307,10 +307,10 @@ def _values(
     if count * dtype.itemsize > struct.calcsize(f"={offset[1]}"):
         (place,) = struct.unpack_from(offset, data, place)
     if place + count * dtype.itemsize > len(data):
-        raise cut_short()
+        raise corrupt()
     if count > MAX_VALUES:
         raise ImageTooLarge(
-            f"The TIFF has {count:,} strips or tiles, and at most {MAX_VALUES:,} are read; save it "
+            f"The TIFF has {count:,} strips or tiles, and the limit is {MAX_VALUES:,}; save it "
             "in larger ones and send it again."
         )
     found = np.frombuffer(data, dtype, count, place)
@@ -402,7 +402,7 @@ def _group_bytes(header: TiffHeader, length: int) -> int:
 def _priced(header: TiffHeader, data: bytes) -> TiffHeader:
     """The header with what decoding takes. Raises CorruptImage."""
     if header.pixels and 0 in header.segment:
-        raise cut_short()
+        raise corrupt()
     packed = header.compression in PACKED and header.photometric not in (YCBCR, LAB)
     if packed:
         return replace(header, pixel_bytes=0, fixed_bytes=_group_bytes(header, len(data)))

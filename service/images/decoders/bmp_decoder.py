@@ -6,14 +6,14 @@ import cv2
 import numpy as np
 
 from service.images.decoders.samples import Pixels, bands, levels, over_white, unpacked
-from service.images.headers.bmp import PLAIN, BmpHeader
-from service.images.headers.header import cut_short
+from service.images.headers.bmp_header import PLAIN, BmpHeader
+from service.images.headers.header import corrupt
 
 
 def decode_bmp(header: BmpHeader, data: bytes) -> Pixels:
     """uint8 (height, width, 3). Takes a band of rows more than that. Raises CorruptImage."""
     if header.offset + header.stored_bytes > len(data):
-        raise cut_short()
+        raise corrupt()
     if header.compression != PLAIN:
         return _decode_run_lengths(header, data)
     height, width = header.height, header.width
@@ -56,5 +56,5 @@ def _decode_run_lengths(header: BmpHeader, data: bytes) -> Pixels:
     """By OpenCV: Pillow does it in Python, byte by byte."""
     found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
     if found is None or found.shape != (header.height, header.width, 3):
-        raise cut_short()
+        raise corrupt()
     return np.asarray(found, np.uint8)

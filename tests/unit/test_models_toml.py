@@ -13,8 +13,8 @@ from tiny import SmallNet
 
 from service.errors import ConfigurationError
 from service.models.catalog import InputSpec
-from service.models.config import read_config
 from service.models.loading import load_model
+from service.models.models_toml import read_config
 
 pytestmark = pytest.mark.timeout(20)
 
@@ -66,7 +66,7 @@ def test_everything_that_can_be_said_is_read(tmp_path: Path, write) -> None:
     ("text", "words"),
     [
         ("", ["model: is missing", "[[model]]"]),
-        ("[[models]]\n", ["models: there is no such key", "Did you mean 'model'"]),
+        ("[[models]]\n", ["models: unknown key", "Did you mean 'model'"]),
         ('[[model]]\nname = "a"\n', ["model[0].builder: is missing"]),
         (TINY + 'wieghts = "w.pt"', ["model[0].wieghts", "Did you mean 'weights'"]),
         (TINY + "input.maen = 1", ["model[0].input.maen", "Did you mean 'mean'"]),
@@ -78,13 +78,13 @@ def test_everything_that_can_be_said_is_read(tmp_path: Path, write) -> None:
         (TINY + "input.channels = 1.5", ["model[0].input.channels: takes a whole number"]),
         (TINY + "input.interpolation = 'bicubik'", ["input.interpolation", "'bicubic'"]),
         (TINY + "output.activation = 'sigmoyd'", ["output.activation", "'sigmoid'"]),
-        (TINY + "output.select = 1.5", ["model[0].output.select: takes a place"]),
+        (TINY + "output.select = 1.5", ["model[0].output.select: takes an index"]),
         (TINY + "dtype = 'half'", ["model[0].dtype: takes float32, float16, bfloat16"]),
-        (TINY + "labels = 7", ["model[0].labels: takes a list of texts"]),
+        (TINY + "labels = 7", ["model[0].labels: takes a list of strings"]),
         (TINY + "labels = 'no.txt'", ["model[0].labels: there is no file", "no.txt"]),
         (TINY + "weights = 'no.pt'", ["model[0].weights: there is no file", "file's folder"]),
         (TINY + "sha256 = 'abc'", ["model[0].sha256: takes the 64"]),
-        (TINY + f"sha256 = '{'0' * 64}'", ["model[0].sha256: pins a weights file"]),
+        (TINY + f"sha256 = '{'0' * 64}'", ["model[0].sha256: needs a weights file"]),
         (TINY + "arguments = 3", ["model[0].arguments:"]),
         (TINY.replace('"a"', '"a b"'), ["model[0].name: takes letters"]),
         (TINY + TINY, ["two models are called 'a'", "model[0] and", "model[1]"]),

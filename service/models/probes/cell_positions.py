@@ -76,7 +76,7 @@ _FOLLOWS: dict[Verdict, str] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
+class CellPositions:
     """The layers with the layouts that were measured, and the verdict on each that has cells."""
 
     layers: tuple[Layer, ...]
@@ -104,9 +104,9 @@ class Places:
         )
 
 
-def measure_places(
+def measure_cell_positions(
     module: nn.Module, layers: Sequence[Layer], image: Tensor, *, batchable: bool
-) -> Places:
+) -> CellPositions:
     """Measure every layer of a replica. image: normalised (1, C, h, w); costs five forward passes.
 
     Raises what the model raises.
@@ -116,7 +116,7 @@ def measure_places(
     outputs = _Outputs(layers)
     for batch in [images] if batchable else images[:, None]:
         outputs.collect(module, batch)
-    found = Places(())
+    found = CellPositions(())
     measured = []
     for layer in layers:
         output = outputs.of(layer.path, len(images))
@@ -127,7 +127,7 @@ def measure_places(
     return _with_siblings(replace(found, layers=tuple(measured)))
 
 
-def _with_siblings(found: Places) -> Places:
+def _with_siblings(found: CellPositions) -> CellPositions:
     """Unclear layers are laid out as most others of their shape, where any was measured.
 
     Where those look at places in no known order, as in windows, unclear ones do too.
@@ -145,7 +145,7 @@ def _with_siblings(found: Places) -> Places:
         layers.append(replace(layer, layout=layout))
         if layout is None:
             verdicts[layer.path] = "scattered"
-    return Places(tuple(layers), verdicts)
+    return CellPositions(tuple(layers), verdicts)
 
 
 def _patterns(image: Tensor) -> Tensor:
@@ -248,7 +248,9 @@ def _part(output: Tensor) -> Tensor:
     return output[(slice(None),) * axis + (slice(None, None, step),)].clone()
 
 
-def _judged(layer: Layer, output: Tensor, axis: int, size: tuple[int, int], found: Places) -> Layer:
+def _judged(
+    layer: Layer, output: Tensor, axis: int, size: tuple[int, int], found: CellPositions
+) -> Layer:
     """The layer with its layout as measured; the verdict goes into `found`."""
     shape = layer.given["", layer.calls - 1]
     alone = (*shape[:axis], *shape[axis + 1 :])

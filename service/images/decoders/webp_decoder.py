@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 
 from service.images.decoders.samples import Pixels, bands, over_white
-from service.images.headers.header import cut_short
-from service.images.headers.webp import WebpHeader
+from service.images.headers.header import corrupt
+from service.images.headers.webp_header import WebpHeader
 
 
 def decode_webp(header: WebpHeader, data: bytes) -> Pixels:
@@ -15,7 +15,7 @@ def decode_webp(header: WebpHeader, data: bytes) -> Pixels:
     wanted = cv2.IMREAD_UNCHANGED if header.alpha else cv2.IMREAD_COLOR_RGB
     found = cv2.imdecode(np.frombuffer(header.still(data), np.uint8), wanted)
     if found is None or found.shape[:2] != header.size[::-1]:
-        raise cut_short()
+        raise corrupt()
     frame = np.asarray(found, np.uint8)
     if frame.shape == (header.height, header.width, 3):
         return frame

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from service.images.decoders.samples import Pixels, bands, levels, load, over_white
-from service.images.headers.png import GREY, GREY_ALPHA, RGBA, PngHeader
+from service.images.headers.png_header import GREY, GREY_ALPHA, RGBA, PngHeader
 
 _Values = Callable[[slice], NDArray[np.uint16]]
 """What gives the values (rows, width, samples) of a band of rows."""

@@ -17,9 +17,9 @@ from PIL import Image
 
 from service.errors import CorruptImage, ImageTooLarge, UnsupportedImage
 from service.images.decoders.samples import Pixels, bands, levels, load, over_white, unpacked
-from service.images.headers import tiff
-from service.images.headers.header import cut_short
-from service.images.headers.tiff import TiffHeader
+from service.images.headers import tiff_header
+from service.images.headers.header import corrupt
+from service.images.headers.tiff_header import TiffHeader
 
 _Samples = NDArray[Any]
 _Levels = Callable[[_Samples], Pixels]
@@ -31,7 +31,7 @@ _REVERSED = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
 def decode_tiff(header: TiffHeader, data: bytes) -> Pixels:
     """uint8 (height, width, 3). Raises CorruptImage, ImageTooLarge, UnsupportedImage."""
     to_levels = _levels(header, data)
-    palette = _palette(header) if header.photometric == tiff.PALETTE else None
+    palette = _palette(header) if header.photometric == tiff_header.PALETTE else None
     pixels = np.empty((header.height, header.width, 3), np.uint8)
     for rows, samples in _bands(header, data):
         if palette is not None:
@@ -47,7 +47,7 @@ def decode_tiff(header: TiffHeader, data: bytes) -> Pixels:
 
 def _base(header: TiffHeader) -> int:
     """Samples of a pixel that are no alpha and not unknown."""
-    return {tiff.RGB: 3, tiff.CMYK: 4}.get(header.photometric, 1)
+    return {tiff_header.RGB: 3, tiff_header.CMYK: 4}.get(header.photometric, 1)
 
 
 def _bands(header: TiffHeader, data: bytes) -> Iterator[tuple[slice, _Samples]]:
@@ -55,7 +55,7 @@ def _bands(header: TiffHeader, data: bytes) -> Iterator[tuple[slice, _Samples]]:
     needed = {*range(_base(header)), *([] if header.alpha is None else [header.alpha])}
     planes = sorted(needed) if header.planar else [0]
     wide = max(1, header.samples * header.bits // 32)  # a band is bounded in bytes, not in pixels
-    together = max(1, tiff.GROUP_BYTES // max(header.segment_bytes, 1))
+    together = max(1, tiff_header.GROUP_BYTES // max(header.segment_bytes, 1))
     for first in range(0, header.down, together):
         last = min(first + together, header.down)
         top = first * header.segment[1]
@@ -84,10 +84,10 @@ def _group(header: TiffHeader, data: bytes, plane: int, first: int, last: int) -
         for row in range(first, last)
     ]
     shape = header.across, rows, header.row_bytes
-    if header.compression == tiff.UNCOMPRESSED:
+    if header.compression == tiff_header.UNCOMPRESSED:
         stored = b"".join(_segments(header, data, numbers, height * header.row_bytes))
         if len(stored) < math.prod(shape):
-            raise cut_short()
+            raise corrupt()
         held = np.frombuffer(stored, np.uint8, math.prod(shape)).reshape(shape)
         return lambda band: held[:, band]
     image = _unpack(header, _segments(header, data, numbers), rows * header.across)
@@ -104,10 +104,12 @@ def _segments(
     header: TiffHeader, data: bytes, numbers: Sequence[int], size: int | None = None
 ) -> list[bytes]:
     """The stored bytes of segments; `size`: of each, where the file need not say it."""
-    offsets = header.directory.array(tiff.TILE_OFFSETS if header.tiled else tiff.OFFSETS)
-    counts = header.directory.array(tiff.TILE_COUNTS if header.tiled else tiff.COUNTS)
+    offsets = header.directory.array(
+        tiff_header.TILE_OFFSETS if header.tiled else tiff_header.OFFSETS
+    )
+    counts = header.directory.array(tiff_header.TILE_COUNTS if header.tiled else tiff_header.COUNTS)
     if max(numbers) >= len(offsets) or (size is None and max(numbers) >= len(counts)):
-        raise cut_short()
+        raise corrupt()
     found = []
     for number in numbers:
         start = int(offsets[number])
@@ -127,17 +129,20 @@ def _unpack(header: TiffHeader, segments: Sequence[bytes], rows: int) -> Image.I
         )
     sizes = [len(segment) for segment in segments]
     fields: dict[int, tuple[int, ArrayLike]] = {
-        tiff.WIDTH: (4, [width]),
-        tiff.HEIGHT: (4, [rows]),
-        tiff.BITS: (3, [8] * unit),
-        tiff.COMPRESSION: (3, [header.compression]),
-        tiff.PHOTOMETRIC: (3, [tiff.CMYK if unit == 4 else tiff.BLACK_IS_ZERO]),
-        tiff.OFFSETS: (4, 8 + np.cumsum([0, *sizes[:-1]])),
-        tiff.SAMPLES: (3, [unit]),
-        tiff.STRIP_ROWS: (4, [header.segment[1]]),
-        tiff.COUNTS: (4, sizes),
+        tiff_header.WIDTH: (4, [width]),
+        tiff_header.HEIGHT: (4, [rows]),
+        tiff_header.BITS: (3, [8] * unit),
+        tiff_header.COMPRESSION: (3, [header.compression]),
+        tiff_header.PHOTOMETRIC: (
+            3,
+            [tiff_header.CMYK if unit == 4 else tiff_header.BLACK_IS_ZERO],
+        ),
+        tiff_header.OFFSETS: (4, 8 + np.cumsum([0, *sizes[:-1]])),
+        tiff_header.SAMPLES: (3, [unit]),
+        tiff_header.STRIP_ROWS: (4, [header.segment[1]]),
+        tiff_header.COUNTS: (4, sizes),
     }
-    file = tiff.write("<", fields, b"".join(segments))
+    file = tiff_header.write("<", fields, b"".join(segments))
     image = Image.open(io.BytesIO(file), formats=("TIFF",))
     load(image)
     return image
@@ -157,15 +162,17 @@ def _samples(header: TiffHeader, stored: Pixels) -> _Samples:
     if header.bits not in (8, 16, 32, 64):
         flat = stored.reshape(across * rows, -1)
         values = unpacked(flat, header.bits, width * samples).reshape(shape)
-    elif tiff.predictor_of(header) == 3:
+    elif tiff_header.predictor_of(header) == 3:
         values = _floats(stored, header.bits // 8, shape)
     else:
         size = header.bits // 8
         values = np.ascontiguousarray(stored).view(f"{header.directory.order}u{size}")
         values = values.reshape(shape).astype(f"u{size}", copy=False)
-        if tiff.predictor_of(header) == 2:
+        if tiff_header.predictor_of(header) == 2:
             values = np.cumsum(values, axis=2, dtype=values.dtype)
-        letter = {tiff.UNSIGNED: "u", tiff.SIGNED: "i", tiff.FLOAT: "f"}[header.sample_format]
+        letter = {tiff_header.UNSIGNED: "u", tiff_header.SIGNED: "i", tiff_header.FLOAT: "f"}[
+            header.sample_format
+        ]
         values = values.view(f"{letter}{size}")
     return values.transpose(1, 0, 2, 3).reshape(rows, across * width, samples)[:, : header.width]
 
@@ -182,9 +189,9 @@ def _floats(stored: Pixels, size: int, shape: tuple[int, int, int, int]) -> _Sam
 
 def _levels(header: TiffHeader, data: bytes) -> _Levels:
     """What makes 8-bit levels of samples."""
-    if header.sample_format == tiff.FLOAT:
+    if header.sample_format == tiff_header.FLOAT:
         return _float_levels(header, data)
-    if header.sample_format == tiff.SIGNED:
+    if header.sample_format == tiff_header.SIGNED:
         return _signed_levels
     if header.bits > 16:
         factor = 255 / (header.largest or (1 << header.bits) - 1)
@@ -198,7 +205,9 @@ def _float_levels(header: TiffHeader, data: bytes) -> _Levels:
     largest = -np.inf
     for _, samples in _bands(header, data):
         if not np.isfinite(samples).all():
-            raise CorruptImage("The picture holds NaN or infinity; replace them and send it again.")
+            raise CorruptImage(
+                "The image contains NaN or infinity; replace them and send it again."
+            )
         largest = max(largest, float(samples.max()))
     factor = 255.0 if largest <= 1 else 1.0
     kind = np.float64 if header.bits == 64 else np.float32
@@ -224,19 +233,19 @@ def _signed_levels(samples: _Samples) -> Pixels:
 
 def _palette(header: TiffHeader) -> Pixels:
     """uint8 (colours, 3). The file holds 16 bits a colour; some writers put in 8."""
-    stored = header.directory.array(tiff.COLOUR_MAP)
+    stored = header.directory.array(tiff_header.COLOUR_MAP)
     count = 1 << header.bits
     if len(stored) != 3 * count:
-        raise cut_short()
+        raise corrupt()
     level = levels(16) if stored.max() > 255 else np.arange(256, dtype=np.uint8)
     palette: Pixels = level[stored.reshape(3, count).T & 0xFFFF]
     return palette
 
 
 def _colour(header: TiffHeader, level: Pixels) -> Pixels:
-    if header.photometric == tiff.WHITE_IS_ZERO:
+    if header.photometric == tiff_header.WHITE_IS_ZERO:
         return 255 - level
-    if header.photometric != tiff.CMYK:
+    if header.photometric != tiff_header.CMYK:
         return level
     ink, black = level[:, :, :3].astype(np.uint32), level[:, :, 3:].astype(np.uint32)
     return np.asarray(((255 - ink) * (255 - black) + 127) // 255, np.uint8)

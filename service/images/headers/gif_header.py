@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from service.images.headers.header import Header, Span, check_parts, cut_short
+from service.images.headers.header import Header, Span, check_parts, corrupt
 
 _EXTENSION, _IMAGE = 0x21, 0x2C
 _GRAPHIC_CONTROL = 0xF9
@@ -24,13 +24,13 @@ class GifHeader(Header):
 def read(data: bytes) -> GifHeader:
     """Read the header of a GIF. Raises CorruptImage, ImageTooLarge."""
     if len(data) < 13:
-        raise cut_short()
+        raise corrupt()
     width, height, flags = struct.unpack_from("<HHB", data, 6)
     place = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
     table, control, parts, metadata = (0, place), (0, 0), 0, 0
     while data[place : place + 1] != bytes([_IMAGE]):
         if place + 2 > len(data):
-            raise cut_short()
+            raise corrupt()
         start, place = place, place + 1
         if data[start] == _EXTENSION:
             place, blocks = _after_blocks(data, start + 2)
@@ -41,7 +41,7 @@ def read(data: bytes) -> GifHeader:
         metadata += place - start
         check_parts(parts, metadata, "GIF blocks")
     if place + 10 > len(data):
-        raise cut_short()
+        raise corrupt()
     left, top, across, down = struct.unpack_from("<HHHH", data, place + 1)
     return GifHeader(
         format="GIF",

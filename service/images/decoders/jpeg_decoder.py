@@ -20,7 +20,7 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from service.images.headers.jpeg import JpegHeader
+from service.images.headers.jpeg_header import JpegHeader
 
 Pixels = NDArray[np.uint8]
 
@@ -28,14 +28,14 @@ Pixels = NDArray[np.uint8]
 # a bound 10 MB of them keep a core busy for many minutes. Encoders write about ten.
 MAX_JPEG_SCANS = 500
 
-# The scales that libjpeg-turbo has vector code for; 5/8 takes longer than the whole picture.
+# The scales that libjpeg-turbo has vector code for; 5/8 takes longer than the whole image.
 SCALES = (8, 4, 2)
 
 MIN_PIXELS = 1_000_000
-"""Smaller pictures are never scaled down: they cost little, and their pixels are few."""
+"""Smaller images are never scaled down: they cost little, and their pixels are few."""
 
 MAX_ASPECT = 20
-"""Nor are pictures of a greater ratio of sides, of which the crop wants only the middle."""
+"""Nor are images of a greater ratio of sides, of which the crop wants only the middle."""
 
 _TURNS: Mapping[int, Callable[[Pixels], cv2.typing.MatLike]] = MappingProxyType(
     {
@@ -48,7 +48,7 @@ _TURNS: Mapping[int, Callable[[Pixels], cv2.typing.MatLike]] = MappingProxyType(
         8: lambda stored: cv2.rotate(stored, cv2.ROTATE_90_COUNTERCLOCKWISE),
     }
 )
-"""What makes a picture upright, by its EXIF orientation; from 5 on width and height change."""
+"""What makes an image upright, by its EXIF orientation; from 5 on width and height change."""
 
 
 def scans(data: bytes) -> int:
@@ -59,7 +59,7 @@ def scans(data: bytes) -> int:
 
 
 def scale_of(size: tuple[int, int], keep: tuple[int, int] | None) -> int:
-    """By what the sides of a picture of `size` may be divided while it is decoded: 1, 2, 4 or 8.
+    """By what the sides of an image of `size` may be divided while it is decoded: 1, 2, 4 or 8.
 
     keep: how many pixels must remain of the (shorter, longer) side; None: all.
     """

@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass, replace
 
 from service.images.headers.exif import orientation_of
-from service.images.headers.header import Header, Span, check_parts, cut_short, unsupported
+from service.images.headers.header import Header, Span, check_parts, corrupt, unsupported
 
 _MARKER = re.compile(rb"\xff[\x01-\xfe]")  # two bytes: nothing to go back to
 
@@ -50,7 +50,7 @@ class JpegHeader(Header):
 
 
 @dataclass(slots=True)
-class _Found:
+class _Segments:
     """What the segments have said so far."""
 
     frame: tuple[int, bytes] | None = None
@@ -62,26 +62,26 @@ class _Found:
 def read(data: bytes) -> JpegHeader:
     """Read the header of a JPEG; raises CorruptImage, UnsupportedImage, ImageTooLarge."""
     kept: list[Span] = []
-    found, place, parts = _Found(), 2, 0
+    segments, place, parts = _Segments(), 2, 0
     while True:
         parts += 1
         at = _MARKER.search(data, place)
         if at is None:
-            raise cut_short()
-        found.metadata += at.start() - place  # padding, which Pillow passes byte by byte
-        check_parts(parts, found.metadata, "JPEG segments")
+            raise corrupt()
+        segments.metadata += at.start() - place  # padding, which Pillow passes byte by byte
+        check_parts(parts, segments.metadata, "JPEG segments")
         marker, place = data[at.start() + 1], at.end()
         if marker in _ALONE:
             continue
         if marker == _END or place + 2 > len(data):
-            raise cut_short()
+            raise corrupt()
         start, place = place - 2, place + _length(data, place)
         if place > len(data):
-            raise cut_short()
-        _take(found, marker, data[start + 4 : place])
+            raise corrupt()
+        _take(segments, marker, data[start + 4 : place])
         if marker == _START_OF_SCAN:
             kept.append((start, len(data)))
-            return _header(found, data[start + 4], tuple(kept))
+            return _header(segments, data[start + 4], tuple(kept))
         if marker not in _METADATA:
             kept.append((start, place))
 
@@ -89,39 +89,39 @@ def read(data: bytes) -> JpegHeader:
 def _length(data: bytes, place: int) -> int:
     (length,) = struct.unpack_from(">H", data, place)
     if length < 2:
-        raise cut_short()
+        raise corrupt()
     return int(length)
 
 
-def _take(found: _Found, marker: int, segment: bytes) -> None:
+def _take(segments: _Segments, marker: int, segment: bytes) -> None:
     if marker in _FRAMES:
-        if found.frame is not None:
-            raise cut_short()
-        found.frame = marker, segment
+        if segments.frame is not None:
+            raise corrupt()
+        segments.frame = marker, segment
     elif marker in _METADATA:
-        found.metadata += len(segment)
-        if marker == _EXIF and segment.startswith(b"Exif\0") and not found.exif:
-            found.exif = segment
-        elif marker == _EXIF and segment.startswith(_XMP_NAME) and not found.xmp:
-            found.xmp = segment
+        segments.metadata += len(segment)
+        if marker == _EXIF and segment.startswith(b"Exif\0") and not segments.exif:
+            segments.exif = segment
+        elif marker == _EXIF and segment.startswith(_XMP_NAME) and not segments.xmp:
+            segments.xmp = segment
 
 
-def _header(found: _Found, in_first_scan: int, kept: tuple[Span, ...]) -> JpegHeader:
-    if found.frame is None or len(found.frame[1]) < 6:
-        raise cut_short()
-    marker, frame = found.frame
+def _header(segments: _Segments, in_first_scan: int, kept: tuple[Span, ...]) -> JpegHeader:
+    if segments.frame is None or len(segments.frame[1]) < 6:
+        raise corrupt()
+    marker, frame = segments.frame
     bits, height, width, components = struct.unpack_from(">BHHB", frame)
     sampling = [
         frame[6 + 3 * place + 1] for place in range(components) if 7 + 3 * place < len(frame)
     ]
     if len(sampling) != components or not components:
-        raise cut_short()
+        raise corrupt()
     _check_kind(marker, bits, components)
     header = JpegHeader(
         format="JPEG",
         width=width,
         height=height,
-        orientation=orientation_of(found.exif, found.xmp),
+        orientation=orientation_of(segments.exif, segments.xmp),
         pixel_bytes=_coefficients(sampling)
         * (marker == _PROGRESSIVE or in_first_scan < components),
         components=components,
@@ -143,6 +143,6 @@ def _coefficients(sampling: list[int]) -> float:
     """Bytes a pixel that a decoder keeps between scans: 16 bits a sample."""
     across, down = [each >> 4 for each in sampling], [each & 15 for each in sampling]
     if 0 in across or 0 in down:
-        raise cut_short()
+        raise corrupt()
     samples = sum(a * d for a, d in zip(across, down, strict=True))
     return 2.0 * samples / (max(across) * max(down))

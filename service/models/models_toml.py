@@ -73,7 +73,7 @@ def _numbers(value: object) -> object:
     """A number a channel."""
     values: list[Any] = value if isinstance(value, list) else [value]
     if not values or not all(type(x) in (int, float) and math.isfinite(x) for x in values):
-        raise ValueError(f"takes a list with one number a channel, or one number, not {value!r}")
+        raise ValueError(f"takes a list with one number per channel, or one number, not {value!r}")
     return tuple(map(float, values))
 
 
@@ -125,14 +125,14 @@ def _labels(value: object) -> object:
         return tuple(value)
     if not isinstance(value, str):  # pydantic collects ValueErrors alone
         raise ValueError(  # noqa: TRY004
-            "takes a list of texts, one a class, or the path of a file with them"
+            "takes a list of strings, one per class, or the path of a file with them"
         )
     return value
 
 
 def _select(value: object) -> object:
     if type(value) not in (int, str):
-        raise ValueError(f"takes a place (0 is the first) or a key, not {value!r}")
+        raise ValueError(f"takes an index (0 is the first) or a key, not {value!r}")
     return value
 
 
@@ -157,7 +157,7 @@ Numbers = tuple[float, ...] | None
 
 
 class InputTable(_Table):
-    """`[model.input]`: how pictures become the model's input."""
+    """`[model.input]`: how images become the model's input."""
 
     size: Annotated[Sides, BeforeValidator(_size)] = None
     resize: Annotated[int | tuple[int, int] | None, BeforeValidator(_resize)] = None
@@ -205,10 +205,12 @@ def _spec(table: ModelTable, source: str, folder: Path) -> ModelSpec:
     given = table.input
     weights = None if table.weights is None else _weights(table, source, folder)
     if table.sha256 is not None and (weights is None or ENTRY.fullmatch(str(weights))):
-        raise ConfigurationError(f"{source}.sha256: pins a weights file, and `weights` names none.")
+        raise ConfigurationError(
+            f"{source}.sha256: needs a weights file, and `weights` names none."
+        )
     if table.weights_key is not None and (weights is None or ENTRY.fullmatch(str(weights))):
         raise ConfigurationError(
-            f"{source}.weights_key: chooses in a weights file, and `weights` names none."
+            f"{source}.weights_key: needs a weights file, and `weights` names none."
         )
     return ModelSpec(
         name=table.name,
@@ -262,7 +264,10 @@ def _read_labels(
 def _missing(where: str, path: Path) -> str:
     beside = [each.name for each in path.parent.glob("*") if each.is_file()]
     close = nearest(path.name, beside, 1)
-    return f"{where}: there is no file {path}; a relative path begins at the file's folder.{close}"
+    return (
+        f"{where}: there is no file {path}; a relative path starts at the folder of models.toml."
+        f"{close}"
+    )
 
 
 def _syntax(path: Path, text: str, message: str) -> str:
@@ -284,7 +289,7 @@ def _sentence(issue: Any) -> str:
         last = around[-1] if around else None
         table = _TABLES.get(str(last), _File if last is None else ModelTable)
         known = tuple(table.model_fields)
-        return f"{where}: there is no such key.{nearest(str(key), known) or _all(known)}"
+        return f"{where}: unknown key.{nearest(str(key), known) or _all(known)}"
     if kind == "missing":
         return f"{where}: is missing." + ("" if issue["loc"][1:] else " Begin with [[model]].")
     message = str(issue["msg"]).removeprefix("Value error, ")
@@ -294,7 +299,7 @@ def _sentence(issue: Any) -> str:
 
 
 def _all(keys: Sequence[str]) -> str:
-    return f" Known are {', '.join(keys)}."
+    return f" Known keys: {', '.join(keys)}."
 
 
 def _path(loc: Sequence[str | int]) -> str:

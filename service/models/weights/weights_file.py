@@ -17,7 +17,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from service.errors import ConfigurationError
-from service.models.weights.checkpoints import Chosen, Entry, choose, entries_of
+from service.models.weights.checkpoints import (
+    CheckpointTensor,
+    SelectedWeights,
+    checkpoint_tensors,
+    select_weights,
+)
 from service.models.weights.labels import labels_of_text
 from service.models.weights.unpickling import read_inert
 
@@ -31,10 +36,10 @@ SHOWN = 5
 class Weights:
     """What a weights file holds: tensors, the text beside them, and the sha256 of the file.
 
-    key: names in front of what is used of it, where the user chose; see `checkpoints.choose`.
+    key: the prefix that the user chose (`checkpoints.select_weights`); None: it is found.
     """
 
-    entries: Sequence[Entry]
+    entries: Sequence[CheckpointTensor]
     sha256: str
     metadata: Mapping[str, str] = field(default_factory=dict)
     key: str | None = None
@@ -67,8 +72,8 @@ def read_weights(
         ) from error
     if sha256 is not None and found != sha256.lower():
         raise ConfigurationError(
-            f"{name} has the sha256 {found}, not {sha256}; it is another file than the one that "
-            "was pinned, and was not opened."
+            f"{name} has the sha256 {found}, not {sha256}; it is not the pinned "
+            "file, and was not opened."
         )
     if path.suffix == ".safetensors":
         metadata, entries = _read_safetensors(path, name)
@@ -83,12 +88,12 @@ def read_weights(
     return Weights(entries, found, metadata, key)
 
 
-def _read_safetensors(path: Path, name: str) -> tuple[dict[str, str], list[Entry]]:
+def _read_safetensors(path: Path, name: str) -> tuple[dict[str, str], list[CheckpointTensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             keys = file.keys()
-            return metadata, [Entry("", key, file.get_tensor(key)) for key in keys]
+            return metadata, [CheckpointTensor("", key, file.get_tensor(key)) for key in keys]
     except (SafetensorError, OSError) as error:
         raise ConfigurationError(f"{name} is not a safetensors file: {error}.") from error
 
@@ -98,16 +103,16 @@ def _unpickled(path: Path, name: str) -> Any:
         return read_inert(path)
     except Exception as error:  # torch.load raises almost anything for a file that is not its own
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f" It wants to run {wanted[1]}, which was not done." if wanted else ""
+        what = f" It tries to run {wanted[1]}, which was refused." if wanted else ""
         raise ConfigurationError(
             f"{name} is not a state dict that can be read without running code.{what} Save it "
             "again with torch.save(model.state_dict(), …) or as safetensors."
         ) from error
 
 
-def _state_dicts(found: Any, name: str) -> list[Entry]:
+def _state_dicts(found: Any, name: str) -> list[CheckpointTensor]:
     """The tensors of every state dict in what training scripts save around it."""
-    entries = list(entries_of(found))
+    entries = list(checkpoint_tensors(found))
     if not entries:
         raise ConfigurationError(
             f"{name} holds {type(found).__name__}, not a state dict of tensors. Save it again "
@@ -122,7 +127,7 @@ def load_into(
     source: str,
     unused: Callable[[str], object] | None = None,
 ) -> None:
-    """Copy the tensors of `weights` that are the module's into it (`checkpoints.choose`).
+    """Copy the tensors of `weights` that are the module's into it (`checkpoints.select_weights`).
 
     unused: whether a key that the module lacks is of a part that predictions do not need.
 
@@ -130,7 +135,7 @@ def load_into(
     sets of weights that fit.
     """
     wanted = module.state_dict()
-    chosen = chosen_from(weights, wanted, source)
+    chosen = selected_from(weights, wanted, source)
     spare = [key for key in chosen.tensors if unused and key not in wanted and unused(key)]
     tensors = {key: value for key, value in chosen.tensors.items() if key not in spare}
     _tell(chosen, spare, source)
@@ -154,33 +159,33 @@ def load_into(
     module.load_state_dict(tensors, strict=False)
 
 
-def _way_out(chosen: Chosen, *, only_more: bool) -> str:
+def _way_out(chosen: SelectedWeights, *, only_more: bool) -> str:
     under = chosen.prefix.rstrip(".")
     if not (chosen.fits and only_more and under):
         return "Is it the weights of another architecture?"
     return (
-        f"All keys of the model are there under {under!r}: serve the whole of what was trained, or "
-        f"leave the rest out with weights_key = {json.dumps(under)} in models.toml."
+        f"All keys of the model are there under {under!r}: serve the whole trained model, or "
+        f"ignore the rest with weights_key = {json.dumps(under)} in models.toml."
     )
 
 
-def chosen_from(weights: Weights, wanted: Mapping[str, Tensor], source: str) -> Chosen:
-    """What of a weights file fits a model's state dict best (`checkpoints.choose`).
+def selected_from(weights: Weights, wanted: Mapping[str, Tensor], source: str) -> SelectedWeights:
+    """What of a weights file fits a model's state dict best (`checkpoints.select_weights`).
 
     Raises ConfigurationError where several weights fit.
     """
-    chosen = choose(weights.entries, wanted, weights.key)
+    chosen = select_weights(weights.entries, wanted, weights.key)
     if chosen.others:
         names = [f"{weights.key}.{each}" if weights.key else each for each in chosen.others]
         raise ConfigurationError(
             f"{source} holds several weights that fit the model: "
-            f"{', '.join(repr(each) for each in names)}. Say which with weights_key in "
+            f"{', '.join(repr(each) for each in names)}. Choose one with weights_key in "
             f"models.toml, for instance weights_key = {json.dumps(names[0])}."
         )
     return chosen
 
 
-def _tell(chosen: Chosen, spare: Sequence[str], source: str) -> None:
+def _tell(chosen: SelectedWeights, spare: Sequence[str], source: str) -> None:
     """Say in one line what was taken of a file that holds more than the model's own keys."""
     said = {
         "under": chosen.prefix.rstrip("."),
@@ -196,13 +201,13 @@ def _with_nearest(key: str, unexpected: list[str]) -> str:
     return f"{key} (the file has {close[0]})" if close else key
 
 
-def fits(module: nn.Module, weights: Weights, source: str) -> bool:
+def shapes_fit(module: nn.Module, weights: Weights, source: str) -> bool:
     """Whether the weights that have the module's keys have its shapes, too; True for other keys.
 
     Raises ConfigurationError where several weights fit.
     """
     wanted = module.state_dict()
-    chosen = chosen_from(weights, wanted, source)
+    chosen = selected_from(weights, wanted, source)
     pairs = ((chosen.tensors[key], wanted[key]) for key in chosen.tensors if key in wanted)
     return not chosen.fits or all(tensor.shape == other.shape for tensor, other in pairs)
 
@@ -236,7 +241,7 @@ def labels_in(metadata: Mapping[str, str]) -> tuple[str, ...] | None:
         return labels_of_text(metadata["labels"], ".json")
     except ValueError as error:
         raise ConfigurationError(
-            f"the metadata `labels` of the weights file {error}; it takes a JSON list of texts."
+            f"the metadata `labels` of the weights file {error}; it must be a JSON list of strings."
         ) from error
 
 

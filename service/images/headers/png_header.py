@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from service.images.headers.exif import orientation_of
-from service.images.headers.header import Header, Span, check_parts, cut_short
+from service.images.headers.header import Header, Span, check_parts, corrupt
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -94,10 +94,10 @@ def _header(
     data: bytes, head: Sequence[Span], tail: Sequence[Span], others: Mapping[bytes, Span]
 ) -> PngHeader:
     if len(data) < 33 or not head or head[0] != (8, 33) or data[12:16] != b"IHDR":
-        raise cut_short()
+        raise corrupt()
     width, height, depth, colour, *rest = struct.unpack_from(">IIBBBBB", data, 16)
     if depth not in _DEPTHS.get(colour, ()) or rest[:2] != [0, 0] or rest[2] > 1:
-        raise cut_short()
+        raise corrupt()
 
     significant = max(_content(data, others, b"sBIT")[: _SAMPLES[colour]], default=depth)
     return PngHeader(

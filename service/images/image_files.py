@@ -32,7 +32,7 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not path.name.startswith("._")
 
 
-def left_out_of(paths: Iterable[Path | str]) -> str:
+def skipped_files(paths: Iterable[Path | str]) -> str:
     """A line that names what folders hold beside images, or "".
 
     Files that are hidden, or in a hidden folder, are not meant.
@@ -49,8 +49,8 @@ def left_out_of(paths: Iterable[Path | str]) -> str:
     more = f" and {len(others) - NAMED:,} more" if len(others) > NAMED else ""
     files = "1 file" if len(others) == 1 else f"{len(others):,} files"
     return (
-        f"left out {files} without a suffix of an image: {', '.join(others[:NAMED])}{more}. Name a "
-        "file itself to read it."
+        f"skipped {files} without an image suffix: {', '.join(others[:NAMED])}{more}. Name a "
+        "file explicitly to read it."
     )
 
 
@@ -98,9 +98,9 @@ def _named_by(given: str) -> list[tuple[Path, Path]]:
     if path.is_dir():
         inside = _images(path.rglob("*"))
         if not inside:
-            others = left_out_of([path])
+            others = skipped_files([path])
             raise ConfigurationError(
-                f"no image is in the folder {text_of(path)}{f'; {others}' if others else '.'}"
+                f"there is no image in the folder {text_of(path)}{f'; {others}' if others else '.'}"
             )
         return [(each, each.relative_to(path)) for each in inside]
     if path.exists():
