@@ -1,7 +1,6 @@
-"""Files that are there whole or not at all, also after a power cut.
+"""Atomic, durable files: complete or absent, also after a power failure.
 
-A name is given to a file only once its bytes are on the disk, and the name is on the disk before
-anything else is told of it: fsync of the file, rename, fsync of the folder.
+Each write is an fsync of the file, a rename, and an fsync of the folder.
 """
 
 from __future__ import annotations
@@ -14,14 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _CANNOT = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF})
-"""How file systems refuse to sync a folder that needs none."""
+"""Errors of file systems that cannot sync a folder, and need not."""
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A draft in the folder of `path`, with its suffix, that takes its name when the `with` ends.
+    """A draft in the folder of `path`, with its suffix, which is renamed to `path` at the end.
 
-    Where `path` is a link, its target is replaced. Raises OSError; nothing is left then.
+    If `path` is a link, its target is replaced. Raises OSError, without leaving a draft.
     """
     target = Path(os.path.realpath(path))
     draft = target.with_name(f".{uuid.uuid4().hex}{target.suffix}")
@@ -35,13 +34,13 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that has all of `data`, or stays as it was. Raises OSError."""
+    """Write `data` to a file atomically. Raises OSError."""
     with whole(path) as draft:
         draft.write_bytes(data)
 
 
 def write_synced(path: Path, data: bytes) -> None:
-    """Write a file to the disk; its name may be lost until its folder is synced. Raises OSError."""
+    """Write a file and sync it; its name is durable once its folder is synced. Raises OSError."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()
@@ -67,8 +66,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, and wait until their names are on the disk."""
-    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    """Create a folder and its parents, and wait until their names are on the disk."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    for each in new:
-        sync_folder(each.parent)
+    for created in new:
+        sync_folder(created.parent)

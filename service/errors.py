@@ -1,4 +1,4 @@
-"""Every error the service raises on purpose, as one tree.
+"""The exceptions of the service, as one tree.
 
     CamserveError
     ├── RequestError                what the client sent cannot be answered
@@ -37,8 +37,9 @@
     ├── RenderFailed                render_failed
     └── ConfigurationError          the service cannot start like this
 
-`code` is stable: clients may switch on it. `detail` is a sentence that says what to do. Which HTTP
-status a class becomes is decided at the edge, in `service/routes/problems.py`, and nowhere else.
+`code` is stable: clients may depend on it. `detail` is a sentence that says what to do. Only
+`service/routes/problems.py` maps classes to HTTP status codes. Classes with the same names in
+`api_schemas/client/errors.py` are the wire form of these: a client raises them for a response.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ from typing import ClassVar
 
 
 class CamserveError(Exception):
-    """Base of the tree. `str(error)` is `detail`, cut at `longest` characters.
+    """Base of the tree. `str(error)` is `detail`, truncated to `longest` characters.
 
-    It may repeat what a client sent, which may be of any length.
+    It may repeat the input of a client, which may have any length.
     """
 
     code: ClassVar[str] = "internal_error"
@@ -271,24 +272,24 @@ class ConfigurationError(CamserveError):
     """The service cannot start with these settings, models or weights."""
 
     code = "configuration_error"
-    longest = 100_000  # it names keys of the operator's own files
+    longest = 100_000  # it lists keys of the operator's files
 
 
 NEAREST_LENGTH, NEAREST_NAMES = 100, 1000
-"""The longest name that is compared with others, in characters, and the most names it is compared
-with: comparing takes the product of both lengths."""
+"""Maximum length of a compared name, and maximum number of names: the time of a comparison is the
+product of both lengths."""
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """Say which of the `known` names are closest to a mistyped one.
+    """Suggest the `known` names that are closest to a mistyped one.
 
     Returns a sentence such as " Did you mean 'layer4' or 'layer3'?" with a leading space, or "".
-    Of more than NEAREST_NAMES known names those of the nearest length are compared; a name of more
-    than NEAREST_LENGTH characters is like no other.
+    Of more than NEAREST_NAMES known names, those with the nearest length are compared; a name with
+    more than NEAREST_LENGTH characters gets no suggestion.
     """
     if len(name) > NEAREST_LENGTH:
         return ""
-    comparable = (each for each in known if len(each) <= NEAREST_LENGTH)
+    comparable = (candidate for candidate in known if len(candidate) <= NEAREST_LENGTH)
     alike = heapq.nsmallest(NEAREST_NAMES, comparable, key=lambda each: abs(len(each) - len(name)))
     close = difflib.get_close_matches(name, alike, n=count, cutoff=0.5)
     if not close:

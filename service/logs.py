@@ -1,4 +1,4 @@
-"""Structured logs: one line an event, as text for people or JSON for machines."""
+"""Structured logs: one line per event, as text or JSON."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ LogFormat = Literal["text", "json"]
 
 
 OF_COMMANDS = frozenset({"model_failed"})
-"""Events that a command tells itself, in one sentence at its end."""
+"""Events that a command reports itself, in one sentence at its end."""
 
 
 def configure_command() -> None:
-    """Send errors to standard error, but for those that a command tells itself."""
+    """Log errors to standard error, without those that a command reports itself."""
     configure("text", logging.ERROR, without=OF_COMMANDS)
 
 
@@ -27,7 +27,7 @@ def configure(
     *,
     without: Collection[str] = (),
 ) -> None:
-    """Send every log, the server's own included, to standard error in one form.
+    """Log everything, including the HTTP server, to standard error in one format.
 
     without: events that are not logged.
     """

@@ -1,4 +1,4 @@
-"""Every metric of the service, under the names of the logs and of `Server-Timing`."""
+"""Prometheus metrics of the service, with the names of the logs and of `Server-Timing`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 STAGES = ("decode", "queue", "inference", "render", "total")
-"""What a request's time is divided into, in order; `total` also holds what lies between."""
+"""The stages of a request, in order; `total` includes the time between them."""
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -49,7 +49,7 @@ class Metrics:
         )
 
     def watch(self, collector: Collector) -> None:
-        """Add figures that are read when the metrics are scraped."""
+        """Add a collector that is read at each scrape."""
         self.registry.register(collector)
 
     def render(self) -> bytes:
@@ -58,10 +58,10 @@ class Metrics:
 
 
 class Readings(Collector):
-    """Figures that exist elsewhere, asked for at each scrape so that they cannot drift.
+    """Values of other objects, read at each scrape.
 
     gauges:        name → (help, function).
-    replaced:      how many replicas of each model came back dirty.
+    replaced:      number of dirty replicas of each model.
     device_memory: bytes held on each GPU.
     """
 

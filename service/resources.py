@@ -1,4 +1,4 @@
-"""Memory: telling its lack from other failures, and keeping it where it is needed again."""
+"""Memory: allocator and garbage collector settings, limits, and out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -18,17 +18,16 @@ _MALLOPT = {
     "MALLOC_MMAP_THRESHOLD_": (-3, 1 << 30),
     "MALLOC_ARENA_MAX": (-8, 2),
 }
-"""The variables that glibc reads, each with mallopt's number for it and our value."""
+"""Variables of glibc, each with its number for mallopt and the value of the service."""
 
 
 def tune_allocator() -> None:
-    """Tell glibc how memory is used here, but for what the environment tells it.
+    """Configure the allocator of glibc, unless the environment does.
 
-    It keeps up to 256 MiB of freed memory, because the next activation needs it again; otherwise
-    every page of each large tensor faults. More is returned to the kernel in pieces of that size:
-    a GiB at once, freed under the interpreter's lock, stopped the event loop for 120 ms. And all
-    threads share two arenas: with glibc's eight per core, each with its own gaps, memory grew for
-    as long as it was watched.
+    It keeps up to 256 MiB of freed memory for the next activations; otherwise each large tensor is
+    mapped again, with a page fault per page. More is returned to the kernel in pieces of that size:
+    a GiB at once, freed under the GIL, stopped the event loop for 120 ms. All threads share two
+    arenas: with the default of eight per core, fragmentation made memory grow without limit.
 
     Other C libraries have no such settings.
     """
@@ -41,23 +40,23 @@ def tune_allocator() -> None:
 
 
 def spare_collector() -> None:
-    """Leave everything that exists now out of Python's garbage collections.
+    """Exclude all current objects from garbage collection.
 
-    A full one goes through all objects while nothing else runs: with the 400,000 that importing
-    torch leaves behind it stopped the event loop for 200 ms. To be called when everything is
-    imported and no model is loaded: a model's objects must stay collectable.
+    A full collection visits all objects while nothing else runs: with the 400,000 objects of torch
+    it stopped the event loop for 200 ms. Call it when everything is imported and no model is
+    loaded: the objects of a model must remain collectable.
     """
     gc.collect()
     gc.freeze()
-    atexit.register(gc.unfreeze)  # or libraries would report at the end what they had not cleared
+    atexit.register(gc.unfreeze)  # otherwise libraries report leaks at exit
 
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Run no garbage collection in any thread within the `with`; several may overlap.
+    """Disable garbage collection in all threads inside the `with`; several may overlap.
 
-    For what makes millions of objects that all stay, in one call that no other thread can
-    interrupt: collections went through them again and again, and took three fourths of its time.
+    For a single call that creates millions of permanent objects: repeated collections took three
+    quarters of its time.
     """
     _PAUSES.enter()
     try:
@@ -67,7 +66,7 @@ def collector_paused() -> Iterator[None]:
 
 
 class _Pauses:
-    """Counts who wants no collection; the last one to leave allows them again."""
+    """Counts the current pauses; the end of the last one enables collection again."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -92,21 +91,21 @@ _PAUSES = _Pauses()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that the device, or this machine, has no memory left."""
+    """Whether an exception means that the device or the machine is out of memory."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    # torch's allocator for the CPU raises a RuntimeError of no class of its own.
+    # torch's allocator for the CPU raises a plain RuntimeError.
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 def release_memory() -> None:
-    """Give back what torch keeps of a device's memory for later."""
+    """Release the device memory that torch caches."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def device_memory() -> dict[str, int]:
-    """Bytes that torch holds on each GPU; none where there is no GPU."""
+    """Bytes that torch has reserved on each GPU; empty without a GPU."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {f"cuda:{index}": torch.cuda.memory_reserved(index) for index in range(count)}
 

@@ -1,4 +1,4 @@
-"""The one `Settings`: flags, environment variables and the reference page are made from it."""
+"""`Settings`: the source of flags, environment variables and the reference page."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Format = Literal["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]
 
 
 def available_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Cores this process may use at once: those it may run on, within a container's quota.
+    """The number of cores of this process: those of its affinity, within a container's quota.
 
-    Part of a core counts only where there is no whole one.
+    A fraction of a core counts only if there is no whole one.
 
     cgroup: where the control groups are mounted, version 2 or 1.
     """
@@ -25,7 +25,7 @@ def available_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def _quota(cgroup: Path) -> int:
-    """Whole cores that the quota pays for; as good as none without a quota."""
+    """The whole cores of the quota; a very large number without a quota."""
     unbounded = 1 << 30
     for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
         try:
@@ -281,9 +281,9 @@ class Settings(BaseSettings):
     @field_validator("api_keys_file", "admin_keys_file", mode="before")
     @classmethod
     def _refuse_blank(cls, value: object) -> object:
-        # Unset would open the service; "" would be read as the current folder.
+        # Unset would disable authentication; "" would be the current folder.
         if isinstance(value, str) and not value.strip():
-            raise ValueError("is empty; name a file, or leave it out where no key is wanted")
+            raise ValueError("is empty; name a file, or unset it if no key is needed")
         return value
 
     @field_validator("image_formats", mode="before")
@@ -293,7 +293,7 @@ class Settings(BaseSettings):
 
     @property
     def uses_gpu(self) -> bool:
-        """Whether models go to a GPU, unless one of them says otherwise."""
+        """Whether models run on a GPU by default."""
         if self.device != "auto":
             return self.device.startswith("cuda")
         import torch  # noqa: PLC0415 - takes seconds, which `camserve --help` need not wait for
@@ -304,14 +304,14 @@ class Settings(BaseSettings):
     def worker_count(self) -> int:
         """`workers`, with 0 resolved.
 
-        More than 16 batches at once wait for each other's memory. On a GPU a second one is made
-        ready while the first runs; more would be smaller, and share it.
+        More than 16 concurrent batches are limited by memory bandwidth. On a GPU a second one is
+        prepared while the first runs; more would be smaller, and share the GPU.
         """
         return self.workers or (2 if self.uses_gpu else min(16, available_cores()))
 
     @property
     def helper_count(self) -> int:
-        """Threads that decode and draw beside the batches: on a GPU the cores have nothing else."""
+        """Threads that decode and render beside the batches: on a GPU one per core."""
         return available_cores() if self.uses_gpu else 1
 
     @property
@@ -325,7 +325,7 @@ class Settings(BaseSettings):
         return self.max_queue or (256 if self.uses_gpu else 64)
 
     def uncompiled(self) -> Settings:
-        """The same without compiled lanes, for commands that end sooner than those are made."""
+        """The same without compiled lanes, for commands that end before compiling would pay off."""
         return self.model_copy(update={"compile": False})
 
     @property

@@ -1,7 +1,7 @@
-"""OpenTelemetry traces, where the extra `otel` is installed and the environment asks for them.
+"""OpenTelemetry traces, if the extra `otel` is installed and the environment enables them.
 
-A span for a request, a child of its `traceparent`, and within it one for each stage. The standard
-OTEL_ variables rule: without an OTLP endpoint among them nothing is imported and nothing happens.
+Each request is a span, a child of its `traceparent`, with one child span per stage. The standard
+OTEL_ variables apply: without an OTLP endpoint nothing is imported.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT
 
 
 def traces_from_environment() -> Traces | None:
-    """Traces sent by OTLP over HTTP, or None where nobody asks for them or the extra is absent."""
+    """Traces by OTLP over HTTP, or None if they are not enabled or the extra is missing."""
     wanted = any(map(os.environ.get, _ENDPOINTS))
     disabled = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
     if not wanted or disabled or os.environ.get("OTEL_TRACES_EXPORTER", "otlp") != "otlp":
         return None
     try:
-        # Here and below: an extra, imported where it is wanted.
+        # Here and below: an extra, imported only if enabled.
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import (  # noqa: PLC0415
             OTLPSpanExporter,
         )
@@ -42,7 +42,7 @@ def traces_from_environment() -> Traces | None:
 
 
 class Traces:
-    """Records requests once they have ended, with the times that are known of them by then."""
+    """Records requests after they have ended, with the times of their stages."""
 
     def __init__(self, processor: SpanProcessor) -> None:
         from opentelemetry import trace  # noqa: PLC0415
@@ -58,19 +58,19 @@ class Traces:
         self._trace = trace
 
     def record(
-        self, headers: Mapping[str, str], seconds: float, said: Mapping[str, Any], status: int
+        self, headers: Mapping[str, str], seconds: float, fields: Mapping[str, Any], status: int
     ) -> None:
         """Record a request that ends now.
 
-        said: what the log says of it: its method, route, id, model, and the stages' milliseconds.
-        The stages of several images are sums, laid one behind the other.
+        fields: those of the log: method, route, id, model, and the milliseconds of each stage. For
+        several images the stages are sums, one after the other.
         """
         end = time.time_ns()
         at = end - round(seconds * 1e9)
         names = {"method": "http.request.method", "route": "http.route"}
-        known = {key: value for key, value in said.items() if key not in STAGES}
+        known = {key: value for key, value in fields.items() if key not in STAGES}
         span = self._tracer.start_span(
-            f"{said['method']} {said['route']}",
+            f"{fields['method']} {fields['route']}",
             context=self._extract(headers),
             kind=self._trace.SpanKind.SERVER,
             start_time=at,
@@ -81,13 +81,13 @@ class Traces:
         )
         inside = self._trace.set_span_in_context(span)
         for stage in STAGES[:-1]:
-            if stage in said:
-                begun, at = at, at + round(said[stage] * 1e6)
+            if stage in fields:
+                begun, at = at, at + round(fields[stage] * 1e6)
                 self._tracer.start_span(stage, context=inside, start_time=begun).end(at)
         if status >= 500:
             span.set_status(self._trace.StatusCode.ERROR)
         span.end(end)
 
     def close(self) -> None:
-        """Send what has not been sent."""
+        """Send the remaining spans."""
         self._provider.shutdown()

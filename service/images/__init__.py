@@ -1,1 +1,1 @@
-"""Untrusted bytes to upright pixels, and geometry back to source pixels."""
+"""From untrusted bytes to upright pixels, and the geometry back to source pixels."""

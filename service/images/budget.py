@@ -1,4 +1,4 @@
-"""Memory that decoding may take at once, shared by all images of a process."""
+"""The memory budget for decoding, shared by all images of a process."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from service.errors import DeadlineExceeded, ImageTooLarge
 from service.resources import memory_limit
 
 SHARE = 4
-"""Without a setting, decoding may take this fraction of the memory that the process may use."""
+"""Default: decoding may use 1/SHARE of the memory limit of the process."""
 
 
 class DecodeBudget:
-    """Bytes that are taken before an image is decoded and given back when it is fitted.
+    """Bytes that are reserved before an image is decoded and released after preprocessing.
 
-    Whoever does not get its bytes at once waits in its own thread, and holds none meanwhile: those
-    who hold some never wait, so that there is always one who goes on.
+    A thread that waits for bytes holds none, and a thread that holds bytes never waits, so that
+    there is no deadlock.
     """
 
     def __init__(self, max_bytes: int = 0) -> None:
@@ -28,14 +28,14 @@ class DecodeBudget:
 
     @property
     def taken(self) -> int:
-        """Bytes that are taken now."""
+        """Bytes that are reserved now."""
         return self._taken
 
     @contextmanager
     def take(self, amount: int, deadline: float | None = None) -> Iterator[None]:
-        """Hold so many bytes; wait for them until `deadline`, on `time.monotonic()`'s clock.
+        """Reserve bytes; wait for them until `deadline`, on `time.monotonic()`'s clock.
 
-        Raises ImageTooLarge where they are more than all there are, and DeadlineExceeded.
+        Raises ImageTooLarge if they exceed the budget, and DeadlineExceeded.
         """
         if amount > self.max_bytes:
             raise ImageTooLarge(

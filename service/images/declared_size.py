@@ -1,7 +1,7 @@
-"""The size of an image by its file's first bytes, without a reader: a hint, before any is run.
+"""The size of an image by the first bytes of its file: a hint, before any decoder runs.
 
-A few hundred bytes are looked at, whatever the file's length, so that it may be done anywhere. What
-is decoded later may have another size; whoever relies on one compares it then.
+Reads a few hundred bytes of a file of any length, so that it is cheap in any thread. The decoded
+image may have another size; a caller that relies on it must compare.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _WIDTH, _HEIGHT, _SHORT, _LONG = 256, 257, 3, 4
 
 
 def size_of(data: bytes) -> Size | None:
-    """The size that a JPEG, PNG, WebP, GIF, BMP or TIFF declares; None where it is not found."""
+    """The size that a JPEG, PNG, WebP, GIF, BMP or TIFF declares; None if it is not found."""
     try:
         size = _declared(data)
     except (struct.error, IndexError):  # the file ends too early
@@ -85,13 +85,13 @@ def _tiff(data: bytes) -> Size | None:
     order = "<" if data.startswith(b"II") else ">"
     directory = struct.unpack_from(f"{order}I", data, 4)[0]
     count = min(MAX_SEGMENTS, struct.unpack_from(f"{order}H", data, directory)[0])
-    found: dict[int, int] = {}
+    sides: dict[int, int] = {}
     for entry in range(directory + 2, directory + 2 + 12 * count, 12):
         tag, kind, _ = struct.unpack_from(f"{order}HHI", data, entry)
         if tag in {_WIDTH, _HEIGHT} and kind in {_SHORT, _LONG}:
             form = f"{order}{'H' if kind == _SHORT else 'I'}"
-            found[tag] = struct.unpack_from(form, data, entry + 8)[0]
-    return (found[_WIDTH], found[_HEIGHT]) if len(found) == 2 else None
+            sides[tag] = struct.unpack_from(form, data, entry + 8)[0]
+    return (sides[_WIDTH], sides[_HEIGHT]) if len(sides) == 2 else None
 
 
 _READERS: Mapping[bytes, Callable[[bytes], Size | None]] = MappingProxyType(

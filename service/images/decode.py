@@ -1,4 +1,4 @@
-"""From bytes to a bounded, upright RGB image, and from model input back to source pixels.
+"""Decode bytes to a bounded, upright RGB image, and map the model input back to source pixels.
 
     source = decode(data, max_pixels=50_000_000)          # or one of the four image errors
     model_input = fit_to_model(source, Preprocessing())   # uint8 (3, 224, 224)
@@ -62,8 +62,8 @@ Rect = tuple[float, float, float, float]
 """x, y, width, height, in source pixels."""
 
 MAX_SIDE = 65_535
-"""Pixels of a side, as JPEG has them. Decoders convert a band of whole rows at a time: a row of
-millions of pixels would take as much memory as the whole image, and hold the GIL as long."""
+"""Maximum pixels of a side, as in JPEG. Decoders convert bands of whole rows: a row of millions of
+pixels would need as much memory as the whole image, and hold the GIL as long."""
 
 _READERS: Mapping[str, Callable[[bytes], Header]] = MappingProxyType(
     {
@@ -81,16 +81,16 @@ TOO_LARGE = "Scale it down to at most {} pixels (width x height) and send it aga
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """How a model wants its images: torchvision's evaluation transform, or one of timm's.
+    """The preprocessing of a model: torchvision's evaluation transform, or one of timm's.
 
     crop:    (height, width) of the model input, in pixels.
     resize:  the length of the shorter side before the crop, in pixels; or a (height, width) that
-             the image covers (`fit` "crop"), is stretched to ("squash") or lies within ("pad").
-             What is larger than the input is cut off then.
-    mean, std: one number a channel, of values in 0..1.
-    fit:     how the model was trained to see whole images; a request may say another.
-    covers:  the part of the model input (x, y, w, h as fractions of it) that the model looks at,
-             where it crops once more by itself; None: all of it.
+             the image covers (`fit` "crop"), is stretched to ("squash") or lies within ("pad"),
+             before the center crop.
+    mean, std: one number per channel, for values in 0..1.
+    fit:     how the model was trained to see whole images; a request may override it.
+    covers:  the part of the model input (x, y, w, h as fractions of it) that a model with a crop
+             of its own sees; None: all of it.
     """
 
     resize: int | tuple[int, int] = 256
@@ -117,14 +117,14 @@ class Preprocessing:
 
     @property
     def longest(self) -> int:
-        """The longest side, in pixels, of what is needed of an image's resizing."""
+        """The longest side of the resized image, in pixels."""
         sides = self.resize if isinstance(self.resize, tuple) else (self.resize,)
         return max(*sides, *self.crop)
 
     def resized(self, size: tuple[int, int]) -> tuple[int, int]:
         """The (width, height) that an image of `size` is resized to before the crop.
 
-        By a number as torchvision rounds; by a (height, width) as timm does.
+        Rounded as torchvision does for a number, as timm does for a (height, width).
         """
         width, height = size
         if isinstance(self.resize, tuple):
@@ -136,7 +136,7 @@ class Preprocessing:
     def room(self, fit: Fit) -> tuple[int, int]:
         """The (height, width) that an image is stretched to, or lies within, before the crop.
 
-        A request's own `fit` shows the whole image; a model's own may be trained with a margin.
+        The `fit` of a request shows the whole image; that of a model may include a margin.
         """
         if fit != self.fit:
             return self.crop
@@ -148,7 +148,7 @@ class Preprocessing:
 
     @property
     def channels(self) -> int:
-        """3: RGB; 1: grey; other numbers: the pages of a TIFF (`service.images.upload`)."""
+        """3: RGB; 1: greyscale; other numbers: the pages of a TIFF (`service.images.upload`)."""
         return len(self.mean)
 
 
@@ -156,10 +156,10 @@ class Preprocessing:
 class Source:
     """One decoded upload.
 
-    `pixels` is uint8 (height, width, 3), RGB, upright (`service.images.upload` makes other
-    numbers of channels); `format` is what the bytes are ("JPEG", "PNG", ...); `sha256` is the
+    `pixels` is uint8 (height, width, 3), RGB, upright (other numbers of channels:
+    `service.images.upload`); `format` is that of the bytes ("JPEG", "PNG", ...); `sha256` is the
     hexadecimal digest of the uploaded bytes. `full_size` is the (width, height) of the upright
-    image where `pixels` are fewer, because it was scaled down while it was decoded.
+    image if it was scaled down while it was decoded.
     """
 
     pixels: NDArray[np.uint8]
@@ -187,9 +187,9 @@ class Source:
 class Geometry:
     """Where the model input lies in the source.
 
-    `source_size` and `input_size` are (width, height). `window` is what the whole model input
-    covers, in source pixels, and may stick out of the image. The point (u, v) of the model input,
-    as fractions of its width and height, is (x + u * w, y + v * h) of the source.
+    `source_size` and `input_size` are (width, height). `window` is the part that the whole model
+    input covers, in source pixels, and may extend beyond the image. The point (u, v) of the model
+    input, as fractions of its width and height, is (x + u * w, y + v * h) of the source.
     """
 
     source_size: tuple[int, int]
@@ -199,7 +199,7 @@ class Geometry:
 
     @property
     def covered(self) -> Rect:
-        """The part of `window` that the model looks at: all of it where `covers` is None."""
+        """The part of `window` that the model sees: all of it if `covers` is None."""
         x, y, w, h = self.window
         if self.covers is None:
             return self.window
@@ -207,9 +207,9 @@ class Geometry:
         return x + left * w, y + top * h, width * w, height * h
 
     def of_map(self, shape: tuple[int, ...]) -> Geometry:
-        """The geometry of a map (h, w): the model input's for one of its size, else a layer's.
+        """The geometry of a map (h, w): that of the model input, or that of a layer.
 
-        A layer of a model that crops its input again has cells for the covered part alone.
+        A layer of a model that crops its input has cells only for the covered part.
         """
         if self.covers is None or shape == self.input_size[::-1]:
             return self
@@ -221,7 +221,7 @@ class Geometry:
 
     @property
     def seen(self) -> Rect:
-        """The part of the image that the model sees: what is covered, within the image."""
+        """The part of the image that the model sees: the covered part within the image."""
         x, y, w, h = self.covered
         left, top = max(x, 0.0), max(y, 0.0)
         right, bottom = min(x + w, self.source_size[0]), min(y + h, self.source_size[1])
@@ -243,19 +243,19 @@ def decode(
     keep: tuple[int, int] | None = None,
     header: Header | None = None,
 ) -> Source:
-    """Decode an uploaded JPEG, PNG, WebP, GIF, BMP or TIFF; of several frames the first.
+    """Decode an uploaded JPEG, PNG, WebP, GIF, BMP or TIFF; only the first of several frames.
 
-    The EXIF orientation is applied, transparency is laid over white, samples of other depths are
-    scaled to 8 bits, floats are taken as 0..1 if none is above 1, else as 0..255. Colour profiles
-    are ignored, as they are when models are trained. Kind, size and memory are known from the
-    header alone (`open_header`), before any pixel is decoded.
+    The EXIF orientation is applied, transparency is composited over white, samples of other depths
+    are scaled to 8 bits, floats are read as 0..1 if none is above 1, otherwise as 0..255. Colour
+    profiles are ignored, as in training. Kind, size and memory are known from the header
+    (`open_header`), before any pixel is decoded.
 
-    keep:   of a large JPEG this many pixels of the (shorter, longer) side are enough, so that it
-            may be scaled down while it is decoded (`jpeg.scale_of`); None: every pixel is wanted.
-    header: the file's own, where it was read before, to decode within what it says that takes.
+    keep:   the required pixels of the (shorter, longer) side of a large JPEG, which may be scaled
+            down while it is decoded (`jpeg_decoder.scale_of`); None: all pixels.
+    header: the header of the file, if it was read before.
 
-    Raises EmptyImage, UnsupportedImage, CorruptImage or ImageTooLarge, for whatever bytes, and
-    nothing else; with `header` NotPlain too.
+    Raises only EmptyImage, UnsupportedImage, CorruptImage or ImageTooLarge, for any bytes; with
+    `header` also NotPlain.
     """
     if header is None:
         header = open_header(data, max_pixels)
@@ -271,7 +271,7 @@ def decode(
 
 
 def open_header(data: bytes, max_pixels: int) -> Header:
-    """The header of a file whose kind is read and which has at most `max_pixels`.
+    """The header of a supported file with at most `max_pixels`.
 
     Raises EmptyImage, UnsupportedImage, CorruptImage or ImageTooLarge.
     """
@@ -286,8 +286,8 @@ def open_header(data: bytes, max_pixels: int) -> Header:
 def read_header(data: bytes) -> Header:
     """The header of a JPEG, PNG, WebP, GIF, BMP or TIFF.
 
-    Raises UnsupportedImage for other bytes and for kinds that are not read, CorruptImage where the
-    header is cut short, ImageTooLarge over the bounds of `headers.header`.
+    Raises UnsupportedImage for other bytes and unsupported kinds, CorruptImage for a truncated
+    header, ImageTooLarge beyond the limits of `headers.header`.
     """
     name = format_of(data)
     if name is None or (name == "BMP" and data[15:18] != b"\0\0\0"):
@@ -299,7 +299,7 @@ def read_header(data: bytes) -> Header:
 
 @contextlib.contextmanager
 def image_errors(max_pixels: int) -> Iterator[None]:
-    """Whatever readers raise as one of the four image errors."""
+    """Convert exceptions of decoders to the four image errors."""
     try:
         yield
     except (ImageError, NotPlain):
@@ -308,12 +308,12 @@ def image_errors(max_pixels: int) -> Iterator[None]:
         raise ImageTooLarge(
             f"The image has too many pixels. {TOO_LARGE.format(max_pixels)}"
         ) from error
-    except Exception as error:  # Pillow's readers raise a dozen unrelated types on broken files.
+    except Exception as error:  # Pillow's decoders raise many unrelated types for corrupt files.
         raise corrupt() from error
 
 
 def check_bounds(header: Header, data: bytes, max_pixels: int) -> None:
-    """Refuse an image that would take too long or too much memory; nothing is decoded yet."""
+    """Refuse an image that would need too much time or memory, before it is decoded."""
     width, height = header.extent
     if header.width < 1 or header.height < 1:
         raise CorruptImage("The image has no pixels; save it again and send the new file.")
@@ -334,7 +334,7 @@ def check_bounds(header: Header, data: bytes, max_pixels: int) -> None:
 
 
 def _passes(header: Header, data: bytes) -> float:
-    """How often a decoder of JPEG passes over all pixels."""
+    """The number of passes of a JPEG decoder over all pixels."""
     if isinstance(header, TiffHeader) and header.compression == JPEG:
         width, height = header.segment
         return scans(data) * width * height / header.pixels
@@ -342,26 +342,26 @@ def _passes(header: Header, data: bytes) -> float:
 
 
 class NotPlain(Exception):
-    """A JPEG that Pillow must decode; `for_pillow` says what that takes."""
+    """A JPEG that only Pillow can decode; `for_pillow` has its memory requirements."""
 
 
 def for_pillow(header: Header) -> Header:
-    """The header of a file that turned out to be NotPlain."""
+    """The header of a NotPlain file."""
     return header.for_pillow() if isinstance(header, JpegHeader) else header
 
 
 def decode_stored(
     header: Header, data: bytes, keep: tuple[int, int] | None = None
 ) -> NDArray[np.uint8]:
-    """The pixels as they are stored. Takes `decoding_bytes`.
+    """The pixels before the orientation is applied. Needs `decoding_bytes`.
 
-    Raises NotPlain, and what the readers raise.
+    Raises NotPlain, and the exceptions of the decoders.
     """
     if isinstance(header, JpegHeader) and not header.by_pillow:
-        found = decode_jpeg(header, data, keep)
-        if found is None:
+        pixels = decode_jpeg(header, data, keep)
+        if pixels is None:
             raise NotPlain
-        return found
+        return pixels
     if isinstance(header, PngHeader) and header.depth == 16:
         return decode_png16(header, data)
     if isinstance(header, WebpHeader):
@@ -380,15 +380,15 @@ def _by_pillow(header: Header, data: bytes) -> NDArray[np.uint8]:
         load(image)
         transparent = image.info.get("transparency")
         if isinstance(header, PngHeader) and image.mode == "L" and isinstance(transparent, int):
-            # Pillow scales the pixels to 8 bits, and not the transparent one of them.
+            # Pillow scales the pixels to 8 bits, but not the transparent value.
             image.info["transparency"] = transparent * 255 // ((1 << header.depth) - 1)
         return _rgb_pixels(image)
 
 
 def _rgb_pixels(image: Image.Image) -> NDArray[np.uint8]:
-    """A loaded image as uint8 (height, width, 3), transparency over white.
+    """A loaded image as uint8 (height, width, 3), with transparency over white.
 
-    It is converted in bands, so that it takes the result and little more.
+    Converted in bands, to need little memory besides the result.
     """
     pixels = np.empty((image.height, image.width, 3), np.uint8)
     for rows in bands(image.width, image.height):
@@ -405,7 +405,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def decoded_pixels(header: Header, keep: tuple[int, int] | None = None) -> int:
-    """How many pixels `decode` gives."""
+    """The number of pixels that `decode` returns."""
     size = header.upright
     scalable = isinstance(header, JpegHeader) and not header.by_pillow
     scale = scale_of(size, keep) if scalable else 1
@@ -413,7 +413,7 @@ def decoded_pixels(header: Header, keep: tuple[int, int] | None = None) -> int:
 
 
 def decoding_bytes(header: Header, keep: tuple[int, int] | None = None) -> int:
-    """Memory that decoding to upright RGB takes at most, beside the file as it was sent."""
+    """Maximum memory for decoding to upright RGB, in bytes, without the file itself."""
     width, height = header.extent
     result = 3 * decoded_pixels(header, keep)
     stored = int(header.pixel_bytes * width * height) + header.fixed_bytes
@@ -424,12 +424,12 @@ def decoding_bytes(header: Header, keep: tuple[int, int] | None = None) -> int:
 def fit_to_model(
     source: Source, preprocessing: Preprocessing, fit: Fit | None = None
 ) -> ModelInput:
-    """Make the model input, uint8, and say where it lies in the source.
+    """The model input, uint8, with its geometry in the source.
 
-    `crop`: the image resized, then its centre; bit-equal to torchvision's evaluation transform up
-    to the conversion to float (of images over 20 times longer than wide, only the middle is
-    resized). `squash`: the whole image, stretched. `pad`: the whole image in its proportions,
-    centred on the mean colour. None: the model's own.
+    `crop`: resize and center crop; bit-equal to torchvision's evaluation transform up to the
+    conversion to float (of images over 20 times longer than wide, only the middle is resized).
+    `squash`: the whole image, stretched. `pad`: the whole image with its aspect ratio, centered on
+    the mean colour. None: the fit of the model.
     """
     image = torch.from_numpy(source.pixels).permute(2, 0, 1)
     mode = InterpolationMode(preprocessing.interpolation)
@@ -446,14 +446,14 @@ def fit_to_model(
         raise ValueError(f"fit is 'crop', 'squash' or 'pad', not {fit!r}")
     height, width = preprocessing.crop
     geometry = Geometry(source.size, (width, height), window, preprocessing.covers)
-    # A copy: where nothing had to be resized, `pixels` may be a view of the source.
+    # A copy: without resizing, `pixels` may be a view of the source.
     return ModelInput(pixels.clone(memory_format=torch.contiguous_format), geometry)
 
 
 def _crop(
     image: Tensor, size: tuple[int, int], preprocessing: Preprocessing, mode: InterpolationMode
 ) -> tuple[Tensor, Rect]:
-    """`size`: of the whole image (w, h), by which everything is measured."""
+    """size: (w, h) of the whole image, which all coordinates refer to."""
     height, width = preprocessing.crop
     cut, (cut_x, cut_y) = _cut_extreme(image, preprocessing)
     old_width, old_height = size if cut is image else (cut.shape[-1], cut.shape[-2])
@@ -471,7 +471,7 @@ def _crop(
 def _within(
     image: Tensor, size: tuple[int, int], room: tuple[int, int], mode: InterpolationMode
 ) -> Tensor:
-    """The image in its proportions, as large as it fits into `room` (height, width)."""
+    """The image with its aspect ratio, as large as fits into `room` (height, width)."""
     (height, width), (old_width, old_height) = room, size
     scale = min(width / old_width, height / old_height)
     new_width = min(width, max(1, round(old_width * scale)))
@@ -483,7 +483,7 @@ def _within(
 def _centred(
     image: Tensor, size: tuple[int, int], preprocessing: Preprocessing
 ) -> tuple[Tensor, Rect]:
-    """The middle of a resized image at the model's size, on the mean colour where it is smaller.
+    """The center of a resized image at the model's size, padded with the mean colour.
 
     size: (w, h) of the whole image before it was resized.
     """
@@ -502,14 +502,14 @@ def _centred(
 
 
 def _crop_start(length: int, crop: int) -> int:
-    """Where torchvision's center_crop begins; negative where it pads."""
+    """The start of torchvision's center_crop; negative if it pads."""
     if crop > length:
         return -((crop - length) // 2)
     return round((length - crop) / 2.0)
 
 
 def _cut_extreme(image: Tensor, preprocessing: Preprocessing) -> tuple[Tensor, tuple[int, int]]:
-    """Of an extremely long image, the middle that the crop needs, and its upper left corner."""
+    """The part of an extremely long image that the crop needs, and its upper left corner."""
     height, width = image.shape[-2:]
     short, long = sorted((height, width))
     if long <= MAX_ASPECT * short:
@@ -527,8 +527,8 @@ def _cut_extreme(image: Tensor, preprocessing: Preprocessing) -> tuple[Tensor, t
 def _squash(image: Tensor, room: tuple[int, int], mode: InterpolationMode) -> Tensor:
     """Stretched to `room` (height, width).
 
-    torch scales the width first: of 8 x 8,000,000 pixels that makes a hundred times as many. So the
-    long side of such an image is scaled before the short one.
+    torch scales the width first, which would make 8 x 8,000,000 pixels a hundred times as many. So
+    the long side of such an image is scaled before the short one.
     """
     height, width = image.shape[-2:]
     if max(height, width) > MAX_ASPECT * min(height, width):
@@ -540,14 +540,14 @@ def _squash(image: Tensor, room: tuple[int, int], mode: InterpolationMode) -> Te
 
 
 def preview_size(size: tuple[int, int], max_side: int) -> tuple[int, int]:
-    """(width, height) scaled down so that the longer one is at most `max_side`."""
+    """(width, height) scaled down so that the longer side is at most `max_side`."""
     width, height = size
     scale = min(1.0, max_side / max(width, height))
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def preview(source: Source, max_side: int) -> NDArray[np.uint8]:
-    """Scale the image, antialiased, to `preview_size`; where that is its size, the same array."""
+    """Scale the image, antialiased, to `preview_size`; the same array if that is its size."""
     width, height = preview_size(source.size, max_side)
     if source.pixels.shape[:2] == (height, width):
         return source.pixels

@@ -1,4 +1,4 @@
-"""Which format an image's first bytes promise, and whether that format is read here."""
+"""The format of an image by its first bytes, and whether it is accepted."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _ELSE = (
     ("a ZIP archive", b"PK\3\4"),
     ("SVG, HTML or other XML", b"<"),
 )
-"""What is sent in place of an image, with what tells it apart."""
+"""Other data that is sent instead of an image, with its first bytes."""
 
 _BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF"}
 
@@ -46,15 +46,15 @@ def format_of(data: bytes) -> str | None:
 
 
 def check_format(data: bytes, formats: Sequence[str]) -> None:
-    """Refuse what does not begin as one of `formats`, before any reader sees it.
+    """Refuse data that does not start like one of `formats`, before any decoder runs.
 
     Raises EmptyImage, UnsupportedImage.
     """
     if not data:
         raise EmptyImage("The image has no bytes; send the content of the image file.")
-    found = format_of(data)
-    if found not in formats:
-        kind = f"{found} is not accepted by this service" if found else unsupported_format(data)
+    name = format_of(data)
+    if name not in formats:
+        kind = f"{name} is not accepted by this service" if name else unsupported_format(data)
         raise UnsupportedImage(f"{kind}; send one of {', '.join(formats)}.")
 
 
@@ -74,7 +74,7 @@ def _else_of(data: bytes) -> str:
 
 
 def _format_in_base64(data: bytes) -> str | None:
-    """The format of a file that came as base64 text, or as a data: URI."""
+    """The format of a file that was sent as base64 text or as a data: URI."""
     text = data[:200].lstrip(b' \t\r\n"')
     if text[:5].lower() == b"data:":
         text = text.partition(b",")[2]

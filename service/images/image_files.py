@@ -18,24 +18,24 @@ SUFFIXES = frozenset(
         *(".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
     }
 )
-"""Of the files that are taken of a folder; one that is named is taken whatever it is called."""
+"""Suffixes of images in a folder; a file that is named explicitly needs none of them."""
 
 NAMED = 5
-"""How many files that were left out one line names."""
+"""Number of skipped files that a message names."""
 
 STDIN = Path("-")
-"""Names standard input, as other commands have it; a file of that name is `./-`."""
+"""Standard input, as in other commands; a file of that name is `./-`."""
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file of a folder is called as an image is; macOS puts `._a.jpg` beside `a.jpg`."""
+    """Whether a file in a folder has an image suffix; macOS writes `._a.jpg` beside `a.jpg`."""
     return path.suffix.lower() in SUFFIXES and not path.name.startswith("._")
 
 
 def skipped_files(paths: Iterable[Path | str]) -> str:
-    """A line that names what folders hold beside images, or "".
+    """A message about files in folders that are not images, or "".
 
-    Files that are hidden, or in a hidden folder, are not meant.
+    Hidden files and files in hidden folders are not mentioned.
     """
     others = [
         text_of(path)
@@ -55,45 +55,45 @@ def skipped_files(paths: Iterable[Path | str]) -> str:
 
 
 def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") or part in _OF_SYSTEMS for part in path.parts)
+    return any(part.startswith(".") or part in _SYSTEM_FILES for part in path.parts)
 
 
-_OF_SYSTEMS = frozenset({"Thumbs.db", "desktop.ini", "__MACOSX"})
+_SYSTEM_FILES = frozenset({"Thumbs.db", "desktop.ini", "__MACOSX"})
 
 
 def find_images(paths: Iterable[Path | str]) -> list[tuple[Path, Path]]:
-    """Every image file, once, with the name that its results get below the out folder.
+    """Every image file, once, with the name of its results below the output folder.
 
-    A file is taken as it is, `-` is standard input; a folder is searched through, and a pattern
-    (`*`, `?`, `[…]`, `**` for folders) matched, for the suffixes we read. Names lose their suffix
-    where they stay unlike each other. Raises ConfigurationError for what does not exist, and for a
-    folder or pattern without images.
+    `-` is standard input; a folder is searched recursively, and a pattern (`*`, `?`, `[…]`, `**`
+    for folders) is matched, for files with an image suffix. Names lose their suffix if they remain
+    unique. Raises ConfigurationError for a missing file, and for a folder or pattern without
+    images.
     """
-    found: dict[Path, Path] = {}
-    for given in paths:
-        for path, name in _named_by(str(given)):
-            found.setdefault(path, name)
-    return list(zip(found, _unlike_each_other(list(found.items())), strict=True))
+    images: dict[Path, Path] = {}
+    for argument in paths:
+        for path, name in _expand(str(argument)):
+            images.setdefault(path, name)
+    return list(zip(images, _unique_names(list(images.items())), strict=True))
 
 
 def text_of(path: Path | str) -> str:
-    r"""A path as text that is UTF-8; no other path has it.
+    r"""A path as unique UTF-8 text.
 
-    A byte that is not UTF-8 is `\xNN`. A backslash that begins such a form in the path itself is
-    `\x5c`, so that `\xNN` stands for a byte always.
+    A byte that is not UTF-8 becomes `\xNN`. A backslash that starts such a form in the path itself
+    becomes `\x5c`, so that `\xNN` always stands for a byte.
     """
     escaped = re.sub(rb"\\(?=x[0-9a-fA-F]{2})", rb"\\x5c", os.fsencode(path))
     return escaped.decode("utf-8", "backslashreplace")
 
 
 def read_image(path: Path) -> bytes:
-    """A file's bytes, or what comes on standard input. Raises OSError."""
+    """The bytes of a file or of standard input. Raises OSError."""
     return sys.stdin.buffer.read() if path == STDIN else path.read_bytes()
 
 
-def _named_by(given: str) -> list[tuple[Path, Path]]:
-    path = Path(given)
-    if given == "-":
+def _expand(argument: str) -> list[tuple[Path, Path]]:
+    path = Path(argument)
+    if argument == "-":
         return [(STDIN, Path("stdin"))]
     if path.is_dir():
         inside = _images(path.rglob("*"))
@@ -102,54 +102,54 @@ def _named_by(given: str) -> list[tuple[Path, Path]]:
             raise ConfigurationError(
                 f"there is no image in the folder {text_of(path)}{f'; {others}' if others else '.'}"
             )
-        return [(each, each.relative_to(path)) for each in inside]
+        return [(file, file.relative_to(path)) for file in inside]
     if path.exists():
         return [(path, Path(path.name))]
-    if glob.has_magic(given):
-        inside = _images(Path(each) for each in glob.iglob(given, recursive=True))  # noqa: PTH207
+    if glob.has_magic(argument):
+        inside = _images(Path(match) for match in glob.iglob(argument, recursive=True))  # noqa: PTH207
         if not inside:
-            raise ConfigurationError(f"no image matches {text_of(given)}.")
-        root = _before_the_pattern(path)
-        return [(each, each.relative_to(root)) for each in inside]
+            raise ConfigurationError(f"no image matches {text_of(argument)}.")
+        root = _pattern_root(path)
+        return [(file, file.relative_to(root)) for file in inside]
     beside = path.parent.iterdir() if path.parent.is_dir() else ()
-    close = nearest(path.name, (text_of(each.name) for each in beside))
+    close = nearest(path.name, (text_of(file.name) for file in beside))
     raise ConfigurationError(f"there is no file {text_of(path)}.{close}")
 
 
 def _images(paths: Iterable[Path]) -> list[Path]:
-    return sorted(each for each in paths if is_image(each) and each.is_file())
+    return sorted(path for path in paths if is_image(path) and path.is_file())
 
 
-def _before_the_pattern(pattern: Path) -> Path:
-    """The folder that a pattern starts from: `photos` of `photos/*/a?.jpg`."""
+def _pattern_root(pattern: Path) -> Path:
+    """The folder before the first wildcard: `photos` of `photos/*/a?.jpg`."""
     parts = [*pattern.parts]
-    first = next(place for place, part in enumerate(parts) if glob.has_magic(part))
+    first = next(index for index, part in enumerate(parts) if glob.has_magic(part))
     return Path(*parts[:first])
 
 
-def _unlike_each_other(found: list[tuple[Path, Path]]) -> list[Path]:
-    """The shortest form of each name that no other has: bare, with suffix, with its folders."""
+def _unique_names(images: list[tuple[Path, Path]]) -> list[Path]:
+    """The shortest unique form of each name: without suffix, with suffix, with its folders."""
     forms = [
-        (name.with_suffix(""), name, _inside_out(path), _inside_out(path) / f"{place}")
-        for place, (path, name) in enumerate(found)
+        (name.with_suffix(""), name, _relative(path), _relative(path) / f"{index}")
+        for index, (path, name) in enumerate(images)
     ]
-    lengths = [0] * len(found)
-    while longer := _alike([form[n] for form, n in zip(forms, lengths, strict=True)], lengths):
-        for place in longer:
-            lengths[place] += 1
+    lengths = [0] * len(images)
+    while longer := _collisions([form[n] for form, n in zip(forms, lengths, strict=True)], lengths):
+        for index in longer:
+            lengths[index] += 1
     return [form[length] for form, length in zip(forms, lengths, strict=True)]
 
 
-def _alike(names: Sequence[Path], lengths: Sequence[int]) -> list[int]:
-    """Places of the names whose results would have names of another's results.
+def _collisions(names: Sequence[Path], lengths: Sequence[int]) -> list[int]:
+    """Indices of the names whose results would collide with those of another name.
 
-    Results of further classes carry the class: those of `a` are `a.7.…`, and so are those of `a.7`.
+    Results of further classes contain the class: those of `a` are `a.7.…`, as those of `a.7`.
     """
     count = Counter(names)
     return [
-        place
-        for place, name in enumerate(names)
-        if lengths[place] < 3
+        index
+        for index, name in enumerate(names)
+        if lengths[index] < 3
         and (count[name] > 1 or (_OF_A_CLASS.search(name.name) and name.with_suffix("") in count))
     ]
 
@@ -157,6 +157,6 @@ def _alike(names: Sequence[Path], lengths: Sequence[int]) -> list[int]:
 _OF_A_CLASS = re.compile(r"[.][0-9]+$")
 
 
-def _inside_out(path: Path) -> Path:
-    """A whole path as one that stays below the out folder."""
+def _relative(path: Path) -> Path:
+    """A whole path as a relative path below the output folder."""
     return Path(*(part for part in path.absolute().parts[1:] if part not in ("..", ".")))

@@ -1,4 +1,4 @@
-"""Hide a part of an image, to see what the answer owes to it."""
+"""Hide a part of an image, to measure its effect on the prediction."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ GREY = 128
 BLUR_SHARE = 0.1
 """Standard deviation of the blur, of the shorter side."""
 
-# The shorter side that the image is scaled to before it is blurred: what the blur leaves has no
-# detail that more pixels could show.
+# The shorter side that the image is scaled to before the blur, which removes finer detail.
 BLUR_SIDE = 128
 
 
@@ -30,8 +29,8 @@ def hide(
     """A copy of an image, uint8 (h, w, c), with the pixels of `mask`, bool (h, w), replaced.
 
     `mean`: by the mean colour of the whole image; `blur`: by the image with a strong Gaussian
-    blur, which keeps its colours in their places; `grey`: by 128. Raises ValueError where image
-    and mask differ in size.
+    blur, which keeps the rough colours; `grey`: by 128. Raises ValueError if image and mask differ
+    in size.
     """
     if pixels.shape[:2] != mask.shape:
         raise ValueError(f"a mask of {mask.shape} does not lie on an image of {pixels.shape}")
@@ -43,19 +42,20 @@ def hide(
         hidden = np.full_like(pixels, GREY)
     else:
         raise ValueError(f"fill is 'mean', 'blur' or 'grey', not {fill!r}")
-    # OpenCV's copy takes a twentieth of the time of numpy's with a mask.
+    # Twenty times as fast as numpy's copy with a mask.
     shown = np.logical_not(mask, order="C").view(np.uint8)
     return np.asarray(cv2.copyTo(pixels, shown, hidden), dtype=np.uint8)
 
 
 def boxes_mask(boxes: Iterable[Rect], size: tuple[int, int]) -> NDArray[np.bool_]:
-    """Lay boxes, x, y, w, h in source pixels, over an image of `size` (w, h): bool (h, w).
+    """The mask of boxes, x, y, w, h in source pixels, on an image of `size` (w, h): bool (h, w).
 
-    A pixel counts when its middle is inside: on the left or upper edge it is, on the right or
-    lower one not. What sticks out is cut off. Raises ValueError for a box that is not finite.
+    A pixel belongs to a box if its center is inside: the left and upper edges are inside, the right
+    and lower ones are not. Boxes are clipped to the image. Raises ValueError for a box that is not
+    finite.
 
-    Boxes are drawn on a raster of the strips between their edges, which is then made larger: a
-    thousand that cover the image take as long as one.
+    Boxes are drawn on a raster of the strips between their edges, which is then enlarged: a
+    thousand boxes that cover the image take as long as one.
     """
     columns, rows = [(0, 0)], [(0, 0)]
     for x, y, w, h in boxes:
@@ -65,7 +65,7 @@ def boxes_mask(boxes: Iterable[Rect], size: tuple[int, int]) -> NDArray[np.bool_
         rows.append(_covered(y, h, size[1]))
     edges_x, places_x = _edges(columns, size[0])
     edges_y, places_y = _edges(rows, size[1])
-    # Where boxes begin and end, with signs; sums of these are how many boxes cover a cell.
+    # Signed corners of boxes; their cumulative sums are the number of boxes that cover a cell.
     corners = np.zeros((len(edges_y), len(edges_x)), dtype=np.int32)
     for (left, right), (top, bottom) in zip(places_x, places_y, strict=True):
         if left < right and top < bottom:
@@ -81,14 +81,14 @@ def boxes_mask(boxes: Iterable[Rect], size: tuple[int, int]) -> NDArray[np.bool_
 def _edges(
     spans: Sequence[tuple[int, int]], length: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """All edges along a side, with its ends; and where among them each span begins and ends."""
+    """All edges along a side, with its ends; and the indices of the edges of each span."""
     pairs = np.array(spans, dtype=np.int64)
     edges = np.unique(np.append(pairs, (0, length)))
     return edges, np.searchsorted(edges, pairs)
 
 
 def _covered(start: float, extent: float, length: int) -> tuple[int, int]:
-    """The first pixel of a row with its middle in [start, start + extent), and the one behind."""
+    """The first pixel with its center in [start, start + extent), and the one after the last."""
     first, end = (
         math.ceil(min(max(edge - 0.5, 0.0), float(length))) for edge in (start, start + extent)
     )
@@ -96,7 +96,7 @@ def _covered(start: float, extent: float, length: int) -> tuple[int, int]:
 
 
 def _mean(pixels: NDArray[np.uint8]) -> Sequence[float]:
-    """The mean of each channel; OpenCV's, three times as fast, knows up to four."""
+    """The mean of each channel; OpenCV is three times as fast, for up to four channels."""
     if pixels.shape[2] > 4:
         return [float(mean) for mean in pixels.mean(axis=(0, 1))]
     return cv2.mean(pixels)[: pixels.shape[2]]

@@ -1,4 +1,4 @@
-"""Masks as COCO's run lengths.
+"""Encode and decode masks as COCO run lengths.
 
 rle = rle_encode(mask)
 rle_decode(rle.size, rle.counts)
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _DIGITS = 7
-"""Characters of one COCO run length at most: 34 bits and a sign, more pixels than any image."""
+"""Maximum characters of one COCO run length: 34 bits and a sign, more pixels than any image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,8 @@ def rle_encode(mask: NDArray[np.bool_]) -> RLE:
 def rle_decode(size: tuple[int, int], counts: str | Sequence[int]) -> NDArray[np.bool_]:
     """Read COCO run lengths, compressed or as a list of numbers, into bool (h, w).
 
-    Takes height x width bytes, so compare `size` with the image first where it comes from
-    outside. Raises ValueError where `counts` is not a mask of exactly that size.
+    Allocates height x width bytes, so compare an untrusted `size` with the image first. Raises
+    ValueError if `counts` is not a mask of exactly that size.
     """
     height, width = size
     try:
@@ -61,19 +61,19 @@ def rle_decode(size: tuple[int, int], counts: str | Sequence[int]) -> NDArray[np
 
 
 def _packed(runs: NDArray[np.int64]) -> str:
-    """Run lengths, from the third on as the difference from the last but one, in 5-bit digits.
+    """Run lengths in 5-bit digits, from the third on as the difference from the last but one.
 
-    The least digit comes first; 32 is added to all but the last, 48 to each to make a character.
+    The least significant digit is first; 32 is added to all but the last, and 48 to each.
     """
     values = runs.copy()
     values[3:] -= runs[1:-2]
     characters = np.zeros((len(values), _DIGITS), dtype=np.uint8)
     open_ = np.ones(len(values), dtype=bool)
-    for place in range(_DIGITS):
+    for digit_index in range(_DIGITS):
         digit = values & 31
         values >>= 5
         more = np.where(digit & 16, values != -1, values != 0)
-        characters[:, place] = np.where(open_, digit + 32 * more + 48, 0)
+        characters[:, digit_index] = np.where(open_, digit + 32 * more + 48, 0)
         open_ &= more
     return characters[characters > 0].tobytes().decode("ascii")
 
@@ -87,8 +87,8 @@ def _unpacked(counts: str) -> NDArray[np.int64]:
     lengths = ends - starts
     if lengths.max() > _DIGITS:
         raise ValueError("a run length in this string is longer than any image")
-    places = np.arange(digits.size) - np.repeat(starts, lengths)
-    values = np.add.reduceat((digits & 31) << (5 * places), starts)
+    digit_index = np.arange(digits.size) - np.repeat(starts, lengths)
+    values = np.add.reduceat((digits & 31) << (5 * digit_index), starts)
     values -= np.where(digits[ends - 1] & 16, 1 << (5 * lengths), 0)
     values[1::2] = np.cumsum(values[1::2])
     values[2::2] = np.cumsum(values[2::2])

@@ -1,7 +1,7 @@
 """One uploaded image, opened once: the model input, and a preview for drawing.
 
-A model of one channel sees grey (ITU-R 601, as Pillow's mode "L"). A model of any other number than
-1 and 3 takes a TIFF with that many pages, all of one size, each page one channel.
+A model with one channel gets greyscale (ITU-R 601, as Pillow's mode "L"). A model with another
+number than 1 and 3 needs a TIFF with that many pages of one size, each page one channel.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ from service.images.masks import Fill, boxes_mask, hide
 from service.images.run_lengths import rle_decode
 
 SPARE = 2
-"""A JPEG that is scaled down while it is decoded keeps this many times the pixels a side that the
-model resizes it to, so that most of the scaling is still the antialiased resize."""
+"""A JPEG that is scaled down while it is decoded keeps this many times the side that the model
+resizes it to, so that most of the scaling is still the antialiased resize."""
 
 SHARPNESS = 0.9
 """A preview may be enlarged from this share of its side: the difference is not visible, and the
 common 4,000 pixels are decoded at 2,000 for a side of 2,048."""
 
 _SCALING = 2 if "AVX" in torch.backends.cpu.get_cpu_capability() else 14
-"""Bytes a pixel that scaling RGB takes: where the processor has no such instructions, floats."""
+"""Bytes per pixel for scaling RGB: without AVX torch uses floats."""
 
 Sent = bytes | NDArray[np.uint8]
 """An image as it was sent: a file, or its pixels (height, width, channels)."""
@@ -64,12 +64,12 @@ Sent = bytes | NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Upload:
-    """An opened image; its full-size pixels are gone.
+    """A decoded image without its full-size pixels.
 
     width, height, format, sha256: of the upright source.
-    model_input: what the model sees, and the geometry back to source pixels.
-    preview:     uint8 (h, w, 3), the source scaled to at most the render side; None if not wanted.
-    masked:      the upload with a part hidden; None if not wanted.
+    model_input: the model input, with the geometry back to source pixels.
+    preview:     uint8 (h, w, 3), the source scaled to at most the render side; None if not needed.
+    masked:      the upload with a part hidden; None if not requested.
     """
 
     width: int
@@ -83,7 +83,7 @@ class Upload:
 
 @dataclass(frozen=True, slots=True)
 class Hiding:
-    """What to hide of a source: boxes (x, y, w, h) or COCO run lengths, in source pixels."""
+    """The part of a source to hide: boxes (x, y, w, h) or COCO run lengths, in source pixels."""
 
     boxes: Sequence[Rect] | None = None
     rle: tuple[tuple[int, int], str | Sequence[int]] | None = None
@@ -125,12 +125,12 @@ def open_upload(
 ) -> Upload:
     """Decode, fit to the model, and keep a preview of at most `preview_side` pixels (None: none).
 
-    Pixels at the model's input size are the model input, whatever `fit` is.
+    Pixels at the model's input size are used as they are, for any `fit`.
 
-    budget:   what the memory is taken from before anything is decoded; None: nothing bounds it.
-    deadline: until when its bytes are waited for, on `time.monotonic()`'s clock; None: for ever.
+    budget:   the memory budget for decoding; None: no limit.
+    deadline: until when to wait for the budget, on `time.monotonic()`'s clock; None: no limit.
 
-    Raises the ImageErrors of `decode`, InvalidOption where `hiding` does not fit the image, and
+    Raises the ImageErrors of `decode`, InvalidOption if `hiding` does not fit the image, and
     DeadlineExceeded.
     """
     request = _Request(preprocessing, fit, preview_side, hiding)
@@ -160,7 +160,7 @@ def open_upload(
 
 @dataclass(frozen=True, slots=True)
 class _Memory:
-    """What an upload's memory is taken from, and until when it is waited for."""
+    """The memory budget of an upload, and the deadline of waiting for it."""
 
     budget: DecodeBudget | None
     deadline: float | None
@@ -173,7 +173,7 @@ class _Memory:
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """What is made of a source, as `open_upload` has it."""
+    """The arguments of `open_upload`, which turn a source into an upload."""
 
     preprocessing: Preprocessing
     fit: Fit | None
@@ -181,9 +181,9 @@ class _Request:
     hiding: Hiding | None
 
     def bytes_for(self, size: tuple[int, int], decoded: int) -> int:
-        """Memory for an image of `size`, of which so many pixels were decoded, and all of this.
+        """Bytes to process an image of `size` with `decoded` pixels.
 
-        torch scales RGB as it is, and other numbers of channels as floats. A mask has its inverse.
+        torch scales RGB as bytes, other numbers of channels as floats. A mask needs its inverse.
         """
         channels = self.preprocessing.channels
         width = max(3, channels)
@@ -218,8 +218,8 @@ class _Request:
 
 
 def _needed(preprocessing: Preprocessing, preview_side: int | None) -> tuple[int, int] | None:
-    """How many pixels of an image's (shorter, longer) side decoding must leave; None: all."""
-    if preprocessing.interpolation == "nearest":  # takes single pixels, which scaling would mix
+    """The pixels of the (shorter, longer) side that decoding must keep; None: all."""
+    if preprocessing.interpolation == "nearest":  # samples single pixels, which scaling would mix
         return None
     shorter = SPARE * preprocessing.longest
     return shorter, max(shorter, math.ceil(SHARPNESS * (preview_side or 0)))
@@ -238,11 +238,11 @@ def _of_pixels(pixels: NDArray[np.uint8]) -> Source:
 
 
 def open_headers(data: bytes, channels: int, max_pixels: int) -> tuple[Header, ...]:
-    """The header of an upload for a model of so many channels; of pages one each.
+    """The header of an upload for a model with this number of channels; for pages one each.
 
-    Pages are bounded together: as many bytes as an RGB image of `max_pixels`. Raises the
-    ImageErrors of `decode`, and UnsupportedImage for another file than a TIFF or another number of
-    pages where pages are wanted.
+    Pages are limited together to the bytes of an RGB image of `max_pixels`. Raises the ImageErrors
+    of `decode`, and UnsupportedImage for another format or number of pages if the model needs
+    pages.
     """
     if channels in (1, 3) or not data:
         return (open_header(data, max_pixels),)
@@ -252,9 +252,9 @@ def open_headers(data: bytes, channels: int, max_pixels: int) -> tuple[Header, .
             "channel."
         )
     with image_errors(max_pixels):
-        found = list(islice(directories(data), channels + 1))
-        _check_count(len(found), channels)
-        headers = tuple(header_of(directory, data) for directory in found)
+        pages = list(islice(directories(data), channels + 1))
+        _check_count(len(pages), channels)
+        headers = tuple(header_of(directory, data) for directory in pages)
         for page, header in enumerate(headers):
             check_bounds(header, data, 3 * max_pixels // channels)
             if header.upright != headers[0].upright:
@@ -273,9 +273,9 @@ def decode_channels(
     keep: tuple[int, int] | None = None,
     headers: tuple[Header, ...] = (),
 ) -> Source:
-    """Decode an upload for a model of so many channels: RGB pixels, or the pages of a TIFF.
+    """Decode an upload for a model with this number of channels: RGB, or the pages of a TIFF.
 
-    keep: as in `decode`. headers: the file's own, where they were read before. Raises as
+    keep: as in `decode`. headers: those of the file, if they were read before. Raises the errors of
     `open_headers`, and NotPlain as `decode`.
     """
     if channels in (1, 3) or not data:
@@ -292,7 +292,7 @@ def decode_channels(
 
 
 def channel_bytes(headers: tuple[Header, ...], keep: tuple[int, int] | None = None) -> int:
-    """Memory that `decode_channels` takes at most, the file itself aside."""
+    """Maximum memory of `decode_channels`, in bytes, without the file itself."""
     decoding = max(decoding_bytes(header, keep) for header in headers)
     if len(headers) == 1:
         return decoding
@@ -300,14 +300,14 @@ def channel_bytes(headers: tuple[Header, ...], keep: tuple[int, int] | None = No
 
 
 def for_model(source: Source, channels: int) -> Source:
-    """The source as the model sees it: grey for one channel, else as it is."""
+    """The source as the model sees it: greyscale for one channel, otherwise unchanged."""
     if channels != 1 or source.pixels.shape[2] == 1:
         return source
     return replace(source, pixels=_grey(source.pixels)[:, :, None])
 
 
 def for_people(source: Source) -> Source:
-    """The source in RGB: of a stack of pages the first one, in grey."""
+    """The source in RGB; for a stack of pages the first page in greyscale."""
     if source.pixels.shape[2] == 3:
         return source
     first = np.repeat(source.pixels[:, :, :1], 3, axis=2)

@@ -1,1 +1,1 @@
-"""The models that are served: what they are, how they are loaded, and who may use them."""
+"""The served models: their configuration, loading, replicas and leases."""

@@ -1,4 +1,4 @@
-"""When what failed may be tried again."""
+"""Exponential backoff: when a failed operation may be retried."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 class Backoff:
     """A delay that doubles with each failure, from `first` to `longest` seconds.
 
-    Times are on whatever clock the caller reads.
+    Times are on the clock of the caller.
     """
 
     first: float = 1.0
@@ -19,16 +19,16 @@ class Backoff:
     until: float = -math.inf
 
     def failed(self, now: float) -> None:
-        """Note a failure."""
+        """Record a failure."""
         self.until = now + min(self.longest, self.first * 2.0 ** min(self.failures, 30))
         self.failures += 1
 
     def succeeded(self) -> None:
-        """Forget all failures."""
+        """Reset after a success."""
         self.failures, self.until = 0, -math.inf
 
     def is_over(self, now: float) -> bool:
-        """Whether it may be tried again."""
+        """Whether the delay has passed."""
         return now >= self.until
 
     def seconds_left(self, now: float) -> int:

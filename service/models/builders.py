@@ -1,4 +1,4 @@
-"""From a `ModelSpec` to a module with its weights, by each kind of builder."""
+"""Build the module of a `ModelSpec` with its weights, for each kind of builder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from service.images.decode import Preprocessing
 from service.models.builtin.network import flower_net
 from service.models.capabilities import unwrap_compiled
 from service.models.catalog import BUILTIN, ENTRY, Fit, Interpolation, ModelSpec, Output
-from service.models.weights.metadata import FED_BY, output_in, preprocessing_in
+from service.models.weights.metadata import PREPROCESSING_KEYS, output_in, preprocessing_in
 from service.models.weights.shapes import classes_in, has_positions, image_size_in
 from service.models.weights.weights_file import (
     Weights,
@@ -36,14 +36,14 @@ from service.models.weights.weights_file import (
 )
 
 DOWNLOAD_TIMEOUT = 10.0
-"""Seconds that a connection to fetch weights may stall."""
+"""Timeout of a connection that fetches weights, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """What a builder and its weights bring; None where the service's defaults hold.
+    """A module and what its builder and weights say about it; None: the service's defaults apply.
 
-    source: where the preprocessing was said, for people.
+    source: where the preprocessing comes from, as shown to users.
     """
 
     module: nn.Module
@@ -57,7 +57,7 @@ class Built:
 
 
 def build(spec: ModelSpec, allow_random_weights: bool) -> Built:
-    """Make the module and fill it. Raises ConfigurationError."""
+    """Build the module and load its weights. Raises ConfigurationError."""
     if spec.builder == BUILTIN:
         return _build_builtin(spec)
     library, separator, name = spec.builder.partition("/")
@@ -101,7 +101,7 @@ def _build_torchvision(spec: ModelSpec, name: str, allow_random_weights: bool) -
     if spec.weights and not _names_entry(spec):
         return _torchvision_file(spec, name, make)
     if allow_random_weights:
-        # A vision transformer is built for one image size: that which it will be fed.
+        # A vision transformer is built for one image size: that of its input.
         side = (spec.input.size or preprocessing.crop)[0]
         size = {"image_size": side} if name.startswith("vit_") else {}
         module = _randomised(lambda: make(weights=None, **(size | dict(spec.arguments))))
@@ -119,22 +119,24 @@ def _build_torchvision(spec: ModelSpec, name: str, allow_random_weights: bool) -
 
 
 def _torchvision_file(spec: ModelSpec, name: str, make: Callable[..., nn.Module]) -> Built:
-    """An architecture of torchvision with the weights of a file.
+    """Build a torchvision architecture with the weights of a file.
 
-    Only a file that torchvision published has its classes: one of a user's own with as many has
-    others. Its transform is that of the published weights, else of the architecture's default ones.
-    Heads that are for training alone are left out: those of a fine-tuned model often have the
-    classes of the weights that it began with.
+    Only a file that torchvision published has its labels: a user's own file with as many classes
+    has other ones. The transform is that of the published weights, otherwise that of the
+    architecture's default weights. Heads that exist only for training are omitted: those of a
+    fine-tuned model often keep the classes of its pretrained weights.
     """
     weights = _weights(spec)
-    given: dict[str, Any] = {"weights": None}
-    if name in _WITH_AUX:  # as torchvision sets it with its weights, from which people fine-tune
-        given |= {"aux_logits": False, "transform_input": True}
-    given = {key: value for key, value in given.items() if key not in spec.arguments}
-    given |= _image_size(spec, weights, lambda: make(**given), "image_size")
-    module = make(**given, **_classes(spec, weights, lambda **more: make(**given, **more)))
+    defaults: dict[str, Any] = {"weights": None}
+    if name in _WITH_AUX:  # as torchvision sets it for its pretrained weights
+        defaults |= {"aux_logits": False, "transform_input": True}
+    defaults = {key: value for key, value in defaults.items() if key not in spec.arguments}
+    defaults |= _image_size(spec, weights, lambda: make(**defaults), "image_size")
+    module = make(**defaults, **_classes(spec, weights, lambda **more: make(**defaults, **more)))
     entries = torchvision.models.get_model_weights(name)
-    published = next((each for each in entries if _is_of_url(weights, each.url)), None)
+    published = next(
+        (candidate for candidate in entries if _is_of_url(weights, candidate.url)), None
+    )
     entry = published or entries.DEFAULT
     preprocessing, labels = _from_entry(entry)
     source = _of_entry(entry)
@@ -147,7 +149,7 @@ def _torchvision_file(spec: ModelSpec, name: str, make: Callable[..., nn.Module]
         labels if published else None,
         default=preprocessing,
         source=source,
-        unused=_OF_AUX if "aux_logits" in given else None,
+        unused=_OF_AUX if "aux_logits" in defaults else None,
     )
 
 
@@ -161,7 +163,7 @@ _OF_AUX = re.compile(r"(aux1|aux2|AuxLogits)\.")
 
 
 def _is_of_url(weights: Weights, url: str) -> bool:
-    """Whether a file is the one of a URL, whose name ends with digits of its sha256."""
+    """Whether a file is that of a URL, which contains the first digits of its sha256."""
     digits = re.search(r"-([0-9a-f]{8,})\.pth$", url)
     return digits is not None and weights.sha256.startswith(digits[1])
 
@@ -176,14 +178,14 @@ def _entry(spec: ModelSpec, name: str) -> Any:
     entries = torchvision.models.get_model_weights(name)
     if not _names_entry(spec):
         return entries.DEFAULT
-    said = str(spec.weights)
-    if said not in entries.__members__:
+    entry_name = str(spec.weights)
+    if entry_name not in entries.__members__:
         known = ", ".join(entries.__members__)
         raise ConfigurationError(
-            f"{spec.at('weights')}: there is no file {said}, and torchvision has no such weights "
-            f"for {name}, only {known}."
+            f"{spec.at('weights')}: there is no file {entry_name}, and torchvision has no such "
+            f"weights for {name}, only {known}."
         )
-    return entries[said]
+    return entries[entry_name]
 
 
 def _build_timm(spec: ModelSpec, name: str, allow_random_weights: bool) -> Built:
@@ -226,7 +228,7 @@ def _build_timm(spec: ModelSpec, name: str, allow_random_weights: bool) -> Built
 
 
 def _of_imagenet(spec: ModelSpec, timm: Any, module: nn.Module) -> tuple[str, ...] | None:
-    """ImageNet's names, where timm's own weights have its 1,000 classes."""
+    """The labels of ImageNet, if timm's weights have its 1,000 classes."""
     if "num_classes" in spec.arguments:
         return None
     if timm.data.infer_imagenet_subset(module) != "imagenet-1k":
@@ -240,10 +242,10 @@ def _timm_preprocessing(timm: Any, module: nn.Module) -> Preprocessing:
 
 
 def preprocessing_of_timm(config: Mapping[str, Any]) -> Preprocessing:
-    """What `timm.data.create_transform` makes of a configuration.
+    """The transform that `timm.data.create_transform` builds from a configuration.
 
     `crop_pct` is the crop's share of the resized sides; `crop_mode` is `center`, `squash` or
-    `border`. Raises ConfigurationError for an interpolation that is not known here.
+    `border`. Raises ConfigurationError for an unsupported interpolation.
     """
     _, height, width = config["input_size"]
     large = math.floor(height / config["crop_pct"]), math.floor(width / config["crop_pct"])
@@ -271,7 +273,7 @@ def _build_function(spec: ModelSpec) -> Built:
     module_name, _, function_name = spec.builder.partition(":")
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:  # an import runs code, which may raise anything
+    except Exception as error:  # an import runs user code
         raise ConfigurationError(
             f"{spec.at('builder')}: cannot import {spec.builder!r} ({error}); set --app-dir to "
             "the folder to import from."
@@ -280,13 +282,13 @@ def _build_function(spec: ModelSpec) -> Built:
     base = preprocessing_in({} if weights is None else weights.metadata, Preprocessing())
 
     def make(**more: Any) -> nn.Module:
-        made = _called(spec, function, **dict(spec.arguments) | more)
-        if not isinstance(made, nn.Module):
+        module = _called(spec, function, **dict(spec.arguments) | more)
+        if not isinstance(module, nn.Module):
             raise ConfigurationError(
-                f"{spec.at('builder')}: {spec.builder}() returned {type(made).__name__}, not a "
+                f"{spec.at('builder')}: {spec.builder}() returned {type(module).__name__}, not a "
                 "module."
             )
-        return _completed(spec, unwrap_compiled(made, spec.name), base)
+        return _completed(spec, unwrap_compiled(module, spec.name), base)
 
     if weights is None:
         module = make()
@@ -295,15 +297,15 @@ def _build_function(spec: ModelSpec) -> Built:
 
 
 _CLASSES = ("num_classes", "n_classes", "nb_classes", "classes", "num_labels")
-"""What functions that build models call the number of classes."""
+"""Common names of the parameter for the number of classes."""
 
 
 def _with_classes(
     spec: ModelSpec, function: Callable[..., Any], weights: Weights, make: Callable[..., nn.Module]
 ) -> nn.Module:
-    """The module with as many classes as the weights have, where the function takes a number."""
+    """The module with the number of classes of its weights, if the function has a parameter."""
     taken = _parameters(function)
-    name = next((each for each in _CLASSES if each in taken), None)
+    name = next((candidate for candidate in _CLASSES if candidate in taken), None)
     if name is None or name in spec.arguments:
         return make()
     if taken[name].default is not inspect.Parameter.empty:
@@ -311,10 +313,10 @@ def _with_classes(
         if shapes_fit(module, weights, _source(spec)):
             return module
     try:
-        found = _classes(spec, weights, make, name)
-    except ConfigurationError:  # it cannot be sketched: what is wrong is said as without a sketch
-        found = {}
-    return make(**found)
+        classes = _classes(spec, weights, make, name)
+    except ConfigurationError:  # reported when the weights are loaded
+        classes = {}
+    return make(**classes)
 
 
 def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
@@ -325,16 +327,21 @@ def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]
 
 
 def _completed(spec: ModelSpec, module: nn.Module, base: Preprocessing) -> nn.Module:
-    """The module with its lazy layers made, by one pass of an image.
+    """Initialize the lazy layers of a module with one forward pass.
 
-    base: what the weights say about the input. Raises ConfigurationError where that pass fails.
+    base: the preprocessing in the weights file. Raises ConfigurationError if the pass fails.
     """
     lazy = (UninitializedParameter, UninitializedBuffer)
-    if not any(isinstance(each, lazy) for each in chain(module.parameters(), module.buffers())):
+    if not any(isinstance(tensor, lazy) for tensor in chain(module.parameters(), module.buffers())):
         return module
-    said = spec.input
-    given = [len(values) for values in (said.mean or (), said.std or ()) if len(values) > 1]
-    shape = (said.channels or max(given, default=base.channels), *(said.size or base.crop))
+    input_spec = spec.input
+    lengths = [
+        len(values) for values in (input_spec.mean or (), input_spec.std or ()) if len(values) > 1
+    ]
+    shape = (
+        input_spec.channels or max(lengths, default=base.channels),
+        *(input_spec.size or base.crop),
+    )
     try:
         with torch.no_grad():
             module.eval()(torch.zeros(1, *shape))
@@ -347,7 +354,7 @@ def _completed(spec: ModelSpec, module: nn.Module, base: Preprocessing) -> nn.Mo
 
 
 def _called(spec: ModelSpec, function: Callable[..., Any], /, *names: str, **arguments: Any) -> Any:
-    """Call what makes the module; whatever it raises becomes a sentence."""
+    """Call a builder; any exception becomes a ConfigurationError."""
     try:
         return function(*names, **arguments)
     except Exception as error:
@@ -363,23 +370,23 @@ def _weights(spec: ModelSpec) -> Weights:
 
 
 def _source(spec: ModelSpec) -> str:
-    """How an error about what is in the weights file begins."""
+    """The beginning of an error about the contents of the weights file."""
     return f"{spec.at('weights')}: the weights file"
 
 
 def _classes(
     spec: ModelSpec, weights: Weights, make: Callable[..., nn.Module], name: str = "num_classes"
 ) -> dict[str, int]:
-    """The argument for as many classes as the weights file has; empty where it is given.
+    """The argument for the number of classes in the weights file; empty if the user sets it.
 
-    make: takes the number of classes as the argument `name`.
+    make: builds the module; takes the number of classes as the argument `name`.
     """
     if name in spec.arguments:
         return {}
     with torch.device("meta"):
-        sketches = make(**{name: 1013}), make(**{name: 1019})  # like no other size in a model
-    found = classes_in(sketches, weights, _source(spec))
-    return {} if found is None else {name: found}
+        sketches = make(**{name: 1013}), make(**{name: 1019})  # sizes that no other dimension has
+    count = classes_in(sketches, weights, _source(spec))
+    return {} if count is None else {name: count}
 
 
 def _image_size(
@@ -417,12 +424,12 @@ def _filled(
     source: str = "the service's defaults",
     unused: re.Pattern[str] | None = None,
 ) -> Built:
-    """Load a weights file; its metadata says how to feed the model, else the defaults hold.
+    """Load a weights file; its metadata takes precedence over the given defaults.
 
     unused: matches keys of parts that the module was built without.
     """
     load_into(module, weights, _source(spec), unused.match if unused else None)
-    said = [key for key in FED_BY if key in weights.metadata]
+    keys = [key for key in PREPROCESSING_KEYS if key in weights.metadata]
     return Built(
         module,
         weights.version,
@@ -430,7 +437,7 @@ def _filled(
         preprocessing_in(weights.metadata, default or Preprocessing()),
         weights.metadata.get("target_layer"),
         output=output_in(weights.metadata),
-        source=source if not said else f"{', '.join(said)} from the weights file, else {source}",
+        source=source if not keys else f"{', '.join(keys)} from the weights file, else {source}",
     )
 
 
@@ -450,12 +457,12 @@ def _from_entry(entry: Any) -> tuple[Preprocessing, tuple[str, ...]]:
 
 
 def _quiet(name: str) -> dict[str, Any]:
-    # Both warn that their initialisation will change; here the weights follow anyway.
+    # Both warn that their initialisation will change; the weights are replaced anyway.
     return {"init_weights": False} if name in {"googlenet", "inception_v3"} else {}
 
 
 def _randomised(make: Callable[[], nn.Module]) -> nn.Module:
-    """Seeded random weights, also where the architecture starts at zero: some heads and norms."""
+    """Build a module with seeded random weights, also where the initial weights are all zero."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = make()
@@ -469,12 +476,12 @@ def _randomised(make: Callable[[], nn.Module]) -> nn.Module:
 
 @contextmanager
 def _fetching(spec: ModelSpec) -> Iterator[None]:
-    """Fetch weights without hanging on a silent network; what fails becomes a sentence."""
+    """Fetch weights with a timeout; any exception becomes a ConfigurationError."""
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # the download of torch.hub has none
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch.hub has no timeout
     try:
         yield
-    except Exception as error:  # timm's hub raises its own tree, torch.hub a wrong hash
+    except Exception as error:  # each hub has exceptions of its own
         raise ConfigurationError(
             f"{spec.at('weights')}: the weights of {spec.builder} are neither in the cache nor can "
             f"they be fetched ({error}). Give a file: --model {spec.builder} --weights FILE "

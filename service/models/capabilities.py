@@ -1,8 +1,8 @@
-"""What compiled, scripted and quantised modules allow: where hooks fire and gradients come through.
+"""What compiled, scripted and quantised modules support: hooks, gradients, or only predictions.
 
-A module that `torch.compile` wrapped is served as the module inside it, whose layers take hooks. A
-TorchScript module and an exported program run as a whole; they are served for predictions and for
-the methods that only look at answers.
+A module that `torch.compile` wrapped is served as the module inside it, whose layers accept hooks.
+A TorchScript module and an exported program run as a whole; they are served for predictions and for
+the methods that use only outputs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _FOLDERS = re.compile(r"(?:/[\w.@+~-]+)+/")
 
 
 def unwrap_compiled(module: nn.Module, name: str) -> nn.Module:
-    """The module with every `torch.compile` wrapper taken off, at the root and inside."""
+    """The module without `torch.compile` wrappers, at the root and inside."""
     unwrapped = _inside(module)
     count = int(unwrapped is not module)
     for parent in list(unwrapped.modules()):
@@ -45,7 +45,7 @@ def unwrap_compiled(module: nn.Module, name: str) -> nn.Module:
 
 
 def _inside(module: nn.Module) -> nn.Module:
-    # By name: to import torch._dynamo for its class takes a second of every start.
+    # By name: importing torch._dynamo for its class takes a second at every start.
     while type(module).__name__ == "OptimizedModule":
         inner = module.get_submodule("_orig_mod")
         module = inner
@@ -53,13 +53,13 @@ def _inside(module: nn.Module) -> nn.Module:
 
 
 def in_eval_mode(module: nn.Module) -> nn.Module:
-    """The module in eval mode, its parameters frozen; exported and frozen ones are so already.
+    """The module in eval mode with frozen parameters.
 
-    Raises ValueError where it was exported in training mode, which cannot be changed any more.
+    Raises ValueError if it was exported in training mode, which cannot be changed.
     """
     if isinstance(module, fx.GraphModule):
         _check_exported(module)
-    with suppress(NotImplementedError):  # an exported program has no modes
+    with suppress(NotImplementedError):  # of an exported program, which has no modes
         module.eval()
     for parameter in module.parameters():
         parameter.requires_grad_(False)
@@ -67,7 +67,7 @@ def in_eval_mode(module: nn.Module) -> nn.Module:
 
 
 def _is_exported(module: nn.Module) -> bool:
-    """Whether `torch.export` made it: its graph calls functions, and no module but its checks."""
+    """Whether `torch.export` created it: its graph calls no modules except its guards."""
     if not isinstance(module, fx.GraphModule):
         return False
     called = {node.target for node in module.graph.nodes if node.op == "call_module"}
@@ -78,15 +78,15 @@ def _check_exported(module: fx.GraphModule) -> None:
     for node in module.graph.nodes:
         schema = getattr(node.target, "_schema", None)
         for index, argument in enumerate(schema.arguments if schema else ()):
-            given = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
-            if argument.name in ("train", "training") and given is True:
+            value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+            if argument.name in ("train", "training") and value is True:
                 raise ValueError(
                     f"it was exported in training mode ({node.name}); export model.eval() instead"
                 )
 
 
 def why_no_layers(module: nn.Module) -> str | None:
-    """Why nothing can be recorded inside the model; None where hooks fire."""
+    """Why nothing can be recorded inside the model; None if hooks work."""
     if isinstance(module, ScriptModule):
         return (
             "it is a TorchScript module, which runs as a whole and accepts no hooks; serve the "
@@ -103,7 +103,7 @@ def why_no_layers(module: nn.Module) -> str | None:
 def why_no_gradients(
     module: nn.Module, image: Tensor, layer: str | None, select: Select
 ) -> str | None:
-    """Why no gradient comes through, tried at the layer (None: at the image); None where it does.
+    """Why the layer (None: the image) gets no gradient; None if it gets one.
 
     module: a replica. image: normalised (1, C, H, W).
     """
@@ -120,20 +120,19 @@ def why_no_gradients(
         return f"its backward pass fails ({_first_line(error)})"
     if gradient is None:
         return (
-            f"no gradient comes from its output to {layer or 'its input'}, as in a quantised model"
+            f"no gradient reaches {layer or 'its input'} from its output, as in a quantised model"
         )
     return None
 
 
 def differentiable_layer(trial: Trial, tried: LayerTrace, likely: str | None) -> str | None:
-    """The likely layer where the logits depend on it, else the mappable one nearest to the output.
+    """The likely layer if the logits depend on it, else the last mappable one with a gradient.
 
     likely: a mappable layer. Costs a forward and a backward pass.
 
-    Of the others, a gradient at more than half of the places is wanted, since behind the last
-    attention only the class token goes on to the head. The rule of `default_target` chooses among
-    them; where it finds none, norms come first, whose outputs are scaled alike. None where there is
-    no such layer.
+    Another layer needs a gradient at more than half of its cells, because behind the last attention
+    only the class token reaches the head. `default_target` selects among them; if it selects none,
+    norms take precedence, because their outputs have the same scale. None: no such layer exists.
     """
     known = {layer.path: layer for layer in tried.layers if layer.layout is not None}
     paths = [path for path in tried.order if path in known][-MAX_CANDIDATES:]
@@ -142,21 +141,21 @@ def differentiable_layer(trial: Trial, tried: LayerTrace, likely: str | None) ->
         with kept_torch_state(random=False), record(trial.served, targets=paths) as seen:
             logits = trial.logits(trial.served(trial.images[:1].clone()))
         at = {path: calls[-1] for path, calls in seen.targets.items() if path in known}
-        found = torch.autograd.grad(logits.max(), list(at.values()), allow_unused=True)
+        layer_gradients = torch.autograd.grad(logits.max(), list(at.values()), allow_unused=True)
     except Exception:  # noqa: BLE001 - a backward pass may raise anything
-        # Many layers at once may fail where one does not.
+        # Several layers at once may fail where a single one does not.
         image = trial.images[:1]
         works = likely and not why_no_gradients(trial.served, image, likely, trial.select)
         return likely if works else None
-    gradients = dict(zip(at, found, strict=True))
+    gradients = dict(zip(at, layer_gradients, strict=True))
     if likely and gradients.get(likely) is not None:
         return likely
     usable = []
     for path, gradient in gradients.items():
         layout = known[path].layout
         if gradient is not None and layout is not None:
-            places = layout.as_map(layout.by_image(gradient)).abs().sum(dim=1)
-            usable += [path] if float((places > 0).float().mean()) > 0.5 else []
+            cells = layout.as_map(layout.by_image(gradient)).abs().sum(dim=1)
+            usable += [path] if float((cells > 0).float().mean()) > 0.5 else []
     usable.sort(key=tried.order.index)
     rule = default_target(replace(tried, order=tuple(usable)), tried.layers)
     norms = [path for path in usable if "Norm" in known[path].type]
@@ -164,10 +163,10 @@ def differentiable_layer(trial: Trial, tried: LayerTrace, likely: str | None) ->
 
 
 MAX_CANDIDATES = 48
-"""Layers, the last ones, among which `differentiable_layer` looks."""
+"""Number of last layers that `differentiable_layer` examines."""
 
 
 def _first_line(error: Exception) -> str:
-    """The beginning of what it says, without folders of files: clients read it."""
+    """The first line of an error, without folders, because clients read it."""
     text = str(error).strip() or type(error).__name__
     return _FOLDERS.sub("", text.splitlines()[0][:200]).rstrip(".")

@@ -1,4 +1,4 @@
-"""What can be served: the description of a model before anything is loaded."""
+"""The configuration of a model, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from service.errors import ConfigurationError
 BUILTIN = "builtin"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 ENTRY = re.compile(r"[A-Z][A-Z0-9_]*")
-"""What torchvision calls its weights, such as IMAGENET1K_V1."""
+"""The form of torchvision's names of weights, such as IMAGENET1K_V1."""
 
 Output = Literal["softmax", "sigmoid", "none"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 Floating = Literal["float32", "bf16"]
-"""What a front can be computed in; `bf16`, torch.bfloat16, keeps 8 bits of each number's digits."""
+"""Precision of a front; `bf16` is torch.bfloat16, with 8 significant bits."""
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
 Fit = Literal["crop", "squash", "pad"]
 Select = int | str | None
-"""Which element of a tuple (by place) or of a dict or dataclass (by key) holds the logits."""
+"""Which element of a tuple (by index), dict or dataclass (by key) holds the logits."""
 
 TARGET_LAYERS: Mapping[str, str] = {
-    # Behind their last convolution come poolings, or a convolution that is the classifier.
+    # Their last convolution is followed by pooling, or is the classifier.
     "alexnet": "features.-2",
     "squeezenet": "features.-1",
     "vgg": "features.-2",
 }
-"""Where the rule of `probe` would be ambiguous: the layer by family (the builder's name up to where
-sizes begin). A negative number counts the children from the last."""
+"""Target layers of families for which `default_target` is ambiguous, by the beginning of the
+builder's name. A negative number counts the children from the last."""
 
 
 @dataclass(frozen=True, slots=True)
 class InputSpec:
-    """What is said about a model's input; None leaves it to the weights file, then the builder.
+    """The configured input of a model; None: as in the weights file, then as in the builder.
 
     size:     (height, width) of the model input. resize: the shorter side before the crop, or the
               (height, width) to cover.
     fit:      how the model was trained to see whole images.
-    mean, std: one number a channel, or a single one for all of them, of values in 0..1.
-    channels: 3 is RGB, 1 grey; any other number is that of a TIFF's pages.
+    mean, std: one number per channel, or one for all channels, for values in 0..1.
+    channels: 3: RGB; 1: greyscale; any other number: the pages of a TIFF.
     """
 
     size: tuple[int, int] | None = None
@@ -56,21 +56,22 @@ class InputSpec:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """One model to serve. What is None is left to the weights file, then to the builder.
+    """The configuration of one model. None: as in the weights file, then as in the builder.
 
-    name:      what requests call it.
+    name:      the name in requests.
     builder:   `builtin`, `torchvision/<name>`, `timm/<name>`, or `package.module:function` that
-               returns a module; it is called with `arguments`.
-    weights:   a safetensors file, a state dict, or the name of a torchvision weights entry; None
-               takes what the builder brings (torchvision: its default weights, from its cache or
-               the network).
-    sha256:    what the weights file must have.
-    weights_key: names in front of the weights in that file, where several fit.
-    labels:    one a class.
-    output:    how scores come from logits. select: where the logits are in what the model returns.
+               returns a module and is called with `arguments`.
+    weights:   a safetensors file, a state dict, or the name of a torchvision weights entry; None:
+               those of the builder (torchvision: its default weights, from its cache or the
+               network).
+    sha256:    the expected digest of the weights file.
+    weights_key: prefix of the weights in that file, if several fit.
+    labels:    one per class.
+    output:    the activation that turns logits into scores. select: where the logits are in the
+               output of the model.
     precision: of its front; None: that of the service.
-    int8:      a folder that `camserve calibrate` made of this model: its front is served from it.
-    source:    where this was said, such as `models.toml: model[1]`; for errors.
+    int8:      a folder that `camserve calibrate` wrote for this model: its front is read from it.
+    source:    where the model is configured, such as `models.toml: model[1]`; for errors.
     """
 
     name: str
@@ -91,7 +92,7 @@ class ModelSpec:
     source: str | None = None
 
     def at(self, key: str) -> str:
-        """How an error about one of the keys begins."""
+        """The beginning of an error about one of the keys."""
         model = f"model {self.name!r}"
         return f"{self.source}.{key}: {model}" if self.source else model
 
@@ -101,10 +102,10 @@ def parse_model(argument: str) -> ModelSpec:
 
     NAME defaults to the part of BUILDER after its last `/` or `:`.
 
-    Raises ConfigurationError where the form or the name is wrong.
+    Raises ConfigurationError if the form or the name is invalid.
     """
     name, separator, rest = argument.partition("=")
-    if not separator or "@" in name:  # the path of the weights may hold a "=" too
+    if not separator or "@" in name:  # the path of the weights may contain a "=", too
         name, rest = "", argument
     builder, at, weights = rest.partition("@")
     name = name or re.split(r"[/:]", builder)[-1]
@@ -118,11 +119,11 @@ def parse_model(argument: str) -> ModelSpec:
 
 
 def parse_models(arguments: Sequence[str], weights: Path | None = None) -> tuple[ModelSpec, ...]:
-    """Read every `--model`; none at all means the built-in model.
+    """Read every `--model`; without any, the built-in model.
 
-    weights: the file of `--weights`, allowed where exactly one model is named.
+    weights: the file of `--weights`, allowed if exactly one model is named.
 
-    Raises ConfigurationError for a name given twice or `weights` beside several models.
+    Raises ConfigurationError for a duplicate name, or for `weights` with several models.
     """
     specs = [parse_model(argument) for argument in arguments or (BUILTIN,)]
     check_names(specs)
@@ -136,15 +137,15 @@ def parse_models(arguments: Sequence[str], weights: Path | None = None) -> tuple
     return tuple(specs)
 
 
-def with_int8(specs: Sequence[ModelSpec], said: Sequence[str]) -> tuple[ModelSpec, ...]:
-    """The models with the int8 fronts that `NAME=FOLDER` name. Raises ConfigurationError."""
+def with_int8(specs: Sequence[ModelSpec], arguments: Sequence[str]) -> tuple[ModelSpec, ...]:
+    """The models with the int8 fronts of `NAME=FOLDER` arguments. Raises ConfigurationError."""
     folders: dict[str, Path] = {}
-    for each in said:
-        name, separator, folder = each.partition("=")
+    for argument in arguments:
+        name, separator, folder = argument.partition("=")
         if not separator or not folder or name not in {spec.name for spec in specs}:
             known = ", ".join(spec.name for spec in specs)
             raise ConfigurationError(
-                f"--int8 {each!r} is not NAME=FOLDER with the name of a served model ({known})."
+                f"--int8 {argument!r} is not NAME=FOLDER with the name of a served model ({known})."
             )
         folders[name] = Path(folder)
     return tuple(
@@ -153,12 +154,12 @@ def with_int8(specs: Sequence[ModelSpec], said: Sequence[str]) -> tuple[ModelSpe
 
 
 def check_names(specs: Iterable[ModelSpec]) -> None:
-    """Raise ConfigurationError where two models have one name, with where each was named."""
+    """Raise ConfigurationError if two models have the same name; the error says where."""
     seen: dict[str, ModelSpec] = {}
     for spec in specs:
         other = seen.setdefault(spec.name, spec)
         if other is not spec:
-            where = " and ".join(each.source or "--model" for each in (other, spec))
+            where = " and ".join(named.source or "--model" for named in (other, spec))
             raise ConfigurationError(
                 f"two models are called {spec.name!r} ({where}); rename one: "
                 "--model NAME=BUILDER, or `name` in the file."

@@ -1,4 +1,4 @@
-"""The linear head of a model, where there is one that CAM can use."""
+"""The linear head of a model, if it has one that CAM can use."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from service.models.loaded import LoadedModel
 def head_weights(model: LoadedModel, layer: str, activation: Tensor, logits: Tensor) -> Tensor:
     """The weights (classes, channels) of a head that is linear in the layer's mean activation.
 
-    activation: the layer's map (1, C, h, w); logits: (classes,), what the model made of it. CAM is
-    defined only where logits = W · mean(A) + b; that is checked on these very numbers.
+    activation: the layer's output (1, C, h, w); logits: (classes,), those of the same image. CAM is
+    defined only if logits = W · mean(A) + b, which is verified with these values.
 
-    Raises InvalidOption with the reason where no linear layer of the model does it.
+    Raises InvalidOption if no linear layer of the model satisfies it.
     """
     mean = activation.mean(dim=(2, 3))[0]
     for module in model.module.modules():
@@ -25,16 +25,16 @@ def head_weights(model: LoadedModel, layer: str, activation: Tensor, logits: Ten
         if module.out_features != outputs:
             continue
         bias = 0 if module.bias is None else module.bias.float()
-        made = (mean.float() @ module.weight.float().T + bias).cpu()
+        linear = (mean.float() @ module.weight.float().T + bias).cpu()
         weight = module.weight.detach().float()
         if model.binary:
-            made, weight = torch.cat([-made, made]), torch.cat([-weight, weight])
+            linear, weight = torch.cat([-linear, linear]), torch.cat([-weight, weight])
         # Half precision rounds each logit to two or three digits.
         near = 1e-3 if module.weight.dtype == torch.float32 else 2e-2
-        if torch.allclose(made, logits, rtol=near, atol=near * float(logits.abs().max())):
+        if torch.allclose(linear, logits, rtol=near, atol=near * float(logits.abs().max())):
             return weight
     raise InvalidOption(
         f"`cam` needs global average pooling and one linear layer behind the target layer, and "
-        f"behind {layer!r} of model {model.name!r} there is something else; `gradcam` is the same "
-        "map where CAM is defined, and works here too."
+        f"model {model.name!r} has something else behind {layer!r}; use `gradcam`, which is the "
+        "same map if CAM is defined, and works for this model too."
     )

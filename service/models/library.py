@@ -1,4 +1,4 @@
-"""Which models there are and in what state; loading, replacing and unloading them at run time."""
+"""The configured models and their states; loads, replaces and unloads them at run time."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ _log = structlog.get_logger(__name__)
 State = Literal["loading", "ready", "failed", "unloaded"]
 
 FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 5.0, 300.0
-"""After a failed load, a request for the model loads it again: not before the first of these, and
-after each further failure twice as much later, up to the second."""
+"""A request retries a failed load: first after this delay, which doubles with each further failure,
+up to the maximum."""
 
 
 def _backoff() -> Backoff:
@@ -43,14 +43,14 @@ def _backoff() -> Backoff:
 class Entry:
     """One model of the library.
 
-    state:      `ready` exactly where the pool serves a version of it.
-    reason:     why it failed, why it is not loaded, or why it is not the newest version.
-    progress:   what is being done about it now.
-    on_demand:  whether a request for it loads it again; not so where somebody unloaded it.
-    size:       bytes of its parameters and buffers, once it was loaded.
-    used:       when it was last asked for, on `time.monotonic()`'s clock.
-    generation: changes with every load and unload; only a load of the present one counts.
-    backoff:    when a failed load may be tried again.
+    state:      `ready` if and only if the pool serves a version of it.
+    reason:     why it failed, is not loaded, or is not the newest version.
+    progress:   the current step of a load.
+    on_demand:  whether a request reloads it; false if an operator unloaded it.
+    size:       bytes of its parameters and buffers, after it was loaded.
+    used:       time of the last request, on `time.monotonic()`'s clock.
+    generation: changes with every load and unload; only a load of the current one counts.
+    backoff:    when a failed load may be retried.
     """
 
     spec: ModelSpec
@@ -65,20 +65,20 @@ class Entry:
 
 
 class Library:
-    """The models that the service was told of, loaded one after the other by one thread.
+    """The configured models, loaded one after the other by one thread.
 
-    A new version is loaded beside the old one and takes its place in the pool when it is ready;
-    requests that began on the old one finish on it. A model that fails to load leaves the others,
-    and its own older version, serving; requests for it try again, with growing delays.
+    A new version is loaded beside the old one and replaces it in the pool when it is ready;
+    requests that started on the old version finish on it. If a model fails to load, the others and
+    its own older version remain served; requests for it retry the load, with growing delays.
 
-    What was asked for last holds: a load that was overtaken by another load, by `unload` or by
-    `replace_all` changes nothing when it ends. The pool serves exactly the models that are `ready`.
+    The last command takes precedence: a load that was superseded by another load, by `unload` or by
+    `replace_all` has no effect when it ends. The pool serves exactly the models that are `ready`.
 
-    Models are loaded, built and freed while no lock is held.
+    Models are loaded, built and freed without holding a lock.
 
-    load:      makes a model of its spec. Raises ConfigurationError.
-    max_bytes: of all loaded models together; 0 is no bound. The model that was not asked for the
-               longest is unloaded first, and loaded again when a request asks for it.
+    load:      loads the model of a spec. Raises ConfigurationError.
+    max_bytes: limit of all loaded models; 0: no limit. The least recently used model is evicted,
+               and reloaded when a request needs it.
     clock:     seconds, for the delays.
     """
 
@@ -105,9 +105,9 @@ class Library:
 
     @property
     def entries(self) -> Mapping[str, Entry]:
-        """Every model by name, in the order they were named: the first is the default.
+        """Every model by name, in the configured order: the first is the default.
 
-        One that is loaded and has no replica left is shown as `failed`.
+        A loaded model without a replica has the state `failed`.
         """
         with self._lock:
             entries = dict(self._entries)
@@ -118,12 +118,12 @@ class Library:
 
     @property
     def default(self) -> str:
-        """The name of the model that answers requests that name none. Raises ModelNotReady."""
+        """The name of the model for requests without `model`. Raises ModelNotReady."""
         with self._lock:
             return self._default()
 
     def load_all(self) -> None:
-        """Load every model now, in this thread. Raises the first ConfigurationError."""
+        """Load every model in this thread. Raises the first ConfigurationError."""
         for name in self.entries:
             with self._lock:
                 generation = self._begin(name)
@@ -132,21 +132,21 @@ class Library:
                 raise error
 
     def load_in_background(self) -> list[Future[None]]:
-        """Load every model in the library's thread; a failure is in its entry."""
+        """Load every model in the loader thread; a failure is recorded in its entry."""
         return [self.load(name) for name in self.entries]
 
     def load_on_demand(self) -> None:
-        """Load no model now, and each when a request asks for it."""
+        """Load each model when the first request needs it."""
         with self._lock:
             for name in self._entries:
                 self._set(name, state="unloaded", on_demand=True)
 
     def load(self, name: str) -> Future[None]:
-        """Load a model, or a new version of it; the future ends when it serves.
+        """Load a model, or a new version of it; the future ends when it is served.
 
-        Where a load of it runs already, what that one read may be old: it is read once more.
+        If a load of it is running, it is loaded once more, because its files may have changed.
 
-        The future raises ConfigurationError where it cannot be loaded, UnknownModel where it is
+        The future raises ConfigurationError if the model cannot be loaded, UnknownModel if it is
         unloaded meanwhile. Raises UnknownModel, ShuttingDown.
         """
         with self._lock:
@@ -154,7 +154,7 @@ class Library:
             return self._schedule(name)
 
     def unload(self, name: str) -> None:
-        """Serve a model no longer, until it is loaded again by `load`. Raises UnknownModel."""
+        """Stop serving a model until `load`. Raises UnknownModel."""
         with self._lock:
             freed = self._stop(self._known(name))
             future = self._loads.pop(name, None)
@@ -164,7 +164,7 @@ class Library:
         _fail(future, UnknownModel(f"Model {name!r} was unloaded while it was loading."))
 
     def replace_all(self, specs: Sequence[ModelSpec]) -> list[Future[None]]:
-        """Serve these models from now on: load each again, drop those that are not named.
+        """Serve exactly these models: reload each, remove all others.
 
         Raises ShuttingDown.
         """
@@ -182,7 +182,7 @@ class Library:
                 else Entry(spec, "loading")
                 for spec in specs
             }
-            self._queued.clear()  # also what has not begun: the queue is that of the older specs
+            self._queued.clear()  # pending loads, too: they have the old specs
             futures = [self._schedule(spec.name) for spec in specs]
         del freed
         for name, future in dropped:
@@ -190,11 +190,11 @@ class Library:
         return futures
 
     def demand(self, name: str | None) -> Future[None] | None:
-        """Note that a model is asked for; the future of its loading where it is not loaded.
+        """Record a request for a model; returns the future of its load if it is not loaded.
 
-        A model whose last load failed is loaded again once its delay has passed.
+        After a failed load, it is reloaded once the delay has passed.
 
-        Raises UnknownModel, and ModelNotReady where it cannot be had now.
+        Raises UnknownModel, and ModelNotReady if the model is not available now.
         """
         with self._lock:
             entry = self._known(self._default() if name is None else name)
@@ -207,7 +207,7 @@ class Library:
                 return pending or self._schedule(entry.spec.name, quietly=True)
         if entry.state == "unloaded":
             raise UnknownModel(f"Model {entry.spec.name!r} is not loaded; an operator unloaded it.")
-        # The reason may name files; /models shows it where that is allowed.
+        # The reason may name files, so that only /models shows it.
         wait = entry.backoff.seconds_left(self._clock()) if entry.state == "failed" else 5
         raise ModelNotReady(
             f"Model {entry.spec.name!r} is {entry.state}; GET /models/{entry.spec.name} says more.",
@@ -215,7 +215,7 @@ class Library:
         )
 
     def retry(self) -> None:
-        """Load again in the background what failed and whose delay has passed."""
+        """Retry failed loads in the background, if their delay has passed."""
         with self._lock:
             for entry in list(self._entries.values()):
                 self._retry(entry)
@@ -228,7 +228,7 @@ class Library:
         return entries[name]
 
     def close(self) -> None:
-        """Wait for what is being loaded, and drop what is not begun."""
+        """Wait for the current load, and cancel pending ones."""
         with self._lock:
             self._is_open = False
             thread = self._thread
@@ -269,14 +269,14 @@ class Library:
         return generation
 
     def _schedule(self, name: str, *, quietly: bool = False) -> Future[None]:
-        """Have the thread load a model. quietly: what is shown of it stays until that has ended."""
+        """Queue the load of a model. quietly: its state changes only when the load has ended."""
         self._refuse_when_closed()
         future = self._loads.get(name)
         if future is not None and name in self._queued:
-            return future  # it has not begun, and will read what is there then
+            return future  # it has not started, and will read the current files
         if future is None:
             future = self._loads[name] = Future()
-            future.set_running_or_notify_cancel()  # who stops waiting does not stop the others
+            future.set_running_or_notify_cancel()  # cancelling one waiter does not cancel the load
         generation = self._begin(name)
         self._set(name, progress="waiting for other models to load")
         if self._entries[name].state != "ready" and not quietly:
@@ -288,7 +288,7 @@ class Library:
         return future
 
     def _retry(self, entry: Entry) -> bool:
-        """Load a model again whose last load failed; whether that is under way now."""
+        """Retry a failed load; returns whether a load is pending or running."""
         name, backoff = entry.spec.name, entry.backoff
         if not backoff.failures or not self._is_open or entry.state not in ("ready", "failed"):
             return False
@@ -297,7 +297,7 @@ class Library:
         return name in self._loads
 
     def _stop(self, entry: Entry) -> list[object]:
-        """Serve an entry no longer, and let no load of it count."""
+        """Stop serving an entry, and supersede its loads."""
         name = entry.spec.name
         freed = self._pool.remove(name) if entry.state == "ready" else []
         self._begin(name)
@@ -312,9 +312,9 @@ class Library:
         self._entries[name] = replace(self._entries[name], **changes)  # type: ignore[arg-type]
 
     def _make_room(self, name: str, size: int) -> tuple[list[str], list[object]]:
-        """Unload what was not asked for the longest, until a model of `size` bytes fits.
+        """Evict the least recently used models until a model of `size` bytes fits.
 
-        The names, and what is to be let go where no lock is held.
+        Returns their names, and objects that the caller frees without holding a lock.
         """
         others = [e for e in self._entries.values() if e.state == "ready" and e.spec.name != name]
         taken = size + sum(entry.size for entry in others)
@@ -333,7 +333,7 @@ class Library:
     # ---- in the thread that loads
 
     def _run(self, name: str, generation: int) -> BaseException | None:
-        """Load a model, unless this generation is outdated; the error where it fails."""
+        """Load a model unless this generation is superseded; returns the error of a failed load."""
         with self._lock:
             if not self._is_current(name, generation):
                 return None
@@ -370,8 +370,8 @@ class Library:
             self._set(name, state="ready", reason=None, progress=None, on_demand=False, size=size)
             future = self._loads.pop(name, None)
         del freed
-        for each in evicted:
-            _log.info("model_evicted", model=each)
+        for evicted_name in evicted:
+            _log.info("model_evicted", model=evicted_name)
         model = served.model
         _log.info("model_ready", model=name, version=model.version, target_layer=model.target_layer)
         if future is not None:
@@ -386,7 +386,7 @@ class Library:
                 return
             entry = self._entries[name]
             entry.backoff.failed(self._clock())
-            # An older version goes on serving; the reason says why it is not the newest.
+            # An older version remains served; the reason says why it is not the newest.
             state: State = "ready" if entry.state == "ready" else "failed"
             self._set(name, state=state, reason=reason, progress=None, on_demand=False)
             future = self._loads.pop(name, None)

@@ -1,4 +1,4 @@
-"""A model that is ready to be served, and the names by which requests speak of its parts."""
+"""A model that is ready to be served, with its layers and classes by name."""
 
 from __future__ import annotations
 
@@ -24,31 +24,32 @@ from service.models.probes.logits import as_logits, logits_in
 from service.models.replicas import replicate
 
 _TYPE = "type:"
-"""Begins a pattern that names the class of a layer."""
+"""Prefix of a pattern for the class of a layer."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model with all that is needed to serve it.
+    """A model with everything that is needed to serve it.
 
     module:       the master: in eval mode, parameters frozen, never run and never hooked; replicas
                   are copied from it.
-    labels:       one a class, in order of class id.
-    target_layer: where to explain when the request names no layer; None where no layer of the
-                  model gives a feature map behind which no tokens follow.
+    labels:       one per class, in order of class id.
+    target_layer: the layer of explanations if the request names none; None if no layer of the
+                  model returns a suitable feature map.
     version:      the first 12 digits of the weights' sha256.
-    output:       how scores come from logits. select: where these are in what the module returns.
-    no_layers, no_gradients: why methods that need them are refused; None where they work.
-    folded:       a faster form of the module, where there is one.
+    output:       the activation that turns logits into scores. select: where the logits are in the
+                  output of the module.
+    no_layers, no_gradients: why methods that need them are refused; None if they work.
+    folded:       a faster form of the module, if there is one.
     channels_last: whether module and input keep their channels last in memory.
-    compiled:     the lane for the common request; None where `not_compiled` says why.
-    stateful:     what the module changes at every call, as `Condition.faults` words it.
-    behaviour:    what was measured of how it answers. findings: what was found by all probes.
-    unclear:      layers whose cells could not be told apart by where they look. scattered: those
-                  whose cells look at places in no known order.
-    transform:    its preprocessing in one line, and where that was said.
-    binary:       whether the module gives one logit, of the second of two labels; the logit of the
-                  first is minus that.
+    compiled:     the lane for the common request; None: see `not_compiled`.
+    stateful:     the state that the module changes in every call, as in `Condition.faults`.
+    behaviour:    the measured behaviour. findings: those of all probes.
+    unclear:      layers whose cells have no measurable position. scattered: layers whose cells
+                  have positions in no known order.
+    transform:    its preprocessing in one line, with the source of each part.
+    binary:       whether the module returns one logit, that of the second of two labels; the logit
+                  of the first is its negative.
     """
 
     spec: ModelSpec
@@ -84,9 +85,9 @@ class LoadedModel:
         return self.spec.name
 
     def replicate(self, *, folded: bool = False) -> nn.Module:
-        """A copy of the master that shares its parameters and owns its hooks and buffers.
+        """A copy of the master with shared parameters, and hooks and buffers of its own.
 
-        The master itself where copies do not answer as it does (`Behaviour.isolated`).
+        The master itself if its copies behave differently (`Behaviour.isolated`).
         """
         if not self.behaviour.isolated:
             return self.module
@@ -94,18 +95,18 @@ class LoadedModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the module wants its input in: that of its first parameter with a fraction."""
+        """The dtype of the input: that of the first floating-point parameter."""
         return next(
             (p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32
         )
 
     @property
     def device(self) -> torch.device:
-        """Where the module computes: where its first parameter is."""
+        """The device of the first parameter."""
         return next((p.device for p in self.module.parameters()), torch.device("cpu"))
 
     def batch(self, images: Sequence[Tensor]) -> Tensor:
-        """uint8 images (C, h, w) as one batch on the CPU, ready for the way to a GPU."""
+        """uint8 images (C, h, w) as one batch on the CPU, in pinned memory for a GPU."""
         if self.device.type != "cuda":
             return torch.stack(list(images))
         pinned = torch.empty(
@@ -114,20 +115,20 @@ class LoadedModel:
         return torch.stack(list(images), out=pinned)
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """uint8 (B, C, h, w) → the model's dtype on its device, as torchvision's presets do."""
+        """uint8 (B, C, h, w) to the model's dtype on its device, as torchvision's presets do."""
         mean, std = (
             _on_each_channel(values, self.device)
             for values in (self.preprocessing.mean, self.preprocessing.std)
         )
-        # As bytes: a fourth of what floats would take on their way to a GPU.
+        # As bytes: a quarter of the transfer that floats would need.
         batch = pixels.to(self.device, non_blocking=True).to(torch.float32).div_(255)
         batch = batch.sub_(mean).div_(std).to(self.dtype)
         return batch.to(memory_format=torch.channels_last) if self.channels_last else batch
 
     def logits(self, output: Any) -> Tensor:
-        """The logits (batch, classes), float32, in what the module returned.
+        """The logits (batch, classes), float32, of an output of the module.
 
-        Of probabilities p, log p − log(1 − p); of one logit z for two labels, −z and z.
+        For probabilities p, log p − log(1 − p); for one logit z and two labels, −z and z.
         """
         logits = logits_in(output, self.select)
         if self.behaviour.output_activation is not None:
@@ -142,18 +143,18 @@ class LoadedModel:
 
     def layer(self, path: str) -> Layer:
         """The layer at a dotted path. Raises UnknownLayer with the nearest paths."""
-        found = self._by_path.get(path)
-        if found is not None:
-            return found
+        layer = self._by_path.get(path)
+        if layer is not None:
+            return layer
         raise UnknownLayer(
             f"Model {self.name!r} has no layer {path!r}.{nearest(path, self._by_path)} "
             f"GET /models/{self.name}/layers lists them all."
         )
 
     def target_layers(self, paths: Sequence[str]) -> tuple[str, ...]:
-        """The layers to explain at: those named, or the default one.
+        """The layers of an explanation: the named ones, or the default.
 
-        Raises UnknownLayer, and InvalidOption where a layer gives no feature map.
+        Raises UnknownLayer, and InvalidOption if a layer returns no feature map.
         """
         if not paths:
             if self.target_layer is None:
@@ -163,15 +164,17 @@ class LoadedModel:
                 )
             paths = (self.target_layer,)
         for path in paths:
-            found = self.layer(path)
+            layer = self.layer(path)
             if path in self.scattered:
                 raise InvalidOption(
                     f"No map can be drawn from layer {path!r}: its cells do not look at the input "
                     f"in rows and columns; GET /models/{self.name}/layers shows which do."
                 )
-            if found.layout is None:
+            if layer.layout is None:
                 gives = (
-                    f"gives {found.shape}" if found.shape else "is not called or gives no tensor"
+                    f"returns {layer.shape}"
+                    if layer.shape
+                    else "is not called or returns no tensor"
                 )
                 raise InvalidOption(
                     f"Layer {path!r} {gives}, not a feature map (channels, height, width) that a "
@@ -180,11 +183,11 @@ class LoadedModel:
         return tuple(dict.fromkeys(paths))
 
     def captured_layers(self, patterns: Sequence[str]) -> tuple[str, ...]:
-        """The layers that dotted paths and globs name, in definition order.
+        """The layers that match dotted paths and globs, in definition order.
 
         `*` and `?` stop at a dot, `**` crosses it, `type:Conv2d` matches the class.
-        Raises UnknownLayer for a pattern that matches nothing, InvalidOption for a layer that
-        returns no tensor.
+        Raises UnknownLayer for a pattern without a match, InvalidOption for a layer that returns
+        no tensor.
         """
         if not patterns:
             return ()
@@ -208,7 +211,7 @@ class LoadedModel:
         return tuple(layer.path for layer in self.layers if layer.path in chosen)
 
     def _matching(self, patterns: Sequence[str]) -> Mapping[str, set[str]]:
-        """The paths of the layers that each glob and each type matches, of those to record."""
+        """The paths of the recordable layers that each glob and each type matches."""
         types = {name: set[str]() for name in patterns if name.startswith(_TYPE)}
         globs = {name: set[str]() for name in patterns if is_pattern(name) and name not in types}
         matcher = PathMatcher(list(globs))
@@ -220,22 +223,22 @@ class LoadedModel:
             for paths, matches in zip(globs.values(), matcher.matches(layer.path), strict=True):
                 if matches:
                     paths.add(layer.path)
-        found = types | globs
-        return {name: found[name] for name in patterns if name in found}
+        matches_by_pattern = types | globs
+        return {name: matches_by_pattern[name] for name in patterns if name in matches_by_pattern}
 
     def activation_bytes(self, paths: Sequence[str], *, inputs: bool) -> int:
-        """What captures of these layers take for one image, as float32, all calls counted."""
-        found = (self.layer(path) for path in paths)
+        """Bytes of the captures of these layers for one image, as float32, for all calls."""
+        layers = (self.layer(path) for path in paths)
         shapes = chain.from_iterable(
-            (layer.taken if inputs else layer.given).values() for layer in found
+            (layer.taken if inputs else layer.given).values() for layer in layers
         )
         return 4 * sum(map(math.prod, shapes))
 
     def class_id(self, target: str) -> int:
         """The class of an id (all digits, or `id:3`) or of an exact label (or `label:3`).
 
-        Raises UnknownClass with the nearest labels, InvalidOption where a label names several, or
-        digits could be an id and a label.
+        Raises UnknownClass with the nearest labels, InvalidOption if a label names several classes,
+        or if digits could be an id and a label.
         """
         kind, _, name = target.partition(":")
         ids = [index for index, label in enumerate(self.labels) if label == target]
@@ -259,7 +262,7 @@ class LoadedModel:
         return ids[0]
 
     def _class_of_digits(self, digits: str, labelled: Sequence[int]) -> int:
-        """The class of an id; `labelled` are those whose label is these digits."""
+        """The class of an id. labelled: the classes whose label has these digits."""
         others = [index for index in labelled if index != int(digits)]
         classes = f"class {', '.join(map(str, others))}"
         if int(digits) >= len(self.labels):
@@ -278,5 +281,5 @@ class LoadedModel:
 
 @lru_cache
 def _on_each_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """One number a channel, (C, 1, 1), kept: to send it to a GPU anew makes every batch wait."""
+    """One number per channel, (C, 1, 1), cached: each transfer to a GPU would delay a batch."""
     return torch.tensor(values)[:, None, None].to(device)

@@ -1,6 +1,6 @@
-"""From a `ModelSpec` to a model that is ready to be replicated.
+"""Load the model of a `ModelSpec`, measured and ready to be replicated.
 
-What the spec says goes before what the weights file says, and that before what the builder says.
+The spec takes precedence over the weights file, which takes precedence over the builder.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from service.models.replicas import replicate
 _log = structlog.get_logger(__name__)
 
 GREY = ((0.449,), (0.226,))
-"""Mean and standard deviation of ImageNet in grey, where a model of one channel says none."""
+"""ImageNet's mean and standard deviation in greyscale: the default of one-channel models."""
 
 
 def load_model(
@@ -58,14 +58,14 @@ def load_model(
     allow_random_weights: bool = False,
     compiler: Compiler | None = None,
 ) -> LoadedModel:
-    """Build, fill, freeze, try out and tune one model.
+    """Build, freeze, measure and optimize one model.
 
-    compiler: makes the compiled lane; without it there is none.
+    compiler: builds the compiled lane; None: the model has none.
 
     Raises ConfigurationError with a sentence that says what to change.
     """
     if device.startswith("cuda"):
-        # float32 in a request's answer means float32: torch's convolutions would round to TF32.
+        # The response promises float32: by default torch's convolutions round to TF32.
         torch.backends.cudnn.allow_tf32 = False
     built = build(spec, allow_random_weights)
     module = _in_eval_mode(spec, _outside_inference_mode(built.module)).to(device)
@@ -91,11 +91,11 @@ def load_model(
 
 
 def _outside_inference_mode(module: nn.Module) -> nn.Module:
-    """Copy tensors that were made in inference mode: no gradient passes them."""
+    """Replace tensors that were created in inference mode: they do not support autograd."""
     copies: dict[int, Tensor] = {}
-    for _, each in parts_of(module):
+    for _, part in parts_of(module):
         for kind in ("_parameters", "_buffers"):
-            table = vars(each).get(kind, {})
+            table = vars(part).get(kind, {})
             for name, tensor in list(table.items()):
                 if tensor is None or not tensor.is_inference():
                     continue
@@ -114,31 +114,31 @@ def _in_eval_mode(spec: ModelSpec, module: nn.Module) -> nn.Module:
 
 
 def _tuned(model: LoadedModel, image: Tensor, compiler: Compiler | None) -> LoadedModel:
-    """The model in its fastest forms that give the same numbers. image: normalised (1, C, h, w)."""
-    if model.no_layers or model.no_gradients:  # scripted or quantised: as it was made
+    """The model in its fastest forms with the same logits. image: normalised (1, C, h, w)."""
+    if model.no_layers or model.no_gradients:  # scripted or quantised: unchanged
         stateful = _settled(model, model.module, image)
         reason = model.no_layers or model.no_gradients
         return replace(model, not_compiled=reason, stateful=stateful)
     behaves = model.behaviour
     if not (behaves.isolated and behaves.batchable and behaves.deterministic):
-        # A faster form could not be compared with it, and would not answer as it does.
-        failed = next(found.result for found in model.findings if not found.passed)
+        # A faster form could not be compared with it.
+        failed = next(finding.result for finding in model.findings if not finding.passed)
         stateful = _settled(model, model.module, image)
         return replace(model, not_compiled=failed, stateful=stateful)
     with kept_torch_state(random=False), torch.no_grad():
         expected = model.logits(model.replicate()(image))
     model.module.to(memory_format=torch.channels_last)
     channels_last = _gives(expected, model, model.replicate(), image)
-    if not channels_last:  # a `view` of what has its channels last
+    if not channels_last:  # a `view` in the model fails on channels_last
         model.module.to(memory_format=torch.contiguous_format)
     folded = fold(model.replicate())
     if folded is not None and not _gives(expected, model, replicate(folded.module), image):
         folded = None
-    # Behind everything that converts modules: some drop what they computed then.
+    # After every conversion of modules, because some drop lazy state when they are converted.
     modules = [model.module] if folded is None else [model.module, folded.module]
-    found = {fault for module in modules for fault in _settled(model, module, image)}
+    faults = {fault for module in modules for fault in _settled(model, module, image)}
     model = replace(
-        model, channels_last=channels_last, folded=folded, stateful=tuple(sorted(found))
+        model, channels_last=channels_last, folded=folded, stateful=tuple(sorted(faults))
     )
     if compiler is None:
         return replace(model, not_compiled="Compiling is switched off.")
@@ -146,18 +146,18 @@ def _tuned(model: LoadedModel, image: Tensor, compiler: Compiler | None) -> Load
 
 
 def _gives(logits: Tensor, model: LoadedModel, module: nn.Module, image: Tensor) -> bool:
-    """Whether a form of the model gives the same logits, to rounding."""
+    """Whether a form of the model gives the same logits, within rounding."""
     try:
         with kept_torch_state(random=False), torch.no_grad():
-            found = model.logits(module(image))
+            actual = model.logits(module(image))
     except RuntimeError:
         return False
     largest = float(logits.abs().max())
-    return bool(torch.allclose(logits, found, rtol=0, atol=1e-3 * largest))
+    return bool(torch.allclose(logits, actual, rtol=0, atol=1e-3 * largest))
 
 
 def _measured(model: LoadedModel, built: Built, images: Tensor) -> LoadedModel:
-    """The model with its layers, labels and target layer, and with what the probes found.
+    """The model with its layers, labels, target layer and the findings of all probes.
 
     images: normalised (3, C, h, w). Raises ConfigurationError.
     """
@@ -165,37 +165,37 @@ def _measured(model: LoadedModel, built: Built, images: Tensor) -> LoadedModel:
     trial, tried = _tried(model, images)
     alone = trial.alone
     behaves = behaviour(trial)
-    if trial.alone is not alone:  # the copy's layers may be others than those that run
+    if trial.alone is not alone:  # the layers of the copy may not be those that run
         with preserved(trial.served):
             tried = trace_layers(trial.served, images[:1], spec.select)
     with preserved(trial.served):
-        places = measure_cell_positions(
+        positions = measure_cell_positions(
             trial.served, tried.layers, images[:1], batchable=behaves.batchable
         )
     output, binary = _output(spec, built, tried.classes, behaves)
     if spec.output == "none":
         behaves = replace(behaves, output_activation=None)
-    tried = replace(tried, layers=places.layers)
-    target, no_gradients = _target_layer(spec, built, tried, trial, places)
+    tried = replace(tried, layers=positions.layers)
+    target, no_gradients = _target_layer(spec, built, tried, trial, positions)
     covers = _covers(trial, target)
     return replace(
         model,
         labels=_labels(spec, built, 2 if binary else tried.classes),
         target_layer=target,
-        layers=places.layers,
+        layers=positions.layers,
         preprocessing=replace(model.preprocessing, covers=covers),
         output=output,
         binary=binary,
         behaviour=behaves,
-        findings=(*behaves.findings, places.finding(target), *_input_finding(covers)),
-        unclear=places.of("unclear"),
-        scattered=places.of("scattered"),
+        findings=(*behaves.findings, positions.finding(target), *_input_finding(covers)),
+        unclear=positions.of("unclear"),
+        scattered=positions.of("scattered"),
         no_gradients=no_gradients,
     )
 
 
 def _tried(model: LoadedModel, images: Tensor) -> tuple[Trial, LayerTrace]:
-    """Run the model on images alone, and look at its layers."""
+    """Run the model on single images, and trace its layers."""
     spec, (channels, height, width) = model.spec, tuple(images.shape[1:])
     try:
         trial = Trial(model.module, images, spec.select)
@@ -214,20 +214,20 @@ def _tried(model: LoadedModel, images: Tensor) -> tuple[Trial, LayerTrace]:
 
 
 def _settled(model: LoadedModel, module: nn.Module, image: Tensor) -> tuple[str, ...]:
-    """What a form of the model changes at every call. Raises ConfigurationError for parameters."""
+    """The state that a form of the model changes in every call. Raises ConfigurationError."""
     try:
-        found = settle(module, image, copied=model.behaviour.isolated)
+        stateful = settle(module, image, copied=model.behaviour.isolated)
     except ConfigurationError as error:
         raise ConfigurationError(f"{model.spec.at('builder')}: {error}.") from error
-    if found:
-        _log.info("model_keeps_state", model=model.name, state=found)
-    return found
+    if stateful:
+        _log.info("model_keeps_state", model=model.name, state=stateful)
+    return stateful
 
 
 def _output(spec: ModelSpec, built: Built, classes: int, behaves: Behaviour) -> tuple[Output, bool]:
-    """How scores come from logits, and whether one logit stands for two labels.
+    """The output activation, and whether one logit stands for two labels.
 
-    Raises ConfigurationError for a softmax of one logit, which is 1 whatever the image.
+    Raises ConfigurationError for a softmax of one logit, which is always 1.
     """
     output = spec.output or built.output
     if behaves.output_activation is not None and output != "none":
@@ -248,10 +248,10 @@ def _output(spec: ModelSpec, built: Built, classes: int, behaves: Behaviour) -> 
 
 
 def _covers(trial: Trial, target: str | None) -> Rect | None:
-    """The part of its input that the model looks at; None: all of it, or it cannot be measured."""
+    """The part of its input that the model sees; None: all of it, or it cannot be measured."""
     if target is None:
         return None
-    # Of a model without gradients nothing of this kind is known.
+    # Not measurable without gradients.
     with suppress(Exception), preserved(trial.served):
         return covered(trial.served, target, trial.images[:1])
     return None
@@ -283,39 +283,39 @@ def _labels(spec: ModelSpec, built: Built, classes: int) -> tuple[str, ...]:
 
 
 def _target_layer(
-    spec: ModelSpec, built: Built, tried: LayerTrace, trial: Trial, places: CellPositions
+    spec: ModelSpec, built: Built, tried: LayerTrace, trial: Trial, positions: CellPositions
 ) -> tuple[str | None, str | None]:
-    """The layer that was said, else that of the family's table, else what the rule finds.
+    """The target layer, and the reason if it gets no gradient.
 
-    Where no map can be drawn from what the rule finds, the last layer from which one can. Beside
-    it, why no gradient comes to it.
+    The configured layer; otherwise that of TARGET_LAYERS; otherwise that of `default_target`. If no
+    map can be drawn from it, the last layer from which one can.
 
-    Raises ConfigurationError where no map can be drawn from the layer that was said.
+    Raises ConfigurationError if no map can be drawn from the configured layer.
     """
     mappable = [layer.path for layer in tried.layers if layer.target]
-    said = spec.target_layer or built.target_layer
-    if said is None:
+    configured = spec.target_layer or built.target_layer
+    if configured is None:
         of_family = _of_family(spec.builder, built.module)
-        found = of_family if of_family in mappable else default_target(tried, tried.layers)
-        likely = found if found in mappable else None
+        chosen = of_family if of_family in mappable else default_target(tried, tried.layers)
+        likely = chosen if chosen in mappable else None
         target = differentiable_layer(trial, tried, likely)
         if target is not None:
             return target, None
         reason = _why_no_gradients(trial, likely)
-        # A layer that plays no part is no reason to refuse gradients where others have them.
+        # An unused layer is no reason to refuse gradients if other layers get one.
         if reason and likely and _why_no_gradients(trial, None) is None:
             return None, None
         return likely, reason
-    if said not in mappable:
+    if configured not in mappable:
         whose = "`target_layer`" if spec.target_layer else "the `target_layer` of its weights file"
         why = ""
-        if places.verdicts.get(said) == "scattered":
+        if positions.verdicts.get(configured) == "scattered":
             why = " (its cells do not look at the input in rows and columns)"
         raise ConfigurationError(
-            f"{spec.at('target_layer')}: {whose}, {said!r}, is not a layer that a map can be drawn "
-            f"from{why}.{nearest(said, mappable)}"
+            f"{spec.at('target_layer')}: {whose}, {configured!r}, is not a layer that a map can "
+            f"be drawn from{why}.{nearest(configured, mappable)}"
         )
-    return said, _why_no_gradients(trial, said)
+    return configured, _why_no_gradients(trial, configured)
 
 
 def _why_no_gradients(trial: Trial, layer: str | None) -> str | None:
@@ -324,7 +324,7 @@ def _why_no_gradients(trial: Trial, layer: str | None) -> str | None:
 
 
 def _of_family(builder: str, module: nn.Module) -> str | None:
-    """The path in TARGET_LAYERS, with its numbers counted from the start."""
+    """The path in TARGET_LAYERS, with negative numbers resolved."""
     library, _, name = builder.partition("/")
     rule = next((path for family, path in TARGET_LAYERS.items() if name.startswith(family)), None)
     if rule is None or library not in ("torchvision", "timm"):
@@ -341,19 +341,19 @@ def _of_family(builder: str, module: nn.Module) -> str | None:
 
 
 def _preprocessing(spec: ModelSpec, base: Preprocessing, module: nn.Module) -> Preprocessing:
-    """The base with everything that the spec says about the input.
+    """The base with every value that the spec sets for the input.
 
-    Raises ConfigurationError where channels, mean and std do not go together.
+    Raises ConfigurationError if channels, mean and std contradict each other.
     """
-    said = spec.input
-    size, resize = said.size or base.crop, said.resize or base.resize
-    if said.resize is None and size != base.crop:
-        # The base's would leave a margin that was meant for another size. An image covers an input
-        # of another shape as tightly as it can.
+    configured = spec.input
+    size, resize = configured.size or base.crop, configured.resize or base.resize
+    if configured.resize is None and size != base.crop:
+        # The margin of the base belongs to another size. For another shape, the image is resized
+        # so that it just covers the input.
         resize = size if size[0] != size[1] else max(size)
-    mean, std = said.mean, said.std
+    mean, std = configured.mean, configured.std
     given = [len(values) for values in (mean or (), std or ()) if len(values) > 1]
-    channels = said.channels or max(given, default=0) or _channels(module, base)
+    channels = configured.channels or max(given, default=0) or _channels(module, base)
     if channels == 1 and base.channels != 1:
         mean, std = mean or GREY[0], std or GREY[1]
     fitted = {
@@ -365,20 +365,20 @@ def _preprocessing(spec: ModelSpec, base: Preprocessing, module: nn.Module) -> P
         crop=size,
         mean=fitted["mean"],
         std=fitted["std"],
-        interpolation=said.interpolation or base.interpolation,
-        fit=said.fit or base.fit,
+        interpolation=configured.interpolation or base.interpolation,
+        fit=configured.fit or base.fit,
     )
 
 
 def _sources(spec: ModelSpec, built: Built) -> str:
-    """Where the transform was said."""
-    said = [key for key in InputSpec.__slots__ if getattr(spec.input, key) is not None]
-    return f"{', '.join(said)} from models.toml, else {built.source}" if said else built.source
+    """Where the parts of the transform come from."""
+    keys = [key for key in InputSpec.__slots__ if getattr(spec.input, key) is not None]
+    return f"{', '.join(keys)} from models.toml, else {built.source}" if keys else built.source
 
 
 def _channels(module: nn.Module, base: Preprocessing) -> int:
-    """1 where the first convolution takes one channel and RGB fails; else as the base has it."""
-    first = next((each for each in module.modules() if isinstance(each, nn.Conv2d)), None)
+    """1 if the first convolution takes one channel and RGB fails; otherwise that of the base."""
+    first = next((part for part in module.modules() if isinstance(part, nn.Conv2d)), None)
     if first is None or first.in_channels != 1:
         return base.channels
     image = torch.zeros(1, base.channels, *base.crop).to(first.weight)
@@ -396,10 +396,10 @@ def _per_channel(
     if len(values) == 1:
         return values * channels
     if len(values) != channels:
-        given = getattr(spec.input, key) is not None
+        is_configured = getattr(spec.input, key) is not None
         raise ConfigurationError(
             f"{spec.at(f'input.{key}')} has {channels} channels and "
-            f"{'' if given else 'by default '}{len(values)} numbers in `{key}`; "
+            f"{'' if is_configured else 'by default '}{len(values)} numbers in `{key}`; "
             "set one per channel, or one for all."
         )
     return values

@@ -1,4 +1,4 @@
-"""`models.toml`: the models to serve and what is known of each, read before anything is loaded."""
+"""Read `models.toml`: the models to serve, with the configuration of each."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from service.models.weights.labels import labels_of_text
 from service.models.weights.metadata import check_unit
 
 SHOWN = 5
-"""How many mistakes one error lists."""
+"""Number of mistakes that one error lists."""
 
 
 def read_config(path: Path) -> tuple[ModelSpec, ...]:
-    """The models of a file, in its order; relative paths in it are from the file's folder.
+    """The models of a file, in its order; relative paths start at the folder of the file.
 
-    Raises ConfigurationError that names the file, and the key path or the line, for every mistake.
+    Raises ConfigurationError with the file, and the key path or the line, of each mistake.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -44,11 +44,11 @@ def read_config(path: Path) -> tuple[ModelSpec, ...]:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise ConfigurationError(f"{path}, line {line}: the file is not UTF-8.") from error
     try:
-        found = tomllib.loads(text)
+        document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigurationError(_syntax(path, text, str(error))) from error
     try:
-        tables = _File.model_validate(found).model
+        tables = _File.model_validate(document).model
     except ValidationError as error:
         issues = error.errors()
         more = f"\n… and {len(issues) - SHOWN} more" if len(issues) > SHOWN else ""
@@ -70,7 +70,7 @@ def _size(value: object) -> object:
 
 
 def _numbers(value: object) -> object:
-    """A number a channel."""
+    """One number per channel."""
     values: list[Any] = value if isinstance(value, list) else [value]
     if not values or not all(type(x) in (int, float) and math.isfinite(x) for x in values):
         raise ValueError(f"takes a list with one number per channel, or one number, not {value!r}")
@@ -94,7 +94,7 @@ def _divisors(value: object) -> object:
 
 
 def _resize(value: object) -> object:
-    """The shorter side, or (height, width) to cover, in pixels."""
+    """The shorter side, or the (height, width) to cover, in pixels."""
     return _size(value) if isinstance(value, list) else _positive(value)
 
 
@@ -121,7 +121,7 @@ def _named(value: object) -> object:
 
 
 def _labels(value: object) -> object:
-    if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
+    if isinstance(value, list) and value and all(isinstance(label, str) for label in value):
         return tuple(value)
     if not isinstance(value, str):  # pydantic collects ValueErrors alone
         raise ValueError(  # noqa: TRY004
@@ -157,7 +157,7 @@ Numbers = tuple[float, ...] | None
 
 
 class InputTable(_Table):
-    """`[model.input]`: how images become the model's input."""
+    """`[model.input]`: the transform from an image to the model input."""
 
     size: Annotated[Sides, BeforeValidator(_size)] = None
     resize: Annotated[int | tuple[int, int] | None, BeforeValidator(_resize)] = None
@@ -169,7 +169,7 @@ class InputTable(_Table):
 
 
 class OutputTable(_Table):
-    """`[model.output]`: how the answer is read."""
+    """`[model.output]`: how the output becomes scores."""
 
     activation: Annotated[Output | None, _one_of(get_args(Output))] = None
     select: Annotated[int | str | None, BeforeValidator(_select)] = None
@@ -202,7 +202,7 @@ _TABLES: Mapping[str, type[_Table]] = {"input": InputTable, "output": OutputTabl
 
 
 def _spec(table: ModelTable, source: str, folder: Path) -> ModelSpec:
-    given = table.input
+    input_table = table.input
     weights = None if table.weights is None else _weights(table, source, folder)
     if table.sha256 is not None and (weights is None or ENTRY.fullmatch(str(weights))):
         raise ConfigurationError(
@@ -220,7 +220,7 @@ def _spec(table: ModelTable, source: str, folder: Path) -> ModelSpec:
         sha256=table.sha256,
         weights_key=table.weights_key,
         labels=_read_labels(table.labels, f"{source}.labels", folder),
-        input=InputSpec(**{key: getattr(given, key) for key in InputTable.model_fields}),
+        input=InputSpec(**{key: getattr(input_table, key) for key in InputTable.model_fields}),
         output=table.output.activation,
         select=table.output.select,
         target_layer=table.target_layer,
@@ -233,22 +233,22 @@ def _spec(table: ModelTable, source: str, folder: Path) -> ModelSpec:
 
 
 def _weights(table: ModelTable, source: str, folder: Path) -> Path:
-    said = str(table.weights)
-    path = folder / said
+    text = str(table.weights)
+    path = folder / text
     if path.is_file():
         return path
-    if table.builder.startswith("torchvision/") and ENTRY.fullmatch(said):
-        return Path(said)
+    if table.builder.startswith("torchvision/") and ENTRY.fullmatch(text):
+        return Path(text)
     raise ConfigurationError(_missing(f"{source}.weights", path))
 
 
 def _read_labels(
-    said: str | tuple[str, ...] | None, where: str, folder: Path
+    labels: str | tuple[str, ...] | None, where: str, folder: Path
 ) -> tuple[str, ...] | None:
-    """Labels given in the file, or those of a file (`labels.labels_of_text`)."""
-    if said is None or isinstance(said, tuple):
-        return said
-    path = folder / said
+    """The labels in models.toml, or those of a labels file (`labels.labels_of_text`)."""
+    if labels is None or isinstance(labels, tuple):
+        return labels
+    path = folder / labels
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except (FileNotFoundError, IsADirectoryError) as error:
@@ -262,7 +262,7 @@ def _read_labels(
 
 
 def _missing(where: str, path: Path) -> str:
-    beside = [each.name for each in path.parent.glob("*") if each.is_file()]
+    beside = [file.name for file in path.parent.glob("*") if file.is_file()]
     close = nearest(path.name, beside, 1)
     return (
         f"{where}: there is no file {path}; a relative path starts at the folder of models.toml."
@@ -271,18 +271,18 @@ def _missing(where: str, path: Path) -> str:
 
 
 def _syntax(path: Path, text: str, message: str) -> str:
-    """The parser's message with the line in front."""
-    place = re.search(r" \(at (?:line (\d+), column (\d+)|end of document)\)$", message)
-    if place is None or place[1] is None:
+    """The message of the parser, with the line at the beginning."""
+    position = re.search(r" \(at (?:line (\d+), column (\d+)|end of document)\)$", message)
+    if position is None or position[1] is None:
         line, column = len(text.splitlines()) or 1, None
     else:
-        line, column = int(place[1]), place[2]
+        line, column = int(position[1]), position[2]
     where = f"line {line}" + (f", column {column}" if column else "")
-    return f"{path}, {where}: {message[: place.start()] if place else message}."
+    return f"{path}, {where}: {message[: position.start()] if position else message}."
 
 
 def _sentence(issue: Any) -> str:
-    """One of pydantic's findings: the key path and what is wrong there."""
+    """One error of pydantic: the key path and the problem."""
     where, kind = _path(issue["loc"]), issue["type"]
     if kind == "extra_forbidden":
         *around, key = issue["loc"]

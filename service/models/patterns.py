@@ -3,9 +3,9 @@
     matcher = PathMatcher(["features.*", "**.conv?"])
     matcher.matches("features.0")           # (True, False)
 
-`*` and `?` stop at a dot, `**` crosses it; all other characters stand for themselves. One pass over
-a path updates the set of reachable states of every pattern, a bit a state: the work is at most the
-length of the path times the length of all patterns, whatever the wildcards are (Baeza-Yates and
+`*` and `?` stop at a dot, `**` crosses it; all other characters match themselves. One pass over a
+path updates the set of reachable states of every pattern, one bit per state: the work is at most
+the length of the path times the length of all patterns, for any wildcards (Baeza-Yates and
 Gonnet, "A New Approach to Text Searching", CACM 35(10), 1992).
 """
 
@@ -36,7 +36,7 @@ class PathMatcher:
                 self._add(part, state)
                 state <<= 1
             self._ends.append(state)
-            state <<= 1  # the state behind the last part is never left
+            state <<= 1  # the final state has no exit
 
     def _add(self, part: str, state: int) -> None:
         if part[0] != "*":

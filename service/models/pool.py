@@ -1,4 +1,4 @@
-"""Replicas of the served models, lent to one user at a time and proved clean when they return."""
+"""Replicas of the served models, leased to one user at a time and verified when returned."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """One copy of a model, for one user at a time; `folded` where it is of its folded form."""
+    """One copy of a model, for one user at a time; `folded`: of its folded form."""
 
     model: LoadedModel
     module: nn.Module
@@ -35,13 +35,13 @@ class Replica:
 class Served:
     """One version of a model. `idle` are stacks: the replica used last is the warmest.
 
-    size:      replicas in each stack, that of the model as it is and that of its folded form.
-    vacant:    how many of each are missing: lost, and not being built.
-    users:     how many requests hold this version. A retired version stays until the last is done.
-    spoiled:   the parameters, which all replicas share, were changed and not read again yet.
-    reloading: a thread reads them again.
-    building, reading: when replicas may be built, and the weights read again.
-    reason:    why there is none.
+    size:      replicas per stack; there is one stack for the model and one for its folded form.
+    vacant:    missing replicas per form: lost, and not being built.
+    users:     requests that hold this version. A retired version remains until the last is done.
+    spoiled:   the shared parameters were modified and not reloaded yet.
+    reloading: a thread reloads them.
+    building, reading: when replicas may be built, and the weights reloaded.
+    reason:    why no replica is available.
     """
 
     model: LoadedModel
@@ -57,11 +57,11 @@ class Served:
     reason: str = ""
 
     def replicas(self) -> Iterator[Replica]:
-        """All that are idle."""
+        """All idle replicas."""
         return chain.from_iterable(self.idle.values())
 
     def wants_reading(self, now: float) -> bool:
-        """Whether a thread should read the weights again now."""
+        """Whether a thread should reload the weights now."""
         return self.spoiled and not self.reloading and self.reading.is_over(now)
 
     def wants_building(self, now: float) -> bool:
@@ -80,28 +80,29 @@ class Served:
 class ModelPool:
     """The served models and their replicas.
 
-        with pool.use("resnet50") as model:                 # one version, however long it takes
+        with pool.use("resnet50") as model:                 # the same version until the end
             with pool.lease(model) as replica, record(replica.module, targets=["layer4"]) as seen:
                 logits = replica.module(batch)
 
-    A lease is exclusive. Torch's own state of the thread and of the process is kept around it. When
-    it ends the pool verifies that the replica is as it was built. What the model is known to change
-    at every call (`LoadedModel.stateful`) is restored. Any other difference makes the replica
-    dirty, also that it cannot be verified: it is logged, counted and replaced by a fresh copy,
-    never lent again. Where the parameters, which all replicas share, were changed in place, every
-    replica is replaced and the weights are read again from their source through `reload`.
+    A lease is exclusive. Torch's state of the thread and of the process is restored at its end. The
+    pool then verifies that the replica is unchanged. State that the model is known to change in
+    every call (`LoadedModel.stateful`) is restored. Any other difference, or a failed verification,
+    makes the replica dirty: it is logged, counted, replaced by a new copy and never leased again.
+    If the shared parameters were modified in place, every replica is replaced and the weights are
+    reloaded from their source through `reload`.
 
-    A replica that cannot be built leaves a vacancy. Each lease, each return and `mend` try again
-    once a delay has passed that doubles with each failure; `lost` says which models have none left.
+    A replica that cannot be built leaves a vacancy. Each lease, each return and
+    `replace_missing` retry after a delay that doubles with each failure; `lost` lists the models
+    without a replica.
 
-    A model can be put beside an older version of it: new users get the new one, and the old one is
-    freed when its last user is done.
+    A new version of a model can be added beside the old one: new users get the new version, and the
+    old one is freed when its last user is done.
 
-    No code of a model runs while a lock is held: building, verifying and reloading are outside.
+    No code of a model runs while a lock is held.
 
-    replicas: how many of each form of a model; as many as worker threads, so that a lease never
-              waits. A model whose copies do not answer as it does has one: itself.
-    reload:   builds a model again from its spec.
+    replicas: number per form of a model; one per worker thread, so that a lease never waits. A
+              model whose copies behave differently has one: itself.
+    reload:   loads a model again from its spec.
     clock:    seconds, for the delays.
     """
 
@@ -127,19 +128,19 @@ class ModelPool:
 
     @property
     def models(self) -> Mapping[str, LoadedModel]:
-        """The models by name, in the order they came: the first is the default."""
+        """The models by name, in the order in which they were added: the first is the default."""
         with self._changed:
             return {name: served.model for name, served in self._served.items()}
 
     @property
     def replaced(self) -> Mapping[str, int]:
-        """How many replicas of each model came back dirty."""
+        """The number of dirty replicas of each model."""
         with self._changed:
             return dict(self._replaced)
 
     @property
     def lost(self) -> Mapping[str, str]:
-        """The models that can answer nothing now, each with the reason."""
+        """The models that are not available now, each with the reason."""
         with self._changed:
             return {
                 name: served.reason
@@ -148,18 +149,18 @@ class ModelPool:
             }
 
     @property
-    def wants_mending(self) -> bool:
-        """Whether `mend` has something to do now."""
+    def has_missing(self) -> bool:
+        """Whether `replace_missing` has something to do now."""
         with self._changed:
             now = self._clock()
             return any(served.wants_work(now) for served in self._versions.values())
 
     def put(self, model: LoadedModel) -> None:
-        """Serve a model from now on, in place of an older version of that name."""
+        """Serve a model instead of an older version of the same name."""
         self.serve(self.prepare(model))
 
     def prepare(self, model: LoadedModel) -> Served:
-        """Build the replicas of a model that is not served yet. Raises what building raises."""
+        """Build the replicas of a model that is not served yet. Raises the errors of building."""
         served = Served(model, self._size if model.behaviour.isolated else 1)
         for folded in (False, True) if model.folded else (False,):
             served.idle[folded] = [_build(model, folded) for _ in range(served.size)]
@@ -167,9 +168,9 @@ class ModelPool:
         return served
 
     def serve(self, served: Served) -> list[object]:
-        """Serve what was prepared, in place of an older version. Runs no code of the model.
+        """Serve a prepared model instead of an older version. Runs no code of the model.
 
-        Returns what is not needed any more, to be let go where no lock is held.
+        Returns objects that the caller frees without holding a lock.
         """
         model = served.model
         with self._changed:
@@ -182,9 +183,9 @@ class ModelPool:
         return freed
 
     def remove(self, name: str) -> list[object]:
-        """Serve a model no longer; who uses it finishes on it. Raises UnknownModel.
+        """Stop serving a model; current users finish on it. Raises UnknownModel.
 
-        Returns what is not needed any more, to be let go where no lock is held.
+        Returns objects that the caller frees without holding a lock.
         """
         with self._changed:
             served = self._current(name)
@@ -197,16 +198,16 @@ class ModelPool:
             return self._current(name).model
 
     def sound(self, model: LoadedModel, timeout: float | None = None) -> LoadedModel:
-        """What answers for a model that is held: its weights may have been read again since.
+        """The current form of a held model, whose weights may have been reloaded since.
 
-        Raises ModelNotReady where its parameters were changed and are not read again within
-        `timeout` seconds.
+        Raises ModelNotReady if its parameters were modified and are not reloaded within `timeout`
+        seconds.
         """
         with self._changed:
             served = self._versions.get(id(model))
         if served is None:  # of another pool
             return model
-        self._mend(served)
+        self._replace_missing(served)
         with self._changed:
             self._changed.wait_for(lambda: not served.reloading, timeout)
             if served.spoiled:
@@ -214,14 +215,14 @@ class ModelPool:
             return served.model
 
     def size(self, name: str) -> int:
-        """How many replicas of a model there are."""
+        """The number of replicas of a model."""
         with self._changed:
             served = self._served.get(name)
             return 0 if served is None else served.size - served.vacant[False]
 
     @contextmanager
     def use(self, name: str | None) -> Iterator[LoadedModel]:
-        """Hold one version of a model: inside the `with` it can be leased, whatever is put."""
+        """Hold one version of a model: inside the `with` it can be leased, even when replaced."""
         with self._changed:
             served = self._current(name)
             served.users += 1
@@ -235,11 +236,11 @@ class ModelPool:
     def lease(
         self, model: LoadedModel | str, timeout: float | None = None, *, folded: bool = False
     ) -> Iterator[Replica]:
-        """Lend one replica of a model, or of the present version of a name, to one user.
+        """Lease one replica of a model, or of the current version of a name, to one user.
 
-        folded: lend one of the folded form, where the model has one.
+        folded: lease one of the folded form, if the model has one.
 
-        Raises UnknownModel, and ModelNotReady where none is free within `timeout` seconds, or none
+        Raises UnknownModel, and ModelNotReady if none is free within `timeout` seconds, or if none
         is left and none can be built now.
         """
         with self._changed:
@@ -247,8 +248,8 @@ class ModelPool:
             served.users += 1  # before the wait, or a retired version could be freed meanwhile
         try:
             replica = self._claim(served, folded and True in served.idle, timeout)
-            # Also around the end: what the model entered and never left may be freed there, and
-            # changes the thread once more.
+            # Also around the end: context managers that the model never exited may be freed there,
+            # and change the state of the thread again.
             with kept_torch_state():
                 try:
                     with kept_torch_state():
@@ -259,34 +260,33 @@ class ModelPool:
             self._leave(served)
 
     def abandon(self, replica: Replica) -> None:
-        """Put a fresh replica in the place of one whose user does not come back.
+        """Replace a leased replica whose user does not return.
 
-        Should the user come back after all, the replica is thrown away. Does nothing where it is
-        not lent.
+        If the user returns later, the replica is discarded. Does nothing if it is not leased.
         """
         self.drop(replica)
-        self.mend()
+        self.replace_missing()
 
     def drop(self, replica: Replica) -> None:
-        """`abandon` without building the fresh replica, which `mend` does; runs no model's code."""
+        """`abandon` without building a new replica (`replace_missing`); runs no code of a model."""
         with self._changed:
             served, _ = self._lent.pop(id(replica), (None, None))
             if served is None:
                 return
             self._replaced[replica.model.name] += 1
             if not _is_copied(replica) and self._reload is not None:
-                self._spoil(served)  # its user may still run it
+                self._spoil(served)  # its user may still be running it
             self._lose(served, replica)
 
-    def mend(self) -> None:
-        """Build what is missing and may be tried again now."""
+    def replace_missing(self) -> None:
+        """Build missing replicas whose delay has passed."""
         with self._changed:
             every = list(dict.fromkeys(self._versions.values()))
         for served in every:
-            self._mend(served)
+            self._replace_missing(served)
 
     def hooks_live(self) -> int:
-        """How many hooks sit on all replicas beyond those the models own, counted now."""
+        """The number of hooks on all replicas, without those that the models own."""
         with self._changed:
             replicas = list(self._live.values())
         return sum(
@@ -295,13 +295,13 @@ class ModelPool:
         )
 
     def faults(self) -> list[str]:
-        """What is wrong with the pool while nothing uses it: empty when it is whole.
+        """The faults of an unused pool; empty if it is whole.
 
-        Whole means: every replica is idle and in the condition it was built in, and there are none
-        but those of the models served.
+        Whole means: every replica is idle and in its original condition, and all replicas belong to
+        served models.
         """
         with self._changed:
-            found = [
+            faults = [
                 f"{name}: {len(idle)} of {served.size} replicas idle"
                 for name, served in self._served.items()
                 for idle in served.idle.values()
@@ -309,9 +309,9 @@ class ModelPool:
             ]
             whole = sum(served.size * len(served.idle) for served in self._served.values())
             if len(self._live) != whole:
-                found.append(f"{len(self._live)} replicas live")
+                faults.append(f"{len(self._live)} replicas live")
             idle = [(name, r) for name, served in self._served.items() for r in served.replicas()]
-        return found + [f"{name}: {fault}" for name, r in idle for fault in _faults_of(r)]
+        return faults + [f"{name}: {fault}" for name, r in idle for fault in _faults_of(r)]
 
     def _current(self, name: str | None) -> Served:
         if name is None and self._served:
@@ -353,7 +353,7 @@ class ModelPool:
                     return replica
                 if not served.wants_work(self._clock()):
                     raise self._unavailable(served)
-            self._mend(served)
+            self._replace_missing(served)
 
     def _unavailable(self, served: Served) -> ModelNotReady:
         backoff = served.reading if served.spoiled else served.building
@@ -375,7 +375,7 @@ class ModelPool:
         with self._changed:
             was_lent = self._lent.pop(id(replica), None) is not None
             is_current = replica.model is served.model
-            # Of a model that is its own only replica nothing clean is left to copy.
+            # A model that is its own only replica has no clean copy left.
             is_spoiled = PARAMETERS_CHANGED in faults or (left and not _is_copied(replica))
             if is_spoiled and is_current and self._reload is not None:
                 freed = self._spoil(served)
@@ -389,16 +389,16 @@ class ModelPool:
         if was_lent and dirty:
             _log.warning("replica_replaced", model=replica.model.name, faults=dirty)
         del freed
-        self._mend(served, users=1)
+        self._replace_missing(served, users=1)
 
     def _lose(self, served: Served, replica: Replica) -> None:
-        """Note that a replica is gone; holds the lock."""
+        """Record the loss of a replica; the caller holds the lock."""
         self._live.pop(id(replica), None)
         served.vacant[replica.folded] += 1
         self._changed.notify_all()
 
     def _spoil(self, served: Served) -> list[object]:
-        """Lend none of what shares the changed parameters; holds the lock."""
+        """Lease no replica that shares the modified parameters; the caller holds the lock."""
         if served.spoiled:
             return []
         served.spoiled = True
@@ -406,18 +406,18 @@ class ModelPool:
         return self._lose_idle(served)
 
     def _lose_idle(self, served: Served) -> list[object]:
-        """Take all idle replicas away, and return them; holds the lock."""
+        """Remove all idle replicas, and return them; the caller holds the lock."""
         lost: list[object] = []
-        for idle in served.idle.values():  # in place: others wait for these very lists
+        for idle in served.idle.values():  # in place: other threads wait for these lists
             while idle:
                 lost.append(idle[-1])
                 self._lose(served, idle.pop())
         return lost
 
-    def _mend(self, served: Served, *, users: int = 0) -> None:
-        """Build what a version misses, where no other thread does and the delay has passed.
+    def _replace_missing(self, served: Served, *, users: int = 0) -> None:
+        """Build the missing replicas of a version, unless another thread does or the delay remains.
 
-        users: how many of its users do not need it any more.
+        users: the number of its users that no longer need it.
         """
         while True:
             with self._changed:
@@ -437,10 +437,10 @@ class ModelPool:
                 self._fill(served, model, folded=folded)
 
     def _fill(self, served: Served, model: LoadedModel, *, folded: bool) -> None:
-        """Build one replica into the place that was taken for it."""
+        """Build one replica for a vacancy that was claimed."""
         try:
             replica = _build(model, folded)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - or the place would be lost
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - the vacancy must not be lost
             with self._changed:
                 served.vacant[folded] += 1
                 served.reason = (
@@ -461,12 +461,12 @@ class ModelPool:
             self._changed.notify_all()
 
     def _read_again(self, served: Served, model: LoadedModel) -> None:
-        """Read changed weights again. Where that fails, replicas are built of what there is."""
+        """Reload modified weights. If that fails, replicas are built from the present ones."""
         assert self._reload is not None
         try:
             with kept_torch_state():
                 fresh = self._reload(model)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - or the place would be lost
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - the reload must be retried
             with self._changed:
                 served.reloading = False
                 served.reading.failed(self._clock())
@@ -480,14 +480,14 @@ class ModelPool:
         with self._changed:
             served.model, served.spoiled, served.reloading = fresh, False, False
             served.reading.succeeded()
-            # The same weights of the same spec: who holds the spoiled model goes on with this.
+            # The same weights of the same spec: holders of the spoiled model continue with it.
             self._versions[id(fresh)] = served
             lost = self._lose_idle(served)
             self._changed.notify_all()
         del lost
 
     def _leave(self, served: Served) -> None:
-        """One user less."""
+        """Release one user."""
         freed: list[object] = []
         with self._changed:
             served.users -= 1
@@ -499,7 +499,7 @@ class ModelPool:
         return self._free_if_done(served)
 
     def _free_if_done(self, served: Served) -> list[object]:
-        """Forget a version that nobody uses; what it held is returned, and freed without a lock."""
+        """Remove an unused version; returns its objects, which the caller frees without a lock."""
         if not served.retired or served.users:
             return []
         freed: list[object] = [*served.replicas()]
@@ -512,7 +512,7 @@ class ModelPool:
 
 
 def _is_copied(replica: Replica) -> bool:
-    """Whether it is a copy, and not the model itself."""
+    """Whether it is a copy and not the model itself."""
     return replica.model.behaviour.isolated
 
 
@@ -523,15 +523,15 @@ def _build(model: LoadedModel, folded: bool) -> Replica:
 
 
 def _faults_of(replica: Replica) -> list[str]:
-    """What is wrong with a replica; that it cannot be verified is a fault as well."""
+    """The faults of a replica; a failed verification is a fault, too."""
     try:
         return replica.condition.faults()
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - it is what a request made of it
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a request may have broken it
         return [f"it cannot be verified ({type(error).__name__}: {str(error)[:200]})"]
 
 
 def _restored(replica: Replica) -> list[str]:
-    """Restore attributes; what is wrong even then."""
+    """Restore attributes; returns the remaining faults."""
     try:
         replica.condition.restore()
     except (Exception, SystemExit) as error:  # noqa: BLE001 - as above
@@ -540,7 +540,7 @@ def _restored(replica: Replica) -> list[str]:
 
 
 def _make_harmless(replica: Replica) -> None:
-    """Undo in a replica that is thrown away what others would see: a scripted one is shared."""
+    """Undo changes in a discarded replica that others would see: scripted modules are shared."""
     with suppress(Exception):
         replica.condition.restore()
     with suppress(Exception):

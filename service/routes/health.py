@@ -71,8 +71,8 @@ async def metrics(request: Request) -> Response:
 def _have_repaired(service: Service) -> None:
     """Retry failed loads and repairs after their delay: there may be no request that does it."""
     service.library.retry()
-    if service.pool.wants_mending:
-        service.scheduler.call(service.pool.mend)
+    if service.pool.has_missing:
+        service.scheduler.call(service.pool.replace_missing)
 
 
 def _health(request: Request, failed: Mapping[str, Entry]) -> Health:

@@ -502,7 +502,7 @@ class Scheduler:
     def _mend(self) -> None:
         """Have the pool build what it misses, in a worker: building runs the model's code."""
         with suppress(ShuttingDown):
-            self.call(self._pool.mend)
+            self.call(self._pool.replace_missing)
 
     def _queue_alone(self, jobs: list[Job]) -> None:
         for job in reversed(jobs):

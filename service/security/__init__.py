@@ -1,1 +1,1 @@
-"""Who may ask, and where the service may fetch."""
+"""Authentication, quotas, and hosts that images may be fetched from."""

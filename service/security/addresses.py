@@ -1,11 +1,11 @@
-"""Which hosts an image may be fetched from, and which addresses may stand behind their names.
+"""The hosts that images may be fetched from, and the addresses that their names may have.
 
     hosts = parse_hosts(["*.example.org", "private:minio.local:9000"])
     location = parse_image_url("https://img.example.org/cat.jpg", hosts)   # or ImageUrlRefused
     is_allowed("10.0.0.5", private=location.private)              # False: a public name, inside
 
-What a URL says is judged by its text alone, in one reading: what is not plainly a URL of an allowed
-host is refused before anything is resolved. What a name resolves to is judged by `is_allowed`.
+A URL is checked by its text: anything but a plain URL of an allowed host is refused before a name
+is resolved. `is_allowed` checks the resolved addresses.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from service.errors import ConfigurationError, ImageUrlRefused
 
 MAX_URL = 2048
-"""Characters of a URL; what is longer is no address of an image."""
+"""Maximum length of a URL, in characters."""
 
 _PORTS = {"http": 80, "https": 443}
 _LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
@@ -37,7 +37,7 @@ def _networks(*texts: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Networ
     return tuple(map(ipaddress.ip_network, texts))
 
 
-# IANA's special-purpose registries; what is not global unicast is not public.
+# IANA's special-purpose registries; only global unicast is public.
 _NOT_PUBLIC_4 = _networks(
     "0.0.0.0/8",  # this network
     "10.0.0.0/8",  # private
@@ -60,8 +60,8 @@ _NOT_PUBLIC_4 = _networks(
     "240.0.0.0/4",  # reserved, and broadcast
 )
 _UNICAST_6 = ipaddress.ip_network("2000::/3")
-# Of global unicast, what carries an IPv4 address inside or leads nowhere. Mapped addresses
-# (::ffff:0:0/96), NAT64 (64:ff9b::/96, 64:ff9b:1::/48) and all else lie outside of 2000::/3.
+# Global unicast that embeds an IPv4 address or is not routed. Mapped addresses (::ffff:0:0/96),
+# NAT64 (64:ff9b::/96, 64:ff9b:1::/48) and all others are outside of 2000::/3.
 _NOT_PUBLIC_6 = _networks(
     "2001::/23",  # protocol assignments, Teredo among them
     "2001:db8::/32",  # documentation
@@ -79,7 +79,7 @@ _NEVER = _networks("fd00:ec2::/32", "fd20:ce::/32")  # metadata of clouds, among
 class AllowedHost:
     """An entry of the allow-list.
 
-    name:    "img.example.org", "*.example.org" for what is under it, "*" for every public host,
+    name:    "img.example.org", "*.example.org" for names under it, "*" for every public host,
              or an address.
     port:    the only port, or None: 80 for http and 443 for https.
     private: whether its addresses may be private or loopback ones.
@@ -100,7 +100,7 @@ class AllowedHost:
 
 @dataclass(frozen=True, slots=True)
 class ImageLocation:
-    """Where a URL leads: `target` is its path and query; `private` as in AllowedHost."""
+    """The parts of an image URL: `target` is path and query; `private` as in AllowedHost."""
 
     scheme: str
     host: str
@@ -110,7 +110,7 @@ class ImageLocation:
 
     @property
     def host_header(self) -> str:
-        """The host, and the port where it is not the scheme's own."""
+        """The host, with the port unless it is the default of the scheme."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == _PORTS[self.scheme] else f"{host}:{self.port}"
 
@@ -126,23 +126,23 @@ def parse_hosts(entries: Iterable[str]) -> tuple[AllowedHost, ...]:
 
 
 def _parse_host(entry: str) -> AllowedHost:
-    found = _ENTRY.fullmatch(entry.lower())
-    name = found["name"] if found else ""
+    match = _ENTRY.fullmatch(entry.lower())
+    name = match["name"] if match else ""
     plain = name.removeprefix("*.").strip("[]")
-    if found is None or not (name == "*" or _is_host(plain)) or (found["private"] and name == "*"):
+    if match is None or not (name == "*" or _is_host(plain)) or (match["private"] and name == "*"):
         raise ConfigurationError(
             f"--allowed-image-hosts: {entry!r} is not of the form [private:]HOST[:PORT], with HOST "
             "a name, *.name for all names under it, an address, or * for every public host "
             "(which cannot be private)."
         )
-    port = None if found["port"] is None else int(found["port"])
-    return AllowedHost(name.strip("[]"), port, private=bool(found["private"]))
+    port = None if match["port"] is None else int(match["port"])
+    return AllowedHost(name.strip("[]"), port, private=bool(match["private"]))
 
 
 def parse_image_url(url: str, hosts: Sequence[AllowedHost]) -> ImageLocation:
     """Read a URL and find its host in the allow-list.
 
-    Raises ImageUrlRefused, which tells nothing but what the text and the list tell.
+    Raises ImageUrlRefused, which depends only on the URL and the list.
     """
     if len(url) > MAX_URL or not _PRINTABLE.fullmatch(url) or not _URL.match(url):
         raise ImageUrlRefused(
@@ -157,21 +157,21 @@ def parse_image_url(url: str, hosts: Sequence[AllowedHost]) -> ImageLocation:
     if not _is_host(host) or parts.netloc.endswith(":"):
         raise ImageUrlRefused("The host of the image URL is not a plain name or address.")
     port = _PORTS[scheme] if port is None else port
-    matching = [each for each in hosts if each.matches(host, port, scheme)]
+    matching = [allowed for allowed in hosts if allowed.matches(host, port, scheme)]
     if not matching:
         raise ImageUrlRefused(
             "This service fetches no images from this host and port; send the image in `data`, or "
             "ask the operator of the service to allow the host."
         )
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    return ImageLocation(scheme, host, port, target, any(each.private for each in matching))
+    return ImageLocation(scheme, host, port, target, any(entry.private for entry in matching))
 
 
 def is_allowed(address: str, *, private: bool) -> bool:
     """Whether a connection to this address may be made.
 
-    Public unicast addresses always; private, unique local and loopback ones where `private` says
-    so; link-local, multicast, reserved ones and those that carry an IPv4 address inside never.
+    Public unicast addresses always; private, unique local and loopback ones if `private`;
+    link-local, multicast and reserved ones, and those that embed an IPv4 address, never.
     """
     try:
         parsed: Address = ipaddress.ip_address(address)
@@ -193,12 +193,12 @@ def _within(
 
 
 def _is_host(host: str) -> bool:
-    """A name in lower-case ASCII, or an address as it is normally written."""
+    """Whether it is a name in lower-case ASCII, or an address in its normal form."""
     try:
         return ipaddress.ip_address(host).compressed == host and "%" not in host
     except ValueError:
         pass
-    # What ends in a number is an address to some resolvers: 127.1, 2130706433, 0x7f.1, 0177.0.0.1.
+    # Some resolvers read a name that ends in a number as an address: 127.1, 2130706433, 0x7f.1.
     last = host.rpartition(".")[2]
     numeric = last.isdigit() or re.fullmatch(r"0x[0-9a-f]*", last) is not None
     return len(host) <= 253 and _NAME.fullmatch(host) is not None and not numeric

@@ -1,9 +1,8 @@
-"""Images fetched by their URL: from allowed hosts alone, at addresses that were checked.
+"""Fetch images by URL, only from allowed hosts and verified addresses.
 
-The address that was checked is the one that is connected to: the request goes to it by number, with
-the name in `Host` and in TLS, so that a name that changes its address in between changes nothing.
-Each redirect is judged like the first URL. Nothing of the environment's proxies, no cookie, no kept
-connection and no content coding takes part.
+The connection goes to the verified address, with the name in `Host` and in TLS, so that DNS
+rebinding has no effect. Each redirect is checked like the first URL. Proxies of the environment,
+cookies, persistent connections and content codings are not used.
 """
 
 from __future__ import annotations
@@ -28,18 +27,18 @@ _log = structlog.get_logger(__name__)
 
 MAX_REDIRECTS = 3
 MAX_CONNECTIONS = 32
-"""Connections at once, of all requests; others wait within their time."""
+"""Concurrent connections of all requests; others wait until their timeout."""
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 _TYPES = ("", "application/octet-stream", "binary/octet-stream")
-_ACCEPT = "image/*, */*;q=0.5"  # Label Studio has images, and 406 for `image/*` alone
+_ACCEPT = "image/*, */*;q=0.5"  # Label Studio answers 406 for `image/*` alone
 _ADDRESSES_TRIED = 3
 _MAX_ANSWER = 1 << 16
-"""Bytes of what answers a `post`."""
+"""Maximum bytes of the response to a `post`."""
 
 
 class _Unusable(Exception):
-    """Why an image could not be fetched: for the log alone."""
+    """Why an image could not be fetched, for the log only."""
 
 
 class Fetcher:
@@ -58,9 +57,9 @@ class Fetcher:
         self._hosts = hosts
         self._max_bytes = max_bytes
         self._seconds = seconds
-        # Threads of its own: a resolver that hangs must not hold up anything else.
+        # Separate threads, so that a resolver that hangs delays nothing else.
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="resolver")
-        # A kept connection was proved for one name only, and would serve every name of its address.
+        # A persistent connection is verified for one name, but would serve all of its address.
         self._transport = httpx.AsyncHTTPTransport(
             verify=_trust(),
             trust_env=False,
@@ -70,22 +69,22 @@ class Fetcher:
     async def fetch(
         self, url: str, take: Callable[[int], None], authorization: str | None = None
     ) -> bytes:
-        """The bytes behind a URL; `take` is told of each chunk's size and may raise.
+        """The bytes at a URL; calls `take` with the size of each chunk, which may raise.
 
-        authorization: the header, for the host and port of the URL and for no other on the way.
-        Raises ImageUrlRefused for what the URL says, and ImageUrlFailed, always in the same words,
-        for all that is learnt on the way, so that nobody can explore a network by it.
+        authorization: the header, only for the host and port of the URL, not for redirects.
+        Raises ImageUrlRefused for the text of the URL, and ImageUrlFailed, always with the same
+        message, for every other reason, so that clients cannot scan a network.
         """
         location = parse_image_url(url, self._hosts)
         return await self._in_time(location, self._follow(location, take, authorization))
 
     async def post(self, url: str, body: bytes) -> bytes:
-        """What answers JSON that is sent to a URL, without redirects. Raises as `fetch` does."""
+        """The response to JSON that is sent to a URL, without redirects. Raises as `fetch` does."""
         location = parse_image_url(url, self._hosts)
         return await self._in_time(location, self._exchange(location, body))
 
     async def aclose(self) -> None:
-        """Close what is still open."""
+        """Close threads and connections."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         await self._transport.aclose()
 
@@ -141,9 +140,9 @@ class Fetcher:
     async def _send(
         self, location: ImageLocation, headers: Mapping[str, str], body: bytes | None = None
     ) -> httpx.Response:
-        """GET, or POST where there is a body."""
+        """GET, or POST with a body."""
         addresses = await self._resolve(location.host, location.port)
-        if not all(is_allowed(each, private=location.private) for each in addresses):
+        if not all(is_allowed(address, private=location.private) for address in addresses):
             raise _Unusable("the host has an address that is not allowed")
         failed: httpx.TransportError | None = None
         for address in addresses[:_ADDRESSES_TRIED]:
@@ -157,8 +156,8 @@ class Fetcher:
     async def _resolve(self, host: str, port: int) -> Sequence[str]:
         """The addresses of a host, as the system's resolver gives them."""
         ask = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
-        found = await asyncio.get_running_loop().run_in_executor(self._threads, ask)
-        return list(dict.fromkeys(str(address[0]) for *_, address in found))
+        results = await asyncio.get_running_loop().run_in_executor(self._threads, ask)
+        return list(dict.fromkeys(str(address[0]) for *_, address in results))
 
     def _request(
         self, location: ImageLocation, address: str, headers: Mapping[str, str], body: bytes | None
@@ -181,7 +180,7 @@ class Fetcher:
             content=body,
             extensions={
                 "sni_hostname": location.host,
-                # Time is bounded round the whole; this leaves some for the next address.
+                # The total time is limited elsewhere; this leaves some for the next address.
                 "timeout": {"connect": self._seconds / _ADDRESSES_TRIED},
             },
         )
@@ -193,7 +192,7 @@ class Fetcher:
         if not kind.startswith("image/") and kind not in _TYPES:
             raise _Unusable("not an image's content type")
         if response.headers.get("content-encoding", "identity").lower() != "identity":
-            raise _Unusable("a content coding that was not asked for")
+            raise _Unusable("a content coding that was not requested")
         length = response.headers.get("content-length", "")
         if length.isdecimal() and int(length) > self._max_bytes:
             raise _Unusable("too many bytes")
@@ -209,7 +208,7 @@ class Fetcher:
 
 
 def _reason(error: Exception) -> str:
-    """What to log of a failure: never the URL, whose query may hold a signature."""
+    """The reason in the log: never the URL, whose query may contain a signature."""
     if isinstance(error, (_Unusable, ImageError)):
         return str(error)
     return type(error).__name__

@@ -1,11 +1,11 @@
-"""Keys of people and programs: named, kept as hashes, compared in constant time.
+"""API keys: named, stored as hashes, compared in constant time.
 
-    # /etc/camserve/keys: NAME:SHA256, and what this key alone may use
+    # /etc/camserve/keys: NAME:SHA256, optionally with limits of this key
     labeling:693ca4183f2a0739a7cb7745832ff52319add39c4cb325a0a063d8243c2f3f48
     nightly:59947020af0d71ecf512d5637c313ee70f932951f7849e628876b5f5358e415d rate=60 cost=5000
 
-`printf %s "$KEY" | sha256sum` makes the hash. Where KEY is empty that is the hash of nothing, which
-every request without a key would match: it is refused.
+`printf %s "$KEY" | sha256sum` computes the hash. If KEY is empty, every request without a key would
+match it: the hash of an empty key is refused.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _LINE = re.compile(r"(?P<name>[A-Za-z0-9._-]{1,100}):(?P<hash>[0-9a-f]{64})(?P<l
 _LIMIT = re.compile(r"(rate|concurrency|cost)=(\d{1,9})")
 
 CHECK_SECONDS = 1.0
-"""How long a file is taken as unchanged before it is looked at again."""
+"""Interval at which the file is checked for changes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
     """A key without the key itself.
 
-    rate:        requests a minute. concurrency: requests at once. cost: forward passes of the
-                 requests at once. None: the service's own bound; 0: no bound.
+    rate:        requests per minute. concurrency: concurrent requests. cost: their forward passes.
+                 None: the limit of the service; 0: no limit.
     """
 
     name: str
@@ -49,11 +49,11 @@ class Key:
 
 
 class KeyFile:
-    """The keys of a file, read again when the file has changed.
+    """The keys of a file, reloaded when the file changes.
 
-    A file that has become unreadable or wrong leaves the keys as they were, and is logged.
+    If the file becomes unreadable or invalid, the keys do not change, and an error is logged.
 
-    Raises ConfigurationError where it is so from the start.
+    Raises ConfigurationError if it is invalid at the start.
     """
 
     def __init__(self, path: Path) -> None:
@@ -63,22 +63,22 @@ class KeyFile:
         self._looked = time.monotonic()
 
     def owner(self, key: str) -> Key | None:
-        """Whose key this is, or None; takes as long for a wrong key as for a right one.
+        """The entry of a key, or None, in constant time.
 
-        A key without a visible character has no owner, whatever the file says.
+        A key without a visible character is never valid.
 
-        key: as in a header: its bytes as Latin-1.
+        key: as in a header, its bytes decoded as Latin-1.
         """
         if time.monotonic() - self._looked >= CHECK_SECONDS:
             self._looked = time.monotonic()
             if _stamp(self._path) != self._stamp:
                 self.reread()
-        given = hashlib.sha256(key.encode("latin-1", errors="replace")).hexdigest()
-        matches = [k for k in self._keys.values() if hmac.compare_digest(given, k.sha256)]
+        sha256 = hashlib.sha256(key.encode("latin-1", errors="replace")).hexdigest()
+        matches = [k for k in self._keys.values() if hmac.compare_digest(sha256, k.sha256)]
         return matches[0] if matches and not is_blank(key) else None
 
     def reread(self) -> None:
-        """Take what the file says now."""
+        """Reload the file."""
         self._stamp = _stamp(self._path)
         try:
             self._keys = read_keys(self._path)
@@ -89,11 +89,11 @@ class KeyFile:
 
 
 def read_keys(path: Path) -> Mapping[str, Key]:
-    """The keys of a file by their names; `#` begins a comment.
+    """The keys of a file by their names; `#` starts a comment.
 
-    Raises ConfigurationError that names file and line: of a line that cannot be read, the hash of
-    an empty key, or one key under two names, which would stay valid when one of them is removed. A
-    file without a key is wrong too, because that is how a file looks while it is written.
+    Raises ConfigurationError with file and line for an invalid line, the hash of an empty key, or
+    one key under two names, which would remain valid when one of them is removed. A file without a
+    key is invalid, too, because a file looks like this while it is written.
     """
     keys: dict[str, Key] = {}
     names: dict[str, str] = {}
@@ -130,20 +130,20 @@ def read_keys(path: Path) -> Mapping[str, Key]:
 
 
 def _read_key(text: str) -> Key | None:
-    found = _LINE.fullmatch(text)
-    if found is None:
+    match = _LINE.fullmatch(text)
+    if match is None:
         return None
-    limits = [_LIMIT.fullmatch(word) for word in found["limits"].split()]
+    limits = [_LIMIT.fullmatch(word) for word in match["limits"].split()]
     if not all(limits):
         return None
     values = {limit[1]: int(limit[2]) for limit in limits if limit is not None}
-    return Key(found["name"], found["hash"], **values)
+    return Key(match["name"], match["hash"], **values)
 
 
 def is_blank(key: str) -> bool:
     """Whether a key has no visible character: it is empty, spaces, or control characters.
 
-    key: its bytes as Latin-1, which are read as UTF-8 where they are it.
+    key: its bytes decoded as Latin-1; decoded as UTF-8 if they are valid UTF-8.
     """
     try:
         text = key.encode("latin-1").decode()
@@ -154,10 +154,14 @@ def is_blank(key: str) -> bool:
 
 @functools.cache
 def _blank_hashes() -> frozenset[str]:
-    """SHA-256 of what a shell hashes where a variable is empty, and of other short blank texts."""
+    """SHA-256 of short blank strings, such as the output of a shell for an empty variable."""
     few = (" ", "\t", "\n", "\r", "\v", "\f", "\0", "\N{NO-BREAK SPACE}")
-    texts = {"".join(each) for size in range(4) for each in itertools.product(few, repeat=size)}
-    # As UTF-8, as Latin-1, and as Windows' shells write them.
+    texts = {
+        "".join(characters)
+        for size in range(4)
+        for characters in itertools.product(few, repeat=size)
+    }
+    # As UTF-8, as Latin-1, and in the encodings of Windows shells.
     encodings = ("utf-8", "latin-1", "utf-16", "utf-16-le")
     return frozenset(
         hashlib.sha256(text.encode(encoding)).hexdigest()
@@ -167,9 +171,9 @@ def _blank_hashes() -> frozenset[str]:
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """What changes when a file does; None where it cannot be seen."""
+    """Values that change with a file; None if it is not accessible."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    return status.st_mtime_ns, status.st_size, status.st_ino

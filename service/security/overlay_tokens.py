@@ -1,12 +1,12 @@
-"""Signed tokens that open overlays of some images to the pages of one origin.
+"""Signed tokens that allow the pages of one origin to read overlays of certain images.
 
     token = sign(Grant(("/data/upload/1/",), "http://localhost:8080"), secret)
     grant = read(token, secret)             # or Unauthorized
     grant.covers("/data/upload/1/ab12-cat.jpg")
 
-A labeling page asks for its overlays without credentials and without encoding the address of the
-image, so the token stands in the project's configuration, where every annotator may read it. It
-therefore names what it opens: images by the beginnings of their addresses, and nothing else.
+A labeling page requests overlays without credentials and without encoding the address of the image,
+so the token is in the project's configuration, where every annotator can read it. It therefore
+allows only images whose addresses have certain prefixes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from urllib.parse import unquote
 from service.errors import ConfigurationError, InvalidOption, Unauthorized
 
 MIN_SECRET = 16
-"""Characters of a secret, without spaces around it."""
+"""Minimum characters of a secret, without surrounding spaces."""
 
 _ORIGIN = re.compile(r"https?://[^/?#\s]+")
 _PREFIX = re.compile(r"(?:/|https?://[^/?#\s]+/)\S*")
@@ -33,12 +33,12 @@ _BETWEEN = re.compile(r"[/=?&]")
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What the holder of a token may see.
+    """The permissions of a token.
 
-    prefixes: beginnings of addresses of images, paths of Label Studio or URLs.
+    prefixes: of image addresses, paths of Label Studio or URLs.
     origin:   of the pages that may read the overlay, such as http://localhost:8080.
-    model, method: what explains; None is the service's default.
-    expires:  seconds since 1970; None never.
+    model, method: of the explanation; None: the defaults of the service.
+    expires:  seconds since 1970; None: no expiry.
 
     Raises InvalidOption.
     """
@@ -55,7 +55,9 @@ class Grant:
                 f"{self.origin!r} is not an origin; write scheme, host and port, such as "
                 "http://localhost:8080."
             )
-        strays = [each for each in self.prefixes if not _PREFIX.fullmatch(each) or _strays(each)]
+        strays = [
+            prefix for prefix in self.prefixes if not _PREFIX.fullmatch(prefix) or _strays(prefix)
+        ]
         if strays or not self.prefixes:
             raise InvalidOption(
                 f"{', '.join(map(repr, strays)) or 'Nothing'} is not a prefix of image "
@@ -64,16 +66,18 @@ class Grant:
             )
 
     def covers(self, source: str) -> bool:
-        """Whether an image's address begins as one of the prefixes, and stays below it."""
-        below = [each for each in self.prefixes if source.startswith(each)]
-        # A second parameter could name another file than the one that was looked at.
-        own = max((each.count("&") for each in below), default=0)
+        """Whether an image address has one of the prefixes, without leaving it."""
+        below = [prefix for prefix in self.prefixes if source.startswith(prefix)]
+        # A second parameter could name another file than the one that was checked.
+        ampersands = max((prefix.count("&") for prefix in below), default=0)
         local = source.startswith("/")
-        return bool(below) and not _strays(source) and not (local and source.count("&") > own)
+        return (
+            bool(below) and not _strays(source) and not (local and source.count("&") > ampersands)
+        )
 
 
 def check_secret(secret: str) -> None:
-    """Refuse a secret that can be found by trying. Raises ConfigurationError."""
+    """Refuse a secret that can be guessed. Raises ConfigurationError."""
     visible = len(secret.strip())
     if visible < MIN_SECRET:
         raise ConfigurationError(
@@ -88,16 +92,16 @@ def sign(grant: Grant, secret: str) -> str:
     Raises ConfigurationError for a secret that `check_secret` refuses.
     """
     check_secret(secret)
-    said = {name: value for name, value in asdict(grant).items() if value is not None}
-    payload = _base64(json.dumps(said, separators=(",", ":")).encode())
+    fields = {name: value for name, value in asdict(grant).items() if value is not None}
+    payload = _base64(json.dumps(fields, separators=(",", ":")).encode())
     return f"{payload}.{_base64(_mac(payload, secret))}"
 
 
 def read(token: str, secret: str) -> Grant:
     """The grant of a token.
 
-    Raises Unauthorized where it was not signed here or has expired; ConfigurationError for a secret
-    that `check_secret` refuses.
+    Raises Unauthorized if the signature is invalid or the token has expired; ConfigurationError for
+    a secret that `check_secret` refuses.
     """
     check_secret(secret)
     payload, _, signature = token.partition(".")
@@ -108,8 +112,8 @@ def read(token: str, secret: str) -> Grant:
             "overlay-token."
         )
     try:
-        said = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
-        grant = Grant(**{**said, "prefixes": tuple(said["prefixes"])})
+        fields = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+        grant = Grant(**{**fields, "prefixes": tuple(fields["prefixes"])})
     except (binascii.Error, ValueError, TypeError, KeyError) as error:
         raise Unauthorized("The overlay key is of another version; create a new one.") from error
     if grant.expires is not None and time.time() > grant.expires:
@@ -118,7 +122,7 @@ def read(token: str, secret: str) -> Grant:
 
 
 def _strays(address: str) -> bool:
-    """Whether an address has a part that leads elsewhere than it looks."""
+    """Whether an address contains a backslash, or `.` or `..` as a part."""
     plain = unquote(unquote(address))
     return "\\" in plain or bool({".", ".."} & set(_BETWEEN.split(plain)))
 

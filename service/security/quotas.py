@@ -1,6 +1,6 @@
-"""What each key may use: requests a minute, requests at once, and their cost at once.
+"""Quotas of each key: requests per minute, concurrent requests, and their total cost.
 
-All of it happens on the event loop, so nothing is locked.
+Everything runs on the event loop, so that no locks are needed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from service.security.keys import Key
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Of one key; 0 is no bound. rate: requests a minute. cost: forward passes at once."""
+    """The limits of one key; 0: no limit. rate: requests per minute. cost: total forward passes."""
 
     rate: int = 0
     concurrency: int = 0
@@ -26,7 +26,7 @@ class Bounds:
 
 @dataclass(slots=True)
 class _Use:
-    """What a key uses. `tokens`: requests it may make at once, refilled by its rate."""
+    """The current use of a key. `tokens`: remaining requests of a token bucket."""
 
     tokens: float
     filled: float
@@ -44,9 +44,9 @@ class Visit:
     cost: float = 0
 
     def reserve(self, cost: float) -> None:
-        """Add to what the request costs in all, in forward passes; several calls are summed.
+        """Add to the cost of the request, in forward passes.
 
-        Raises KeyLimit, and InvalidOption for what the key could never pay.
+        Raises KeyLimit, and InvalidOption for a cost above the limit of the key.
         """
         most, total = self.bounds.cost, self.cost + cost
         if most and total > most:
@@ -65,7 +65,7 @@ class Visit:
 
 @dataclass(frozen=True, slots=True)
 class Quotas:
-    """What the keys use now. `default` is for keys whose line says nothing else."""
+    """The current use of all keys. `default`: the limits of keys without limits of their own."""
 
     default: Bounds = Bounds()
     clock: Callable[[], float] = time.monotonic

@@ -286,7 +286,7 @@ def test_a_report_is_one_file_that_asks_nothing_of_anybody() -> None:
     assert page.count("<figure>") == 4
     assert "&lt;b&gt;&amp;.png" in page
     assert "<b>&.png" not in page
-    assert "bad.png</b> The bytes are not a picture" in page
+    assert "bad.png</b> The bytes are not a supported image format" in page
     assert "default-src &#x27;none&#x27;" in page
     asked = re.findall(r"(?:src|href|url\()=?[\"']?([^\"')>\s]+)", page)
     assert asked

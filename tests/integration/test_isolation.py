@@ -135,7 +135,7 @@ def test_one_model_without_a_replica_leaves_the_service_ready_for_the_others(ser
             assert ready.json()["states"] == {"copied": "failed"}
             assert len(logits(client, pictures.png(), model="small")) == 7
         clock.now += 1
-        pool.mend()
+        pool.replace_missing()
 
 
 def until(holds: Callable[[], bool]) -> None:

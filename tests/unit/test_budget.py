@@ -41,7 +41,7 @@ def test_what_is_taken_comes_back_also_after_an_error() -> None:
 
 def test_more_than_there_is_is_refused_with_the_numbers() -> None:
     with (
-        pytest.raises(ImageTooLarge, match="takes 1,001 bytes of memory, and at most 1,000"),
+        pytest.raises(ImageTooLarge, match="takes 1,001 bytes of memory, and the limit is 1,000"),
         DecodeBudget(1000).take(1001),
     ):
         raise AssertionError("it was given")

@@ -206,7 +206,7 @@ def test_a_processor_without_bf16_gives_float32_and_says_why(monkeypatch) -> Non
     monkeypatch.setattr(openvino_front, "has_bf16", lambda: False)
     found = load_model_of("make", Compiler(precision="bf16")).compiled
     assert found.precision == "float32"
-    assert "In bf16 this processor does not compute" in found.instead
+    assert "In bf16 this processor cannot compute" in found.instead
 
 
 def test_what_the_cut_cannot_show_goes_to_the_hooked_lane(model) -> None:
@@ -318,7 +318,7 @@ def test_the_picture_that_is_not_finite_fails_alone() -> None:
         ("branching", "cannot be traced"),
         ("two_roads", "crosses the cut"),
         ("thrice", "runs several times"),
-        ("stateful", "answers vary"),
+        ("stateful", "logits vary"),
         ("traced_otherwise", "differ from the hooked lane's"),
     ],
 )

@@ -246,7 +246,7 @@ def test_without_metadata_the_defaults_hold(tmp_path: Path) -> None:
         ({"crop": "large"}, ["metadata", "large"]),
         ({"crop": "0"}, ["`crop`"]),
         ({"resize": "-1"}, ["`resize`"]),
-        ({"mean": "0.5"}, ["three numbers"]),
+        ({"mean": "0.5"}, ["three for RGB"]),
         ({"std": "0.5,0.5,0"}, ["`std`"]),
         ({"std": "0.5,0.5,nan"}, ["`std`"]),
         ({"interpolation": "lanczos"}, ["`interpolation`", "bicubic"]),

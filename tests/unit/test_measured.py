@@ -257,7 +257,7 @@ def test_the_part_of_the_input_that_is_looked_at_is_measured(
 def test_all_places_of_a_gap_are_scored_as_each_alone(by_column: bool, extra: int) -> None:
     generator = torch.Generator().manual_seed(4)
     output = torch.randn(5, 12 + extra, 6, generator=generator)
-    looks = cell_positions._Looks(output, (12 + extra, 6))
+    looks = cell_positions._MeasuredPositions(output, (12 + extra, 6))
     scores = looks.by_start(Layout("tokens", (3, 4), extra), by_column=by_column)
     each = [
         looks.score(token_layout(12 + extra, (3, 4), start, by_column=by_column))

@@ -1,4 +1,4 @@
-"""Replicas that cannot be verified or built again, and weights that cannot be read again.
+"""Replicas that cannot be verified or built again, and weights that cannot be reloaded.
 
 None is lost for good: the pool says what it misses, refuses clearly meanwhile, and tries again.
 """
@@ -90,9 +90,9 @@ def test_a_replica_that_cannot_be_built_again_is_refused_clearly_and_tried_again
             pass
         assert refused.value.retry_after == 1
         assert "planted" not in refused.value.detail
-    assert not pool.wants_mending, "the delay has not passed"
+    assert not pool.has_missing, "the delay has not passed"
     clock.now += 1
-    assert pool.wants_mending
+    assert pool.has_missing
     with pool.lease("tiny") as replica:
         assert replica.module(IMAGE).shape == (1, 7)
     assert (pool.lost, pool.faults()) == ({}, [])
@@ -110,12 +110,12 @@ def test_the_delay_doubles_up_to_a_minute_and_success_forgets_it(clock) -> None:
         with pool.lease("tiny") as replica:
             soil(replica.module)
         for _ in range(400):
-            pool.mend()
+            pool.replace_missing()
             clock.now += 1
     gaps = [later - earlier for earlier, later in itertools.pairwise(attempts)]
     assert gaps == [1, 2, 4, 8, 16, 32, 60, 60, 60, 60, 60]
     clock.now += 60
-    pool.mend()
+    pool.replace_missing()
     assert pool.faults() == []
 
 
@@ -130,7 +130,7 @@ def test_one_lost_replica_of_two_leaves_the_other_serving(clock) -> None:
             with pool.lease("tiny", timeout=0):
                 pass
     clock.now += 1
-    pool.mend()
+    pool.replace_missing()
     assert pool.faults() == []
 
 
@@ -151,7 +151,7 @@ def test_who_waits_is_refused_when_the_last_replica_is_lost(clock) -> None:
         with pytest.raises(ModelNotReady):
             waiting.result(PATIENCE)
     clock.now += 1
-    pool.mend()
+    pool.replace_missing()
 
 
 def test_a_replica_that_can_be_neither_verified_nor_built_comes_back_when_it_can(
@@ -270,7 +270,7 @@ def what_the_loop_takes(pool: ModelPool, library: Library, scheduler: Scheduler)
         lambda: pool.models,
         lambda: pool.replaced,
         lambda: pool.lost,
-        lambda: pool.wants_mending,
+        lambda: pool.has_missing,
         lambda: pool.model(None),
         lambda: pool.size("tiny"),
         pool.hooks_live,

@@ -1,1 +1,1 @@
-"""Decoders of the kinds that Pillow reads wrong, slowly or in too much memory."""
+"""Decoders for files that Pillow decodes wrongly, slowly or with too much memory."""

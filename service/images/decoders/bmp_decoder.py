@@ -1,4 +1,4 @@
-"""BMP to RGB. Pillow takes a palette of black and white for one bit a pixel, whatever the depth."""
+"""BMP to RGB. Pillow reads a black and white palette as one bit per pixel, for any depth."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from service.images.headers.header import corrupt
 
 
 def decode_bmp(header: BmpHeader, data: bytes) -> Pixels:
-    """uint8 (height, width, 3). Takes a band of rows more than that. Raises CorruptImage."""
+    """uint8 (height, width, 3). Needs one band of rows in addition. Raises CorruptImage."""
     if header.offset + header.stored_bytes > len(data):
         raise corrupt()
     if header.compression != PLAIN:
@@ -34,7 +34,7 @@ def decode_bmp(header: BmpHeader, data: bytes) -> Pixels:
 
 
 def _palette(header: BmpHeader) -> Pixels:
-    """uint8 (256, 3), RGB; what the file does not name is black."""
+    """uint8 (256, 3), RGB; colours beyond the palette are black."""
     palette = np.zeros((256, 3), np.uint8)
     named = np.frombuffer(header.palette, np.uint8).reshape(-1, 3)
     palette[: len(named)] = named[:, ::-1]
@@ -54,7 +54,7 @@ def _by_masks(header: BmpHeader, rows: Pixels) -> Pixels:
 
 def _decode_run_lengths(header: BmpHeader, data: bytes) -> Pixels:
     """By OpenCV: Pillow does it in Python, byte by byte."""
-    found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-    if found is None or found.shape != (header.height, header.width, 3):
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    if pixels is None or pixels.shape != (header.height, header.width, 3):
         raise corrupt()
-    return np.asarray(found, np.uint8)
+    return np.asarray(pixels, np.uint8)

@@ -1,13 +1,13 @@
-"""JPEG files straight into an array, upright, and scaled down while they are decoded.
+"""Decode JPEG files into an array, upright, and scaled down while they are decoded.
 
     header = read_header(data)                                    # 4000 x 3000
     stored = decode_jpeg(header, data, keep=(512, 512))           # (750, 1000, 3)
     pixels = upright(stored, header.orientation)
 
-Pillow and simplejpeg both hold libjpeg-turbo, and the pixels are the same bits, full size and
-scaled. But Pillow decodes into four bytes a pixel and copies three times on the way to an array:
-of 12 million pixels that is more than the decoding itself. What simplejpeg does not read without a
-warning is left to Pillow, so that there is one judge of broken files.
+Pillow and simplejpeg both use libjpeg-turbo, and the pixels are bit-equal, full size and scaled.
+But Pillow decodes into four bytes per pixel and copies three times on the way to an array: for 12
+million pixels this takes longer than decoding. Files for which simplejpeg has a warning are decoded
+by Pillow, so that only one decoder decides which files are corrupt.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from service.images.headers.jpeg_header import JpegHeader
 
 Pixels = NDArray[np.uint8]
 
-# Every scan of a progressive JPEG passes over all pixels, and a scan can be 59 bytes long: without
-# a bound 10 MB of them keep a core busy for many minutes. Encoders write about ten.
+# Every scan of a progressive JPEG processes all pixels, and a scan can be 59 bytes long: without a
+# limit, 10 MB of scans occupy a core for many minutes. Encoders write about ten.
 MAX_JPEG_SCANS = 500
 
-# The scales that libjpeg-turbo has vector code for; 5/8 takes longer than the whole image.
+# The scales with vector code in libjpeg-turbo; 5/8 takes longer than the whole image.
 SCALES = (8, 4, 2)
 
 MIN_PIXELS = 1_000_000
-"""Smaller images are never scaled down: they cost little, and their pixels are few."""
+"""Smaller images are never scaled down, because they are fast to decode."""
 
 MAX_ASPECT = 20
-"""Nor are images of a greater ratio of sides, of which the crop wants only the middle."""
+"""Images with a greater aspect ratio are not scaled down: the crop needs only the middle."""
 
 _TURNS: Mapping[int, Callable[[Pixels], cv2.typing.MatLike]] = MappingProxyType(
     {
@@ -48,20 +48,20 @@ _TURNS: Mapping[int, Callable[[Pixels], cv2.typing.MatLike]] = MappingProxyType(
         8: lambda stored: cv2.rotate(stored, cv2.ROTATE_90_COUNTERCLOCKWISE),
     }
 )
-"""What makes an image upright, by its EXIF orientation; from 5 on width and height change."""
+"""The operation for each EXIF orientation; from 5 on width and height are swapped."""
 
 
 def scans(data: bytes) -> int:
-    """How often the marker of a scan occurs. Unlike `data.count` it lets other threads run."""
+    """The number of scan markers. Unlike `data.count` it releases the GIL."""
     even = np.frombuffer(data, "<u2", len(data) // 2)
     odd = np.frombuffer(data, "<u2", (len(data) - 1) // 2, offset=1)
-    return sum(int(np.count_nonzero(each == 0xDAFF)) for each in (even, odd))
+    return sum(int(np.count_nonzero(pairs == 0xDAFF)) for pairs in (even, odd))
 
 
 def scale_of(size: tuple[int, int], keep: tuple[int, int] | None) -> int:
-    """By what the sides of an image of `size` may be divided while it is decoded: 1, 2, 4 or 8.
+    """The divisor of the sides of an image of `size` while it is decoded: 1, 2, 4 or 8.
 
-    keep: how many pixels must remain of the (shorter, longer) side; None: all.
+    keep: the required pixels of the (shorter, longer) side; None: all.
     """
     shorter, longer = sorted(size)
     if keep is None or shorter * longer < MIN_PIXELS or longer > MAX_ASPECT * shorter:
@@ -71,18 +71,17 @@ def scale_of(size: tuple[int, int], keep: tuple[int, int] | None) -> int:
 
 
 def decode_jpeg(header: JpegHeader, data: bytes, keep: tuple[int, int] | None) -> Pixels | None:
-    """Decode a JPEG of which the header was read.
+    """Decode a JPEG with a known header.
 
-    Returns uint8 (height, width, 3), RGB, as stored, scaled down by `scale_of`; None if anything
-    about the file is broken or unusual. Takes no memory for more pixels than the header
-    says.
+    Returns uint8 (height, width, 3), RGB, before the orientation, scaled down by `scale_of`; None
+    if the file is corrupt or unusual. Allocates no more pixels than the header declares.
     """
     size = header.width, header.height
     return _stored(data, size, scale_of(size, keep))
 
 
 def upright(stored: Pixels, orientation: int) -> Pixels:
-    """The pixels as EXIF's orientation, 1 to 8, turns them."""
+    """The pixels after an EXIF orientation, 1 to 8."""
     turn = _TURNS.get(orientation)
     return stored if turn is None else np.asarray(turn(stored), dtype=np.uint8)
 
@@ -92,9 +91,9 @@ def _stored(data: bytes, size: tuple[int, int], scale: int) -> Pixels | None:
     pixels = np.empty((height, width, 3), dtype=np.uint8)
     least_height, least_width = (height, width) if scale > 1 else (0, 0)
     try:
-        found = simplejpeg.decode_jpeg(
+        decoded = simplejpeg.decode_jpeg(
             data, "RGB", min_height=least_height, min_width=least_width, buffer=pixels
         )
     except ValueError:
         return None
-    return pixels if found.shape == pixels.shape else None
+    return pixels if decoded.shape == pixels.shape else None

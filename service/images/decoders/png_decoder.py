@@ -1,4 +1,4 @@
-"""PNGs of 16 bits a sample: Pillow keeps the upper bytes of colours alone."""
+"""PNGs of 16 bits per sample, of which Pillow keeps only the upper bytes of colours."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from service.images.decoders.samples import Pixels, bands, levels, load, over_wh
 from service.images.headers.png_header import GREY, GREY_ALPHA, RGBA, PngHeader
 
 _Values = Callable[[slice], NDArray[np.uint16]]
-"""What gives the values (rows, width, samples) of a band of rows."""
+"""A function that returns the values (rows, width, samples) of a band of rows."""
 
 _WHITE = 0xFFFF
 
 
 def decode_png16(header: PngHeader, data: bytes) -> Pixels:
-    """uint8 (height, width, 3). Raises what Pillow's reader raises."""
+    """uint8 (height, width, 3). Raises the exceptions of Pillow's decoder."""
     file = header.opaque_bytes(data)
     if header.colour == GREY:
         stored = _loaded(file)
@@ -34,7 +34,7 @@ def decode_png16(header: PngHeader, data: bytes) -> Pixels:
 
 
 def _colour(header: PngHeader, file: bytes) -> Pixels:
-    """Read twice: the upper bytes as Pillow does, the lower ones as those of the other order."""
+    """Decode twice: the upper bytes as Pillow does, the lower bytes in the other byte order."""
     mode = "RGBA" if header.colour == RGBA else "RGB"
     upper = np.empty((header.height, header.width, len(mode)), np.uint8)
     image = _loaded(file, f"{mode};16B")
@@ -46,7 +46,7 @@ def _colour(header: PngHeader, file: bytes) -> Pixels:
 
 
 def _loaded(file: bytes, raw: str | None = None) -> Image.Image:
-    """raw: which bytes of the file are taken, as Pillow names it; None: as it chooses."""
+    """raw: Pillow's raw mode, which selects bytes of the file; None: its default."""
     image = Image.open(io.BytesIO(file), formats=("PNG",))
     if raw is not None:
         image.tile = [tile._replace(args=raw) for tile in image.tile]

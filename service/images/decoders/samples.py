@@ -10,20 +10,20 @@ from numpy.typing import NDArray
 from PIL import Image
 
 BAND_PIXELS = 1 << 16
-"""Pixels that are converted at a time: what a conversion takes besides its result is small."""
+"""Pixels per conversion, to need little memory besides the result."""
 
 TOUCH_BYTES = 16 << 20
-"""What Pillow may clear at once without a delay that others notice."""
+"""Bytes that Pillow may clear at once without a noticeable delay of other threads."""
 
 Pixels = NDArray[np.uint8]
 
 
 def load(image: Image.Image) -> None:
-    """Have Pillow decode an image that is open. Raises what its decoders raise.
+    """Let Pillow decode an open image. Raises the exceptions of its decoders.
 
-    Pillow clears an image's memory under the interpreter's lock. Pages that nobody has touched yet
-    are mapped then, one by one: 256 MB stopped the event loop for 130 ms. So memory of that size is
-    touched before, without the lock, and given back to the allocator, which keeps it.
+    Pillow clears an image's memory while it holds the GIL, and new pages are mapped one by one:
+    256 MB stopped the event loop for 130 ms. So memory of that size is touched before, without the
+    GIL, and returned to the allocator, which keeps it.
     """
     size = image.width * image.height * (1 if image.mode in {"1", "L", "P"} else 4)
     if size > TOUCH_BYTES:
@@ -32,7 +32,7 @@ def load(image: Image.Image) -> None:
 
 
 def bands(width: int, height: int, multiple: int = 1) -> Iterator[slice]:
-    """Slices of rows of about BAND_PIXELS each, in multiples of so many rows."""
+    """Slices of rows of about BAND_PIXELS each, in multiples of `multiple` rows."""
     rows = max(1, BAND_PIXELS // (max(width, 1) * multiple)) * multiple
     for top in range(0, height, rows):
         yield slice(top, min(top + rows, height))
@@ -47,8 +47,8 @@ def unpacked(rows: Pixels, bits: int, count: int) -> NDArray[np.uint32] | Pixels
         return single
     weights = np.left_shift(np.uint32(1), np.arange(bits - 1, -1, -1, dtype=np.uint32))
     samples = np.zeros((len(rows), count), np.uint32)
-    for place, weight in enumerate(weights):
-        samples += single[:, place::bits] * weight
+    for bit, weight in enumerate(weights):
+        samples += single[:, bit::bits] * weight
     return samples
 
 

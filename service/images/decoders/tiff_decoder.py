@@ -1,7 +1,7 @@
 """TIFFs of grey, colour, palette and ink samples of any depth to RGB.
 
-Pillow undoes the compression, of bytes that mean nothing to it; what they mean is worked out here.
-It reads few kinds of 16 bits and floats itself, and some of them wrong.
+Pillow only decompresses the bytes; the samples are interpreted here. Pillow itself supports few
+kinds of 16 bits and floats, and decodes some of them wrongly.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ def decode_tiff(header: TiffHeader, data: bytes) -> Pixels:
 
 
 def _base(header: TiffHeader) -> int:
-    """Samples of a pixel that are no alpha and not unknown."""
+    """The number of colour samples of a pixel."""
     return {tiff_header.RGB: 3, tiff_header.CMYK: 4}.get(header.photometric, 1)
 
 
 def _bands(header: TiffHeader, data: bytes) -> Iterator[tuple[slice, _Samples]]:
-    """Bands of rows, and their samples (rows, width, samples), those that are needed at least."""
+    """Bands of rows with at least the needed samples (rows, width, samples)."""
     needed = {*range(_base(header)), *([] if header.alpha is None else [header.alpha])}
     planes = sorted(needed) if header.planar else [0]
     wide = max(1, header.samples * header.bits // 32)  # a band is bounded in bytes, not in pixels
@@ -73,7 +73,7 @@ def _bands(header: TiffHeader, data: bytes) -> Iterator[tuple[slice, _Samples]]:
 
 
 def _group(header: TiffHeader, data: bytes, plane: int, first: int, last: int) -> _Rows:
-    """The bytes of some rows of segments: what gives (segments across, rows, bytes) of a band."""
+    """A function from a band to the bytes (segments across, rows, bytes) of rows of segments."""
     height = header.segment[1]
     rows = (last - first) * height
     if not header.tiled:
@@ -103,23 +103,23 @@ def _group(header: TiffHeader, data: bytes, plane: int, first: int, last: int) -
 def _segments(
     header: TiffHeader, data: bytes, numbers: Sequence[int], size: int | None = None
 ) -> list[bytes]:
-    """The stored bytes of segments; `size`: of each, where the file need not say it."""
+    """The stored bytes of segments; `size`: of each, if the file need not contain it."""
     offsets = header.directory.array(
         tiff_header.TILE_OFFSETS if header.tiled else tiff_header.OFFSETS
     )
     counts = header.directory.array(tiff_header.TILE_COUNTS if header.tiled else tiff_header.COUNTS)
     if max(numbers) >= len(offsets) or (size is None and max(numbers) >= len(counts)):
         raise corrupt()
-    found = []
+    segments = []
     for number in numbers:
         start = int(offsets[number])
         part = data[start : start + (int(counts[number]) if size is None else size)]
-        found.append(part.translate(_REVERSED) if header.reversed_bits else part)
-    return found
+        segments.append(part.translate(_REVERSED) if header.reversed_bits else part)
+    return segments
 
 
 def _unpack(header: TiffHeader, segments: Sequence[bytes], rows: int) -> Image.Image:
-    """Undo the compression by Pillow: as CMYK, which has four bytes a pixel, or as grey."""
+    """Decompress with Pillow: as CMYK, which has four bytes per pixel, or as greyscale."""
     unit = 4 if header.row_bytes % 4 == 0 else 1
     width = header.row_bytes // unit
     if width * rows > (Image.MAX_IMAGE_PIXELS or math.inf):
@@ -178,7 +178,7 @@ def _samples(header: TiffHeader, stored: Pixels) -> _Samples:
 
 
 def _floats(stored: Pixels, size: int, shape: tuple[int, int, int, int]) -> _Samples:
-    """Undo the third predictor: differences of bytes, those of the highest places first."""
+    """Undo the third predictor: differences of bytes, most significant bytes first."""
     across, rows, width, samples = shape
     bytewise = stored.reshape(across, rows, -1, samples)
     planes = np.cumsum(bytewise, axis=2, dtype=np.uint8)
@@ -188,7 +188,7 @@ def _floats(stored: Pixels, size: int, shape: tuple[int, int, int, int]) -> _Sam
 
 
 def _levels(header: TiffHeader, data: bytes) -> _Levels:
-    """What makes 8-bit levels of samples."""
+    """A function from samples to 8-bit levels."""
     if header.sample_format == tiff_header.FLOAT:
         return _float_levels(header, data)
     if header.sample_format == tiff_header.SIGNED:
@@ -201,7 +201,7 @@ def _levels(header: TiffHeader, data: bytes) -> _Levels:
 
 
 def _float_levels(header: TiffHeader, data: bytes) -> _Levels:
-    """Floats are 0..1 if none is above 1, else 0..255; so all are looked at first."""
+    """Floats are 0..1 if none is above 1, otherwise 0..255; so all samples are read first."""
     largest = -np.inf
     for _, samples in _bands(header, data):
         if not np.isfinite(samples).all():
@@ -220,7 +220,7 @@ def _float_levels(header: TiffHeader, data: bytes) -> _Levels:
 
 
 def _signed_levels(samples: _Samples) -> Pixels:
-    """Signed integers hold 16 bits, as Pillow and others write them; white is 65,535."""
+    """Signed integers with 16-bit values, as Pillow and others write them; white is 65,535."""
     low, high = int(samples.min()), int(samples.max())
     if low < 0 or high > 0xFFFF:
         raise UnsupportedImage(
@@ -232,7 +232,7 @@ def _signed_levels(samples: _Samples) -> Pixels:
 
 
 def _palette(header: TiffHeader) -> Pixels:
-    """uint8 (colours, 3). The file holds 16 bits a colour; some writers put in 8."""
+    """uint8 (colours, 3). The file has 16 bits per colour; some writers use only 8."""
     stored = header.directory.array(tiff_header.COLOUR_MAP)
     count = 1 << header.bits
     if len(stored) != 3 * count:

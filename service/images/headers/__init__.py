@@ -1,1 +1,1 @@
-"""What an image file says of itself, read in linear time before a decoder sees the file."""
+"""Headers of image files, read in linear time before a decoder runs."""

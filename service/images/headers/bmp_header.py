@@ -21,11 +21,11 @@ _AT_MASKS = 54
 
 @dataclass(frozen=True, slots=True)
 class BmpHeader(Header):
-    """`bits`: of a pixel. `compression`: PLAIN, RLE8 or RLE4. `offset`: where the pixels begin.
+    """`bits`: of a pixel. `compression`: PLAIN, RLE8 or RLE4. `offset`: start of the pixels.
 
-    masks: of red, green, blue and alpha, where a pixel has 16 bits or more.
+    masks: of red, green, blue and alpha, for pixels of 16 bits or more.
     palette: uint8 (colours, 3), blue first, as bytes.
-    top_down: whether the upper row comes first. run_bytes: of run lengths, as the header has it.
+    top_down: whether the upper row comes first. run_bytes: bytes of run lengths, as in the header.
     """
 
     bits: int = 24
@@ -43,7 +43,7 @@ class BmpHeader(Header):
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of all pixels; a writer has to give the size of run lengths."""
+        """Bytes of all pixels; of run lengths as in the header."""
         return self.row_bytes * self.height if self.compression == PLAIN else self.run_bytes
 
 
@@ -111,18 +111,18 @@ def _masks(data: bytes, size: int, bits: int, compression: int) -> tuple[int, in
 
 
 def _is_run(mask: int) -> bool:
-    """Whether its set bits are side by side, 16 at most."""
+    """Whether its set bits are contiguous, 16 at most."""
     low = mask & -mask
     return mask == 0 or ((mask + low) & mask == 0 and mask // low < 1 << 16)
 
 
-def _palette(data: bytes, place: int, size: int, bits: int, colours: int) -> tuple[bytes, int]:
-    """Blue, green, red of each colour, and where the palette ends."""
+def _palette(data: bytes, offset: int, size: int, bits: int, colours: int) -> tuple[bytes, int]:
+    """Blue, green, red of each colour, and the end of the palette."""
     if bits > 8:
-        return b"", place
+        return b"", offset
     count = min(colours or 1 << bits, 1 << bits)
-    end = place + count * size
+    end = offset + count * size
     if end > len(data):
         raise corrupt()
-    entries = [data[at : at + 3] for at in range(place, end, size)]
+    entries = [data[at : at + 3] for at in range(offset, end, size)]
     return b"".join(entries), end

@@ -1,4 +1,4 @@
-"""Which way up an image is, by its EXIF or XMP."""
+"""The orientation of an image, by its EXIF or XMP."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _MOST_ENTRIES = 512
 
 
 def orientation_of(exif: bytes = b"", xmp: bytes = b"") -> int:
-    """1 to 8 as EXIF or else XMP says it; 1 where neither does, or what they say is broken.
+    """The orientation, 1 to 8, in EXIF or XMP; 1 if it is missing or invalid.
 
-    exif: with or without its leading name. Reads one directory, nothing that it points to.
+    exif: with or without its leading name. Reads one directory without its references.
     """
-    found = _in_exif(exif.removeprefix(b"Exif\0\0"))
-    if found is None:
-        found = _in_xmp(xmp)
-    return found if found is not None and 1 <= found <= 8 else 1
+    orientation = _in_exif(exif.removeprefix(b"Exif\0\0"))
+    if orientation is None:
+        orientation = _in_xmp(xmp)
+    return orientation if orientation is not None and 1 <= orientation <= 8 else 1
 
 
 def _in_exif(exif: bytes) -> int | None:
@@ -27,10 +27,10 @@ def _in_exif(exif: bytes) -> int | None:
     if order is None:
         return None
     try:
-        (place,) = struct.unpack_from(f"{order}I", exif, 4)
-        (count,) = struct.unpack_from(f"{order}H", exif, place)
+        (directory,) = struct.unpack_from(f"{order}I", exif, 4)
+        (count,) = struct.unpack_from(f"{order}H", exif, directory)
         for entry in range(min(count, _MOST_ENTRIES)):
-            at = place + 2 + 12 * entry
+            at = directory + 2 + 12 * entry
             tag, kind = struct.unpack_from(f"{order}HH", exif, at)
             if tag == _ORIENTATION:
                 form = f"{order}{'I' if kind == _LONG else 'H'}"

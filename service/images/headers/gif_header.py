@@ -1,4 +1,4 @@
-"""GIF: everything before the first image."""
+"""GIF: the blocks before the first image."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _GRAPHIC_CONTROL = 0xF9
 
 @dataclass(frozen=True, slots=True)
 class GifHeader(Header):
-    """`kept`: where the parts for the decoder are; what follows the first image among them."""
+    """`kept`: the spans for the decoder, including everything after the first image."""
 
     kept: tuple[Span, ...] = ()
 
@@ -26,38 +26,38 @@ def read(data: bytes) -> GifHeader:
     if len(data) < 13:
         raise corrupt()
     width, height, flags = struct.unpack_from("<HHB", data, 6)
-    place = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
-    table, control, parts, metadata = (0, place), (0, 0), 0, 0
-    while data[place : place + 1] != bytes([_IMAGE]):
-        if place + 2 > len(data):
+    offset = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+    table, control, parts, metadata = (0, offset), (0, 0), 0, 0
+    while data[offset : offset + 1] != bytes([_IMAGE]):
+        if offset + 2 > len(data):
             raise corrupt()
-        start, place = place, place + 1
+        start, offset = offset, offset + 1
         if data[start] == _EXTENSION:
-            place, blocks = _after_blocks(data, start + 2)
+            offset, blocks = _after_blocks(data, start + 2)
             parts += blocks
             if data[start + 1] == _GRAPHIC_CONTROL:
-                control = start, place
+                control = start, offset
         parts += 1
-        metadata += place - start
+        metadata += offset - start
         check_parts(parts, metadata, "GIF blocks")
-    if place + 10 > len(data):
+    if offset + 10 > len(data):
         raise corrupt()
-    left, top, across, down = struct.unpack_from("<HHHH", data, place + 1)
+    left, top, across, down = struct.unpack_from("<HHHH", data, offset + 1)
     return GifHeader(
         format="GIF",
         width=max(width, left + across),
         height=max(height, top + down),
         pixel_bytes=2,
         fixed_bytes=len(data),
-        kept=(table, control, (place, len(data))),
+        kept=(table, control, (offset, len(data))),
     )
 
 
-def _after_blocks(data: bytes, place: int) -> tuple[int, int]:
-    """Where an extension ends, and of how many blocks it is."""
+def _after_blocks(data: bytes, offset: int) -> tuple[int, int]:
+    """The end of an extension, and its number of blocks."""
     blocks = 0
-    while place < len(data) and data[place]:
-        place += 1 + data[place]
+    while offset < len(data) and data[offset]:
+        offset += 1 + data[offset]
         blocks += 1
         check_parts(blocks, 0, "GIF blocks")
-    return place + 1, blocks
+    return offset + 1, blocks

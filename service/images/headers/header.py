@@ -1,4 +1,4 @@
-"""What all formats' headers have in common, and the bounds that hold for each of them."""
+"""The common part of all headers, and the limits of each."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from dataclasses import dataclass
 from service.errors import CorruptImage, ImageTooLarge, UnsupportedImage
 
 MAX_PARTS = 65_536
-"""Segments, chunks or blocks of one file that are walked over. Encoders write a few hundred; the
-most is one image in PNG chunks of 512 bytes each."""
+"""Maximum number of segments, chunks or blocks of one file. Encoders write a few hundred; an image
+in PNG chunks of 512 bytes has the most."""
 
 MAX_METADATA_BYTES = 24 << 20
-"""Bytes of texts, profiles, EXIF and XMP in one file. The largest that cameras write, depth maps in
-XMP, take a few million."""
+"""Maximum bytes of texts, profiles, EXIF and XMP in one file. Depth maps in XMP, the largest
+metadata of cameras, have a few million."""
 
 
 Span = tuple[int, int]
-"""Where a part of a file begins and ends, in bytes."""
+"""Start and end of a part of a file, in bytes."""
 
 
 SPARE_BYTES = 6 << 20
-"""What decoding and scaling take besides, whatever the image: bands of rows, tables."""
+"""Bytes that decoding and scaling need for any image: bands of rows, tables."""
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file says of its first image before a pixel is decoded.
+    """The properties of the first image of a file, known before decoding.
 
     format:        "JPEG", "PNG", "WEBP", "GIF", "BMP" or "TIFF".
     width, height: as stored, in pixels, before the orientation.
     orientation:   1 to 8, as EXIF numbers it.
-    pixel_bytes:   memory that the decoder takes for a pixel, beside the RGB that it makes.
-    fixed_bytes:   memory that it takes besides, whatever the size: a strip, a copy of the file.
+    pixel_bytes:   memory of the decoder per pixel, in addition to the RGB result.
+    fixed_bytes:   memory of the decoder for any size: a strip, a copy of the file.
     """
 
     format: str
@@ -48,7 +48,7 @@ class Header:
 
     @property
     def extent(self) -> tuple[int, int]:
-        """Width and height of what the decoder has to hold."""
+        """Width and height of the decoder's buffer."""
         return self.width, self.height
 
     @property
@@ -58,17 +58,17 @@ class Header:
         return (self.height, self.width) if turned else (self.width, self.height)
 
     def pillow_bytes(self, data: bytes) -> bytes:
-        """The file for Pillow's reader, without metadata: it reads some in quadratic time."""
+        """The file for Pillow, without metadata, some of which it reads in quadratic time."""
         return data
 
 
 def corrupt() -> CorruptImage:
-    """The error for a file that ends too early, or contradicts itself."""
+    """The error for a truncated or inconsistent file."""
     return CorruptImage("The image is truncated or corrupt; send the complete file again.")
 
 
 def unsupported(kind: str) -> UnsupportedImage:
-    """The error for a whole file of a kind that is not read. kind: "a BMP of 2 bits"."""
+    """The error for a valid file of an unsupported kind. kind: "a BMP of 2 bits"."""
     return UnsupportedImage(
         f"The image is {kind}, which is not supported; save it as an 8-bit RGB PNG or JPEG and "
         "send it again."
@@ -76,7 +76,7 @@ def unsupported(kind: str) -> UnsupportedImage:
 
 
 def check_parts(parts: int, metadata: int, names: str) -> None:
-    """Refuse a file of more parts or metadata bytes than are read. names: "JPEG segments"."""
+    """Refuse a file with too many parts or metadata bytes. names: "JPEG segments"."""
     if parts > MAX_PARTS:
         raise ImageTooLarge(
             f"The image has more than {MAX_PARTS:,} {names}; save it again without metadata."

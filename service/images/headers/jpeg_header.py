@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from service.images.headers.exif import orientation_of
 from service.images.headers.header import Header, Span, check_parts, corrupt, unsupported
 
-_MARKER = re.compile(rb"\xff[\x01-\xfe]")  # two bytes: nothing to go back to
+_MARKER = re.compile(rb"\xff[\x01-\xfe]")  # two bytes: no backtracking
 
 _START_OF_SCAN = 0xDA
 _END = 0xD9
@@ -31,9 +31,9 @@ _XMP_NAME = b"http://ns.adobe.com/xap/1.0/\0"
 
 @dataclass(frozen=True, slots=True)
 class JpegHeader(Header):
-    """`components`: 1 grey, 3 colour, 4 CMYK. `kept`: where the segments for the decoder are.
+    """`components`: 1 grey, 3 colour, 4 CMYK. `kept`: the spans for the decoder.
 
-    by_pillow: whether Pillow decodes it, which takes more memory and does not scale.
+    by_pillow: whether Pillow decodes it, which needs more memory and does not scale.
     """
 
     components: int = 3
@@ -41,7 +41,7 @@ class JpegHeader(Header):
     kept: tuple[Span, ...] = ()
 
     def for_pillow(self) -> JpegHeader:
-        """The header for decoding by Pillow, which keeps four bytes a pixel."""
+        """The header for decoding by Pillow, which needs four bytes per pixel."""
         size = sum(end - start for start, end in self.kept)
         return replace(self, by_pillow=True, pixel_bytes=self.pixel_bytes + 4, fixed_bytes=size)
 
@@ -51,7 +51,7 @@ class JpegHeader(Header):
 
 @dataclass(slots=True)
 class _Segments:
-    """What the segments have said so far."""
+    """The contents of the segments so far."""
 
     frame: tuple[int, bytes] | None = None
     exif: bytes = b""
@@ -62,32 +62,32 @@ class _Segments:
 def read(data: bytes) -> JpegHeader:
     """Read the header of a JPEG; raises CorruptImage, UnsupportedImage, ImageTooLarge."""
     kept: list[Span] = []
-    segments, place, parts = _Segments(), 2, 0
+    segments, offset, parts = _Segments(), 2, 0
     while True:
         parts += 1
-        at = _MARKER.search(data, place)
+        at = _MARKER.search(data, offset)
         if at is None:
             raise corrupt()
-        segments.metadata += at.start() - place  # padding, which Pillow passes byte by byte
+        segments.metadata += at.start() - offset  # padding, which Pillow skips byte by byte
         check_parts(parts, segments.metadata, "JPEG segments")
-        marker, place = data[at.start() + 1], at.end()
+        marker, offset = data[at.start() + 1], at.end()
         if marker in _ALONE:
             continue
-        if marker == _END or place + 2 > len(data):
+        if marker == _END or offset + 2 > len(data):
             raise corrupt()
-        start, place = place - 2, place + _length(data, place)
-        if place > len(data):
+        start, offset = offset - 2, offset + _length(data, offset)
+        if offset > len(data):
             raise corrupt()
-        _take(segments, marker, data[start + 4 : place])
+        _take(segments, marker, data[start + 4 : offset])
         if marker == _START_OF_SCAN:
             kept.append((start, len(data)))
             return _header(segments, data[start + 4], tuple(kept))
         if marker not in _METADATA:
-            kept.append((start, place))
+            kept.append((start, offset))
 
 
-def _length(data: bytes, place: int) -> int:
-    (length,) = struct.unpack_from(">H", data, place)
+def _length(data: bytes, offset: int) -> int:
+    (length,) = struct.unpack_from(">H", data, offset)
     if length < 2:
         raise corrupt()
     return int(length)
@@ -112,7 +112,7 @@ def _header(segments: _Segments, in_first_scan: int, kept: tuple[Span, ...]) -> 
     marker, frame = segments.frame
     bits, height, width, components = struct.unpack_from(">BHHB", frame)
     sampling = [
-        frame[6 + 3 * place + 1] for place in range(components) if 7 + 3 * place < len(frame)
+        frame[6 + 3 * offset + 1] for offset in range(components) if 7 + 3 * offset < len(frame)
     ]
     if len(sampling) != components or not components:
         raise corrupt()
@@ -141,7 +141,7 @@ def _check_kind(marker: int, bits: int, components: int) -> None:
 
 def _coefficients(sampling: list[int]) -> float:
     """Bytes a pixel that a decoder keeps between scans: 16 bits a sample."""
-    across, down = [each >> 4 for each in sampling], [each & 15 for each in sampling]
+    across, down = [factors >> 4 for factors in sampling], [factors & 15 for factors in sampling]
     if 0 in across or 0 in down:
         raise corrupt()
     samples = sum(a * d for a, d in zip(across, down, strict=True))

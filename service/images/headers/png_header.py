@@ -66,18 +66,18 @@ def read(data: bytes) -> PngHeader:
     head: list[Span] = []
     tail: list[Span] = []
     others: dict[bytes, Span] = {}
-    place, parts, metadata, name = len(SIGNATURE), 0, 0, b""
-    while name != b"IEND" and place + 8 <= len(data):
-        length, name = struct.unpack_from(">I4s", data, place)
-        start, place = place, place + 12 + length
+    offset, parts, metadata, name = len(SIGNATURE), 0, 0, b""
+    while name != b"IEND" and offset + 8 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, offset)
+        start, offset = offset, offset + 12 + length
         if name in (b"IDAT", b"IEND"):
-            tail.append((start, place))
+            tail.append((start, offset))
         elif name in (b"IHDR", b"PLTE"):
-            head.append((start, place))
+            head.append((start, offset))
         else:
             metadata += length
-            if place <= len(data):
-                others.setdefault(_key(data, name, start), (start, place))
+            if offset <= len(data):
+                others.setdefault(_key(data, name, start), (start, offset))
         parts += 1
         check_parts(parts, metadata, "PNG chunks")
     return _header(data, head, tail, others)
@@ -86,7 +86,9 @@ def read(data: bytes) -> PngHeader:
 def _key(data: bytes, name: bytes, start: int) -> bytes:
     """A chunk's name, or the keyword of a text that may hold the orientation."""
     if name in _TEXTS:
-        return next((each for each in (_XMP, _RAW_EXIF) if data.startswith(each, start + 8)), name)
+        return next(
+            (keyword for keyword in (_XMP, _RAW_EXIF) if data.startswith(keyword, start + 8)), name
+        )
     return name
 
 

@@ -1,4 +1,4 @@
-"""TIFF: its directories, and the kinds of samples that are read."""
+"""TIFF: its directories, and the supported kinds of samples."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _TAGS = frozenset(
         *(_FAX4_OPTIONS, _INK_SET, _YCBCR_COEFFICIENTS, _YCBCR_POSITIONING, _BLACK_WHITE),
     }
 )
-"""What makes the pixels. Of all other tags nothing but the entry is looked at."""
+"""Tags that determine the pixels; the values of other tags are not read."""
 
 _KINDS = {
     1: "B",
@@ -52,13 +52,14 @@ _NUMPY = {"B": "u1", "H": "u2", "I": "u4", "Q": "u8", "b": "i1", "h": "i2", "i":
 _NUMPY |= {"f": "f4", "d": "f8"}
 
 GROUP_BYTES = 1 << 20
-"""Segments are unpacked together up to so many bytes."""
+"""Maximum bytes of segments that are unpacked together."""
 
 MAX_ENTRIES = 1_024
-"""In one directory; files have a few dozen."""
+"""Maximum entries of one directory; files have a few dozen."""
 
 MAX_VALUES = 1_000_000
-"""Of one tag: offsets of strips or tiles. Tiles of 16 x 16 make 250,000 of 64 million pixels."""
+"""Maximum values of one tag: offsets of strips or tiles. 64 million pixels have 250,000 tiles of
+16 x 16."""
 
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, CMYK, YCBCR, LAB = 0, 1, 2, 3, 5, 6, 8
 _PHOTOMETRICS = {0: "white is zero", 1: "grey", 2: "RGB", 3: "palette", 4: "mask", 5: "CMYK"}
@@ -79,7 +80,7 @@ _COMPRESSIONS |= {50000: "Zstandard", 50001: "WebP", 34712: "JPEG 2000", 50002: 
 
 UNCOMPRESSED, JPEG = 1, 7
 PACKED = frozenset({UNCOMPRESSED, 5, 8, 32773, 32946, 34925, 50000})
-"""Compressions of bytes, whatever they mean."""
+"""Compressions of bytes, independent of their meaning."""
 _PREDICTED = PACKED - {UNCOMPRESSED, 32773}
 _FAX = frozenset({2, 3, 4})
 
@@ -91,8 +92,9 @@ _ALPHA = {1: ASSOCIATED, 2: UNASSOCIATED, 999: UNASSOCIATED}  # 999: what Corel 
 
 @dataclass(frozen=True, slots=True)
 class Directory:
-    """The tags of one image that make its pixels. `order`: "<" or ">"; `next`: of the next one.
+    """The tags that determine the pixels of one image.
 
+    order: "<" or ">". next: offset of the next directory.
     tags: by number, the kind of the values and the values; offsets and counts are arrays.
     """
 
@@ -119,10 +121,10 @@ class TiffHeader(Header):
 
     bits, samples:  of a sample, of a pixel. sample_format: UNSIGNED, SIGNED or FLOAT.
     planar:         whether each sample has segments of its own.
-    alpha:          which sample is alpha; None: none. associated: whether colours hold it already.
-    largest:        the value of white, where it is less than the bits allow.
+    alpha:          which sample is alpha; None: none. associated: colours are premultiplied.
+    largest:        the value of white, if it is less than the bits allow.
     segment:        (width, height) of a strip or tile, in pixels.
-    packed:         whether the segments are bytes that `decoders.tiff` reads; else Pillow does.
+    packed:         whether `decoders.tiff_decoder` decodes the segments; otherwise Pillow does.
     """
 
     directory: Directory = Directory("<", {}, 0)
@@ -140,14 +142,14 @@ class TiffHeader(Header):
 
     @property
     def extent(self) -> tuple[int, int]:
-        """A tile is decoded whole, however little of it the image needs."""
+        """Tiles are decoded completely, even if the image needs only a part."""
         if not self.tiled:
             return self.width, self.height
         return max(self.width, self.segment[0]), max(self.height, self.segment[1])
 
     @property
     def tiled(self) -> bool:
-        """Whether segments are tiles, which are whole also where the image ends."""
+        """Whether segments are tiles, which may extend beyond the image."""
         return TILE_WIDTH in self.directory.tags
 
     @property
@@ -178,7 +180,7 @@ class TiffHeader(Header):
         return self.row_bytes * self.segment[1] * self.across * planes
 
     def pillow_bytes(self, data: bytes) -> bytes:
-        """The file with a directory of those tags alone that make the pixels."""
+        """The file with a directory of only the tags that determine the pixels."""
         directory = self.directory
         dropped = (ORIENTATION, LARGEST)
         kept = {tag: field for tag, field in directory.tags.items() if tag not in dropped}
@@ -191,13 +193,13 @@ def directories(data: bytes) -> Iterator[Directory]:
     big = data[2:4] in (b"+\0", b"\0+")
     seen = set[int]()
     try:
-        (place,) = struct.unpack_from(f"{order}{'Q' if big else 'I'}", data, 8 if big else 4)
-        while place and place not in seen:
-            seen.add(place)
+        (offset,) = struct.unpack_from(f"{order}{'Q' if big else 'I'}", data, 8 if big else 4)
+        while offset and offset not in seen:
+            seen.add(offset)
             check_parts(len(seen), 0, "TIFF directories")
-            directory = _directory(data, order, place, big=big)
+            directory = _directory(data, order, offset, big=big)
             yield directory
-            place = directory.next
+            offset = directory.next
     except struct.error as error:
         raise corrupt() from error
 
@@ -214,7 +216,7 @@ def read(data: bytes) -> TiffHeader:
 
 
 def header_of(directory: Directory, data: bytes) -> TiffHeader:
-    """What one directory says of its image. Raises CorruptImage, UnsupportedImage."""
+    """The header of the image of one directory. Raises CorruptImage, UnsupportedImage."""
     width, height = directory.first(WIDTH, 0), directory.first(HEIGHT, 0)
     samples = directory.first(SAMPLES, 1)
     bits, formats = directory.ints(BITS, (1,)), directory.ints(FORMAT, (UNSIGNED,))
@@ -222,7 +224,7 @@ def header_of(directory: Directory, data: bytes) -> TiffHeader:
     photometric = directory.first(PHOTOMETRIC, -1)
     base = {RGB: 3, YCBCR: 3, LAB: 3, CMYK: 4}.get(photometric, 1)
     if not extra and (photometric, samples) == (RGB, 4):
-        extra = (UNASSOCIATED,)  # as most readers take it
+        extra = (UNASSOCIATED,)  # as most decoders do
     tiled = TILE_WIDTH in directory.tags
     rows = min(directory.first(STRIP_ROWS, height), height)
     segment = (width, rows)
@@ -260,8 +262,8 @@ def write(order: str, fields: Mapping[int, tuple[int, ArrayLike]], content: byte
     """
     content += b"\0" * (len(content) & 1)
     entries, outside = [], b""
-    place = 8 + len(content)
-    after = place + 2 + 12 * len(fields) + 4
+    offset = 8 + len(content)
+    after = offset + 2 + 12 * len(fields) + 4
     for tag, (kind, values) in sorted(fields.items()):
         narrow = 4 if kind in _LONG_KINDS else kind
         form = _KINDS[narrow]
@@ -272,49 +274,49 @@ def write(order: str, fields: Mapping[int, tuple[int, ArrayLike]], content: byte
             raw, outside = struct.pack(f"{order}I", after + len(outside)), outside + raw
         entries.append(struct.pack(f"{order}HHI", tag, narrow, count) + raw.ljust(4, b"\0"))
     start = b"II*\0" if order == "<" else b"MM\0*"
-    head = start + struct.pack(f"{order}I", place)
+    head = start + struct.pack(f"{order}I", offset)
     number = struct.pack(f"{order}H", len(entries))
     return b"".join([head, content, number, *entries, bytes(4), outside])
 
 
-def _directory(data: bytes, order: str, place: int, *, big: bool) -> Directory:
+def _directory(data: bytes, order: str, offset: int, *, big: bool) -> Directory:
     counting, entry, step = ("Q", "HHQ", 20) if big else ("H", "HHI", 12)
-    (count,) = struct.unpack_from(f"{order}{counting}", data, place)
-    if place + step * count > len(data):
+    (count,) = struct.unpack_from(f"{order}{counting}", data, offset)
+    if offset + step * count > len(data):
         raise corrupt()
     if count > MAX_ENTRIES:
         raise ImageTooLarge(
             f"A directory of the TIFF has {count:,} entries, and at most {MAX_ENTRIES:,} are read; "
             "save it again without metadata."
         )
-    place += struct.calcsize(counting)
+    offset += struct.calcsize(counting)
     tags = {}
-    for at in range(place, place + step * count, step):
+    for at in range(offset, offset + step * count, step):
         tag, kind, values = struct.unpack_from(f"{order}{entry}", data, at)
         if tag in _TAGS and kind in _KINDS and values:
             inside = at + struct.calcsize(f"={entry}")
             tags[tag] = kind, _values(data, f"{order}{'Q' if big else 'I'}", inside, kind, values)
-    (following,) = struct.unpack_from(f"{order}{'Q' if big else 'I'}", data, place + step * count)
+    (following,) = struct.unpack_from(f"{order}{'Q' if big else 'I'}", data, offset + step * count)
     return Directory(order, tags, following)
 
 
 def _values(
-    data: bytes, offset: str, place: int, kind: int, count: int
+    data: bytes, offset_format: str, offset: int, kind: int, count: int
 ) -> tuple[float, ...] | NDArray[np.int64]:
     form = _KINDS[kind]
-    dtype = np.dtype(f"{offset[0]}{_NUMPY[form[0]]}")
+    dtype = np.dtype(f"{offset_format[0]}{_NUMPY[form[0]]}")
     count *= len(form)
-    if count * dtype.itemsize > struct.calcsize(f"={offset[1]}"):
-        (place,) = struct.unpack_from(offset, data, place)
-    if place + count * dtype.itemsize > len(data):
+    if count * dtype.itemsize > struct.calcsize(f"={offset_format[1]}"):
+        (offset,) = struct.unpack_from(offset_format, data, offset)
+    if offset + count * dtype.itemsize > len(data):
         raise corrupt()
     if count > MAX_VALUES:
         raise ImageTooLarge(
             f"The TIFF has {count:,} strips or tiles, and the limit is {MAX_VALUES:,}; save it "
             "in larger ones and send it again."
         )
-    found = np.frombuffer(data, dtype, count, place)
-    return tuple(found.tolist()) if count <= 1024 else found.astype(np.int64)
+    values = np.frombuffer(data, dtype, count, offset)
+    return tuple(values.tolist()) if count <= 1024 else values.astype(np.int64)
 
 
 def _largest(directory: Directory, bits: int) -> int | None:

@@ -18,7 +18,7 @@ _LOSSY, _LOSSLESS = b"VP8 ", b"VP8L"
 class WebpHeader(Header):
     """`size`, `corner`: (width, height) and (x, y) of the first frame on the canvas.
 
-    alpha: whether it may be transparent. image: where its bitstream is, and the chunk of its alpha.
+    alpha: whether it may be transparent. image: the spans of its alpha chunk and bitstream.
     """
 
     size: tuple[int, int] = (0, 0)
@@ -30,7 +30,7 @@ class WebpHeader(Header):
         """The first frame as a file of its own, without metadata."""
         parts = [data[start:end] + b"\0" * ((end - start) & 1) for start, end in self.image]
         chunks = b"".join(parts)
-        if len(self.image) > 1:  # alpha beside a lossy bitstream wants the extended form
+        if len(self.image) > 1:  # alpha with a lossy bitstream needs the extended format
             width, height = (struct.pack("<I", side - 1)[:3] for side in self.size)
             chunks = b"VP8X" + struct.pack("<II", 10, 0x10) + width + height + chunks
         return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WEBP" + chunks
@@ -50,10 +50,10 @@ class _Chunks:
 
 def read(data: bytes) -> WebpHeader:
     """Read the header of a WebP. Raises CorruptImage, ImageTooLarge."""
-    chunks, place, parts = _Chunks(), 12, 0
-    while place + 8 <= len(data):
-        name, length = struct.unpack_from("<4sI", data, place)
-        start, place = place, place + 8 + length + (length & 1)
+    chunks, offset, parts = _Chunks(), 12, 0
+    while offset + 8 <= len(data):
+        name, length = struct.unpack_from("<4sI", data, offset)
+        start, offset = offset, offset + 8 + length + (length & 1)
         if start + 8 + length > len(data) and name != b"ANMF":
             break
         parts += 1
@@ -72,15 +72,15 @@ def _take_frame(chunks: _Chunks, data: bytes, start: int) -> None:
         raise corrupt()
     x, y, width, height = (_uint24(data, at) for at in range(start + 8, start + 20, 3))
     chunks.corner, chunks.frame = (2 * x, 2 * y), (width + 1, height + 1)
-    place, end = start + 24, start + 8 + length
-    for _ in range(4):  # alpha, the bitstream, and perhaps chunks that nobody knows
-        if chunks.image is not None or place + 8 > min(end, len(data)):
+    offset, end = start + 24, start + 8 + length
+    for _ in range(4):  # alpha, the bitstream, and perhaps unknown chunks
+        if chunks.image is not None or offset + 8 > min(end, len(data)):
             break
-        name, size = struct.unpack_from("<4sI", data, place)
-        if place + 8 + size > min(end, len(data)):
+        name, size = struct.unpack_from("<4sI", data, offset)
+        if offset + 8 + size > min(end, len(data)):
             break
-        _take(chunks, data, name, (place, place + 8 + size))
-        place += 8 + size + (size & 1)
+        _take(chunks, data, name, (offset, offset + 8 + size))
+        offset += 8 + size + (size & 1)
 
 
 def _take(chunks: _Chunks, data: bytes, name: bytes, span: Span) -> None:
@@ -126,8 +126,8 @@ def _header(chunks: _Chunks, data: bytes) -> WebpHeader:
     )
 
 
-def _uint24(data: bytes, place: int) -> int:
-    return int.from_bytes(data[place : place + 3], "little")
+def _uint24(data: bytes, offset: int) -> int:
+    return int.from_bytes(data[offset : offset + 3], "little")
 
 
 def _lossy(data: bytes, start: int) -> tuple[tuple[int, int], bool]:

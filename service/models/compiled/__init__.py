@@ -1,1 +1,1 @@
-"""The compiled lane: a front cut at the default layer, and the tail behind it."""
+"""The compiled lane: a model cut at its default layer into a compiled front and a tail."""

@@ -1,4 +1,4 @@
-"""A model cut at a layer: the part behind it as a module of its own."""
+"""Cut a model at a layer: front and tail as separate modules."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Uncuttable(Exception):
 
 
 def tail(model: nn.Module, layer: str) -> fx.GraphModule:
-    """What lies behind a layer: a module from the layer's output to the model's.
+    """The part behind a layer: a module from the layer's output to the model's output.
 
-    It uses the model's own submodules and parameters; nothing is copied or changed. Where the layer
-    runs several times, the cut is behind its last call.
+    It uses the model's submodules and parameters; nothing is copied or changed. If the layer runs
+    several times, the cut is after its last call.
 
     Raises Uncuttable.
     """
@@ -47,7 +47,7 @@ def traced(model: nn.Module) -> fx.Graph:
 
 
 def _traced(model: nn.Module, layer: str) -> tuple[fx.Graph, fx.Node]:
-    """The model's graph, and the node in it that the layer returned."""
+    """The model's graph, and the node of the layer's output."""
     tracer = _Tracer(model.get_submodule(layer))
     graph = _trace(model, tracer)
     if tracer.crossing is None:
@@ -63,14 +63,14 @@ def _trace(model: nn.Module, tracer: _Tracer) -> fx.Graph:
     except Exception as error:
         raise Uncuttable(f"the graph of the model cannot be traced: {error}") from error
     finally:
-        before.restore()  # what forward() assigns while it is traced is no tensor
+        before.restore()  # forward() may assign proxies while it is traced
 
 
 class _Tracer(fx.Tracer):
-    """Notes the node that a module returned.
+    """Records the node that a module returned.
 
-    What torch.fx patches is patched for every thread. Other threads run replicas of the very same
-    parameters meanwhile, and would be handed proxies in their place: they are passed by.
+    The patches of torch.fx apply to every thread. Other threads that run replicas of the same
+    parameters would get proxies: for them the patches are bypassed.
     """
 
     def __init__(self, target: nn.Module | None) -> None:
@@ -100,7 +100,7 @@ class _Tracer(fx.Tracer):
 
 
 def _before(graph: fx.Graph, crossing: fx.Node) -> fx.Graph:
-    """The nodes that the crossing one is made of."""
+    """The nodes that the crossing node depends on."""
     needed = {crossing}
     for node in reversed(graph.nodes):
         if node in needed:
@@ -116,7 +116,7 @@ def _before(graph: fx.Graph, crossing: fx.Node) -> fx.Graph:
 
 
 def _behind(graph: fx.Graph, crossing: fx.Node) -> fx.Graph:
-    """The nodes that depend on the crossing one, fed by it and by constants alone."""
+    """The nodes that depend on the crossing node; they may use only it and constants."""
     cut = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {crossing: cut.placeholder("activation")}
 

@@ -15,10 +15,10 @@ from service.models.probes.condition import hooks_of
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """The same tree of modules with the same names, faster, and where it shows something else.
+    """A faster tree of modules with the same names.
 
-    layers: the paths whose input or output is not the model's: a folded convolution already gives
-            what its normalisation gave. A request that names one is answered by the model itself.
+    layers: the paths whose input or output differs from the model's: a folded convolution returns
+            the output of its normalisation. A request for one of them runs the model itself.
     """
 
     module: nn.Module
@@ -26,12 +26,12 @@ class Folded:
 
 
 def fold(copy: nn.Module) -> Folded | None:
-    """Fold a copy of a model (`LoadedModel.replicate`), which it keeps; None where nothing folds.
+    """Fold a copy of a model (`LoadedModel.replicate`) in place; None if nothing folds.
 
-    Only `Conv2d` and `BatchNorm2d` themselves, in eval mode, without hooks, called once and one
-    feeding nothing but the other: what the model's graph shows. Not
-    `torch.fx.experimental.optimization.fuse`, which makes a flat graph in which hooks on containers
-    never fire.
+    Folds `Conv2d` and `BatchNorm2d` (not subclasses) in eval mode, without hooks, called once, if
+    the graph shows that the convolution feeds only the normalisation. Not
+    `torch.fx.experimental.optimization.fuse`, which returns a flat graph in which hooks on
+    containers do not run.
     """
     try:
         graph = traced(copy)
@@ -50,7 +50,7 @@ def fold(copy: nn.Module) -> Folded | None:
 
 
 def _pairs(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[tuple[str, str]]:
-    """The paths of each convolution and normalisation that can become one."""
+    """The paths of each convolution and the normalisation that can be folded into it."""
     calls: dict[int, int] = {}
     for node in graph.nodes:
         if node.op == "call_module":
@@ -72,7 +72,7 @@ def _pairs(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[tuple[str, st
 
 def _can_fold(convolution: nn.Module, norm: nn.Module) -> bool:
     plain = type(convolution) is nn.Conv2d and type(norm) is nn.BatchNorm2d
-    # What owns hooks (`weight_norm`) makes its weight anew in each pass.
+    # A module with hooks (`weight_norm`) recomputes its weight in each pass.
     return (
         plain
         and norm.running_mean is not None

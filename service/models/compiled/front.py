@@ -1,4 +1,4 @@
-"""A cut model: what every engine for its front is, and the lane that front and tail make."""
+"""The interface of a front in any engine, and the lane of front and tail."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor, fx, nn
 from service.models.catalog import Floating
 
 Precision = Floating | Literal["int8"]
-"""What a front computes in; `int8` is made by `camserve calibrate`."""
+"""Precision of a front; `camserve calibrate` creates `int8`."""
 
 
 class Front(Protocol):
-    """Pixels uint8 (B, C, h, w), on the CPU, to the target layer's output.
+    """Maps pixels, uint8 (B, C, h, w) on the CPU, to the target layer's output.
 
-    That is float32 (B, ...) on the model's device, in memory of its own; any number of threads may
-    call it at once. wide: whether nothing else runs, so that it may have all cores.
+    The output is float32 (B, ...) on the model's device, in new memory; any number of threads may
+    call it concurrently. wide: whether no other batch runs, so that it may use all cores.
     """
 
     def __call__(self, pixels: Tensor, *, wide: bool = False) -> Tensor: ...
@@ -57,13 +57,13 @@ class Parity:
 
 @dataclass(frozen=True, slots=True)
 class CompiledLane:
-    """What answers the common request: predictions, and maps at `layer` from its gradient.
+    """The lane for the common request: predictions, and maps at `layer` from its gradient.
 
-    tail:      from the layer's output to the model's output. It carries no hooks, so that all
-               worker threads share it.
-    parity:    with the hooked lane; None for an int8 front, which was measured when it was made.
-    precision: of the front: `float32`, or what the operator chose: `bf16`, `int8`.
-    instead:   why the front is not in the precision that was chosen.
+    tail:      from the layer's output to the model's output. It has no hooks, so that all worker
+               threads share it.
+    parity:    with the hooked lane; None for an int8 front, which `camserve calibrate` measured.
+    precision: of the front: `float32`, or the configured one: `bf16`, `int8`.
+    instead:   why the front does not have the configured precision.
     """
 
     layer: str
@@ -75,7 +75,7 @@ class CompiledLane:
 
 
 class Normalised(nn.Module):
-    """A module that takes uint8 pixels: normalised inside, so that the compiler can fuse it."""
+    """A module for uint8 pixels, with the normalisation inside so that a compiler can fuse it."""
 
     mean: Tensor
     std: Tensor
@@ -94,6 +94,6 @@ class Normalised(nn.Module):
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
 
     def forward(self, pixels: Tensor) -> Any:
-        """uint8 (B, C, h, w) to whatever the module makes of it, normalised."""
+        """uint8 (B, C, h, w) to the output of the module for the normalised pixels."""
         values = (pixels.to(torch.float32) / 255 - self.mean) / self.std
         return self.module(values.contiguous(memory_format=self.memory_format))

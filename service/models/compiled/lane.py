@@ -1,8 +1,8 @@
 """The compiled lane: a model cut at its target layer, the front compiled, the tail under autograd.
 
-A gradient at the target layer needs only what lies behind it from torch. What lies before it, which
-is nearly the whole work, may run in any engine, provided that it gives the same numbers: that is
-checked here, and the lane is offered only where it does.
+A gradient at the target layer needs only the tail in torch. The front, which is nearly the whole
+work, may run in any engine with the same numbers: this is verified here, and otherwise the model
+has no compiled lane.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TOLERANCES: Mapping[Floating, Tolerance] = {
     "float32": Tolerance(3e-3, 2e-3, 2e-3),
     "bf16": Tolerance(0.15, 0.1, 0.1),
 }
-"""What rounding explains and no error does. bf16 rounds by up to 1/256 at every operation."""
+"""Differences due to rounding. bf16 rounds by up to 1/256 in every operation."""
 
 
 class NotCompiled(Exception):
@@ -40,11 +40,11 @@ class NotCompiled(Exception):
 class Compiler:
     """How fronts are compiled.
 
-    cache:        a folder where converted fronts are kept for the next start; None keeps none.
-    streams:      how many requests run side by side, one thread each.
-    lone_threads: threads of a request that is alone.
+    cache:        a folder that keeps converted fronts for the next start; None: none.
+    streams:      concurrent requests, one thread each.
+    lone_threads: threads of a single request.
     largest:      images in the largest batch.
-    precision:    `bf16` where the numbers stay near enough (TOLERANCES), else float32 all the same.
+    precision:    `bf16` if the numbers are within TOLERANCES, otherwise float32.
     """
 
     cache: Path | None = None
@@ -54,7 +54,7 @@ class Compiler:
     precision: Floating = "float32"
 
     def compiled(self, model: LoadedModel) -> LoadedModel:
-        """The model with a compiled lane, or with the reason why it has none.
+        """The model with a compiled lane, or with the reason for having none.
 
         Raises ConfigurationError as `lane` does.
         """
@@ -82,11 +82,11 @@ class Compiler:
             return replace(self._checked(model, layer, "float32"), instead=f"In bf16 {error}")
 
     def _checked(self, model: LoadedModel, layer: str, precision: Floating) -> CompiledLane:
-        """A lane whose numbers are near enough. Raises NotCompiled."""
-        # A module written by a user keeps its weights' digest while its code changes, so that what
-        # the cache holds may be another front: the check finds out.
-        for anew in (False, True) if self.cache else (True,):
-            lane, parity = self._tried(model, layer, precision, anew)
+        """A lane with verified numbers. Raises NotCompiled."""
+        # The code of a user's module may change while the digest of its weights does not, so that
+        # the cache may contain another front: verification detects this.
+        for reconvert in (False, True) if self.cache else (True,):
+            lane, parity = self._tried(model, layer, precision, reconvert)
             if parity.is_within(TOLERANCES[precision]):
                 _log.info(
                     "front_compiled",
@@ -99,11 +99,11 @@ class Compiler:
         raise NotCompiled(f"its numbers differ from the hooked lane's: {parity}.")
 
     def _tried(
-        self, model: LoadedModel, layer: str, precision: Floating, anew: bool
+        self, model: LoadedModel, layer: str, precision: Floating, reconvert: bool
     ) -> tuple[CompiledLane, Parity]:
         try:
             if model.device.type == "cpu":
-                front, tail, batches = self._on_the_cpu(model, layer, precision, anew)
+                front, tail, batches = self._on_the_cpu(model, layer, precision, reconvert)
             else:
                 front, tail, batches = self._on_its_device(model, layer, precision)
             lane = CompiledLane(layer, front, tail, precision=precision)
@@ -113,25 +113,27 @@ class Compiler:
         except NotCompiled:
             raise
         except Exception as error:
-            # Foreign compilers, each with errors of its own: whatever they raise is a reason.
+            # Compilers raise errors of many types, all of which are a reason.
             first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise NotCompiled(f"it cannot be compiled: {first}") from error
         return replace(lane, parity=parity), parity
 
     def _on_the_cpu(
-        self, model: LoadedModel, layer: str, precision: Floating, anew: bool
+        self, model: LoadedModel, layer: str, precision: Floating, reconvert: bool
     ) -> tuple[Front, fx.GraphModule, list[int]]:
-        # Its import takes half a second, which commands that compile nothing need not wait for.
+        # The import takes half a second, which commands that compile nothing save.
         from service.models.compiled import openvino_front  # noqa: PLC0415
 
         if precision == "bf16" and not openvino_front.has_bf16():
-            raise NotCompiled("this processor does not support: it has no AVX512-BF16 and no AMX.")
+            raise NotCompiled("this processor cannot compute: it has no AVX512-BF16 and no AMX.")
         front, tail = split(model.module, layer)
-        graph = openvino_front.graph_of(model, front, self.cache, identity(model), anew=anew)
-        made = openvino_front.OpenVinoFront(
+        graph = openvino_front.graph_of(
+            model, front, self.cache, identity(model), reconvert=reconvert
+        )
+        compiled_front = openvino_front.OpenVinoFront(
             graph, self.streams, self.lone_threads, precision, self.largest
         )
-        return made, tail, made.trials
+        return compiled_front, tail, compiled_front.trials
 
     def _on_its_device(
         self, model: LoadedModel, layer: str, precision: Floating
@@ -141,8 +143,10 @@ class Compiler:
         folded = model.folded
         whole = folded.module if folded and layer not in folded.layers else model.module
         front, tail = split(whole, layer)
-        made = TorchFront(model, front, precision=precision, largest=self.largest, cache=self.cache)
-        return made, tail, [3, *sizes(self.largest)]
+        compiled_front = TorchFront(
+            model, front, precision=precision, largest=self.largest, cache=self.cache
+        )
+        return compiled_front, tail, [3, *sizes(self.largest)]
 
     def _quantised(self, model: LoadedModel, layer: str, folder: Path) -> CompiledLane:
         from service.models.compiled import openvino_front  # noqa: PLC0415 - as in _on_the_cpu
@@ -162,7 +166,7 @@ class Compiler:
 
 
 def identity(model: LoadedModel) -> str:
-    """What a front depends on, in one line: two models of the same line have the same front."""
+    """The properties of a model that determine its front, in one line."""
     spec, preprocessing = model.spec, model.preprocessing
     return (
         f"{spec.builder} {dict(spec.arguments)} {model.version} {model.target_layer} "
@@ -185,7 +189,7 @@ def layer_to_cut(model: LoadedModel) -> str:
 
 
 def parity_on(model: LoadedModel, lane: CompiledLane, batches: Iterable[Tensor]) -> Parity:
-    """How near a lane is to the hooked one on images, uint8 (B, C, h, w), in both programs."""
+    """Compare a lane with the hooked lane on images, uint8 (B, C, h, w), in both programs."""
     module, worst = model.replicate(), Parity(0.0, 0.0, 0.0)
     layout = model.layer(lane.layer).layout
     assert layout is not None
@@ -194,21 +198,24 @@ def parity_on(model: LoadedModel, lane: CompiledLane, batches: Iterable[Tensor])
             logits = model.logits(module(model.normalised(pixels)))
         expected = seen.targets[lane.layer][-1]
         gradient = torch.autograd.grad(logits.amax(dim=1).sum(), expected)[0]
-        found = lane.front(pixels, wide=number % 2 == 1).requires_grad_()
+        lane_activation = lane.front(pixels, wide=number % 2 == 1).requires_grad_()
         with kept_torch_state(random=False):
-            made = model.logits(lane.tail(found.clone()))
-        same = made.gather(1, logits.argmax(dim=1, keepdim=True)).sum()
-        slope = torch.autograd.grad(same, found)[0]
+            lane_logits = model.logits(lane.tail(lane_activation.clone()))
+        same = lane_logits.gather(1, logits.argmax(dim=1, keepdim=True)).sum()
+        slope = torch.autograd.grad(same, lane_activation)[0]
         maps = [
             _signed_map(
                 layout.as_map(layout.by_image(activation)), layout.as_map(layout.by_image(slopes))
             )
-            for activation, slopes in ((expected.detach(), gradient), (found.detach(), slope))
+            for activation, slopes in (
+                (expected.detach(), gradient),
+                (lane_activation.detach(), slope),
+            )
         ]
         worst = Parity(
-            max(worst.activation, _difference(expected.detach(), found.detach())),
+            max(worst.activation, _difference(expected.detach(), lane_activation.detach())),
             max(worst.map, _difference(*maps)),
-            max(worst.logits, _difference(logits.detach(), made.detach())),
+            max(worst.logits, _difference(logits.detach(), lane_logits.detach())),
         )
     return worst
 
@@ -219,7 +226,7 @@ def _signed_map(activation: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _parity_images(model: LoadedModel, batches: Sequence[int]) -> Iterator[Tensor]:
-    """Batches of uint8 (B, C, h, w): noise of two, and noise with photographs' spectrum (1/f)."""
+    """Batches of uint8 (B, C, h, w): white noise for two images, otherwise 1/f noise."""
     generator = torch.Generator().manual_seed(0)
     channels, (height, width) = model.preprocessing.channels, model.preprocessing.crop
     for batch in batches:
@@ -232,10 +239,10 @@ def _parity_images(model: LoadedModel, batches: Sequence[int]) -> Iterator[Tenso
         yield (noise * 50 + 120).clamp(0, 255).to(torch.uint8)
 
 
-def _difference(expected: Tensor, found: Tensor) -> float:
-    """The largest difference as a share of the largest value; infinite where shapes or NaN are."""
-    if expected.shape != found.shape or not bool(found.isfinite().all()):
+def _difference(expected: Tensor, actual: Tensor) -> float:
+    """The largest difference as a share of the largest value; infinite if shapes differ or NaN."""
+    if expected.shape != actual.shape or not bool(actual.isfinite().all()):
         return float("inf")
     largest = float(expected.abs().max())
-    gap = float((expected - found).abs().max())
+    gap = float((expected - actual).abs().max())
     return gap / largest if largest else gap

@@ -29,26 +29,26 @@ _log = structlog.get_logger(__name__)
 Graph: TypeAlias = openvino.Model
 
 FIXED_UP_TO = 32 * 2**20
-"""Bytes of weights up to which a front has programs for fixed batch sizes: where the layers are
-small, what OpenVINO does between them for batches of any size is up to a tenth of the time. In
-larger fronts it is mostly less, and each program packs all weights once more."""
+"""Bytes of weights up to which a front has programs for fixed batch sizes: with small layers, the
+overhead of OpenVINO for dynamic batch sizes is up to a tenth of the time. In larger fronts it is
+mostly less, and each program needs another copy of all weights."""
 
 FIXED_BATCH = 8
-"""Images up to which the largest batch has a program of a fixed size: its memory is taken at once,
+"""Maximum size of the largest batch for a program of a fixed size: its memory is allocated at once,
 on every stream."""
 
 
 class OpenVinoFront:
-    """Pixels to the activation of the layer where the model was cut; see `Front`.
+    """Maps pixels to the output of the layer where the model was cut; see `Front`.
 
-    Two programs of one graph: the narrow one runs a request on one thread, `streams` of them side
-    by side, which answers most requests a second; the wide one runs one request on `lone_threads`
-    threads, which answers a lone request soonest. They agree to rounding. A front of few weights
-    (`FIXED_UP_TO`) has further programs for what is usual: one image alone, and `largest` of them.
+    Two programs of one graph: the narrow one runs `streams` concurrent requests on one thread each,
+    for maximum throughput; the wide one runs one request on `lone_threads` threads, for the lowest
+    single-request latency. They agree within rounding. A front with few weights (`FIXED_UP_TO`) has
+    further programs for common batch sizes: 1 and `largest`.
 
     graph:        the converted front, for any batch size.
-    lone_threads: 1 makes no wide program, which spares its packed weights.
-    precision:    `bf16` where the processor has it (`has_bf16`); a graph of int8 stays as it is.
+    lone_threads: 1: no wide program, which saves its packed weights.
+    precision:    `bf16` if the processor supports it (`has_bf16`); an int8 graph does not change.
     largest:      images in the largest batch.
 
     trials: batch sizes that run every program once, if every second batch is wide.
@@ -88,8 +88,8 @@ class _Programs:
         for size in fixed:
             of_size = _of_batch_size(graph, size)
             program = self._fixed[size] = _Program(of_size, streams, threads, hint)
-            # The streams take turns, and each takes its memory when it first runs: now, rather than
-            # when for the first time as many requests meet.
+            # Each stream allocates its memory when it first runs: now, rather than under the first
+            # load.
             for _ in range(streams):
                 program(torch.zeros(*of_size.inputs[0].shape, dtype=torch.uint8))
 
@@ -98,7 +98,7 @@ class _Programs:
 
 
 class _Program:
-    """A compiled graph and as many requests as threads ever used it at once."""
+    """A compiled graph, with one inference request per concurrent thread."""
 
     def __init__(self, graph: Graph, streams: int, threads: int, hint: str) -> None:
         self._compiled = openvino.Core().compile_model(
@@ -119,11 +119,11 @@ class _Program:
         with self._request() as request:
             # Into the request's own memory: with shared inputs OpenVINO 2026.4 writes into the
             # array of an earlier caller, and its own copying takes longer.
-            given = request.get_input_tensor(0)
-            given.shape = pixels.shape
-            given.data[:] = pixels.numpy()
+            input_tensor = request.get_input_tensor(0)
+            input_tensor.shape = pixels.shape
+            input_tensor.data[:] = pixels.numpy()
             request.infer(share_outputs=True)
-            # A view of the request's memory too, which its next user overwrites.
+            # Copied: the next user of the request overwrites its memory.
             return torch.from_numpy(request.get_output_tensor(0).data.copy())
 
     @contextmanager
@@ -131,13 +131,13 @@ class _Program:
         with self._lock:
             request = self._idle.pop() if self._idle else self._compiled.create_infer_request()
         yield request
-        # One that raised is not used again.
+        # A request that raised is not reused.
         with self._lock:
             self._idle.append(request)
 
 
 def bytes_of_weights(graph: Graph) -> int:
-    """What all constants of a graph take."""
+    """Bytes of all constants of a graph."""
     constants = (node for node in graph.get_ordered_ops() if node.get_type_name() == "Constant")
     return sum(node.data.nbytes for node in constants)
 
@@ -150,12 +150,12 @@ def _of_batch_size(graph: Graph, size: int) -> Graph:
 
 
 def has_bf16() -> bool:
-    """Whether this processor computes in bf16 (AVX512-BF16 or AMX)."""
+    """Whether this processor supports bf16 (AVX512-BF16 or AMX)."""
     return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def graph_of(
-    model: LoadedModel, front: nn.Module, cache: Path | None, key: str, *, anew: bool = False
+    model: LoadedModel, front: nn.Module, cache: Path | None, key: str, *, reconvert: bool = False
 ) -> Graph:
     """The graph of a model's front, from uint8 pixels; see `converted`."""
     preprocessing = model.preprocessing
@@ -164,26 +164,26 @@ def graph_of(
         torch.zeros(1, preprocessing.channels, *preprocessing.crop, dtype=torch.uint8),
         cache,
         key,
-        anew=anew,
+        reconvert=reconvert,
     )
 
 
 def converted(
-    module: nn.Module, example: Tensor, cache: Path | None, key: str, *, anew: bool = False
+    module: nn.Module, example: Tensor, cache: Path | None, key: str, *, reconvert: bool = False
 ) -> Graph:
-    """A module as OpenVINO's graph for any batch size; from the cache where it is there.
+    """A module as OpenVINO's graph for any batch size; from the cache if present.
 
-    example: uint8 (1, C, h, w). cache: a folder, made if needed; None keeps nothing.
-    key:     what the graph depends on besides the versions of torch and OpenVINO.
-    anew:    convert even so, and replace what the cache holds.
+    example: uint8 (1, C, h, w). cache: a folder, created if needed; None: no cache.
+    key:     what the graph depends on, besides the versions of torch and OpenVINO.
+    reconvert: convert in any case, and replace the cached graph.
 
-    Raises whatever torch's tracer or OpenVINO's converter raise.
+    Raises the errors of torch's tracer and OpenVINO's converter.
     """
     if cache is None:
         return _convert(module, example)
     text = f"{key} torch {torch.__version__} openvino {openvino.__version__}"
     path = cache / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.xml"
-    if not anew and path.exists() and path.with_suffix(".bin").exists():
+    if not reconvert and path.exists() and path.with_suffix(".bin").exists():
         return openvino.Core().read_model(path)
     graph = _convert(module, example)
     try:
@@ -194,10 +194,10 @@ def converted(
 
 
 def _convert(module: nn.Module, example: Tensor) -> Graph:
-    # Not openvino.convert_model: that reports its use to its makers over the network.
+    # Not openvino.convert_model, which sends telemetry over the network.
     frontend = FrontEndManager().load_by_framework("pytorch")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.jit.trace warns of every number it takes as fixed
+        warnings.simplefilter("ignore")  # torch.jit.trace warns about every constant
         decoder = TorchScriptPythonDecoder(module, example_input=(example,))
         graph = frontend.convert(frontend.load(decoder))
     graph.inputs[0].get_node().set_partial_shape(openvino.PartialShape([-1, *example.shape[1:]]))
@@ -206,12 +206,12 @@ def _convert(module: nn.Module, example: Tensor) -> Graph:
 
 
 def _saved(graph: Graph, path: Path) -> Graph:
-    """Write a graph where a second start finds it, whole or not at all; read back, to be mapped."""
+    """Write a graph atomically, and read it back as mapped memory."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.xml")  # containers share a PID
     try:
         openvino.save_model(graph, draft, compress_to_fp16=False)
-        # The graph is the last: what `converted` finds is whole, also after a power cut.
+        # The graph is last, so that a graph in the cache is complete, also after a power failure.
         for suffix in (".bin", ".xml"):
             durable.sync(draft.with_suffix(suffix))
             draft.with_suffix(suffix).replace(path.with_suffix(suffix))
@@ -223,9 +223,9 @@ def _saved(graph: Graph, path: Path) -> Graph:
 
 
 def write(graph: Graph, folder: Path, about: Mapping[str, Any]) -> None:
-    """Write a graph and what is known of it; `about` has the `identity` that `read` asks for.
+    """Write a graph and its description; `about` has the `identity` that `read` compares.
 
-    What is known of it is removed first and written last: in between `read` finds no front.
+    The description is removed first and written last: in between `read` finds no front.
     """
     durable.make_folder(folder)
     (folder / "calibration.json").unlink(missing_ok=True)
@@ -235,18 +235,18 @@ def write(graph: Graph, folder: Path, about: Mapping[str, Any]) -> None:
 
 
 def read(folder: Path, identity: str) -> Graph:
-    """A graph that `write` wrote. Raises ConfigurationError where it is of another model."""
+    """Read a graph of `write`. Raises ConfigurationError if it belongs to another model."""
     try:
         about = json.loads((folder / "calibration.json").read_text())
-        found = about["identity"]
+        stored_identity = about["identity"]
         graph = openvino.Core().read_model(folder / "front.xml")
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ConfigurationError(
             f"{folder} contains no int8 front; create one with `camserve calibrate`."
         ) from error
-    if found != identity:
+    if stored_identity != identity:
         raise ConfigurationError(
-            f"the int8 front in {folder} was made from {found}, and this model is {identity}: run "
-            "`camserve calibrate` again."
+            f"the int8 front in {folder} was made from {stored_identity}, and this model is "
+            f"{identity}: run `camserve calibrate` again."
         )
     return graph

@@ -26,20 +26,20 @@ Run = Callable[[Tensor], Tensor]
 """Pixels (B, C, h, w) on the device to float32 (B, ...) there."""
 
 Recorded = tuple[Callable[[], None], Tensor]
-"""What computes anew from what is now in the pixels that were recorded with, and where to."""
+"""A function that replays a recording on the current pixels, and its output."""
 
 
 class TorchFront:
-    """Pixels to the activation of the layer where the model was cut; see `Front`.
+    """Maps pixels to the output of the layer where the model was cut; see `Front`.
 
-    On CUDA a batch is one CUDA graph, so that the CPU launches one thing and not each kernel. What
-    the graphs hold is compiled by `torch.compile` where that can work (it needs a C compiler);
-    elsewhere it is the module as it is. On other devices the module runs as it is, without graphs.
+    On CUDA a batch is one CUDA graph, so that the CPU launches a graph instead of each kernel. The
+    module in the graphs is compiled by `torch.compile` if possible (it needs a C compiler). On
+    other devices the module runs unchanged, without graphs.
 
     front:     the part of the model before the cut, on its device.
     precision: `bf16` runs it under autocast.
-    largest:   images of the largest batch that has a graph; a larger one runs without.
-    cache:     a folder for what torch compiles; None: torch's own choice.
+    largest:   images of the largest batch with a graph; a larger batch runs without.
+    cache:     a folder for compiled code; None: torch's default.
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class TorchFront:
         whole = Normalised(
             _in_bf16(front) if self._bf16 else front, preprocessing.mean, preprocessing.std, layout
         ).to(self._device)
-        # One flat graph, whose code is its own: torch.compile counts by code how often it compiled,
-        # and after eight times compiles no more.
+        # A flat graph with separate code: torch.compile stops after eight compilations of the
+        # same code.
         self._module: Run = fx.GraphModule(whole, traced(whole))
         self._graphs: Graphs | None = None
         if self._device.type != "cuda":
@@ -83,14 +83,14 @@ class TorchFront:
             return self._module(pixels).float()
 
     def _compile(self, pixels: Tensor, cache: Path | None) -> None:
-        """Have the module compiled for any batch size; it stays as it is where torch cannot."""
+        """Compile the module for any batch size; it does not change if torch cannot."""
         if cache is not None:
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
         plain = self._module
         self._module = torch.compile(plain, dynamic=True)
         try:
             self._run(pixels)
-        except Exception as error:  # noqa: BLE001 - whatever a compiler raises is a reason
+        except Exception as error:  # noqa: BLE001 - compilers raise errors of many types
             self._module = plain
             first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             _log.warning("front_runs_uncompiled", detail=first)
@@ -98,31 +98,31 @@ class TorchFront:
     def _autocast(self) -> AbstractContextManager[object]:
         if not self._bf16:
             return nullcontext()
-        # Its cache of weights that it cast would not outlive a recording.
+        # Its cache of cast weights is not valid beyond a recording.
         return torch.autocast(self._device.type, torch.bfloat16, cache_enabled=False)
 
 
 class Graphs:
     """Recordings of one function for batches of 1, 2, 4 … images and of the largest.
 
-    A batch of another size runs in the next larger recording; the rows behind it hold pixels of
-    earlier batches, and what becomes of them is thrown away.
+    A batch of another size runs in the next larger recording; the remaining rows contain pixels of
+    earlier batches, and their output is discarded.
 
-    pixels: what all recordings read from, uint8 (largest, C, h, w).
-    record: makes a recording of a function and its input.
+    pixels: the input of all recordings, uint8 (largest, C, h, w).
+    record: records a function with its input.
     """
 
     def __init__(self, run: Run, pixels: Tensor, record: Callable[[Run, Tensor], Recorded]) -> None:
         self.largest = len(pixels)
         self._pixels = pixels
-        # They share memory, which is why only one may be at work, and why the largest comes first.
+        # They share memory: only one may run at a time, and the largest is recorded first.
         self._lock = threading.Lock()
         self._recorded = {
             size: record(run, pixels[:size]) for size in reversed(sizes(self.largest))
         }
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, C, h, w), at most `largest`, to float32 (B, ...) in memory of its own."""
+        """Pixels (B, C, h, w), at most `largest`, to float32 (B, ...) in new memory."""
         count = len(pixels)
         replay, output = self._recorded[min(size for size in self._recorded if size >= count)]
         with self._lock:
@@ -132,26 +132,26 @@ class Graphs:
 
 
 def sizes(largest: int) -> list[int]:
-    """1, 2, 4 … and the largest: the batches that have a recording of their own."""
+    """1, 2, 4 … and the largest: the batch sizes that are recorded."""
     return sorted({1 << power for power in range(largest.bit_length())} | {largest})
 
 
 def cuda_graph() -> Callable[[Run, Tensor], Recorded]:
     """Record CUDA graphs on the current device, all in one pool of memory.
 
-    All work goes to the default stream, so that what is queued later sees what was queued before.
+    All work goes to the default stream, so that it runs in order.
     """
     pool = torch.cuda.graph_pool_handle()
 
     def record(run: Run, pixels: Tensor) -> Recorded:
         beside = torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):  # libraries choose their kernels in the first runs
+        with torch.cuda.stream(beside):  # libraries select their kernels in the first runs
             for _ in range(3):
                 run(pixels)
         torch.cuda.current_stream().wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
-        # Other threads answer requests meanwhile, and what they do is no business of the recording.
+        # Not "global": other threads run batches meanwhile.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             output = run(pixels)
         return graph.replay, output
@@ -165,10 +165,10 @@ def _can_compile() -> bool:
 
 
 def _in_bf16(front: nn.Module) -> nn.Module:
-    """A copy whose large weights are in bf16 already, so that autocast need not cast them."""
+    """A copy with large weights in bf16, so that autocast does not cast them."""
     copy = replicate(front)
     for module in copy.modules():
-        # Not a subclass, whose weight may be used without its forward pass, beside others.
+        # Not a subclass, whose weight may be used outside its forward pass.
         if type(module) in {nn.Conv2d, nn.Linear}:
             module.to(torch.bfloat16)
     return copy

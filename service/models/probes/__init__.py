@@ -1,1 +1,1 @@
-"""What is measured of a model when it is loaded."""
+"""Measurements of a model when it is loaded."""

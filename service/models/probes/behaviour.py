@@ -1,9 +1,9 @@
-"""What is measured of a model when it is loaded, before anybody relies on its answers.
+"""Measure the behaviour of a model when it is loaded, before it is served.
 
-Each probe runs the model a few times and gives a `Finding`: what was found, and what follows from
-it. `measure` runs them all, in at most 25 forward passes of one image (a backward pass counts 1.5)
-and about `MAX_SECONDS`; what there was no time for counts as failed, so that the model is served in
-the careful way.
+Each probe runs the model a few times and returns a `Finding` with the result and its consequence.
+`behaviour` runs all of them, in at most 25 forward passes of one image (a backward pass counts 1.5)
+and about `MAX_SECONDS`; a probe without time left counts as failed, so that the model is served
+with the restriction.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from service.models.probes.torch_state import kept_torch_state
 from service.models.replicas import replicate
 
 MAX_SECONDS = 120.0
-"""After which no further probe begins."""
+"""Time after which no further probe starts."""
 
 STALL_SECONDS = 10.0
-"""How long one of two threads in turn waits for the other before both run freely."""
+"""Time that one of two alternating threads waits for the other before both run freely."""
 
 TURNS_SECONDS = 30.0
-"""How long two threads run in turn; what is left of the passes they run freely."""
+"""Time that two threads alternate; afterwards they run freely."""
 
 Name = Literal["isolation", "batch", "determinism", "output", "gradients", "places", "input"]
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one probe found. `follows`: what is done about it; None where nothing has to be."""
+    """The result of one probe. `follows`: the consequence; None if there is none."""
 
     name: Name
     passed: bool
@@ -53,15 +53,15 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Behaviour:
-    """How a model behaves, as far as its answers depend on it.
+    """The measured behaviour of a model.
 
-    isolated:      whether replicas are independent of the master and of each other; else there is
-                   one, the master itself, used by one batch at a time.
-    batchable:     whether an image gets the same logits beside others as alone; else batches hold
+    isolated:      whether replicas are independent of the master and of each other; otherwise the
+                   master is the only replica, used by one batch at a time.
+    batchable:     whether an image gets the same logits in a batch as alone; otherwise batches have
                    one image.
-    deterministic: whether the same image gets the same answer twice, without random numbers.
-    output_activation:     which activation the model's output already went through.
-    vectorised:    whether several gradients can be taken in one walk (`is_grads_batched`).
+    deterministic: whether the same image gets the same logits twice, without random numbers.
+    output_activation:     the activation inside the model, if any.
+    vectorised:    whether several gradients can be computed in one pass (`is_grads_batched`).
     """
 
     isolated: bool = True
@@ -73,11 +73,11 @@ class Behaviour:
 
 
 class Trial:
-    """What the probes share: the model, its inputs, and what it answered each of them alone.
+    """The state that the probes share: the model, its inputs, and the logits of each input alone.
 
-    images: normalised, (3, C, h, w), three that differ everywhere.
-    served: what requests will run: a replica, or the master where replicas are not independent.
-    uncopied: why the master cannot be copied, or its copy fails; None where it can.
+    images: normalised (3, C, h, w), three images that differ everywhere.
+    served: the module that requests run: a replica, or the master if replicas are not independent.
+    uncopied: why the master cannot be copied, or its copy fails; None if it works.
     alone:  the logits (1, classes) of the first two images.
     """
 
@@ -91,7 +91,7 @@ class Trial:
         try:
             self.served = replicate(master)
             self.alone, self.called = self.each(self.served)
-        except Exception as error:  # noqa: BLE001 - of a lock, or a hook that writes to the master
+        except Exception as error:  # noqa: BLE001 - for instance a lock, or a hook that writes to the master
             self.uncopied = f"{type(error).__name__}: {_first_line(error)}"
             self.served = master
             self.alone, self.called = self.each(master)
@@ -100,7 +100,7 @@ class Trial:
         return logits_in(output, self.select)
 
     def run(self, module: nn.Module, images: Tensor, seed: int = 0) -> Tensor:
-        """The logits (N, classes) of some images, with the random numbers of a seed."""
+        """The logits (N, classes) of images, with seeded random numbers."""
         with torch.no_grad(), seeded(seed), kept_torch_state(random=False), preserved(module):
             return self.logits(module(images.clone())).detach()
 
@@ -114,9 +114,9 @@ class Trial:
             return [self.run(module, image[None]) for image in self.images[:2]], called
 
     def graph(self) -> tuple[Tensor, Tensor]:
-        """The first image, which wants a gradient, and its logits: run once for all probes.
+        """The first image, with `requires_grad`, and its logits: computed once for all probes.
 
-        Raises what the model raises.
+        Raises the exceptions of the model.
         """
         if self._graph is None:
             image = self.images[:1].clone().requires_grad_()
@@ -144,9 +144,9 @@ def _hookable(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def behaviour(trial: Trial) -> Behaviour:
-    """Measure a model that was built and frozen; its buffers are left as they were.
+    """Measure a built and frozen model; its buffers do not change.
 
-    Where replicas are not independent, `trial.served` is the master from then on.
+    If replicas are not independent, `trial.served` is set to the master.
     """
     determinism, steady = _determinism(trial)
     isolated = _isolation(trial, steady=steady)
@@ -166,9 +166,9 @@ def behaviour(trial: Trial) -> Behaviour:
 
 
 def trial_images(shape: tuple[int, int, int]) -> Tensor:
-    """Three images, uint8 (3, C, h, w), of coarse blocks and noise: each differs everywhere.
+    """Three images, uint8 (3, C, h, w), of coarse blocks and noise, which differ everywhere.
 
-    Their values stay away from the ends of the range, where activations saturate.
+    Their values avoid the ends of the range, where activations saturate.
     """
     channels, height, width = shape
     generator = torch.Generator().manual_seed(0)
@@ -182,7 +182,7 @@ def trial_images(shape: tuple[int, int, int]) -> Tensor:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Random numbers of a seed, of torch, numpy and `random`; behind it they go on as before."""
+    """Seed torch, numpy and `random` inside the `with`; their state is restored at the end."""
     of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - models use it
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -197,12 +197,12 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def preserved(module: nn.Module) -> Iterator[None]:
-    """Leave a module as it was, as a lease of the pool does: what a call keeps is not for the next.
+    """Restore a module at the end, as a lease of the pool does.
 
-    What `Condition.restore` restores, and the tables and values of parameters and buffers.
+    Restores what `Condition.restore` restores, and the tables and values of parameters and buffers.
     """
     condition: Condition | None = None
-    with suppress(Exception):  # what cannot be looked into is not restored
+    with suppress(Exception):  # an unreadable module is not restored
         condition = Condition.of(module)
     parts = [part for part in module.modules() if not isinstance(part, ScriptModule)]
     tables = [(vars(part)[name], dict(vars(part)[name])) for part in parts for name in _TABLES]
@@ -225,32 +225,32 @@ def preserved(module: nn.Module) -> Iterator[None]:
 _TABLES = ("_parameters", "_buffers", "_modules")
 
 
-def differ(expected: Tensor, found: Tensor, spread: float) -> bool:
-    """Whether two answers to the same image differ by more than rounding explains.
+def differ(expected: Tensor, actual: Tensor, spread: float) -> bool:
+    """Whether two logits of the same image differ by more than rounding.
 
-    spread: by how much answers to different images differ; an answer that is off by a tenth of
-            that is not a rounding error, however large the logits are.
+    spread: the difference between logits of different images; a tenth of it is never a rounding
+            error, even if the logits are large.
     """
-    if expected.shape != found.shape:
+    if expected.shape != actual.shape:
         return True
-    if not bool((expected.isfinite() == found.isfinite()).all()):
+    if not bool((expected.isfinite() == actual.isfinite()).all()):
         return True
     usable = expected.isfinite()
     if not bool(usable.any()):
         return False
     rounding = 1e-3 if expected.dtype == torch.float32 else 2e-2
     largest = float(expected[usable].abs().max())
-    gap = float((expected - found)[usable].abs().max())
+    gap = float((expected - actual)[usable].abs().max())
     is_off = gap > rounding * largest or (gap > 0.1 * spread and gap > 3e-5 * largest)
-    return is_off or _differ_before_activation(expected, found, rounding)
+    return is_off or _differ_before_activation(expected, actual, rounding)
 
 
-def _differ_before_activation(expected: Tensor, found: Tensor, rounding: float) -> bool:
-    """Whether probabilities come of other logits: near 0 and 1 these differ by far more."""
+def _differ_before_activation(expected: Tensor, actual: Tensor, rounding: float) -> bool:
+    """Whether the logits of two probabilities differ: near 0 and 1 they differ by far more."""
     kind = output_activation(expected)
-    if kind is None or output_activation(found) != kind:
+    if kind is None or output_activation(actual) != kind:
         return False
-    before, after = as_logits(expected, kind), as_logits(found, kind)
+    before, after = as_logits(expected, kind), as_logits(actual, kind)
     sure = before.abs() < 11  # where a rounded probability still tells its logit
     if not bool(sure.any()):
         return False
@@ -260,7 +260,7 @@ def _differ_before_activation(expected: Tensor, found: Tensor, rounding: float) 
 
 
 def _determinism(trial: Trial) -> tuple[Finding, bool]:
-    """The same image again, with other random numbers; and whether its logits were the same."""
+    """Run the same image again, with other random numbers; also whether its logits are the same."""
     with seeded(1):
         before = _random_states()
         with torch.no_grad(), kept_torch_state(random=False), preserved(trial.served):
@@ -270,7 +270,7 @@ def _determinism(trial: Trial) -> tuple[Finding, bool]:
         trial.alone[0], again, rtol=1e-5, atol=1e-6, equal_nan=True
     )
     if same and not draws:
-        return Finding("determinism", True, "The same image gets the same answer twice."), True
+        return Finding("determinism", True, "The same image gets the same logits twice."), True
     follows = "{} vary from request to request; explanations carry the flag not_deterministic."
     if same:
         result = "It draws random numbers, though the same image gets the same logits twice."
@@ -294,12 +294,14 @@ def _random_states() -> tuple[bytes, object, bytes]:
 
 
 def _isolation(trial: Trial, *, steady: bool) -> Finding:
-    """A replica against the master, and two replicas in turn against each alone."""
+    """Compare a replica with the master, and two alternating replicas with each alone."""
     reason = trial.uncopied and f"A copy of the module cannot be used ({trial.uncopied})."
     reason = reason or _unlike_master(trial, steady=steady) or _shared_state(trial, steady=steady)
     if reason is None:
         return Finding(
-            "isolation", True, "Replicas answer as the master does, and do not disturb each other."
+            "isolation",
+            True,
+            "Replicas return the same logits as the master, and do not affect each other.",
         )
     return Finding(
         "isolation",
@@ -317,43 +319,43 @@ def _unlike_master(trial: Trial, *, steady: bool) -> str | None:
         trial.alone, trial.called = expected, called  # as it is served then
     if steady and any(differs):
         return (
-            "A replica (a deep copy) answers otherwise than the module that the builder returned: "
-            "a hook's closure, a bound method or a table outside the module still belongs to that."
+            "A replica (a deep copy) returns other logits than the module of the builder: a hook's "
+            "closure, a bound method or a table outside the module still refers to the original."
         )
     if called != of_replica:
         path = min(called ^ of_replica)
         return (
             f"A replica (a deep copy) does not run its own layers ({path}): its forward still "
-            "belongs to the module that the builder returned."
+            "refers to the module of the builder."
         )
     return None
 
 
 def _shared_state(trial: Trial, *, steady: bool) -> str | None:
-    """Two replicas on two threads, one operation of each in turn: the worst way to interleave.
+    """Run two replicas on two threads that alternate after each operation: the worst interleaving.
 
-    What one writes outside its own tree is overwritten by the other before it is read again.
+    State outside the module tree is overwritten by the other replica before it is read again.
     """
     if not steady:
-        return "Replicas side by side cannot be compared, since the model's answers vary."
+        return "Concurrent replicas cannot be compared, because the model's logits vary."
     if trial.is_late:
-        return "There was no time to try two replicas side by side."
-    found = _side_by_side(trial, [trial.served, replicate(trial.master)])
-    for alone, answer in zip(trial.alone, found, strict=True):
+        return "There was no time left to run two replicas concurrently."
+    answers = _side_by_side(trial, [trial.served, replicate(trial.master)])
+    for alone, answer in zip(trial.alone, answers, strict=True):
         if isinstance(answer, BaseException):
-            return f"Beside another replica a replica fails ({_first_line(answer)})."
+            return f"A replica fails while another one runs ({_first_line(answer)})."
         if differ(alone, answer, trial.spread):
             return (
-                "Two replicas that run side by side change each other's answers: the model keeps "
+                "Two replicas that run concurrently change each other's logits: the model has "
                 "state outside the module tree."
             )
     return None
 
 
 def _side_by_side(trial: Trial, replicas: Sequence[nn.Module]) -> list[Tensor | BaseException]:
-    """What two replicas answer to the first and to the second image, in turn on two threads."""
+    """The logits of two replicas for the first and the second image, on alternating threads."""
     turns = _Turns()
-    found: list[Tensor | BaseException] = [RuntimeError("it did not run")] * len(replicas)
+    answers: list[Tensor | BaseException] = [RuntimeError("it did not run")] * len(replicas)
 
     def work(number: int, module: nn.Module) -> None:
         image = trial.images[number : number + 1].clone()
@@ -364,23 +366,24 @@ def _side_by_side(trial: Trial, replicas: Sequence[nn.Module]) -> list[Tensor | 
                 preserved(module),
                 turns.of(number, module),
             ):
-                found[number] = trial.logits(module(image)).detach()
+                answers[number] = trial.logits(module(image)).detach()
         except BaseException as error:  # noqa: BLE001 - a model may raise anything; it is compared
-            found[number] = error
+            answers[number] = error
 
     with seeded(0):
         threads = [
-            threading.Thread(target=work, args=each, daemon=True) for each in enumerate(replicas)
+            threading.Thread(target=work, args=numbered, daemon=True)
+            for numbered in enumerate(replicas)
         ]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    return found
+    return answers
 
 
 class _Turns:
-    """Lets two threads run in turn, from one operation of torch to the next, until one is done."""
+    """Alternates two threads after each operation of torch, until one is done."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -390,7 +393,7 @@ class _Turns:
 
     @contextmanager
     def of(self, number: int, module: nn.Module) -> Iterator[None]:
-        """Take part as thread 0 or 1, with a replica: each operation and each module is a turn."""
+        """Run a replica as thread 0 or 1: each operation and each module is a turn."""
 
         def pause(*_: Any) -> None:
             self._next(number)
@@ -419,7 +422,7 @@ class _Turns:
 
     def _wait(self, number: int) -> None:
         with self._changed:
-            # A model with a lock of its own never lets both run: then they are free.
+            # A model with a lock of its own blocks one thread: then both run freely.
             if not self._changed.wait_for(
                 lambda: self._alone or self._turn == number, STALL_SECONDS
             ):
@@ -428,7 +431,7 @@ class _Turns:
 
 
 class _InTurn(TorchDispatchMode):
-    """Calls `after` behind every operation of the thread inside the `with`."""
+    """Calls `after` after every operation of the thread inside the `with`."""
 
     def __init__(self, after: Callable[[], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -450,22 +453,22 @@ class _InTurn(TorchDispatchMode):
 
 
 def _batch(trial: Trial, *, steady: bool) -> Finding:
-    """Three images in one batch against each alone."""
-    follows = "Its batches hold one image."
+    """Compare three images in one batch with each alone."""
+    follows = "Its batches have one image."
     if not steady:
-        result = "Batches cannot be compared, since the model's answers vary."
+        result = "Batches cannot be compared, because the model's logits vary."
         return Finding("batch", False, result, follows)
     if trial.is_late:
-        return Finding("batch", False, "There was no time to try a batch.", follows)
+        return Finding("batch", False, "There was no time left to run a batch.", follows)
     count = len(trial.images)
     try:
-        found = trial.run(trial.served, trial.images)
+        logits = trial.run(trial.served, trial.images)
     except Exception as error:  # noqa: BLE001 - a model may raise anything
         return Finding("batch", False, f"A batch of {count} fails ({_first_line(error)}).", follows)
-    if len(found) != count:
-        result = f"A batch of {count} gets {len(found)} rows of logits."
+    if len(logits) != count:
+        result = f"A batch of {count} gets {len(logits)} rows of logits."
         return Finding("batch", False, result, follows)
-    if any(differ(one, found[i : i + 1], trial.spread) for i, one in enumerate(trial.alone)):
+    if any(differ(one, logits[i : i + 1], trial.spread) for i, one in enumerate(trial.alone)):
         return Finding(
             "batch",
             False,
@@ -477,13 +480,13 @@ def _batch(trial: Trial, *, steady: bool) -> Finding:
 
 
 def _output(trial: Trial) -> tuple[Finding, OutputActivation | None]:
-    """Whether the output already went through an activation."""
+    """Whether the output has an activation already."""
     kind = output_activation(torch.cat(trial.alone))
     if kind == "sigmoid" and not _ends_in_activation(trial):  # logits that lie in 0..1 by chance
         kind = None
     if kind is None:
         return Finding("output", True, "Its output is logits."), None
-    said = {
+    kind_of_output = {
         "softmax": "probabilities that sum to one",
         "sigmoid": "probabilities, each in 0..1",
         "log_softmax": "logarithms of probabilities",
@@ -491,7 +494,7 @@ def _output(trial: Trial) -> tuple[Finding, OutputActivation | None]:
     finding = Finding(
         "output",
         False,
-        f"Its output is {said}: the activation is part of the model.",
+        f"Its output is {kind_of_output}: the activation is part of the model.",
         "Scores are taken as they are and explained at log p − log(1 − p); explanations carry the "
         "flag activation_in_model.",
     )
@@ -499,9 +502,9 @@ def _output(trial: Trial) -> tuple[Finding, OutputActivation | None]:
 
 
 def _ends_in_activation(trial: Trial) -> bool:
-    """Whether the graph of the logits says that they went through a bounded function at the end.
+    """Whether the autograd graph of the logits ends in a bounded function.
 
-    True where there is no graph to say it: of a scripted or quantised model.
+    True without a graph, as for a scripted or quantised model.
     """
     try:
         _, logits = trial.graph()
@@ -514,7 +517,7 @@ def _ends_in_activation(trial: Trial) -> bool:
 
 
 _BOUNDED = ("Sigmoid", "Softmax", "Hardsigmoid", "Tanh", "Hardtanh", "Clamp", "Erf", "Atan")
-"""How the names of graph nodes begin whose results are bounded."""
+"""Beginnings of the names of graph nodes with bounded results."""
 
 _CARRYING = (
     *("View", "Unsafe", "Reshape", "Alias", "Squeeze", "Unsqueeze", "Select", "Slice", "Cat"),
@@ -532,18 +535,18 @@ _CARRYING = (
     ),
     *("AddBackward", "MulBackward", "DivBackward", "SubBackward", "RsubBackward"),
 )
-"""Likewise of nodes that hand on what they are given, moved or scaled."""
+"""Beginnings of the names of graph nodes that only move or scale values."""
 
 
 def _gradients(trial: Trial) -> Finding:
-    """Two targets in one walk through the graph, down to the image."""
-    follows = "Several targets cost a walk through the graph each."
+    """Compute the gradients of two targets at the image in one pass."""
+    follows = "Several targets cost one backward pass each."
     if trial.is_late:
-        return Finding("gradients", False, "There was no time to try two targets.", follows)
+        return Finding("gradients", False, "There was no time left to run two targets.", follows)
     try:
         image, logits = trial.graph()
         if not logits.requires_grad:
-            return Finding("gradients", True, "No gradient comes through.")
+            return Finding("gradients", True, "The model returns no gradient.")
         weights = logits.new_zeros(2, *logits.shape)
         weights[0, 0, 0] = weights[1, 0, -1] = 1
         gradients(logits, [image], weights)
@@ -551,7 +554,7 @@ def _gradients(trial: Trial) -> Finding:
         return Finding(
             "gradients", False, f"Two gradients at once fail ({_first_line(error)}).", follows
         )
-    return Finding("gradients", True, "Gradients of several targets can be taken together.")
+    return Finding("gradients", True, "Gradients of several targets can be computed together.")
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,9 +1,8 @@
-"""Where the cells of a layer look in the model input, measured instead of believed.
+"""Measure the positions of a layer's cells in the model input.
 
-A pattern of noise is added to an image with a weight that grows from left to right, from right to
-left, from top to bottom and from bottom to top. How strongly a cell answers to one of a pair, as a
-share of its answers to both, is how far to the right or down it looks. It takes five images for all
-layers together.
+A noise pattern is added to an image with a weight that grows from left to right, from right to
+left, from top to bottom and from bottom to top. The response of a cell to one of a pair, as a share
+of its responses to both, is its position along that axis. Five images measure all layers together.
 """
 
 from __future__ import annotations
@@ -27,27 +26,27 @@ from service.models.probes.layers import Layer
 from service.models.probes.torch_state import kept_torch_state
 
 STRENGTH = 0.4
-"""Of the added noise, in standard deviations of the normalised input: small, so that the model
-answers to it nearly linearly."""
+"""Strength of the noise, in standard deviations of the normalised input: small enough for a nearly
+linear response."""
 
 KEPT = 1 << 16
-"""Numbers of a layer's output for one image that are looked at; above it channels are left out."""
+"""Values of a layer's output for one image that are measured; beyond it channels are skipped."""
 
 CONFIRMED = 0.6
-"""Correlation of measured and expected positions, along both axes, to believe a layout."""
+"""Correlation of measured and expected positions, along both axes, that confirms a layout."""
 
 CORRECTED = 0.8
-"""Correlation that another layout needs to take the place of the likely one."""
+"""Correlation that another layout needs to replace the likely one."""
 
 MARGIN = 0.05
-"""By how much another layout must be better."""
+"""Difference in correlation by which another layout must be better."""
 
 FEWEST = 9
-"""Cells that another layout needs: four correlate with anything by chance."""
+"""Minimum number of cells of another layout: four correlate with anything by chance."""
 
 SCATTERED = 0.15
-"""Standard deviation of measured positions from which cells do look at different places, so that a
-layout that does not fit them is wrong. Evenly spread cells have 0.29."""
+"""Standard deviation from which measured positions differ, so that a layout that does not fit is
+wrong. Evenly distributed cells have 0.29."""
 
 UNCOVERED = 0.03
 """Share of a side that a model may leave out at a border before its maps are moved."""
@@ -56,9 +55,9 @@ Rect = tuple[float, float, float, float]
 """x, y, width, height, as fractions of the model input."""
 
 Verdict = Literal["confirmed", "corrected", "scattered", "unclear"]
-"""`confirmed`: cells look where the layout says. `corrected`: they look where another layout says
-than the one that their shape suggests. `scattered`: at different places, by no known layout.
-`unclear`: they cannot be told apart by where they look; there is a map where a grid fits."""
+"""`confirmed`: the cells have the positions of the likely layout. `corrected`: they have those of
+another layout. `scattered`: their positions differ, but match no known layout. `unclear`: their
+positions do not differ; a map is drawn if a grid fits."""
 
 
 _RESULTS: dict[Verdict, str] = {
@@ -77,28 +76,28 @@ _FOLLOWS: dict[Verdict, str] = {
 
 @dataclass(frozen=True, slots=True)
 class CellPositions:
-    """The layers with the layouts that were measured, and the verdict on each that has cells."""
+    """The layers with their measured layouts, and the verdict on each layer with cells."""
 
     layers: tuple[Layer, ...]
     verdicts: dict[str, Verdict] = field(default_factory=dict)
 
     def of(self, verdict: Verdict) -> frozenset[str]:
-        """The paths of the layers that got a verdict."""
-        return frozenset(path for path, found in self.verdicts.items() if found == verdict)
+        """The paths of the layers with a verdict."""
+        return frozenset(path for path, given in self.verdicts.items() if given == verdict)
 
     def finding(self, target: str | None) -> Finding:
-        """What was found. Passed where the target layer's cells look where its shape says.
+        """The finding; passed if the cells of the target layer have the expected positions.
 
-        Others may look at places in no order, as those of attention do: they have no map.
+        Other layers may be scattered, as those of attention are: they have no map.
         """
         counts = {verdict: len(self.of(verdict)) for verdict in _RESULTS}
-        said = [f"{count} {_RESULTS[verdict]}" for verdict, count in counts.items() if count]
+        parts = [f"{count} {_RESULTS[verdict]}" for verdict, count in counts.items() if count]
         verdict = self.verdicts.get(target or "")
         return Finding(
             "places",
             verdict in ("confirmed", None),
             f"Of {len(self.verdicts)} layers with cells "
-            + (", ".join(said) or "none was tried")
+            + (", ".join(parts) or "none was tried")
             + (f"; those of the target layer {_RESULTS[verdict]}." if verdict else "."),
             _FOLLOWS.get(verdict) if verdict else None,
         )
@@ -109,35 +108,37 @@ def measure_cell_positions(
 ) -> CellPositions:
     """Measure every layer of a replica. image: normalised (1, C, h, w); costs five forward passes.
 
-    Raises what the model raises.
+    Raises the exceptions of the model.
     """
     size = (int(image.shape[2]), int(image.shape[3]))
     images = _patterns(image)
     outputs = _Outputs(layers)
     for batch in [images] if batchable else images[:, None]:
         outputs.collect(module, batch)
-    found = CellPositions(())
+    positions = CellPositions(())
     measured = []
     for layer in layers:
         output = outputs.of(layer.path, len(images))
         if output is None:
             measured.append(replace(layer, layout=None) if layer.path in outputs.odd else layer)
             continue
-        measured.append(_judged(layer, output, outputs.axes[layer.path], size, found))
-    return _with_siblings(replace(found, layers=tuple(measured)))
+        measured.append(
+            _with_measured_layout(layer, output, outputs.axes[layer.path], size, positions)
+        )
+    return _with_siblings(replace(positions, layers=tuple(measured)))
 
 
-def _with_siblings(found: CellPositions) -> CellPositions:
-    """Unclear layers are laid out as most others of their shape, where any was measured.
+def _with_siblings(positions: CellPositions) -> CellPositions:
+    """Give unclear layers the most frequent layout of measured layers of the same shape.
 
-    Where those look at places in no known order, as in windows, unclear ones do too.
+    If those are scattered, as in windows, unclear ones are, too.
     """
     votes: defaultdict[tuple[int, ...] | None, Counter[Layout | None]] = defaultdict(Counter)
-    for layer in found.layers:
-        if found.verdicts.get(layer.path, "unclear") != "unclear":
+    for layer in positions.layers:
+        if positions.verdicts.get(layer.path, "unclear") != "unclear":
             votes[layer.shape][layer.layout] += 1
-    verdicts, layers = dict(found.verdicts), []
-    for layer in found.layers:
+    verdicts, layers = dict(positions.verdicts), []
+    for layer in positions.layers:
         if verdicts.get(layer.path) != "unclear" or layer.shape not in votes:
             layers.append(layer)
             continue
@@ -149,9 +150,9 @@ def _with_siblings(found: CellPositions) -> CellPositions:
 
 
 def _patterns(image: Tensor) -> Tensor:
-    """(5, C, h, w): the image, and with noise that grows rightwards, leftwards, down and up."""
+    """(5, C, h, w): the image, and with noise that grows to the right, to the left, down and up."""
     height, width = image.shape[2:]
-    # Fine noise for the first layers, and coarse noise, which averages over many pixels leave.
+    # Fine noise for the first layers, and coarse noise, which survives averages over many pixels.
     noise = STRENGTH / 2 * (_signs(image, 1) + _signs(image, max(1, min(height, width) // 16)))
     across = ((torch.arange(width) + 0.5) / width).to(image)
     down = ((torch.arange(height) + 0.5) / height).to(image)[:, None]
@@ -170,10 +171,9 @@ def _signs(image: Tensor, side: int) -> Tensor:
 
 
 class _Outputs:
-    """What each layer gives at its last call, the images in front; of large outputs a part.
+    """The output of each layer at its last call, images first; large outputs in part.
 
-    odd: paths of layers whose output is no real numbers, or has no dimension that tells images
-         apart.
+    odd: paths of layers whose output has no real numbers or no batch dimension.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
@@ -201,7 +201,7 @@ class _Outputs:
             self._parts[path].append(part)
 
     def of(self, path: str, images: int) -> Tensor | None:
-        """One layer's output (images, ...), float32; None where it was not seen whole."""
+        """One layer's output (images, ...), float32; None if it is incomplete."""
         parts = self._parts.get(path, [])
         if path in self.odd or sum(map(len, parts)) != images:
             return None
@@ -221,7 +221,7 @@ class _Outputs:
 
 
 def _batch_axis(output: Tensor, alone: tuple[int, ...], images: int) -> int | None:
-    """The dimension that is as long as there are images; None where none or several could be.
+    """The batch dimension of an output; None if none or several are possible.
 
     alone: the shape for one image.
     """
@@ -238,76 +238,76 @@ def _batch_axis(output: Tensor, alone: tuple[int, ...], images: int) -> int | No
 
 
 def _part(output: Tensor) -> Tensor:
-    """A copy of an output (images, ...), with fewer channels where it is large."""
+    """A copy of an output (images, ...), with fewer channels if it is large."""
     if output.ndim < 3 or output[0].numel() <= KEPT:
         return output.clone()
-    # Channels are the longer end in all but the first layers of a net.
+    # Channels are the longer dimension in all but the first layers of a network.
     axis = 1 if output.ndim == 4 and output.shape[1] != output.shape[2] else output.ndim - 1
     cells = output[0].numel() // output.shape[axis]
     step = -(-output.shape[axis] // max(2, KEPT // cells))
     return output[(slice(None),) * axis + (slice(None, None, step),)].clone()
 
 
-def _judged(
-    layer: Layer, output: Tensor, axis: int, size: tuple[int, int], found: CellPositions
+def _with_measured_layout(
+    layer: Layer, output: Tensor, axis: int, size: tuple[int, int], positions: CellPositions
 ) -> Layer:
-    """The layer with its layout as measured; the verdict goes into `found`."""
+    """The layer with its measured layout; the verdict is added to `positions`."""
     shape = layer.given["", layer.calls - 1]
     alone = (*shape[:axis], *shape[axis + 1 :])
     likely = layer.layout if axis == 0 else next(layouts_of(alone, size), None)
     if likely is None and next(layouts_of(alone, size), None) is None:
         return layer
-    looks = _Looks(output, alone)
-    score = looks.score(likely) if likely else -1.0
+    measured = _MeasuredPositions(output, alone)
+    score = measured.score(likely) if likely else -1.0
     chosen, best = likely, score
-    if score < 1 - MARGIN:  # else no other can be so much better
-        others = _others(looks, alone, size)  # none where no grid fits the shape
+    if score < 1 - MARGIN:  # otherwise no other can be better by MARGIN
+        others = _others(measured, alone, size)  # none where no grid fits the shape
         highest, other = max(others, key=itemgetter(0), default=(-1.0, None))
         if highest >= CORRECTED and highest - score > MARGIN:
             best, chosen = highest, other
     if chosen is not None and best >= CONFIRMED:
         is_new = likely is not None and chosen != likely
-        found.verdicts[layer.path] = "corrected" if is_new else "confirmed"
+        positions.verdicts[layer.path] = "corrected" if is_new else "confirmed"
         return replace(layer, layout=replace(chosen, batch_axis=axis), shape=alone)
-    if likely is not None and looks.are_scattered(likely):
-        found.verdicts[layer.path] = "scattered"
+    if likely is not None and measured.are_scattered(likely):
+        positions.verdicts[layer.path] = "scattered"
         return replace(layer, layout=None, shape=alone)
     if likely is not None:
-        found.verdicts[layer.path] = "unclear"
-        # Neither its shape nor what was measured speaks for a map, as of patches that are unfolded.
-        fits = any(likely.grid == each.grid for each in layouts_of(alone, size))
+        positions.verdicts[layer.path] = "unclear"
+        # Neither shape nor measurement supports a map, as for unfolded patches.
+        fits = any(likely.grid == candidate.grid for candidate in layouts_of(alone, size))
         layout = replace(likely, batch_axis=axis) if fits else None
         return replace(layer, layout=layout, shape=alone)
     return layer
 
 
 def _others(
-    looks: _Looks, alone: tuple[int, ...], size: tuple[int, int]
+    measured: _MeasuredPositions, alone: tuple[int, ...], size: tuple[int, int]
 ) -> Iterator[tuple[float, Layout]]:
-    """Each kind of layout with its score; of tokens the best place for those without one."""
+    """Each kind of layout with its score; for tokens, with the best index of the extra tokens."""
     for layout in layouts_of(alone, size):
         if not _is_large(layout, alone):
             continue
         if layout.kind != "tokens":
-            yield looks.score(layout), layout
+            yield measured.score(layout), layout
             continue
         for by_column in (False, True):
-            scores = looks.by_start(layout, by_column=by_column)
+            scores = measured.by_start(layout, by_column=by_column)
             best = int(scores.argmax())
-            found = token_layout(alone[0], layout.grid, best, by_column=by_column)
-            yield float(scores[best]), found
+            tokens = token_layout(alone[0], layout.grid, best, by_column=by_column)
+            yield float(scores[best]), tokens
 
 
 def _is_large(layout: Layout, alone: tuple[int, ...]) -> bool:
-    """Whether a layout has cells enough to be no chance, and more of them than other tokens."""
+    """Whether a layout has enough cells to exclude chance, and more cells than other tokens."""
     cells = math.prod(layout.grid)
     return cells >= FEWEST and (layout.kind != "tokens" or alone[0] - cells < cells)
 
 
-class _Looks:
-    """Where the cells of one output (5, ...) look, by each kind of layout.
+class _MeasuredPositions:
+    """The measured positions of the cells of one output (5, ...), for each kind of layout.
 
-    alone: its shape for one image, of which the output may hold fewer channels.
+    alone: its shape for one image; the output may have fewer channels.
     """
 
     def __init__(self, output: Tensor, alone: tuple[int, ...]) -> None:
@@ -317,19 +317,19 @@ class _Looks:
 
     def score(self, layout: Layout) -> float:
         """The lower of the correlations with the expected positions along both axes, −1..1."""
-        found, (rows, columns) = self._at(layout), layout.grid
-        if found is None:
+        positions, (rows, columns) = self._at(layout), layout.grid
+        if positions is None:
             return -1.0
-        x, y, weight = found
+        x, y, weight = positions
         across = torch.arange(columns, dtype=torch.float64).repeat(rows)
         down = torch.arange(rows, dtype=torch.float64).repeat_interleave(columns)
         scores = [_correlation(x, across, weight)] if columns > 1 else []
         return min([*scores, _correlation(y, down, weight)] if rows > 1 else scores)
 
     def by_start(self, layout: Layout, *, by_column: bool) -> Tensor:
-        """The scores of a layout of tokens by how many cells stand before the other tokens.
+        """The scores of a layout of tokens by the number of cells before the other tokens.
 
-        All at once from running sums: there may be a thousand of them, in hundreds of layers.
+        Computed together from running sums: there may be a thousand, in hundreds of layers.
         """
         x, y, weight = self._positions(layout.channel_axis)
         rows, columns = layout.grid
@@ -343,29 +343,31 @@ class _Looks:
         return torch.stack(scores).amin(dim=0)
 
     def are_scattered(self, layout: Layout) -> bool:
-        """Whether the cells look at different places along both axes."""
-        found = self._at(layout)
-        if found is None:
+        """Whether the positions of the cells differ along both axes."""
+        positions = self._at(layout)
+        if positions is None:
             return False
-        x, y, weight = found
-        spread = [_deviation(each, weight) for each in (x, y)]
+        x, y, weight = positions
+        spread = [_deviation(coordinates, weight) for coordinates in (x, y)]
         return min(spread) > SCATTERED
 
     def _at(self, layout: Layout) -> tuple[Tensor, Tensor, Tensor] | None:
-        """x, y and how much each cell answers, row by row of the layout's map."""
+        """x, y and the strength of the response of each cell, row by row of the layout's map."""
         kept = list(self._alone)
         kept[layout.channel_axis] = self._output.shape[1 + layout.channel_axis]
-        if tuple(kept) != tuple(self._output.shape[1:]):  # something else than channels is missing
+        if tuple(kept) != tuple(
+            self._output.shape[1:]
+        ):  # another dimension than channels was reduced
             return None
-        places = self._positions(layout.channel_axis)
+        maps = self._positions(layout.channel_axis)
         if layout.kind != "tokens":
-            turned = [each.T if layout.transposed else each for each in places]
+            turned = [values.T if layout.transposed else values for values in maps]
             return turned[0].flatten(), turned[1].flatten(), turned[2].flatten()
         if layout.places is not None:
             chosen: Any = list(layout.places)
         else:
             chosen = slice(layout.prefix, layout.prefix + layout.grid[0] * layout.grid[1])
-        return places[0][chosen], places[1][chosen], places[2][chosen]
+        return maps[0][chosen], maps[1][chosen], maps[2][chosen]
 
     def _positions(self, channel_axis: int) -> tuple[Tensor, Tensor, Tensor]:
         if channel_axis not in self._known:
@@ -373,41 +375,41 @@ class _Looks:
             x, across = _share(steps[0], steps[1], channel_axis)
             y, down = _share(steps[2], steps[3], channel_axis)
             weight = torch.minimum(across, down)
-            # A few cells that answer loudly are not to outvote all others.
+            # A few strong cells must not dominate all others.
             self._known[channel_axis] = x, y, weight.clamp(max=float(weight.median()))
         return self._known[channel_axis]
 
 
 def _share(one: Tensor, other: Tensor, channel_axis: int) -> tuple[Tensor, Tensor]:
-    """How much of a cell's answer to both patterns is to one of them, and how large it is."""
+    """The share of a cell's response that is due to the first pattern, and its size."""
     noise = one + other
-    first, second = (each.mul(noise).sum(dim=channel_axis) for each in (one, other))
+    first, second = (response.mul(noise).sum(dim=channel_axis) for response in (one, other))
     both = first + second
     answers = both > 1e-9 * both.max().clamp(min=1e-30)
     share = torch.where(answers, first / torch.where(answers, both, 1), 0.5)
     return share.clamp(-0.5, 1.5), torch.where(answers, both, 0)
 
 
-def _correlation(found: Tensor, expected: Tensor, weight: Tensor) -> float:
+def _correlation(measured: Tensor, expected: Tensor, weight: Tensor) -> float:
     total = float(weight.sum())
     if total <= 0:
         return 0.0
-    found = found - (found * weight).sum() / total
+    measured = measured - (measured * weight).sum() / total
     expected = expected - (expected * weight).sum() / total
-    norm = float((found**2 * weight).sum().sqrt() * (expected**2 * weight).sum().sqrt())
-    return float((found * expected * weight).sum()) / norm if norm > 0 else 0.0
+    norm = float((measured**2 * weight).sum().sqrt() * (expected**2 * weight).sum().sqrt())
+    return float((measured * expected * weight).sum()) / norm if norm > 0 else 0.0
 
 
-def _by_start(found: Tensor, expected: Tensor, weight: Tensor) -> Tensor:
+def _by_start(measured: Tensor, expected: Tensor, weight: Tensor) -> Tensor:
     """Correlations (cells + 1), where token i is cell i before a gap and cell i − extra behind it.
 
     Entry s: with the gap behind s cells. found, weight: (cells + extra,); expected: (cells,).
     """
     cells = len(expected)
-    extra = len(found) - cells
-    found = found - found.mean()  # small numbers: the sums of squares are subtracted
+    extra = len(measured) - cells
+    measured = measured - measured.mean()  # small numbers: the sums of squares are subtracted
     expected = expected - expected.mean()
-    sides = [(found[at : at + cells], weight[at : at + cells]) for at in (0, extra)]
+    sides = [(measured[at : at + cells], weight[at : at + cells]) for at in (0, extra)]
 
     def total_of(term: Callable[[Tensor], Tensor]) -> Tensor:
         before, behind = (_running(share * term(values)) for values, share in sides)
@@ -434,10 +436,10 @@ def _deviation(values: Tensor, weight: Tensor) -> float:
 
 
 def covered(module: nn.Module, layer: str, image: Tensor) -> Rect | None:
-    """The part of the model input that a layer depends on at all; None where it is the whole of it.
+    """The part of the model input that a layer depends on; None if it is the whole input.
 
-    By the gradient at the input of a random sum of the layer's output: exactly zero outside a crop
-    in the model. Costs a forward and a backward pass. Raises what the model raises.
+    Measured by the gradient of a random sum of the layer's output, which is exactly zero outside a
+    crop in the model. Costs a forward and a backward pass. Raises the exceptions of the model.
     """
     taken = image.clone().requires_grad_()
     outputs: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""The condition of a module tree: what a request changed in it, and how to undo that."""
+"""The condition of a module tree: detect changes by a request, and undo them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ PARAMETERS_CHANGED = "parameters changed in place"
 ATTRIBUTE = "attribute changed: "
 
 DEPTH = 3
-"""How deep an attribute is looked into: a list in a dict in an object, and no deeper."""
+"""Depth to which an attribute is compared: a list in a dict in an object."""
 
 WIDEST = 256
-"""Items of a container that are compared. Of a larger one, their number is compared too."""
+"""Maximum number of items that are compared; the length of a container is always compared."""
 
 _HOOK_TABLES = (
     "_forward_hooks",
@@ -39,50 +39,50 @@ Modules = Sequence[tuple[str, nn.Module]]
 
 
 class Condition:
-    """Everything about a module tree that a request must leave as it found it.
+    """The state of a module tree that a request must not change.
 
         condition = Condition.of(module)
         module(image)
-        condition.faults()        # what differs now, in words
+        condition.faults()        # the differences, as text
         condition.restore()       # undo what can be undone in place
 
-    Of each module: its class and `forward`, its hooks, its mode, its attributes (which objects they
-    are, and what is in lists, dicts, sets, arrays and objects, `DEPTH` levels deep). Of each
-    parameter and buffer: which tensor it is, where its memory is, and its version counter, which
-    in-place writes raise; of a parameter also `requires_grad`, `.grad` and its gradient hooks.
+    Of each module: its class and `forward`, hooks, training mode and attributes (identity, and the
+    contents of lists, dicts, sets, arrays and objects, `DEPTH` levels deep). Of each parameter and
+    buffer: its identity, its memory address and its version counter, which in-place writes
+    increment; of a parameter also `requires_grad`, `.grad` and its gradient hooks.
 
-    An attribute or a buffer that is bound again to an equal value is unchanged: models compute
-    constants again, and `weight_norm` its weight.
+    An attribute or a buffer that is rebound to an equal value counts as unchanged: models recompute
+    constants, and `weight_norm` its weight.
 
-    Not seen: what is written through `.data`, numpy or a raw pointer, and state outside the tree:
+    Not detected: writes through `.data`, numpy or a raw pointer, and state outside the tree:
     globals, closures, C++.
     """
 
     def __init__(self, module: nn.Module) -> None:
         modules = parts_of(module)
-        self._values = _AttributeValues({id(each) for _, each in modules})
-        self._parts = [_ModuleCondition(path, each, self._values) for path, each in modules]
-        self._forwards = {type(each): type(each).__dict__.get("forward") for _, each in modules}
+        self._values = _AttributeValues({id(part) for _, part in modules})
+        self._parts = [_ModuleCondition(path, part, self._values) for path, part in modules]
+        self._forwards = {type(part): type(part).__dict__.get("forward") for _, part in modules}
         self._parameters = list(_tensors(modules, "_parameters"))
         self._buffers = list(_tensors(modules, "_buffers"))
         self._marks = self._tensor_marks()
 
     @classmethod
     def of(cls, module: nn.Module) -> Condition:
-        """The condition of a module now."""
+        """The current condition of a module."""
         return cls(module)
 
     @property
     def hooks(self) -> int:
-        """How many hooks the modules and parameters own."""
+        """The number of hooks that the modules and parameters own."""
         return sum(len(part.hooks) for part in self._parts) + sum(
             map(len, self._marks["hooks left or removed"])
         )
 
     def faults(self) -> list[str]:
-        """What differs now, as words for the log; empty where the module is clean.
+        """The differences, as text for the log; empty if the module is clean.
 
-        Raises whatever a module raises that cannot be read.
+        Raises the exceptions of a module that cannot be read.
         """
         words: set[str] = set()
         attributes: list[str] = []
@@ -95,16 +95,16 @@ class Condition:
         return sorted(words) + [f"{ATTRIBUTE}{path}" for path in attributes]
 
     def changed(self) -> list[str]:
-        """The dotted paths of the attributes and buffers that differ now."""
+        """The dotted paths of the attributes and buffers that differ."""
         attributes: list[str] = []
         for part in self._parts:
             part.compare(set(), attributes)
         return attributes
 
     def restore(self) -> None:
-        """Bind attributes and buffers as they were, and put back what their containers held.
+        """Rebind the original attributes and buffers, and restore the contents of containers.
 
-        What was written into a tensor stays, and `faults` says so.
+        Writes into a tensor remain, and `faults` lists them.
         """
         for kind, forward in self._forwards.items():
             if forward is not None and kind.__dict__.get("forward") is not forward:
@@ -114,7 +114,7 @@ class Condition:
         self._values.restore()
 
     def freeze(self) -> None:
-        """Drop the parameters' gradients, and want none: what is scripted is shared by replicas."""
+        """Drop and disable the parameters' gradients: scripted modules are shared by replicas."""
         for parameter in self._parameters:
             parameter.grad = None
             parameter.requires_grad_(False)
@@ -126,14 +126,16 @@ class Condition:
             "parameters in other memory": list(map(_address, parameters)),
             "buffers changed in place": _versions(buffers),
             "buffers in other memory": list(map(_address, buffers)),
-            "requires_grad changed": [each.requires_grad for each in parameters],
-            "gradients left": [each.grad is not None for each in parameters],
-            "hooks left or removed": [tuple(each._backward_hooks or ()) for each in parameters],
+            "requires_grad changed": [parameter.requires_grad for parameter in parameters],
+            "gradients left": [parameter.grad is not None for parameter in parameters],
+            "hooks left or removed": [
+                tuple(parameter._backward_hooks or ()) for parameter in parameters
+            ],
         }
 
 
 class _ModuleCondition:
-    """One module of the tree, and what it was like."""
+    """One module of the tree, and its original state."""
 
     def __init__(self, path: str, module: nn.Module, values: _AttributeValues) -> None:
         self._path = path
@@ -141,8 +143,8 @@ class _ModuleCondition:
         self._class = type(module)
         self._hook_tables = [getattr(module, table) for table in _HOOK_TABLES]
         self.hooks = tuple(chain.from_iterable(self._hook_tables))
-        self._training = getattr(module, "training", None)  # a frozen one has none
-        # A scripted module keeps its tensors, its modules and its attributes in C++.
+        self._training = getattr(module, "training", None)  # a frozen module has none
+        # A scripted module has its tensors, modules and attributes in C++.
         self._is_scripted = isinstance(module, ScriptModule)
         self._names, self._ids = list(vars(module)), _ids(vars(module))
         self._attributes = {} if self._is_scripted else dict(vars(module))
@@ -156,7 +158,7 @@ class _ModuleCondition:
         ]
 
     def compare(self, words: set[str], attributes: list[str]) -> None:
-        """Add what differs now: words for the log, paths of attributes and buffers."""
+        """Add the differences: text for the log, paths of attributes and buffers."""
         now = vars(self._module)
         if tuple(chain.from_iterable(self._hook_tables)) != self.hooks:
             words.add("hooks left or removed")
@@ -212,34 +214,34 @@ class _ModuleCondition:
 
 
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
-"""What torch keeps in the `__dict__` of every module; it is compared apart."""
+"""Entries of torch in the `__dict__` of every module, which are compared separately."""
 
 
 class _AttributeValues:
-    """What attributes hold: marks to compare it by, and copies to restore it from.
+    """The contents of attributes: marks to compare them, and copies to restore them.
 
-    tree: ids of the modules that are compared for themselves.
+    tree: ids of the modules, which are compared separately.
     """
 
     def __init__(self, tree: set[int]) -> None:
         self._tree = tree
-        self._kept: list[Any] = []  # so that no other object gets the id of one that was freed
+        self._kept: list[Any] = []  # so that no new object gets the id of a freed one
         self._contents: list[tuple[Any, Any]] = []
 
     def watch(self, value: Any) -> Callable[[], bool]:
-        """A function that says whether a value still holds the same."""
+        """A function that returns whether a value has the same contents."""
         if isinstance(value, list) and all(map(_is_fixed, value)):
             self._keep(value, value)
             before = tuple(map(id, value))
             return lambda: tuple(map(id, value)) == before
         try:
             marks = self._marks(value, DEPTH, keep=True)
-        except Exception:  # noqa: BLE001 - of what cannot be looked into, which object it is
+        except Exception:  # noqa: BLE001 - an unreadable value is compared by identity
             return lambda: True
         return lambda: bool(marks == self._marks(value, DEPTH))
 
     def restore(self) -> None:
-        """Put back what containers held."""
+        """Restore the contents of containers."""
         for container, items in self._contents:
             container.clear()
             if isinstance(container, dict | set):
@@ -252,11 +254,11 @@ class _AttributeValues:
         self._contents.append((held, held.copy()))
 
     def _marks(self, value: Any, depth: int, *, keep: bool = False) -> Any:
-        """Nested tuples of plain values, ids and versions. keep: hold on to all that is met."""
+        """Nested tuples of plain values, ids and versions. keep: keep references to all objects."""
         if isinstance(value, _FIXED):
             return (type(value), repr(value) if isinstance(value, float | complex) else value)
         if isinstance(value, tuple):
-            items = (self._marks(each, depth, keep=keep) for each in value[:WIDEST])
+            items = (self._marks(item, depth, keep=keep) for item in value[:WIDEST])
             return (type(value), len(value), *items)
         if keep:
             self._kept.append(value)
@@ -278,43 +280,43 @@ class _AttributeValues:
         items: Iterable[Any] = islice(held, WIDEST)
         if isinstance(held, dict):
             items = chain.from_iterable(islice(held.items(), WIDEST))
-        marks = [self._marks(each, depth, keep=keep) for each in items]
+        marks = [self._marks(item, depth, keep=keep) for item in items]
         if keep:
             self._keep(value, held)
         return (id(value), len(held), *marks)
 
 
 def parts_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Every module of a tree once, with its path. Runs no code of the modules."""
-    found: list[tuple[str, nn.Module]] = []
+    """Every module of a tree once, with its path; runs no code of the modules."""
+    parts: list[tuple[str, nn.Module]] = []
     seen: set[int] = set()
     waiting: list[tuple[str, nn.Module]] = [("", module)]
     while waiting:
-        path, each = waiting.pop()
-        if id(each) in seen:
+        path, part = waiting.pop()
+        if id(part) in seen:
             continue
-        seen.add(id(each))
-        found.append((path, each))
-        for name, child in reversed(list(_table(each, "_modules").items())):
+        seen.add(id(part))
+        parts.append((path, part))
+        for name, child in reversed(list(_table(part, "_modules").items())):
             if child is not None:
                 waiting.append((f"{path}.{name}" if path else name, child))
-    return found
+    return parts
 
 
 def hooks_of(module: nn.Module) -> Hooks:
-    """The ids of all hooks: one tuple a module, then one a parameter."""
+    """The ids of all hooks: one tuple per module, then one per parameter."""
     modules = parts_of(module)
     return (
         *(
-            tuple(hook for table in _HOOK_TABLES for hook in list(getattr(each, table)))
-            for _, each in modules
+            tuple(hook for table in _HOOK_TABLES for hook in list(getattr(part, table)))
+            for _, part in modules
         ),
-        *(tuple(each._backward_hooks or ()) for each in _tensors(modules, "_parameters")),
+        *(tuple(parameter._backward_hooks or ()) for parameter in _tensors(modules, "_parameters")),
     )
 
 
 def same(one: Any, other: Any, depth: int = DEPTH) -> bool:
-    """Whether two values are equal data: numbers, texts, tensors, arrays, containers of these."""
+    """Whether two values are equal data: numbers, strings, tensors, arrays, containers of these."""
     if one is other or type(one) is not type(other) or not depth:
         return one is other
     if isinstance(one, Tensor | np.ndarray):
@@ -331,19 +333,19 @@ def same(one: Any, other: Any, depth: int = DEPTH) -> bool:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Whether two tensors or two arrays hold the same."""
+    """Whether two tensors or two arrays are equal."""
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
     try:
         if isinstance(one, np.ndarray):
             return np.array_equal(one, other)
         return one.device == other.device and torch.equal(one, other)
-    except (RuntimeError, NotImplementedError):  # of a layout that cannot be compared
+    except (RuntimeError, NotImplementedError):  # a layout that cannot be compared
         return False
 
 
 def _rebound(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    """The names that are bound to something else than before, and not to its equal."""
+    """The names that are bound to another, unequal value."""
     for name in sorted(before.keys() | now.keys()):
         both = name in before and name in now
         if not both or (now[name] is not before[name] and not same(before[name], now[name])):
@@ -356,7 +358,7 @@ def _is_fixed(value: Any) -> bool:
 
 
 def _is_shared(kind: Any) -> bool:
-    """Whether copies of a module may share objects of a class: it says how they are copied."""
+    """Whether copies of a module may share objects of a class, because it customizes copying."""
     methods = ("__reduce__", "__reduce_ex__")
     as_object = all(getattr(kind, name) is getattr(object, name) for name in methods)
     return not as_object or hasattr(kind, "__deepcopy__")
@@ -369,32 +371,32 @@ def _ids(values: dict[str, Any]) -> tuple[int, ...]:
 def _tensors(modules: Modules, table: str) -> Iterator[Tensor]:
     """Each tensor in these tables once."""
     seen: set[int] = set()
-    for _, each in modules:
-        for tensor in list(_table(each, table).values()):  # others may change it meanwhile
+    for _, part in modules:
+        for tensor in list(_table(part, table).values()):  # other threads may change it
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))
                 yield tensor
 
 
 def _table(module: nn.Module, table: str) -> Any:
-    found = vars(module).get(table)
-    return getattr(module, table) if found is None else found  # of a traced module
+    entries = vars(module).get(table)
+    return getattr(module, table) if entries is None else entries  # of a traced module
 
 
 def _versions(tensors: Iterable[Tensor]) -> list[int | None]:
     try:
-        return [each._version for each in tensors]
+        return [tensor._version for tensor in tensors]
     except RuntimeError:
         return list(map(_version, tensors))
 
 
 def _version(tensor: Tensor) -> int | None:
-    """Its version counter; None where it has none, as what was made in inference mode."""
+    """The version counter of a tensor; None for one created in inference mode."""
     return None if tensor.is_inference() else tensor._version
 
 
 def _address(tensor: Tensor) -> int | None:
-    """Where its memory is; None where that is no one place, as of a sparse tensor."""
+    """The memory address of a tensor; None if it has none, such as a sparse tensor."""
     try:
         return tensor.data_ptr()
     except (RuntimeError, NotImplementedError):

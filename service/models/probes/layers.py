@@ -1,4 +1,4 @@
-"""What one forward pass of a model shows: its layers, their shapes, and where to explain."""
+"""Trace one forward pass: the layers of a model, their shapes, and the default target layer."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from service.models.catalog import Select
 from service.models.probes.logits import logits_in
 
 Shapes = dict[tuple[str, int], tuple[int, ...]]
-"""By part and call, as `service.cam.hooks.calls_of` names them; with the batch dimension."""
+"""Shapes by part and call (`service.cam.hooks.calls_of`), with the batch dimension."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One module of a model.
+    """One module of a model; `api_schemas.models.Layer` is its wire form.
 
-    shape:      of its output for one image, without the batch dimension; None where it was not
-                called or returns something else than one tensor.
-    parameters: how many numbers the module and its children hold.
-    layout:     where the places are in that output; None where no map can be drawn from it.
-    calls:      how often one forward pass calls it.
-    taken, given: the shapes of all tensors that these calls take and give, for one image.
-    share:      which share of the model's operations is done when it has run, 0..1.
-    before:     which share is done when it begins, at its first call.
+    shape:      of its output for one image, without the batch dimension; None if it was not called
+                or does not return a single tensor.
+    parameters: number of values in the parameters of the module and its children.
+    layout:     the dimensions of cells and channels in that output; None: no map can be drawn.
+    calls:      number of calls in one forward pass.
+    taken, given: shapes of all input and output tensors of these calls, for one image.
+    share:      share of the model's operations that is done when it has run, 0..1.
+    before:     share that is done when its first call starts.
     """
 
     path: str
@@ -68,10 +68,10 @@ class _LayerCalls:
 
 
 class _Operations(TorchDispatchMode):
-    """Counts the operations of what this thread runs inside the `with`.
+    """Counts the operations of this thread inside the `with`.
 
-    Not torch's FlopCounterMode: that one sets hooks on the modules of every thread, and models are
-    tried out while others serve.
+    Not torch's FlopCounterMode: it sets hooks on the modules of every thread, and models are traced
+    while others are served.
     """
 
     def __init__(self) -> None:
@@ -93,10 +93,10 @@ class _Operations(TorchDispatchMode):
 
 
 def trace_layers(model: nn.Module, image: Tensor, select: Select = None) -> LayerTrace:
-    """Run `model` once on `image` (1, C, H, W), with hooks on every module, all removed after it.
+    """Run `model` once on `image` (1, C, H, W), with temporary hooks on every module.
 
-    select: where the logits are in the model's output. Raises whatever the model raises, and
-    TypeError where there are no logits (1, classes).
+    select: where the logits are in the model's output. Raises the exceptions of the model, and
+    TypeError if there are no logits (1, classes).
     """
     seen = {path: _LayerCalls() for path, _ in model.named_modules() if path}
     clock = iter(range(1 << 62))
@@ -110,7 +110,7 @@ def trace_layers(model: nn.Module, image: Tensor, select: Select = None) -> Laye
             now.finished = next(clock)
             now.operations = counter.total
             now.shape = tuple(output.shape[1:]) if isinstance(output, Tensor) else None
-            # A model that cuts the image into windows has more rows here than images.
+            # A model that splits the image into windows has more rows here than images.
             now.whole = isinstance(output, Tensor) and output.ndim > 1 and len(output) == 1
             now.real = isinstance(output, Tensor) and output.is_floating_point()
             now.unchanged = bool(args) and output is args[0]
@@ -127,7 +127,7 @@ def trace_layers(model: nn.Module, image: Tensor, select: Select = None) -> Laye
     with ExitStack() as hooks, torch.no_grad(), counter:
         for path in seen:
             module = model.get_submodule(path)
-            if isinstance(module, ScriptModule):  # takes no hooks
+            if isinstance(module, ScriptModule):  # accepts no hooks
                 continue
             handle = module.register_forward_hook(watch(path), with_kwargs=True)
             hooks.callback(handle.remove)
@@ -155,8 +155,8 @@ def trace_layers(model: nn.Module, image: Tensor, select: Select = None) -> Laye
     finished = sorted((now.finished, path) for path, now in seen.items() if now.calls)
     order = tuple(path for _, path in finished)
     unchanged = frozenset(path for path, now in seen.items() if now.unchanged)
-    found = LayerTrace(layers, None, logits.shape[1], order, unchanged)
-    return replace(found, target_layer=default_target(found, layers))
+    trace = LayerTrace(layers, None, logits.shape[1], order, unchanged)
+    return replace(trace, target_layer=default_target(trace, layers))
 
 
 def _note(shapes: Shapes, tree: Any) -> None:
@@ -167,10 +167,10 @@ def _note(shapes: Shapes, tree: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class LayerTrace:
-    """The layers in definition order, the target layer that the rule finds, and the class count.
+    """The layers in definition order, the default target layer, and the number of classes.
 
-    order:     the paths of the modules that ran, by when they finished last.
-    unchanged: those that hand their input on.
+    order:     the paths of the modules that ran, in the order in which they last finished.
+    unchanged: the paths of modules that return their input.
     """
 
     layers: tuple[Layer, ...]
@@ -180,38 +180,38 @@ class LayerTrace:
     unchanged: frozenset[str] = frozenset()
 
 
-def default_target(found: LayerTrace, layers: Sequence[Layer]) -> str | None:
-    """The module that finishes last with a feature map, as the output of the last block does.
+def default_target(trace: LayerTrace, layers: Sequence[Layer]) -> str | None:
+    """The module that finishes last with a feature map, such as the last block.
 
     layers: those of `found`, with the layouts to go by.
 
-    Pooling, modules that hand their input on, and maps with one channel a class (SqueezeNet's
-    classifier is a convolution) come behind the features and do not count.
+    Pooling, modules that return their input, and maps with one channel per class (SqueezeNet's
+    classifier is a convolution) do not count.
 
-    Where tokens follow the last map, that map is only the patch embedding. There it is the norm
-    before the last attention: behind that attention only the class token goes on to the head.
+    If tokens follow the last map, it is only the patch embedding. Then the result is the norm
+    before the last attention: behind that attention only the class token reaches the head.
     """
     known = {layer.path: layer for layer in layers}
-    for path in reversed(found.order):
+    for path in reversed(trace.order):
         layer = known[path]
         shape = layer.shape or ()
         if len(shape) == 2 and (layer.layout is not None or _is_whole(layer)):
-            return _norm_before_attention([known[each] for each in found.order])
+            return _norm_before_attention([known[path] for path in trace.order])
         is_map = len(shape) == 3 and layer.layout is not None
         channels = shape[layer.layout.channel_axis] if is_map and layer.layout else None
-        if is_map and not _passes_on(layer, found) and channels != found.classes:
+        if is_map and not _passes_on(layer, trace) and channels != trace.classes:
             return path
     return None
 
 
 def _is_whole(layer: Layer) -> bool:
-    """Whether the layer's output has one row for one image: not so where it is cut into windows."""
-    given = layer.given.get(("", layer.calls - 1), ())
-    return len(given) > 1 and given[0] == 1
+    """Whether the layer's output has one row for one image; false if it is split into windows."""
+    shape = layer.given.get(("", layer.calls - 1), ())
+    return len(shape) > 1 and shape[0] == 1
 
 
-def _passes_on(layer: Layer, found: LayerTrace) -> bool:
-    return "Pool" in layer.type or layer.path in found.unchanged
+def _passes_on(layer: Layer, trace: LayerTrace) -> bool:
+    return "Pool" in layer.type or layer.path in trace.unchanged
 
 
 def _norm_before_attention(finished: Sequence[Layer]) -> str | None:
@@ -220,7 +220,7 @@ def _norm_before_attention(finished: Sequence[Layer]) -> str | None:
         for index, layer in enumerate(finished)
         if "Attention" in layer.type or "Attn" in layer.type
     ]
-    # A block named after its attention finishes behind the norms that follow that.
+    # A block named after its attention finishes after the norms that follow the attention.
     outer = [
         index
         for index in attentions

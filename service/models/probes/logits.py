@@ -1,4 +1,4 @@
-"""Where the logits are in what a model returns, and whether they are logits at all."""
+"""Find the logits in the output of a model, and undo an output activation."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from torch import Tensor
 from service.models.catalog import Select
 
 OutputActivation = Literal["softmax", "sigmoid", "log_softmax"]
-"""An activation that is part of a model, so that it returns probabilities or their logarithms."""
+"""An activation inside the model: it returns probabilities or their logarithms."""
 
 SMALLEST = 1e-7
-"""Probabilities are kept this far from 0 and 1 before their logarithm is taken: the resolution of
-float32 just below 1."""
+"""Smallest distance of probabilities from 0 and 1 before the logarithm: the resolution of float32
+just below 1."""
 
 
 def logits_in(output: Any, select: Select) -> Tensor:
-    """The logits, float32, of a model's output: itself, or the element that `select` names.
+    """The logits, float32, of a model's output: the output, or the element that `select` names.
 
-    Raises TypeError that says what the output is and what could be selected.
+    Raises TypeError with the type and the elements of the output.
     """
     try:
-        found = _element(output, select)
+        element = _element(output, select)
     except (LookupError, AttributeError, TypeError) as error:
         raise TypeError(
-            f"forward() returns {_described(output)}, which has no {select!r}; `output.select` "
-            "says where the logits are"
+            f"forward() returns {_described(output)}, which has no {select!r}; set "
+            "`output.select` to the element with the logits"
         ) from error
-    if not isinstance(found, Tensor):
+    if not isinstance(element, Tensor):
         raise TypeError(
             f"forward() returns {_described(output)} where logits (batch, classes) are needed; "
-            "say with `output.select` which place or key holds them"
+            "set `output.select` to their index or key"
         )
-    return found.float()
+    return element.float()
 
 
 def output_activation(rows: Tensor) -> OutputActivation | None:
-    """Which activation some outputs (N, classes) went through, by their values; None for logits.
+    """The activation of some outputs (N, classes), inferred from their values; None for logits.
 
-    One output a row is a sigmoid's where it lies in 0..1; a softmax of one would always be 1.
+    A single output per row is that of a sigmoid if it lies in 0..1; a softmax would always be 1.
     """
     if not rows.numel() or rows.ndim != 2 or not bool(rows.isfinite().all()):
         return None
@@ -58,9 +58,9 @@ def _sum_to_one(rows: Tensor) -> bool:
 
 
 def as_logits(output: Tensor, kind: OutputActivation) -> Tensor:
-    """Probabilities p (N, classes), or their logarithms, as log p − log(1 − p).
+    """Convert probabilities p (N, classes), or their logarithms, to log p − log(1 − p).
 
-    A sigmoid of that is p again, so that scores are those that the model gave.
+    A sigmoid of the result is p, so that scores are those of the model.
     """
     chances = output.exp() if kind == "log_softmax" else output
     return chances.clamp(SMALLEST, 1 - SMALLEST).logit()

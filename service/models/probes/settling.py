@@ -1,4 +1,4 @@
-"""What a model keeps between two calls: constants that it builds lazily, and state."""
+"""State that a model keeps between two calls: lazily built constants, and other attributes."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from service.models.replicas import replicate
 
 
 def settle(master: nn.Module, image: Tensor, *, copied: bool = True) -> tuple[str, ...]:
-    """Try a model on several images; put its lazy constants into the master, and name its state.
+    """Run a model on several images; copy its lazy constants into the master, and return its state.
 
-    A constant is what the first call builds, the second one leaves alone, and another replica
-    builds equally of another image: position tables, masks. Replicas get it with the master. State
-    is what each call writes, or what depends on the image: in the words of `Condition.faults`.
+    A constant is built by the first call, unchanged by the second, and built equally by another
+    replica from another image: position tables, masks. Replicas get it with the master. State is
+    written in every call, or depends on the image; it is named as in `Condition.faults`.
 
-    image: normalised (1, C, H, W); others like it are made up.
-    copied: whether requests run copies of the master; else they run the master, which is tried.
+    image: normalised (1, C, H, W), whose shape noise images get.
+    copied: whether requests run copies of the master; otherwise they run the master itself.
 
-    Raises ConfigurationError where a call changes parameters, which all replicas share.
+    Raises ConfigurationError if a call changes parameters, which all replicas share.
     """
-    if isinstance(master, ScriptModule):  # shared by all replicas, and what it keeps is in C++
+    if isinstance(master, ScriptModule):  # shared by all replicas, with its state in C++
         return ()
     first = replicate(master) if copied else master
     began = Condition.of(first)
@@ -43,9 +43,9 @@ def settle(master: nn.Module, image: Tensor, *, copied: bool = True) -> tuple[st
         with torch.no_grad():
             _call(first, _noise(image, 1))
         built, warm = began.changed(), Condition.of(first)
-        with _writes(first) as written, torch.enable_grad():  # as when a gradient is wanted
+        with _writes(first) as written, torch.enable_grad():  # as for a gradient
             _call(first, _noise(image, 2))
-    except Exception:  # noqa: BLE001 - what a model makes of noise is no reason not to serve it
+    except Exception:  # noqa: BLE001 - a failure on noise is no reason to refuse the model
         return ()
     faults = {*warm.faults(), *(f"{ATTRIBUTE}{path}" for path in written)}
     if PARAMETERS_CHANGED in {*faults, *began.faults()}:
@@ -60,7 +60,7 @@ def settle(master: nn.Module, image: Tensor, *, copied: bool = True) -> tuple[st
 
 
 def _constants(lazy: list[str], first: nn.Module, master: nn.Module, image: Tensor) -> set[str]:
-    """What another replica builds equally of another image; the master gets it."""
+    """The paths that another replica builds equally from another image; copied into the master."""
     if not lazy:
         return set()
     second = replicate(master)
@@ -83,9 +83,9 @@ def _noise(image: Tensor, seed: int) -> Tensor:
 
 
 def _transplanted(path: str, first: nn.Module, second: nn.Module, master: nn.Module) -> bool:
-    """Give the master what two replicas hold equally under a path; False where they do not."""
+    """Copy a value that two replicas have in common into the master; False if they differ."""
     parent, _, name = path.rpartition(".")
-    mine, theirs, target = (vars(each.get_submodule(parent)) for each in (first, second, master))
+    mine, theirs, target = (vars(root.get_submodule(parent)) for root in (first, second, master))
     if name in mine["_buffers"]:
         mine, theirs, target = mine["_buffers"], theirs["_buffers"], target["_buffers"]
     if name not in mine or name not in theirs or not same(mine[name], theirs[name]):
@@ -96,16 +96,16 @@ def _transplanted(path: str, first: nn.Module, second: nn.Module, master: nn.Mod
 
 @contextmanager
 def _writes(module: nn.Module) -> Iterator[set[str]]:
-    """The dotted paths of the attributes that are assigned inside, also where the value is equal.
+    """The dotted paths of attributes that are assigned inside the `with`, also with equal values.
 
-    Each module has a class of its own meanwhile, which notes assignments.
+    Meanwhile each module has a subclass that records assignments.
     """
     written: set[str] = set()
     kinds: list[tuple[nn.Module, type]] = []
-    for path, each in parts_of(module):
-        kind = type(each)
+    for path, part in parts_of(module):
+        kind = type(part)
         reacts = any("__init_subclass__" in vars(base) for base in kind.__mro__[:-1])
-        if reacts or isinstance(each, ScriptModule | fx.GraphModule):
+        if reacts or isinstance(part, ScriptModule | fx.GraphModule):
             continue
 
         def note(
@@ -115,10 +115,10 @@ def _writes(module: nn.Module) -> Iterator[set[str]]:
                 written.add(f"{path}.{name}" if path else name)
             kind.__setattr__(self, name, value)
 
-        object.__setattr__(each, "__class__", type(kind.__name__, (kind,), {"__setattr__": note}))
-        kinds.append((each, kind))
+        object.__setattr__(part, "__class__", type(kind.__name__, (kind,), {"__setattr__": note}))
+        kinds.append((part, kind))
     try:
         yield written
     finally:
-        for each, kind in kinds:
-            object.__setattr__(each, "__class__", kind)
+        for part, kind in kinds:
+            object.__setattr__(part, "__class__", kind)

@@ -1,4 +1,4 @@
-"""Torch's own state of a thread and of the process, kept from what a model's code does to it."""
+"""Restore the state of torch, of thread and process, after the code of a model has run."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ _DEVICES = ("cpu", "cuda")
 
 @contextmanager
 def kept_torch_state(*, random: bool = True) -> Iterator[None]:
-    """Run a model's code, or what builds it, and leave torch as it was.
+    """Restore the state of torch after the code or the builder of a model has run.
 
     Of the thread: grad mode, inference mode, autocast, number of threads, default device. Of the
     process: default dtype, the CPU's random generator, deterministic algorithms, anomaly mode,
     float32 matmul precision, the switches of cuDNN and of oneDNN.
 
-    What is of the process is restored to its value before the first of the blocks that overlap in
-    time: otherwise one block would take for the original what another one left for a moment.
+    The state of the process is restored to its value before the first of several overlapping
+    blocks: otherwise one block would save a temporary value of another.
 
-    random: False lets random numbers go on: what compares two runs must see that they differ.
+    random: False does not restore random generators, for code that compares two runs.
     """
     threads, device = torch.get_num_threads(), torch.get_default_device()
     autocast = _autocast()
     grad = torch.is_grad_enabled()
     _process.enter()
     try:
-        # Its end restores all of autograd's thread state, whatever was switched on inside.
+        # Its end restores all of autograd's thread state.
         with torch.inference_mode(torch.is_inference_mode_enabled()), torch.set_grad_enabled(grad):
             yield
     finally:
@@ -96,11 +96,11 @@ _SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     ),
     (lambda: torch.backends.mkldnn.enabled, _set_onednn),
 )
-"""How each is read and set. Not TF32 of cuDNN, which loading a model on a GPU settles for good."""
+"""Reads and sets each switch. Not TF32 of cuDNN, which is set once when a model is loaded."""
 
 
 class _Process:
-    """What is of the process, as it was before the first of the blocks that run now."""
+    """The state of the process before the first of the current blocks."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

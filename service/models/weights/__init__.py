@@ -1,1 +1,1 @@
-"""Files of weights: opened without running code, and matched to the model."""
+"""Weights files: read without running code, and matched to the model."""

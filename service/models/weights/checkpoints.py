@@ -1,13 +1,13 @@
-"""The state dict in what a training script saved.
+"""Find the state dict of a model in a checkpoint of a training script.
 
     found = checkpoint_tensors(checkpoint)             # every tensor below a name, at any depth
     chosen = select_weights(found, model.state_dict())  # those of the model, under its own keys
 
-The rule: all keys of the model are there after one prefix, which may be names of dicts around the
-state dict, names of modules around the model, or both. What `torch.compile` and wrappers for
-several devices put between two names is taken out. Nothing else of the same dict is left over but
-what training is known to leave: buffers of losses and metrics, counters of averages, and a moving
-average (EMA) of the same weights.
+The rule: all keys of the model are present after one prefix, which may consist of names of dicts
+around the state dict, names of modules around the model, or both. Names that `torch.compile` and
+wrappers for several devices insert are removed. The same dict may contain nothing else but known
+remainders of training: buffers of losses and metrics, counters of averages, and a moving average
+(EMA) of the same weights.
 """
 
 from __future__ import annotations
@@ -22,44 +22,44 @@ import torch
 from torch import Tensor
 
 DEPTH = 8
-"""Dicts inside one another that are looked into."""
+"""Maximum depth of nested dicts."""
 
 _BETWEEN = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-"""Names that wrappers put between those of the model."""
+"""Names that wrappers insert between those of the model."""
 
 _OF_TRAINING = re.compile(
     r"(\w+_)?(criterions?|loss(es)?|loss_?(fn|func|function)s?|metrics?|acc|accuracy|auroc|f1)(_\w+)?"
     r"|(\w+_)?(class|pos)_weights?|n_averaged|num_updates|decay"
 )
-"""Names of modules and buffers that are known to be no part of a model."""
+"""Names of modules and buffers of training that are not part of a model."""
 
 _AVERAGED = re.compile(
     r"(?:^|[._])(ema|swa|avg|averaged?|shadow|ema_?model|model_?ema)(?:[._]|$)", re.IGNORECASE
 )
-"""In prefixes of moving averages, such as `state_dict_ema`, `model_ema.module`, `swa_model`."""
+"""Prefixes of moving averages, such as `state_dict_ema`, `model_ema.module`, `swa_model`."""
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointTensor:
-    """A tensor. place: names of the dicts around it, joined by dots; key: its own name there."""
+    """A tensor. parents: names of the dicts around it, joined by dots; key: its own name."""
 
-    place: str
+    parents: str
     key: str
     tensor: Tensor
 
     @property
     def name(self) -> str:
-        return f"{self.place}.{self.key}" if self.place else self.key
+        return f"{self.parents}.{self.key}" if self.parents else self.key
 
 
 @dataclass(frozen=True, slots=True)
 class SelectedWeights:
-    """What of a checkpoint a model gets.
+    """The tensors of a checkpoint that a model gets.
 
-    tensors: under the model's own keys; where it does not fit, what is left over keeps its names.
-    prefix:  what was taken off, with its last dot. fits: whether all keys of the model are there.
-    dropped: names of what is known to be no part of a model. averaged: prefixes of moving averages
-    that fit as well, and are not used. others: prefixes that fit as well, and have other values.
+    tensors: under the keys of the model; unmatched tensors keep their names.
+    prefix:  the removed prefix, with its last dot. fits: whether all keys of the model are present.
+    dropped: names of tensors that are not part of a model. averaged: prefixes of moving averages
+    that fit, too, and are not used. others: prefixes that fit, too, with different values.
     """
 
     tensors: Mapping[str, Tensor]
@@ -70,30 +70,34 @@ class SelectedWeights:
     others: Sequence[str] = ()
 
 
-def checkpoint_tensors(found: Any, place: str = "", depth: int = 0) -> Iterator[CheckpointTensor]:
-    """Every tensor of dicts inside one another whose keys are texts; lists count as dicts."""
-    if isinstance(found, (list, tuple)):
-        found = {str(index): each for index, each in enumerate(found) if isinstance(each, Mapping)}
-    if not isinstance(found, Mapping) or depth > DEPTH:
+def checkpoint_tensors(
+    checkpoint: Any, parents: str = "", depth: int = 0
+) -> Iterator[CheckpointTensor]:
+    """Every tensor in nested dicts with string keys; lists count as dicts."""
+    if isinstance(checkpoint, (list, tuple)):
+        checkpoint = {
+            str(index): item for index, item in enumerate(checkpoint) if isinstance(item, Mapping)
+        }
+    if not isinstance(checkpoint, Mapping) or depth > DEPTH:
         return
-    for key, value in found.items():
-        if not isinstance(key, str):  # an optimiser's state, by the number of the parameter
+    for key, value in checkpoint.items():
+        if not isinstance(key, str):  # the state of an optimiser, by the index of the parameter
             continue
         if isinstance(value, Tensor):
-            yield CheckpointTensor(place, key, value)
+            yield CheckpointTensor(parents, key, value)
         else:
-            yield from checkpoint_tensors(value, f"{place}.{key}" if place else key, depth + 1)
+            yield from checkpoint_tensors(value, f"{parents}.{key}" if parents else key, depth + 1)
 
 
 def select_weights(
     entries: Sequence[CheckpointTensor], wanted: Mapping[str, Tensor], under: str | None = None
 ) -> SelectedWeights:
-    """What of a checkpoint fits a model best.
+    """Select the tensors of a checkpoint that fit a model best.
 
-    wanted: the model's state dict. under: the names in front of what may be chosen.
+    wanted: the model's state dict. under: the prefix that the user requires.
     """
     if under is not None:
-        entries = [_below(each, under) for each in entries if each.name.startswith(f"{under}.")]
+        entries = [_below(entry, under) for entry in entries if entry.name.startswith(f"{under}.")]
     names, by_prefix = _spelt(entries, wanted)
     required = [key for key in wanted if not key.endswith("num_batches_tracked")] or list(wanted)
     fitting = [p for p, keys in by_prefix.items() if all(key in keys for key in required)]
@@ -103,14 +107,14 @@ def select_weights(
     plain = [p for p in fitting if not _AVERAGED.search(p.rstrip("."))] or fitting
     prefix, *rest = sorted(plain, key=lambda p: (p.count("."), p))
     keys = by_prefix[prefix]
-    # What fits as it is is what a plain `load_state_dict` takes, whatever copies are beside it.
+    # Without a prefix it is what a plain `load_state_dict` accepts, whatever else is there.
     others = [p for p in rest if prefix and not _same(entries, keys, by_prefix[p], required)]
     of_fitting = {index for p in fitting for index in by_prefix[p].values()}
-    places = {entries[index].place for index in keys.values()}
+    parents = {entries[index].parents for index in keys.values()}
     tensors = {key: entries[index].tensor for key, index in keys.items()}
     dropped = []
     for index, (entry, name) in enumerate(zip(entries, names, strict=True)):
-        if entry.place not in places or index in of_fitting:
+        if entry.parents not in parents or index in of_fitting:
             continue
         left = name.removeprefix(prefix) if name.startswith(prefix) else entry.key
         if _is_of_training(entry.key) or _is_of_training(left):
@@ -133,47 +137,47 @@ def _is_of_training(key: str) -> bool:
 
 
 def _below(entry: CheckpointTensor, under: str) -> CheckpointTensor:
-    """An entry as if what is under some names were the whole checkpoint."""
-    if entry.place == under or entry.place.startswith(f"{under}."):
-        return CheckpointTensor(entry.place[len(under) + 1 :], entry.key, entry.tensor)
+    """An entry relative to a prefix."""
+    if entry.parents == under or entry.parents.startswith(f"{under}."):
+        return CheckpointTensor(entry.parents[len(under) + 1 :], entry.key, entry.tensor)
     return CheckpointTensor("", entry.name[len(under) + 1 :], entry.tensor)
 
 
 def _spelt(
     entries: Sequence[CheckpointTensor], wanted: Mapping[str, Tensor]
 ) -> tuple[list[str], dict[str, dict[str, int]]]:
-    """The names as they fit best, with what is between them taken out; and what fits by prefix."""
+    """The names in the spelling that fits best, without inserted names; and matches by prefix."""
     spellings = (
         lambda parts: parts,
         lambda parts: [part for part in parts if part not in _BETWEEN],
-        # Of a part of the model that ran on several devices.
+        # A part of the model that ran on several devices.
         lambda parts: parts[:1] + [p for p in parts[1:] if p not in _BETWEEN | {"module"}],
     )
     best: tuple[list[str], dict[str, dict[str, int]]] | None = None
     most = -1
     for spell in spellings:
         names = [".".join(spell(entry.name.split("."))) for entry in entries]
-        found = _by_prefix(names, wanted)
-        count = max(map(len, found.values()), default=0)
+        by_prefix = _by_prefix(names, wanted)
+        count = max(map(len, by_prefix.values()), default=0)
         if best is None or (count > most and len(set(names)) == len(names)):
-            best, most = (names, found), count
+            best, most = (names, by_prefix), count
     assert best is not None
     return best
 
 
 def _by_prefix(names: Sequence[str], wanted: Mapping[str, Tensor]) -> dict[str, dict[str, int]]:
-    """By each prefix the keys of the model that are there after it, with their places."""
-    found: dict[str, dict[str, int]] = {}
+    """The keys of the model after each prefix, with their indices."""
+    by_prefix: dict[str, dict[str, int]] = {}
     for index, name in enumerate(names):
         start = 0
         while True:
             if name[start:] in wanted:
-                found.setdefault(name[:start], {})[name[start:]] = index
+                by_prefix.setdefault(name[:start], {})[name[start:]] = index
             dot = name.find(".", start)
             if dot < 0:
                 break
             start = dot + 1
-    return found
+    return by_prefix
 
 
 def _has_shapes(
@@ -188,7 +192,7 @@ def _same(
     other: Mapping[str, int],
     keys: Sequence[str],
 ) -> bool:
-    """Whether two sets of weights are one, saved twice."""
+    """Whether two sets of weights are equal."""
     pairs = ((entries[one[key]].tensor, entries[other[key]].tensor) for key in keys)
     return all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
 
@@ -198,19 +202,19 @@ def _nearest(
     names: Sequence[str],
     by_prefix: Mapping[str, Mapping[str, int]],
 ) -> SelectedWeights:
-    """Where nothing fits: what has most of the model's keys, or else the most tensors."""
+    """If nothing fits: the set with most of the model's keys, otherwise with most tensors."""
     if not by_prefix:
-        count = Counter(entry.place for entry in entries)
-        place = max(count, key=lambda each: count[each], default="")
-        tensors = {each.key: each.tensor for each in entries if each.place == place}
-        return SelectedWeights(tensors, f"{place}." if place else "")
+        count = Counter(entry.parents for entry in entries)
+        parent = max(count, key=count.__getitem__, default="")
+        tensors = {entry.key: entry.tensor for entry in entries if entry.parents == parent}
+        return SelectedWeights(tensors, f"{parent}." if parent else "")
     prefix = max(by_prefix, key=lambda p: (len(by_prefix[p]), -len(p)))
-    places = {entries[index].place for index in by_prefix[prefix].values()}
+    parents = {entries[index].parents for index in by_prefix[prefix].values()}
     return SelectedWeights(
         {
             name.removeprefix(prefix) if name.startswith(prefix) else entry.key: entry.tensor
             for entry, name in zip(entries, names, strict=True)
-            if entry.place in places
+            if entry.parents in parents
         },
         prefix,
     )

@@ -1,4 +1,4 @@
-"""What a safetensors file says beside its tensors: how to feed the model and read its answer."""
+"""The metadata of a safetensors file: preprocessing and output activation of the model."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from service.errors import ConfigurationError
 from service.images.decode import Preprocessing
 from service.models.catalog import Fit, Interpolation, Output
 
-FED_BY = ("resize", "crop", "fit", "mean", "std", "interpolation")
-"""What metadata may say about a model's input."""
+PREPROCESSING_KEYS = ("resize", "crop", "fit", "mean", "std", "interpolation")
+"""Metadata keys for the input of a model."""
 
 
 def output_in(metadata: Mapping[str, str]) -> Output:
-    """`output`: how scores come from logits; softmax where it is not said."""
-    said = metadata.get("output", "softmax")
+    """`output`: the activation that turns logits into scores; softmax by default."""
+    output = metadata.get("output", "softmax")
     for known in get_args(Output):
-        if said == known:
+        if output == known:
             return known  # type: ignore[no-any-return]
     raise ConfigurationError(
-        f"the metadata `output` of the weights file is {said!r}; it must be softmax, "
+        f"the metadata `output` of the weights file is {output!r}; it must be softmax, "
         "sigmoid or none."
     )
 
 
 def preprocessing_in(metadata: Mapping[str, str], default: Preprocessing) -> Preprocessing:
-    """`resize`, `crop`, `fit`, `mean`, `std`, `interpolation` of a file, or the default's.
+    """The preprocessing of a file: PREPROCESSING_KEYS, otherwise the default's values.
 
     Raises ConfigurationError.
     """
@@ -35,7 +35,7 @@ def preprocessing_in(metadata: Mapping[str, str], default: Preprocessing) -> Pre
         crop = _sides(metadata["crop"]) if "crop" in metadata else default.crop
         resize = _sides(metadata["resize"]) if "resize" in metadata else None
         shorter = resize[0] if resize and resize[0] == resize[1] else resize
-        found = Preprocessing(
+        preprocessing = Preprocessing(
             resize=shorter or default.resize,
             crop=crop,
             mean=_floats(metadata["mean"]) if "mean" in metadata else default.mean,
@@ -45,13 +45,13 @@ def preprocessing_in(metadata: Mapping[str, str], default: Preprocessing) -> Pre
         )
         is_sound = (
             min(*(resize or crop), *crop) > 0
-            and len(found.mean) == len(found.std) > 0
-            and all(map(math.isfinite, (*found.mean, *found.std)))
-            and 0 not in found.std  # the mean of a channel may be 0
-            and found.interpolation in get_args(Interpolation)
-            and found.fit in get_args(Fit)
+            and len(preprocessing.mean) == len(preprocessing.std) > 0
+            and all(map(math.isfinite, (*preprocessing.mean, *preprocessing.std)))
+            and 0 not in preprocessing.std  # a mean may be 0
+            and preprocessing.interpolation in get_args(Interpolation)
+            and preprocessing.fit in get_args(Fit)
         )
-        check_unit(found.mean, found.std)
+        check_unit(preprocessing.mean, preprocessing.std)
     except ValueError as error:
         raise ConfigurationError(
             f"the metadata of the weights file cannot be read: {error}"
@@ -62,15 +62,15 @@ def preprocessing_in(metadata: Mapping[str, str], default: Preprocessing) -> Pre
             "per channel in `mean` and in `std` (three for RGB), no 0 in `std`, "
             "`interpolation` bilinear, bicubic or nearest, and `fit` crop, squash or pad."
         )
-    return found
+    return preprocessing
 
 
 MEAN_BOUNDS, LARGEST_STD = (-1.0, 2.0), 4.0
-"""What `mean` and `std` of values in 0..1 may be. In units of 0–255 every mean is far above."""
+"""Bounds of `mean` and `std` for values in 0..1; for values in 0..255 a mean is far above."""
 
 
 def check_unit(mean: Sequence[float], std: Sequence[float]) -> None:
-    """Raise ValueError where mean or std cannot be of values in 0..1."""
+    """Raise ValueError if mean or std cannot be for values in 0..1."""
     wrong = [x for x in mean if not MEAN_BOUNDS[0] <= x <= MEAN_BOUNDS[1]]
     wrong += [x for x in std if abs(x) > LARGEST_STD]
     if wrong:

@@ -1,8 +1,8 @@
-"""What `torch.save` wrote, read without running any of its code.
+"""Read files of `torch.save` without running code in them.
 
-Checkpoints hold more than tensors: the arguments of the training script, best scores, paths. Of the
-types that do nothing, stand-ins are made in their place, so that the tensors beside them can be
-read; whatever was in them is dropped. Any other type is refused, as torch refuses it.
+Checkpoints contain more than tensors: the arguments of the training script, best scores, paths.
+Objects of harmless types are replaced by placeholders without their contents, so that the tensors
+can be read. Any other type is refused, as torch does.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any, Self
 import torch
 
 
-class _Dropped:
-    """In the place of an object that is not needed; what it was made of is not kept."""
+class _Placeholder:
+    """A placeholder for an object that is not needed, without its contents."""
 
     __slots__ = ()
 
@@ -28,14 +28,14 @@ class _Dropped:
 
 
 class _AsDict:
-    """A dict in the place of one of a subclass."""
+    """A dict instead of a subclass."""
 
     def __new__(cls, *_: Any) -> dict[Any, Any]:  # type: ignore[misc]
         return {}
 
 
 class _AsList:
-    """A list in the place of another sequence."""
+    """A list instead of another sequence."""
 
     def __new__(cls, *_: Any) -> list[Any]:  # type: ignore[misc]
         return []
@@ -58,34 +58,38 @@ _NAMES = {
     "fractions": "Fraction",
     "uuid": "UUID",
     "torch.torch_version": "TorchVersion",
-    # Factories of `defaultdict`, and types that are kept as values.
+    # Factories of `defaultdict`, and types as values.
     "builtins": "bool int float str bytes tuple list dict frozenset range slice object",
 }
-"""Types that do nothing but hold values, by module."""
+"""Types that only contain values, by module."""
 
 _DICTS = (
     "collections.defaultdict",
-    # What Lightning keeps hyper-parameters in.
+    # Hyper-parameters of Lightning.
     "pytorch_lightning.utilities.parsing.AttributeDict",
     "lightning.pytorch.utilities.parsing.AttributeDict",
     "lightning_fabric.utilities.data.AttributeDict",
     "lightning.fabric.utilities.data.AttributeDict",
 )
 
-_STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    *((_Dropped, f"{module}.{name}") for module, names in _NAMES.items() for name in names.split()),
+_PLACEHOLDERS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    *(
+        (_Placeholder, f"{module}.{name}")
+        for module, names in _NAMES.items()
+        for name in names.split()
+    ),
     *((_AsDict, name) for name in _DICTS),
     (_AsList, "collections.deque"),
 ]
 
 _ONE_AT_A_TIME = threading.Lock()
-"""torch keeps what it allows for all threads together, and forgets it at the end of each `with`."""
+"""torch has one list of allowed types for all threads, and clears it at the end of each `with`."""
 
 
 def read_inert(path: Path) -> Any:
     """The object in a file of `torch.save`: tensors, containers, numbers and texts as they are.
 
-    Raises whatever `torch.load` raises, for a type that is not known to do nothing, too.
+    Raises the exceptions of `torch.load`, also for a type that is not known to be harmless.
     """
-    with _ONE_AT_A_TIME, torch.serialization.safe_globals(_STAND_INS):
+    with _ONE_AT_A_TIME, torch.serialization.safe_globals(_PLACEHOLDERS):
         return torch.load(path, map_location="cpu", weights_only=True)

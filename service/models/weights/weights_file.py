@@ -1,4 +1,4 @@
-"""Weights files: reading them without running code, and saying what does not fit."""
+"""Read weights files without running code, load them, and report what does not fit."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from service.models.weights.unpickling import read_inert
 _log = structlog.get_logger(__name__)
 
 SHOWN = 5
-"""How many keys of a kind a report names."""
+"""Number of keys of each kind that an error lists."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What a weights file holds: tensors, the text beside them, and the sha256 of the file.
+    """The contents of a weights file: tensors, metadata, and the sha256 of the file.
 
     key: the prefix that the user chose (`checkpoints.select_weights`); None: it is found.
     """
@@ -46,7 +46,7 @@ class Weights:
 
     @property
     def version(self) -> str:
-        """The sha256 of the file; of another set of weights in the same file it is another one."""
+        """The sha256 of the file; different for another set of weights in the same file."""
         if self.key is None:
             return self.sha256
         return hashlib.sha256(f"{self.sha256} {self.key}".encode()).hexdigest()
@@ -55,37 +55,37 @@ class Weights:
 def read_weights(
     path: Path, sha256: str | None = None, where: str | None = None, key: str | None = None
 ) -> Weights:
-    """Read a safetensors file, or what `torch.save` wrote; nothing in it is executed.
+    """Read a safetensors file or a file of `torch.save`; nothing in it is executed.
 
-    sha256: what the file must have; one that has not is not opened.
-    key:    names in front of the weights to use, such as `state_dict_ema`; None finds them.
-    where:  how errors begin, such as `models.toml: model[0].weights`.
+    sha256: the expected digest; another file is not opened.
+    key:    prefix of the weights to use, such as `state_dict_ema`; None: it is found.
+    where:  beginning of errors, such as `models.toml: model[0].weights`.
 
-    Raises ConfigurationError where the file is missing, is neither, or would run code.
+    Raises ConfigurationError if the file is missing, has another format, or would run code.
     """
     name = f"{where}: {path}" if where else f"{path}"
     try:
-        found = _sha256(path)
+        file_sha256 = _sha256(path)
     except OSError as error:
         raise ConfigurationError(
             f"{where + ': ' if where else ''}cannot read the weights file {path}: {error.strerror}."
         ) from error
-    if sha256 is not None and found != sha256.lower():
+    if sha256 is not None and file_sha256 != sha256.lower():
         raise ConfigurationError(
-            f"{name} has the sha256 {found}, not {sha256}; it is not the pinned "
+            f"{name} has the sha256 {file_sha256}, not {sha256}; it is not the pinned "
             "file, and was not opened."
         )
     if path.suffix == ".safetensors":
         metadata, entries = _read_safetensors(path, name)
     else:
         metadata, entries = {}, _state_dicts(_unpickled(path, name), name)
-    if key is not None and not any(each.name.startswith(f"{key}.") for each in entries):
-        known = sorted({each.name.partition(".")[0] for each in entries})
+    if key is not None and not any(entry.name.startswith(f"{key}.") for entry in entries):
+        known = sorted({entry.name.partition(".")[0] for entry in entries})
         raise ConfigurationError(
             f"{name} has no weights under weights_key {key!r}; its names begin with "
             f"{', '.join(known[:SHOWN])}{' …' if len(known) > SHOWN else ''}."
         )
-    return Weights(entries, found, metadata, key)
+    return Weights(entries, file_sha256, metadata, key)
 
 
 def _read_safetensors(path: Path, name: str) -> tuple[dict[str, str], list[CheckpointTensor]]:
@@ -101,7 +101,7 @@ def _read_safetensors(path: Path, name: str) -> tuple[dict[str, str], list[Check
 def _unpickled(path: Path, name: str) -> Any:
     try:
         return read_inert(path)
-    except Exception as error:  # torch.load raises almost anything for a file that is not its own
+    except Exception as error:  # torch.load raises many types for other files
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f" It tries to run {wanted[1]}, which was refused." if wanted else ""
         raise ConfigurationError(
@@ -110,12 +110,12 @@ def _unpickled(path: Path, name: str) -> Any:
         ) from error
 
 
-def _state_dicts(found: Any, name: str) -> list[CheckpointTensor]:
-    """The tensors of every state dict in what training scripts save around it."""
-    entries = list(checkpoint_tensors(found))
+def _state_dicts(checkpoint: Any, name: str) -> list[CheckpointTensor]:
+    """The tensors of every state dict in a checkpoint."""
+    entries = list(checkpoint_tensors(checkpoint))
     if not entries:
         raise ConfigurationError(
-            f"{name} holds {type(found).__name__}, not a state dict of tensors. Save it again "
+            f"{name} holds {type(checkpoint).__name__}, not a state dict of tensors. Save it again "
             "with torch.save(model.state_dict(), …)."
         )
     return entries
@@ -127,19 +127,19 @@ def load_into(
     source: str,
     unused: Callable[[str], object] | None = None,
 ) -> None:
-    """Copy the tensors of `weights` that are the module's into it (`checkpoints.select_weights`).
+    """Copy the matching tensors of `weights` into a module (`checkpoints.select_weights`).
 
-    unused: whether a key that the module lacks is of a part that predictions do not need.
+    unused: whether a key that the module lacks belongs to a part that predictions do not need.
 
-    Raises ConfigurationError that lists missing, unexpected and mis-shaped keys, or the several
-    sets of weights that fit.
+    Raises ConfigurationError with missing, unexpected and mis-shaped keys, or with several sets of
+    weights that fit.
     """
     wanted = module.state_dict()
     chosen = selected_from(weights, wanted, source)
     spare = [key for key in chosen.tensors if unused and key not in wanted and unused(key)]
     tensors = {key: value for key, value in chosen.tensors.items() if key not in spare}
-    _tell(chosen, spare, source)
-    # A counter that inference never reads; files converted from other formats lack it.
+    _log_selection(chosen, spare, source)
+    # A counter that inference does not use; files converted from other formats lack it.
     missing = [
         key for key in wanted if key not in tensors and not key.endswith("num_batches_tracked")
     ]
@@ -152,14 +152,14 @@ def load_into(
     if missing or unexpected or misshaped:
         close = [_with_nearest(key, unexpected) for key in missing[:SHOWN]] + missing[SHOWN:]
         raise ConfigurationError(
-            f"{source} does not fit the model. {_few('missing', close)}"
-            f"{_few('unexpected', unexpected)}{_few('wrong shape', misshaped)}"
-            f"{_way_out(chosen, only_more=not missing and not misshaped)}"
+            f"{source} does not fit the model. {_listed('missing', close)}"
+            f"{_listed('unexpected', unexpected)}{_listed('wrong shape', misshaped)}"
+            f"{_suggestion(chosen, only_more=not missing and not misshaped)}"
         )
     module.load_state_dict(tensors, strict=False)
 
 
-def _way_out(chosen: SelectedWeights, *, only_more: bool) -> str:
+def _suggestion(chosen: SelectedWeights, *, only_more: bool) -> str:
     under = chosen.prefix.rstrip(".")
     if not (chosen.fits and only_more and under):
         return "Is it the weights of another architecture?"
@@ -170,13 +170,13 @@ def _way_out(chosen: SelectedWeights, *, only_more: bool) -> str:
 
 
 def selected_from(weights: Weights, wanted: Mapping[str, Tensor], source: str) -> SelectedWeights:
-    """What of a weights file fits a model's state dict best (`checkpoints.select_weights`).
+    """Select the tensors that fit a model's state dict best (`checkpoints.select_weights`).
 
-    Raises ConfigurationError where several weights fit.
+    Raises ConfigurationError if several sets of weights fit.
     """
     chosen = select_weights(weights.entries, wanted, weights.key)
     if chosen.others:
-        names = [f"{weights.key}.{each}" if weights.key else each for each in chosen.others]
+        names = [f"{weights.key}.{prefix}" if weights.key else prefix for prefix in chosen.others]
         raise ConfigurationError(
             f"{source} holds several weights that fit the model: "
             f"{', '.join(repr(each) for each in names)}. Choose one with weights_key in "
@@ -185,15 +185,15 @@ def selected_from(weights: Weights, wanted: Mapping[str, Tensor], source: str) -
     return chosen
 
 
-def _tell(chosen: SelectedWeights, spare: Sequence[str], source: str) -> None:
-    """Say in one line what was taken of a file that holds more than the model's own keys."""
-    said = {
+def _log_selection(chosen: SelectedWeights, spare: Sequence[str], source: str) -> None:
+    """Log what was used of a file that contains more than the keys of the model."""
+    details = {
         "under": chosen.prefix.rstrip("."),
-        "dropped": _few_of([*chosen.dropped, *spare]),
-        "averages_not_used": ", ".join(each.rstrip(".") for each in chosen.averaged),
+        "dropped": _first_keys([*chosen.dropped, *spare]),
+        "averages_not_used": ", ".join(prefix.rstrip(".") for prefix in chosen.averaged),
     }
-    if chosen.fits and any(said.values()):
-        _log.info("weights_taken", source=source, **{k: v for k, v in said.items() if v})
+    if chosen.fits and any(details.values()):
+        _log.info("weights_taken", source=source, **{k: v for k, v in details.items() if v})
 
 
 def _with_nearest(key: str, unexpected: list[str]) -> str:
@@ -202,9 +202,9 @@ def _with_nearest(key: str, unexpected: list[str]) -> str:
 
 
 def shapes_fit(module: nn.Module, weights: Weights, source: str) -> bool:
-    """Whether the weights that have the module's keys have its shapes, too; True for other keys.
+    """Whether weights with the keys of the module have its shapes; True for other keys.
 
-    Raises ConfigurationError where several weights fit.
+    Raises ConfigurationError if several sets of weights fit.
     """
     wanted = module.state_dict()
     chosen = selected_from(weights, wanted, source)
@@ -234,7 +234,7 @@ def _digest_into(hasher: Any, key: str, value: object) -> None:
 
 
 def labels_in(metadata: Mapping[str, str]) -> tuple[str, ...] | None:
-    """The labels that a safetensors file carries as JSON, or None. Raises ConfigurationError."""
+    """The labels in the metadata, as JSON, or None. Raises ConfigurationError."""
     if "labels" not in metadata:
         return None
     try:
@@ -245,13 +245,13 @@ def labels_in(metadata: Mapping[str, str]) -> tuple[str, ...] | None:
         ) from error
 
 
-def _few_of(keys: Sequence[str], count: int = SHOWN) -> str:
+def _first_keys(keys: Sequence[str], count: int = SHOWN) -> str:
     more = f" and {len(keys) - count} more" if len(keys) > count else ""
     return f"{', '.join(keys[:count])}{more}"
 
 
-def _few(what: str, keys: list[str], count: int = SHOWN) -> str:
-    return f"{what}: {_few_of(keys, count)}. " if keys else ""
+def _listed(what: str, keys: list[str], count: int = SHOWN) -> str:
+    return f"{what}: {_first_keys(keys, count)}. " if keys else ""
 
 
 def _sha256(path: Path) -> str:
