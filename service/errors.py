@@ -275,6 +275,11 @@ class ConfigurationError(CamserveError):
     longest = 100_000  # it lists keys of the operator's files
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, 200 characters at most; without one its class."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+
+
 NEAREST_LENGTH, NEAREST_NAMES = 100, 1000
 """Maximum length of a compared name, and maximum number of names: the time of a comparison is the
 product of both lengths."""

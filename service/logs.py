@@ -12,13 +12,13 @@ import structlog
 LogFormat = Literal["text", "json"]
 
 
-OF_COMMANDS = frozenset({"model_failed"})
+COMMAND_EVENTS = frozenset({"model_failed"})
 """Events that a command reports itself, in one sentence at its end."""
 
 
 def configure_command() -> None:
     """Log errors to standard error, without those that a command reports itself."""
-    configure("text", logging.ERROR, without=OF_COMMANDS)
+    configure("text", logging.ERROR, without=COMMAND_EVENTS)
 
 
 def configure(

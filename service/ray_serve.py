@@ -73,7 +73,7 @@ def prepared(arguments: dict[str, Any]) -> Settings:
     return settings
 
 
-class Replica:
+class RayReplica:
     """One process with the models of the settings, all loaded before it is ready."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
@@ -227,7 +227,7 @@ def _check(app: FastAPI) -> None:
 
 def app(arguments: dict[str, Any]) -> Any:
     """Replicas that have all the models. arguments: settings by name, as in the environment."""
-    return serve.deployment(**DEPLOYMENT)(serve.ingress()(Replica)).bind(arguments)
+    return serve.deployment(**DEPLOYMENT)(serve.ingress()(RayReplica)).bind(arguments)
 
 
 def many_models(arguments: dict[str, Any]) -> Any:

@@ -21,7 +21,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from service.errors import ConfigurationError, nearest
 from service.images.decode import Preprocessing
-from service.models.builtin.network import flower_net
+from service.models.builtin.network import FlowerNet
 from service.models.capabilities import unwrap_compiled
 from service.models.catalog import BUILTIN, ENTRY, Fit, Interpolation, ModelSpec, Output
 from service.models.weights.metadata import PREPROCESSING_KEYS, output_in, preprocessing_in
@@ -80,7 +80,7 @@ def _build_builtin(spec: ModelSpec) -> Built:
     with importlib.resources.as_file(file) as path:
         weights = _weights(spec) if spec.weights else read_weights(path)
     labels = labels_in(weights.metadata)
-    module = flower_net(len(labels) if labels else 5)
+    module = FlowerNet(len(labels) if labels else 5)
     return _filled(spec, module, weights)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.jit import ScriptModule
 
 from service.cam.hooks import record
+from service.errors import first_line
 from service.models.catalog import Select
 from service.models.probes.behaviour import Trial
 from service.models.probes.layers import LayerTrace, default_target
@@ -117,7 +118,7 @@ def why_no_gradients(
         at = seen.targets[layer][-1] if layer else taken
         gradient: Tensor | None = torch.autograd.grad(logits.max(), at, allow_unused=True)[0]
     except Exception as error:  # noqa: BLE001 - a backward pass may raise anything
-        return f"its backward pass fails ({_first_line(error)})"
+        return f"its backward pass fails ({_without_folders(error)})"
     if gradient is None:
         return (
             f"no gradient reaches {layer or 'its input'} from its output, as in a quantised model"
@@ -166,7 +167,6 @@ MAX_CANDIDATES = 48
 """Number of last layers that `differentiable_layer` examines."""
 
 
-def _first_line(error: Exception) -> str:
+def _without_folders(error: Exception) -> str:
     """The first line of an error, without folders, because clients read it."""
-    text = str(error).strip() or type(error).__name__
-    return _FOLDERS.sub("", text.splitlines()[0][:200]).rstrip(".")
+    return _FOLDERS.sub("", first_line(error))

@@ -41,7 +41,7 @@ from service.models.probes.cell_positions import (
 )
 from service.models.probes.condition import parts_of
 from service.models.probes.layers import LayerTrace, default_target, trace_layers
-from service.models.probes.settling import settle
+from service.models.probes.lazy_state import resolve_lazy_state
 from service.models.probes.torch_state import kept_torch_state
 from service.models.replicas import replicate
 
@@ -216,7 +216,7 @@ def _tried(model: LoadedModel, images: Tensor) -> tuple[Trial, LayerTrace]:
 def _settled(model: LoadedModel, module: nn.Module, image: Tensor) -> tuple[str, ...]:
     """The state that a form of the model changes in every call. Raises ConfigurationError."""
     try:
-        stateful = settle(module, image, copied=model.behaviour.isolated)
+        stateful = resolve_lazy_state(module, image, copied=model.behaviour.isolated)
     except ConfigurationError as error:
         raise ConfigurationError(f"{model.spec.at('builder')}: {error}.") from error
     if stateful:

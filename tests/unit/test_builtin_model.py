@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
-from service.models.builtin.network import flower_net
+from service.models.builtin.network import FlowerNet
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS = ROOT / "service/models/builtin/weights.safetensors"
@@ -37,7 +37,7 @@ def metadata() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def net() -> nn.Module:
-    model = flower_net(len(LABELS))
+    model = FlowerNet(len(LABELS))
     model.load_state_dict(load_file(WEIGHTS))
     return model.eval().requires_grad_(False)
 

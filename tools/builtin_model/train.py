@@ -37,7 +37,7 @@ from teacher import MAP_WIDTH, Seen, fit_head, load_teacher, show_teacher
 from torch import Tensor, nn
 from torch.nn import functional
 
-from service.models.builtin.network import flower_net
+from service.models.builtin.network import FlowerNet
 
 TARGET_LAYER = "layer3"
 BATCH = 32
@@ -240,7 +240,7 @@ def main() -> None:
     kept, held = hold_out(photos.labels, options.tune)
     photos, held_photos = photos[kept], photos[held]
     views = taught_views(photos, seen[kept]) if seen else plain_views(photos, boxes[kept])
-    net = flower_net(len(FOLDERS)).to(memory_format=torch.channels_last)
+    net = FlowerNet(len(FOLDERS)).to(memory_format=torch.channels_last)
     if options.start:
         net.load_state_dict(load_file(options.start))
     for average in train(net, photos, views, options):

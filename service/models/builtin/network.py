@@ -41,7 +41,7 @@ class FlowerNet(nn.Module):
     `layer3` answers with the (N, 144, H/16, W/16) features under the pool: the Grad-CAM target.
     """
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int = 5) -> None:
         super().__init__()
         self.stem = nn.Sequential(*conv_bn(3, STEM_WIDTH, 4, 2, 1), nn.ReLU(inplace=True))
         width = STEM_WIDTH
@@ -57,11 +57,6 @@ class FlowerNet(nn.Module):
         for layer in self.children():
             x = layer(x)
         return x
-
-
-def flower_net(num_classes: int = 5) -> nn.Module:
-    """Build the network with random weights, in training mode."""
-    return FlowerNet(num_classes)
 
 
 def _stage(inputs: int, outputs: int, blocks: int) -> nn.Sequential:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from service.cam.hooks import record
+from service.errors import first_line
 from service.models.catalog import Floating
 from service.models.compiled.cut import Uncuttable, split
 from service.models.compiled.front import CompiledLane, Front, Parity, Tolerance
@@ -114,8 +115,7 @@ class Compiler:
             raise
         except Exception as error:
             # Compilers raise errors of many types, all of which are a reason.
-            first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            raise NotCompiled(f"it cannot be compiled: {first}") from error
+            raise NotCompiled(f"it cannot be compiled: {first_line(error)}") from error
         return replace(lane, parity=parity), parity
 
     def _on_the_cpu(

@@ -14,6 +14,7 @@ import structlog
 import torch
 from torch import Tensor, fx, nn
 
+from service.errors import first_line
 from service.models.catalog import Floating
 from service.models.compiled.cut import traced
 from service.models.compiled.front import Normalised
@@ -92,8 +93,7 @@ class TorchFront:
             self._run(pixels)
         except Exception as error:  # noqa: BLE001 - compilers raise errors of many types
             self._module = plain
-            first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            _log.warning("front_runs_uncompiled", detail=first)
+            _log.warning("front_runs_uncompiled", detail=first_line(error))
 
     def _autocast(self) -> AbstractContextManager[object]:
         if not self._bf16:

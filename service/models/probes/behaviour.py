@@ -23,6 +23,7 @@ from torch.jit import ScriptModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from service.cam.hooks import gradients
+from service.errors import first_line
 from service.models.catalog import Select
 from service.models.probes.condition import Condition
 from service.models.probes.logits import OutputActivation, as_logits, logits_in, output_activation
@@ -92,7 +93,7 @@ class Trial:
             self.served = replicate(master)
             self.alone, self.called = self.each(self.served)
         except Exception as error:  # noqa: BLE001 - for instance a lock, or a hook that writes to the master
-            self.uncopied = f"{type(error).__name__}: {_first_line(error)}"
+            self.uncopied = f"{type(error).__name__}: {first_line(error)}"
             self.served = master
             self.alone, self.called = self.each(master)
 
@@ -343,7 +344,7 @@ def _shared_state(trial: Trial, *, steady: bool) -> str | None:
     answers = _side_by_side(trial, [trial.served, replicate(trial.master)])
     for alone, answer in zip(trial.alone, answers, strict=True):
         if isinstance(answer, BaseException):
-            return f"A replica fails while another one runs ({_first_line(answer)})."
+            return f"A replica fails while another one runs ({first_line(answer)})."
         if differ(alone, answer, trial.spread):
             return (
                 "Two replicas that run concurrently change each other's logits: the model has "
@@ -464,7 +465,7 @@ def _batch(trial: Trial, *, steady: bool) -> Finding:
     try:
         logits = trial.run(trial.served, trial.images)
     except Exception as error:  # noqa: BLE001 - a model may raise anything
-        return Finding("batch", False, f"A batch of {count} fails ({_first_line(error)}).", follows)
+        return Finding("batch", False, f"A batch of {count} fails ({first_line(error)}).", follows)
     if len(logits) != count:
         result = f"A batch of {count} gets {len(logits)} rows of logits."
         return Finding("batch", False, result, follows)
@@ -552,11 +553,6 @@ def _gradients(trial: Trial) -> Finding:
         gradients(logits, [image], weights)
     except Exception as error:  # noqa: BLE001 - a custom Function without a vmap rule, above all
         return Finding(
-            "gradients", False, f"Two gradients at once fail ({_first_line(error)}).", follows
+            "gradients", False, f"Two gradients at once fail ({first_line(error)}).", follows
         )
     return Finding("gradients", True, "Gradients of several targets can be computed together.")
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200].rstrip(".")

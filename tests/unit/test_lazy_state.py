@@ -18,7 +18,7 @@ from service.models.catalog import ModelSpec
 from service.models.loading import load_model
 from service.models.pool import ModelPool
 from service.models.probes.condition import Condition
-from service.models.probes.settling import settle
+from service.models.probes.lazy_state import resolve_lazy_state
 from service.models.replicas import replicate
 
 IMAGE = torch.zeros(1, 3, 32, 32)
@@ -53,7 +53,7 @@ class Lazy(SmallNet):
 
 def test_constants_are_built_once_at_load_and_copied_with_the_master() -> None:
     module = master(Lazy)
-    assert settle(module, IMAGE) == ()
+    assert resolve_lazy_state(module, IMAGE) == ()
     Lazy.built = 0
     pool = ModelPool([replace(loaded(SmallNet()), module=module)], replicas=2)
     for _ in range(4):
@@ -79,7 +79,7 @@ class First(SmallNet):
 
 def test_what_depends_on_the_first_image_is_no_constant() -> None:
     module = master(First)
-    assert settle(module, IMAGE) == ("attribute changed: first",)
+    assert resolve_lazy_state(module, IMAGE) == ("attribute changed: first",)
     assert module.first is None
 
 
@@ -92,7 +92,7 @@ class OnlyWithRed(SmallNet):
 
 
 def test_what_each_call_writes_is_state_though_the_value_is_mostly_equal() -> None:
-    assert settle(master(OnlyWithRed), IMAGE) == ("attribute changed: features.red",)
+    assert resolve_lazy_state(master(OnlyWithRed), IMAGE) == ("attribute changed: features.red",)
 
 
 class OnlyWithGradients(SmallNet):
@@ -103,7 +103,7 @@ class OnlyWithGradients(SmallNet):
 
 
 def test_what_is_written_only_when_gradients_are_wanted_is_seen() -> None:
-    assert settle(master(OnlyWithGradients), IMAGE) == ("attribute changed: head.seen",)
+    assert resolve_lazy_state(master(OnlyWithGradients), IMAGE) == ("attribute changed: head.seen",)
 
 
 @pytest.mark.parametrize("kind", KEEPS)
@@ -112,7 +112,7 @@ def test_what_a_model_keeps_at_every_call_is_undone_without_being_counted(
 ) -> None:
     module = master(lambda: Keeping(kind))
     before = {name: id(value) for name, value in vars(module).items()}
-    stateful = settle(module, IMAGE)
+    stateful = resolve_lazy_state(module, IMAGE)
     assert stateful
     assert {name: id(value) for name, value in vars(module).items()} == before
     pool = ModelPool([replace(loaded(SmallNet()), module=module, stateful=stateful)], replicas=1)
@@ -135,7 +135,7 @@ class Training(SmallNet):
 
 def test_a_model_that_writes_into_its_parameters_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="writes into its parameters"):
-        settle(master(Training), IMAGE)
+        resolve_lazy_state(master(Training), IMAGE)
 
 
 @pytest.mark.parametrize("prepare", ["plain", "weight_norm", "fails", "scripted"])
@@ -149,7 +149,7 @@ def test_models_without_state_have_none(prepare: str) -> None:
         with pytest.warns(FutureWarning):
             module = torch.jit.script(module)
     condition = Condition.of(module)
-    assert settle(module, IMAGE) == ()
+    assert resolve_lazy_state(module, IMAGE) == ()
     assert condition.faults() == []
 
 

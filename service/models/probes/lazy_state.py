@@ -23,7 +23,7 @@ from service.models.probes.torch_state import kept_torch_state
 from service.models.replicas import replicate
 
 
-def settle(master: nn.Module, image: Tensor, *, copied: bool = True) -> tuple[str, ...]:
+def resolve_lazy_state(master: nn.Module, image: Tensor, *, copied: bool = True) -> tuple[str, ...]:
     """Run a model on several images; copy its lazy constants into the master, and return its state.
 
     A constant is built by the first call, unchanged by the second, and built equally by another
