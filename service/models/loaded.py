@@ -167,8 +167,8 @@ class LoadedModel:
             layer = self.layer(path)
             if path in self.scattered:
                 raise InvalidOption(
-                    f"No map can be drawn from layer {path!r}: its cells do not look at the input "
-                    f"in rows and columns; GET /models/{self.name}/layers shows which do."
+                    f"No map can be drawn from layer {path!r}: the positions of its cells are "
+                    f"not in rows and columns; see GET /models/{self.name}/layers for usable ones."
                 )
             if layer.layout is None:
                 gives = (
@@ -178,7 +178,7 @@ class LoadedModel:
                 )
                 raise InvalidOption(
                     f"Layer {path!r} {gives}, not a feature map (channels, height, width) that a "
-                    f"map could be drawn from; GET /models/{self.name}/layers shows which do."
+                    f"map can be drawn from; GET /models/{self.name}/layers shows usable ones."
                 )
         return tuple(dict.fromkeys(paths))
 

@@ -310,7 +310,7 @@ def _target_layer(
         whose = "`target_layer`" if spec.target_layer else "the `target_layer` of its weights file"
         why = ""
         if positions.verdicts.get(configured) == "scattered":
-            why = " (its cells do not look at the input in rows and columns)"
+            why = " (the positions of its cells are not in rows and columns)"
         raise ConfigurationError(
             f"{spec.at('target_layer')}: {whose}, {configured!r}, is not a layer that a map can "
             f"be drawn from{why}.{nearest(configured, mappable)}"

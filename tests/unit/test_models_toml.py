@@ -177,7 +177,7 @@ def test_labels_are_read_as_data_sets_leave_them(
         ("l.json", b'{"cat": 0, "dog": 0}', "two labels for the id 0"),
         ("l.json", b'{"cat": -1, "dog": 0}', "none for the id 1"),
         ("l.json", b'{"0": "a", "00": "b"}', "two labels for the id 0"),
-        ("l.csv", b"", "is empty; it takes a row"),
+        ("l.csv", b"", "is empty; it needs one row"),
         ("l.csv", b"cat\ndog\n", "it needs one of ids (id, index"),
         ("l.csv", b"id,a,b\n0,x,y\n", "one of them must be called label or name"),
         ("l.csv", b"id,name\n0,x\n1\n", "too few columns in its row 2"),

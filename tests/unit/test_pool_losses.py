@@ -210,7 +210,7 @@ def test_weights_that_cannot_be_read_again_answer_nobody_until_they_can(clock) -
     with pool.lease("tiny") as replica:
         change_weights(replica.module)
     assert list(pool.lost) == ["tiny"]
-    with pytest.raises(ModelNotReady, match="cannot be read again") as refused:
+    with pytest.raises(ModelNotReady, match="cannot be reloaded") as refused:
         pool.sound(model)
     assert "planted" not in refused.value.detail
     clock.now += 1

@@ -152,7 +152,9 @@ def test_a_model_whose_replicas_are_not_independent_has_one() -> None:
 
 @pytest.mark.parametrize("said", ["features", "features.4"])
 def test_a_target_layer_in_no_known_order_is_refused_where_it_was_said(said: str) -> None:
-    with pytest.raises(ConfigurationError, match="do not look at the input in rows and columns"):
+    with pytest.raises(
+        ConfigurationError, match="positions of its cells are not in rows and columns"
+    ):
         load("Rolled", target_layer=said)
 
 
@@ -184,7 +186,7 @@ def test_a_model_without_a_default_layer_names_the_way_out() -> None:
 
 
 def test_a_layer_in_no_known_order_says_so_when_it_is_named() -> None:
-    with pytest.raises(InvalidOption, match="do not look at the input in rows and columns"):
+    with pytest.raises(InvalidOption, match="positions of its cells are not in rows and columns"):
         load("Rolled").target_layers(("features",))
 
 

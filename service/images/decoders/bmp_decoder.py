@@ -45,7 +45,7 @@ def _by_masks(header: BmpHeader, rows: Pixels) -> Pixels:
     kind = "<u2" if header.bits == 16 else "<u4"
     values = np.ascontiguousarray(rows).view(kind)[:, : header.width]
     channels = []
-    for mask in (each for each in header.masks if each):
+    for mask in filter(None, header.masks):
         low = (mask & -mask).bit_length() - 1
         channels.append(levels((mask >> low).bit_length())[(values & mask) >> low])
     colour = np.stack(channels[:3], axis=2)

@@ -61,15 +61,15 @@ positions do not differ; a map is drawn if a grid fits."""
 
 
 _RESULTS: dict[Verdict, str] = {
-    "confirmed": "look where their shape says",
-    "corrected": "look elsewhere than their shape says",
-    "scattered": "look at places in no known order",
-    "unclear": "cannot be told apart by where they look",
+    "confirmed": "have the positions that their shape suggests",
+    "corrected": "have other positions than their shape suggests",
+    "scattered": "have positions in no known order",
+    "unclear": "have no measurable positions",
 }
 
 _FOLLOWS: dict[Verdict, str] = {
-    "corrected": "Its maps are laid out as measured.",
-    "scattered": "No map is drawn from it; `target_layer` names another layer.",
+    "corrected": "Its maps use the measured layout.",
+    "scattered": "No map is drawn from it; set `target_layer` to another layer.",
     "unclear": "Explanations at it carry the flag places_unclear.",
 }
 
@@ -97,7 +97,7 @@ class CellPositions:
             "places",
             verdict in ("confirmed", None),
             f"Of {len(self.verdicts)} layers with cells "
-            + (", ".join(parts) or "none was tried")
+            + (", ".join(parts) or "none was measured")
             + (f"; those of the target layer {_RESULTS[verdict]}." if verdict else "."),
             _FOLLOWS.get(verdict) if verdict else None,
         )
@@ -339,7 +339,7 @@ class _MeasuredPositions:
             across, down = cell.div(rows, rounding_mode="floor"), cell % rows
         pairs = [(x, across)] if columns > 1 else []
         pairs += [(y, down)] if rows > 1 else []
-        scores = [_by_start(found, expected, weight) for found, expected in pairs]
+        scores = [_by_start(measured, expected, weight) for measured, expected in pairs]
         return torch.stack(scores).amin(dim=0)
 
     def are_scattered(self, layout: Layout) -> bool:

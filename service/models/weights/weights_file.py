@@ -179,7 +179,7 @@ def selected_from(weights: Weights, wanted: Mapping[str, Tensor], source: str) -
         names = [f"{weights.key}.{prefix}" if weights.key else prefix for prefix in chosen.others]
         raise ConfigurationError(
             f"{source} holds several weights that fit the model: "
-            f"{', '.join(repr(each) for each in names)}. Choose one with weights_key in "
+            f"{', '.join(map(repr, names))}. Choose one with weights_key in "
             f"models.toml, for instance weights_key = {json.dumps(names[0])}."
         )
     return chosen
