@@ -26,8 +26,8 @@ import torchvision
 from models_page import PAGE, kept
 
 from service.images.upload import open_upload
+from service.inference.batch import run, run_compiled
 from service.inference.questions import Question
-from service.inference.steps import run, run_compiled
 from service.models.catalog import parse_model
 from service.models.compiled.lane import Compiler, parity_on
 from service.models.loaded import LoadedModel

@@ -22,8 +22,8 @@ from pytorch_grad_cam import GradCAM
 from torch import Tensor, nn
 from torchcam.methods import GradCAM as TorchCAM
 
-from service.inference.questions import Answer, Question, lane_of
-from service.inference.steps import run, run_compiled
+from service.inference.batch import run, run_compiled
+from service.inference.questions import InferenceResult, Question, lane_of
 from service.models.catalog import parse_model
 from service.models.compiled.lane import Compiler
 from service.models.loaded import LoadedModel
@@ -77,7 +77,7 @@ def ours(model: LoadedModel, lane: Lane, pixels: Tensor, stack: ExitStack) -> Co
 def _maps(answers: Iterable[object]) -> Maps:
     found = []
     for answer in answers:
-        assert isinstance(answer, Answer), answer
+        assert isinstance(answer, InferenceResult), answer
         found.append(answer.explanations[0].grid)
     return np.stack(found)
 

@@ -29,8 +29,8 @@ from torchvision.transforms.v2 import functional as transforms
 from service.cam.heatmap import COLORMAPS, Style, render_overlay
 from service.cam.methods import gradcam
 from service.images.decode import decode, fit_to_model, preview
+from service.inference.batch import run, run_compiled
 from service.inference.questions import Question
-from service.inference.steps import run, run_compiled
 from service.models.catalog import Floating, parse_model
 from service.models.compiled.lane import Compiler
 from service.models.loaded import LoadedModel

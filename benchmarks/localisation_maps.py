@@ -26,8 +26,8 @@ from api_schemas.methods import METHODS
 from service.cam.heatmap import resample
 from service.errors import CamserveError
 from service.images.decode import Geometry
+from service.inference.batch import Unfinished, run
 from service.inference.questions import Question
-from service.inference.steps import Unfinished, run
 from service.models.loaded import LoadedModel
 from service.models.pool import Replica
 
@@ -63,7 +63,7 @@ def ours(
 ) -> list[Map] | CamserveError:
     """The service's maps (h, w) at the size of the picture, as drawn: not negative.
 
-    Computed by `service.inference.steps.run`, on whatever size `pixels` has. The error where the
+    Computed by `service.inference.batch.run`, on whatever size `pixels` has. The error where the
     service refuses the method for this model.
     """
     layer = replica.model.target_layer

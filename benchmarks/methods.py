@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from api_schemas.methods import METHODS
+from service.inference.batch import Unfinished, run
 from service.inference.methods import cost
 from service.inference.perturbation import CHUNK, windows
 from service.inference.questions import Question
-from service.inference.steps import Unfinished, run
 from service.models.catalog import parse_model
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model

@@ -37,8 +37,8 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor
 from torchcam.methods import GradCAM as TorchCAM
 
-from service.inference.questions import Answer, Question, lane_of
-from service.inference.steps import run, run_compiled
+from service.inference.batch import run, run_compiled
+from service.inference.questions import InferenceResult, Question, lane_of
 from service.models.loaded import LoadedModel
 from service.models.pool import ModelPool
 
@@ -137,13 +137,13 @@ class Shared:
         folded = lane_of(self.model, question) == "folded"
         with self.pool.lease(self.model, folded=folded) as replica:
             (answer,) = run(replica, [question])
-        assert isinstance(answer, Answer), answer
+        assert isinstance(answer, InferenceResult), answer
         return answer.explanations[0].grid
 
     def _compiled(self, case: Case) -> Map:
         question = Question(case.pixels, targets=(case.target,), layers=(case.layer,))
         (answer,) = run_compiled(self.model, [question])
-        assert isinstance(answer, Answer), answer
+        assert isinstance(answer, InferenceResult), answer
         return answer.explanations[0].grid
 
 

@@ -80,7 +80,7 @@ def record(
 
 
 @contextmanager
-def replacing(model: nn.Module, path: str, value: Tensor, *, call: int = 0) -> Iterator[None]:
+def replace_output(model: nn.Module, path: str, value: Tensor, *, call: int = 0) -> Iterator[None]:
     """Let one call of a layer return `value` instead of its output, inside the `with`."""
     calls = iter(range(1 << 62))
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from service.errors import CamserveError
+from service.inference.batch import run
 from service.inference.questions import Question
-from service.inference.steps import run
 from service.models.catalog import ModelSpec
 from service.models.loaded import LoadedModel
 from service.models.pool import Replica

@@ -23,7 +23,7 @@ from service.durable import write_whole
 from service.errors import CamserveError
 from service.images.image_files import read_image, text_of
 from service.images.upload import Upload
-from service.inference.questions import Answer
+from service.inference.questions import InferenceResult
 from service.models.loaded import LoadedModel
 from service.pipeline import response
 from service.pipeline.resolve import resolved
@@ -43,7 +43,7 @@ class Explained:
     model: LoadedModel
     options: ExplainOptions
     upload: Upload
-    answer: Answer
+    answer: InferenceResult
     result: Result
 
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from service.errors import CamserveError, ConfigurationError
-from service.inference.questions import Answer, Question
-from service.inference.steps import run_compiled
+from service.inference.batch import run_compiled
+from service.inference.questions import InferenceResult, Question
 from service.models.compiled import openvino_front
 from service.models.compiled.cut import split
 from service.models.compiled.lane import identity
@@ -116,7 +116,7 @@ def agreement(exact: LoadedModel, other: LoadedModel, pictures: Sequence[Tensor]
     )
 
 
-def _answer(model: LoadedModel, question: Question) -> Answer:
+def _answer(model: LoadedModel, question: Question) -> InferenceResult:
     (answer,) = run_compiled(model, [question])
     if isinstance(answer, CamserveError):
         raise answer

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from service.cam.methods import over_input
 from service.errors import CamserveError
-from service.inference.questions import Answer, Question
-from service.inference.steps import run
+from service.inference.batch import run
+from service.inference.questions import InferenceResult, Question
 from service.models.loaded import LoadedModel
 from service.models.pool import Replica
 from service.models.probes.condition import Condition
@@ -92,14 +92,16 @@ def _measured(replica: Replica, pictures: Sequence[Tensor], layer: str, steps: i
         seconds += time.perf_counter() - started
         if isinstance(answer, CamserveError):
             raise answer
-        assert isinstance(answer, Answer)
+        assert isinstance(answer, InferenceResult)
         areas = _areas(replica, picture, answer, steps)
         insertion, deletion = insertion + areas[0], deletion + areas[1]
     count = len(pictures)
     return Measured(layer, insertion / count, deletion / count, 1000 * seconds / count)
 
 
-def _areas(replica: Replica, picture: Tensor, answer: Answer, steps: int) -> tuple[float, float]:
+def _areas(
+    replica: Replica, picture: Tensor, answer: InferenceResult, steps: int
+) -> tuple[float, float]:
     """The areas under the insertion and the deletion curve of the explained class."""
     (explanation,) = answer.explanations
     image = replica.model.normalised(picture[None])[0]

@@ -1,1 +1,1 @@
-"""One batch on one replica, and the methods that go on from it."""
+"""One batch on one replica, and the methods that need more passes."""

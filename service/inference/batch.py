@@ -1,4 +1,4 @@
-"""One batch on one leased replica: forward, gradients, maps; frozen results on the CPU."""
+"""One batch on one leased replica: forward, gradients, maps; read-only results on the CPU."""
 
 from __future__ import annotations
 
@@ -13,10 +13,23 @@ from torch import Tensor
 from service.cam.hooks import Calls, Recording, calls_of, gradients, record
 from service.cam.methods import scale
 from service.errors import CamserveError, InvalidOption, NonFiniteOutput
-from service.inference.captures import Part, Pass, Place, captures, frozen
-from service.inference.maps import by_image, from_head, fused, maps_at_layers
-from service.inference.methods import cost
-from service.inference.questions import Answer, Explanation, Kind, Prediction, Question
+from service.inference.forward_pass import (
+    ForwardPass,
+    GradientPoint,
+    ImagePass,
+    activations_of,
+    read_only_array,
+)
+from service.inference.maps import fuse_layers, head_map, maps_at_layers, target_activation
+from service.inference.methods import MULTI_PASS_METHODS, cost
+from service.inference.perturbation import Steps
+from service.inference.questions import (
+    ActivationKind,
+    Explanation,
+    InferenceResult,
+    Prediction,
+    Question,
+)
 from service.models.loaded import LoadedModel
 from service.models.pool import Replica
 
@@ -26,27 +39,85 @@ LOW_RESOLUTION = 7
 SATURATED = 0.9999
 """A score above this is flagged `saturated`: its gradient says little."""
 
-WALK_BYTES = 4 << 20
-"""Bytes of gradients at the target layers that one walk of the graph gives: as many targets as fit
-share a walk, and their maps are made before the next one.
+BACKWARD_BYTES = 4 << 20
+"""Bytes of gradients at the target layers that one backward pass returns: as many targets as fit
+share a backward pass, and their maps are computed before the next one.
 
-A walk holds many times that on its way. A hundred targets at resnet18's conv1 peak 92 MiB above
-rest, all in one walk 1,544 MiB; in processor time it is not slower."""
+The memory in use meanwhile is many times that. A hundred targets at resnet18's conv1 peak 92 MiB
+above idle, in one backward pass 1,544 MiB; the processor time is the same."""
+
+_KINDS: tuple[ActivationKind, ...] = ("output", "input", "grad_output", "grad_input")
 
 
-def forward(replica: Replica, questions: Sequence[Question]) -> list[Part | CamserveError]:
+class Unfinished:
+    """A question whose method runs the model again, one chunk at a time."""
+
+    def __init__(self, image_pass: ImagePass, steps: Steps) -> None:
+        self._image_pass = image_pass
+        self._steps = steps
+        next(steps)
+
+    def step(self, replica: Replica) -> InferenceResult | None:
+        """Compute one chunk on a leased replica; the result after the last one."""
+        try:
+            self._steps.send(replica)
+        except StopIteration as end:
+            return finish(self._image_pass, end.value)
+        return None
+
+
+def run(
+    replica: Replica, questions: Sequence[Question]
+) -> list[InferenceResult | CamserveError | Unfinished]:
+    """Compute a batch of questions that share one input size.
+
+    An image that cannot be computed has its error in its position; a method that needs more passes
+    is `Unfinished` and needs a replica for each step.
+    """
+    return [_finish_or_continue(image_pass) for image_pass in forward(replica, questions)]
+
+
+def run_compiled(
+    model: LoadedModel, questions: Sequence[Question], *, wide: bool = False
+) -> list[InferenceResult | CamserveError]:
+    """`run` in the compiled lane, where one pass computes every question.
+
+    wide: whether nothing else runs, so that the batch may use all cores.
+    """
+    assert model.compiled is not None
+    precision = model.compiled.precision
+    return [
+        image_pass
+        if isinstance(image_pass, CamserveError)
+        else replace(finish(image_pass, image_pass.maps), precision=precision)
+        for image_pass in forward_compiled(model, questions, wide=wide)
+    ]
+
+
+def _finish_or_continue(
+    image_pass: ImagePass | CamserveError,
+) -> InferenceResult | CamserveError | Unfinished:
+    if isinstance(image_pass, CamserveError):
+        return image_pass
+    method = MULTI_PASS_METHODS.get(image_pass.question.method or "")
+    if not image_pass.targets or method is None:
+        return finish(image_pass, image_pass.maps)
+    return Unfinished(image_pass, method(image_pass))
+
+
+def forward(replica: Replica, questions: Sequence[Question]) -> list[ImagePass | CamserveError]:
     """Run a batch of questions that share one input size through the model, once.
 
-    One forward pass serves all of them, whatever their targets, layers and captures; one walk of
-    the graph serves all gradients. An image whose logits are not finite, or that its method does
-    not suit, gets its error in its place and does not spoil the others.
+    One forward pass serves all of them, whatever their targets, layers and activations; one
+    backward pass serves all gradients. An image whose logits are not finite, or that its method
+    does not suit, gets an error in its position; the others are not affected.
     """
     model = replica.model
     pixels = model.normalised(model.batch([question.pixels for question in questions]))
-    kinds = {kind: _captured(questions, kind) for kind in _KINDS}
+    kinds = {kind: _activation_paths(questions, kind) for kind in _KINDS}
     layers = _union(question.layers for question in questions if question.explains)
     differentiated = (*layers, *kinds["grad_output"])
-    graph = any(question.differentiates for question in questions)
+    graph = any(question.needs_graph for question in questions)
     with (
         nullcontext() if graph else torch.no_grad(),
         record(
@@ -55,71 +126,73 @@ def forward(replica: Replica, questions: Sequence[Question]) -> list[Part | Cams
             outputs=kinds["output"],
             inputs=kinds["input"],
             input_targets=kinds["grad_input"],
-        ) as seen,
+        ) as recording,
     ):
         logits = model.logits(replica.module(pixels))
-    return _parts(model, questions, logits, seen)
+    return _image_passes(model, questions, logits, recording)
 
 
 def forward_compiled(
     model: LoadedModel, questions: Sequence[Question], *, wide: bool = False
-) -> list[Part | CamserveError]:
+) -> list[ImagePass | CamserveError]:
     """`forward` in the compiled lane, for questions that `questions.lane_of` sends there.
 
     Needs no replica: nothing is hooked, and the front and the tail keep nothing between calls.
-    wide: whether nothing else runs, so that the batch may have all cores.
+    wide: as of `run_compiled`.
     """
     lane = model.compiled
     assert lane is not None
     activation = lane.front(model.batch([question.pixels for question in questions]), wide=wide)
     explains = any(question.explains for question in questions)
-    graph = any(question.differentiates for question in questions)
+    graph = any(question.needs_graph for question in questions)
     with nullcontext() if graph else torch.no_grad():
         activation.requires_grad_(graph)
         # A clone: the tail may overwrite the very activation that is to be explained.
         logits = model.logits(lane.tail(activation.clone() if explains else activation))
-    seen = Recording(targets={lane.layer: [activation]})
-    return _parts(model, questions, logits, seen)
+    recording = Recording(targets={lane.layer: [activation]})
+    return _image_passes(model, questions, logits, recording)
 
 
-def _parts(
-    model: LoadedModel, questions: Sequence[Question], logits: Tensor, seen: Recording
-) -> list[Part | CamserveError]:
+def _image_passes(
+    model: LoadedModel, questions: Sequence[Question], logits: Tensor, recording: Recording
+) -> list[ImagePass | CamserveError]:
     """What one forward pass gave each image."""
-    # Once for the batch: each look at a value on a GPU waits until that has done all before it.
+    # Once for the batch: each read of a value on a GPU waits until all work before it is done.
     rows = logits.detach().cpu()
     finite = rows.isfinite().all(dim=1).tolist()
     targets = [
         _targets(question, row) if is_finite else ()
         for question, row, is_finite in zip(questions, rows, finite, strict=True)
     ]
-    done = Pass(model, questions, targets, seen, {})
-    weights = _weights(done, logits)
-    done = replace(done, found=_captured_gradients(done, logits, weights[:1]))
-    maps = _differentiate(done, logits, weights)
-    return [_part(done, image, rows[image], finite[image], maps) for image in range(len(questions))]
+    forward_pass = ForwardPass(model, questions, targets, recording, {})
+    weights = _logit_weights(forward_pass, logits)
+    forward_pass = replace(
+        forward_pass, gradients=_activation_gradients(forward_pass, logits, weights[:1])
+    )
+    maps = _differentiate(forward_pass, logits, weights)
+    return [
+        _image_pass(forward_pass, image, row, maps) if finite[image] else _non_finite()
+        for image, row in enumerate(rows)
+    ]
 
 
-def finish(part: Part, maps: Sequence[Tensor]) -> Answer:
-    """The answer for one image, with the map (h, w) of each of its targets."""
-    model, logits = part.model, part.logits
+def finish(image_pass: ImagePass, maps: Sequence[Tensor]) -> InferenceResult:
+    """The result for one image, with the map (h, w) of each of its targets."""
+    model, logits = image_pass.model, image_pass.logits
     scores = model.scores(logits)
-    best = logits.topk(min(part.question.top_k, logits.shape[0]))
+    best = logits.topk(min(image_pass.question.top_k, logits.shape[0]))
     best_scores = scores[best.indices]
-    return Answer(
+    return InferenceResult(
         tuple(map(Prediction, best.indices.tolist(), best_scores.tolist(), best.values.tolist())),
         tuple(
-            _explanation(part, class_id, float(scores[class_id]), made)
-            for class_id, made in zip(part.targets, maps, strict=True)
+            _explanation(image_pass, class_id, float(scores[class_id]), cam)
+            for class_id, cam in zip(image_pass.targets, maps, strict=True)
         ),
-        part.captured,
+        image_pass.activations,
     )
 
 
-_KINDS: tuple[Kind, ...] = ("output", "input", "grad_output", "grad_input")
-
-
-def _captured(questions: Sequence[Question], kind: Kind) -> tuple[str, ...]:
+def _activation_paths(questions: Sequence[Question], kind: ActivationKind) -> tuple[str, ...]:
     return _union(question.activations for question in questions if kind in question.kinds)
 
 
@@ -137,116 +210,126 @@ def _targets(question: Question, logits: Tensor) -> tuple[int, ...]:
     return tuple(int(index) for index in logits.detach().topk(count).indices)
 
 
-def _weights(done: Pass, logits: Tensor) -> Tensor:
-    """What is differentiated, (K, B, classes): each image's targets, less its contrast."""
-    most = max(1, *(len(ids) for ids in done.targets))
+def _logit_weights(forward_pass: ForwardPass, logits: Tensor) -> Tensor:
+    """What is differentiated, (K, B, classes): each image's targets, minus its contrast."""
+    most = max(1, *(len(ids) for ids in forward_pass.targets))
     weights = torch.zeros((most, *logits.shape), dtype=logits.dtype)
-    for image, (question, ids) in enumerate(zip(done.questions, done.targets, strict=True)):
-        for place, class_id in enumerate(ids):
-            weights[place, image, class_id] += 1
+    pairs = zip(forward_pass.questions, forward_pass.targets, strict=True)
+    for image, (question, ids) in enumerate(pairs):
+        for position, class_id in enumerate(ids):
+            weights[position, image, class_id] += 1
             if question.contrast is not None:
-                weights[place, image, question.contrast] -= 1
+                weights[position, image, question.contrast] -= 1
     return weights.to(logits.device)
 
 
-def _captured_gradients(done: Pass, logits: Tensor, weights: Tensor) -> dict[Place, Tensor]:
-    """The gradient of the first target at what is captured; the graph is kept."""
-    sides: dict[Kind, Calls] = {
-        "grad_output": done.seen.targets,
-        "grad_input": done.seen.input_targets,
+def _activation_gradients(
+    forward_pass: ForwardPass, logits: Tensor, weights: Tensor
+) -> dict[GradientPoint, Tensor]:
+    """The gradient of the first target at each captured layer; the graph is kept."""
+    sides: dict[ActivationKind, Calls] = {
+        "grad_output": forward_pass.recording.targets,
+        "grad_input": forward_pass.recording.input_targets,
     }
-    points: dict[Place, Tensor] = {
+    points: dict[GradientPoint, Tensor] = {
         (kind, path + part, call): tensor
         for kind, calls in sides.items()
-        for path in _captured(done.questions, kind)
+        for path in _activation_paths(forward_pass.questions, kind)
         for part, call, tensor in calls_of(calls, path)
         if tensor.requires_grad  # class ids and masks have no gradient
     }
-    found = gradients(logits, list(points.values()), weights, keep_graph=True)
-    return dict(zip(points, found, strict=True))
+    values = gradients(logits, list(points.values()), weights, keep_graph=True)
+    return dict(zip(points, values, strict=True))
 
 
-def _differentiate(done: Pass, logits: Tensor, weights: Tensor) -> Mapping[tuple[int, int], Tensor]:
-    """The map (h, w) of each (image, place) that this pass explains, on the CPU."""
-    cams = maps_at_layers(done, range(weights.shape[0]), {})
-    paths = _union(q.layers for q in done.questions if q.walks)
-    at = [done.seen.targets[path][-1] for path in paths]
-    most = max(
-        (len(ids) for q, ids in zip(done.questions, done.targets, strict=True) if q.walks),
-        default=0,
-    )
-    together = max(1, WALK_BYTES // max(1, sum(tensor.nbytes for tensor in at)))
+def _differentiate(
+    forward_pass: ForwardPass, logits: Tensor, weights: Tensor
+) -> Mapping[tuple[int, int], Tensor]:
+    """The map (h, w) of each (image, target position) that this pass explains, on the CPU."""
+    cams = maps_at_layers(forward_pass, range(weights.shape[0]), {})
+    explained = [
+        (question, len(ids))
+        for question, ids in zip(forward_pass.questions, forward_pass.targets, strict=True)
+        if question.needs_gradients
+    ]
+    paths = _union(question.layers for question, _ in explained)
+    points = [forward_pass.recording.targets[path][-1] for path in paths]
+    most = max((count for _, count in explained), default=0)
+    together = max(1, BACKWARD_BYTES // max(1, sum(tensor.nbytes for tensor in points)))
     for start in range(0, most, together):
-        places = range(start, min(start + together, most))
-        found = gradients(
+        positions = range(start, min(start + together, most))
+        values = gradients(
             logits,
-            at,
-            weights[start : places.stop],
-            keep_graph=places.stop < most,
-            together=done.model.behaviour.vectorised,
+            points,
+            weights[start : positions.stop],
+            keep_graph=positions.stop < most,
+            together=forward_pass.model.behaviour.vectorised,
         )
-        cams |= maps_at_layers(done, places, dict(zip(paths, found, strict=True)))
-    return fused(done, cams)
+        cams |= maps_at_layers(forward_pass, positions, dict(zip(paths, values, strict=True)))
+    return fuse_layers(forward_pass, cams)
 
 
-def _part(
-    done: Pass,
+def _non_finite() -> NonFiniteOutput:
+    return NonFiniteOutput(
+        "The model returned NaN or infinity for this image, so there is nothing to explain; "
+        "check the weights and the precision of the model."
+    )
+
+
+def _image_pass(
+    forward_pass: ForwardPass,
     image: int,
     logits: Tensor,
-    finite: bool,
-    made: Mapping[tuple[int, int], Tensor],
-) -> Part | CamserveError:
-    if not finite:
-        return NonFiniteOutput(
-            "The model answered this image with NaN or infinity, so there is nothing to explain; "
-            "check the weights and the precision of the model."
-        )
-    question, targets = done.questions[image], done.targets[image]
+    cams: Mapping[tuple[int, int], Tensor],
+) -> ImagePass | CamserveError:
+    question, targets = forward_pass.questions[image], forward_pass.targets[image]
     layers = question.layers if question.explains else ()
-    own = {path: by_image(done, path)[image : image + 1] for path in layers}
-    maps = [made[image, place] for place in range(len(targets)) if (image, place) in made]
+    at_layers = {path: target_activation(forward_pass, path)[image : image + 1] for path in layers}
+    maps = [cams[image, position] for position in range(len(targets)) if (image, position) in cams]
     try:
-        if (method := question.explained_by) is not None and "head" in method.needs:
-            maps = [from_head(done, image, class_id, own, logits) for class_id in targets]
+        if (method := question.method_record) is not None and "head" in method.needs:
+            maps = [
+                head_map(forward_pass, image, class_id, at_layers, logits) for class_id in targets
+            ]
     except InvalidOption as error:
         return error
-    return Part(
-        model=done.model,
+    return ImagePass(
+        model=forward_pass.model,
         question=question,
         logits=logits,
         targets=targets if question.explains else (),
-        activations=own,
+        target_activations=at_layers,
         maps=maps,
-        captured=tuple(captures(done, image)),
-        repeated=any(len(done.seen.targets[path]) > 1 for path in layers),
+        activations=tuple(activations_of(forward_pass, image)),
+        repeated=any(len(forward_pass.recording.targets[path]) > 1 for path in layers),
     )
 
 
-def _explanation(part: Part, class_id: int, score: float, made: Tensor) -> Explanation:
-    question, (grid, low, high) = part.question, scale(made)
-    method = question.explained_by
+def _explanation(image_pass: ImagePass, class_id: int, score: float, cam: Tensor) -> Explanation:
+    question, model, scaled = image_pass.question, image_pass.model, scale(cam)
+    method = question.method_record
     assert method is not None
     flags = {
-        "all_zero": not bool(grid.any()),
-        "target_not_predicted": class_id != int(part.logits.argmax()),
-        "saturated": part.model.output != "none" and score > SATURATED,
-        "low_resolution": min(grid.shape) < LOW_RESOLUTION,
-        "random_weights": part.model.random_weights,
-        "module_called_n_times": part.repeated,
-        "not_deterministic": not part.model.behaviour.deterministic,
-        "activation_in_model": part.model.behaviour.output_activation is not None,
-        "places_unclear": not part.model.unclear.isdisjoint(question.layers),
+        "all_zero": not bool(scaled.grid.any()),
+        "target_not_predicted": class_id != int(image_pass.logits.argmax()),
+        "saturated": model.output != "none" and score > SATURATED,
+        "low_resolution": min(scaled.grid.shape) < LOW_RESOLUTION,
+        "random_weights": model.random_weights,
+        "module_called_n_times": image_pass.repeated,
+        "not_deterministic": not model.behaviour.deterministic,
+        "activation_in_model": model.behaviour.output_activation is not None,
+        "places_unclear": not model.unclear.isdisjoint(question.layers),
     }
     return Explanation(
         class_id=class_id,
         score=score,
-        logit=float(part.logits[class_id]),
+        logit=float(image_pass.logits[class_id]),
         contrast=question.contrast,
         method=method.name,
         layers=question.layers if method.has_layer else (),
-        grid=frozen(grid),
-        low=low,
-        high=high,
-        flags=tuple(flag for flag, is_so in flags.items() if is_so),
-        cost=cost(part.model, question),
+        grid=read_only_array(scaled.grid),
+        low=scaled.low,
+        high=scaled.high,
+        flags=tuple(flag for flag, is_set in flags.items() if is_set),
+        cost=cost(model, question),
     )

@@ -1,6 +1,6 @@
 """Methods that differentiate down to the input, and attention rollout.
 
-Generators like those in `perturbation`: they yield where they want a replica.
+Generators like those in `perturbation`: they yield where they need a replica.
 """
 
 from __future__ import annotations
@@ -13,45 +13,47 @@ from service.cam.attention import record_attention, rollout
 from service.cam.guided import GuidedReLU
 from service.cam.methods import over_input
 from service.errors import InvalidOption
-from service.inference.captures import Part
-from service.inference.perturbation import Steps, chunk_of, input_of
+from service.inference.forward_pass import ImagePass
+from service.inference.perturbation import Steps, chunk_size, normalised_image
 from service.models.pool import Replica
 
 
-def integrated_gradients(part: Part) -> Steps:
+def integrated_gradients(image_pass: ImagePass) -> Steps:
     """Integrated gradients from the mean colour to the image, summed over channels; signed.
 
     `(x − x') · ∫ ∂y/∂x (x' + α(x − x')) dα` by Gauss–Legendre quadrature with `steps` points.
 
     Sundararajan et al., "Axiomatic Attribution for Deep Networks", ICML 2017, equation 1.
     """
-    image = input_of(part).float()
-    points, weights = np.polynomial.legendre.leggauss(part.question.steps)
+    image = normalised_image(image_pass).float()
+    points, weights = np.polynomial.legendre.leggauss(image_pass.question.steps)
     alphas = torch.tensor((points + 1) / 2, dtype=image.dtype, device=image.device)
     shares = torch.tensor(weights / 2, dtype=image.dtype, device=image.device)
-    sums = [torch.zeros_like(image[0]) for _ in part.targets]
-    size = chunk_of(part.model)
+    sums = [torch.zeros_like(image[0]) for _ in image_pass.targets]
+    size = chunk_size(image_pass.model)
     for start in range(0, len(alphas), size):
-        some = slice(start, start + size)
+        chunk = slice(start, start + size)
         replica = yield
-        images = image * alphas[some, None, None, None]
-        for total, gradient in zip(sums, _input_gradients(replica, part, images), strict=True):
-            total.add_((gradient * shares[some, None, None, None]).sum(dim=0))
+        images = image * alphas[chunk, None, None, None]
+        for total, gradient in zip(
+            sums, _input_gradients(replica, image_pass, images), strict=True
+        ):
+            total.add_((gradient * shares[chunk, None, None, None]).sum(dim=0))
     return [(image[0] * total).sum(dim=0).cpu() for total in sums]
 
 
-def input_gradient(part: Part) -> Steps:
+def input_gradient(image_pass: ImagePass) -> Steps:
     """The gradient of the logit at the normalised input, summed over channels; signed.
 
     Simonyan et al., "Deep Inside Convolutional Networks: Visualising Image Classification Models
     and Saliency Maps", 2013.
     """
     replica = yield
-    gradients = _input_gradients(replica, part, input_of(part))
+    gradients = _input_gradients(replica, image_pass, normalised_image(image_pass))
     return [gradient[0].sum(dim=0).cpu() for gradient in gradients]
 
 
-def guided_backprop(part: Part) -> Steps:
+def guided_backprop(image_pass: ImagePass) -> Steps:
     """Guided backpropagation: the input gradient with guided ReLUs, summed over channels; signed.
 
     It hardly depends on the class (Adebayo et al., "Sanity Checks for Saliency Maps", 2018).
@@ -59,73 +61,76 @@ def guided_backprop(part: Part) -> Steps:
     Springenberg et al., "Striving for Simplicity: The All Convolutional Net", ICLR 2015 workshop.
     """
     replica = yield
-    return [gradient.sum(dim=0).cpu() for gradient in _guided_gradients(replica, part)]
+    return [gradient.sum(dim=0).cpu() for gradient in _guided_gradients(replica, image_pass)]
 
 
-def guided_gradcam(part: Part) -> Steps:
+def guided_gradcam(image_pass: ImagePass) -> Steps:
     """Guided Grad-CAM: guided backpropagation times Grad-CAM scaled up to the input; signed.
 
     Selvaraju et al., "Grad-CAM", ICCV 2017, section 3.2.
     """
     replica = yield
-    found = []
-    for cam, gradient in zip(part.maps, _guided_gradients(replica, part), strict=True):
+    maps = []
+    for cam, gradient in zip(image_pass.maps, _guided_gradients(replica, image_pass), strict=True):
         guided = gradient.cpu()
         size = (int(guided.shape[1]), int(guided.shape[2]))
-        covers = part.model.preprocessing.covers
-        found.append((guided * over_input(cam[None], size, covers)).sum(dim=0))
-    return found
+        covers = image_pass.model.preprocessing.covers
+        maps.append((guided * over_input(cam[None], size, covers)).sum(dim=0))
+    return maps
 
 
-def attention_rollout(part: Part) -> Steps:
+def attention_rollout(image_pass: ImagePass) -> Steps:
     """Attention rollout of a vision transformer; the same map whatever the class.
 
     Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020.
     """
     replica = yield
     with torch.no_grad(), record_attention(replica.module) as attentions:
-        replica.module(input_of(part))
+        replica.module(normalised_image(image_pass))
     if not attentions:
         raise InvalidOption(
-            f"Model {part.model.name!r} has no torch.nn.MultiheadAttention, so there is no "
+            f"Model {image_pass.model.name!r} has no torch.nn.MultiheadAttention, so there is no "
             "attention to roll out; use another method."
         )
     shapes = {tuple(attention.shape) for attention in attentions}
     if len(shapes) > 1 or len(attentions[0]) != 1 or len({*attentions[0].shape[2:]}) > 1:
         raise InvalidOption(
-            f"The attention of model {part.model.name!r} is not from the same tokens to the same "
-            "tokens in all layers, so it cannot be rolled out; use another method."
+            f"The attention of model {image_pass.model.name!r} is not from the same tokens to the "
+            "same tokens in all layers, so it cannot be rolled out; use another method."
         )
     patches = rollout(attentions)[0]
-    height, width = part.model.preprocessing.crop
+    height, width = image_pass.model.preprocessing.crop
     rows = round((len(patches) * height / width) ** 0.5)
     if rows * (len(patches) // max(rows, 1)) != len(patches):
         raise InvalidOption(
-            f"The {len(patches)} patches of model {part.model.name!r} form no grid; use another "
-            "method."
+            f"The {len(patches)} patches of model {image_pass.model.name!r} form no grid; use "
+            "another method."
         )
-    return [patches.reshape(rows, -1).cpu().float()] * len(part.targets)
+    return [patches.reshape(rows, -1).cpu().float()] * len(image_pass.targets)
 
 
-def _input_gradients(replica: Replica, part: Part, images: Tensor) -> list[Tensor]:
+def _input_gradients(replica: Replica, image_pass: ImagePass, images: Tensor) -> list[Tensor]:
     """For each target the gradient (N, C, H, W) of its logit at some normalised images.
 
-    One forward pass, and one walk back through its graph a target: through a whole model that is
-    faster than all targets at once (`is_grads_batched`).
+    One forward pass, and one backward pass for each target: through a whole model that is faster
+    than all targets at once (`is_grads_batched`).
     """
     images = images.detach().float().requires_grad_()
-    logits = part.model.logits(replica.module(images.clone().to(part.model.dtype)))
-    values = [part.value(logits, place).sum() for place in range(len(part.targets))]
+    logits = image_pass.model.logits(replica.module(images.clone().to(image_pass.model.dtype)))
+    values = [
+        image_pass.target_value(logits, position).sum()
+        for position in range(len(image_pass.targets))
+    ]
     return [torch.autograd.grad(value, images, retain_graph=True)[0] for value in values]
 
 
-def _guided_gradients(replica: Replica, part: Part) -> list[Tensor]:
+def _guided_gradients(replica: Replica, image_pass: ImagePass) -> list[Tensor]:
     """For each target the guided gradient (C, H, W) of its logit at the image."""
     with GuidedReLU() as mode:
-        gradients = _input_gradients(replica, part, input_of(part))
+        gradients = _input_gradients(replica, image_pass, normalised_image(image_pass))
     if not mode.count:
         raise InvalidOption(
-            f"Model {part.model.name!r} has no ReLU or ReLU6, so there is nothing for guided "
+            f"Model {image_pass.model.name!r} has no ReLU or ReLU6, so there is nothing for guided "
             "backpropagation to guide; use input_gradient or integrated_gradients."
         )
     return [gradient[0] for gradient in gradients]

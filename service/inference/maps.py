@@ -9,106 +9,118 @@ import torch
 from torch import Tensor
 
 from service.cam.methods import Cam, fuse, precise
-from service.inference.captures import Pass, layout_of_layer
-from service.inference.methods import AT_LAYER
+from service.inference.forward_pass import ForwardPass, feature_layout
+from service.inference.methods import LAYER_METHODS
 from service.inference.questions import Question
 from service.models.head import head_weights
 
 Cams = dict[tuple[int, int, str], Tensor]
-"""By image, place and layer: the map (h, w) of one target at one layer."""
+"""By image, target position and layer: the map (h, w) of one target at one layer."""
 
 
-def maps_at_layers(done: Pass, places: range, gradients: Mapping[str, Tensor]) -> Cams:
+def maps_at_layers(
+    forward_pass: ForwardPass, positions: range, gradients: Mapping[str, Tensor]
+) -> Cams:
     """The maps, on the CPU, of all images at the layers whose gradients are given.
 
-    places:    which targets of each image.
-    gradients: (len(places), B, ...) of each layer's last call, the one nearest to the output.
+    positions: which targets of each image.
+    gradients: (len(positions), B, ...) of each layer's last call, the one nearest to the output.
                Without any: the maps of methods that need none.
 
-    All maps of one method at one layer are made, and brought from a GPU, together.
+    All maps of one method at one layer are computed, and copied from a GPU, together.
     """
     groups: dict[tuple[Cam, str], list[tuple[int, int]]] = {}
-    for image, question in enumerate(done.questions):
+    for image, question in enumerate(forward_pass.questions):
         function = _cam_of(question)
-        if function is None or question.walks != bool(gradients):
+        if function is None or question.needs_gradients != bool(gradients):
             continue
-        own = range(places.start, min(places.stop, len(done.targets[image])))
-        for path, place in product(question.layers, own):
-            groups.setdefault((function, path), []).append((image, place))
+        stop = min(positions.stop, len(forward_pass.targets[image]))
+        for path, position in product(question.layers, range(positions.start, stop)):
+            groups.setdefault((function, path), []).append((image, position))
     cams: Cams = {}
-    for (function, path), asked in groups.items():
+    for (function, path), pairs in groups.items():
         if gradients:
-            made: Sequence[Tensor] = _maps_of(
-                done, function, path, asked, gradients[path], places.start
+            maps: Sequence[Tensor] = _maps_with_gradient(
+                forward_pass, function, path, pairs, gradients[path], positions.start
             )
         else:
-            made = _without_gradient(done, function, path, asked)
-        cams |= {(*key, path): map_ for key, map_ in zip(asked, made, strict=True)}
+            maps = _maps_without_gradient(forward_pass, function, path, pairs)
+        cams |= {(*pair, path): cam for pair, cam in zip(pairs, maps, strict=True)}
     return cams
 
 
-def fused(done: Pass, cams: Cams) -> Mapping[tuple[int, int], Tensor]:
-    """The map (h, w) of each (image, place), fused over the layers of its question."""
+def fuse_layers(forward_pass: ForwardPass, cams: Cams) -> Mapping[tuple[int, int], Tensor]:
+    """The map (h, w) of each (image, target position), fused over the layers of its question."""
+    questions = forward_pass.questions
     return {
-        (image, place): fuse([cams[image, place, path] for path in done.questions[image].layers])
-        for image, place in dict.fromkeys((image, place) for image, place, _ in cams)
+        (image, position): fuse([cams[image, position, path] for path in questions[image].layers])
+        for image, position in dict.fromkeys((image, position) for image, position, _ in cams)
     }
 
 
 def _cam_of(question: Question) -> Cam | None:
-    """What makes the map at a layer of its activation and gradient, where the method has it."""
-    record = question.explained_by
-    return None if record is None or "head" in record.needs else AT_LAYER.get(record.name)
+    """The function from activation and gradient to the map at a layer, if the method has one."""
+    record = question.method_record
+    return None if record is None or "head" in record.needs else LAYER_METHODS.get(record.name)
 
 
-def _maps_of(  # noqa: PLR0917 - one call
-    done: Pass,
+def _maps_with_gradient(  # noqa: PLR0917 - one call
+    forward_pass: ForwardPass,
     function: Cam,
     path: str,
-    asked: Sequence[tuple[int, int]],
+    pairs: Sequence[tuple[int, int]],
     gradient: Tensor,
     first: int,
 ) -> Sequence[Tensor]:
-    """Maps (h, w) on the CPU of N pairs (image, place); `gradient` begins with place `first`."""
-    layout = layout_of_layer(done.model, path)
-    activation, gradient = by_image(done, path), layout.by_image(gradient, leading=1)
-    if asked == [(image, first) for image in range(len(activation))]:  # the common batch: no copies
+    """Maps (h, w) on the CPU of N pairs (image, position); `gradient` begins at `first`."""
+    layout = feature_layout(forward_pass.model, path)
+    activation = target_activation(forward_pass, path)
+    gradient = layout.by_image(gradient, leading=1)
+    if pairs == [(image, first) for image in range(len(activation))]:  # the common batch: no copies
         gradient = gradient[0]
     else:
-        images, places = torch.tensor(asked).T.to(activation.device)
-        activation, gradient = activation[images], gradient[places - first, images]
+        images, positions = torch.tensor(pairs).T.to(activation.device)
+        activation, gradient = activation[images], gradient[positions - first, images]
     maps = (precise(layout.as_map(values)) for values in (activation, gradient))
     return function(*maps).cpu().unbind()
 
 
-def _without_gradient(
-    done: Pass, function: Cam, path: str, asked: Sequence[tuple[int, int]]
+def _maps_without_gradient(
+    forward_pass: ForwardPass, function: Cam, path: str, pairs: Sequence[tuple[int, int]]
 ) -> list[Tensor]:
-    """Maps (h, w) of a method that knows no class, made once an image."""
-    images = list(dict.fromkeys(image for image, _ in asked))
-    activation = by_image(done, path)
+    """Maps (h, w) of a method that does not depend on the class, computed once for each image."""
+    images = list(dict.fromkeys(image for image, _ in pairs))
+    activation = target_activation(forward_pass, path)
     if len(images) < len(activation):
         activation = activation[torch.tensor(images).to(activation.device)]
-    activation = precise(layout_of_layer(done.model, path).as_map(activation))
-    made = dict(zip(images, function(activation, activation).cpu(), strict=True))
-    return [made[image] for image, _ in asked]
+    activation = precise(feature_layout(forward_pass.model, path).as_map(activation))
+    maps = dict(zip(images, function(activation, activation).cpu(), strict=True))
+    return [maps[image] for image, _ in pairs]
 
 
-def from_head(
-    done: Pass, image: int, class_id: int, own: Mapping[str, Tensor], logits: Tensor
+def head_map(
+    forward_pass: ForwardPass,
+    image: int,
+    class_id: int,
+    activations: Mapping[str, Tensor],
+    logits: Tensor,
 ) -> Tensor:
-    """The map (h, w) of one class by the linear head, fused over its layers, on the CPU."""
-    question = done.questions[image]
-    contrast, function = question.contrast, AT_LAYER[question.method or ""]
+    """The map (h, w) of one class by the linear head, fused over the layers, on the CPU.
+
+    activations: of one image, (1, ...), by target layer. logits: (classes,) of that image.
+    """
+    question, model = forward_pass.questions[image], forward_pass.model
+    contrast, function = question.contrast, LAYER_METHODS[question.method or ""]
     cams = []
-    for path, values in own.items():
-        activation = precise(layout_of_layer(done.model, path).as_map(values))
-        weights = head_weights(done.model, path, activation, logits)
+    for path, values in activations.items():
+        activation = precise(feature_layout(model, path).as_map(values))
+        weights = head_weights(model, path, activation, logits)
         row = weights[class_id] if contrast is None else weights[class_id] - weights[contrast]
         cams.append(function(activation, row[None].to(activation))[0].cpu())
     return fuse(cams)
 
 
-def by_image(done: Pass, path: str) -> Tensor:
-    """What a layer's last call gave, the images in front, detached."""
-    return layout_of_layer(done.model, path).by_image(done.seen.targets[path][-1].detach())
+def target_activation(forward_pass: ForwardPass, path: str) -> Tensor:
+    """The output of a target layer's last call, the images in front, detached."""
+    layout = feature_layout(forward_pass.model, path)
+    return layout.by_image(forward_pass.recording.targets[path][-1].detach())

@@ -8,12 +8,12 @@ from api_schemas.methods import BACKWARD, METHODS, MethodRecord
 from service.cam import methods as cam
 from service.errors import InvalidOption
 from service.inference import input_gradients, perturbation
-from service.inference.captures import Part
+from service.inference.forward_pass import ImagePass
 from service.inference.perturbation import Steps, windows
 from service.inference.questions import Question
 from service.models.loaded import LoadedModel
 
-AT_LAYER: Mapping[str, cam.Cam] = {
+LAYER_METHODS: Mapping[str, cam.Cam] = {
     "gradcam": cam.gradcam,
     "gradcampp": cam.gradcampp,
     "hirescam": cam.hirescam,
@@ -25,7 +25,7 @@ AT_LAYER: Mapping[str, cam.Cam] = {
 }
 """Maps of a layer from its activation and gradient, or the weights of the linear head."""
 
-STEPS: Mapping[str, Callable[[Part], Steps]] = {
+MULTI_PASS_METHODS: Mapping[str, Callable[[ImagePass], Steps]] = {
     "scorecam": perturbation.scorecam,
     "ablationcam": perturbation.ablationcam,
     "occlusion": perturbation.occlusion,
@@ -36,7 +36,7 @@ STEPS: Mapping[str, Callable[[Part], Steps]] = {
     "guided_gradcam": input_gradients.guided_gradcam,
     "attention_rollout": input_gradients.attention_rollout,
 }
-"""The methods that go on where the shared forward pass ends; all others are answered by it."""
+"""The methods that need more passes than the shared forward pass; that one is enough for others."""
 
 
 def check_method(model: LoadedModel, method: str) -> None:
@@ -57,25 +57,25 @@ def check_method(model: LoadedModel, method: str) -> None:
 def cost(model: LoadedModel, question: Question) -> float:
     """What a question costs, in forward passes of this model for one image, before it runs.
 
-    The pass that predicts counts 1. A walk back through its graph counts BACKWARD times the share
-    of the model's operations behind the earliest layer that it reaches: one walk for each target of
-    a method that needs the gradient there, one for all gradients that are captured. A forward pass
-    with the gradient at the input counts 1 + BACKWARD, and BACKWARD for each further target; a tail
-    of the model (ablationcam) its share of the operations.
+    The pass that predicts counts 1. A backward pass counts BACKWARD times the share of the model's
+    operations behind the earliest layer that it reaches: one for each target of a method that needs
+    the gradient there, one for all captured gradients. A forward pass with the gradient at the
+    input counts 1 + BACKWARD, and BACKWARD for each further target; a tail of the model
+    (ablationcam) its share of the operations.
 
     Raises UnknownLayer, and InvalidOption for a layer without a feature map.
     """
-    price = 1 + _captured(model, question)
-    if question.walks:
+    price = 1 + _activation_gradients(model, question)
+    if question.needs_gradients:
         behind = max(1 - model.layer(path).share for path in question.layers)
-        price += BACKWARD * question.count * behind
-    if (record := question.explained_by) is not None:
+        price += BACKWARD * question.target_count * behind
+    if (record := question.method_record) is not None:
         price += _further_passes(model, question, record)
     return round(price, 2)
 
 
-def _captured(model: LoadedModel, question: Question) -> float:
-    """The one walk that gives all captured gradients."""
+def _activation_gradients(model: LoadedModel, question: Question) -> float:
+    """The one backward pass that gives all captured gradients."""
     layers = [model.layer(path) for path in question.activations]
     behind = [1 - layer.share for layer in layers if "grad_output" in question.kinds]
     behind += [1 - layer.before for layer in layers if "grad_input" in question.kinds]
@@ -83,9 +83,9 @@ def _captured(model: LoadedModel, question: Question) -> float:
 
 
 def _further_passes(model: LoadedModel, question: Question, record: MethodRecord) -> float:
-    """What a method runs behind the pass that predicts."""
+    """What a method runs after the pass that predicts."""
     channels = [_channels(model, path) for path in question.layers]
-    if record.runs == "tail":  # and a pass a layer that tries how it can be run
+    if record.runs == "tail":  # and one pass for each layer that tries how to run it
         shares = (1 - model.layer(path).share for path in question.layers)
         return sum(1 + count * share for count, share in zip(channels, shares, strict=True))
     height, width = model.preprocessing.crop
@@ -96,7 +96,7 @@ def _further_passes(model: LoadedModel, question: Question, record: MethodRecord
         "samples": question.samples,
         "steps": question.steps,
     }
-    price = {"": 0, "forward": 1, "gradient": 1 + BACKWARD * question.count}
+    price = {"": 0, "forward": 1, "gradient": 1 + BACKWARD * question.target_count}
     return price[record.runs] * times[record.times]
 
 

@@ -1,4 +1,4 @@
-"""What can be asked about one image, and what is answered."""
+"""What is computed for one image (`Question`), and what comes of it (`InferenceResult`)."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from api_schemas.methods import METHODS, MethodRecord
 from service.models.compiled.front import Precision
 from service.models.loaded import LoadedModel
 
-Kind = Literal["output", "input", "grad_output", "grad_input"]
+ActivationKind = Literal["output", "input", "grad_output", "grad_input"]
 Lane = Literal["compiled", "folded", "hooked"]
 
 
-_WALKING = frozenset(record.name for record in METHODS.values() if record.walks)
+_NEED_GRADIENTS = frozenset(record.name for record in METHODS.values() if record.walks)
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked about one image.
+    """What is computed for one image.
 
     pixels:      uint8 (3, h, w), at the model's input size.
     top_k:       how many predictions to list.
     targets:     the class ids to explain; empty explains the `explain_top` best predictions.
     contrast:    explain the target's logit minus this class's.
-    method:      None asks for predictions alone.
+    method:      None for predictions alone.
     layers:      the target layers; several are fused.
     activations: the layers to capture, in each of `kinds`; gradients are of the first target.
     samples:     masks of RISE. steps: of integrated gradients. seed: of what is random.
@@ -42,42 +42,45 @@ class Question:
     method: str | None = "gradcam"
     layers: tuple[str, ...] = ()
     activations: tuple[str, ...] = ()
-    kinds: tuple[Kind, ...] = ("output",)
+    kinds: tuple[ActivationKind, ...] = ("output",)
     samples: int = 1000
     steps: int = 50
     seed: int = 0
 
     @property
-    def explained_by(self) -> MethodRecord | None:
-        """The record of the method; None where predictions alone are asked for."""
+    def method_record(self) -> MethodRecord | None:
+        """The record of the method; None for predictions alone."""
         record = METHODS[self.method] if self.method else None
         return record if record and (self.layers or not record.has_layer) else None
 
     @property
     def explains(self) -> bool:
-        """Whether an explanation is asked for."""
-        return self.explained_by is not None
+        """Whether there is an explanation to compute."""
+        return self.method_record is not None
 
     @property
-    def walks(self) -> bool:
+    def needs_gradients(self) -> bool:
         """Whether the maps need the gradient of every target at the target layers."""
-        return bool(self.layers) and self.method in _WALKING
+        return bool(self.layers) and self.method in _NEED_GRADIENTS
 
     @property
-    def differentiates(self) -> bool:
+    def needs_graph(self) -> bool:
         """Whether the forward pass that predicts needs a graph."""
         captured = self.activations and {"grad_output", "grad_input"} & set(self.kinds)
-        return self.walks or bool(captured)
+        return self.needs_gradients or bool(captured)
 
     @property
-    def count(self) -> int:
+    def target_count(self) -> int:
         """How many targets are explained at most; a model of fewer classes explains fewer."""
         return len(self.targets) or self.explain_top
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One class: its score by the model's output activation, and the logit behind it."""
+    """One class: its score by the model's output activation, and the logit behind it.
+
+    The wire's form is `api_schemas.answers.Prediction`.
+    """
 
     class_id: int
     score: float
@@ -89,7 +92,8 @@ class Explanation:
     """One map: `grid` float32 (h, w) in −1..1, `low` and `high` its range before the division.
 
     The CAM family is not negative and has the shape of its layer; input-level methods have the
-    shape of the model input and no layer. `cost` is in forward passes.
+    shape of the model input and no layer. `cost` is in forward passes. The wire's form is
+    `api_schemas.answers.Explanation`.
     """
 
     class_id: int
@@ -107,23 +111,25 @@ class Explanation:
 
 @dataclass(frozen=True, slots=True)
 class Activation:
-    """One tensor that one call of one layer took or gave, float32, without the batch dimension.
+    """One input, output or gradient of one call of one layer, float32, without batch dimension.
 
-    `part` says which, where the layer takes or gives several: "[0]", "[hidden]".
+    `part` names it where the layer takes or returns several tensors: "[0]", "[hidden]". The wire's
+    form is `api_schemas.answers.Activation`.
     """
 
     layer: str
-    kind: Kind
+    kind: ActivationKind
     call: int
     part: str
     values: NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """Everything about one image. Its arrays are read-only and belong to nobody else.
+class InferenceResult:
+    """All that inference gives about one image. Its arrays are read-only and share no memory.
 
-    precision: of what computed it: `float32`, or what the operator chose (`bf16`, `int8`).
+    precision: of the engine that computed it: `float32`, or the operator's choice (`bf16`, `int8`).
+    The wire's form is `api_schemas.answers.Result`.
     """
 
     predictions: tuple[Prediction, ...]
@@ -133,16 +139,16 @@ class Answer:
 
 
 def lane_of(model: LoadedModel, question: Question) -> Lane:
-    """Which lane answers a question: by the question and the model alone, never by the load.
+    """The lane of a question, chosen by the question and the model alone, never by the load.
 
     So the same request always gets the same numbers. `compiled` predicts, and explains the target
     layer from its activation and gradient; `folded` is the hooked lane on replicas whose batch
-    normalisations are folded away; `hooked` is the model as it is.
+    normalisations are folded; `hooked` is the model as it is.
     """
     lane = model.compiled
     right_size = tuple(question.pixels.shape[1:]) == model.preprocessing.crop
     if lane is not None and right_size and not question.activations:
-        record = question.explained_by
+        record = question.method_record
         if record is None or (not record.runs and question.layers == (lane.layer,)):
             return "compiled"
     named = {*question.layers, *question.activations}

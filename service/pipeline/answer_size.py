@@ -75,13 +75,13 @@ class Sizes:
     def maps(self) -> int:
         """How many explanations there are, with a part hidden and without."""
         masked = isinstance(self.options, ExplainOptions) and self.options.mask is not None
-        return self.question.count * (2 if masked else 1)
+        return self.question.target_count * (2 if masked else 1)
 
     @property
     def cells(self) -> tuple[int, int]:
         """Rows and columns of a map."""
         height, width = self.model.preprocessing.crop
-        record = self.question.explained_by
+        record = self.question.method_record
         if record is None or record.grid == "input":
             return height, width
         if record.grid == "patches":

@@ -13,7 +13,7 @@ from api_schemas.options import CommonOptions, ExplainOptions, PredictOptions
 from service.errors import InvalidOption
 from service.images.upload import Hiding
 from service.inference.methods import check_method, cost
-from service.inference.questions import Kind, Question
+from service.inference.questions import ActivationKind, Question
 from service.models.loaded import LoadedModel
 from service.pipeline.service import Limits
 
@@ -92,13 +92,13 @@ def _drawn(options: CommonOptions, asked: Question, limits: Limits) -> float:
     if not isinstance(options, ExplainOptions) or options.size != "source":
         return 0.0
     pictures = len({"heatmap", "overlay"}.intersection(options.include))
-    maps = asked.count * (2 if options.mask is not None else 1)
+    maps = asked.target_count * (2 if options.mask is not None else 1)
     return pictures * maps * limits.render_side**2 / 1e6
 
 
 def _captures(
     model: LoadedModel, options: CommonOptions, limits: Limits, images: int
-) -> tuple[tuple[str, ...], Kind]:
+) -> tuple[tuple[str, ...], ActivationKind]:
     assert isinstance(options, (PredictOptions, ExplainOptions))
     kind = options.activation_kind
     reason = model.no_layers or (model.no_gradients if kind.startswith("grad") else None)

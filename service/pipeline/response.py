@@ -18,7 +18,7 @@ from service.cam.heatmap import Picture, Style, channel_grid, render_heatmap, re
 from service.cam.regions import find_regions
 from service.errors import CamserveError, RenderFailed
 from service.images.upload import Upload
-from service.inference.questions import Activation, Answer, Explanation
+from service.inference.questions import Activation, Explanation, InferenceResult
 from service.models.loaded import LoadedModel
 from service.pipeline.service import Answered, Recipe
 
@@ -98,7 +98,7 @@ def result(
         ) from error
 
 
-def _predictions(model: LoadedModel, answer: Answer) -> list[wire.Prediction]:
+def _predictions(model: LoadedModel, answer: InferenceResult) -> list[wire.Prediction]:
     return [
         wire.Prediction(
             class_id=prediction.class_id,
@@ -110,7 +110,9 @@ def _predictions(model: LoadedModel, answer: Answer) -> list[wire.Prediction]:
     ]
 
 
-def _changes(model: LoadedModel, answer: Answer, masked: Answer) -> list[wire.Change]:
+def _changes(
+    model: LoadedModel, answer: InferenceResult, masked: InferenceResult
+) -> list[wire.Change]:
     return [
         wire.Change(
             class_id=after.class_id,

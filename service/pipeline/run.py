@@ -19,7 +19,7 @@ from api_schemas.options import ExplainOptions
 from service.errors import CamserveError
 from service.images.formats import check_format
 from service.images.upload import Sent, Upload, open_upload
-from service.inference.questions import Answer, Question
+from service.inference.questions import InferenceResult, Question
 from service.pipeline import response
 from service.pipeline.service import Answered, Recipe
 
@@ -106,7 +106,7 @@ async def _opened(recipe: Recipe, data: Sent) -> Upload:
     return upload
 
 
-async def _infer(recipe: Recipe, question: Question) -> Answer:
+async def _infer(recipe: Recipe, question: Question) -> InferenceResult:
     timed = await result_of(
         recipe.service.scheduler.submit(recipe.model, question, recipe.deadline)
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from api_schemas.options import CommonOptions
 from service.images.budget import DecodeBudget
 from service.images.upload import Hiding, Upload
-from service.inference.questions import Answer, Question
+from service.inference.questions import InferenceResult, Question
 from service.metrics import STAGES, Metrics
 from service.models.library import Library
 from service.models.loaded import LoadedModel
@@ -102,5 +102,5 @@ class Answered:
     """One image, opened and answered; `masked` with a part of it hidden, where that was asked."""
 
     upload: Upload
-    answer: Answer
-    masked: Answer | None
+    answer: InferenceResult
+    masked: InferenceResult | None

@@ -21,8 +21,8 @@ from service.errors import (
     OutOfMemory,
     ShuttingDown,
 )
-from service.inference.questions import Answer, Lane, Question, lane_of
-from service.inference.steps import Unfinished, run, run_compiled
+from service.inference.batch import Unfinished, run, run_compiled
+from service.inference.questions import InferenceResult, Lane, Question, lane_of
 from service.metrics import Metrics
 from service.models.loaded import LoadedModel
 from service.models.pool import ModelPool, Replica
@@ -32,7 +32,7 @@ from service.scheduling.workers import Task, Workers
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Outcome = Answer | CamserveError | Unfinished
+Outcome = InferenceResult | CamserveError | Unfinished
 Runner = Callable[[Replica, Sequence[Question]], Sequence[Outcome]]
 
 LEASE_SECONDS = 5.0
@@ -49,7 +49,7 @@ request, would keep it waiting until all of them are decoded."""
 class Timed:
     """An answer with the seconds it waited for its first batch, and those its batches took."""
 
-    answer: Answer
+    answer: InferenceResult
     queue: float
     inference: float
 
@@ -84,7 +84,7 @@ class Job:
             return False
         return True
 
-    def succeed(self, answer: Answer) -> None:
+    def succeed(self, answer: InferenceResult) -> None:
         with suppress(InvalidStateError):  # cancelled, or given up
             self.future.set_result(Timed(answer, self.queue or 0.0, self.inference))
 
@@ -105,7 +105,7 @@ class Job:
         alone = self.alone or other.alone or self.rest is not None or other.rest is not None
         same_size = self.question.pixels.shape == other.question.pixels.shape
         # Every target of one image walks the graph of the whole batch.
-        walks = {job.question.count for job in (self, other) if job.question.walks}
+        walks = {job.question.target_count for job in (self, other) if job.question.needs_gradients}
         alone = alone or not self.model.behaviour.batchable
         return not alone and self.lane == other.lane and same_size and len(walks) < 2
 
@@ -454,7 +454,7 @@ class Scheduler:
         for job, outcome in outcomes:
             job.queue = started - job.arrived if job.queue is None else job.queue
             job.inference += seconds
-            if isinstance(outcome, Answer):
+            if isinstance(outcome, InferenceResult):
                 job.succeed(outcome)
             elif isinstance(outcome, Unfinished):
                 job.rest = outcome

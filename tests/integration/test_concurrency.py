@@ -29,8 +29,8 @@ from structlog.testing import capture_logs
 
 from api_schemas.client.calls import EVERY_CONNECTION_KEPT
 from service.app import create_app
-from service.inference.questions import Answer, Question, lane_of
-from service.inference.steps import run
+from service.inference.batch import run
+from service.inference.questions import InferenceResult, Question, lane_of
 from service.metrics import Metrics
 from service.pipeline.service import Service
 from service.scheduling.scheduler import Scheduler
@@ -172,7 +172,7 @@ def question(ask: Ask, parts: Service) -> Question:
 
 
 def got_from_run(answer: object) -> Got:
-    assert isinstance(answer, Answer)
+    assert isinstance(answer, InferenceResult)
     return got(
         [(each.class_id, each.logit, each.score) for each in answer.predictions],
         [(each.class_id, each.layers, each.grid, each.high) for each in answer.explanations],

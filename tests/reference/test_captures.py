@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from service.inference.questions import Activation, Answer, Kind, Question
-from service.inference.steps import run
+from service.inference.batch import run
+from service.inference.questions import Activation, ActivationKind, InferenceResult, Question
 from service.models.loaded import LoadedModel
 from service.models.pool import ModelPool
 
 pytestmark = [pytest.mark.reference, pytest.mark.timeout(120)]
 
-KINDS: tuple[Kind, ...] = ("output", "input", "grad_output", "grad_input")
+KINDS: tuple[ActivationKind, ...] = ("output", "input", "grad_output", "grad_input")
 SIDE = 64
 
-Found = dict[tuple[str, Kind, int, str], NDArray[np.float32]]
+Found = dict[tuple[str, ActivationKind, int, str], NDArray[np.float32]]
 
 
 def pictures(count: int, side: int = SIDE) -> Tensor:
@@ -52,14 +52,14 @@ def healthy(architecture: str, side: int = SIDE) -> LoadedModel:
     return loaded(module, architecture, side=side)
 
 
-def answers(model: LoadedModel, questions: Sequence[Question]) -> list[Answer]:
+def answers(model: LoadedModel, questions: Sequence[Question]) -> list[InferenceResult]:
     """What one batch of these questions is answered; the replica is clean afterwards."""
     pool = ModelPool([model], replicas=1)
     with pool.lease(model.name) as replica:
         found = run(replica, questions)
     assert not sum(pool.replaced.values())
-    assert all(isinstance(each, Answer) for each in found), found
-    return [each for each in found if isinstance(each, Answer)]
+    assert all(isinstance(each, InferenceResult) for each in found), found
+    return [each for each in found if isinstance(each, InferenceResult)]
 
 
 def by_place(activations: Sequence[Activation]) -> Found:
@@ -109,9 +109,9 @@ def by_plain_hooks(model: LoadedModel, picture: Tensor, class_id: int = 5) -> Fo
     """Every module's four kinds by torch's own hooks; each recorded at once, by a copy."""
     module = private_copy(model.module)
     found: Found = {}
-    calls: dict[tuple[str, Kind], int] = defaultdict(int)
+    calls: dict[tuple[str, ActivationKind], int] = defaultdict(int)
 
-    def keep(path: str, kind: Kind, tensors: tuple[Tensor | None, ...]) -> None:
+    def keep(path: str, kind: ActivationKind, tensors: tuple[Tensor | None, ...]) -> None:
         call = calls[path, kind]
         calls[path, kind] += 1
         for tensor in tensors:
@@ -138,9 +138,9 @@ def by_plain_hooks(model: LoadedModel, picture: Tensor, class_id: int = 5) -> Fo
     return dict(in_order_of_calls(found))
 
 
-def in_order_of_calls(found: Found) -> Iterator[tuple[tuple[str, Kind, int, str], Any]]:
+def in_order_of_calls(found: Found) -> Iterator[tuple[tuple[str, ActivationKind, int, str], Any]]:
     """Backward hooks meet the calls of a module from the last to the first."""
-    most: dict[tuple[str, Kind], int] = defaultdict(int)
+    most: dict[tuple[str, ActivationKind], int] = defaultdict(int)
     for path, kind, call, _ in found:
         most[path, kind] = max(most[path, kind], call)
     for (path, kind, call, part), values in found.items():

@@ -26,8 +26,8 @@ from torchvision.transforms.v2 import functional as transforms
 
 from service.app import create_app
 from service.images.decode import Source, decode, fit_to_model
-from service.inference.questions import Answer, Explanation, Question
-from service.inference.steps import run
+from service.inference.batch import run
+from service.inference.questions import Explanation, InferenceResult, Question
 from service.models.catalog import parse_model
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model
@@ -155,7 +155,7 @@ def by_the_service(
 
 
 def only_explanation(answer: object) -> Explanation:
-    assert isinstance(answer, Answer)
+    assert isinstance(answer, InferenceResult)
     (explanation,) = answer.explanations
     return explanation
 
@@ -221,7 +221,7 @@ def test_gradcam_of_four_pixels_is_the_one_on_paper() -> None:
     pixels = torch.tensor(QUARTERS, dtype=torch.uint8).permute(2, 0, 1)
     with ModelPool([model], replicas=1).lease("tiny") as replica:
         (answer,) = run(replica, [Question(pixels, targets=(0, 1), layers=("maps",))])
-    assert isinstance(answer, Answer)
+    assert isinstance(answer, InferenceResult)
     zero, one = answer.explanations
     assert zero.grid.tolist() == [[1, 0], [0, 0]]
     assert (zero.low, zero.high) == (0, 0.25)
@@ -290,7 +290,7 @@ def fed(model: LoadedModel, source: Source) -> Tensor:
     question = Question(fit_to_model(source, model.preprocessing).pixels, activations=("fed",))
     with ModelPool([watched], replicas=1).lease(model.name) as replica:
         (answer,) = run(replica, [question])
-    assert isinstance(answer, Answer)
+    assert isinstance(answer, InferenceResult)
     return torch.from_numpy(answer.activations[0].values.copy())
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchcam.methods import GradCAM, LayerCAM, XGradCAM
 
 from service.errors import InvalidOption
-from service.inference.questions import Answer, Question
+from service.inference.questions import InferenceResult, Question
 from service.models.loaded import LoadedModel
 
 pytestmark = [pytest.mark.reference, pytest.mark.timeout(120)]
@@ -192,11 +192,11 @@ def test_cam_is_gradcam_times_the_number_of_cells_or_is_refused(case: Case) -> N
         Question(pixels, targets=(target,), method="cam", layers=layers),
         Question(pixels, targets=(target,), method="gradcam", layers=layers),
     )
-    assert isinstance(same, Answer)
+    assert isinstance(same, InferenceResult)
     if case.name not in LINEAR_HEADS:
         assert isinstance(cam, InvalidOption)
         assert "global average pooling" in cam.detail
         return
-    assert isinstance(cam, Answer)
+    assert isinstance(cam, InferenceResult)
     expected = oracles.raw(same.explanations[0])
     assert oracles.distance(cam.explanations[0], expected * expected.numel()) < 1e-4

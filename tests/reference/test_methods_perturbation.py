@@ -17,7 +17,7 @@ from torchcam.methods import ScoreCAM as TorchScoreCAM
 
 from service.inference import perturbation
 from service.inference.batch import forward
-from service.inference.captures import Part
+from service.inference.forward_pass import ImagePass
 from service.inference.methods import cost
 from service.inference.questions import Question
 from service.models.compiled.cut import tail
@@ -199,8 +199,10 @@ def way_of(model: LoadedModel, layer: str, target: int) -> str:
     with oracles.leased(model) as replica:
         question = Question(PIXELS, targets=(target,), method="ablationcam", layers=(layer,))
         (part,) = forward(replica, [question])
-        assert isinstance(part, Part)
-        way, _ = perturbation._behind(replica, part, layer, part.activations[layer])
+        assert isinstance(part, ImagePass)
+        way, _ = perturbation._logits_from_layer(
+            replica, part, layer, part.target_activations[layer]
+        )
     return way.__name__
 
 

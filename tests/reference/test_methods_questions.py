@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from service.errors import NonFiniteOutput
-from service.inference.questions import Answer, Explanation, Question
+from service.inference.questions import Explanation, InferenceResult, Question
 from service.models.loaded import LoadedModel
 
 pytestmark = [pytest.mark.reference, pytest.mark.timeout(30)]
@@ -31,14 +31,14 @@ def small(net: nn.Module | None = None, **changes) -> LoadedModel:
     return replace(loaded(net, side=64), **changes)
 
 
-def ask(model: LoadedModel, pixels: Tensor = PIXELS, **options) -> Answer:
+def ask(model: LoadedModel, pixels: Tensor = PIXELS, **options) -> InferenceResult:
     options = {"layers": (LAST,)} | options
     (answer,) = oracles.answers(model, Question(pixels, **options))
-    assert isinstance(answer, Answer), answer
+    assert isinstance(answer, InferenceResult), answer
     return answer
 
 
-def only(answer: Answer) -> Explanation:
+def only(answer: InferenceResult) -> Explanation:
     (explanation,) = answer.explanations
     return explanation
 
@@ -183,8 +183,8 @@ def test_a_batch_of_everything_equals_single_runs() -> None:
     together = oracles.answers(model, *MIXED)
     for question, found in zip(MIXED, together, strict=True):
         (alone,) = oracles.answers(model, question)
-        assert isinstance(found, Answer)
-        assert isinstance(alone, Answer)
+        assert isinstance(found, InferenceResult)
+        assert isinstance(alone, InferenceResult)
         tolerance = 1e-5 if question.layers == (LAST,) else 5e-2
         assert len(found.explanations) == len(alone.explanations)
         for mine, its in zip(found.explanations, alone.explanations, strict=True):
@@ -266,7 +266,7 @@ def test_logits_that_are_not_finite_are_an_error_of_that_image_alone() -> None:
     )
     assert isinstance(failed, NonFiniteOutput)
     for answer in (before, after):
-        assert isinstance(answer, Answer)
+        assert isinstance(answer, InferenceResult)
         assert math.isfinite(only(answer).high)
         assert only(answer).high > 0
     (alone,) = oracles.answers(threshold, plain)

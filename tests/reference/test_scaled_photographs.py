@@ -12,8 +12,8 @@ from oracles import real
 from PIL import Image
 
 from service.images.upload import open_upload
-from service.inference.questions import Answer, Question
-from service.inference.steps import run
+from service.inference.batch import run
+from service.inference.questions import InferenceResult, Question
 from service.models.loaded import LoadedModel
 from service.models.pool import ModelPool
 
@@ -34,13 +34,13 @@ def photographs(folder: Path) -> Iterator[bytes]:
             yield buffer.getvalue()
 
 
-def answered(model: LoadedModel, pool: ModelPool, data: bytes, side: int | None) -> Answer:
+def answered(model: LoadedModel, pool: ModelPool, data: bytes, side: int | None) -> InferenceResult:
     """A photo to draw on, as large as the source, needs the whole picture; None does not."""
     upload = open_upload(data, model.preprocessing, "crop", max_pixels=LIMIT, preview_side=side)
     target = str(model.target_layer)
     with pool.lease(model.name) as replica:
         (answer,) = run(replica, [Question(upload.model_input.pixels, layers=(target,))])
-    assert isinstance(answer, Answer)
+    assert isinstance(answer, InferenceResult)
     return answer
 
 

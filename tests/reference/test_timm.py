@@ -9,8 +9,8 @@ import torch
 from cheap_weights import cheaply
 
 from service.errors import ConfigurationError
-from service.inference.questions import Answer, Question
-from service.inference.steps import run
+from service.inference.batch import run
+from service.inference.questions import InferenceResult, Question
 from service.models import builders
 from service.models.catalog import InputSpec, ModelSpec
 from service.models.loading import load_model
@@ -50,7 +50,7 @@ def test_a_family_is_served_and_explained(name: str, monkeypatch) -> None:
     noise = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(1))
     question = Question(noise.to(torch.uint8), explain_top=4, layers=(model.target_layer,))
     (answer,) = run(replica, [question])
-    assert isinstance(answer, Answer)
+    assert isinstance(answer, InferenceResult)
     assert any(explanation.grid.any() for explanation in answer.explanations)
     assert max(answer.explanations[0].grid.shape) > 1
     assert replica.condition.faults() == []

@@ -9,8 +9,8 @@ import torch
 import torchvision
 from cheap_weights import cheaply
 
-from service.inference.questions import Answer, Question
-from service.inference.steps import run
+from service.inference.batch import run
+from service.inference.questions import InferenceResult, Question
 from service.models import builders
 from service.models.catalog import InputSpec, ModelSpec
 from service.models.loading import load_model
@@ -66,7 +66,7 @@ def test_it_is_served_and_explained_at_its_smallest_input(name: str, monkeypatch
     noise = torch.randint(0, 256, (3, side, side), generator=torch.Generator().manual_seed(1))
     question = Question(noise.to(torch.uint8), explain_top=4, layers=(model.target_layer,))
     (answer,) = run(replica, [question])
-    assert isinstance(answer, Answer)
+    assert isinstance(answer, InferenceResult)
     grids = [explanation.grid for explanation in answer.explanations]
     assert any(grid.any() for grid in grids)
     rows, columns = grids[0].shape

@@ -21,8 +21,8 @@ from torchcam.methods.gradient import _GradCAM
 
 from service.errors import CamserveError
 from service.images.decode import Preprocessing
-from service.inference.questions import Answer, Explanation, Question
-from service.inference.steps import Unfinished, run
+from service.inference.batch import Unfinished, run
+from service.inference.questions import Explanation, InferenceResult, Question
 from service.models.catalog import ModelSpec, parse_model
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model
@@ -136,15 +136,15 @@ def leased(model: LoadedModel) -> Iterator[Replica]:
         yield replica
 
 
-def answers(model: LoadedModel, *questions: Question) -> list[Answer | CamserveError]:
+def answers(model: LoadedModel, *questions: Question) -> list[InferenceResult | CamserveError]:
     """What `run` says to a batch of questions, the stepwise ones worked off to the end."""
     with leased(model) as replica:
         return [finished(replica, each) for each in run(replica, questions)]
 
 
 def finished(
-    replica: Replica, answer: Answer | CamserveError | Unfinished
-) -> Answer | CamserveError:
+    replica: Replica, answer: InferenceResult | CamserveError | Unfinished
+) -> InferenceResult | CamserveError:
     while isinstance(answer, Unfinished):
         try:
             answer = answer.step(replica) or answer
@@ -157,7 +157,7 @@ def explained(model: LoadedModel, *questions: Question) -> list[Explanation]:
     """The only explanation of each question."""
     found = []
     for answer in answers(model, *questions):
-        assert isinstance(answer, Answer), answer
+        assert isinstance(answer, InferenceResult), answer
         (explanation,) = answer.explanations
         found.append(explanation)
     return found

@@ -19,8 +19,8 @@ from torch import nn
 from service.errors import ConfigurationError
 from service.evaluation import calibration
 from service.evaluation.calibration import calibrate, rank_correlation
+from service.inference.batch import run_compiled
 from service.inference.questions import Question
-from service.inference.steps import run_compiled
 from service.models.catalog import ModelSpec, parse_models, with_int8
 from service.models.compiled.lane import Compiler
 from service.models.loaded import LoadedModel

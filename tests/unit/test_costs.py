@@ -15,7 +15,7 @@ from api_schemas.options import ExplainOptions, PredictOptions
 from service.errors import InvalidOption
 from service.inference import batch
 from service.inference.methods import cost
-from service.inference.questions import Answer, Question
+from service.inference.questions import InferenceResult, Question
 from service.models.loaded import LoadedModel
 from service.pipeline import resolve
 from service.pipeline.service import Limits
@@ -41,9 +41,9 @@ def behind(model: LoadedModel, path: str) -> float:
     return 1 - model.layer(path).share
 
 
-def answer_of(model: LoadedModel, asked: Question) -> Answer:
+def answer_of(model: LoadedModel, asked: Question) -> InferenceResult:
     (answer,) = oracles.answers(model, asked)
-    assert isinstance(answer, Answer), answer
+    assert isinstance(answer, InferenceResult), answer
     return answer
 
 
@@ -159,7 +159,7 @@ def test_targets_that_do_not_fit_one_walk_have_the_same_maps(
     asked = question(method=method, layers=layers, explain_top=100, contrast=3)
     at_once = answer_of(model, asked)
     floats = sum(model.activation_bytes([path], inputs=False) for path in layers)
-    monkeypatch.setattr(batch, "WALK_BYTES", 7 * floats)
+    monkeypatch.setattr(batch, "BACKWARD_BYTES", 7 * floats)
     walks = watched(monkeypatch)
     chunked = answer_of(model, asked)
     assert len(walks) == 1 + 15, "of the captured gradients, and of seven targets each"
@@ -177,9 +177,9 @@ def test_a_hundred_targets_at_an_early_layer_hold_no_more_than_a_walk(
     large = loaded(SmallNet(classes=120), side=512)
     pixels = oracles.picture(10, 512, 512)
     asked = Question(pixels, layers=(FIRST,), explain_top=100)
-    assert 100 * large.activation_bytes([FIRST], inputs=False) > 2 * batch.WALK_BYTES
+    assert 100 * large.activation_bytes([FIRST], inputs=False) > 2 * batch.BACKWARD_BYTES
     assert len(answer_of(large, asked).explanations) == 100
-    assert 0 < max(walks) <= batch.WALK_BYTES
+    assert 0 < max(walks) <= batch.BACKWARD_BYTES
 
 
 def test_chunks_leave_the_graph_to_the_gradients_that_are_captured(
@@ -189,7 +189,7 @@ def test_chunks_leave_the_graph_to_the_gradients_that_are_captured(
         layers=(FIRST,), targets=(4,), activations=(LAST, FIRST), kinds=("grad_output",)
     )
     whole = answer_of(model, asked)
-    monkeypatch.setattr(batch, "WALK_BYTES", 1)
+    monkeypatch.setattr(batch, "BACKWARD_BYTES", 1)
     chunked = answer_of(model, asked)
     assert {each.layer for each in whole.activations} == {FIRST, LAST}
     for one, other in zip(whole.activations, chunked.activations, strict=True):
@@ -203,7 +203,7 @@ def test_methods_without_a_gradient_differentiate_nothing(
 ) -> None:
     walks = watched(monkeypatch)
     asked = question(method=method, explain_top=20)
-    assert not asked.differentiates
+    assert not asked.needs_graph
     assert len(answer_of(model, asked).explanations) == 20
     assert sum(walks) == 0
 

@@ -14,8 +14,8 @@ from played_device import NAME, played_device
 from torch import nn
 
 from api_schemas.methods import METHODS
-from service.inference.questions import Answer, Question
-from service.inference.steps import Unfinished, run
+from service.inference.batch import Unfinished, run
+from service.inference.questions import InferenceResult, Question
 from service.models.catalog import ModelSpec
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model
@@ -83,7 +83,9 @@ def picture(seed: int) -> torch.Tensor:
     return torch.randint(0, 256, (3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
 
 
-def answers(model: LoadedModel, asked: list[Question], *, folded: bool = False) -> list[Answer]:
+def answers(
+    model: LoadedModel, asked: list[Question], *, folded: bool = False
+) -> list[InferenceResult]:
     """What one batch gives, its methods of many passes worked off."""
     found = []
     with ModelPool([model], replicas=1).lease(model, folded=folded) as replica:
@@ -91,12 +93,14 @@ def answers(model: LoadedModel, asked: list[Question], *, folded: bool = False) 
             answer = each
             while isinstance(answer, Unfinished):
                 answer = answer.step(replica) or answer
-            assert isinstance(answer, Answer), answer
+            assert isinstance(answer, InferenceResult), answer
             found.append(answer)
     return found
 
 
-def assert_same(some: list[Answer], others: list[Answer], tolerance: float) -> None:
+def assert_same(
+    some: list[InferenceResult], others: list[InferenceResult], tolerance: float
+) -> None:
     for one, other in zip(some, others, strict=True):
         for mine, theirs in zip(one.explanations, other.explanations, strict=True):
             assert (mine.class_id, mine.flags) == (theirs.class_id, theirs.flags)

@@ -10,8 +10,8 @@ import torchvision
 from tiny import loaded
 from torch import nn
 
+from service.inference.batch import run
 from service.inference.questions import Question, lane_of
-from service.inference.steps import run
 from service.models.compiled.folding import fold
 from service.models.pool import ModelPool
 from service.models.replicas import replicate

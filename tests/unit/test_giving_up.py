@@ -17,15 +17,15 @@ import torch
 from tiny import SmallNet, loaded
 
 from service.errors import DeadlineExceeded, InferenceHangs
-from service.inference.questions import Answer, Question
-from service.inference.steps import Unfinished
+from service.inference.batch import Unfinished
+from service.inference.questions import InferenceResult, Question
 from service.metrics import Metrics
 from service.models.pool import ModelPool, Replica
 from service.scheduling.scheduler import Job, Scheduler
 from service.scheduling.workers import Task, Workers
 
 PATIENCE = 10.0
-NOTHING = Answer((), (), ())
+NOTHING = InferenceResult((), (), ())
 
 
 class Steps(Unfinished):
@@ -34,7 +34,7 @@ class Steps(Unfinished):
     def __init__(self) -> None:
         self.count = 0
 
-    def step(self, _: Replica) -> Answer | None:
+    def step(self, _: Replica) -> InferenceResult | None:
         self.count += 1
         return None
 

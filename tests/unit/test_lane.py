@@ -18,8 +18,8 @@ from tiny import SmallNet
 from torch import nn
 
 from service.errors import ConfigurationError
+from service.inference.batch import run, run_compiled
 from service.inference.questions import Question, lane_of
-from service.inference.steps import run, run_compiled
 from service.models.catalog import ModelSpec
 from service.models.compiled import lane as lanes
 from service.models.compiled import openvino_front

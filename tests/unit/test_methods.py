@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from service.cam.methods import eigencam, over_input, scale
-from service.inference.methods import AT_LAYER
+from service.inference.methods import LAYER_METHODS
 
 SIDE = 8
 """Images of a batch, rows and columns alike, so that a dimension in the wrong place still fits."""
@@ -22,10 +22,10 @@ def tensors(channels: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("channels", [3, SIDE, 100])
-@pytest.mark.parametrize("method", sorted(AT_LAYER.keys() - {"cam"}))
+@pytest.mark.parametrize("method", sorted(LAYER_METHODS.keys() - {"cam"}))
 def test_an_image_has_the_same_map_in_a_batch_as_alone(method: str, channels: int) -> None:
     activation, gradient = tensors(channels)
-    cam = AT_LAYER[method]
+    cam = LAYER_METHODS[method]
     together = cam(activation, gradient)
     alone = [cam(a[None], g[None])[0] for a, g in zip(activation, gradient, strict=True)]
     assert together.shape == (SIDE, SIDE, SIDE)

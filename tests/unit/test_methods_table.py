@@ -17,8 +17,8 @@ from api_schemas.methods import METHODS, MethodRecord
 from api_schemas.options import ExplainOptions, Method
 from service.errors import InvalidOption
 from service.inference import methods
-from service.inference.captures import Part
-from service.inference.methods import AT_LAYER, STEPS, check_method, cost
+from service.inference.forward_pass import ImagePass
+from service.inference.methods import LAYER_METHODS, MULTI_PASS_METHODS, check_method, cost
 from service.inference.perturbation import Steps
 from service.inference.questions import Question
 from service.models.loaded import LoadedModel
@@ -49,8 +49,8 @@ def test_the_option_takes_the_methods_of_the_table() -> None:
 
 def test_every_method_has_the_functions_that_its_record_wants() -> None:
     of_the_pass = {name for name, record in METHODS.items() if record.walks or not record.runs}
-    assert AT_LAYER.keys() == of_the_pass
-    assert STEPS.keys() == {name for name, record in METHODS.items() if record.runs}
+    assert LAYER_METHODS.keys() == of_the_pass
+    assert MULTI_PASS_METHODS.keys() == {name for name, record in METHODS.items() if record.runs}
 
 
 def test_the_readme_names_every_method() -> None:
@@ -106,13 +106,13 @@ def seventeenth(monkeypatch: pytest.MonkeyPatch) -> MethodRecord:
         grid="input",
     )
 
-    def brightness(part: Part) -> Steps:
+    def brightness(part: ImagePass) -> Steps:
         for _ in range(part.question.samples):
             yield
         return [part.question.pixels.float().mean(dim=0)] * len(part.targets)
 
     monkeypatch.setitem(METHODS, record.name, record)  # type: ignore[arg-type]
-    monkeypatch.setitem(methods.STEPS, record.name, brightness)  # type: ignore[arg-type]
+    monkeypatch.setitem(methods.MULTI_PASS_METHODS, record.name, brightness)  # type: ignore[arg-type]
     return record
 
 

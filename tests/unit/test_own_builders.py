@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from service.cli.check import check_models
 from service.errors import ConfigurationError
-from service.inference.questions import Answer, Question
-from service.inference.steps import run
+from service.inference.batch import run
+from service.inference.questions import InferenceResult, Question
 from service.models.catalog import InputSpec, ModelSpec
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model
@@ -210,7 +210,7 @@ def test_exported_and_frozen_modules_predict(tmp_path: Path, builder, form: str)
     replica = Replica(model, module, Condition.of(module))
     image = torch.randint(0, 256, (3, 32, 32), generator=torch.Generator().manual_seed(0))
     (answer,) = run(replica, [Question(image.to(torch.uint8), top_k=7)])
-    assert isinstance(answer, Answer)
+    assert isinstance(answer, InferenceResult)
     with torch.no_grad():
         expected = SmallNet(seed=3).eval()(model.normalised(image[None].to(torch.uint8)))
     scores = {each.class_id: each.score for each in answer.predictions}
@@ -257,4 +257,4 @@ def test_an_error_of_a_batch_that_was_exported_for_one_is_of_that_batch(
     with pytest.raises(AssertionError, match="Guard failed"):
         run(replica, [question, question])
     (answer,) = run(replica, [question])
-    assert isinstance(answer, Answer)
+    assert isinstance(answer, InferenceResult)

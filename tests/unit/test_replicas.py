@@ -8,8 +8,8 @@ from tiny import SmallNet, loaded
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from service.inference.questions import Answer, Question
-from service.inference.steps import run
+from service.inference.batch import run
+from service.inference.questions import InferenceResult, Question
 from service.models.pool import ModelPool
 from service.models.replicas import replicate
 
@@ -51,7 +51,7 @@ def test_a_model_with_hooks_or_computed_weights_of_its_own_is_served(prepare) ->
     for _ in range(2):
         with pool.lease("tiny") as replica:
             (answer,) = run(replica, [Question(PIXELS, top_k=7, layers=("features",))])
-        assert isinstance(answer, Answer)
+        assert isinstance(answer, InferenceResult)
         logits = {p.class_id: p.logit for p in answer.predictions}
         assert [logits[i] for i in range(7)] == pytest.approx(expected[0].tolist(), abs=1e-5)
     assert pool.replaced == {"tiny": 0}

@@ -25,8 +25,8 @@ from service.errors import (
     ShuttingDown,
     UnknownModel,
 )
-from service.inference.questions import Answer, Question
-from service.inference.steps import Unfinished
+from service.inference.batch import Unfinished
+from service.inference.questions import InferenceResult, Question
 from service.metrics import Metrics
 from service.models.compiled.folding import fold
 from service.models.compiled.front import CompiledLane
@@ -36,7 +36,7 @@ from service.scheduling import scheduler as scheduling_module
 from service.scheduling.scheduler import BATCH_PATIENCE, Scheduler
 
 PATIENCE = 4.0
-NOTHING = Answer((), (), ())
+NOTHING = InferenceResult((), (), ())
 
 
 def question(number: int = 0, side: int = 32) -> Question:
@@ -95,11 +95,11 @@ def test_each_question_runs_in_the_lane_that_was_chosen_for_it(
 ) -> None:
     ran: list[str] = []
 
-    def compiled(*_: object, **__: object) -> list[Answer]:
+    def compiled(*_: object, **__: object) -> list[InferenceResult]:
         ran.append("compiled")
         return [NOTHING]
 
-    def on_a_replica(replica: Replica, _: object) -> list[Answer]:
+    def on_a_replica(replica: Replica, _: object) -> list[InferenceResult]:
         norms = [each for each in replica.module.modules() if isinstance(each, nn.BatchNorm2d)]
         ran.append("hooked" if norms else "folded")
         return [NOTHING]
@@ -261,7 +261,7 @@ def test_several_workers_run_batches_beside_each_other() -> None:
     """Each waits until the other one is there too."""
     both = threading.Barrier(2)
 
-    def runner(_: Replica, questions: Sequence[Question]) -> list[Answer]:
+    def runner(_: Replica, questions: Sequence[Question]) -> list[InferenceResult]:
         both.wait(PATIENCE)
         return [NOTHING] * len(questions)
 
@@ -275,7 +275,7 @@ def test_a_model_with_one_replica_runs_one_batch_while_another_model_goes_on() -
     began: list[str] = []
     first, gate = threading.Event(), threading.Event()
 
-    def runner(replica: Replica, questions: Sequence[Question]) -> list[Answer]:
+    def runner(replica: Replica, questions: Sequence[Question]) -> list[InferenceResult]:
         began.append(replica.model.name)
         if replica.model.name == "serial" and not gate.is_set():
             first.set()
@@ -487,7 +487,7 @@ class Countdown(Unfinished):
     def __init__(self, steps: int, noted: list[str], name: str) -> None:
         self._left, self._noted, self._name = steps, noted, name
 
-    def step(self, _: Replica) -> Answer | None:
+    def step(self, _: Replica) -> InferenceResult | None:
         self._noted.append(self._name)
         self._left -= 1
         if self._left < 0:

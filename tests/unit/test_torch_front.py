@@ -17,8 +17,8 @@ from structlog.testing import capture_logs
 from tiny import SmallNet
 from torch import Tensor, nn
 
+from service.inference.batch import run, run_compiled
 from service.inference.questions import Question
-from service.inference.steps import run, run_compiled
 from service.models.catalog import InputSpec, ModelSpec
 from service.models.compiled import torch_front
 from service.models.compiled.cut import split
