@@ -106,7 +106,7 @@ async def answer(
             bill.add(grids + sum(quote.price for quote in quotes))
             replies = await _replies(works, plan.images, quotes)
             response = await drawn(works[0], plan.respond, replies)
-            bill.made(len(response.body))
+            bill.settle(len(response.body))
             response.headers.update(lifecycle.report(request, works[0], len(works)))
             return response
 

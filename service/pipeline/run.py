@@ -110,6 +110,6 @@ async def _infer(recipe: Recipe, question: Question) -> InferenceResult:
     timed = await result_of(
         recipe.service.scheduler.submit(recipe.model, question, recipe.deadline)
     )
-    recipe.clock.seconds["queue"] += timed.queue
-    recipe.clock.seconds["inference"] += timed.inference
-    return timed.answer
+    recipe.clock.seconds["queue"] += timed.queue_seconds
+    recipe.clock.seconds["inference"] += timed.inference_seconds
+    return timed.result

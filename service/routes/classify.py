@@ -197,13 +197,13 @@ async def _respond(
     header = lifecycle.report(request, work, len(results))
     only = results[0]
     if isinstance(only, Response):
-        work.bill.made(len(only.body))
+        work.bill.settle(len(only.body))
         only.headers.update(header)
         return only
     entries = [result if isinstance(result, wire.Result) else _failed(result) for result in results]
     call = work.service.scheduler.call(response.body, work, request.scope["request_id"], entries)
     body = await result_of(call)
-    work.bill.made(len(body))
+    work.bill.settle(len(body))
     return Response(body, media_type="application/json", headers=header)
 
 

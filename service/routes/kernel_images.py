@@ -61,7 +61,7 @@ async def kernels(request: Request, name: str, layer: str) -> Response:
         bill.add(min(most, photo_bytes((side, side), "png")))
         grid = await result_of(service.scheduler.call(_draw, model, layer, side))
         bill.add(max(0, len(grid.picture.data) - permit.answer_bytes))
-        bill.made(len(grid.picture.data))
+        bill.settle(len(grid.picture.data))
         headers = {"X-Kernels": str(grid.kernels), "X-Kernels-Left-Out": str(grid.left_out)}
         return Response(grid.picture.data, media_type=grid.picture.media_type, headers=headers)
 

@@ -30,7 +30,7 @@ from service.pipeline.service import Answered, Clock, Recipe
 from service.routes import access, bodies, encodings
 from service.routes.middleware import CLIENT_CLOSED_REQUEST
 from service.routes.state import service_of
-from service.scheduling.admission import Bill, Held, Permit
+from service.scheduling.admission import Bill, Permit, RequestPermits
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -123,10 +123,10 @@ async def patiently(attempt: Callable[[], Awaitable[T]], until: float) -> T:
             await asyncio.sleep(PAUSE)
 
 
-def held(request: Request) -> Held:
+def held(request: Request) -> RequestPermits:
     """The permits that this request holds until its response is sent."""
     kept = request.scope["held"]
-    assert isinstance(kept, Held)
+    assert isinstance(kept, RequestPermits)
     return kept
 
 
@@ -235,7 +235,7 @@ async def infer(work: RequestWork, data: Sent, quote: Quote) -> Billed:
     try:
         answered = await run.ask(work, data, bill)
     except BaseException:
-        work.bill.take_back(priced)
+        work.bill.reduce(priced)
         raise
     return Billed(answered.upload, answered.answer, answered.masked, priced)
 

@@ -30,7 +30,7 @@ from service.metrics import Metrics
 from service.routes.access import is_open, path_of, sent_key
 from service.routes.hosts import HostRule
 from service.routes.problems import problem, unexpected
-from service.scheduling.admission import Admission, Held
+from service.scheduling.admission import Admission, RequestPermits
 from service.security.keys import KeyFile
 from service.security.quotas import Quotas
 from service.tracing import Traces
@@ -103,7 +103,7 @@ class RequestContext:
             if message["type"] == "http.response.body" and not message.get("more_body", False):
                 held.release()
 
-        held: Held = scope.setdefault("held", Held())
+        held: RequestPermits = scope.setdefault("held", RequestPermits())
         try:
             with held:
                 await self.app(scope, receive, send_with_id)

@@ -1,1 +1,1 @@
-"""Who is admitted, and what runs when."""
+"""Admission of requests, worker threads, and dynamic batching."""

@@ -1,10 +1,9 @@
-"""Who may come in: a bound on images and bytes, decided before any work is done."""
+"""Admission: bounds on the images and bytes that the service holds, checked before any work."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from types import TracebackType
 from typing import Self
 
 from service.errors import InvalidOption, QueueFull, ShuttingDown
@@ -13,15 +12,15 @@ MEBIBYTE = 1 << 20
 
 
 class Admission:
-    """Counts what the service holds and refuses at once what it will not hold.
+    """Counts the images and bytes that the service holds, and refuses what exceeds its bounds.
 
     max_images: images of all admitted requests, from the end of their body to the end of their
                 answer.
     max_bytes:  bytes of their bodies, counted as they arrive.
-    max_answer_bytes: of their answers: what these may take, and once they are made what they do.
+    max_answer_bytes: bytes of their answers: the estimate, and once an answer is built its size.
     make_room:  ends a request whose client is too slow and that holds some of a counter ("images",
-                "bytes", "answers"), before another one is refused for want of it; False where there
-                is none. It is called on the thread that asks for room.
+                "bytes", "answers"), before another one is refused; False if there is none. It is
+                called on the thread that needs room.
     """
 
     def __init__(
@@ -50,21 +49,21 @@ class Admission:
 
     @property
     def answer_bytes(self) -> int:
-        """Bytes of answers held now, or priced and not yet made."""
+        """Bytes of answers held now, or reserved and not yet built."""
         return self._answer_bytes
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request is held, and none whose body still arrives."""
+        """Whether no request is held or still arriving."""
         return not self._images and not self._expected
 
     @property
     def is_open(self) -> bool:
-        """Whether new requests are taken."""
+        """Whether new requests are admitted."""
         return self._open
 
     def admit(self, declared_bytes: int = 0) -> Permit:
-        """Take a place for one image; a request with more asks its permit to `grow`.
+        """Reserve room for one image; the permit of a request with more of them grows (`grow`).
 
         Raises QueueFull or ShuttingDown.
         """
@@ -73,22 +72,22 @@ class Admission:
         return permit
 
     def expect(self) -> Permit:
-        """Let in a request whose body is still to come: it grows by its bytes, then by its images.
+        """Accept a request whose body is still to come: it grows by its bytes, then by its images.
 
-        It is finished also where the service is closed meanwhile. Raises ShuttingDown.
+        It is finished even if the service is closed meanwhile. Raises ShuttingDown.
         """
         if not self._open:
-            raise _closed()
+            raise shutdown_error()
         with self._lock:
             self._expected += 1
         return Permit(self, is_expected=True)
 
     def close(self) -> None:
-        """Admit nothing from now on; permits that were given stay good."""
+        """Admit nothing from now on; existing permits stay valid."""
         self._open = False
 
     def take(self, permit: Permit, images: int, declared_bytes: int) -> None:
-        """Count places. For `Permit` alone."""
+        """Count images and bytes. For `Permit` alone."""
         while True:
             with self._lock:
                 lacking = self._lacking(permit, images, declared_bytes)
@@ -102,7 +101,7 @@ class Admission:
     def hold_answer(self, more: int, *, held: int) -> None:
         """Count bytes of an answer of which `held` are counted already. For `Permit` alone.
 
-        Raises QueueFull. Fewer bytes (`more` below 0) and a lone answer are always taken.
+        Raises QueueFull. Fewer bytes (`more` below 0) and a single answer are always accepted.
         """
         while True:
             with self._lock:
@@ -113,23 +112,23 @@ class Admission:
                     return
             if not self._make_room("answers"):
                 raise QueueFull(
-                    f"Answers of {others} bytes are being made or sent, and this one may take "
+                    f"Answers of {others} bytes are being built or sent, and this one may take "
                     f"{held + more} more; at most {self.max_answer_bytes} are held at once. Try "
-                    "again after the seconds in Retry-After, or ask for less."
+                    "again after the seconds in Retry-After, or request less."
                 )
 
     def check(self) -> None:
-        """Raise QueueFull or ShuttingDown where `admit` would; nothing is taken."""
-        nobody = Permit(self)
-        while (lacking := self._lacking(nobody, 1, 0)) is not None:
+        """Raise QueueFull or ShuttingDown where `admit` would; nothing is reserved."""
+        empty = Permit(self)
+        while (lacking := self._lacking(empty, 1, 0)) is not None:
             if not self._make_room(lacking):
                 raise self._full(lacking)
 
     def _lacking(self, permit: Permit, images: int, declared_bytes: int) -> str | None:
-        """The counter that has no room; None where all have."""
-        if not self._open and not permit.is_let_in:
-            raise _closed()
-        # What is larger than the whole bound is let in alone, or it could never be served.
+        """The counter that has no room; None if all have."""
+        if not self._open and not permit.is_accepted:
+            raise shutdown_error()
+        # A request larger than the whole bound is admitted alone, or it could never be served.
         others = self._images - permit.images
         if images and others and self._images + images > self.max_images:
             return "images"
@@ -144,12 +143,12 @@ class Admission:
             "bytes": f"Bodies of {self._bytes} bytes are held",
         }
         return QueueFull(
-            f"{held[counter]}, which is as many as this service holds; try again after the "
+            f"{held[counter]}, which is the maximum of this service; try again after the "
             "seconds in Retry-After."
         )
 
     def give(self, images: int, declared_bytes: int) -> None:
-        """Free places. For `Permit` alone."""
+        """Free images and bytes. For `Permit` alone."""
         with self._lock:
             self._images -= images
             self._bytes -= declared_bytes
@@ -160,12 +159,13 @@ class Admission:
             self._expected -= 1
 
 
-def _closed() -> ShuttingDown:
+def shutdown_error() -> ShuttingDown:
+    """The error of work that comes after the service was closed."""
     return ShuttingDown("The service is shutting down; ask another instance.")
 
 
 class Permit:
-    """The right of one request to be worked on; leaving its `with` gives it back.
+    """What one request may hold of the service's bounds; leaving its `with` releases it.
 
     images, bytes: what it holds now.
     """
@@ -183,12 +183,12 @@ class Permit:
         return bool(held[counter])
 
     @property
-    def is_let_in(self) -> bool:
+    def is_accepted(self) -> bool:
         """Whether its request was accepted before the service was closed."""
         return self._is_expected or self.images > 0
 
     def grow(self, images: int, declared_bytes: int = 0) -> None:
-        """Take places for more images or bytes. Raises QueueFull; what is held stays held."""
+        """Reserve room for more images or bytes. Raises QueueFull; what is held stays held."""
         self._admission.take(self, images, declared_bytes)
         self.images += images
         self.bytes += declared_bytes
@@ -203,13 +203,13 @@ class Permit:
     def hold_answer(self, size: int) -> None:
         """Hold this many bytes for the answer, in place of those held for it so far.
 
-        Raises QueueFull where it is more and the service holds too many; what is held stays held.
+        Raises QueueFull if that is more and the service holds too many; what is held stays held.
         """
         self._admission.hold_answer(size - self._answer_bytes, held=self._answer_bytes)
         self._answer_bytes = size
 
     def release(self) -> None:
-        """Give everything back; a second call does nothing."""
+        """Release everything; a second call does nothing."""
         self.hold_answer(0)
         images, declared_bytes = self.images, self.bytes
         self.images = self.bytes = 0
@@ -224,61 +224,51 @@ class Permit:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
 
-class Held:
-    """The permits of one request; leaving its `with` gives them back.
+class RequestPermits:
+    """The permits of one request; leaving its `with` releases them.
 
-    A route returns its answer before a byte of it is sent. What is kept here is held until the
-    answer has left, or the connection has ended.
+    A route returns its answer before a byte of it is sent. The permits kept here are held until the
+    answer has been sent, or the connection has ended.
     """
 
     def __init__(self) -> None:
         self._permits: list[Permit] = []
 
     def holds(self, counter: str) -> bool:
-        """Whether one of them holds some of a counter."""
+        """Whether any of them holds some of a counter."""
         return any(permit.holds(counter) for permit in self._permits)
 
     def keep(self, permit: Permit) -> Permit:
-        """Hold a permit until the answer has left."""
+        """Hold a permit until the answer has been sent."""
         self._permits.append(permit)
         return permit
 
     def release(self) -> None:
-        """Give everything back; a second call does nothing."""
+        """Release all of them; a second call does nothing."""
         for permit in self._permits:
             permit.release()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
 
 class Bill:
     """The bytes of one request's answer, which its permit holds.
 
-        bill.add(2 << 20)       # what it may take; refused where that is too much
-        bill.made(len(body))    # what it takes
+        bill.add(2 << 20)       # what it may take; refused if that is too much
+        bill.settle(len(body))  # what it takes
 
     most:    bytes that one answer may take.
-    advice:  says what a request for less would leave out, in a sentence.
-    in_turn: whether its parts are made one after another, so that what is too much beside the
-             others now may fit when they are made: QueueFull then, in place of InvalidOption.
+    advice:  returns a sentence on what a smaller request would leave out.
+    in_turn: whether its parts are built one after another, so that what is too much beside the
+             others now may fit when they are built: QueueFull then, in place of InvalidOption.
     """
 
     def __init__(
@@ -289,18 +279,18 @@ class Bill:
         self._advice = advice
         self._in_turn = in_turn
         self._total = 0
-        self._made = 0
+        self._settled = 0
 
     def add(self, size: int) -> None:
-        """Hold so many bytes more.
+        """Hold this many bytes more.
 
-        Raises InvalidOption for more than one answer may take, and QueueFull where the service
-        holds too many; then nothing more is held.
+        Raises InvalidOption for more than one answer may take, and QueueFull if the service holds
+        too many; then nothing more is held.
         """
         total = self._total + size
         if total > self._most:
-            if self._in_turn and self._made + size <= self._most:
-                raise QueueFull("Other parts of this answer are still being made.")
+            if self._in_turn and self._settled + size <= self._most:
+                raise QueueFull("Other parts of this answer are still being built.")
             raise InvalidOption(
                 f"The answer may take up to {_mebibytes(total)}, and at most "
                 f"{_mebibytes(self._most)} are allowed. {self._advice()}"
@@ -308,18 +298,18 @@ class Bill:
         self._permit.hold_answer(total)
         self._total = total
 
-    def take_back(self, size: int) -> None:
-        """Hold so many bytes less: what they were priced for is not made."""
+    def reduce(self, size: int) -> None:
+        """Hold this many bytes less: the part they were reserved for is not built."""
         self._total -= size
-        # A permit that was given back holds nothing any more.
+        # A permit that was released holds nothing any more.
         self._permit.hold_answer(min(self._total, self._permit.answer_bytes))
 
-    def made(self, size: int, priced: int | None = None) -> None:
-        """Something takes `size` bytes until it is sent: the answer, or what was `priced`."""
+    def settle(self, size: int, priced: int | None = None) -> None:
+        """Hold `size` bytes in place of `priced` ones; by default for the whole answer."""
         priced = self._total if priced is None else priced
-        self._made += size
+        self._settled += size
         if size < priced:
-            self.take_back(priced - size)
+            self.reduce(priced - size)
 
 
 def _mebibytes(size: int) -> str:

@@ -1,4 +1,4 @@
-"""Who runs when: jobs that form batches by themselves, and short calls that go before them."""
+"""The scheduler: dynamic batching of inference, and short calls that take precedence over it."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from service.models.loaded import LoadedModel
 from service.models.pool import ModelPool, Replica
 from service.models.probes.torch_state import kept_torch_state
 from service.resources import is_out_of_memory, release_memory
+from service.scheduling.admission import shutdown_error
 from service.scheduling.workers import Task, Workers
 
 P = ParamSpec("P")
@@ -36,45 +37,45 @@ Outcome = InferenceResult | CamserveError | Unfinished
 Runner = Callable[[Replica, Sequence[Question]], Sequence[Outcome]]
 
 LEASE_SECONDS = 5.0
-"""How long a worker waits for a replica. There is one a worker, so that it waits only while lost
-ones are built again; other models need the worker meanwhile, and the request may come back."""
-
+"""How long a worker waits for a replica. There is one replica per worker, so a worker waits only
+while lost ones are rebuilt; other models need the worker meanwhile, and the client can retry."""
 
 BATCH_PATIENCE = 1.0
-"""Seconds after which a batch goes before the calls of requests: images of 64 megapixels, many in a
-request, would keep it waiting until all of them are decoded."""
+"""Seconds after which a batch takes precedence over the calls of requests: it would otherwise wait
+until all images of a request are decoded, which may be many of 64 megapixels."""
 
 
 @dataclass(frozen=True, slots=True)
-class Timed:
-    """An answer with the seconds it waited for its first batch, and those its batches took."""
+class TimedResult:
+    """A result with the seconds it waited for its first batch, and those its batches took."""
 
-    answer: InferenceResult
-    queue: float
-    inference: float
+    result: InferenceResult
+    queue_seconds: float
+    inference_seconds: float
 
 
 @dataclass(slots=True)
-class Job:
-    """One image to be answered.
+class InferenceJob:
+    """One image that waits for inference, or is in it.
 
-    deadline: on `time.monotonic()`'s clock. rest: what is left of a method of many passes.
-    alone:    whether it must not share a batch: one it was in failed.
-    queue, inference: seconds until its first batch, and in its batches so far.
+    deadline:   on `time.monotonic()`'s clock.
+    unfinished: what is left of a method of many passes.
+    runs_alone: whether it must not share a batch, because one it was in failed.
+    queue_seconds, inference_seconds: until its first batch, and in its batches so far.
     """
 
     model: LoadedModel
     question: Question
     deadline: float | None
     arrived: float = field(default_factory=time.monotonic)
-    future: Future[Timed] = field(default_factory=Future)
-    rest: Unfinished | None = None
-    alone: bool = False
-    queue: float | None = None
-    inference: float = 0.0
+    future: Future[TimedResult] = field(default_factory=Future)
+    unfinished: Unfinished | None = None
+    runs_alone: bool = False
+    queue_seconds: float | None = None
+    inference_seconds: float = 0.0
 
     def is_wanted(self) -> bool:
-        """Whether somebody still waits; ends the job where its deadline has passed."""
+        """Whether a client still waits; fails the job if its deadline has passed."""
         if self.future.done():
             return False
         if self.deadline is not None and time.monotonic() > self.deadline:
@@ -84,9 +85,10 @@ class Job:
             return False
         return True
 
-    def succeed(self, answer: InferenceResult) -> None:
+    def succeed(self, result: InferenceResult) -> None:
+        timed = TimedResult(result, self.queue_seconds or 0.0, self.inference_seconds)
         with suppress(InvalidStateError):  # cancelled, or given up
-            self.future.set_result(Timed(answer, self.queue or 0.0, self.inference))
+            self.future.set_result(timed)
 
     def fail(self, error: BaseException) -> None:
         fail(self.future, error)
@@ -97,22 +99,25 @@ class Job:
 
     @property
     def is_serial(self) -> bool:
-        """Whether its model has one replica, so that one batch runs at a time."""
+        """Whether its model has one replica, so that its batches run one after another."""
         return not self.model.behaviour.isolated
 
-    def goes_with(self, other: Job) -> bool:
+    def can_share_batch(self, other: InferenceJob) -> bool:
         """Whether two jobs of one model can share a forward pass."""
-        alone = self.alone or other.alone or self.rest is not None or other.rest is not None
+        jobs = (self, other)
+        if not self.model.behaviour.batchable or any(
+            job.runs_alone or job.unfinished is not None for job in jobs
+        ):
+            return False
         same_size = self.question.pixels.shape == other.question.pixels.shape
-        # Every target of one image walks the graph of the whole batch.
-        walks = {job.question.target_count for job in (self, other) if job.question.needs_gradients}
-        alone = alone or not self.model.behaviour.batchable
-        return not alone and self.lane == other.lane and same_size and len(walks) < 2
+        # The backward pass for a target of one image goes through the graph of the whole batch.
+        counts = {job.question.target_count for job in jobs if job.question.needs_gradients}
+        return self.lane == other.lane and same_size and len(counts) < 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Call:
-    """A short function to run. request: a number of the request that it is one of several of."""
+    """A short function to run. request: the number of the request that it is one of several of."""
 
     future: Future[Any]
     function: Callable[[], Any]
@@ -123,22 +128,22 @@ class Call:
             return
         try:
             result = self.function()
-        except BaseException as error:  # noqa: BLE001 - whoever waits gets it, whatever it is
+        except BaseException as error:  # noqa: BLE001 - the caller that waits gets it
             fail(self.future, error)
         else:
             with suppress(InvalidStateError):
                 self.future.set_result(result)
 
     def give_up(self) -> None:
-        fail(self.future, hangs())
+        fail(self.future, hang_error())
 
 
-class Turns:
-    """A queue of calls. Not for several threads at once: its owner has a lock.
+class CallQueue:
+    """A fair queue of calls. Not thread-safe: its owner has a lock.
 
     Requests take turns with each other, and with calls that belong to none: one call of each, so
-    that thirty-two images of one keep another's single image waiting for one of them, not for all.
-    And a request has at most `most` calls running, so that one leaves a thread to all others.
+    that another request's single image waits for one of thirty-two images, not for all of them.
+    A request has at most `most` calls running, so that one thread is left for the others.
     """
 
     def __init__(self, most: int) -> None:
@@ -156,11 +161,11 @@ class Turns:
 
     @property
     def next_is_of_request(self) -> bool:
-        """Whether the call whose turn it is is one of several of a request."""
+        """Whether the next call is one of several of a request."""
         return isinstance(self._next(), int)
 
     def _next(self) -> int | Call | None:
-        return next((each for each in self._waiting if self._running[each] < self._most), None)
+        return next((key for key in self._waiting if self._running[key] < self._most), None)
 
     def add(self, call: Call) -> None:
         """Queue a call."""
@@ -168,7 +173,7 @@ class Turns:
         self._waiting.setdefault(key, deque()).append(call)
 
     def take(self) -> Call:
-        """The call whose turn it is, where there is one (`has_next`); it runs until `end`."""
+        """The next call, if there is one (`has_next`); it runs until `end`."""
         key = self._next()
         assert key is not None
         calls = self._waiting.pop(key)
@@ -180,7 +185,7 @@ class Turns:
         return call
 
     def end(self, call: Call) -> None:
-        """A call has run."""
+        """Count a call as run."""
         if call.request is not None:
             self._running[call.request] -= 1
             if not self._running[call.request]:
@@ -188,52 +193,52 @@ class Turns:
 
 
 class Batch:
-    """Jobs that share a forward pass, or one step of a long one.
+    """Jobs that share a forward pass, or one step of a method of many passes.
 
-    Its worker settles it when it has the answers, or the watchdog when it hangs: whoever does so
-    first deals with the jobs, and nobody else.
+    Its worker claims it when it has the results, or the watchdog when it hangs: the first of the
+    two completes or fails the jobs, and the other one does nothing.
     """
 
-    def __init__(self, jobs: list[Job]) -> None:
+    def __init__(self, jobs: list[InferenceJob]) -> None:
         self.jobs = jobs
         self._lock = threading.Lock()
         self._replica: Replica | None = None
-        self._settled = False
+        self._claimed = False
 
-    def begin(self) -> list[Job]:
-        """The jobs that are still wanted now; the others are dropped. Empty where it was given up.
+    def begin(self) -> list[InferenceJob]:
+        """The jobs that are still wanted; the others are dropped. Empty if it was given up.
 
-        Between taking a batch and running it a client may disconnect, or a deadline pass.
+        Between taking a batch and running it a client may disconnect, or a deadline may pass.
         """
         wanted = [job for job in self.jobs if job.is_wanted()]
         with self._lock:
-            self.jobs = [] if self._settled else wanted
+            self.jobs = [] if self._claimed else wanted
             return self.jobs
 
-    def hold(self, replica: Replica) -> None:
-        """Note what it runs on. Raises InferenceHangs where it was given up while it waited."""
+    def hold_replica(self, replica: Replica) -> None:
+        """Note the replica it runs on. Raises InferenceHangs if it was given up while it waited."""
         with self._lock:
-            if self._settled:
-                raise hangs()
+            if self._claimed:
+                raise hang_error()
             self._replica = replica
 
-    def let_go(self) -> None:
-        """The replica goes back: from now on it may be somebody else's."""
+    def release_replica(self) -> None:
+        """Note that the replica is returned: from now on another batch may have it."""
         with self._lock:
             self._replica = None
 
-    def settle(self) -> bool:
-        """Whether the caller is the first to deal with the jobs."""
+    def claim(self) -> bool:
+        """Whether the caller is the first, so that it completes or fails the jobs."""
         with self._lock:
-            first, self._settled = not self._settled, True
+            first, self._claimed = not self._claimed, True
             return first
 
-    def abandon(self, pool: ModelPool) -> tuple[list[Job], bool]:
-        """Settle it for its worker; the jobs to deal with, and whether its replica is lost."""
+    def abandon(self, pool: ModelPool) -> tuple[list[InferenceJob], bool]:
+        """Claim it for its worker; the jobs to fail or retry, and whether its replica is lost."""
         with self._lock:
-            if self._settled:
+            if self._claimed:
                 return [], False
-            self._settled = True
+            self._claimed = True
             if self._replica is not None:
                 pool.drop(self._replica)
             return self.jobs, self._replica is not None
@@ -242,21 +247,23 @@ class Batch:
 class Scheduler:
     """One pool of threads for everything that takes time, so that the event loop never waits.
 
-    Short calls (rendering, decoding) go first: a rendered answer frees its place, and what is
-    decoded meets in one batch. Requests take turns in decoding, each leaves a thread to others, and
-    a batch that has waited for BATCH_PATIENCE goes before it. There are more threads than batches
-    may run, so that a call never waits behind them. A free thread takes what waits for one model
-    and lane, up to `max_batch`: an idle server answers a lone request at once, a busy one batches
-    by itself. Models take turns. A method of many passes is worked off in steps and goes to the
-    back of the queue between them. Jobs whose future was cancelled (the client is gone) or whose
-    deadline has passed are dropped, unrun or between two steps.
+    Calls (rendering, decoding) take precedence over batches: a rendered answer frees room for
+    another request, and images decoded together share a batch. Requests take turns in decoding and
+    each leaves a thread to others; a batch that has waited for BATCH_PATIENCE takes precedence.
+    There are more threads than batches may run, so that a call never waits for a batch.
 
-    workers:   batches that run side by side. helpers: threads more than these.
-    max_delay: seconds that a batch which is not full waits for more. Zero is best unless a large
-               device is fed by many slow clients.
-    threads_per_worker: intra-op threads of torch; one, where there are as many workers as cores.
-    hang_seconds: what is at one batch or call for longer is given up, its thread and replica
-               replaced (`Workers`).
+    Batching is dynamic: a free thread takes the jobs that wait for one model and lane, up to
+    `max_batch`. An idle server runs a single request at once, a busy one forms batches. Models take
+    turns. A method of many passes runs in steps and goes to the back of the queue between them.
+    Jobs whose future was cancelled (the client disconnected) or whose deadline has passed are
+    dropped, before they run or between two steps.
+
+    workers:   batches that run side by side. helpers: threads beyond these.
+    max_delay: seconds that a batch which is not full waits for more. Zero is best unless many slow
+               clients use a large device.
+    threads_per_worker: intra-op threads of torch; one if there are as many workers as cores.
+    hang_seconds: a batch or call that takes longer is given up, its thread and replica replaced
+               (`Workers`).
     """
 
     def __init__(  # noqa: PLR0913 - each is a setting
@@ -277,18 +284,18 @@ class Scheduler:
         self._max_batch = max_batch
         self._max_delay = max_delay
         self._runner = runner
-        self._calls = Turns(max(1, workers + helpers - 1))
-        self._jobs: OrderedDict[int, deque[Job]] = OrderedDict()
+        self._calls = CallQueue(max(1, workers + helpers - 1))
+        self._jobs: OrderedDict[int, deque[InferenceJob]] = OrderedDict()
         self._wake = threading.Condition()
         self._open = True
-        self._side_by_side = workers
+        self._max_running = workers
         self._running: set[Batch] = set()
         self.workers = Workers(
             self._take,
             count=workers + helpers,
             threads=threads_per_worker,
             hang_seconds=hang_seconds,
-            max_abandoned=2 * workers,  # what hangs in company is tried again alone
+            max_abandoned=2 * workers,  # a job that hangs in a batch is tried again alone
         )
 
     def start(self) -> None:
@@ -296,7 +303,7 @@ class Scheduler:
         self.workers.start()
 
     def close(self, timeout: float | None = None) -> None:
-        """Finish what was accepted, then end the threads; `timeout` seconds for all of them."""
+        """Finish the accepted work, then end the threads; `timeout` seconds for all of them."""
         with self._wake:
             self._open = False
             self._wake.notify_all()
@@ -309,7 +316,7 @@ class Scheduler:
             return sum(len(jobs) for jobs in self._jobs.values())
 
     def call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
-        """Run a short function in a worker thread; before any batch."""
+        """Run a short function in a worker thread; it takes precedence over batches."""
         return self._call(None, partial(function, *args, **kwargs))
 
     def call_in_turn(
@@ -328,16 +335,16 @@ class Scheduler:
 
     def submit(
         self, model: LoadedModel | str, question: Question, deadline: float | None = None
-    ) -> Future[Timed]:
+    ) -> Future[TimedResult]:
         """Queue one image for a version of a model that the caller holds (`ModelPool.use`).
 
-        A name means its present version. `deadline` is on `time.monotonic()`'s clock.
+        A name means its current version. `deadline` is on `time.monotonic()`'s clock.
 
-        The future raises DeadlineExceeded where the job was still waiting then, NonFiniteOutput,
+        The future raises DeadlineExceeded if the job still waits at the deadline, NonFiniteOutput,
         InferenceFailed, OutOfMemory, or what `ModelPool.lease` raises.
         """
-        held = self._pool.model(model) if isinstance(model, str) else model
-        job = Job(held, question, deadline)
+        version = self._pool.model(model) if isinstance(model, str) else model
+        job = InferenceJob(version, question, deadline)
         with self._wake:
             self._refuse_when_closed()
             self._queue(job)
@@ -345,67 +352,69 @@ class Scheduler:
 
     def _refuse_when_closed(self) -> None:
         if not self._open:
-            raise shutting_down()
+            raise shutdown_error()
 
-    def _queue(self, job: Job, *, first: bool = False) -> None:
+    def _queue(self, job: InferenceJob, *, first: bool = False) -> None:
         with self._wake:
             waiting = self._jobs.setdefault(id(job.model), deque())
             (waiting.appendleft if first else waiting.append)(job)
             self._wake.notify()
 
     def _take(self) -> Task | None:
-        """What a worker does next; None when everything is done and nothing more will come."""
+        """A worker's next task; None when everything is done and nothing more will come."""
         with self._wake:
             while True:
-                self._wake.wait_for(self._something_to_do)
+                self._wake.wait_for(self._has_work)
                 if self._calls.has_next and not self._batch_is_due():
                     call = self._calls.take()
                     return Task(partial(self._run_call, call), call.give_up)
                 if not self._jobs:
                     return None
-                turn = self._turn()
-                assert turn is not None
-                wait = self._delay(turn)
+                model = self._next_model()
+                assert model is not None
+                wait = self._delay(model)
                 if wait <= 0:
-                    batch = Batch(self._take_batch(turn))
+                    batch = Batch(self._take_batch(model))
                     self._running.add(batch)
                     return Task(partial(self._run_batch, batch), partial(self._give_up, batch))
                 self._wake.wait(wait)
 
-    def _something_to_do(self) -> bool:
+    def _has_work(self) -> bool:
         if self._jobs:
-            is_free = len(self._running) < self._side_by_side and self._turn() is not None
+            is_free = len(self._running) < self._max_running and self._next_model() is not None
             return self._calls.has_next or is_free
         return self._calls.has_next or not self._open
 
     def _batch_is_due(self) -> bool:
-        """Whether a batch goes before the calls that wait."""
-        turn = self._turn()
-        if turn is None or len(self._running) >= self._side_by_side:
+        """Whether a batch takes precedence over the calls that wait."""
+        model = self._next_model()
+        if model is None or len(self._running) >= self._max_running:
             return False
         if not self._calls.next_is_of_request:
             return False
-        return time.monotonic() - self._jobs[turn][0].arrived > BATCH_PATIENCE
+        return time.monotonic() - self._jobs[model][0].arrived > BATCH_PATIENCE
 
-    def _turn(self) -> int | None:
-        """The model whose turn it is; None where those that wait have one replica, which runs."""
-        serial = {id(job.model) for batch in self._running for job in batch.jobs if job.is_serial}
-        return next((model for model in self._jobs if model not in serial), None)
+    def _next_model(self) -> int | None:
+        """The model that is next; None if each one that waits has a single replica, in use."""
+        busy_models = {
+            id(job.model) for batch in self._running for job in batch.jobs if job.is_serial
+        }
+        return next((model for model in self._jobs if model not in busy_models), None)
 
-    def _delay(self, turn: int) -> float:
-        """Seconds until the batch whose turn it is should go, though it is not full."""
-        waiting = self._jobs[turn]
+    def _delay(self, model: int) -> float:
+        """Seconds until a model's batch should run, though it is not full."""
+        waiting = self._jobs[model]
         if not self._max_delay or not self._open or len(waiting) >= self._max_batch:
             return 0.0
         return waiting[0].arrived + self._max_delay - time.monotonic()
 
-    def _take_batch(self, model: int) -> list[Job]:
-        """The longest waiting live job of a model, and those that go with it."""
+    def _take_batch(self, model: int) -> list[InferenceJob]:
+        """The job of a model that waited longest, and those that can share its batch."""
         waiting = self._jobs.pop(model)
-        batch: list[Job] = []
-        others: deque[Job] = deque()
+        batch: list[InferenceJob] = []
+        others: deque[InferenceJob] = deque()
         for job in waiting:
-            if len(batch) == self._max_batch or (batch and not job.goes_with(batch[0])):
+            if len(batch) == self._max_batch or (batch and not job.can_share_batch(batch[0])):
                 others.append(job)
             elif job.is_wanted():
                 batch.append(job)
@@ -415,12 +424,12 @@ class Scheduler:
         return batch
 
     def _is_alone(self) -> bool:
-        """Whether the worker that asks is the only one at work, and nothing waits."""
+        """Whether the calling worker is the only busy one, and nothing waits."""
         with self._wake:
             return not self._calls and not self._jobs and self.workers.busy <= 1
 
     def _run_call(self, call: Call) -> None:
-        """Run a call, and let another one of its request run."""
+        """Run a call, and allow another one of its request."""
         try:
             call.run()
         finally:
@@ -430,13 +439,13 @@ class Scheduler:
                     self._wake.notify()
 
     def _run_batch(self, batch: Batch) -> None:
-        """Answer the jobs of a batch, and let another one run."""
+        """Run the jobs of a batch, and allow another batch."""
         try:
-            self._answer(batch)
+            self._infer(batch)
         finally:
-            self._ended(batch)
+            self._end_batch(batch)
 
-    def _answer(self, batch: Batch) -> None:
+    def _infer(self, batch: Batch) -> None:
         jobs = batch.begin()
         if not jobs:
             return
@@ -445,19 +454,20 @@ class Scheduler:
         try:
             outcomes = list(zip(jobs, self._outcomes(batch), strict=True))
         except BaseException as error:  # noqa: BLE001 - a future left pending would hang its client
-            if batch.settle():
-                self._failed(jobs, error)
+            if batch.claim():
+                self._fail_jobs(jobs, error)
             return
-        if not batch.settle():
+        if not batch.claim():
             return
         seconds = time.monotonic() - started
         for job, outcome in outcomes:
-            job.queue = started - job.arrived if job.queue is None else job.queue
-            job.inference += seconds
+            if job.queue_seconds is None:
+                job.queue_seconds = started - job.arrived
+            job.inference_seconds += seconds
             if isinstance(outcome, InferenceResult):
                 job.succeed(outcome)
             elif isinstance(outcome, Unfinished):
-                job.rest = outcome
+                job.unfinished = outcome
                 self._queue(job)
             else:
                 job.fail(outcome)
@@ -469,53 +479,53 @@ class Scheduler:
             with kept_torch_state():  # its tail is the model's own code
                 return run_compiled(model, questions, wide=self._is_alone())
         with self._pool.lease(first.model, LEASE_SECONDS, folded=lane == "folded") as replica:
-            batch.hold(replica)
+            batch.hold_replica(replica)
             try:
                 self._pool.sound(replica.model)
-                if first.rest is None:
+                if first.unfinished is None:
                     return self._runner(replica, questions)
-                return [first.rest.step(replica) or first.rest]
+                return [first.unfinished.step(replica) or first.unfinished]
             finally:
-                batch.let_go()
+                batch.release_replica()
 
-    def _ended(self, batch: Batch) -> None:
-        """Another batch may run instead; twice said is as good as once."""
+    def _end_batch(self, batch: Batch) -> None:
+        """Allow another batch in place of this one; a second call does nothing."""
         with self._wake:
             self._running.discard(batch)
             self._wake.notify_all()
 
     def _give_up(self, batch: Batch) -> None:
-        """Drop a batch that hangs, and lend its replica no more.
+        """Drop a batch that hangs, and retire its replica.
 
-        A single job fails. Of several one hangs, and the others shall not suffer: each runs alone.
-        Jobs that were answered meanwhile, or go on with their next step, are left alone.
+        A single job fails. Of several jobs one hangs and the others are not at fault: each is run
+        again alone. Jobs that have a result by now, or wait for their next step, are not touched.
         """
-        self._ended(batch)
+        self._end_batch(batch)
         jobs, is_lost = batch.abandon(self._pool)
         if is_lost:
-            self._mend()
+            self._restore_replicas()
         if len(jobs) > 1:
             self._queue_alone(jobs)
         elif jobs:
-            jobs[0].fail(hangs())
+            jobs[0].fail(hang_error())
 
-    def _mend(self) -> None:
-        """Have the pool build what it misses, in a worker: building runs the model's code."""
+    def _restore_replicas(self) -> None:
+        """Have the pool rebuild missing replicas, in a worker: building runs the model's code."""
         with suppress(ShuttingDown):
             self.call(self._pool.replace_missing)
 
-    def _queue_alone(self, jobs: list[Job]) -> None:
+    def _queue_alone(self, jobs: list[InferenceJob]) -> None:
         for job in reversed(jobs):
-            job.alone = True
+            job.runs_alone = True
             self._queue(job, first=True)
 
-    def _failed(self, jobs: list[Job], error: BaseException) -> None:
-        """One member may have spoiled its batch: run each alone before blaming anyone."""
+    def _fail_jobs(self, jobs: list[InferenceJob], error: BaseException) -> None:
+        """Fail a job, or run each of several again alone: any of them may have failed the batch."""
         if is_out_of_memory(error):
             release_memory()
             error = OutOfMemory(
-                "The device has no memory left for this; try again, or ask for fewer activations "
-                "or a later layer."
+                "The device has too little free memory for this request; try again, or request "
+                "fewer activations or a later layer."
             )
         if isinstance(error, ModelNotReady):  # no fault of any of them
             for job in jobs:
@@ -536,19 +546,14 @@ class Scheduler:
 
 
 def fail(future: Future[Any], error: BaseException) -> None:
-    """Tell whoever waits, unless they went or were told something else."""
+    """Set the error of a future, unless it is cancelled or done."""
     with suppress(InvalidStateError):  # cancelled, or given up
         future.set_exception(error)
 
 
-def hangs() -> InferenceHangs:
-    """Of work that was given up."""
+def hang_error() -> InferenceHangs:
+    """The error of work that was given up."""
     return InferenceHangs(
-        "The work on this image did not end; it was given up. Try another image or a cheaper "
-        "request; the server's log says more under this request id."
+        "Inference on this image did not end and was given up. Try another image or a cheaper "
+        "request; the server's log has more under this request id."
     )
-
-
-def shutting_down() -> ShuttingDown:
-    """Of work that the service takes no more."""
-    return ShuttingDown("The service is shutting down; ask another instance.")

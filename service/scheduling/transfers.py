@@ -1,12 +1,12 @@
-"""Requests that arrive and answers that leave: a client that is too slow makes room for others.
+"""Requests that arrive and answers that are sent: slow clients are ended when others need room.
 
     with transfers.receive("192.0.2.7", end=give_up) as transfer:
         transfer.moved = size  # whenever more has arrived
 
 A transfer has `grace` seconds. They pass, and every `rate` bytes that it moves give one back: never
-more than were lost, so that nobody sends much, and then nothing for long. Who runs it ends it when
-none is left. Before that, one that has lost some is ended as soon as somebody else needs what it
-holds.
+more than were lost, so that a client cannot send much at first and then nothing for long. The code
+that runs a transfer ends it when no seconds are left. Before that, a transfer that has lost some is
+ended as soon as another one needs what it holds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import ipaddress
 import time
 from collections import Counter
 from collections.abc import Callable
-from types import TracebackType
 from typing import Self
 
 from service.errors import QueueFull
@@ -27,9 +26,9 @@ PATIENCE = 1.0
 class Transfers:
     """All transfers of the service. Used on the event loop alone.
 
-    rate:            bytes a second that a client sends or reads at least, over `grace` seconds.
-    most:            requests that have arrived in part, in all.
-    most_per_client: those of one address; of IPv6, of one /64 network.
+    rate:            minimum bytes per second that a client sends or reads, over `grace` seconds.
+    most:            requests that have arrived in part, in total.
+    most_per_client: those of one IPv4 address or one IPv6 /64 network.
     """
 
     def __init__(
@@ -49,7 +48,7 @@ class Transfers:
 
     @property
     def leaving(self) -> int:
-        """Answers that their clients have not read yet."""
+        """Answers that their clients have not read completely."""
         return len(self._all) - self.arriving
 
     def receive(
@@ -59,28 +58,28 @@ class Transfers:
         end: Callable[[], None],
         holds: Callable[[str], bool] = lambda _: False,
     ) -> Transfer:
-        """A request that begins to arrive; see `Transfer`.
+        """Start the transfer of a request that arrives.
 
-        Raises QueueFull where as many arrive as may, and none of them is slow.
+        Raises QueueFull if the maximum of requests is arriving and none of them is slow.
         """
         network = network_of(client)
         while self._arriving[network] >= self.most_per_client:
-            self._end_slowest(lambda each: each.network == network)
+            self._end_slowest(lambda other: other.network == network)
         while self.arriving >= self.most:
-            self._end_slowest(lambda each: each.network is not None)
+            self._end_slowest(lambda other: other.network is not None)
         self._arriving[network] += 1
         return self._begin(Transfer(self, network, None, end, holds))
 
     def send(
         self, *, measure: Callable[[], int], end: Callable[[], None], holds: Callable[[str], bool]
     ) -> Transfer:
-        """An answer that begins to leave; see `Transfer`."""
+        """Start the transfer of an answer that is sent."""
         return self._begin(Transfer(self, None, measure, end, holds))
 
     def make_room(self, counter: str) -> bool:
-        """End the slowest transfer that holds some of a counter; False where none is slow."""
+        """End the slowest transfer that holds some of a counter; False if none is slow."""
         try:
-            self._end_slowest(lambda each: each.holds(counter))
+            self._end_slowest(lambda transfer: transfer.holds(counter))
         except QueueFull:
             return False
         return True
@@ -89,19 +88,19 @@ class Transfers:
         self._all.add(transfer)
         return transfer
 
-    def _end_slowest(self, counts: Callable[[Transfer], bool]) -> None:
-        slow = [each for each in self._all if counts(each) and each.is_slow]
+    def _end_slowest(self, matches: Callable[[Transfer], bool]) -> None:
+        slow = [transfer for transfer in self._all if matches(transfer) and transfer.is_slow]
         if not slow:
             raise QueueFull(
-                f"{self.arriving} requests are arriving, which is as many as this service takes "
-                "at once, in all or from one address; try again after the seconds in Retry-After."
+                f"{self.arriving} requests are arriving, which is the maximum of this service in "
+                "total or from one address; try again after the seconds in Retry-After."
             )
-        slowest = min(slow, key=lambda each: each.deadline)
+        slowest = min(slow, key=lambda transfer: transfer.deadline)
         slowest.close()
         slowest.end()
 
     def forget(self, transfer: Transfer) -> None:
-        """Count a transfer no longer. For `Transfer` alone."""
+        """Stop counting a transfer. For `Transfer` alone."""
         if transfer not in self._all:
             return
         self._all.remove(transfer)
@@ -111,12 +110,12 @@ class Transfers:
 
 
 class Transfer:
-    """One request or answer on its way; it ends with its `with`, or with `close`.
+    """One request or answer in transfer; it ends with its `with`, or with `close`.
 
-    network: whose request arrives; None for an answer.
-    moved:   bytes that came or went so far; set by who receives them.
-    measure: finds it where nobody is told of each byte, as of those that leave.
-    end:     called when the transfer has to make room; gives back what is held.
+    network: of the client whose request arrives; None for an answer.
+    moved:   bytes received or sent so far; set by the code that receives them.
+    measure: returns `moved` where the code does not see each byte, as of an answer.
+    end:     called when the transfer has to make room; releases what it holds.
     holds:   whether it holds some of a counter of `Admission`, which ending it would free.
     """
 
@@ -143,34 +142,29 @@ class Transfer:
         if self._measure is not None:
             self.moved = self._measure()
         latest = time.monotonic() + self._transfers.grace
-        won = (self.moved - self._counted) / self._transfers.rate
+        gained = (self.moved - self._counted) / self._transfers.rate
         self._counted = self.moved
-        self._deadline = min(self._deadline + won, latest)
+        self._deadline = min(self._deadline + gained, latest)
         return self._deadline
 
     @property
     def is_slow(self) -> bool:
-        """Whether it was below the rate for long enough to know."""
+        """Whether it has been below the rate for longer than PATIENCE."""
         return time.monotonic() + self._transfers.grace - self.deadline >= PATIENCE
 
     def close(self) -> None:
-        """Count it no longer; a second call does nothing."""
+        """Stop counting it; a second call does nothing."""
         self._transfers.forget(self)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 def network_of(client: str) -> str:
-    """What one client may choose its address from: an IPv4 address, or an IPv6 /64 network."""
+    """The addresses that one client may have: one IPv4 address, or an IPv6 /64 network."""
     if ":" not in client:
         return client
     try:

@@ -1,4 +1,4 @@
-"""Threads that take work and do it; one that hangs or dies is replaced."""
+"""Worker threads: each takes tasks and runs them; one that hangs or dies is replaced."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _log = structlog.get_logger(__name__)
 class Task:
     """A piece of work.
 
-    run:     does it, and tells whoever waits; raises nothing that a waiting one should know.
-    give_up: tells whoever waits that it hangs; called from another thread while it still runs. It
-             may end at this very moment, or have ended: what it answered by then holds.
+    run:     does it and delivers the result or the error to those that wait; raises neither.
+    give_up: delivers the error that it hangs; called from another thread while it still runs. It
+             may end at this very moment, or have ended: what it delivered by then stays.
     """
 
     run: Callable[[], None]
@@ -28,7 +28,7 @@ class Task:
 
 @dataclass(slots=True, eq=False)
 class _Worker:
-    """One thread. `task` is what it does now, since `since` on `time.monotonic()`'s clock."""
+    """One thread. It runs `task` since `since`, on `time.monotonic()`'s clock."""
 
     thread: threading.Thread | None = None
     task: Task | None = None
@@ -37,13 +37,13 @@ class _Worker:
 
 
 class Workers:
-    """A fixed number of threads that do what `take` gives them, until it gives None.
+    """A fixed number of threads that run what `take` returns, until it returns None.
 
-    A thread cannot be stopped from outside. One that is at a task for longer than `hang_seconds` is
-    abandoned: its task is given up, another thread takes its place, and it ends by itself should
-    the task ever return. It is a daemon, so that it does not hold up the end of the process. Once
-    `max_abandoned` threads hang at the same time no more are made: `healthy` is False from then on,
-    until one comes back.
+    A thread cannot be stopped from outside. One that runs a task for longer than `hang_seconds` is
+    abandoned: its task is given up, another thread replaces it, and it ends by itself if the task
+    ever returns. It is a daemon, so that it does not delay the end of the process. Once
+    `max_abandoned` threads hang at the same time no more are started: `healthy` is False from then
+    on, until one returns.
 
     max_abandoned: None means twice `count`.
     take:    waits for a task; None means that there will be no more.
@@ -63,7 +63,7 @@ class Workers:
         self._count = count
         self._threads = threads
         self._hang_seconds = hang_seconds
-        # A task that hangs in company is tried again alone, so that it may take two.
+        # A job that hangs in a batch is tried again alone, so that it may take two threads.
         self._max_abandoned = 2 * count if max_abandoned is None else max_abandoned
         self._lock = threading.Lock()
         self._all: list[_Worker] = []
@@ -81,7 +81,7 @@ class Workers:
     def join(self, timeout: float | None = None) -> None:
         """Wait until all but the abandoned have ended, `timeout` seconds at most.
 
-        `take` must give None by now.
+        `take` must return None by now.
         """
         until = None if timeout is None else time.monotonic() + timeout
         while waited := [worker for worker in self._workers() if not worker.abandoned]:
@@ -97,7 +97,7 @@ class Workers:
 
     @property
     def busy(self) -> int:
-        """Threads that are at a task, those that hang left out."""
+        """Threads that run a task, without those that hang."""
         return sum(w.task is not None and not w.abandoned for w in self._workers())
 
     @property
@@ -107,12 +107,12 @@ class Workers:
 
     @property
     def replaced(self) -> int:
-        """Threads that another one took the place of since the start."""
+        """Threads that were replaced since the start."""
         return self._replaced
 
     @property
     def healthy(self) -> bool:
-        """Whether every thread that hangs has another in its place."""
+        """Whether every thread that hangs has been replaced."""
         return self.abandoned <= self._max_abandoned
 
     def _workers(self) -> list[_Worker]:
@@ -149,8 +149,8 @@ class Workers:
     def _ended(self, worker: _Worker, *, expected: bool) -> None:
         with self._lock:
             self._all.remove(worker)
-            # Also where one comes back that nobody took the place of.
-            working = sum(not each.abandoned for each in self._all)
+            # Also where one returns that was not replaced.
+            working = sum(not other.abandoned for other in self._all)
             if not expected and working < self._count and not self._closing.is_set():
                 self._add()
             if expected or worker.abandoned:
@@ -167,14 +167,14 @@ class Workers:
 
     def _abandon_if_it_hangs(self, worker: _Worker) -> None:
         with self._lock:
-            # Looked at under the lock, and nothing before it: the worker may have ended a task that
-            # hung, and have begun another one, which must not be given up in its place.
+            # Read under the lock: the worker may have ended a task that hung and begun another one,
+            # which must not be given up in its place.
             task, seconds = worker.task, time.monotonic() - worker.since
             if task is None or worker.abandoned or seconds <= self._hang_seconds:
                 return
             worker.abandoned = True
             self._replaced += 1
-            hanging = sum(each.abandoned for each in self._all)
+            hanging = sum(other.abandoned for other in self._all)
             replace = hanging <= self._max_abandoned
             if replace:
                 self._add()
@@ -183,8 +183,8 @@ class Workers:
 
 
 def _give_up(task: Task) -> None:
-    """Give a task up; what that raises ends neither the watchdog nor the thread that ends."""
+    """Give a task up; an error in that ends neither the watchdog nor the calling thread."""
     try:
         task.give_up()
-    except Exception as error:  # noqa: BLE001 - nobody would watch the others any more
+    except Exception as error:  # noqa: BLE001 - the other threads still need the watchdog
         _log.error("give_up_failed", exc_info=error)

@@ -45,8 +45,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         seen.append((size, self._total if priced is None else priced))
         inner(self, size, priced)
 
-    inner = Bill.made
-    monkeypatch.setattr(Bill, "made", note)
+    inner = Bill.settle
+    monkeypatch.setattr(Bill, "settle", note)
     return seen
 
 

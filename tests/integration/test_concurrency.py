@@ -342,7 +342,7 @@ def test_500_questions_of_64_threads_are_answered_as_if_alone(app: FastAPI) -> N
         metrics = Metrics()
         with scheduler(parts, metrics, max_batch) as running:
             timed = together(lambda each: running.submit(*each).result(60), questions)
-        found = [got_from_run(each.answer) for each in timed]
+        found = [got_from_run(each.result) for each in timed]
         same(wishes, found, alone)
         nearest_to_their_twins(found, alone)
         if max_batch == 1:

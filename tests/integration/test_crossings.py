@@ -18,7 +18,7 @@ def test_a_warm_explain_in_the_hooked_lane_crosses_between_files_as_seldom_as_pr
     for step in (
         "routes/classify.py explain",
         "images/upload.py open_upload",
-        "inference/batch.py forward",
+        "inference/batch.py run",
         "models/pool.py ModelPool.lease",
         "pipeline/response.py alone",
     ):

@@ -23,7 +23,7 @@ from service.models.catalog import InputSpec, ModelSpec
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model
 from service.models.pool import ModelPool
-from service.scheduling.scheduler import Scheduler, Timed
+from service.scheduling.scheduler import Scheduler, TimedResult
 
 
 def images() -> list[Tensor]:
@@ -36,13 +36,13 @@ def images() -> list[Tensor]:
     return found
 
 
-def answered(model: LoadedModel, sent: Sequence[Tensor]) -> list[Timed]:
+def answered(model: LoadedModel, sent: Sequence[Tensor]) -> list[TimedResult]:
     """What the service answers to images that come at once, on two workers in batches of four."""
     pool = ModelPool([model], replicas=2)
     scheduler = Scheduler(pool, Metrics(), workers=2, helpers=0, max_batch=4, threads_per_worker=1)
     layers = (model.target_layer,) if model.target_layer and not model.no_gradients else ()
     method = "gradcam" if layers else None
-    futures: list[Future[Timed]] = [
+    futures: list[Future[TimedResult]] = [
         scheduler.submit(
             model, Question(image, top_k=9, method=method, layers=layers, explain_top=2), None
         )
@@ -133,11 +133,11 @@ def test_a_random_model_is_served_right_or_refused_or_flagged(plan: Plan) -> Non
         assert all(
             "not_deterministic" in each.flags
             for timed in found
-            for each in timed.answer.explanations
+            for each in timed.result.explanations
         )
         return
     for expected, cams, timed in zip(alone * 2, maps * 2, found, strict=True):
-        answer = timed.answer
+        answer = timed.result
         assert {each.class_id for each in answer.predictions} == set(range(len(expected)))
         for each in answer.predictions:
             assert each.logit == pytest.approx(float(expected[each.class_id]), abs=2e-3)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from service.errors import QueueFull, ShuttingDown
-from service.scheduling.admission import Admission, Held, Permit
+from service.scheduling.admission import Admission, Permit, RequestPermits
 
 
 def admission(images: int = 3, size: int = 1000) -> Admission:
@@ -162,7 +162,7 @@ def test_room_is_made_before_anybody_is_refused() -> None:
 
 def test_what_is_kept_is_given_back_once() -> None:
     places = admission()
-    with Held() as held:
+    with RequestPermits() as held:
         assert not held.holds("images")
         first, second = held.keep(places.admit(5)), held.keep(places.admit())
         assert held.holds("images")

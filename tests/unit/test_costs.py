@@ -19,7 +19,7 @@ from service.inference.questions import InferenceResult, Question
 from service.models.loaded import LoadedModel
 from service.pipeline import resolve
 from service.pipeline.service import Limits
-from service.scheduling.scheduler import Job
+from service.scheduling.scheduler import InferenceJob
 
 PIXELS = oracles.picture(10, 32, 32)
 LAST, FIRST = "features", "features.0"
@@ -211,12 +211,12 @@ def test_methods_without_a_gradient_differentiate_nothing(
 def test_images_with_other_numbers_of_targets_share_no_walk(model: LoadedModel) -> None:
     """Every target of one walks the graph of the whole batch, which its price does not count."""
 
-    def job(**options: Any) -> Job:
-        return Job(model, question(**options), None)
+    def job(**options: Any) -> InferenceJob:
+        return InferenceJob(model, question(**options), None)
 
     many, one, none = job(explain_top=100), job(), job(method="cam", explain_top=100)
-    assert many.goes_with(job(targets=tuple(range(100))))
-    assert one.goes_with(job(targets=(3,)))
-    assert not many.goes_with(one)
-    assert many.goes_with(none)
-    assert one.goes_with(none)
+    assert many.can_share_batch(job(targets=tuple(range(100))))
+    assert one.can_share_batch(job(targets=(3,)))
+    assert not many.can_share_batch(one)
+    assert many.can_share_batch(none)
+    assert one.can_share_batch(none)

@@ -21,7 +21,7 @@ from service.inference.batch import Unfinished
 from service.inference.questions import InferenceResult, Question
 from service.metrics import Metrics
 from service.models.pool import ModelPool, Replica
-from service.scheduling.scheduler import Job, Scheduler
+from service.scheduling.scheduler import InferenceJob, Scheduler
 from service.scheduling.workers import Task, Workers
 
 PATIENCE = 10.0
@@ -113,7 +113,7 @@ def test_a_batch_given_up_before_it_has_its_replica_runs_nothing(monkeypatch, co
         with pytest.raises(InferenceHangs):
             futures[0].result(0)
     else:
-        assert [future.result(0).answer for future in futures] == [NOTHING] * count
+        assert [future.result(0).result for future in futures] == [NOTHING] * count
         assert played.batches == [1] * count, "each alone: one of them may have hung"
     played.check_whole()
     assert played.pool.replaced == {"tiny": 0}
@@ -135,10 +135,10 @@ def test_a_batch_given_up_as_it_answers_answers_once(monkeypatch) -> None:
     played = Played()
     futures = played.submit(3)
     batch = played.take()
-    before(monkeypatch, Job, "succeed", batch.give_up)
+    before(monkeypatch, InferenceJob, "succeed", batch.give_up)
     batch.run()
     played.run_all()
-    assert [future.result(0).answer for future in futures] == [NOTHING] * 3
+    assert [future.result(0).result for future in futures] == [NOTHING] * 3
     assert played.batches == [3], "none is run again"
     played.check_whole()
 
@@ -168,7 +168,7 @@ def test_a_batch_given_up_after_its_end_takes_nobody_elses_replica() -> None:
         batch.give_up()
         assert played.pool.replaced == {"tiny": 0}
         assert id(replica) in played.pool._lent
-    assert [future.result(0).answer for future in futures] == [NOTHING] * 2
+    assert [future.result(0).result for future in futures] == [NOTHING] * 2
     played.run_all()
     assert played.batches == [2]
     played.check_whole()
@@ -189,7 +189,7 @@ def test_a_batch_given_up_on_its_replica_is_run_on_a_fresh_one() -> None:
     assert not any(future.done() for future in futures), "what comes back late counts no more"
     played.run_all()
     assert played.batches == [1, 1]
-    assert [future.result(0).answer for future in futures] == [NOTHING] * 2
+    assert [future.result(0).result for future in futures] == [NOTHING] * 2
     assert played.pool.replaced == {"tiny": 1}
     played.check_whole()
 
@@ -229,7 +229,7 @@ def test_a_deadline_that_passes_after_the_batch_was_taken_is_kept(monkeypatch) -
     task.run()
     with pytest.raises(DeadlineExceeded):
         late.result(0)
-    assert early.result(0).answer is NOTHING
+    assert early.result(0).result is NOTHING
     assert played.batches == [1]
     played.check_whole()
 

@@ -130,9 +130,9 @@ def test_a_lone_question_is_answered_at_once_and_timed() -> None:
     notes = Notes()
     with scheduling(notes) as scheduler:
         timed = scheduler.submit("tiny", question()).result(PATIENCE)
-        assert timed.answer is NOTHING
-        assert 0 <= timed.queue < PATIENCE
-        assert 0 <= timed.inference < PATIENCE
+        assert timed.result is NOTHING
+        assert 0 <= timed.queue_seconds < PATIENCE
+        assert 0 <= timed.inference_seconds < PATIENCE
         assert scheduler.waiting == 0
     assert notes.batches == [("tiny", [0])]
 
@@ -212,7 +212,7 @@ def test_a_request_leaves_a_thread_to_others() -> None:
         futures = [scheduler.call_in_turn(1, slow) for _ in range(5)]
         for _ in range(2):
             assert started.acquire(timeout=PATIENCE)
-        assert scheduler.submit("tiny", question()).result(PATIENCE).answer is NOTHING
+        assert scheduler.submit("tiny", question()).result(PATIENCE).result is NOTHING
         assert scheduler.call_in_turn(2, int).result(PATIENCE) == 0
         assert not started.acquire(blocking=False)
         cancelled = futures[2].cancel()
@@ -267,7 +267,7 @@ def test_several_workers_run_batches_beside_each_other() -> None:
 
     with scheduling(runner, workers=2, max_batch=1) as scheduler:
         for future in [scheduler.submit("tiny", question(number)) for number in range(2)]:
-            assert future.result(PATIENCE).answer is NOTHING
+            assert future.result(PATIENCE).result is NOTHING
 
 
 def test_a_model_with_one_replica_runs_one_batch_while_another_model_goes_on() -> None:
@@ -289,10 +289,10 @@ def test_a_model_with_one_replica_runs_one_batch_while_another_model_goes_on() -
     try:
         slow = [scheduler.submit("serial", question(number)) for number in range(2)]
         assert first.wait(PATIENCE)
-        assert scheduler.submit("tiny", question()).result(PATIENCE).answer is NOTHING
+        assert scheduler.submit("tiny", question()).result(PATIENCE).result is NOTHING
         assert began == ["serial", "tiny"]
         gate.set()
-        assert [future.result(PATIENCE).answer for future in slow] == [NOTHING, NOTHING]
+        assert [future.result(PATIENCE).result for future in slow] == [NOTHING, NOTHING]
     finally:
         gate.set()
         scheduler.close(PATIENCE)
@@ -347,7 +347,7 @@ def test_a_cancelled_question_is_never_run() -> None:
         with held(scheduler):
             futures = [scheduler.submit("tiny", question(number)) for number in range(3)]
             assert futures[1].cancel()
-        assert futures[2].result(PATIENCE).answer is NOTHING
+        assert futures[2].result(PATIENCE).result is NOTHING
     assert notes.batches == [("tiny", [0, 2])]
 
 
@@ -370,7 +370,7 @@ def test_a_question_past_its_deadline_is_never_run_and_says_so() -> None:
             early = scheduler.submit("tiny", question(1), time.monotonic() + 60)
         with pytest.raises(DeadlineExceeded):
             late.result(PATIENCE)
-        assert early.result(PATIENCE).answer is NOTHING
+        assert early.result(PATIENCE).result is NOTHING
     assert notes.batches == [("tiny", [1])]
 
 
@@ -392,7 +392,7 @@ def test_a_question_cancelled_while_it_runs_hurts_nobody() -> None:
         gate.wait_for_a_batch()
         running.cancel()
         gate.open()
-        assert scheduler.submit("tiny", question()).result(PATIENCE).answer is NOTHING
+        assert scheduler.submit("tiny", question()).result(PATIENCE).result is NOTHING
 
 
 # ---- failures
@@ -404,8 +404,8 @@ def test_one_bad_question_fails_alone_and_its_batch_is_run_one_by_one() -> None:
     with scheduling(notes) as scheduler:
         with held(scheduler):
             futures = [scheduler.submit("tiny", question(number)) for number in range(3)]
-        assert futures[0].result(PATIENCE).answer is NOTHING
-        assert futures[2].result(PATIENCE).answer is NOTHING
+        assert futures[0].result(PATIENCE).result is NOTHING
+        assert futures[2].result(PATIENCE).result is NOTHING
         with pytest.raises(InferenceFailed, match="Try the image again") as failed:
             futures[1].result(PATIENCE)
         assert failed.value.__cause__ is cause
@@ -418,7 +418,7 @@ def test_a_worker_survives_whatever_a_model_raises(error: BaseException) -> None
     with scheduling(Notes(fails={1: error})) as scheduler:
         with pytest.raises(InferenceFailed):
             scheduler.submit("tiny", question(1)).result(PATIENCE)
-        assert scheduler.submit("tiny", question(0)).result(PATIENCE).answer is NOTHING
+        assert scheduler.submit("tiny", question(0)).result(PATIENCE).result is NOTHING
 
 
 @pytest.mark.parametrize(
@@ -435,8 +435,8 @@ def test_a_batch_too_large_for_the_memory_is_run_one_by_one_then_refused(error) 
     with scheduling(notes) as scheduler:
         with held(scheduler):
             futures = [scheduler.submit("tiny", question(number)) for number in range(3)]
-        assert futures[0].result(PATIENCE).answer is NOTHING
-        assert futures[2].result(PATIENCE).answer is NOTHING
+        assert futures[0].result(PATIENCE).result is NOTHING
+        assert futures[2].result(PATIENCE).result is NOTHING
         with pytest.raises(OutOfMemory) as refused:
             futures[1].result(PATIENCE)
     assert refused.value.retry_after > 0
@@ -457,8 +457,8 @@ def test_an_error_in_an_answers_place_is_that_questions_alone() -> None:
     with scheduling(notes) as scheduler:
         with held(scheduler):
             futures = [scheduler.submit("tiny", question(number)) for number in range(3)]
-        assert futures[0].result(PATIENCE).answer is NOTHING
-        assert futures[2].result(PATIENCE).answer is NOTHING
+        assert futures[0].result(PATIENCE).result is NOTHING
+        assert futures[2].result(PATIENCE).result is NOTHING
         with pytest.raises(NonFiniteOutput):
             futures[1].result(PATIENCE)
     assert len(notes.batches) == 1
@@ -503,7 +503,7 @@ def test_a_long_method_lets_others_in_between_its_steps() -> None:
         with held(scheduler):
             futures = [scheduler.submit("tiny", question(number)) for number in (1, 2)]
         for future in futures:
-            assert future.result(PATIENCE).answer is NOTHING
+            assert future.result(PATIENCE).result is NOTHING
     assert noted == ["one", "two", "one", "two", "one"]
     assert len(notes.batches) == 1
 
@@ -538,7 +538,7 @@ def test_a_step_that_fails_ends_its_question_alone() -> None:
             bad, good = (scheduler.submit("tiny", question(number)) for number in (1, 2))
         with pytest.raises(InferenceFailed):
             bad.result(PATIENCE)
-        assert good.result(PATIENCE).answer is NOTHING
+        assert good.result(PATIENCE).result is NOTHING
 
 
 # ---- the end
@@ -555,7 +555,7 @@ def test_what_was_accepted_is_finished_before_the_threads_end() -> None:
         hold.release()
         assert called.result(PATIENCE) == (3, 1)
         for future in futures:
-            assert future.result(PATIENCE).answer is NOTHING
+            assert future.result(PATIENCE).result is NOTHING
     assert len(notes.batches) == 3
 
 
@@ -580,7 +580,7 @@ def test_a_question_submitted_before_the_start_is_answered() -> None:
     future = scheduler.submit("tiny", question())
     assert scheduler.waiting == 1
     scheduler.start()
-    assert future.result(PATIENCE).answer is NOTHING
+    assert future.result(PATIENCE).result is NOTHING
     scheduler.close(PATIENCE)
 
 

@@ -352,7 +352,7 @@ class _Selection:
                 of_click=self._task_request.is_interactive,
             )
         finally:
-            self.work.bill.made(len(part), sum(evidence.answered.priced for _, evidence in shown))
+            self.work.bill.settle(len(part), sum(evidence.answered.priced for _, evidence in shown))
         return part
 
     async def _evidence(self, image: TaskImage, task: LabelStudioTask, permit: Permit) -> Evidence:

@@ -126,5 +126,5 @@ async def _drawn(request: Request, grant: Grant, source: str, permit: Permit) ->
         answered = await lifecycle.infer(work, data, quote)
         (explanation, *_) = answered.answer.explanations
         image = await drawn(work, overlay, answered.upload, explanation, style_of(options))
-        work.bill.made(len(image.data))
+        work.bill.settle(len(image.data))
         return image.data

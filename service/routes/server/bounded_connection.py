@@ -21,7 +21,7 @@ from service.routes.middleware import SECURITY_HEADERS
 from service.routes.problems import problem
 from service.routes.server.framing import Framing, fault_in
 from service.routes.server.outbox import Message, Outbox
-from service.scheduling.admission import Held
+from service.scheduling.admission import RequestPermits
 from service.scheduling.transfers import Transfer, Transfers
 
 _log = structlog.get_logger(__name__)
@@ -203,7 +203,7 @@ class BoundedConnection(HttpToolsProtocol):
             self._is_deaf = True
             raise _Enough
         super().on_message_begin()
-        self.scope["held"] = Held()  # type: ignore[typeddict-unknown-key]
+        self.scope["held"] = RequestPermits()  # type: ignore[typeddict-unknown-key]
         self._unset_keepalive_if_required()
         self._phase = _Phase.HEAD
         self._blank_bytes = 0

@@ -10,7 +10,7 @@ from typing import Any
 import structlog
 from uvicorn.protocols.http.flow_control import FlowControl
 
-from service.scheduling.admission import Held
+from service.scheduling.admission import RequestPermits
 from service.scheduling.transfers import Transfer, Transfers
 
 _log = structlog.get_logger(__name__)
@@ -39,7 +39,7 @@ class Outbox:
         self._transfers = transfers
         self._client = client
         self._loop = asyncio.get_running_loop()
-        self._held = Held()
+        self._held = RequestPermits()
         self._written = 0
         self._before = 0
         self._transfer: Transfer | None = None
@@ -47,7 +47,7 @@ class Outbox:
         self._is_lost = False
 
     async def put(
-        self, send: Callable[[Message], Awaitable[None]], message: Message, held: Held
+        self, send: Callable[[Message], Awaitable[None]], message: Message, held: RequestPermits
     ) -> None:
         """Send one message of a response; after the last one, wait until all of it is sent.
 
