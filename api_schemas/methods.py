@@ -1,7 +1,7 @@
 """The methods: one record each, from which checks, costs, the documentation and the page come.
 
 A new method is a record here, its name in `options.Method`, and a function in
-`service.inference.methods`.
+`service.inference.method_table`.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ from measuring import ROOT, Results, in_turn, machine, markdown, photograph, rat
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
+from service.cam.formulas import gradcam
 from service.cam.heatmap import COLORMAPS, Style, render_overlay
-from service.cam.methods import gradcam
 from service.images.decode import decode, fit_to_model, preview
 from service.inference.batch import run, run_compiled
 from service.inference.questions import Question

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from api_schemas.methods import METHODS
 from service.inference.batch import Unfinished, run
-from service.inference.methods import cost
+from service.inference.method_table import cost
 from service.inference.perturbation import CHUNK, windows
 from service.inference.questions import Question
 from service.models.catalog import parse_model

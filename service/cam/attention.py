@@ -1,4 +1,4 @@
-"""Attention rollout: how much the class token draws from each patch, through all layers."""
+"""Attention rollout: how much the class token attends to each patch, through all layers."""
 
 from __future__ import annotations
 
@@ -14,29 +14,31 @@ from torch import Tensor, nn
 def record_attention(model: nn.Module) -> Iterator[list[Tensor]]:
     """Collect the attention (N, heads, L, L) of each `nn.MultiheadAttention`, in order of calls.
 
-    The modules are asked for their weights, which they otherwise skip; no hook outlives the `with`.
+    The modules are called with `need_weights`, or they would skip the weights. No hook remains
+    after the `with`.
     """
-    found: list[Tensor] = []
+    attentions: list[Tensor] = []
 
-    def ask(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def request_weights(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return args, kwargs | {"need_weights": True, "average_attn_weights": False}
 
     def keep(_module: nn.Module, _args: Any, output: tuple[Tensor, Tensor]) -> None:
-        found.append(output[1].detach())
+        attentions.append(output[1].detach())
 
     with ExitStack() as hooks:
         for module in model.modules():
             if isinstance(module, nn.MultiheadAttention):
-                hooks.callback(module.register_forward_pre_hook(ask, with_kwargs=True).remove)
+                hook = module.register_forward_pre_hook(request_weights, with_kwargs=True)
+                hooks.callback(hook.remove)
                 hooks.callback(module.register_forward_hook(keep).remove)
-        yield found
+        yield attentions
 
 
 def rollout(attentions: Sequence[Tensor]) -> Tensor:
     """Attention rollout: `Π_l (½ mean_heads(A_l) + ½ I)`, rows normalised; the class token's row.
 
-    attentions: each (N, heads, L, L). Returns (N, L − 1): the share of each patch token; no class
-    is looked at.
+    attentions: each (N, heads, L, L). Returns (N, L − 1): the share of each patch token; it does
+    not depend on the class.
 
     Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020.
     """

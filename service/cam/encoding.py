@@ -1,12 +1,13 @@
-"""Pixels to files: indexed PNG for maps, JPEG, PNG or WebP for photographs.
+"""Pixels to files: indexed PNG for heatmaps, JPEG, PNG or WebP for images.
 
-All of it lets other threads run: ISA-L, OpenCV and Pillow release the interpreter's lock.
+Other threads run meanwhile: ISA-L, OpenCV and Pillow release the interpreter's lock.
 """
 
 from __future__ import annotations
 
 import io
 import struct
+from dataclasses import dataclass
 from typing import Literal
 
 import cv2
@@ -18,7 +19,7 @@ from PIL import Image
 from service.errors import RenderFailed
 
 # One filter for all rows and no search for repetitions, of which a photograph has none: half the
-# time of OpenCV's default at this level, and hardly a byte more.
+# time of OpenCV's default at this level, for about as many bytes.
 _PNG = (
     *(cv2.IMWRITE_PNG_COMPRESSION, 1),
     *(cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_AVG),
@@ -26,15 +27,25 @@ _PNG = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class EncodedImage:
+    """An image as a file; `width` and `height` in pixels."""
+
+    media_type: str
+    width: int
+    height: int
+    data: bytes
+
+
 def encode(pixels: NDArray[np.uint8], kind: Literal["jpeg", "png", "webp"]) -> bytes:
     """Write uint8 (h, w, 3), RGB, as a file. Raises RenderFailed for a size the format cannot hold.
 
-    The JPEG is OpenCV's: simplejpeg takes as long, for more bytes and less likeness.
+    The JPEG is OpenCV's: simplejpeg takes as long, for more bytes and lower fidelity.
     """
     failure = f"A {kind} of this size cannot be written; ask for png."
     try:
         if kind == "webp":
-            # Pillow lets choose the method: 0 takes a third of the time for 4 % more bytes.
+            # Pillow has the option `method`: 0 takes a third of the time for 4 % more bytes.
             buffer = io.BytesIO()
             Image.fromarray(pixels).save(buffer, "WEBP", quality=90, method=0)
             return buffer.getvalue()
@@ -52,11 +63,11 @@ def encode(pixels: NDArray[np.uint8], kind: Literal["jpeg", "png", "webp"]) -> b
 
 
 def level_png(levels: NDArray[np.uint8], palette: NDArray[np.uint8] | None) -> bytes:
-    """Write uint8 (h, w) as an indexed PNG, or, without a palette, uint8 (256, 3), as a grey one.
+    """Write uint8 (h, w) as an indexed PNG, or as a grey one without a palette, uint8 (256, 3).
 
-    By hand, because no library filters indexed PNGs. A heatmap is smooth, so the difference from
-    the pixel at the left compresses far better than the pixel. With ISA-L it takes a third of
-    what it took with zlib's level 1, for as many bytes (benchmarks/round_the_model.py).
+    Written here because no library filters indexed PNGs. A heatmap is smooth, so the difference
+    from the pixel at the left compresses far better than the pixel. ISA-L takes a third of the time
+    of zlib's level 1, for as many bytes (benchmarks/round_the_model.py).
     """
     height, width = levels.shape
     filtered = np.empty((height, width + 1), dtype=np.uint8)

@@ -1,7 +1,7 @@
-"""How many bytes what is drawn takes at most, before it is drawn.
+"""Upper bounds for the bytes of an image, a heatmap or regions, before it is drawn.
 
-Measured on noise (`tests/unit/test_file_sizes.py` draws it again), which compresses worst, and
-rounded up. Sizes are (width, height) in pixels, maps (height, width) in cells.
+Measured on noise, which compresses worst, and rounded up; `tests/unit/test_file_sizes.py` measures
+again. Sizes are (width, height) in pixels, maps (height, width) in cells.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from service.cam.heatmap import Sheet
+from service.cam.tiles import TileGrid
 
 Size = tuple[int, int]
 
@@ -17,16 +17,16 @@ _HEAD = 1024
 """Of a file: its headers, a palette, the tables of a JPEG."""
 
 _SMALL = 256
-"""Below it `encoding.encode` keeps a JPEG's colour for every pixel; WebPs take more, too."""
+"""Pixels below which `encoding.encode` keeps a JPEG's colour for every pixel; WebPs take more."""
 
 
 def base64_bytes(size: int) -> int:
-    """The length of so many bytes in base64."""
+    """The length of `size` bytes in base64."""
     return 4 * -(-size // 3)
 
 
-def photo_bytes(size: Size, kind: Literal["jpeg", "png", "webp"]) -> int:
-    """A photograph, as `encoding.encode` writes it."""
+def image_bytes(size: Size, kind: Literal["jpeg", "png", "webp"]) -> int:
+    """An image, as `encoding.encode` writes it."""
     width, height = size
     if kind == "png":
         return _HEAD + int((3 * width + 1) * height * 1.01)
@@ -38,12 +38,12 @@ def photo_bytes(size: Size, kind: Literal["jpeg", "png", "webp"]) -> int:
     return _HEAD + int(blocks * (2.3 if small else 1.2))
 
 
-def map_bytes(size: Size, cells: tuple[int, int], shown: float = 1.0) -> int:
-    """A map of so many cells over a raster, as `encoding.level_png` writes it.
+def heatmap_bytes(size: Size, cells: tuple[int, int], shown: float = 1.0) -> int:
+    """A map of (height, width) cells drawn at a size, as `encoding.level_png` writes it.
 
-    The wider a cell is drawn, the smaller the differences between neighbours.
+    The wider a cell is drawn, the smaller are the differences between neighbours.
 
-    shown: which share of the raster's shorter side the map covers.
+    shown: the share of the image's shorter side that the map covers.
     """
     width, height = size
     enlarged = shown * min(width / cells[1], height / cells[0])
@@ -51,11 +51,11 @@ def map_bytes(size: Size, cells: tuple[int, int], shown: float = 1.0) -> int:
     return _HEAD + int((width + 1) * height * a_pixel)
 
 
-def sheet_bytes(sheet: Sheet) -> int:
+def tile_grid_bytes(grid: TileGrid) -> int:
     """A grid of channels. An enlarged cell is a run of equal pixels, in as many equal rows."""
-    values = sheet.shown * math.prod(sheet.tile)
-    width, height = sheet.size
-    return _HEAD + int(min((width + 1) * height * 1.05, values * (1.1 + 0.45 * sheet.factor)))
+    values = grid.shown * math.prod(grid.tile)
+    width, height = grid.size
+    return _HEAD + int(min((width + 1) * height * 1.05, values * (1.1 + 0.45 * grid.factor)))
 
 
 def region_bytes(source: Size, cells: tuple[int, int], max_side: int) -> int:

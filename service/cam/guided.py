@@ -34,8 +34,8 @@ class _GuidedClamp(torch.autograd.Function):
 class GuidedReLU(TorchFunctionMode):
     """Inside the `with`, every ReLU and ReLU6 of this thread is guided.
 
-    Modules, functions and in-place forms all come by here, and other threads do not. `count` says
-    how many there were: a model without any is not guided at all.
+    Modules, functions and in-place forms all pass here; other threads do not. `count` is the number
+    of ReLUs so far: a model without any cannot be guided.
 
     Springenberg et al., "Striving for Simplicity: The All Convolutional Net", ICLR 2015 workshop.
     """
@@ -52,7 +52,7 @@ class GuidedReLU(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        high, in_place = _what(func, args, kwargs)
+        high, in_place = _relu_bound(func, args, kwargs)
         if high is None:
             return func(*args, **kwargs)
         self.count += 1
@@ -61,10 +61,10 @@ class GuidedReLU(TorchFunctionMode):
         return x.copy_(guided) if in_place else guided
 
 
-def _what(
+def _relu_bound(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[float | None, bool]:
-    """The upper bound of a ReLU-like call (None: it is none), and whether it is in place."""
+    """The upper bound of a ReLU-like call (None for other calls), and whether it is in place."""
     if func in _RELU_IN_PLACE:
         return float("inf"), True
     if func in _RELU or func in _RELU6:
@@ -72,8 +72,8 @@ def _what(
         return (float("inf") if func in _RELU else 6.0), in_place
     if func in _HARDTANH:
         low, high, in_place = (
-            kwargs.get(name, args[place] if len(args) > place else default)
-            for place, (name, default) in enumerate(
+            kwargs.get(name, args[index] if len(args) > index else default)
+            for index, (name, default) in enumerate(
                 (("min_val", -1.0), ("max_val", 1.0), ("inplace", False)), start=1
             )
         )

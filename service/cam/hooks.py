@@ -1,4 +1,4 @@
-"""Recording what happens inside a model during one forward pass."""
+"""Record activations and gradients of a model's layers during one forward pass."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Calls = dict[str, list[Tensor]]
 
 @dataclass(slots=True)
 class Recording:
-    """What the hooks of one `record` saw: by dotted path, one tensor for each call of the module.
+    """What the hooks of one `record` stored: by dotted path, one tensor per call of the module.
 
-    Where a module returns (or takes) a tuple or a dict, each tensor in it has an entry of its own,
+    Where a module returns (or takes) a tuple or a dict, each tensor in it has a separate entry,
     such as `encoder[0]` or `encoder[hidden]`. A module that was not called has no entry.
     """
 
@@ -36,7 +36,7 @@ def record(
     inputs: Collection[str] = (),
     input_targets: Collection[str] = (),
 ) -> Iterator[Recording]:
-    """Record layers of every forward pass inside the `with`; no hook outlives it.
+    """Record layers of every forward pass inside the `with`; no hook remains after it.
 
         with record(model, targets=["layer4"], outputs=["conv1"]) as recording:
             logits = model(batch)
@@ -54,11 +54,11 @@ def record(
     input_targets Dotted paths whose input becomes a point to differentiate at, like `targets`.
     ============= ==================================================================================
 
-    Gradients are taken at the recorded tensors and not by backward hooks, which fail beside
+    Gradients are computed at the recorded tensors and not by backward hooks, which fail with
     in-place operations and, on composite modules, once saw only the last operation.
 
-    The forward pass goes on with a clone of a target: an in-place ReLU behind the layer would
-    otherwise overwrite the very activation that is to be explained.
+    The forward pass continues with a clone of a target: an in-place ReLU behind the layer would
+    otherwise overwrite the activation that is to be explained.
 
     Raises AttributeError for a path that is not in the model; the hooks already set are removed.
     """
@@ -107,11 +107,11 @@ def gradients(
     output:  (B, C), of a forward pass inside `record`.
     at:      recorded targets, each (B, ...).
     weights: (K, B, C): K sums to differentiate, each `(weights[k] * output).sum()`. A one-hot row
-             for each image asks for the gradient of that class's logit.
+             for each image gives the gradient of that class's logit.
 
-    keep_graph: whether the same graph is to be walked again.
-    together: whether the graph is walked once for all K (`is_grads_batched`), which a custom
-              `autograd.Function` without a vmap rule does not allow; else once for each.
+    keep_graph: whether another backward pass through the same graph follows.
+    together: whether one backward pass computes all K (`is_grads_batched`), which a custom
+              `autograd.Function` without a vmap rule does not allow; else one pass for each.
 
     Returns a tensor (K, B, ...) for each entry of `at`, zeros where the output does not depend on
     it.
@@ -125,9 +125,9 @@ def gradients(
             for number, one in enumerate(weights)
         ]
         return [torch.cat(parts) for parts in zip(*rows, strict=True)]
-    found: tuple[Tensor | None, ...] = (None,) * len(at)
+    values: tuple[Tensor | None, ...] = (None,) * len(at)
     if output.requires_grad:
-        found = torch.autograd.grad(
+        values = torch.autograd.grad(
             output,
             at,
             weights if several else weights[0],
@@ -139,7 +139,7 @@ def gradients(
         tensor.new_zeros((count, *tensor.shape))
         if gradient is None
         else gradient.reshape(count, *tensor.shape)
-        for tensor, gradient in zip(at, found, strict=True)
+        for tensor, gradient in zip(at, values, strict=True)
     ]
 
 
@@ -152,16 +152,16 @@ def calls_of(calls: Calls, path: str) -> Iterator[tuple[str, int, Tensor]]:
 
 
 def tensors_in(tree: Any) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in what a module takes or gives, each with the part that names it there."""
-    found: Calls = {}
-    _walk(tree, "", found, lambda tensor: (tensor, tensor))
-    for part, tensors in found.items():
+    """Every tensor in a module's inputs or outputs, each with the part that names it there."""
+    calls: Calls = {}
+    _walk(tree, "", calls, lambda tensor: (tensor, tensor))
+    for part, tensors in calls.items():
         for tensor in tensors:
             yield part, tensor
 
 
 def taken_by(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A module's inputs as one tree: itself where there is one, else by place and name."""
+    """A module's inputs as one tree: the only input itself, else all by position and name."""
     if len(args) == 1 and not kwargs:
         return args[0]
     return dict(enumerate(args)) | kwargs
@@ -185,7 +185,7 @@ def _register(
 
 
 _Keep = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""From a tensor to what is recorded and what the forward pass goes on with."""
+"""From a tensor to what is recorded and what the forward pass continues with."""
 
 
 def _copy(tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,8 +195,8 @@ def _copy(tensor: Tensor) -> tuple[Tensor, Tensor]:
 def _leaf(tensor: Tensor) -> tuple[Tensor, Tensor]:
     if not tensor.is_floating_point():
         return tensor, tensor
-    # A tensor may also go where this module has no part, as a residual does: the gradient at the
-    # clone is that of this module's use alone, as a backward hook would see it.
+    # Other modules may use the tensor too, as a residual: the gradient at the clone is that of this
+    # module's use alone, as a backward hook would see it.
     leaf = tensor.clone() if tensor.requires_grad else tensor.detach().requires_grad_()
     return leaf, leaf.clone()
 
@@ -219,7 +219,7 @@ def _input_hook(path: str, calls: Calls, keep: _Keep) -> Callable[..., Any]:
 
 
 def _walk(tree: Any, key: str, calls: Calls, keep: _Keep) -> Any:
-    """Record every tensor in a tree of tuples, lists and dicts; the tree to go on with."""
+    """Record every tensor in a tree of tuples, lists and dicts; the tree to continue with."""
     if isinstance(tree, Tensor):
         recorded, onward = keep(tree)
         calls.setdefault(key, []).append(recorded)

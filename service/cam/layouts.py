@@ -1,4 +1,4 @@
-"""Where the pixels are in what a layer returns: maps, maps with channels last, or tokens."""
+"""Layouts of a layer's output (channels first or last, tokens), and how each becomes a map."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ _PREFIXES = (0, 1, 2, 4, 5)
 """Tokens before the patches: a class token, a distillation token, register tokens."""
 
 MAX_EXTRA_TOKENS = 16
-"""Tokens without a place that `layouts_of` allows for."""
+"""The largest number of tokens without a position in the image that `layouts_of` allows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
     """How a layer's output for one image becomes a feature map.
 
-    kind:       `chw` a convolution's map, `hwc` Swin's, `tokens` (length, channels) with `prefix`
-                tokens that belong to no place before those that do.
-    grid:       (height, width) of the map in cells.
-    places:     the index of the token at each cell, row by row, where that is another order than
-                one after the other behind the prefix.
-    transposed: whether the columns come before the rows.
-    batch_axis: which dimension of the output tells images apart.
+    kind:        `chw` a convolution's map, `hwc` Swin's, `tokens` (length, channels) with `prefix`
+                 tokens without a position in the image before those that have one.
+    grid:        (height, width) of the map in cells.
+    token_order: the index of the token at each cell, row by row; None if the tokens follow the
+                 prefix in that order.
+    transposed:  whether the columns come before the rows.
+    batch_axis:  the dimension of the output that tells images apart.
     """
 
     kind: Literal["chw", "hwc", "tokens"]
     grid: tuple[int, int]
     prefix: int = 0
-    places: tuple[int, ...] | None = None
+    token_order: tuple[int, ...] | None = None
     transposed: bool = False
     batch_axis: int = 0
 
@@ -41,7 +41,7 @@ class Layout:
         return values.movedim(leading + self.batch_axis, leading) if self.batch_axis else values
 
     def as_given(self, values: Tensor) -> Tensor:
-        """What `by_image` made, as the layer gives it."""
+        """What `by_image` returned, as the layer returns it."""
         return values.movedim(0, self.batch_axis) if self.batch_axis else values
 
     def as_map(self, values: Tensor) -> Tensor:
@@ -49,21 +49,21 @@ class Layout:
         if self.kind != "tokens":
             maps = values if self.kind == "chw" else values.permute(0, 3, 1, 2)
             return maps.transpose(2, 3) if self.transposed else maps
-        if self.places is not None:
-            tokens = values[:, list(self.places)]
+        if self.token_order is not None:
+            tokens = values[:, list(self.token_order)]
         else:
             tokens = values[:, self.prefix : self.prefix + math.prod(self.grid)]
-        found: Tensor = tokens.transpose(1, 2).unflatten(2, self.grid)
-        return found
+        cells: Tensor = tokens.transpose(1, 2).unflatten(2, self.grid)
+        return cells
 
     @property
     def channel_axis(self) -> int:
-        """Which dimension of an output for one image, without the batch, holds the channels."""
+        """The dimension of the channels in an output for one image, without the batch."""
         return {"chw": 0, "hwc": 2, "tokens": 1}[self.kind]
 
 
 def layout_of(shape: tuple[int, ...] | None, input_size: tuple[int, int]) -> Layout | None:
-    """The layout of a layer by its output's shape for one image; None where there is no map in it.
+    """The layout of a layer by its output's shape for one image; None if there is no map in it.
 
     input_size: (height, width) of the model input, whose aspect ratio a map keeps.
     """
@@ -86,8 +86,8 @@ def layout_of(shape: tuple[int, ...] | None, input_size: tuple[int, int]) -> Lay
 def layouts_of(shape: tuple[int, ...], input_size: tuple[int, int]) -> Iterator[Layout]:
     """Every layout that an output of this shape for one image could have, the likely ones first.
 
-    Of tokens those whose places are counted row by row, with the others in front; `token_layout`
-    makes the rest.
+    Of tokens those in order of rows, behind tokens without a position; `token_layout` returns the
+    other ones.
     """
     aspect = input_size[0] / input_size[1]
     if len(shape) == 3:
@@ -105,19 +105,19 @@ def layouts_of(shape: tuple[int, ...], input_size: tuple[int, int]) -> Iterator[
 
 
 def token_layout(length: int, grid: tuple[int, int], start: int, *, by_column: bool) -> Layout:
-    """The layout of tokens where `start` of those with a place stand before those without one.
+    """The layout of tokens where `start` of those with a position come before those without one.
 
-    by_column: whether places are counted down each column.
+    by_column: whether the tokens are in order of columns.
     """
     rows, columns = grid
     extra = length - rows * columns
     tokens = (*range(start), *range(start + extra, length))
     if by_column:
         tokens = tuple(tokens[x * rows + y] for y in range(rows) for x in range(columns))
-    # Without a table where they follow one another.
+    # No table is needed where they follow one another.
     if tokens == tuple(range(tokens[0], tokens[0] + len(tokens))):
         return Layout("tokens", grid, tokens[0])
-    return Layout("tokens", grid, places=tokens)
+    return Layout("tokens", grid, token_order=tokens)
 
 
 def _grid(cells: int, aspect: float) -> tuple[int, int] | None:
@@ -129,6 +129,6 @@ def _grid(cells: int, aspect: float) -> tuple[int, int] | None:
 
 
 def _fits(grid: tuple[int, int], aspect: float) -> bool:
-    """Whether a grid could be the input scaled down: strides round a side by less than one cell."""
+    """Whether a grid could be the scaled input: strides round a side by less than one cell."""
     height, width = grid
     return abs(height - width * aspect) < max(1.0, aspect)

@@ -3,8 +3,8 @@
     regions = find_regions(cam, model_input.geometry, threshold=0.5)
     regions.boxes[0]                        # x, y, w, h of the largest region
 
-What is measured is |cam| as the heatmap shows it: resampled over the upright source, or, where its
-longer side is over `max_side`, over a raster of that size whose pixels are then made larger.
+Measured on |cam| as the heatmap shows it: resampled over the upright source, or, if its longer side
+is over `max_side`, over a raster of that size whose pixels are then enlarged.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ TOLERANCE, TOLERANCE_SHARE = 1.0, 0.001
 class Regions:
     """Where a map is at least `threshold`, in pixels of the upright source.
 
+    The wire's form is `api_schemas.answers.Regions`.
+
     peak:     the middle of the map's highest pixel; None where the map is 0 throughout. Of equally
               high pixels it is the one nearest to the centroid of them all, then the first by rows.
     boxes:    x, y, w, h of each 8-connected region, tight, the largest region first.
@@ -54,7 +56,7 @@ class Regions:
 def find_regions(
     grid: NDArray[np.float32], geometry: Geometry, threshold: float, max_side: int = 2048
 ) -> Regions:
-    """Cut a map at `threshold` (0..1); where the map is 0 there is no region, whatever it is.
+    """The regions of a map at `threshold` (0..1); where the map is 0 there is none, even at 0.
 
     Raises ValueError if the map is not finite and two-dimensional or the threshold is not in 0..1.
     """
@@ -109,7 +111,7 @@ def _edges(length: int, source_length: int) -> NDArray[np.int64]:
 
 
 def _at_source(mask: NDArray[np.bool_], source_size: tuple[int, int]) -> NDArray[np.bool_]:
-    """Make the pixels of a mask larger, to the size of the source; stored by columns, as RLE is."""
+    """Enlarge a mask to the size of the source; stored by columns, as RLE is."""
     columns, rows = (
         np.diff(_edges(length, whole))
         for length, whole in zip(mask.shape[::-1], source_size, strict=True)
@@ -129,7 +131,7 @@ def _components(
     columns, rows = (
         _edges(length, whole) for length, whole in zip(mask.shape[::-1], source_size, strict=True)
     )
-    found = []
+    components = []
     for index in sorted(range(1, count), key=lambda label: -areas[label]):
         if areas[index] < MIN_AREA:
             break
@@ -138,15 +140,15 @@ def _components(
         box = (left, top, int(columns[x + w]) - left, int(rows[y + h]) - top)
         outline = _outline(labels[y : y + h, x : x + w] == index).tolist()
         polygon = [(round((x + u) * scale_x, 2), round((y + v) * scale_y, 2)) for u, v in outline]
-        found.append((box, polygon))
-    return found
+        components.append((box, polygon))
+    return components
 
 
 def _outline(part: NDArray[np.bool_]) -> NDArray[np.float64]:
     """Follow the outer edges of the pixels of one region: points (x, y), (n, 2), n at least 3.
 
-    OpenCV's contours run through the middles of pixels, half a pixel inside. So the contour is
-    taken of the corners and middles of pixels and edges, on a lattice of twice the resolution.
+    OpenCV's contours run through the centres of pixels, half a pixel inside. So the contour is that
+    of the corners and centres of pixels and edges, on a lattice of twice the resolution.
     """
     lattice = np.zeros((2 * part.shape[0] + 1, 2 * part.shape[1] + 1), dtype=np.uint8)
     lattice[1::2, 1::2] = part

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from service.cam.heatmap import Picture
+from service.cam.encoding import EncodedImage
 from service.errors import ConfigurationError
 
 
@@ -23,7 +23,7 @@ class Board:
         self._writer = writer
         self._lock = threading.Lock()
 
-    def add(self, tag: str, picture: Picture) -> None:
+    def add(self, tag: str, picture: EncodedImage) -> None:
         """Write one picture. A `/` in the tag groups what TensorBoard shows."""
         with Image.open(io.BytesIO(picture.data)) as opened:
             pixels = np.asarray(opened)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from service.cam.methods import over_input
+from service.cam.formulas import over_input
 from service.errors import CamserveError
 from service.inference.batch import run
 from service.inference.questions import InferenceResult, Question

@@ -10,8 +10,8 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from service.cam.formulas import scale
 from service.cam.hooks import Calls, Recording, calls_of, gradients, record
-from service.cam.methods import scale
 from service.errors import CamserveError, InvalidOption, NonFiniteOutput
 from service.inference.forward_pass import (
     ForwardPass,
@@ -21,7 +21,7 @@ from service.inference.forward_pass import (
     read_only_array,
 )
 from service.inference.maps import fuse_layers, head_map, maps_at_layers, target_activation
-from service.inference.methods import MULTI_PASS_METHODS, cost
+from service.inference.method_table import MULTI_PASS_METHODS, cost
 from service.inference.perturbation import Steps
 from service.inference.questions import (
     ActivationKind,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from service.cam.attention import record_attention, rollout
+from service.cam.formulas import over_input
 from service.cam.guided import GuidedReLU
-from service.cam.methods import over_input
 from service.errors import InvalidOption
 from service.inference.forward_pass import ImagePass
 from service.inference.perturbation import Steps, chunk_size, normalised_image

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from api_schemas.methods import STRIDE, WINDOW
+from service.cam.formulas import fuse, over_input, upsample, weighted
 from service.cam.hooks import replace_output
-from service.cam.methods import fuse, over_input, upsample, weighted
 from service.images.decode import Rect
 from service.inference.forward_pass import ImagePass, feature_layout
 from service.models.compiled.cut import Uncuttable, tail

@@ -22,12 +22,12 @@ import orjson
 from api_schemas.options import CommonOptions, ExplainOptions
 from service.cam.file_sizes import (
     base64_bytes,
-    map_bytes,
-    photo_bytes,
+    heatmap_bytes,
+    image_bytes,
     region_bytes,
-    sheet_bytes,
+    tile_grid_bytes,
 )
-from service.cam.heatmap import sheet_of
+from service.cam.tiles import channel_tiles
 from service.images.declared_size import Size, size_of
 from service.images.decode import preview_size
 from service.inference.questions import Question
@@ -125,12 +125,12 @@ class Sizes:
         of_source = isinstance(self.options, ExplainOptions) and self.options.size == "source"
         part = covered * min(preprocessing.crop) / preprocessing.longest
         shown = min(1.0, part) if of_source else 1.0
-        return map_bytes(self._raster(source), self.cells, shown)
+        return heatmap_bytes(self._raster(source), self.cells, shown)
 
     def overlay(self, source: Size) -> int:
         """An overlay's file."""
         assert isinstance(self.options, ExplainOptions)
-        return photo_bytes(self._raster(source), self.options.format)
+        return image_bytes(self._raster(source), self.options.format)
 
     def activations(self) -> int:
         """Captured tensors in the forms that are sent, JSON.
@@ -153,7 +153,7 @@ class Sizes:
             size += base64_bytes(numbers * (4 if kind.startswith("grad") else 2))
         if "image" in forms and numbers > 0:
             alone = shape[1:] if shape[:1] == (1,) else shape
-            size += base64_bytes(sheet_bytes(sheet_of(self._tiles(path, alone, kind))))
+            size += base64_bytes(tile_grid_bytes(channel_tiles(self._tiles(path, alone, kind))))
         return size
 
     def _tiles(self, path: str, shape: tuple[int, ...], kind: str) -> tuple[int, int, int]:

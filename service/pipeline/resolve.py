@@ -12,7 +12,7 @@ from api_schemas.methods import METHODS
 from api_schemas.options import CommonOptions, ExplainOptions, PredictOptions
 from service.errors import InvalidOption
 from service.images.upload import Hiding
-from service.inference.methods import check_method, cost
+from service.inference.method_table import check_method, cost
 from service.inference.questions import ActivationKind, Question
 from service.models.loaded import LoadedModel
 from service.pipeline.service import Limits

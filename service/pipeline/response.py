@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 
 from api_schemas import answers as wire
 from api_schemas.options import CommonOptions, ExplainOptions
-from service.cam.heatmap import Picture, Style, channel_grid, render_heatmap, render_overlay
+from service.cam.encoding import EncodedImage
+from service.cam.heatmap import Style, render_heatmap, render_overlay
 from service.cam.regions import find_regions
+from service.cam.tiles import channel_grid
 from service.errors import CamserveError, RenderFailed
 from service.images.upload import Upload
 from service.inference.questions import Activation, Explanation, InferenceResult
@@ -126,7 +128,7 @@ def _changes(
     ]
 
 
-def overlay(upload: Upload, explanation: Explanation, style: Style) -> Picture:
+def overlay(upload: Upload, explanation: Explanation, style: Style) -> EncodedImage:
     """The photo with the map over it, as a file."""
     assert upload.preview is not None
     pixels = upload.model_input.pixels.permute(1, 2, 0).contiguous().numpy()
@@ -188,7 +190,7 @@ def _regions(explanation: Explanation, upload: Upload, threshold: float, side: i
     )
 
 
-def picture_of(model: LoadedModel, activation: Activation) -> tuple[Picture, int]:
+def picture_of(model: LoadedModel, activation: Activation) -> tuple[EncodedImage, int]:
     """A capture as a grid of its channels, and how many of them are left out.
 
     Tokens and maps with channels last are laid out as maps, as the layer's explanations are; other
@@ -249,7 +251,7 @@ def _stats(values: NDArray[np.float32]) -> wire.Stats:
     )
 
 
-def _picture(picture: Picture) -> wire.Encoded:
+def _picture(picture: EncodedImage) -> wire.Encoded:
     return wire.Encoded(
         media_type=picture.media_type,
         width=picture.width,

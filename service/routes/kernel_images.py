@@ -7,8 +7,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from service.cam.file_sizes import photo_bytes
-from service.cam.kernels import KernelGrid, draw_kernels, sees_colours, weight_of
+from service.cam.file_sizes import image_bytes
+from service.cam.tiles import KernelGrid, draw_kernels, has_rgb_input, kernel_weight
 from service.errors import InvalidOption
 from service.models.loaded import LoadedModel
 from service.pipeline.run import result_of
@@ -58,12 +58,12 @@ async def kernels(request: Request, name: str, layer: str) -> Response:
     async def work(permit: Permit) -> Response:
         most = service.limits.answer_bytes
         bill = Bill(permit, most, lambda: "Name a layer with fewer kernels.")
-        bill.add(min(most, photo_bytes((side, side), "png")))
+        bill.add(min(most, image_bytes((side, side), "png")))
         grid = await result_of(service.scheduler.call(_draw, model, layer, side))
-        bill.add(max(0, len(grid.picture.data) - permit.answer_bytes))
-        bill.settle(len(grid.picture.data))
+        bill.add(max(0, len(grid.image.data) - permit.answer_bytes))
+        bill.settle(len(grid.image.data))
         headers = {"X-Kernels": str(grid.kernels), "X-Kernels-Left-Out": str(grid.left_out)}
-        return Response(grid.picture.data, media_type=grid.picture.media_type, headers=headers)
+        return Response(grid.image.data, media_type=grid.image.media_type, headers=headers)
 
     return await lifecycle.in_time_without_body(request, work)
 
@@ -74,17 +74,17 @@ def _draw(model: LoadedModel, path: str, max_side: int) -> KernelGrid:
     Raises UnknownLayer, and InvalidOption for a layer without kernels.
     """
     module = model.module.get_submodule(model.layer(path).path)
-    weight = weight_of(module)
+    weight = kernel_weight(module)
     if weight is None:
         raise InvalidOption(_refusal(model, path))
-    return draw_kernels(weight, colour=sees_colours(module), max_side=max_side)
+    return draw_kernels(weight, colour=has_rgb_input(module), max_side=max_side)
 
 
 def _refusal(model: LoadedModel, path: str) -> str:
     having = [
         layer.path
         for layer in model.layers
-        if weight_of(model.module.get_submodule(layer.path)) is not None
+        if kernel_weight(model.module.get_submodule(layer.path)) is not None
     ]
     inside = [other for other in having if other.startswith(f"{path}.")]
     if inside:

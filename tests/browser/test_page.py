@@ -22,7 +22,7 @@ from tiny import SmallNet, loaded
 from api_schemas.methods import METHODS
 from service.cam.heatmap import COLORMAPS
 from service.images.run_lengths import rle_decode
-from service.inference.methods import cost
+from service.inference.method_table import cost
 from service.inference.questions import Question
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]

@@ -15,7 +15,7 @@ import torchvision  # noqa: F401 - slow to import; here no clock runs
 from numpy.typing import NDArray
 from starlette.testclient import TestClient
 
-from service.cam.heatmap import channel_grid
+from service.cam.tiles import channel_grid
 
 PNG = {"content-type": "image/png"}
 KINDS = ("output", "input", "grad_output", "grad_input")

@@ -13,7 +13,7 @@ from gates import Hold
 from numpy.typing import NDArray
 from starlette.testclient import TestClient
 
-from service.cam.heatmap import GAP
+from service.cam.tiles import GAP
 from service.errors import ShuttingDown
 from service.routes.kernel_images import NAMED
 

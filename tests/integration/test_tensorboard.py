@@ -16,7 +16,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
-from service.cam.heatmap import Picture
+from service.cam.encoding import EncodedImage
 from service.cli.main import app
 from service.cli.tensorboard import open_board
 
@@ -93,7 +93,7 @@ def test_several_files_have_a_group_each(tmp_path: Path) -> None:
 def test_a_board_keeps_every_pixel(tmp_path: Path) -> None:
     pixels = pictures.noise(9, 7)
     with open_board(tmp_path) as board:
-        board.add("one/colour", Picture("image/png", 9, 7, pictures.file(pixels)))
+        board.add("one/colour", EncodedImage("image/png", 9, 7, pictures.file(pixels)))
     assert np.array_equal(shown(tmp_path)["one/colour"], pixels)
 
 

@@ -18,7 +18,7 @@ from torchcam.methods import ScoreCAM as TorchScoreCAM
 from service.inference import perturbation
 from service.inference.batch import forward
 from service.inference.forward_pass import ImagePass
-from service.inference.methods import cost
+from service.inference.method_table import cost
 from service.inference.questions import Question
 from service.models.compiled.cut import tail
 from service.models.loaded import LoadedModel

@@ -14,7 +14,7 @@ from api_schemas.methods import BACKWARD, METHODS
 from api_schemas.options import ExplainOptions, PredictOptions
 from service.errors import InvalidOption
 from service.inference import batch
-from service.inference.methods import cost
+from service.inference.method_table import cost
 from service.inference.questions import InferenceResult, Question
 from service.models.loaded import LoadedModel
 from service.pipeline import resolve

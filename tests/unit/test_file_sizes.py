@@ -14,13 +14,14 @@ from service.cam.encoding import encode
 from service.cam.file_sizes import (
     base64_bytes,
     brush_bytes,
-    map_bytes,
-    photo_bytes,
+    heatmap_bytes,
+    image_bytes,
     region_bytes,
-    sheet_bytes,
+    tile_grid_bytes,
 )
-from service.cam.heatmap import Style, channel_grid, render_heatmap, sheet_of
+from service.cam.heatmap import Style, render_heatmap
 from service.cam.regions import find_regions
+from service.cam.tiles import channel_grid, channel_tiles
 from service.images.declared_size import size_of
 from service.images.decode import Geometry
 from service.integrations.label_studio.brush import alpha_of, encode_rle
@@ -62,9 +63,9 @@ def geometry(width: int, height: int) -> Geometry:
 @pytest.mark.parametrize("size", SIZES)
 def test_a_photograph_of_noise_is_within_its_bound(size: tuple[int, int], kind: Any) -> None:
     largest = max(len(encode(pixels, kind)) for pixels in noises(*size))
-    assert largest <= photo_bytes(size, kind)
+    assert largest <= image_bytes(size, kind)
     if min(size) >= 64:
-        assert photo_bytes(size, kind) < 2.6 * largest, "so loose that good requests are refused"
+        assert image_bytes(size, kind) < 2.6 * largest, "so loose that good requests are refused"
 
 
 CELLS = [(7, 7), (14, 14), (56, 56), (224, 224), (3, 20)]
@@ -76,12 +77,12 @@ def test_a_heatmap_of_noise_is_within_its_bound(
     size: tuple[int, int], cells: tuple[int, int]
 ) -> None:
     drawn = [render_heatmap(grid, geometry(*size), Style(), 2048) for grid in grids(*cells)]
-    assert max(len(picture.data) for picture in drawn) <= map_bytes(size, cells)
+    assert max(len(picture.data) for picture in drawn) <= heatmap_bytes(size, cells)
 
 
 def test_a_default_heatmap_is_reckoned_small() -> None:
     """32 of them at the largest size are what many send, and stay far below 64 MiB."""
-    assert 32 * base64_bytes(map_bytes((2048, 2048), (7, 7))) < 16 << 20
+    assert 32 * base64_bytes(heatmap_bytes((2048, 2048), (7, 7))) < 16 << 20
 
 
 SHAPES = [(64, 112, 112), (128, 28, 28), (512, 7, 7), (2048, 1, 1), (1000, 1, 1), (3, 224, 224)]
@@ -92,10 +93,10 @@ SHAPES += [(1, 1, 1), (5, 3, 40), (1, 768, 197), (30, 300, 300)]
 def test_a_channel_grid_of_noise_is_within_its_bound(shape: tuple[int, int, int]) -> None:
     maps = np.random.default_rng(2).random(shape, dtype=np.float32)
     picture, left_out = channel_grid(maps)
-    sheet = sheet_of(shape)
+    sheet = channel_tiles(shape)
     assert (picture.width, picture.height) == sheet.size
     assert left_out == shape[0] - sheet.shown
-    assert len(picture.data) <= sheet_bytes(sheet)
+    assert len(picture.data) <= tile_grid_bytes(sheet)
 
 
 @pytest.mark.parametrize("cells", CELLS)

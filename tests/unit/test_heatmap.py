@@ -13,17 +13,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.nn.functional import interpolate
 
+from service.cam.encoding import EncodedImage
 from service.cam.heatmap import (
     COLORMAPS,
-    GAP,
-    GAP_GREY,
-    Picture,
     Style,
-    channel_grid,
     render_heatmap,
     render_overlay,
     resample,
 )
+from service.cam.tiles import GAP, GAP_GREY, channel_grid
 from service.errors import RenderFailed
 from service.images.decode import (
     Fit,
@@ -62,20 +60,20 @@ def rows(model_input: ModelInput) -> NDArray[np.uint8]:
 
 def overlay(
     source: Source, model_input: ModelInput, cam: NDArray[np.float32], style: Style
-) -> Picture:
+) -> EncodedImage:
     return render_overlay(
         cam, model_input.geometry, style, preview(source, 2048), rows(model_input)
     )
 
 
-def opened(picture: Picture) -> Image.Image:
+def opened(picture: EncodedImage) -> Image.Image:
     image = Image.open(io.BytesIO(picture.data))
     assert image.size == (picture.width, picture.height)
     assert Image.MIME[str(image.format)] == picture.media_type
     return image
 
 
-def colours(picture: Picture) -> NDArray[np.int64]:
+def colours(picture: EncodedImage) -> NDArray[np.int64]:
     return np.asarray(opened(picture).convert("RGB")).astype(np.int64)
 
 
@@ -336,7 +334,7 @@ def test_a_colormap_is_256_colours_nobody_can_change(name: str) -> None:
 # ---- channel_grid
 
 
-def tiles(picture: Picture, shape: tuple[int, int], columns: int) -> list[NDArray[np.uint8]]:
+def tiles(picture: EncodedImage, shape: tuple[int, int], columns: int) -> list[NDArray[np.uint8]]:
     """Cut a grid of tiles of `shape` out of the picture, row by row."""
     image = opened(picture)
     assert image.mode == "L"

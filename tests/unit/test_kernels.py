@@ -14,23 +14,22 @@ from tiny import PaperNet
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from service.cam.heatmap import GAP, GAP_GREY
-from service.cam.kernels import KernelGrid, draw_kernels, sees_colours, weight_of
+from service.cam.tiles import GAP, GAP_GREY, KernelGrid, draw_kernels, has_rgb_input, kernel_weight
 from service.errors import RenderFailed
 
 ALEXNET = [(64, 3, 11, 11), (192, 64, 5, 5), (384, 192, 3, 3), (256, 384, 3, 3), (256, 256, 3, 3)]
 
 
 def drawn(layer: nn.Module, max_side: int = 2048) -> KernelGrid:
-    weight = weight_of(layer)
+    weight = kernel_weight(layer)
     assert weight is not None
-    return draw_kernels(weight, colour=sees_colours(layer), max_side=max_side)
+    return draw_kernels(weight, colour=has_rgb_input(layer), max_side=max_side)
 
 
 def pixels(grid: KernelGrid) -> NDArray[np.uint8]:
-    image = Image.open(io.BytesIO(grid.picture.data))
-    assert (image.format, grid.picture.media_type) == ("PNG", "image/png")
-    assert image.size == (grid.picture.width, grid.picture.height)
+    image = Image.open(io.BytesIO(grid.image.data))
+    assert (image.format, grid.image.media_type) == ("PNG", "image/png")
+    assert image.size == (grid.image.width, grid.image.height)
     return np.asarray(image)
 
 
@@ -135,7 +134,7 @@ def test_the_layers_of_alexnet_fit(shape: tuple[int, ...]) -> None:
     grid = drawn(layer)
     assert (grid.kernels, grid.left_out) == (shape[0] * (1 if shape[1] == 3 else shape[1]), 0)
     columns = math.ceil(math.sqrt(grid.kernels))
-    assert (grid.picture.width - GAP) % columns == 0
+    assert (grid.image.width - GAP) % columns == 0
     assert max(pixels(grid).shape) <= 2048
 
 
@@ -217,13 +216,13 @@ def test_a_matrix_larger_than_the_picture_is_scaled_down() -> None:
     ids=lambda layer: type(layer).__name__,
 )  # fmt: skip
 def test_layers_without_a_weight_of_two_dimensions_have_no_kernels(layer: nn.Module) -> None:
-    assert weight_of(layer) is None
+    assert kernel_weight(layer) is None
 
 
 def test_a_weight_that_is_computed_is_drawn_as_it_is_used() -> None:
     layer = weight_norm(nn.Conv2d(3, 4, 3))
-    weight = weight_of(layer)
+    weight = kernel_weight(layer)
     assert weight is not None
     assert not weight.requires_grad
     assert torch.equal(weight, layer.weight)
-    assert sees_colours(layer)
+    assert has_rgb_input(layer)

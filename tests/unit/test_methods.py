@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from service.cam.methods import eigencam, over_input, scale
-from service.inference.methods import LAYER_METHODS
+from service.cam.formulas import eigencam, over_input, scale
+from service.inference.method_table import LAYER_METHODS
 
 SIDE = 8
 """Images of a batch, rows and columns alike, so that a dimension in the wrong place still fits."""

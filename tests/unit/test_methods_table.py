@@ -16,9 +16,9 @@ from tiny import SmallNet, loaded
 from api_schemas.methods import METHODS, MethodRecord
 from api_schemas.options import ExplainOptions, Method
 from service.errors import InvalidOption
-from service.inference import methods
+from service.inference import method_table
 from service.inference.forward_pass import ImagePass
-from service.inference.methods import LAYER_METHODS, MULTI_PASS_METHODS, check_method, cost
+from service.inference.method_table import LAYER_METHODS, MULTI_PASS_METHODS, check_method, cost
 from service.inference.perturbation import Steps
 from service.inference.questions import Question
 from service.models.loaded import LoadedModel
@@ -112,7 +112,7 @@ def seventeenth(monkeypatch: pytest.MonkeyPatch) -> MethodRecord:
         return [part.question.pixels.float().mean(dim=0)] * len(part.targets)
 
     monkeypatch.setitem(METHODS, record.name, record)  # type: ignore[arg-type]
-    monkeypatch.setitem(methods.MULTI_PASS_METHODS, record.name, brightness)  # type: ignore[arg-type]
+    monkeypatch.setitem(method_table.MULTI_PASS_METHODS, record.name, brightness)  # type: ignore[arg-type]
     return record
 
 

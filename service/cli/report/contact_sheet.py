@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from api_schemas.options import ExplainOptions
-from service.cam.heatmap import Picture, Style
+from service.cam.encoding import EncodedImage
+from service.cam.heatmap import Style
 from service.cli.explain_files import Explained, Failed, Outcome
 from service.durable import whole
 from service.errors import ConfigurationError
@@ -111,7 +112,7 @@ class ContactSheet:
         pen.text((MARGIN, MARGIN + 42), "  ·  ".join(filter(None, told)), SOFT, _font(17))
 
 
-def _small_overlay(outcome: Explained) -> Picture:
+def _small_overlay(outcome: Explained) -> EncodedImage:
     """The photo under its first map, as a JPEG."""
     upload, options = small_photo(outcome.upload, SIDE), outcome.options
     style = Style("source", options.colormap, "jpeg", options.opacity)

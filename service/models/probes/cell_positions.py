@@ -363,8 +363,8 @@ class _MeasuredPositions:
         if layout.kind != "tokens":
             turned = [values.T if layout.transposed else values for values in maps]
             return turned[0].flatten(), turned[1].flatten(), turned[2].flatten()
-        if layout.places is not None:
-            chosen: Any = list(layout.places)
+        if layout.token_order is not None:
+            chosen: Any = list(layout.token_order)
         else:
             chosen = slice(layout.prefix, layout.prefix + layout.grid[0] * layout.grid[1])
         return maps[0][chosen], maps[1][chosen], maps[2][chosen]

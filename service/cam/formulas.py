@@ -29,8 +29,8 @@ def gradcampp(activation: Tensor, gradient: Tensor) -> Tensor:
 
     The paper differentiates exp(y), which scales every g alike; the factor cancels in α and scales
     the map, so that it is left out. α is reduced to `1 / (2 + g Σ_hw A_c)`: g² underflows, and an
-    absolute epsilon beside it would be as large as g² itself. Where g = 0 its α counts for nothing;
-    where the denominator is zero α is undefined and 0 is taken.
+    absolute epsilon beside it would be as large as g² itself. Where g = 0 its α has no effect;
+    where the denominator is zero α is undefined and 0 is used.
 
     Chattopadhay et al., "Grad-CAM++: Generalized Gradient-based Visual Explanations for Deep
     Convolutional Networks", WACV 2018, equations 10 and 19.
@@ -72,12 +72,12 @@ def xgradcam(activation: Tensor, gradient: Tensor) -> Tensor:
 
 
 def eigencam(activation: Tensor, gradient: Tensor) -> Tensor:  # noqa: ARG001
-    """Eigen-CAM: the activation projected on its first principal component; knows no class.
+    """Eigen-CAM: the activation projected on its first principal component, for any class.
 
     Centred over the cells, and from the smaller Gram matrix, never by SVD of hw × C: with
     A = UΣVᵀ the projection A·v₁ is √λ₁·u₁ of AAᵀ (hw × hw), or A times the first eigenvector of
-    AᵀA (C × C), which early layers with their many cells need. An eigenvector has no sign of its
-    own; the one is taken with Σ map · mean activation ≥ 0.
+    AᵀA (C × C), which early layers with their many cells need. The sign of an eigenvector is
+    arbitrary; the one with Σ map · mean activation ≥ 0 is used.
 
     Muhammad and Yeasin, "Eigen-CAM: Class Activation Map using Principal Components", IJCNN 2020.
     """
@@ -106,7 +106,7 @@ def weighted(activation: Tensor, weights: Tensor) -> Tensor:
 
 
 Cam = Callable[[Tensor, Tensor], Tensor]
-"""From an activation and what weighs it: the gradient there, or weights (N, C) of its channels."""
+"""From an activation and its gradient, or weights (N, C) of its channels, to the map."""
 
 
 class Scaled(NamedTuple):

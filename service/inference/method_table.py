@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from api_schemas.methods import BACKWARD, METHODS, MethodRecord
-from service.cam import methods as cam
+from service.cam import formulas
 from service.errors import InvalidOption
 from service.inference import input_gradients, perturbation
 from service.inference.forward_pass import ImagePass
@@ -13,15 +13,15 @@ from service.inference.perturbation import Steps, windows
 from service.inference.questions import Question
 from service.models.loaded import LoadedModel
 
-LAYER_METHODS: Mapping[str, cam.Cam] = {
-    "gradcam": cam.gradcam,
-    "gradcampp": cam.gradcampp,
-    "hirescam": cam.hirescam,
-    "layercam": cam.layercam,
-    "xgradcam": cam.xgradcam,
-    "eigencam": cam.eigencam,
-    "cam": cam.weighted,
-    "guided_gradcam": cam.gradcam,
+LAYER_METHODS: Mapping[str, formulas.Cam] = {
+    "gradcam": formulas.gradcam,
+    "gradcampp": formulas.gradcampp,
+    "hirescam": formulas.hirescam,
+    "layercam": formulas.layercam,
+    "xgradcam": formulas.xgradcam,
+    "eigencam": formulas.eigencam,
+    "cam": formulas.weighted,
+    "guided_gradcam": formulas.gradcam,
 }
 """Maps of a layer from its activation and gradient, or the weights of the linear head."""
 
