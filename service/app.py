@@ -1,4 +1,4 @@
-"""`create_app(settings)`: the parts put together, and their life from start to end."""
+"""`create_app(settings)`: build all parts of the service, start them and end them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ from service.tracing import Traces, traces_from_environment
 _log = structlog.get_logger(__name__)
 
 GRACE_SECONDS = 30.0
-"""How long the end of the service waits for what was accepted."""
+"""How long the service waits at its end for accepted requests."""
 
 _DOCS_FILES = importlib.resources.files(fastapi_offline) / "static"
 
@@ -71,11 +71,11 @@ _DOCS_FILES = importlib.resources.files(fastapi_offline) / "static"
 def create_app(settings: Settings, *, background: bool = False, only: str | None = None) -> FastAPI:
     """The service as an ASGI app; its threads live in its lifespan.
 
-    background: load the models after the start, so that probes are answered meanwhile; what fails
-    is in their states. Otherwise they are loaded here.
-    only: the name of the one model to serve, of those in the settings.
+    background: load the models after the start, so that probes are answered meanwhile; an error is
+    in the model's state. Otherwise they are loaded here.
+    only: the name of the single model to serve, of those in the settings.
 
-    Raises ConfigurationError where the settings are wrong or a model cannot be loaded.
+    Raises ConfigurationError if the settings are invalid or a model cannot be loaded.
     """
     label_studio = _label_studio(settings)
     service = build_service(settings, load=not background, only=only)
@@ -85,8 +85,8 @@ def create_app(settings: Settings, *, background: bool = False, only: str | None
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.scheduler.start()
         app.state.loading = service.library.load_in_background() if background else []
-        _reread_on_hang_up(service, settings)
-        _warn_of_open_doors(settings)
+        _reload_on_sighup(service, settings)
+        _warn_without_authentication(settings)
         try:
             yield
         finally:
@@ -124,9 +124,9 @@ def create_app(settings: Settings, *, background: bool = False, only: str | None
 def _add_middleware(
     app: FastAPI, service: Service, settings: Settings, traces: Traces | None
 ) -> None:
-    """What every request passes, from the innermost to the outermost."""
+    """Add the middleware that every request passes, from the innermost to the outermost."""
     bounds = Bounds(settings.key_rate, settings.key_concurrency, settings.key_cost)
-    routes = {each.path: each for each in classify.router.routes if isinstance(each, APIRoute)}
+    routes = {route.path: route for route in classify.router.routes if isinstance(route, APIRoute)}
     app.add_middleware(RefusedWhenFull, admission=service.admission, routes=routes)
     app.add_middleware(BoundedQuery)
     app.add_middleware(
@@ -150,7 +150,7 @@ def _add_middleware(
 
 
 def build_service(settings: Settings, *, load: bool = True, only: str | None = None) -> Service:
-    """Build all parts and, unless told not to, load the models; no thread runs yet."""
+    """Build all parts and, with `load`, load the models; no thread runs yet."""
     specs = [spec for spec in model_specs(settings) if only in (None, spec.name)]
     load_one = model_loader(settings)
     pool = ModelPool(replicas=settings.worker_count, reload=lambda model: load_one(model.spec))
@@ -257,7 +257,7 @@ def _fetcher(settings: Settings) -> Fetcher:
 
 
 def model_specs(settings: Settings) -> tuple[ModelSpec, ...]:
-    """Every model that the settings name. Raises ConfigurationError."""
+    """The models that the settings name. Raises ConfigurationError."""
     if settings.app_dir is not None and str(settings.app_dir) not in sys.path:
         sys.path.insert(0, str(settings.app_dir))
     specs: tuple[ModelSpec, ...] = ()
@@ -270,7 +270,7 @@ def model_specs(settings: Settings) -> tuple[ModelSpec, ...]:
 
 
 def model_loader(settings: Settings) -> Callable[[ModelSpec], LoadedModel]:
-    """What loads one model as the settings say. Raises ConfigurationError, as the loader does."""
+    """A function that loads one model by the settings. Both raise ConfigurationError."""
     device = _device(settings.device, "--device")
     compiler = Compiler(
         cache=settings.cache_folder,
@@ -281,10 +281,10 @@ def model_loader(settings: Settings) -> Callable[[ModelSpec], LoadedModel]:
     )
 
     def load_one(spec: ModelSpec) -> LoadedModel:
-        own = _device(spec.device, f"{spec.at('device')}: device") if spec.device else device
+        source = f"{spec.at('device')}: device"
         return load_model(
             spec,
-            device=own,
+            device=_device(spec.device, source) if spec.device else device,
             allow_random_weights=settings.allow_random_weights,
             compiler=compiler if settings.compile else None,
         )
@@ -292,8 +292,8 @@ def model_loader(settings: Settings) -> Callable[[ModelSpec], LoadedModel]:
     return load_one
 
 
-def _reread_on_hang_up(service: Service, settings: Settings) -> None:
-    """On SIGHUP read keys and models' files again: new versions replace the old ones."""
+def _reload_on_sighup(service: Service, settings: Settings) -> None:
+    """On SIGHUP read the files of keys and models again: new versions replace the old ones."""
     one_at_a_time = threading.Lock()
 
     def reread() -> None:
@@ -307,36 +307,37 @@ def _reread_on_hang_up(service: Service, settings: Settings) -> None:
                 _log.error("reread_failed", detail=error.detail)
 
     loop = asyncio.get_running_loop()
-    # Signals reach the main thread alone; in a test's thread there is nothing to install.
+    # Only the main thread can install a signal handler.
     if threading.current_thread() is threading.main_thread():
-        # Files may be on a slow disk: they are not read on the loop.
+        # Files may be on a slow disk, so they are not read on the loop.
         loop.add_signal_handler(signal.SIGHUP, lambda: loop.run_in_executor(None, reread))
 
 
-def _warn_of_open_doors(settings: Settings) -> None:
-    """Say so where others can reach the service and need no key."""
+def _warn_without_authentication(settings: Settings) -> None:
+    """Log a warning if other machines can reach the service without a key."""
     if not is_loopback(settings.host) and settings.api_keys_file is None:
         _log.warning(
             "open_to_all",
             host=settings.host,
-            detail="Whoever reaches this address may use the service; set CAMSERVE_API_KEYS_FILE.",
+            detail="Every client that reaches this address may use the service without a key; "
+            "set CAMSERVE_API_KEYS_FILE.",
         )
 
 
-def _device(name: str, said_by: str) -> str:
+def _device(name: str, source: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         raise ConfigurationError(
-            f"{said_by} {name} cannot be used here; cpu always can, auto takes what there is."
+            f"{source} {name} cannot be used here; use cpu, or auto for the best device."
         ) from error
     return name
 
 
 def _serve_page(app: FastAPI) -> None:
-    """The page at `/`, and `/docs` with its scripts from here: no other host is asked."""
+    """The page at `/`, and `/docs` with local scripts: browsers contact no other host."""
     app.include_router(page_router())
     app.mount("/docs/static", StaticFiles(directory=str(_DOCS_FILES)), name="docs-static")
 

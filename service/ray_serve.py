@@ -1,11 +1,11 @@
-"""The same app under Ray Serve: replicas on many machines, as many as the load asks for.
+"""The same app under Ray Serve: replicas on many machines, as many as the load requires.
 
     serve run service.ray_serve:app
     serve run service.ray_serve:many_models models='["torchvision/resnet50", "builtin"]'
 
 `deploy/ray/` has the configuration files. Settings come as arguments and from the environment of
-the nodes. Ray sends requests to replicas that are ready, asks them for their health, and lets them
-finish before they end.
+the nodes. Ray sends requests to replicas that are ready, checks their health, and lets them finish
+before they end.
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ DEPLOYMENT: dict[str, Any] = {
     "backpressure_config": BackpressureConfig(status_code=503, retry_after_s=1),
     "graceful_shutdown_timeout_s": 35,
 }
-"""Where a configuration file says nothing else. How many replicas, it must say."""
+"""Defaults for a configuration file, which must set the number of replicas."""
 
 OVERLAY = f"{overlay.router.prefix}/overlay.png"
 ADMIN = f"{repository.router.prefix}/"
 MAX_OPTIONS = 1000
-"""Of a query; with more the app refuses it."""
+"""The most parameters of a query; the app refuses more."""
 
 
-def prepared(arguments: dict[str, Any]) -> Settings:
-    """The settings of a replica in this process, which is set up for them.
+def replica_settings(arguments: dict[str, Any]) -> Settings:
+    """Set up this process for a replica and return its settings.
 
-    Ray's proxy listens, not the replica, so the service takes itself for one that others reach.
-    Workers: as many as the cores that Ray gave the replica, not those of the machine; of one with
-    a GPU, as many as a GPU wants.
+    Ray's proxy listens and not the replica, so the host is set as for a service that other machines
+    reach. Workers: as many as the cores that Ray gave the replica, not those of the machine; with a
+    GPU, the default for a GPU.
     """
     resources = ray.get_runtime_context().get_assigned_resources()
     cores = max(1, int(resources.get("CPU", 1)))
@@ -73,36 +73,36 @@ def prepared(arguments: dict[str, Any]) -> Settings:
     return settings
 
 
-class RayReplica:
+class AllModels:
     """One process with the models of the settings, all loaded before it is ready."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
-        self._app = create_app(prepared(arguments))
+        self._app = create_app(replica_settings(arguments))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
 
     def check_health(self) -> None:
         """Ray replaces a replica where this raises."""
-        _check(self._app)
+        _check_workers(self._app)
 
 
 class ManyModels:
-    """One process that has some of many models: those that were asked for last.
+    """One process that has some of many models: those that were requested last.
 
-    Each is an app of its own. A request says which it wants in the header
-    `serve_multiplexed_model_id`, by which Ray finds a replica that has it, or in the query as
-    `model`; the first model where it says neither.
+    Each has a separate app. A request names its model in the header `serve_multiplexed_model_id`,
+    by which Ray finds a replica that has it, or in the query as `model`; without either it gets the
+    first model.
 
-    No model is loaded for a request before its host and its key are checked. One that fails the
-    check, or needs no key, is answered by an app that is there: by that of a loaded model, or by
-    `_front`, which has none.
+    No model is loaded for a request before its host and its key are checked. A request that fails
+    the check, or needs no key, is handled by the app of a loaded model, or by `_front`, which has
+    none.
     """
 
     def __init__(self, arguments: dict[str, Any]) -> None:
-        self._settings = prepared(arguments)
+        self._settings = replica_settings(arguments)
         self._names = [spec.name for spec in model_specs(self._settings)]
-        self._loaded: list[_Model] = []
+        self._loaded: list[_ModelApp] = []
         self._front = create_app(self._settings, background=True)
         self._service: Service = self._front.state.service
         self._service.library.load_on_demand()
@@ -114,24 +114,24 @@ class ManyModels:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         prefix = self._settings.root_path.rstrip("/")
-        return _Asgi(BehindPrefix(self._answer, prefix) if prefix else self._answer)
+        return _AsgiApp(BehindPrefix(self._handle, prefix) if prefix else self._handle)
 
     def check_health(self) -> None:
         """Ray replaces a replica where this raises."""
         for model in self._loaded:
-            _check(model.app)
+            _check_workers(model.app)
 
     @serve.multiplexed(max_num_models_per_replica=3)  # type: ignore[untyped-decorator]
-    async def _model(self, name: str) -> _Model:
+    async def _model(self, name: str) -> _ModelApp:
         """Load a model. Raises ConfigurationError."""
-        model = _Model(await asyncio.to_thread(create_app, self._settings, only=name))
+        model = _ModelApp(await asyncio.to_thread(create_app, self._settings, only=name))
         await model.open()
-        self._loaded = [each for each in self._loaded if each.is_open] + [model]
+        self._loaded = [other for other in self._loaded if other.is_open] + [model]
         return model
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            name = self._chosen(scope)
+            name = self._model_name(scope)
             app = self._any_app() if name is None else (await self._model(name)).app
         except CamserveError as error:
             # The app knows which form errors have on this path.
@@ -139,8 +139,8 @@ class ManyModels:
             return
         await app(scope, receive, send)
 
-    def _chosen(self, scope: Scope) -> str | None:
-        """The model of a request that may have one loaded; None of any other.
+    def _model_name(self, scope: Scope) -> str | None:
+        """The model of a request that may load one; None for any other request.
 
         Raises UnknownModel.
         """
@@ -160,7 +160,7 @@ class ManyModels:
         return self._known(serve.get_multiplexed_model_id() or named.get("model", self._names)[0])
 
     def _model_of_overlay(self, query: bytes) -> str | None:
-        """The model of a signed key of overlays; None where the key opens nothing."""
+        """The model of a signed overlay key; None if the key is invalid."""
         try:
             grant, _ = overlay.read_query(query, self._front.state.label_studio.secret)
         except CamserveError:
@@ -173,28 +173,28 @@ class ManyModels:
         return name
 
     def _any_app(self) -> FastAPI:
-        """An app that answers what needs no model: probes, pages, refusals."""
+        """An app for requests that need no model: probes, pages, refusals."""
         loaded = [model.app for model in self._loaded if model.is_open]
         return loaded[-1] if loaded else self._front
 
 
 @dataclass(frozen=True, slots=True)
-class _Asgi:
-    """An app without a life of its own, in a form in which uvicorn knows it for ASGI."""
+class _AsgiApp:
+    """An app without a lifespan, in a form that uvicorn recognizes as ASGI."""
 
-    answer: ASGIApp
+    app: ASGIApp
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "lifespan":
-            await self.answer(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         for moment in ("startup", "shutdown"):
             await receive()
             await send({"type": f"lifespan.{moment}.complete"})
 
 
-class _Model:
-    """One model's app; Ray deletes the one that was not asked for the longest."""
+class _ModelApp:
+    """One model's app; Ray deletes the least recently used one."""
 
     def __init__(self, app: FastAPI) -> None:
         self.app = app
@@ -203,15 +203,15 @@ class _Model:
 
     async def open(self) -> None:
         """Start the app's threads."""
-        self._life = self.app.router.lifespan_context(self.app)
-        await self._life.__aenter__()
+        self._lifespan = self.app.router.lifespan_context(self.app)
+        await self._lifespan.__aenter__()
         self.is_open = True
 
     async def close(self) -> None:
-        """Let the app finish what it took, and end its threads."""
+        """Let the app finish accepted requests, and end its threads."""
         if self.is_open:
             self.is_open = False
-            await self._life.__aexit__(None, None, None)
+            await self._lifespan.__aexit__(None, None, None)
 
     def __del__(self) -> None:
         """Called by Ray in a thread, and once more when nothing refers to this."""
@@ -219,7 +219,7 @@ class _Model:
             asyncio.run_coroutine_threadsafe(self.close(), self._loop).result()
 
 
-def _check(app: FastAPI) -> None:
+def _check_workers(app: FastAPI) -> None:
     service: Service = app.state.service
     if not service.scheduler.workers.healthy:
         raise RuntimeError("Too many worker threads hang.")
@@ -227,9 +227,9 @@ def _check(app: FastAPI) -> None:
 
 def app(arguments: dict[str, Any]) -> Any:
     """Replicas that have all the models. arguments: settings by name, as in the environment."""
-    return serve.deployment(**DEPLOYMENT)(serve.ingress()(RayReplica)).bind(arguments)
+    return serve.deployment(**DEPLOYMENT)(serve.ingress()(AllModels)).bind(arguments)
 
 
 def many_models(arguments: dict[str, Any]) -> Any:
-    """Replicas that have three of the models at most, each."""
+    """Replicas that have at most three of the models each."""
     return serve.deployment(**DEPLOYMENT)(serve.ingress()(ManyModels)).bind(arguments)

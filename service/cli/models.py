@@ -270,7 +270,7 @@ def calibrate(
     place = out or Path(f"{spec.name}.int8")
     found = calibrate_front(loaded, _pictures(loaded, folder, settings), place)
     OUT.print(
-        f"On {found.pictures} held-out images: {found.same_class:.1%} of the "
+        f"On {found.images} held-out images: {found.same_class:.1%} of the "
         f"predictions and {found.same_peak:.1%} of the peaks are the same; rank correlation of the "
         f"maps {found.median:.3f} in the median, {found.tenth:.3f} in the worst tenth.",
         highlight=False,

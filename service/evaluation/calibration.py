@@ -1,4 +1,4 @@
-"""An int8 front for a model, made and measured on its user's own photographs."""
+"""Calibrate an int8 front of a model on images, and measure its agreement with float32."""
 
 from __future__ import annotations
 
@@ -20,66 +20,66 @@ from service.models.compiled.cut import split
 from service.models.compiled.lane import identity
 from service.models.loaded import LoadedModel
 
-LEAST_PICTURES = 40
-"""Half of them calibrate, and a tenth percentile of the other half says nothing below that."""
+MIN_IMAGES = 40
+"""Half of them calibrate; with fewer, a tenth percentile of the other half means nothing."""
 
-LEAST_AGREEMENT = 0.95
-"""Of the maps' rank correlation: the tenth percentile on pictures that did not calibrate."""
+MIN_AGREEMENT = 0.95
+"""The least tenth percentile of the maps' rank correlation, on images that did not calibrate."""
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How near the answers of another front are to those in float32, on pictures.
+    """How well the results of another front agree with those in float32.
 
-    pictures:     how many.
+    images:       how many were compared.
     same_class:   the share of them with the same first prediction.
-    median, tenth: of Spearman's rank correlation between the maps of one class, −1..1.
+    median, tenth: percentiles of Spearman's rank correlation of the maps of one class, −1..1.
     same_peak:    the share of maps whose largest cell is the same.
     """
 
-    pictures: int
+    images: int
     same_class: float
     median: float
     tenth: float
     same_peak: float
 
 
-def calibrate(model: LoadedModel, pictures: Sequence[Tensor], folder: Path) -> Agreement:
-    """Write an int8 front of a model to a folder, where its answers agree with float32.
+def calibrate(model: LoadedModel, images: Sequence[Tensor], folder: Path) -> Agreement:
+    """Write an int8 front of a model to a folder, if its results agree with float32.
 
-    pictures: uint8 (C, h, w) at the model's input size, as varied as what it will see; every second
-              one calibrates, the others measure.
+    images: uint8 (C, h, w) at the model's input size, as varied as those it will be used on; every
+            second one calibrates, the others measure.
 
-    Raises ConfigurationError where the model has no compiled lane, the pictures are too few, or
-    the agreement is below LEAST_AGREEMENT; nothing is written then.
+    Raises ConfigurationError if the model has no compiled lane, there are too few images, or the
+    agreement is below MIN_AGREEMENT; nothing is written then.
     """
     if model.compiled is None:
         raise ConfigurationError(
             f"model {model.name!r} has no compiled lane to calibrate: {model.not_compiled}"
         )
-    if len(pictures) < LEAST_PICTURES:
+    if len(images) < MIN_IMAGES:
         raise ConfigurationError(
-            f"{len(pictures)} pictures are too few to calibrate with and to measure the result on; "
-            f"give at least {LEAST_PICTURES}, of the kind that the model will see."
+            f"{len(images)} images are too few to calibrate and to measure the result; "
+            f"give at least {MIN_IMAGES}, of the kind that the model will be used on."
         )
     front, _ = split(model.module, model.compiled.layer)
     graph = openvino_front.graph_of(model, front, None, identity(model))
-    quantised = _quantised(graph, pictures[::2])
+    quantised = _quantised(graph, images[::2])
     lane = replace(model.compiled, front=openvino_front.OpenVinoFront(quantised), precision="int8")
-    found = agreement(model, replace(model, compiled=lane), pictures[1::2])
-    if found.tenth < LEAST_AGREEMENT:
+    measured = agreement(model, replace(model, compiled=lane), images[1::2])
+    if measured.tenth < MIN_AGREEMENT:
         raise ConfigurationError(
-            f"the int8 front of {model.name!r} is refused: on a tenth of {found.pictures} pictures "
-            f"its maps agree with float32 by a rank correlation below {found.tenth:.3f}, and "
-            f"{LEAST_AGREEMENT} is the least; {found.same_class:.0%} of the predictions agree. "
-            "More pictures, of the kind that the model will see, may help."
+            f"the int8 front of {model.name!r} is refused: on a tenth of {measured.images} images "
+            f"the rank correlation of its maps with float32 is below {measured.tenth:.3f}, and at "
+            f"least {MIN_AGREEMENT} is required; {measured.same_class:.0%} of the predictions "
+            "agree. More images, of the kind that the model will be used on, may help."
         )
-    openvino_front.write(quantised, folder, {"identity": identity(model), **asdict(found)})
-    return found
+    openvino_front.write(quantised, folder, {"identity": identity(model), **asdict(measured)})
+    return measured
 
 
-def _quantised(graph: openvino_front.Graph, pictures: Sequence[Tensor]) -> openvino_front.Graph:
-    # It reports its use to its makers over the network, unless it believes to be in their CI.
+def _quantised(graph: openvino_front.Graph, images: Sequence[Tensor]) -> openvino_front.Graph:
+    # It reports its use to its developers over the network, unless it runs in their CI.
     os.environ.setdefault("NNCF_CI", "1")
     try:
         import nncf  # noqa: PLC0415 - an extra
@@ -90,49 +90,49 @@ def _quantised(graph: openvino_front.Graph, pictures: Sequence[Tensor]) -> openv
     nncf.set_log_level(logging.ERROR)
     return nncf.quantize(
         graph,
-        nncf.Dataset([picture.numpy()[None] for picture in pictures]),
-        subset_size=len(pictures),
+        nncf.Dataset([image.numpy()[None] for image in images]),
+        subset_size=len(images),
     )
 
 
-def agreement(exact: LoadedModel, other: LoadedModel, pictures: Sequence[Tensor]) -> Agreement:
-    """How near the compiled lane of another form of a model is to that of the exact one."""
+def agreement(exact: LoadedModel, other: LoadedModel, images: Sequence[Tensor]) -> Agreement:
+    """How well the compiled lane of another form of a model agrees with that of the exact one."""
     layers = exact.target_layers(())
     same_class, same_peak, correlations = 0, 0, []
-    for picture in pictures:
-        one = _answer(exact, Question(picture, layers=layers))
-        asked = Question(picture, layers=layers, targets=(one.predictions[0].class_id,))
-        two = _answer(other, asked)
+    for image in images:
+        one = _infer(exact, Question(image, layers=layers))
+        targeted = Question(image, layers=layers, targets=(one.predictions[0].class_id,))
+        two = _infer(other, targeted)
         same_class += one.predictions[0].class_id == two.predictions[0].class_id
         maps = one.explanations[0].grid, two.explanations[0].grid
         same_peak += int(maps[0].argmax() == maps[1].argmax())
         correlations.append(rank_correlation(*maps))
     return Agreement(
-        len(pictures),
-        same_class / len(pictures),
+        len(images),
+        same_class / len(images),
         float(np.median(correlations)),
         float(np.quantile(correlations, 0.1)),
-        same_peak / len(pictures),
+        same_peak / len(images),
     )
 
 
-def _answer(model: LoadedModel, question: Question) -> InferenceResult:
-    (answer,) = run_compiled(model, [question])
-    if isinstance(answer, CamserveError):
-        raise answer
-    return answer
+def _infer(model: LoadedModel, question: Question) -> InferenceResult:
+    (result,) = run_compiled(model, [question])
+    if isinstance(result, CamserveError):
+        raise result
+    return result
 
 
 def rank_correlation(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
-    """Spearman's: the correlation of ranks, equal values sharing theirs; 1 for equal maps."""
-    ranks = [_ranks(each.ravel()) for each in (one, other)]
-    if any(float(each.std()) == 0 for each in ranks):
+    """Spearman's rank correlation; equal values share a rank, equal maps have 1."""
+    ranks = [_ranks(values.ravel()) for values in (one, other)]
+    if any(float(values.std()) == 0 for values in ranks):
         return float(np.array_equal(ranks[0], ranks[1]))
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def _ranks(values: NDArray[np.float32]) -> NDArray[np.float64]:
-    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    _, groups, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     means: NDArray[np.float64] = last - (counts - 1) / 2
-    return means[places]
+    return means[groups]

@@ -1,9 +1,9 @@
-"""Which layer explains best: measured by hiding and showing what its maps point at.
+"""Compare layers by the faithfulness of their maps: insertion and deletion curves.
 
-Deletion hides the pixels of a picture from the most important on and watches the score of the
-predicted class fall; insertion shows them in the same order on an empty picture and watches it
-rise. Empty is the mean colour. A map is faithful where insertion rises fast and deletion falls
-fast: the area under the one minus that under the other, −1..1.
+Deletion hides the pixels of an image in order of importance, and the score of the predicted class
+falls; insertion shows them in the same order on an empty image, and it rises. Empty is the mean
+colour. A map is faithful if insertion rises fast and deletion falls fast: faithfulness is the area
+under the first curve minus that under the second, −1..1.
 
 Petsiuk et al., "RISE: Randomized Input Sampling for Explanation of Black-box Models", BMVC 2018.
 """
@@ -26,18 +26,18 @@ from service.models.pool import Replica
 from service.models.probes.condition import Condition
 
 STEPS = 16
-"""Steps from nothing to the whole picture."""
+"""Steps from nothing to the whole image."""
 
-MOST = 12
-"""How many layers are measured where none are named."""
+MAX_LAYERS = 12
+"""How many layers are measured if none are named."""
 
 CHUNK = 8
 """Images in one forward pass."""
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """A layer's Grad-CAM on some pictures: mean areas under the curves, and time per picture."""
+class LayerScore:
+    """A layer's Grad-CAM on some images: mean areas under the curves, and time per image."""
 
     layer: str
     insertion: float
@@ -51,69 +51,69 @@ class Measured:
 
     @property
     def per_millisecond(self) -> float:
-        """Faithfulness for its price."""
+        """Faithfulness per millisecond."""
         return self.faithfulness / self.milliseconds
 
 
-def candidates(model: LoadedModel, most: int = MOST) -> tuple[str, ...]:
-    """Layers that a map can be drawn from, at most so many: the deeper, the denser.
+def candidates(model: LoadedModel, most: int = MAX_LAYERS) -> tuple[str, ...]:
+    """At most `most` layers that a map can be drawn from, more of them the deeper they are.
 
-    The model's own target layer is always among them.
+    The model's target layer is always among them.
     """
-    mapping = sorted((layer for layer in model.layers if layer.target), key=lambda x: x.share)
-    paths = [layer.path for layer in mapping]
+    by_depth = sorted((layer for layer in model.layers if layer.target), key=lambda x: x.share)
+    paths = [layer.path for layer in by_depth]
     if len(paths) > most:
-        backwards = [(place / (most - 1)) ** 1.5 for place in range(most)]
-        places = {round((len(paths) - 1) * (1 - back)) for back in backwards}
-        paths = [paths[place] for place in sorted(places)]
+        from_end = [(index / (most - 1)) ** 1.5 for index in range(most)]
+        indices = {round((len(paths) - 1) * (1 - share)) for share in from_end}
+        paths = [paths[index] for index in sorted(indices)]
     if model.target_layer is not None and model.target_layer not in paths:
         paths[0] = model.target_layer
     return tuple(paths)
 
 
 def rank(
-    model: LoadedModel, pictures: Sequence[Tensor], layers: Sequence[str], steps: int = STEPS
-) -> list[Measured]:
-    """Measure layers on pictures, uint8 (C, h, w) at the model's input size; the best first.
+    model: LoadedModel, images: Sequence[Tensor], layers: Sequence[str], steps: int = STEPS
+) -> list[LayerScore]:
+    """Measure layers on images, uint8 (C, h, w) at the model's input size; the best first.
 
-    Raises the error of a picture that cannot be answered.
+    Raises the error of an image that cannot be explained.
     """
     module = model.replicate()
     replica = Replica(model, module, Condition.of(module))
-    found = [_measured(replica, pictures, layer, steps) for layer in layers]
-    return sorted(found, key=lambda measured: -measured.faithfulness)
+    scores = [_score(replica, images, layer, steps) for layer in layers]
+    return sorted(scores, key=lambda score: -score.faithfulness)
 
 
-def _measured(replica: Replica, pictures: Sequence[Tensor], layer: str, steps: int) -> Measured:
+def _score(replica: Replica, images: Sequence[Tensor], layer: str, steps: int) -> LayerScore:
     insertion = deletion = seconds = 0.0
-    for picture in pictures:
+    for pixels in images:
         started = time.perf_counter()
-        (answer,) = run(replica, [Question(picture, top_k=1, layers=(layer,))])
+        (result,) = run(replica, [Question(pixels, top_k=1, layers=(layer,))])
         seconds += time.perf_counter() - started
-        if isinstance(answer, CamserveError):
-            raise answer
-        assert isinstance(answer, InferenceResult)
-        areas = _areas(replica, picture, answer, steps)
+        if isinstance(result, CamserveError):
+            raise result
+        assert isinstance(result, InferenceResult)
+        areas = _areas(replica, pixels, result, steps)
         insertion, deletion = insertion + areas[0], deletion + areas[1]
-    count = len(pictures)
-    return Measured(layer, insertion / count, deletion / count, 1000 * seconds / count)
+    count = len(images)
+    return LayerScore(layer, insertion / count, deletion / count, 1000 * seconds / count)
 
 
 def _areas(
-    replica: Replica, picture: Tensor, answer: InferenceResult, steps: int
+    replica: Replica, pixels: Tensor, result: InferenceResult, steps: int
 ) -> tuple[float, float]:
     """The areas under the insertion and the deletion curve of the explained class."""
-    (explanation,) = answer.explanations
-    image = replica.model.normalised(picture[None])[0]
-    size = (int(image.shape[1]), int(image.shape[2]))
+    (explanation,) = result.explanations
+    normalised = replica.model.normalised(pixels[None])[0]
+    size = (int(normalised.shape[1]), int(normalised.shape[2]))
     covers = replica.model.preprocessing.covers
-    cam = over_input(torch.tensor(explanation.grid)[None], size, covers)[0].to(image.device)
-    rank_of = torch.empty(cam.numel(), device=image.device)
+    cam = over_input(torch.tensor(explanation.grid)[None], size, covers)[0].to(normalised.device)
+    rank_of = torch.empty(cam.numel(), device=normalised.device)
     order = cam.flatten().argsort(descending=True, stable=True)
-    rank_of[order] = torch.arange(cam.numel(), device=image.device, dtype=rank_of.dtype)
-    shares = torch.linspace(0, 1, steps + 1, device=image.device)
+    rank_of[order] = torch.arange(cam.numel(), device=normalised.device, dtype=rank_of.dtype)
+    shares = torch.linspace(0, 1, steps + 1, device=normalised.device)
     first = rank_of.reshape(1, *size) < (shares * cam.numel())[:, None, None]
-    shown = torch.cat([image * first[:, None], image * ~first[:, None]])
+    shown = torch.cat([normalised * first[:, None], normalised * ~first[:, None]])
     chunk = CHUNK if replica.model.behaviour.batchable else 1
     with torch.no_grad():
         chunks = [

@@ -44,7 +44,7 @@ def keys(tmp_path: Path) -> dict[str, Any]:
 @pytest.fixture
 def replica(monkeypatch: pytest.MonkeyPatch) -> Replica:
     """A replica of the models a, b and c, and the names that it loads, as it loads them."""
-    monkeypatch.setattr(ray_serve, "prepared", lambda arguments: Settings(**arguments))
+    monkeypatch.setattr(ray_serve, "replica_settings", lambda arguments: Settings(**arguments))
 
     @contextmanager
     def started(**settings: Any) -> Iterator[tuple[TestClient, list[str]]]:
@@ -56,7 +56,7 @@ def replica(monkeypatch: pytest.MonkeyPatch) -> Replica:
                 """As Ray's decorator would, but it forgets none."""
                 loads.append(name)
                 if name not in open_models:
-                    model = ray_serve._Model(create_app(self._settings, only=name))
+                    model = ray_serve._ModelApp(create_app(self._settings, only=name))
                     await model.open()
                     open_models[name] = model
                     self._loaded.append(model)
@@ -231,6 +231,6 @@ def test_behind_ray_a_replica_takes_itself_for_one_that_others_reach(
     for name in ("tune_allocator", "spare_collector"):
         monkeypatch.setattr(ray_serve, name, lambda: None)
     monkeypatch.setattr(ray_serve.sys, "setswitchinterval", lambda _: None)
-    settings = ray_serve.prepared({})
+    settings = ray_serve.replica_settings({})
     assert (settings.host, settings.workers) == ("0.0.0.0", 2)  # noqa: S104 - only compared
-    assert ray_serve.prepared({"host": "10.0.0.1"}).host == "10.0.0.1"
+    assert ray_serve.replica_settings({"host": "10.0.0.1"}).host == "10.0.0.1"

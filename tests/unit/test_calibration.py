@@ -50,7 +50,7 @@ def model() -> LoadedModel:
 @pytest.fixture(scope="module")
 def pictures() -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(calibration.LEAST_PICTURES, 3, 8, 8, generator=generator)
+    coarse = torch.rand(calibration.MIN_IMAGES, 3, 8, 8, generator=generator)
     fine = nn.functional.interpolate(coarse, size=SIZE, mode="bilinear")
     return list((fine * 255).to(torch.uint8))
 
@@ -64,8 +64,8 @@ def front(model, pictures, tmp_path_factory) -> Path:
 
 def test_it_is_written_with_what_it_costs(front: Path) -> None:
     about = json.loads((front / "calibration.json").read_text())
-    assert about["pictures"] == calibration.LEAST_PICTURES // 2
-    assert calibration.LEAST_AGREEMENT <= about["tenth"] <= about["median"] <= 1
+    assert about["images"] == calibration.MIN_IMAGES // 2
+    assert calibration.MIN_AGREEMENT <= about["tenth"] <= about["median"] <= 1
     assert 0 <= about["same_peak"] <= 1
     assert 0.5 < about["same_class"] <= 1
     assert "i8" in (front / "front.xml").read_text(), "its weights are integers"
@@ -101,13 +101,13 @@ def test_a_folder_that_holds_none_is_refused(tmp_path: Path, content: str | None
 
 
 def test_too_few_pictures_are_refused(model, pictures, tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="39 pictures are too few"):
+    with pytest.raises(ConfigurationError, match="39 images are too few"):
         calibrate(model, pictures[1:], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_too_little_agreement_is_refused(model, pictures, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(calibration, "LEAST_AGREEMENT", 1.01)
+    monkeypatch.setattr(calibration, "MIN_AGREEMENT", 1.01)
     with pytest.raises(ConfigurationError, match="is refused"):
         calibrate(model, pictures, tmp_path / "out")
     assert not (tmp_path / "out").exists()
