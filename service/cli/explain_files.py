@@ -26,8 +26,8 @@ from service.images.upload import Upload
 from service.inference.questions import InferenceResult
 from service.models.loaded import LoadedModel
 from service.pipeline import response
-from service.pipeline.resolve import resolved
-from service.pipeline.run import ask, respond
+from service.pipeline.process import process_image, render_result
+from service.pipeline.resolve import resolve_options
 from service.pipeline.service import Recipe, Service
 
 AT_ONCE = 16
@@ -98,8 +98,8 @@ def explain_images(  # noqa: PLR0917 - as `explain_files`, and how files are rea
     read: the bytes of an image; what it raises, an OSError or one of ours, is the image's.
     """
     model = service.pool.model(None)
-    found = resolved(model, options, service.limits, images=1)
-    recipe = Recipe(service, model, options, found.question, found.hiding, photo=True)
+    found = resolve_options(model, options, service.limits, images=1)
+    recipe = Recipe(service, model, options, found.question, found.hiding, keeps_preview=True)
     job = _Job(recipe, keepers, read)
     with (
         ThreadPoolExecutor(max_workers=AT_ONCE) as waiters,
@@ -159,10 +159,10 @@ class _Job:
     async def _explained(self, path: Path, name: Path) -> Explained:
         recipe = self.recipe
         assert isinstance(recipe.options, ExplainOptions)
-        found = await ask(recipe, self.read(path))
-        result = await respond(recipe, found)
+        found = await process_image(recipe, self.read(path))
+        result = await render_result(recipe, found)
         return Explained(
-            path, name, recipe.model, recipe.options, found.upload, found.answer, result
+            path, name, recipe.model, recipe.options, found.upload, found.inference, result
         )
 
 
@@ -210,7 +210,7 @@ def onto_board(board: Board) -> Keeper:
             board.add(f"{text_of(outcome.name)}/{model.labels[explanation.class_id]}", drawn)
         for activation in outcome.answer.activations:
             call = f".{activation.call}" if activation.call else ""
-            maps, _ = response.picture_of(model, activation)
+            maps, _ = response.activation_image(model, activation)
             board.add(f"{text_of(outcome.name)}/{activation.layer}{activation.part}{call}", maps)
 
     return keep

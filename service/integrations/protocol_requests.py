@@ -24,9 +24,9 @@ from service.errors import (
 )
 from service.images.upload import Sent
 from service.models.loaded import LoadedModel
-from service.pipeline.answer_size import Price, Quote, Sizes, quoted
-from service.pipeline.run import as_error, drawn, result_of
-from service.pipeline.service import Answered, Service
+from service.pipeline.answer_size import AnswerSizes, Price, Quote, quote_image
+from service.pipeline.process import as_error, render, result_of
+from service.pipeline.service import ProcessedImage, Service
 from service.resources import collector_paused
 from service.routes import access, bodies, lifecycle
 from service.routes.lifecycle import RequestWork
@@ -59,7 +59,7 @@ class Reply:
 
     model: LoadedModel
     options: CommonOptions
-    answered: Answered
+    answered: ProcessedImage
     render_side: int
 
 
@@ -76,7 +76,7 @@ class Plan:
     images: Sequence[ImageRequest]
     respond: Callable[[Sequence[Reply]], Response]
     every_class: bool = False
-    price: Callable[[Sizes], Price] | None = None
+    price: Callable[[AnswerSizes], Price] | None = None
 
 
 async def answer(
@@ -98,14 +98,14 @@ async def answer(
             works = await _works(request, model, plan, permit)
             most = works[0].service.limits.pixels
             quotes = [
-                quoted(image.data, most, work.price)
+                quote_image(image.data, most, work.price)
                 for image, work in zip(plan.images, works, strict=True)
             ]
             bill = works[0].bill
             grids = sum(work.sizes.grids for work in works)
             bill.add(grids + sum(quote.price for quote in quotes))
             replies = await _replies(works, plan.images, quotes)
-            response = await drawn(works[0], plan.respond, replies)
+            response = await render(works[0], plan.respond, replies)
             bill.settle(len(response.body))
             response.headers.update(lifecycle.report(request, works[0], len(works)))
             return response

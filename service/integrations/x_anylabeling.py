@@ -32,7 +32,7 @@ from service.integrations.protocol_requests import (
     parsed,
 )
 from service.models.loaded import LoadedModel
-from service.pipeline.response import result
+from service.pipeline.response import image_result
 from service.routes import docs
 from service.routes.examples import JPEG
 from service.routes.integration import Integration
@@ -159,7 +159,7 @@ def _task(params: LabelingParameters) -> _Task:
 
 
 def _respond(task: _Task, params: LabelingParameters, reply: Reply) -> Response:
-    rendered = result(reply.model, reply.options, reply.render_side, reply.answered)
+    rendered = image_result(reply.model, reply.options, reply.render_side, reply.answered)
     assert rendered.explanations
     (explanation,) = rendered.explanations
     assert explanation.regions is not None

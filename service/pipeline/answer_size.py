@@ -1,11 +1,11 @@
-"""What an answer takes in bytes at most: reckoned from its options before any work.
+"""The most bytes that an answer may take, computed from its options before any work.
 
     sizes = Sizes(model, options, question, render_side)
     bill = Bill(permit, 64 << 20, partial(sizes.advice, images=1))
-    bill.add(sizes.result((640, 480)))   # refuses what is too much
+    bill.add(sizes.result((640, 480)))   # refuses an answer that is too large
 
-Images are the only part whose size is not in the options; it is taken from the first bytes of the
-file, and again from the decoded image where that says more.
+The image's size is not in the options; it is read from the first bytes of the file, and again from
+the decoded image if it is larger.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ from service.inference.questions import Question
 from service.models.loaded import LoadedModel
 
 Price = Callable[[Size], int]
-"""Bytes that one image's place in the answer takes at most, by the size of its upright source."""
+"""The most bytes of one image's result in the answer, by the size of its upright source."""
 
 UNKNOWN: Size = (1, 1)
-"""For an image whose size is known only when it is decoded: its price is settled then."""
+"""For an image whose size is known only when it is decoded: its price is computed then."""
 
 NUMBER_BYTES = 16
-"""Of a float32 in JSON, with its comma."""
+"""A float32 in JSON, with its comma."""
 
 _RESULT, _PREDICTION, _EXPLANATION, _ACTIVATION = 1024, 160, 1024, 512
-"""Of the names and numbers round what is priced by its size."""
+"""The names and numbers beside the parts that are priced by their size."""
 
 _SMALLEST_PATCH = 4
-"""Pixels a side of a transformer's patch at least, by which attention rollout's map is reckoned."""
+"""The smallest side of a transformer's patch in pixels, for the size of attention rollout's map."""
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
-    """What the answer about one image takes at most; all bytes.
+class AnswerSizes:
+    """The most bytes that the parts of one image's result may take.
 
-    question: any of those that are put to the model; its pixels are not looked at.
+    question: of any image of the request; its pixels are not used.
     """
 
     model: LoadedModel
@@ -62,7 +62,7 @@ class Sizes:
     render_side: int
 
     def result(self, source: Size) -> int:
-        """The image's place in the answer of `/explain` and `/predict`, JSON."""
+        """The image's result in the answer of `/explain` and `/predict`, JSON."""
         size = _RESULT + self.predictions() + self.activations()
         if not isinstance(self.options, ExplainOptions):
             return size
@@ -73,7 +73,7 @@ class Sizes:
 
     @property
     def maps(self) -> int:
-        """How many explanations there are, with a part hidden and without."""
+        """The number of explanations, with a part hidden and without."""
         masked = isinstance(self.options, ExplainOptions) and self.options.mask is not None
         return self.question.target_count * (2 if masked else 1)
 
@@ -88,12 +88,13 @@ class Sizes:
             return -(-height // _SMALLEST_PATCH), -(-width // _SMALLEST_PATCH)
         layouts = (self.model.layer(path).layout for path in self.question.layers)
         return max(
-            (each.grid for each in layouts if each is not None), key=lambda grid: grid[0] * grid[1]
+            (layout.grid for layout in layouts if layout is not None),
+            key=lambda grid: grid[0] * grid[1],
         )
 
     @property
     def grids(self) -> int:
-        """The maps themselves, float32, where all are kept until the last image is answered."""
+        """The maps, float32, where all are kept until the last image is done."""
         rows, columns = self.cells
         return self.maps * 4 * rows * columns if self.question.explains else 0
 
@@ -121,7 +122,7 @@ class Sizes:
         """A heatmap's file."""
         preprocessing = self.model.preprocessing
         covered = min(preprocessing.covers[2:]) if preprocessing.covers else 1.0
-        # Of a crop only the middle of the image is under the map, whose cells are smaller by that.
+        # Of a crop only the centre of the image is under the map, whose cells are smaller by that.
         of_source = isinstance(self.options, ExplainOptions) and self.options.size == "source"
         part = covered * min(preprocessing.crop) / preprocessing.longest
         shown = min(1.0, part) if of_source else 1.0
@@ -133,7 +134,7 @@ class Sizes:
         return image_bytes(self._raster(source), self.options.format)
 
     def activations(self) -> int:
-        """Captured tensors in the forms that are sent, JSON.
+        """Activations in the requested forms, JSON.
 
         Outputs are float16, but for those above its range: these take twice as much.
         """
@@ -152,12 +153,12 @@ class Sizes:
         if "array" in forms:
             size += base64_bytes(numbers * (4 if kind.startswith("grad") else 2))
         if "image" in forms and numbers > 0:
-            alone = shape[1:] if shape[:1] == (1,) else shape
-            size += base64_bytes(tile_grid_bytes(channel_tiles(self._tiles(path, alone, kind))))
+            single = shape[1:] if shape[:1] == (1,) else shape
+            size += base64_bytes(tile_grid_bytes(channel_tiles(self._tiles(path, single, kind))))
         return size
 
     def _tiles(self, path: str, shape: tuple[int, ...], kind: str) -> tuple[int, int, int]:
-        """As `response.picture_of` lays a capture out: (tiles, rows, columns)."""
+        """As `response.activation_image` lays it out: (tiles, rows, columns)."""
         layer = self.model.layer(path)
         if kind.endswith("output") and shape == layer.shape and layer.layout is not None:
             rows, columns = layer.layout.grid
@@ -167,7 +168,7 @@ class Sizes:
         return math.prod(shape[:-2]), shape[-2], shape[-1]
 
     def advice(self, images: int) -> str:
-        """What may be left out of an answer about so many images, as a sentence."""
+        """A sentence on what a smaller request would leave out, for this many images."""
         options = self.options
         forms = set(options.activation_as) if self.question.activations else {"stats"}
         ways = {"activation_as=stats": forms != {"stats"}, "fewer layers": forms != {"stats"}}
@@ -178,10 +179,10 @@ class Sizes:
             ways["fewer explanations"] = self.maps > 1
         ways["fewer images"] = images > 1
         *first, last = [way for way, helps in ways.items() if helps] or ["less"]
-        return f"Ask for {', '.join(first)}{' or ' if first else ''}{last}."
+        return f"Request {', '.join(first)}{' or ' if first else ''}{last}."
 
     def _raster(self, source: Size) -> Size:
-        """What is drawn, in pixels; the part that the model saw is at most its input."""
+        """The size of what is drawn; the part that the model sees is at most its input."""
         assert isinstance(self.options, ExplainOptions)
         if self.options.size == "source":
             return preview_size(source, self.render_side)
@@ -201,23 +202,23 @@ def longest_label(labels: tuple[str, ...]) -> int:
 
 
 class Quote(NamedTuple):
-    """What an image's place in the answer takes at most, by its size as its first bytes say it."""
+    """The most bytes of an image's result, by the size that its first bytes declare."""
 
     size: Size
     price: int
 
 
-def quoted(image: object, max_pixels: int, price: Price) -> Quote:
+def quote_image(image: object, max_pixels: int, price: Price) -> Quote:
     """The price of an image, or of a tensor, before it is decoded.
 
-    Of UNKNOWN where the size is not to be had, and for more than `max_pixels`: such an image is
-    refused when it is opened.
+    UNKNOWN if the size cannot be read, or is more than `max_pixels`: such an image is refused when
+    it is opened.
     """
-    size = _size_before(image, max_pixels)
+    size = _declared_size(image, max_pixels)
     return Quote(size, price(size))
 
 
-def _size_before(image: object, max_pixels: int) -> Size:
+def _declared_size(image: object, max_pixels: int) -> Size:
     if isinstance(image, np.ndarray):
         return image.shape[1], image.shape[0]
     size = size_of(image) if isinstance(image, bytes) else None

@@ -1,4 +1,4 @@
-"""From results to the wire: pictures rendered, arrays in base64, everything in a worker thread."""
+"""From results to the wire: draw images, encode arrays in base64, all in a worker thread."""
 
 from __future__ import annotations
 
@@ -22,23 +22,25 @@ from service.errors import CamserveError, RenderFailed
 from service.images.upload import Upload
 from service.inference.questions import Activation, Explanation, InferenceResult
 from service.models.loaded import LoadedModel
-from service.pipeline.service import Answered, Recipe
+from service.pipeline.service import ProcessedImage, Recipe
 
 
-def alone(recipe: Recipe, answered: Answered, request_id: str, submitted: float) -> bytes:
-    """The whole answer about a single image as JSON, rendered and serialised in one call.
+def single_response(
+    recipe: Recipe, processed: ProcessedImage, request_id: str, submitted: float
+) -> bytes:
+    """The whole answer to a request with a single image as JSON, rendered in one call.
 
-    submitted: when a worker was asked for it; what rendering takes counts from then.
+    submitted: when the call was queued, on `time.monotonic()`'s clock; rendering counts from then.
     Raises RenderFailed.
     """
     side = recipe.service.limits.render_side
-    rendered = result(recipe.model, recipe.options, side, answered)
+    rendered = image_result(recipe.model, recipe.options, side, processed)
     recipe.clock.seconds["render"] += time.monotonic() - submitted
     recipe.clock.stop()
-    return body(recipe, request_id, [rendered])
+    return response_body(recipe, request_id, [rendered])
 
 
-def body(recipe: Recipe, request_id: str, results: list[wire.Result]) -> bytes:
+def response_body(recipe: Recipe, request_id: str, results: list[wire.Result]) -> bytes:
     """The answer to a request as JSON; its clock has stopped."""
     answer = wire.Answer(
         id=request_id,
@@ -49,14 +51,14 @@ def body(recipe: Recipe, request_id: str, results: list[wire.Result]) -> bytes:
     return orjson.dumps(answer.model_dump(exclude_unset=True))
 
 
-def result(
-    model: LoadedModel, options: CommonOptions, side: int, answered: Answered
+def image_result(
+    model: LoadedModel, options: CommonOptions, side: int, processed: ProcessedImage
 ) -> wire.Result:
-    """One image's place in the answer; `side`: the longest of what is drawn, in pixels.
+    """One image's result in the answer; `side`: the longer side of what is drawn, in pixels.
 
-    Raises RenderFailed, with the cause, for whatever breaks.
+    Raises RenderFailed, with the cause, for an unexpected error.
     """
-    upload, answer, masked = answered.upload, answered.answer, answered.masked
+    upload, inference, masked = processed.upload, processed.inference, processed.masked
     try:
         fields: dict[str, Any] = {
             "image": wire.ImageInfo(
@@ -66,41 +68,41 @@ def result(
                 sha256=upload.sha256,
             ),
             "seen": upload.model_input.geometry.seen,
-            "predictions": _predictions(model, answer),
+            "predictions": _predictions(model, inference),
         }
         if isinstance(options, ExplainOptions):
             fields["explanations"] = [
                 _explanation(model, upload, explanation, options, side)
-                for explanation in answer.explanations
+                for explanation in inference.explanations
             ]
         if options.activations:
             fields["activations"] = [
                 _activation(model, activation, options.activation_as)
-                for activation in answer.activations
+                for activation in inference.activations
             ]
         if masked is not None and upload.masked is not None:
             assert isinstance(options, ExplainOptions)
             fields["masked"] = wire.Masked(
                 predictions=_predictions(model, masked),
-                changes=_changes(model, answer, masked),
+                changes=_changes(model, inference, masked),
                 explanations=[
                     _explanation(model, upload.masked, explanation, options, side)
                     for explanation in masked.explanations
                 ],
             )
-        if answer.precision != "float32":
-            fields["precision"] = answer.precision
+        if inference.precision != "float32":
+            fields["precision"] = inference.precision
         return wire.Result(**fields)
     except CamserveError:
         raise
     except Exception as error:
         raise RenderFailed(
-            "The answer was computed and could not be drawn; ask with include=none for the "
-            "numbers alone. The server's log has the cause."
+            "The answer was computed and could not be drawn; use include=none for the numbers "
+            "alone. The server's log has the cause."
         ) from error
 
 
-def _predictions(model: LoadedModel, answer: InferenceResult) -> list[wire.Prediction]:
+def _predictions(model: LoadedModel, inference: InferenceResult) -> list[wire.Prediction]:
     return [
         wire.Prediction(
             class_id=prediction.class_id,
@@ -108,12 +110,12 @@ def _predictions(model: LoadedModel, answer: InferenceResult) -> list[wire.Predi
             score=prediction.score,
             logit=prediction.logit,
         )
-        for prediction in answer.predictions
+        for prediction in inference.predictions
     ]
 
 
 def _changes(
-    model: LoadedModel, answer: InferenceResult, masked: InferenceResult
+    model: LoadedModel, inference: InferenceResult, masked: InferenceResult
 ) -> list[wire.Change]:
     return [
         wire.Change(
@@ -124,12 +126,12 @@ def _changes(
             score_change=after.score - before.score,
             logit_change=after.logit - before.logit,
         )
-        for before, after in zip(answer.explanations, masked.explanations, strict=True)
+        for before, after in zip(inference.explanations, masked.explanations, strict=True)
     ]
 
 
 def overlay(upload: Upload, explanation: Explanation, style: Style) -> EncodedImage:
-    """The photo with the map over it, as a file."""
+    """The image with the map over it, as a file."""
     assert upload.preview is not None
     pixels = upload.model_input.pixels.permute(1, 2, 0).contiguous().numpy()
     try:
@@ -167,9 +169,9 @@ def _explanation(
     style = style_of(options)
     if "heatmap" in options.include:
         geometry = upload.model_input.geometry
-        fields["heatmap"] = _picture(render_heatmap(explanation.grid, geometry, style, render_side))
+        fields["heatmap"] = _encoded(render_heatmap(explanation.grid, geometry, style, render_side))
     if "overlay" in options.include:
-        fields["overlay"] = _picture(overlay(upload, explanation, style))
+        fields["overlay"] = _encoded(overlay(upload, explanation, style))
     if "grid" in options.include:
         fields["grid"] = wire.Grid(
             shape=list(explanation.grid.shape), dtype="float32", data=_numbers(explanation.grid)
@@ -180,21 +182,21 @@ def _explanation(
 
 
 def _regions(explanation: Explanation, upload: Upload, threshold: float, side: int) -> wire.Regions:
-    found = find_regions(explanation.grid, upload.model_input.geometry, threshold, side)
+    regions = find_regions(explanation.grid, upload.model_input.geometry, threshold, side)
     return wire.Regions(
-        threshold=found.threshold,
-        peak=found.peak,
-        boxes=[(x, y, w, h) for x, y, w, h in found.boxes],
-        polygons=found.polygons,
-        rle=wire.MaskRLE(size=found.rle.size, counts=found.rle.counts),
+        threshold=regions.threshold,
+        peak=regions.peak,
+        boxes=[(x, y, w, h) for x, y, w, h in regions.boxes],
+        polygons=regions.polygons,
+        rle=wire.MaskRLE(size=regions.rle.size, counts=regions.rle.counts),
     )
 
 
-def picture_of(model: LoadedModel, activation: Activation) -> tuple[EncodedImage, int]:
-    """A capture as a grid of its channels, and how many of them are left out.
+def activation_image(model: LoadedModel, activation: Activation) -> tuple[EncodedImage, int]:
+    """An activation as a grid of its channels, and how many of them are left out.
 
     Tokens and maps with channels last are laid out as maps, as the layer's explanations are; other
-    tables of numbers are one tile, stacks of tables (windows, attention heads) a tile each.
+    tables of numbers are one tile, stacks of tables (windows, attention heads) one tile per table.
     """
     values, layer = activation.values, model.layer(activation.layer)
     is_map = activation.kind.endswith("output") and values.shape == layer.shape
@@ -204,8 +206,8 @@ def picture_of(model: LoadedModel, activation: Activation) -> tuple[EncodedImage
         values = values.reshape(-1, *(1, 1, *values.shape)[-2:])
     if not values.size or not np.isfinite(values).all():
         raise RenderFailed(
-            f"What layer {activation.layer!r} holds cannot be drawn: it is empty, or has NaN or "
-            "infinity in it. Ask for activation_as=array."
+            f"The activation of layer {activation.layer!r} cannot be drawn: it is empty, or "
+            "contains NaN or infinity. Use activation_as=array."
         )
     return channel_grid(values)
 
@@ -226,9 +228,9 @@ def _activation(
     if "stats" in forms:
         fields["stats"] = _stats(values)
     if "image" in forms:
-        picture, left_out = picture_of(model, activation)
+        image, left_out = activation_image(model, activation)
         fields["image"] = wire.ChannelGrid(
-            **_picture(picture).model_dump(), channels_left_out=left_out
+            **_encoded(image).model_dump(), channels_left_out=left_out
         )
     if "array" in forms:
         # A gradient is often below what float16 can hold, a rare activation above it.
@@ -251,12 +253,12 @@ def _stats(values: NDArray[np.float32]) -> wire.Stats:
     )
 
 
-def _picture(picture: EncodedImage) -> wire.Encoded:
+def _encoded(image: EncodedImage) -> wire.Encoded:
     return wire.Encoded(
-        media_type=picture.media_type,
-        width=picture.width,
-        height=picture.height,
-        data=base64.b64encode(picture.data).decode("ascii"),
+        media_type=image.media_type,
+        width=image.width,
+        height=image.height,
+        data=base64.b64encode(image.data).decode("ascii"),
     )
 
 

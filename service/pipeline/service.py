@@ -1,4 +1,4 @@
-"""The parts that answer requests, the bounds of one request, and what is one request's own."""
+"""The parts of the service, the bounds of one request, and what its images have in common."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from service.security.keys import KeyFile
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds of one request; seconds, bytes, pixels."""
+    """Bounds of one request, in seconds, bytes, pixels and forward passes (`cost`)."""
 
     images: int
     body_bytes: int
@@ -70,7 +70,7 @@ class Clock:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
     def stop(self) -> None:
-        """Set `total`; only the first call counts, since the answer may hold it by then."""
+        """Set `total`; only the first call does, since the answer may contain it by then."""
         self.seconds["total"] = self.seconds["total"] or time.monotonic() - self.started
 
     def milliseconds(self) -> dict[str, float]:
@@ -79,12 +79,12 @@ class Clock:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How each image of a request is answered.
+    """What all images of a request have in common.
 
-    question: made of an image's pixels, as `resolve.question` returns it.
-    hiding:   the part of each image that is hidden for a second answer; None where none is.
-    deadline: until when images are waited for, on `time.monotonic()`'s clock; None: for ever.
-    photo:    whether a photo to draw on is kept where the options ask for no overlay, too.
+    question: makes the question of an image from its pixels, as `resolve_options` returns it.
+    hiding:   the part of each image to hide for a second inference, if any.
+    deadline: of the request, on `time.monotonic()`'s clock; None: no deadline.
+    keeps_preview: whether a preview to draw on is kept even if the options have no overlay.
     """
 
     service: Service
@@ -94,13 +94,13 @@ class Recipe:
     hiding: Hiding | None
     deadline: float | None = None
     clock: Clock = field(default_factory=Clock)
-    photo: bool = False
+    keeps_preview: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Answered:
-    """One image, opened and answered; `masked` with a part of it hidden, where that was asked."""
+class ProcessedImage:
+    """One image after decoding and inference; `masked` is inference with a part of it hidden."""
 
     upload: Upload
-    answer: InferenceResult
+    inference: InferenceResult
     masked: InferenceResult | None

@@ -22,8 +22,8 @@ from api_schemas.options import (
 )
 from service.errors import InvalidOption, NotAcceptable
 from service.pipeline import response
-from service.pipeline.answer_size import Quote, quoted
-from service.pipeline.run import as_error, drawn, respond, result_of
+from service.pipeline.answer_size import Quote, quote_image
+from service.pipeline.process import as_error, render, render_result, result_of
 from service.routes import bodies, docs, forms, lifecycle
 from service.routes.lifecycle import Billed, RequestWork
 from service.routes.problems import status_of
@@ -75,10 +75,10 @@ async def _classify(
         work = await lifecycle.prepare(request, model, options, len(uploads), permit)
         if image_format:
             work = replace(work, price=work.sizes.overlay)
-        quotes = [quoted(upload, work.service.limits.pixels, work.price) for upload in uploads]
+        quotes = [quote_image(upload, work.service.limits.pixels, work.price) for upload in uploads]
         work.bill.add(sum(quote.price for quote in quotes))
         take = bodies.bounded(permit, work.service.limits.body_bytes)
-        make: _Make = functools.partial(respond, work)
+        make: _Make = functools.partial(render_result, work)
         if image_format:
             make = functools.partial(_overlay, work)
         elif len(uploads) == 1:
@@ -172,16 +172,16 @@ async def _one(
 async def _overlay(work: RequestWork, answered: Billed) -> Response:
     """The first overlay as the whole response."""
     assert isinstance(work.options, ExplainOptions)
-    first = answered.answer.explanations[0]
+    first = answered.inference.explanations[0]
     style = response.style_of(work.options)
-    image = await drawn(work, response.overlay, answered.upload, first, style)
+    image = await render(work, response.overlay, answered.upload, first, style)
     return Response(image.data, media_type=image.media_type)
 
 
 async def _alone(request: Request, work: RequestWork, answered: Billed) -> Response:
     """The JSON response to a request with one image."""
     call = work.service.scheduler.call(
-        response.alone, work, answered, request.scope["request_id"], time.monotonic()
+        response.single_response, work, answered, request.scope["request_id"], time.monotonic()
     )
     return Response(await result_of(call), media_type="application/json")
 
@@ -201,7 +201,9 @@ async def _respond(
         only.headers.update(header)
         return only
     entries = [result if isinstance(result, wire.Result) else _failed(result) for result in results]
-    call = work.service.scheduler.call(response.body, work, request.scope["request_id"], entries)
+    call = work.service.scheduler.call(
+        response.response_body, work, request.scope["request_id"], entries
+    )
     body = await result_of(call)
     work.bill.settle(len(body))
     return Response(body, media_type="application/json", headers=header)

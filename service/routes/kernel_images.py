@@ -11,7 +11,7 @@ from service.cam.file_sizes import image_bytes
 from service.cam.tiles import KernelGrid, draw_kernels, has_rgb_input, kernel_weight
 from service.errors import InvalidOption
 from service.models.loaded import LoadedModel
-from service.pipeline.run import result_of
+from service.pipeline.process import result_of
 from service.routes import lifecycle
 from service.routes.docs import problems
 from service.routes.state import service_of

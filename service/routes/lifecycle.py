@@ -1,7 +1,7 @@
 """The lifecycle of a request with images: permit, deadline, disconnect, and the steps of an image.
 
 `in_time` runs a route's work; the work takes a model with `model_in_use`, resolves the options with
-`prepare`, and then for each image calls `infer` and `pipeline.run.drawn`.
+`prepare`, and then for each image calls `infer` and `pipeline.process.render`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from api_schemas.options import CommonOptions, ExplainOptions
 from service.errors import CamserveError, DeadlineExceeded, MalformedRequest, QueueFull
 from service.images.upload import Sent, Upload
 from service.models.loaded import LoadedModel
-from service.pipeline import run
-from service.pipeline.answer_size import Price, Quote, Sizes
-from service.pipeline.resolve import resolved
-from service.pipeline.run import result_of
-from service.pipeline.service import Answered, Clock, Recipe
+from service.pipeline import process
+from service.pipeline.answer_size import AnswerSizes, Price, Quote
+from service.pipeline.process import result_of
+from service.pipeline.resolve import resolve_options
+from service.pipeline.service import Clock, ProcessedImage, Recipe
 from service.routes import access, bodies, encodings
 from service.routes.middleware import CLIENT_CLOSED_REQUEST
 from service.routes.state import service_of
@@ -50,13 +50,13 @@ class RequestWork(Recipe):
     bill:         of the request, which adds them up.
     """
 
-    sizes: Sizes
+    sizes: AnswerSizes
     price: Price
     bill: Bill
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Billed(Answered):
+class Billed(ProcessedImage):
     """An answered image. priced: bytes that are held for its entry in the response."""
 
     priced: int
@@ -185,15 +185,16 @@ async def prepare(
             reserves it here.
     """
     service = service_of(request)
-    resolve = functools.partial(resolved, model, options, service.limits, images)
+    resolve = functools.partial(resolve_options, model, options, service.limits, images)
     if _names_nothing(options):
         resolution = resolve()
     else:
         resolution = await result_of(service.scheduler.call(resolve))
-    for price in resolution.prices:
-        (charge or functools.partial(access.reserve, request))(price)
+    (charge or functools.partial(access.reserve, request))(resolution.price)
     request.scope["log"] = {"model": model.name}
-    sizes = Sizes(model, options, resolution.question(torch.empty(0)), service.limits.render_side)
+    sizes = AnswerSizes(
+        model, options, resolution.question(torch.empty(0)), service.limits.render_side
+    )
     return RequestWork(
         service=service,
         model=model,
@@ -217,7 +218,7 @@ def _names_nothing(options: CommonOptions) -> bool:
 
 
 async def infer(work: RequestWork, data: Sent, quote: Quote) -> Billed:
-    """Open one image and answer it, as `run.ask` does, within the bytes of its response.
+    """Open one image and answer it, as `process.process_image` does, within the bytes of its response.
 
     quote: of the image; the caller added its price to the bill. If the image needs more, it is
            added here; after an error nothing of it stays held.
@@ -233,11 +234,11 @@ async def infer(work: RequestWork, data: Sent, quote: Quote) -> Billed:
             priced = whole
 
     try:
-        answered = await run.ask(work, data, bill)
+        answered = await process.process_image(work, data, bill)
     except BaseException:
         work.bill.reduce(priced)
         raise
-    return Billed(answered.upload, answered.answer, answered.masked, priced)
+    return Billed(answered.upload, answered.inference, answered.masked, priced)
 
 
 def report(request: Request, work: RequestWork, images: int) -> dict[str, str]:

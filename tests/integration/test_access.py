@@ -21,7 +21,7 @@ from api_schemas.options import PredictOptions
 from service import logs
 from service.app import create_app
 from service.errors import ConfigurationError
-from service.pipeline import resolve
+from service.pipeline.resolve import resolve_options
 from service.security import keys as keys_module
 from service.settings import Settings
 
@@ -291,12 +291,11 @@ def test_heatmaps_of_the_v2_protocol_are_on_a_key_s_bill(guarded: TestClient) ->
 
 def test_what_is_captured_is_on_a_key_s_bill(guarded: TestClient) -> None:
     service = guarded.app.state.service
-    charged: list[float] = []
     with service.pool.use("small") as model:
         options = PredictOptions(activations=["features.0"])
-        resolve.question(model, options, service.limits, 4, charged.append)
+        price = resolve_options(model, options, service.limits, 4).price
         floats = math.prod(model.layer("features.0").shape)
-    assert charged == [pytest.approx(4 * (1 + 0.02 * 4 * floats / 2**20))]
+    assert price == pytest.approx(4 * (1 + 0.02 * 4 * floats / 2**20))
 
 
 def _v1(count: int, **more: Any) -> dict[str, Any]:

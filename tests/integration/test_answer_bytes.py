@@ -14,7 +14,7 @@ import pytest
 from gates import Gate
 from starlette.testclient import TestClient
 
-from service.pipeline import run
+from service.pipeline import process
 from service.scheduling.admission import Bill, Permit
 
 MEBIBYTE = 1 << 20
@@ -59,8 +59,8 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         seen.append(data)
         return inner(data, *args, **kwargs)
 
-    inner = run.open_upload
-    monkeypatch.setattr(run, "open_upload", note)
+    inner = process.open_upload
+    monkeypatch.setattr(process, "open_upload", note)
     return seen
 
 

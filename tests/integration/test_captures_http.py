@@ -227,7 +227,7 @@ def test_a_layer_of_any_shape_has_a_picture(odd: TestClient, layer: str) -> None
 
 def test_what_cannot_be_drawn_is_said_and_its_numbers_are_there(odd: TestClient) -> None:
     asked = {"model": "loud", "activations": "endless"}
-    assert "'endless' holds cannot be drawn" in refused(
+    assert "'endless' cannot be drawn" in refused(
         odd, 500, "/predict", **asked, activation_as="image"
     )
     (activation,) = ask(odd, "/predict", **asked, activation_as="array")

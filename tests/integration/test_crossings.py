@@ -20,7 +20,7 @@ def test_a_warm_explain_in_the_hooked_lane_crosses_between_files_as_seldom_as_pr
         "images/upload.py open_upload",
         "inference/batch.py run",
         "models/pool.py ModelPool.lease",
-        "pipeline/response.py alone",
+        "pipeline/response.py single_response",
     ):
         assert step in seen, "every thread is traced"
     assert tool["crossings"](calls) <= tool["MOST"] == 80, "\n".join(

@@ -217,7 +217,7 @@ def test_an_unforeseen_exception_while_decoding_fails_alone(serve, monkeypatch) 
             raise RuntimeError("planted: decode")
         return open_upload(data, *more, **options)
 
-    monkeypatch.setattr("service.pipeline.run.open_upload", fail_when_red)
+    monkeypatch.setattr("service.pipeline.process.open_upload", fail_when_red)
     files = [pictures.png(), pictures.RED_PNG, pictures.png(seed=1)]
     with serve(max_batch=4) as client:
         responses = together(scheduler_of(client), asks(client, files), jobs=2)

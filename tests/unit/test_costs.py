@@ -17,7 +17,7 @@ from service.inference import batch
 from service.inference.method_table import cost
 from service.inference.questions import InferenceResult, Question
 from service.models.loaded import LoadedModel
-from service.pipeline import resolve
+from service.pipeline.resolve import resolve_options
 from service.pipeline.service import Limits
 from service.scheduling.scheduler import InferenceJob
 
@@ -113,25 +113,25 @@ def test_the_price_of_a_request_is_what_its_answers_announce_summed(
     model: LoadedModel, options: Any
 ) -> None:
     options = options.model_copy(update={"include": ["none"], "size": "model"})
-    charged: list[float] = []
-    asked = resolve.question(model, options, LIMITS, 3, charged.append)(PIXELS)
+    resolved = resolve_options(model, options, LIMITS, 3)
+    asked = resolved.question(PIXELS)
     passes = 2 if getattr(options, "mask", None) else 1
     announced = [each.cost for each in answer_of(model, asked).explanations] or [1.0]
     assert len(set(announced)) == 1
     activations = 0.02 * model.activation_bytes(asked.activations, inputs=True) / 2**20
-    assert charged == [pytest.approx(3 * (passes * announced[0] + activations))]
+    assert resolved.price == pytest.approx(3 * (passes * announced[0] + activations))
 
 
 def test_what_costs_too_much_at_an_early_layer_is_refused(model: LoadedModel) -> None:
     options = ExplainOptions(explain_top=100, layer=[FIRST])
     most = cost(model, question(layers=(FIRST,), explain_top=100))
     assert most > 50
-    resolve.question(model, options, replace(LIMITS, cost=most), 1)
+    resolve_options(model, options, replace(LIMITS, cost=most), 1)
     with pytest.raises(InvalidOption, match=f"costs {most:g} forward passes"):
-        resolve.question(model, options, replace(LIMITS, cost=most - 1), 1)
+        resolve_options(model, options, replace(LIMITS, cost=most - 1), 1)
     masked = options.model_copy(update={"mask": '{"boxes": [[1, 1, 9, 9]]}'})
     with pytest.raises(InvalidOption, match=f"costs {2 * most:g} forward passes"):
-        resolve.question(model, masked, replace(LIMITS, cost=most), 1)
+        resolve_options(model, masked, replace(LIMITS, cost=most), 1)
 
 
 # ---- what many targets hold

@@ -22,8 +22,8 @@ from service.inference.method_table import LAYER_METHODS, MULTI_PASS_METHODS, ch
 from service.inference.perturbation import Steps
 from service.inference.questions import Question
 from service.models.loaded import LoadedModel
-from service.pipeline import resolve
-from service.pipeline.answer_size import Sizes
+from service.pipeline.answer_size import AnswerSizes
+from service.pipeline.resolve import resolve_options
 from service.pipeline.service import Limits
 from service.routes.page.router import tables_module
 
@@ -39,7 +39,7 @@ def model() -> LoadedModel:
 
 
 def question(model: LoadedModel, options: ExplainOptions) -> Question:
-    return resolve.question(model, options, LIMITS, 1)(PIXELS)
+    return resolve_options(model, options, LIMITS, 1).question(PIXELS)
 
 
 def test_the_option_takes_the_methods_of_the_table() -> None:
@@ -68,7 +68,7 @@ def test_a_map_has_the_shape_and_the_sign_that_the_table_says(
     asked = replace(question(model, options), explain_top=7)
     (answer,) = oracles.answers(model, asked)
     grids = [each.grid for each in answer.explanations]
-    assert {grid.shape for grid in grids} == {Sizes(model, options, asked, 2048).cells}
+    assert {grid.shape for grid in grids} == {AnswerSizes(model, options, asked, 2048).cells}
     assert {grid.shape for grid in grids} == {(32, 32) if record.grid == "input" else (8, 8)}
     assert (min(grid.min() for grid in grids) < 0) == record.signed
     assert [bool(each.layers) for each in answer.explanations] == [record.has_layer] * 7
@@ -127,7 +127,7 @@ def test_a_seventeenth_method_is_one_record_and_one_function(
     expected = PIXELS.float().mean(dim=0)
     torch.testing.assert_close(torch.tensor(explanation.grid), expected / expected.max())
     assert (explanation.method, explanation.layers, explanation.cost) == (name, (), 4)
-    assert Sizes(model, options, asked, 2048).cells == (32, 32)
+    assert AnswerSizes(model, options, asked, 2048).cells == (32, 32)
     with pytest.raises(InvalidOption, match="`brightness` has no layer"):
         question(model, options.model_copy(update={"layer": ["features"]}))
 

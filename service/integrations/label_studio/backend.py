@@ -36,8 +36,8 @@ from service.integrations.label_studio.predictions import Evidence, prediction, 
 from service.integrations.label_studio.task_images import fetch_image
 from service.integrations.protocol_requests import parsed
 from service.models.loaded import LoadedModel
-from service.pipeline.answer_size import quoted
-from service.pipeline.run import as_error, drawn, result_of
+from service.pipeline.answer_size import quote_image
+from service.pipeline.process import as_error, render, result_of
 from service.routes import bodies, docs, encodings, lifecycle
 from service.routes.examples import NULL
 from service.routes.integration import Integration
@@ -344,7 +344,7 @@ class _Selection:
         try:
             for image in self._task_request.images:
                 shown += [(image, await self._evidence(image, task, permit))]
-            part = await drawn(
+            part = await render(
                 self.work,
                 prediction,
                 shown,
@@ -359,7 +359,7 @@ class _Selection:
         work, limits = self.work, self._service.limits
         source = image.source(task.data)
         data = await fetch_image(self._request, source, task.id, lambda size: permit.grow(0, size))
-        quote = quoted(data, limits.pixels, work.price)
+        quote = quote_image(data, limits.pixels, work.price)
 
         async def hold() -> None:
             work.bill.add(quote.price)

@@ -20,9 +20,9 @@ from api_schemas.options import ExplainOptions
 from service.errors import ImageUrlRefused, MalformedRequest, Unauthorized
 from service.integrations.label_studio.host import label_studio_of
 from service.integrations.label_studio.task_images import fetch_image
-from service.pipeline.answer_size import quoted
+from service.pipeline.answer_size import quote_image
+from service.pipeline.process import render
 from service.pipeline.response import overlay, style_of
-from service.pipeline.run import drawn
 from service.routes import lifecycle
 from service.routes.docs import problems
 from service.routes.state import service_of
@@ -121,10 +121,10 @@ async def _drawn(request: Request, grant: Grant, source: str, permit: Permit) ->
         work = await lifecycle.prepare(request, model, options, 1, permit)
         work = replace(work, price=work.sizes.overlay)
         data = await fetch_image(request, source, None, lambda size: permit.grow(0, size))
-        quote = quoted(data, service.limits.pixels, work.price)
+        quote = quote_image(data, service.limits.pixels, work.price)
         work.bill.add(quote.price)
         answered = await lifecycle.infer(work, data, quote)
-        (explanation, *_) = answered.answer.explanations
-        image = await drawn(work, overlay, answered.upload, explanation, style_of(options))
+        (explanation, *_) = answered.inference.explanations
+        image = await render(work, overlay, answered.upload, explanation, style_of(options))
         work.bill.settle(len(image.data))
         return image.data

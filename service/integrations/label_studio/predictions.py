@@ -23,7 +23,7 @@ from service.inference.questions import Prediction
 from service.integrations.label_studio.brush import alpha_of, encode_rle
 from service.integrations.label_studio.label_config import Control, Parameters, TaskImage
 from service.models.loaded import LoadedModel
-from service.pipeline.answer_size import Price, Sizes
+from service.pipeline.answer_size import AnswerSizes, Price
 from service.routes.lifecycle import Billed
 
 MAX_REGIONS = 10
@@ -48,12 +48,12 @@ class Evidence:
     @property
     def class_id(self) -> int:
         """The explained class, or the top-1 class."""
-        answer = self.answered.answer
+        answer = self.answered.inference
         return (answer.explanations or answer.predictions)[0].class_id
 
     @property
     def score(self) -> float:
-        answer = self.answered.answer
+        answer = self.answered.inference
         return (answer.explanations or answer.predictions)[0].score
 
     @property
@@ -71,7 +71,7 @@ class Evidence:
 
     @cached_property
     def regions(self) -> Regions:
-        (explanation, *_) = self.answered.answer.explanations
+        (explanation, *_) = self.answered.inference.explanations
         geometry = self.answered.upload.model_input.geometry
         threshold = self.parameters.options.threshold
         return find_regions(explanation.grid, geometry, threshold, self.render_side)
@@ -79,7 +79,7 @@ class Evidence:
     @cached_property
     def rle(self) -> list[int]:
         """The map as a brush; empty if the map is all zero."""
-        (explanation, *_) = self.answered.answer.explanations
+        (explanation, *_) = self.answered.inference.explanations
         geometry = self.answered.upload.model_input.geometry
         alpha = alpha_of(explanation.grid, geometry, self.render_side)
         return encode_rle(alpha) if alpha.any() else []
@@ -107,7 +107,7 @@ def prediction(
     return orjson.dumps({"result": result, "score": score, "model_version": version})
 
 
-def price(images: Sequence[TaskImage], sizes: Sizes) -> Price:
+def price(images: Sequence[TaskImage], sizes: AnswerSizes) -> Price:
     """Bytes of one image of a task in the response at most, for the largest of the images."""
     controls = [Counter(control.kind for control in image.controls) for image in images]
 
@@ -134,7 +134,7 @@ def _of_image(image: TaskImage, evidence: Evidence) -> Iterator[dict[str, Any]]:
             yield from _choices(control, evidence)
             continue
         label = control.region_label(*evidence.names)
-        if label is None or not evidence.answered.answer.explanations:
+        if label is None or not evidence.answered.inference.explanations:
             continue
         for value in _VALUES[control.kind](evidence):
             yield _entry(control, evidence.score) | {
@@ -162,7 +162,7 @@ def _choices(control: Control, evidence: Evidence) -> Iterator[dict[str, Any]]:
     chosen: list[tuple[int, float]] = [(evidence.class_id, evidence.score)]
     if control.several:
         least = CHOSEN if least is None else least
-        predictions: Sequence[Prediction] = evidence.answered.answer.predictions
+        predictions: Sequence[Prediction] = evidence.answered.inference.predictions
         chosen = [(listed.class_id, listed.score) for listed in predictions]
     kept = [(class_id, score) for class_id, score in chosen if least is None or score >= least]
     labels = [(control.label_of(*evidence.names_of(class_id)), score) for class_id, score in kept]

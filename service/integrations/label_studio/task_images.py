@@ -10,7 +10,7 @@ from fastapi import Request
 from service.errors import ImageUrlRefused
 from service.integrations.label_studio.host import label_studio_of
 from service.integrations.protocol_requests import file_in
-from service.pipeline.run import result_of
+from service.pipeline.process import result_of
 from service.routes import bodies
 from service.routes.state import service_of
 

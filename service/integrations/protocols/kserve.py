@@ -32,7 +32,7 @@ from service.integrations.protocol_requests import (
 from service.integrations.protocols.nested import array_of
 from service.integrations.protocols.pixels import images_of
 from service.models.loaded import LoadedModel
-from service.pipeline.response import result
+from service.pipeline.response import image_result
 from service.routes import docs
 from service.routes.examples import DANDELION, EXPLANATION, JPEG, SUNFLOWER
 from service.routes.integration import Integration
@@ -151,7 +151,8 @@ def image_of(model: LoadedModel, value: Any, tensor: Mapping[str, Any]) -> Sent:
 
 def _respond(replies: Sequence[Reply]) -> Response:
     results = [
-        result(reply.model, reply.options, reply.render_side, reply.answered) for reply in replies
+        image_result(reply.model, reply.options, reply.render_side, reply.answered)
+        for reply in replies
     ]
     dumped = [image.model_dump(exclude_unset=True) for image in results]
     content = {"predictions": [image["predictions"] for image in dumped]}

@@ -31,8 +31,8 @@ from service.inference.questions import Explanation
 from service.integrations.protocol_requests import Reply
 from service.integrations.protocols.tensors import Output
 from service.models.loaded import LoadedModel
-from service.pipeline.answer_size import NUMBER_BYTES, Price, Sizes
-from service.pipeline.response import overlay, result, style_of
+from service.pipeline.answer_size import NUMBER_BYTES, AnswerSizes, Price
+from service.pipeline.response import image_result, overlay, style_of
 
 OF_INFER = ("class_ids", "labels", "scores", "logits")
 OF_EXPLAIN = ("explain", "targets", "grid", "class_ids", "labels", "scores")
@@ -68,7 +68,7 @@ def classification(output: Output, model: LoadedModel, count: int) -> Output:
     return Output(output.name, "BYTES", best.shape, texts)
 
 
-def price(wanted: Sequence[tuple[str, int, bool]], sizes: Sizes) -> Price:
+def price(wanted: Sequence[tuple[str, int, bool]], sizes: AnswerSizes) -> Price:
     """Bytes of the requested outputs at most; each with `classification`, and whether in binary."""
 
     def bytes_of(source: Size) -> int:
@@ -80,7 +80,7 @@ def price(wanted: Sequence[tuple[str, int, bool]], sizes: Sizes) -> Price:
     return bytes_of
 
 
-def _bytes_of(name: str, classes: int, sizes: Sizes, source: Size, *, binary: bool) -> int:
+def _bytes_of(name: str, classes: int, sizes: AnswerSizes, source: Size, *, binary: bool) -> int:
     count, number = len(sizes.model.labels), 8 if binary else NUMBER_BYTES
     if classes:
         return sizes.predictions(classes)
@@ -108,7 +108,7 @@ def _labels(replies: Sequence[Reply]) -> Output:
 
 
 def _best(reply: Reply) -> list[int]:
-    predictions = reply.answered.answer.predictions[: reply.options.top_k]
+    predictions = reply.answered.inference.predictions[: reply.options.top_k]
     return [prediction.class_id for prediction in predictions]
 
 
@@ -123,7 +123,7 @@ def _logits(replies: Sequence[Reply]) -> Output:
 def _by_class(name: str, replies: Sequence[Reply]) -> Output:
     values = np.zeros((len(replies), len(replies[0].model.labels)), dtype=np.float32)
     for row, reply in zip(values, replies, strict=True):
-        for prediction in reply.answered.answer.predictions:
+        for prediction in reply.answered.inference.predictions:
             value = prediction.score if name == "scores" else prediction.logit
             row[prediction.class_id] = value
     return Output(name, "FP32", values.shape, values)
@@ -131,7 +131,7 @@ def _by_class(name: str, replies: Sequence[Reply]) -> Output:
 
 def _targets(replies: Sequence[Reply]) -> Output:
     ids = np.array(
-        [[shown.class_id for shown in reply.answered.answer.explanations] for reply in replies],
+        [[shown.class_id for shown in reply.answered.inference.explanations] for reply in replies],
         dtype=np.int64,
     )
     return Output("targets", "INT64", ids.shape, ids)
@@ -140,7 +140,7 @@ def _targets(replies: Sequence[Reply]) -> Output:
 def _grid(replies: Sequence[Reply]) -> Output:
     grids = np.stack(
         [
-            np.stack([shown.grid for shown in reply.answered.answer.explanations])
+            np.stack([shown.grid for shown in reply.answered.inference.explanations])
             for reply in replies
         ]
     )
@@ -171,7 +171,7 @@ def _overlay(replies: Sequence[Reply]) -> Output:
 def _explain(replies: Sequence[Reply]) -> Output:
     texts: list[str] = []
     for reply in replies:
-        rendered = result(reply.model, reply.options, reply.render_side, reply.answered)
+        rendered = image_result(reply.model, reply.options, reply.render_side, reply.answered)
         explanations = rendered.model_dump(exclude_unset=True)["explanations"]
         texts += [orjson.dumps(explanation).decode() for explanation in explanations]
     return _files("explain", replies, texts)
@@ -180,7 +180,7 @@ def _explain(replies: Sequence[Reply]) -> Output:
 def _explained(replies: Sequence[Reply]) -> Iterator[tuple[Reply, ExplainOptions, Explanation]]:
     for reply in replies:
         assert isinstance(reply.options, ExplainOptions)
-        for explanation in reply.answered.answer.explanations:
+        for explanation in reply.answered.inference.explanations:
             yield reply, reply.options, explanation
 
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from service.errors import CamserveError, ConfigurationError, EmptyBody
 from service.integrations.protocol_requests import parsed
 from service.models.library import Entry
-from service.pipeline.run import result_of
+from service.pipeline.process import result_of
 from service.pipeline.service import Service
 from service.routes import bodies, docs, encodings
 from service.routes.access import is_admin

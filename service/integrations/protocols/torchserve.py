@@ -32,7 +32,7 @@ from service.integrations.protocol_requests import (
 )
 from service.integrations.protocols.kserve import image_of
 from service.models.loaded import LoadedModel
-from service.pipeline.answer_size import NUMBER_BYTES, Price, Sizes
+from service.pipeline.answer_size import NUMBER_BYTES, AnswerSizes, Price
 from service.routes import bodies, docs, forms, health
 from service.routes.integration import Integration
 from service.routes.state import service_of
@@ -156,7 +156,7 @@ def _respond(replies: Sequence[Reply]) -> Response:
     return json_response(rendered[0] if len(rendered) == 1 else rendered)
 
 
-def _price(sizes: Sizes) -> Price:
+def _price(sizes: AnswerSizes) -> Price:
     if isinstance(sizes.options, ExplainOptions):
         return lambda _: 256 + NUMBER_BYTES * sizes.maps * math.prod(sizes.cells)
     return lambda _: 256 + sizes.predictions()
@@ -164,7 +164,7 @@ def _price(sizes: Sizes) -> Price:
 
 def _prediction(reply: Reply) -> dict[str, float]:
     labels = reply.model.labels
-    best = reply.answered.answer.predictions
+    best = reply.answered.inference.predictions
     return {_key(labels, prediction.class_id): prediction.score for prediction in best}
 
 
@@ -175,4 +175,4 @@ def _key(labels: Sequence[str], class_id: int) -> str:
 
 
 def _explanation(reply: Reply) -> Any:
-    return np.stack([explanation.grid for explanation in reply.answered.answer.explanations])
+    return np.stack([explanation.grid for explanation in reply.answered.inference.explanations])

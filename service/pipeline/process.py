@@ -1,8 +1,8 @@
-"""One image, from its bytes to its answer: the same for HTTP, the command line and bulk runs.
+"""One image, from its bytes to its result: the same for HTTP, the command line and bulk runs.
 
-recipe = Recipe(service, model, options, question, hiding)
-answered = await ask(recipe, data)
-result = await respond(recipe, answered)
+recipe = Recipe(service, model, options, resolved.question, resolved.hiding)
+processed = await process_image(recipe, data)
+result = await render_result(recipe, processed)
 """
 
 from __future__ import annotations
@@ -21,41 +21,43 @@ from service.images.formats import check_format
 from service.images.upload import Sent, Upload, open_upload
 from service.inference.questions import InferenceResult, Question
 from service.pipeline import response
-from service.pipeline.service import Answered, Recipe
+from service.pipeline.service import ProcessedImage, Recipe
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-async def ask(
+async def process_image(
     recipe: Recipe, data: Sent, opened: Callable[[Upload], None] | None = None
-) -> Answered:
-    """Open one image, put the question to the model, and where asked again with a part hidden.
+) -> ProcessedImage:
+    """Decode one image and run inference, twice if a part of it is to be hidden.
 
-    opened: told of the image once it is decoded; it may refuse by raising.
+    opened: called with the image once it is decoded; it may refuse it by raising.
     Raises the ImageErrors of `open_upload`, InvalidOption, DeadlineExceeded, and what the scheduler
     does.
     """
-    upload = await _opened(recipe, data)
+    upload = await _open(recipe, data)
     if opened is not None:
         opened(upload)
-    answer = await _infer(recipe, recipe.question(upload.model_input.pixels))
+    inference = await _infer(recipe, recipe.question(upload.model_input.pixels))
     if upload.masked is None:
-        return Answered(upload, answer, None)
-    targets = tuple(explanation.class_id for explanation in answer.explanations)
-    again = recipe.question(upload.masked.model_input.pixels)
-    masked = await _infer(recipe, replace(again, targets=targets, activations=()))
-    return Answered(upload, answer, masked)
+        return ProcessedImage(upload, inference, None)
+    targets = tuple(explanation.class_id for explanation in inference.explanations)
+    question = recipe.question(upload.masked.model_input.pixels)
+    masked = await _infer(recipe, replace(question, targets=targets, activations=()))
+    return ProcessedImage(upload, inference, masked)
 
 
-async def respond(recipe: Recipe, answered: Answered) -> Result:
-    """The image's place in the answer. Raises RenderFailed."""
+async def render_result(recipe: Recipe, processed: ProcessedImage) -> Result:
+    """The image's result in the answer. Raises RenderFailed."""
     side = recipe.service.limits.render_side
-    return await drawn(recipe, response.result, recipe.model, recipe.options, side, answered)
+    return await render(
+        recipe, response.image_result, recipe.model, recipe.options, side, processed
+    )
 
 
-async def drawn(recipe: Recipe, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """What a function makes of answers in a worker thread; its seconds count as rendering."""
+async def render(recipe: Recipe, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run a function that renders in a worker thread; its seconds count as rendering."""
     started = time.monotonic()
     value = await result_of(recipe.service.scheduler.call(function, *args, **kwargs))
     recipe.clock.seconds["render"] += time.monotonic() - started
@@ -63,12 +65,12 @@ async def drawn(recipe: Recipe, function: Callable[P, T], *args: P.args, **kwarg
 
 
 async def result_of(future: Future[T]) -> T:
-    """Await a scheduler's future; who stops waiting cancels it."""
+    """Await a scheduler's future; cancelling the task cancels the future."""
     return await asyncio.wrap_future(future)
 
 
 def as_error(error: BaseException) -> CamserveError:
-    """An error of one image as one of ours; the unforeseen keeps its cause."""
+    """An error of one image as a CamserveError; an unexpected one is kept as the cause."""
     if isinstance(error, CamserveError):
         return error
     if not isinstance(error, Exception):
@@ -80,9 +82,9 @@ def as_error(error: BaseException) -> CamserveError:
     return unexpected
 
 
-async def _opened(recipe: Recipe, data: Sent) -> Upload:
+async def _open(recipe: Recipe, data: Sent) -> Upload:
     service, options = recipe.service, recipe.options
-    wants_photo = recipe.photo or (
+    keeps_preview = recipe.keeps_preview or (
         isinstance(options, ExplainOptions) and "overlay" in options.include
     )
     if isinstance(data, bytes):
@@ -96,7 +98,7 @@ async def _opened(recipe: Recipe, data: Sent) -> Upload:
             recipe.model.preprocessing,
             options.fit,
             max_pixels=service.limits.pixels,
-            preview_side=service.limits.render_side if wants_photo else None,
+            preview_side=service.limits.render_side if keeps_preview else None,
             hiding=recipe.hiding,
             budget=service.decoding,
             deadline=recipe.deadline,
