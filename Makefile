@@ -23,7 +23,7 @@ PIP_INSTALL = quiet=; [ ! -e .venv/.installed ] || quiet=--quiet; \
 SAFE = PYTHONSAFEPATH=1
 CLIENTS = sh tests/protocols/install.sh
 # The service's tests that `make gpu` runs a second time, with the models on the GPU.
-ON_GPU = explain captures_http stepwise_http mask concurrency faults overload repository protocols
+ON_GPU = explain activations_http stepwise_http mask concurrency faults overload repository protocols
 LOAD = $(SAFE) PYTHONPATH=benchmarks:deploy/load .venv/bin/python
 TEST = $(SAFE) .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
 	-m 'not browser and not labeling and not container and not protocols and not ray and not gpu and not large'

@@ -4,7 +4,7 @@
     .venv/bin/python benchmarks/memory.py --requests 2000
 
 The requests go to `camserve serve` with the built-in model: all methods of one pass and some of
-several, captures, layers, formats and sizes, four at a time. Its resident memory is read after
+several, activations, layers, formats and sizes, four at a time. Its resident memory is read after
 every hundred; the slope is the median of the slopes between all pairs of readings (Theil and Sen)
 after the first thousand requests, or the first tenth where there are fewer.
 """

@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = agreement(exact, rounded, pictures)
     header = ["model", "images", "same top-1 class", "same peak"]
     header += ["rank correlation, median", "worst tenth", "at load"]
-    row = [exact.name, str(found.pictures), f"{found.same_class:.0%}", f"{found.same_peak:.0%}"]
+    row = [exact.name, str(found.images), f"{found.same_class:.0%}", f"{found.same_peak:.0%}"]
     row += [f"{found.median:.4f}", f"{found.tenth:.4f}", f"{lane.parity}"]
     print(f"{machine()}\n\n{markdown(header, [row])}")
 

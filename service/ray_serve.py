@@ -180,7 +180,7 @@ class ManyModels:
 
 @dataclass(frozen=True, slots=True)
 class _AsgiApp:
-    """An app without a lifespan, in a form that uvicorn recognizes as ASGI."""
+    """An app without a lifespan, in a form that uvicorn recognises as ASGI."""
 
     app: ASGIApp
 

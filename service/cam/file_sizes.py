@@ -10,8 +10,7 @@ import math
 from typing import Literal
 
 from service.cam.tiles import TileGrid
-
-Size = tuple[int, int]
+from service.images.declared_size import Size
 
 _HEAD = 1024
 """Of a file: its headers, a palette, the tables of a JPEG."""

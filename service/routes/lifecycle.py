@@ -218,7 +218,7 @@ def _names_nothing(options: CommonOptions) -> bool:
 
 
 async def infer(work: RequestWork, data: Sent, quote: Quote) -> Billed:
-    """Open one image and answer it, as `process.process_image` does, within the bytes of its response.
+    """Open one image and answer it, as `process_image` does, within its bill.
 
     quote: of the image; the caller added its price to the bill. If the image needs more, it is
            added here; after an error nothing of it stays held.

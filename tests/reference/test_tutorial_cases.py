@@ -1,7 +1,7 @@
 """What the hook tutorials compute, by our own recording and, where a route serves it, over HTTP.
 
 The numbers are those on paper. `tests/unit/test_hooks.py` has cases 1, 3 and half of 4 of the
-recording alone; AlexNet's layers (case 5) are in `tests/integration/test_captures_http.py`.
+recording alone; AlexNet's layers (case 5) are in `tests/integration/test_activations_http.py`.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def test_every_method_answers_as_on_the_cpu(device: Device, function: str) -> No
         assert_same(answers(there, asked), answers(here, asked), device.tolerance)
 
 
-def test_captures_are_brought_over(device: Device) -> None:
+def test_activations_are_brought_over(device: Device) -> None:
     there, here = load("convolutions", device.name), load("convolutions")
     kinds = ("output", "input", "grad_output", "grad_input")
     asked = [

@@ -31,7 +31,7 @@ def odd(serve: Any) -> Iterator[TestClient]:
 
 
 def ask(client: TestClient, route: str = "/explain", seed: int = 0, **options: Any) -> Any:
-    """The captures of one picture."""
+    """The activations of one image."""
     data = pictures.png(seed=seed)
     response = client.post(route, content=data, headers=PNG, params=options)
     assert response.status_code == 200, response.text

@@ -159,7 +159,7 @@ def assert_equal(mine: Found, theirs: Found, tolerance: float = 1e-5) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["resnet50", "resnet18", "squeezenet1_1", "mobilenet_v2"])
-def test_captures_at_every_module_equal_plain_hooks(architecture: str) -> None:
+def test_activations_at_every_module_equal_plain_hooks(architecture: str) -> None:
     """All four kinds; a module called several times gives each call."""
     model = healthy(architecture)
     (picture,) = pictures(1)
@@ -186,7 +186,7 @@ def test_what_else_is_captured_changes_no_gradient() -> None:
 
 
 def singles_and_batch(model: LoadedModel, paths: Sequence[str], **options: Any) -> None:
-    """Two different pictures, asked together and one by one: the same captures."""
+    """Two different pictures, asked together and one by one: the same activations."""
     questions = [
         asking(each, paths, **options) for each in pictures(2, model.preprocessing.crop[0])
     ]
@@ -362,14 +362,14 @@ def test_every_tensor_of_a_module_with_several_has_its_part() -> None:
     singles_and_batch(model, ["parts"])
 
 
-def test_gradients_of_a_capture_are_the_first_target_s_beside_many_targets() -> None:
+def test_gradients_of_an_activation_are_the_first_target_s_beside_many_targets() -> None:
     """In one batch with a request for five maps, and with a contrast."""
     model = healthy("resnet18")
     first, second = pictures(2)
-    captures = asking(first, ["layer4", "fc"], contrast=3)
+    capturing = asking(first, ["layer4", "fc"], contrast=3)
     many = Question(second, targets=(0, 2, 4, 6, 8), layers=("layer4",))
-    together, explained = answers(model, [captures, many])
-    (alone,) = answers(model, [captures])
+    together, explained = answers(model, [capturing, many])
+    (alone,) = answers(model, [capturing])
     assert_equal(by_place(together.activations), by_place(alone.activations), 1e-4)
     assert len(explained.explanations) == 5
     logits = by_place(together.activations)["fc", "grad_output", 0, ""]
