@@ -126,7 +126,7 @@ def kinds(model: Model, int8: Path, more: Sequence[str] = ()) -> dict[str, Kind]
         "camserve": camserve(model, *more),
         "camserve-bf16": camserve(model, "--precision", "bf16", *more),
         "camserve-int8": camserve(model, "--int8", f"bench={int8}", *more),
-        "camserve-narrow": camserve(model, "--lone-threads", "1", *more),
+        "camserve-narrow": camserve(model, "--single-request-threads", "1", *more),
         "gradcam": fastapi("fastapi_gradcam", model),
         "gradcam-tuned": fastapi("fastapi_gradcam", model, BENCH_TUNED="1"),
         "torchcam": fastapi("fastapi_torchcam", model),

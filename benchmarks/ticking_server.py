@@ -129,14 +129,14 @@ def _core_waits() -> Iterator[float]:
 def main() -> None:
     """Serve, and tick."""
     path, *arguments = sys.argv[1:]
-    from service.cli import main, serve  # noqa: PLC0415 - a client imports `Ticks` alone
+    from service.cli import main, serve_http  # noqa: PLC0415 - a client imports `Ticks` alone
 
-    class Ticking(serve.DrainingServer):
+    class Ticking(serve_http.DrainingServer):
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)
             self.ticking = asyncio.ensure_future(Ticks(Path(path)).tick())
 
-    serve.DrainingServer = Ticking  # type: ignore[misc]
+    serve_http.DrainingServer = Ticking  # type: ignore[misc]
     sys.argv = ["camserve", *arguments]
     main.main()
 

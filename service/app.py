@@ -275,7 +275,7 @@ def model_loader(settings: Settings) -> Callable[[ModelSpec], LoadedModel]:
     compiler = Compiler(
         cache=settings.cache_folder,
         streams=settings.worker_count,
-        lone_threads=settings.lone_thread_count,
+        single_request_threads=settings.single_request_thread_count,
         largest=settings.batch_size,
         precision=settings.precision,
     )

@@ -64,7 +64,7 @@ def replica_settings(arguments: dict[str, Any]) -> Settings:
     resources = ray.get_runtime_context().get_assigned_resources()
     cores = max(1, int(resources.get("CPU", 1)))
     workers = {} if resources.get("GPU") else {"workers": cores}
-    given = {"host": "0.0.0.0", **workers, "lone_threads": cores, **arguments}  # noqa: S104
+    given = {"host": "0.0.0.0", **workers, "single_request_threads": cores, **arguments}  # noqa: S104
     settings = Settings(**given)
     logs.configure(settings.log_format)
     tune_allocator()

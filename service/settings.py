@@ -74,7 +74,7 @@ class Settings(BaseSettings):
         le=256,
         description="Torch threads per worker; 0: the cores divided by the workers.",
     )
-    lone_threads: int = Field(
+    single_request_threads: int = Field(
         0,
         ge=0,
         le=256,
@@ -335,9 +335,9 @@ class Settings(BaseSettings):
         return self.threads_per_worker or fair
 
     @property
-    def lone_thread_count(self) -> int:
-        """`lone_threads`, with 0 resolved."""
-        return self.lone_threads or available_cores()
+    def single_request_thread_count(self) -> int:
+        """`single_request_threads`, with 0 resolved."""
+        return self.single_request_threads or available_cores()
 
     @property
     def cache_folder(self) -> Path:

@@ -28,7 +28,7 @@ def dataset(
     results: file names with answers that have `regions`; one with an error is left out.
 
     An image's id is its place among all results, from 1; a category's is the class id plus 1, since
-    0 often means background. Width and height are those of the upright picture, as is everything in
+    0 often means background. Width and height are those of the upright image, as is everything in
     pixels. A map that is zero throughout has no annotation.
     """
     images: list[dict[str, Any]] = []

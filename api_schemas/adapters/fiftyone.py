@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from api_schemas.answers import Rect
 from api_schemas.client import URL, Client
+from api_schemas.client.arguments import ExplainArguments
 from api_schemas.client.calls import Progress
-from api_schemas.client.options import ExplainArguments
 from api_schemas.client.results import Regions, Result
 
 
@@ -133,7 +133,7 @@ def parts(regions: Regions) -> Iterator[tuple[Rect, NDArray[np.bool_]]]:
 
 
 def shrunk(heatmap: PIL.Image.Image, side: int) -> NDArray[np.uint8]:
-    """255·|map| over the whole upright picture, its longer side at most `side`."""
+    """255·|map| over the whole upright image, its longer side at most `side`."""
     grey = PIL.Image.fromarray(np.asarray(heatmap))
     grey.thumbnail((side, side))
     return np.asarray(grey)

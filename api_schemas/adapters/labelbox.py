@@ -33,14 +33,14 @@ FEATURES: Mapping[str, str] = MappingProxyType({"classification": "class", "mask
 def rows(
     results: Iterable[tuple[str, Result]], features: Mapping[str, str] = FEATURES
 ) -> Iterator[Row]:
-    """The rows of each picture; a result with an error has none.
+    """The rows of each image; a result with an error has none.
 
     results:  global keys of data rows with answers that have `regions`.
     features: what is imported, some of `KINDS`, each with the name that the ontology has for it: a
               radio whose options are the classes, and tools.
 
     The class is the best one, everything else is the evidence for the explained classes, in pixels
-    of the upright picture. A row has the same uuid whenever the same is exported.
+    of the upright image. A row has the same uuid whenever the same is exported.
     Raises ValueError for a kind that is none.
     """
     for kind in features:
@@ -88,7 +88,7 @@ def _masks(regions: Regions) -> list[dict[str, str]]:
 
 
 def _png(mask: NDArray[np.bool_]) -> bytes:
-    """A grey picture of zeros and ones, as Labelbox's SDK writes it."""
+    """A grey image of zeros and ones, as Labelbox's SDK writes it."""
     file = io.BytesIO()
     PIL.Image.fromarray(mask.astype(np.uint8)).save(file, "PNG")
     return file.getvalue()

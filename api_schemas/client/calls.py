@@ -99,10 +99,10 @@ class Calls:
 
 
 def files_of(images: Images) -> list[bytes | str]:
-    """The pictures of one request, read. Raises UnreadableImage, TypeError, ValueError."""
+    """The images of one request, read. Raises UnreadableImage, TypeError, ValueError."""
     several = images if isinstance(images, list | tuple) else [cast("Image", images)]
     if not several:
-        raise ValueError("there is no picture in the list")
+        raise ValueError("there is no image in the list")
     return [image_file(image) for image in several]
 
 

@@ -14,6 +14,7 @@ import httpx
 import PIL.Image
 
 from api_schemas import models as wire
+from api_schemas.client.arguments import ExplainArguments, PredictArguments
 from api_schemas.client.calls import (
     OF_EVERY_IMAGE,
     Calls,
@@ -23,7 +24,6 @@ from api_schemas.client.calls import (
     reporter,
 )
 from api_schemas.client.errors import ClientError
-from api_schemas.client.options import ExplainArguments, PredictArguments
 from api_schemas.client.requests import Heard, Image, Images, Send, Steps, read_options
 from api_schemas.client.results import Answer, Result
 from api_schemas.options import CommonOptions, ExplainOptions, PredictOptions
@@ -57,10 +57,10 @@ class Client(Calls):
         self._http = httpx.Client(**self._http_arguments)
 
     def explain(self, images: Images, **options: Unpack[ExplainArguments]) -> Answer:
-        """Predictions and explanations of one picture or a list of them, sent as one request.
+        """Predictions and explanations of one image or a list of them, sent as one request.
 
         Raises TypeError or ValueError for options that are none, ClientError; where only some
-        pictures fail, `error` of their results says so instead.
+        images fail, `error` of their results says so instead.
         """
         return self._ask("/explain", images, read_options(ExplainOptions, options))
 
@@ -78,8 +78,8 @@ class Client(Calls):
     ) -> Generator[Result, None, None]:
         """One result an image, in the order of `images`, each asked for on its own.
 
-        A picture that cannot be read or answered is a result with `error`. Raises what would be
-        said of every image: Unauthorized, NotFound, InvalidOption. At most `concurrency` pictures
+        An image that cannot be read or answered is a result with `error`. Raises what would be
+        said of every image: Unauthorized, NotFound, InvalidOption. At most `concurrency` images
         are read at a time and twice as many results wait to be taken, so a folder of any size fits;
         `images` may be a generator. on_progress: called before each result is handed out, in the
         thread that takes it.
@@ -100,7 +100,7 @@ class Client(Calls):
         return self._run(self._layers(model))
 
     def kernels(self, layer: str, model: str | None = None) -> PIL.Image.Image:
-        """The weights of a layer as a picture."""
+        """The weights of a layer as an image."""
         return self._run(self._kernels(layer, model))
 
     def health(self) -> wire.Health:

@@ -4,14 +4,14 @@ ClientError
 ├── ServiceError         the service said no; the status chooses the class
 │   ├── Unauthorized     401
 │   ├── NotFound         404: `detail` names the nearest models, layers or classes
-│   ├── ImageRefused     400, 413, 415, 424: this body or this picture
+│   ├── ImageRefused     400, 413, 415, 424: this body or this image
 │   ├── InvalidOption    422
 │   ├── Busy             429, 503: `retry_after` says when to come back
 │   └── DeadlineExceeded 504
 ├── ConnectionFailed     nobody answered
 ├── TimedOut             no answer within `timeout`
 ├── UnexpectedAnswer     an answer that is not this service's
-└── UnreadableImage      the picture could not be read before anything was sent
+└── UnreadableImage      the image could not be read before anything was sent
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class NotFound(ServiceError):
 
 
 class ImageRefused(ServiceError):
-    """The picture is none that is read, or too large, or could not be fetched."""
+    """The image is none that is read, or too large, or could not be fetched."""
 
 
 class InvalidOption(ServiceError):
@@ -99,7 +99,7 @@ class UnexpectedAnswer(ClientError):
 
 
 class UnreadableImage(ClientError):
-    """A file that cannot be read, or pixels that make no picture."""
+    """A file that cannot be read, or pixels that make no image."""
 
     code = "unreadable_image"
 

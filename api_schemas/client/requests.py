@@ -1,4 +1,4 @@
-"""From pictures and options to a request, and from one request to its answer, without a socket.
+"""From images and options to a request, and from one request to its answer, without a socket.
 
 `exchange` says what to send and how long to wait; who asks it does both, in threads or in tasks.
 """
@@ -40,7 +40,7 @@ T = TypeVar("T")
 Options = TypeVar("Options", bound=CommonOptions)
 
 Image = str | os.PathLike[str] | bytes | PIL.Image.Image | NDArray[np.uint8] | BinaryIO
-"""A picture: path, URL (http or https), file's bytes, open file, PIL image, or RGB pixels HWC."""
+"""An image: path, URL (http or https), file's bytes, open file, PIL image, or RGB pixels HWC."""
 
 Images = Image | Sequence[Image]
 
@@ -193,10 +193,10 @@ def classify(route: str, images: Sequence[bytes | str], options: CommonOptions) 
 
 
 def image_file(image: Image) -> bytes | str:
-    """The file of a picture, or its URL.
+    """The file of an image, or its URL.
 
     Pixels and PIL images become PNG, upright as their EXIF orientation says. Raises
-    UnreadableImage, and TypeError for what is no picture at all.
+    UnreadableImage, and TypeError for what is no image at all.
     """
     if isinstance(image, str) and image.lower().startswith(("http://", "https://")):
         return image
@@ -218,7 +218,7 @@ def image_file(image: Image) -> bytes | str:
 
 def _read(file: Any) -> bytes:
     if not hasattr(file, "read"):
-        raise TypeError(f"{type(file).__name__} is no picture; see api_schemas.client.Image")
+        raise TypeError(f"{type(file).__name__} is no image; see api_schemas.client.Image")
     try:
         data = file.read()
     except (OSError, ValueError) as error:  # a closed file says ValueError
@@ -232,7 +232,7 @@ def _from_pixels(pixels: NDArray[Any]) -> PIL.Image.Image:
     is_picture = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4))
     if pixels.dtype != np.uint8 or not is_picture or not pixels.size:
         raise UnreadableImage(
-            f"An array of {pixels.dtype} {pixels.shape} is no picture; give uint8 (height, width, "
+            f"An array of {pixels.dtype} {pixels.shape} is no image; give uint8 (height, width, "
             "3), RGB, and a list of arrays for several."
         )
     return PIL.Image.fromarray(
@@ -248,5 +248,5 @@ def _png(image: PIL.Image.Image) -> bytes:
             upright = upright.convert("RGB")
         upright.save(file, "PNG", compress_level=1)
     except (OSError, ValueError) as error:
-        raise UnreadableImage(f"The picture cannot be read: {error}.") from error
+        raise UnreadableImage(f"The image cannot be read: {error}.") from error
     return file.getvalue()

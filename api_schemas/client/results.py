@@ -1,4 +1,4 @@
-"""Answers with their base64 taken apart: maps as arrays, pictures as PIL images, masks as booleans.
+"""Answers with their base64 taken apart: maps as arrays, images as PIL images, masks as booleans.
 
 What is plain in the answer (`api_schemas.answers`) is the same here under the same name.
 """
@@ -43,7 +43,7 @@ class Explanation:
 
     grid:    float32, 0..1 (signed methods -1..1), in the layer's or the model input's shape.
     heatmap: mode P, the pixel value is 255·|map|, the palette the colormap.
-    overlay: the photograph under the coloured map.
+    overlay: the image under the coloured map.
     All three, and `regions`, are None where `include` did not ask for them.
     """
 
@@ -83,7 +83,7 @@ class Activation:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Masked:
-    """The answer for the picture with a part of it hidden."""
+    """The answer for the image with a part of it hidden."""
 
     predictions: list[answers.Prediction]
     changes: list[answers.Change]
@@ -138,7 +138,7 @@ def read_answer(body: bytes) -> Answer:
 
 
 def decode_picture(picture: answers.Encoded) -> PIL.Image.Image:
-    """A picture of an answer; its pixels are read when they are first asked for."""
+    """An image of an answer; its pixels are read when they are first asked for."""
     return PIL.Image.open(io.BytesIO(base64.b64decode(picture.data)))
 
 

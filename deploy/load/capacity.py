@@ -43,7 +43,7 @@ class Configuration:
 CONFIGURATIONS = (
     Configuration("the defaults", ""),
     Configuration("one worker", "--workers 1"),
-    Configuration("one thread for a single request", "--lone-threads 1"),
+    Configuration("one thread for a single request", "--single-request-threads 1"),
     Configuration("batches of one", "--max-batch 1"),
     Configuration("no compiled lane", "--no-compile"),
 )

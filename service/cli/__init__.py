@@ -1,1 +1,1 @@
-"""Commands, thin: each reads its options and calls the rooms below."""
+"""The commands: each reads its options and calls the rooms below."""

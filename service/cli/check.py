@@ -1,4 +1,4 @@
-"""Every model loaded and run once, as a CI of those who own the models would want it."""
+"""`camserve check`: load every model, and run it once."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from service.models.probes.condition import Condition
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
-    """What became of one model: either `model` and its time per image, or why it failed.
+class CheckResult:
+    """The result for one model: `model` and its time per image, or why it failed.
 
-    problem: a sentence; None where the model loaded and answered.
+    problem: a sentence, None if the model works.
     """
 
     spec: ModelSpec
@@ -31,12 +31,12 @@ class Checked:
 
     @property
     def parameters(self) -> int:
-        """How many numbers the model holds."""
+        """Number of parameters."""
         return 0 if self.model is None else sum(p.numel() for p in self.model.module.parameters())
 
     @property
     def mebibytes(self) -> float:
-        """What its parameters and buffers take."""
+        """Memory of its parameters and buffers, in MiB."""
         if self.model is None:
             return 0.0
         tensors = (*self.model.module.parameters(), *self.model.module.buffers())
@@ -45,20 +45,20 @@ class Checked:
 
 def check_models(
     specs: Iterable[ModelSpec], load: Callable[[ModelSpec], LoadedModel]
-) -> Iterator[Checked]:
-    """Load each model and let it explain one picture of noise; a failure does not stop the rest."""
+) -> Iterator[CheckResult]:
+    """Load each model and explain an image of noise with it; a failure does not stop the rest."""
     for spec in specs:
         try:
             model = load(spec)
-            yield Checked(spec, model, 1000 * _seconds(model))
+            yield CheckResult(spec, model, 1000 * _seconds(model))
         except CamserveError as error:
-            yield Checked(spec, problem=error.detail)
+            yield CheckResult(spec, problem=error.detail)
         except Exception as error:  # noqa: BLE001 - the user's model may raise anything
-            yield Checked(spec, problem=f"{type(error).__name__}: {error}")
+            yield CheckResult(spec, problem=f"{type(error).__name__}: {error}")
 
 
 def _seconds(model: LoadedModel) -> float:
-    """How long one image takes when warm: explained where that works, else predicted."""
+    """Return the seconds of a warm explanation, or of a prediction if it has no maps."""
     module = model.replicate()
     replica = Replica(model, module, Condition.of(module))
     shape = (model.preprocessing.channels, *model.preprocessing.crop)

@@ -1,4 +1,4 @@
-"""What `camserve explain` does: images found, explained, kept where that was wanted, and told."""
+"""`camserve explain`: find the images, explain them, write the results, print a table."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from service import logs
 from service.app import build_service
 from service.cli.explain_files import (
     Failed,
-    Keeper,
     Outcome,
+    Sink,
     as_json,
     explain_files,
     into_folder,
     onto_board,
 )
-from service.cli.flags import ERR, OUT, say_left_out
+from service.cli.flags import ERR, OUT, print_left_out
 from service.cli.report.contact_sheet import ContactSheet
 from service.cli.report.page import HtmlReport
 from service.cli.tensorboard import open_board
@@ -35,11 +35,11 @@ from service.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """Where results go; None and False: not there.
+class Destinations:
+    """Where results go; None or False: nowhere.
 
-    folder: an overlay, a heatmap and a JSON file each. lines: JSON on standard output.
-    opened: in a browser, at the end.
+    folder: an overlay, a heatmap and a JSON file per image. lines: JSON on standard output.
+    browser: open the result in a browser at the end.
     """
 
     folder: Path | None = None
@@ -47,52 +47,54 @@ class Wanted:
     sheet: Path | None = None
     report: Path | None = None
     tensorboard: Path | None = None
-    opened: bool = False
+    browser: bool = False
 
-    def places(self) -> list[Path]:
-        """Everything that is written, the best to look at first."""
-        return [each for each in (self.report, self.sheet, self.folder) if each is not None]
+    def paths(self) -> list[Path]:
+        """Return all that is written; the first one is opened in a browser."""
+        return [path for path in (self.report, self.sheet, self.folder) if path is not None]
 
 
-def run(settings: Settings, options: ExplainOptions, given: list[str], wanted: Wanted) -> None:
-    """Explain what is given; ends with code 1 where any failed.
+def run(
+    settings: Settings, options: ExplainOptions, given: list[str], destinations: Destinations
+) -> None:
+    """Explain the given images; exits with code 1 if any failed.
 
-    Raises what `find_images`, `build_service` and `explain_files` raise, and ConfigurationError for
-    a place that nothing can be written to.
+    Raises the errors of `find_images`, `build_service` and `explain_files`, and
+    ConfigurationError for a path that cannot be written.
     """
     logs.configure_command()
     images = find_images(given)
-    _check_places(wanted)
+    _check_paths(destinations)
     service = build_service(settings.uncompiled())
     with ExitStack() as stack:
-        keepers = _keepers(service, options, wanted, stack)
-        outcomes = stack.enter_context(explain_files(service, images, options, keepers, ERR))
-        table = _Told(options)
+        sinks = _sinks(service, options, destinations, stack)
+        outcomes = stack.enter_context(explain_files(service, images, options, sinks, ERR))
+        table = _ResultTable(options)
         for outcome in outcomes:
             table.add(outcome)
-            if wanted.lines:
+            if destinations.lines:
                 sys.stdout.buffer.write(as_json(outcome, service))
                 sys.stdout.buffer.flush()
-    if not wanted.lines:
+    if not destinations.lines:
         OUT.print(table.rows)
-    say_left_out(given)
+    print_left_out(given)
     for failed in table.failed:
         sentence = f"[red]failed:[/] {escape(text_of(failed.path))}: {escape(failed.detail)}"
         ERR.print(sentence, soft_wrap=True)
     counts = f"{table.explained} explained, {len(table.failed)} failed"
-    places = ", ".join(map(text_of, wanted.places()))
-    ERR.print(f"{counts} → {escape(places)}" if places else counts, soft_wrap=True)
-    if wanted.opened and table.explained:
-        _open(wanted, images[0][1] if len(images) == 1 else None, options.format)
+    paths = ", ".join(map(text_of, destinations.paths()))
+    ERR.print(f"{counts} → {escape(paths)}" if paths else counts, soft_wrap=True)
+    if destinations.browser and table.explained:
+        _open_browser(destinations, images[0][1] if len(images) == 1 else None, options.format)
     if table.failed:
         raise typer.Exit(1)
 
 
-def _check_places(wanted: Wanted) -> None:
-    """Refuse before anything is computed what could not be written in the end."""
+def _check_paths(destinations: Destinations) -> None:
+    """Raises ConfigurationError before any work for a file that could not be written."""
     for flag, path, suffixes in (
-        ("--sheet", wanted.sheet, (".jpg", ".jpeg", ".png", ".webp")),
-        ("--report", wanted.report, (".html", ".htm")),
+        ("--sheet", destinations.sheet, (".jpg", ".jpeg", ".png", ".webp")),
+        ("--report", destinations.report, (".html", ".htm")),
     ):
         if path is None:
             continue
@@ -102,29 +104,29 @@ def _check_places(wanted: Wanted) -> None:
             )
         if not path.absolute().parent.is_dir():
             raise ConfigurationError(f"{flag} {path}: there is no folder {path.parent}.")
-    if wanted.opened and not wanted.places():
-        raise ConfigurationError("--open with --json needs --out, --sheet or --report, too.")
+    if destinations.browser and not destinations.paths():
+        raise ConfigurationError("--open with --json needs --out, --sheet or --report as well.")
 
 
-def _keepers(
-    service: Service, options: ExplainOptions, wanted: Wanted, stack: ExitStack
-) -> list[Keeper]:
-    """What keeps results, each finished when the stack is unwound."""
-    keepers: list[Keeper] = []
+def _sinks(
+    service: Service, options: ExplainOptions, destinations: Destinations, stack: ExitStack
+) -> list[Sink]:
+    """Return the sinks of the results; the stack finishes them."""
+    sinks: list[Sink] = []
     model = service.pool.model(None)
-    if wanted.folder is not None:
-        keepers.append(into_folder(wanted.folder, service.limits.render_side))
-    if wanted.sheet is not None:
-        keepers.append(stack.enter_context(ContactSheet(wanted.sheet, model, options)).keep)
-    if wanted.report is not None:
-        keepers.append(stack.enter_context(HtmlReport(wanted.report, model, options)).keep)
-    if wanted.tensorboard is not None:
-        keepers.append(onto_board(stack.enter_context(open_board(wanted.tensorboard))))
-    return keepers
+    if destinations.folder is not None:
+        sinks.append(into_folder(destinations.folder, service.limits.render_side))
+    if destinations.sheet is not None:
+        sinks.append(stack.enter_context(ContactSheet(destinations.sheet, model, options)).add)
+    if destinations.report is not None:
+        sinks.append(stack.enter_context(HtmlReport(destinations.report, model, options)).add)
+    if destinations.tensorboard is not None:
+        sinks.append(onto_board(stack.enter_context(open_board(destinations.tensorboard))))
+    return sinks
 
 
-class _Told:
-    """What is said of each image: a row of a table, or why it failed."""
+class _ResultTable:
+    """A table with a row per explained image, and the failures."""
 
     def __init__(self, options: ExplainOptions) -> None:
         self.explained = 0
@@ -145,19 +147,18 @@ class _Told:
         row = [escape(text_of(outcome.path)), escape(best.label), f"{best.score:.1%}"]
         masked = outcome.result.masked
         if masked is not None:
-            changes = [f"{each.label} {each.score:.1%}" for each in masked.changes]
-            instead = masked.predictions[0]
-            if instead.class_id not in {each.class_id for each in masked.changes}:
-                changes.append(f"now {instead.label} {instead.score:.1%}")
+            changes = [f"{change.label} {change.score:.1%}" for change in masked.changes]
+            top = masked.predictions[0]
+            if top.class_id not in {change.class_id for change in masked.changes}:
+                changes.append(f"now {top.label} {top.score:.1%}")
             row.append(escape(", ".join(changes)))
         self.rows.add_row(*row)
 
 
-def _open(wanted: Wanted, only: Path | None, overlay: str) -> None:
-    """Show the result in the browser of this machine; `only`: the name of the one image."""
-    place = wanted.places()[0]
-    if place == wanted.folder and only is not None:
-        place = place / only.with_name(f"{only.name}.overlay.{overlay}")
-    if not webbrowser.open(place.absolute().as_uri()):
-        result = escape(text_of(place))
-        ERR.print(f"no browser could be opened; the result is {result}", soft_wrap=True)
+def _open_browser(destinations: Destinations, only: Path | None, overlay: str) -> None:
+    """Open the result in a browser; `only`: the name of the image if there is only one."""
+    path = destinations.paths()[0]
+    if path == destinations.folder and only is not None:
+        path = path / only.with_name(f"{only.name}.overlay.{overlay}")
+    if not webbrowser.open(path.absolute().as_uri()):
+        ERR.print(f"no browser was found; open {escape(text_of(path))}", soft_wrap=True)

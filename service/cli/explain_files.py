@@ -1,4 +1,4 @@
-"""Explaining files without a server: the scheduler's work, results wherever they are kept."""
+"""Explain files without a server, and pass the outcomes to sinks."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from service.pipeline.resolve import resolve_options
 from service.pipeline.service import Recipe, Service
 
 AT_ONCE = 16
-"""Images that are read, asked or kept at a time."""
+"""Images that are read, explained or written at a time."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Explained:
-    """A file that was explained; `name` is its own below the out folder."""
+    """An explained file; `name` is the path of its results below the out folder."""
 
     path: Path
     name: Path
@@ -49,7 +49,7 @@ class Explained:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A file that was not, and why."""
+    """A file that failed, with the error."""
 
     path: Path
     name: Path
@@ -59,8 +59,8 @@ class Failed:
 
 Outcome = Explained | Failed
 
-Keeper = Callable[[Outcome], None]
-"""Keeps what became of a file; called by several threads, in any order."""
+Sink = Callable[[Outcome], None]
+"""Receives the outcome of a file; several threads call it, in any order."""
 
 
 @contextmanager
@@ -68,17 +68,17 @@ def explain_files(
     service: Service,
     images: Sequence[tuple[Path, Path]],
     options: ExplainOptions,
-    keepers: Sequence[Keeper],
+    sinks: Sequence[Sink],
     console: Console,
 ) -> Iterator[Iterator[Outcome]]:
-    """What becomes of each image of `find_images`, in their order, while the rest is under way.
+    """Yield the outcome of each image of `find_images`, in order, while later ones are computed.
 
-    A progress bar runs on `console` where that is a terminal and there are several. Raises what
-    `question` raises; a file that fails is an outcome.
+    A progress bar runs on `console` if that is a terminal and there are several images. Raises the
+    errors of `resolved`; a file that fails is an outcome.
     """
     service.scheduler.start()
     try:
-        with explain_images(service, images, options, keepers, console) as outcomes:
+        with explain_images(service, images, options, sinks, console) as outcomes:
             yield outcomes
     finally:
         service.scheduler.close()
@@ -89,57 +89,57 @@ def explain_images(  # noqa: PLR0917 - as `explain_files`, and how files are rea
     service: Service,
     images: Sequence[tuple[Path, Path]],
     options: ExplainOptions,
-    keepers: Sequence[Keeper],
+    sinks: Sequence[Sink],
     console: Console,
     read: Callable[[Path], bytes] = read_image,
 ) -> Iterator[Iterator[Outcome]]:
-    """As `explain_files`, in a service whose threads run, and go on when it ends.
+    """As `explain_files`, in a service whose scheduler runs before and after.
 
-    read: the bytes of an image; what it raises, an OSError or one of ours, is the image's.
+    read: returns the bytes of an image; its OSError or CamserveError is the outcome.
     """
     model = service.pool.model(None)
-    found = resolve_options(model, options, service.limits, images=1)
-    recipe = Recipe(service, model, options, found.question, found.hiding, keeps_preview=True)
-    job = _Job(recipe, keepers, read)
+    request = resolved(model, options, service.limits, images=1)
+    recipe = Recipe(service, model, options, request.question, request.hiding, photo=True)
+    explainer = _FileExplainer(recipe, sinks, read)
     with (
         ThreadPoolExecutor(max_workers=AT_ONCE) as waiters,
         Progress(console=console, disable=len(images) < 2 or not console.is_terminal) as bars,
     ):
         bar = bars.add_task("explaining", total=len(images))
         try:
-            yield _in_order(waiters, job, images, lambda: bars.advance(bar))
+            yield _in_order(waiters, explainer, images, lambda: bars.advance(bar))
         finally:
             waiters.shutdown(wait=False, cancel_futures=True)
 
 
 def _in_order(
     waiters: ThreadPoolExecutor,
-    job: _Job,
+    explainer: _FileExplainer,
     images: Sequence[tuple[Path, Path]],
-    ended: Callable[[], None],
+    on_outcome: Callable[[], None],
 ) -> Iterator[Outcome]:
-    """Outcomes in the order of the images, of which at most AT_ONCE are in memory."""
+    """Yield outcomes in the order of the images; at most AT_ONCE images are in memory."""
     left, waiting = iter(images), deque[Future[Outcome]]()
     while True:
         for path, name in islice(left, AT_ONCE - len(waiting)):
-            waiting.append(waiters.submit(job.explain, path, name))
+            waiting.append(waiters.submit(explainer.explain, path, name))
         if not waiting:
             return
         outcome = waiting.popleft().result()
-        ended()
+        on_outcome()
         yield outcome
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
-    """What is the same for every file."""
+class _FileExplainer:
+    """Explains files with one recipe."""
 
     recipe: Recipe
-    keepers: Sequence[Keeper]
+    sinks: Sequence[Sink]
     read: Callable[[Path], bytes]
 
     def explain(self, path: Path, name: Path) -> Outcome:
-        """Explain one file; waits in this thread while the scheduler's threads work."""
+        """Explain one file; blocks this thread while the scheduler's threads work."""
         outcome: Outcome
         try:
             outcome = asyncio.run(self._explained(path, name))
@@ -148,8 +148,8 @@ class _Job:
         except OSError as error:
             outcome = Failed(path, name, "unreadable_file", f"{error.strerror or error}")
         try:
-            for keep in self.keepers:
-                self.recipe.service.scheduler.call(keep, outcome).result()
+            for sink in self.sinks:
+                self.recipe.service.scheduler.call(sink, outcome).result()
         except CamserveError as error:  # the overlay or the heatmap cannot be drawn
             return Failed(path, name, error.code, error.detail)
         except OSError as error:
@@ -159,10 +159,10 @@ class _Job:
     async def _explained(self, path: Path, name: Path) -> Explained:
         recipe = self.recipe
         assert isinstance(recipe.options, ExplainOptions)
-        found = await process_image(recipe, self.read(path))
-        result = await render_result(recipe, found)
+        asked = await ask(recipe, self.read(path))
+        result = await respond(recipe, asked)
         return Explained(
-            path, name, recipe.model, recipe.options, found.upload, found.inference, result
+            path, name, recipe.model, recipe.options, asked.upload, asked.answer, result
         )
 
 
@@ -171,37 +171,37 @@ def into_folder(
     side: int,
     write: Callable[[Path, bytes], None] = write_whole,
     *,
-    numbers: bool = True,
-) -> Keeper:
-    """Write NAME.overlay.jpeg, NAME.heatmap.png and NAME.json of each image into a folder.
+    json: bool = True,
+) -> Sink:
+    """Return a sink that writes NAME.overlay.jpeg, NAME.heatmap.png and NAME.json of each image.
 
-    Further classes carry their id in the name. side: of the longer side of heatmaps, pixels.
-    write: writes each file. numbers: whether the JSON is written; it is the last.
+    Files of further classes have the class id in their name. side: longer side of heatmaps, pixels.
+    write: writes a file. json: whether NAME.json is written; it is the last file.
     """
 
-    def keep(outcome: Outcome) -> None:
+    def sink(outcome: Outcome) -> None:
         if isinstance(outcome, Failed):
             return
         upload, style = outcome.upload, response.style_of(outcome.options)
-        place = out / outcome.name
-        place.parent.mkdir(parents=True, exist_ok=True)
+        stem = out / outcome.name
+        stem.parent.mkdir(parents=True, exist_ok=True)
         for index, explanation in enumerate(outcome.answer.explanations):
             tag = f".{explanation.class_id}" if index else ""
             drawn = response.overlay(upload, explanation, style)
-            write(_beside(place, f"{tag}.overlay.{style.format}"), drawn.data)
+            write(_with_ending(stem, f"{tag}.overlay.{style.format}"), drawn.data)
             heatmap = render_heatmap(explanation.grid, upload.model_input.geometry, style, side)
-            write(_beside(place, f"{tag}.heatmap.png"), heatmap.data)
-        if numbers:
-            said = outcome.result.model_dump(exclude_unset=True)
-            write(_beside(place, ".json"), orjson.dumps(said, option=orjson.OPT_INDENT_2))
+            write(_with_ending(stem, f"{tag}.heatmap.png"), heatmap.data)
+        if json:
+            result = outcome.result.model_dump(exclude_unset=True)
+            write(_with_ending(stem, ".json"), orjson.dumps(result, option=orjson.OPT_INDENT_2))
 
-    return keep
+    return sink
 
 
-def onto_board(board: Board) -> Keeper:
-    """Each overlay as NAME/CLASS, and each captured layer's maps as NAME/LAYER."""
+def onto_board(board: Board) -> Sink:
+    """Return a sink that adds overlays as NAME/CLASS, and maps of captured layers as NAME/LAYER."""
 
-    def keep(outcome: Outcome) -> None:
+    def sink(outcome: Outcome) -> None:
         if isinstance(outcome, Failed):
             return
         model, style = outcome.model, response.style_of(outcome.options)
@@ -213,13 +213,13 @@ def onto_board(board: Board) -> Keeper:
             maps, _ = response.activation_image(model, activation)
             board.add(f"{text_of(outcome.name)}/{activation.layer}{activation.part}{call}", maps)
 
-    return keep
+    return sink
 
 
 def as_json(outcome: Outcome, service: Service) -> bytes:
-    """One line: `file`, `model`, and what `/explain` answers of an image, `error` if it failed."""
+    """Return a JSON line with `file`, `model`, and the result of `/explain`, or `error`."""
     model = service.pool.model(None)
-    said = {
+    line = {
         "file": text_of(outcome.path),
         "model": {"name": model.name, "version": model.version},
         **(
@@ -228,8 +228,8 @@ def as_json(outcome: Outcome, service: Service) -> bytes:
             else outcome.result.model_dump(exclude_unset=True)
         ),
     }
-    return orjson.dumps(said, option=orjson.OPT_APPEND_NEWLINE)
+    return orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
 
 
-def _beside(out: Path, ending: str) -> Path:
-    return out.with_name(out.name + ending)
+def _with_ending(stem: Path, ending: str) -> Path:
+    return stem.with_name(stem.name + ending)

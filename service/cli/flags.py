@@ -1,4 +1,4 @@
-"""Settings as flags of commands, and mistakes as sentences: what all commands share."""
+"""Shared by all commands: flags for settings and options, and errors as sentences."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ Command = Callable[..., None]
 
 
 def with_settings(names: Sequence[str]) -> Callable[[Command], Command]:
-    """Give a command a flag for each named setting; what is not given comes from the environment.
+    """Give a command a flag for each named setting; the environment sets the others.
 
-    The command receives the `Settings` as its first argument in place of those flags.
+    The command receives the `Settings` as its first argument instead of those flags.
     """
 
     def decorate(command: Command) -> Command:
-        return _made_of_flags(command, [_flag(name) for name in names], Settings)
+        return _with_flags(command, [_flag(name) for name in names], Settings)
 
     return decorate
 
 
 def with_options(command: Command) -> Command:
-    """Give a command a flag for each option of `/explain`, but what to send.
+    """Give a command a flag for each option of `/explain` except `model` and `include`.
 
-    The command receives the `ExplainOptions` as its first argument in place of those flags.
+    The command receives the `ExplainOptions` as its first argument instead of those flags.
     """
     names = [name for name in ExplainOptions.model_fields if name not in ("model", "include")]
-    return _made_of_flags(command, [_option(name) for name in names], explain_options)
+    return _with_flags(command, [_option(name) for name in names], explain_options)
 
 
 def explain_options(**values: Any) -> ExplainOptions:
-    """The options of `/explain`. Raises InvalidOption with what is wrong in words."""
+    """Return the options of `/explain`. Raises InvalidOption with a sentence."""
     try:
         return ExplainOptions(include=["grid"], **values)
     except pydantic.ValidationError as error:
@@ -58,20 +58,21 @@ def explain_options(**values: Any) -> ExplainOptions:
         raise InvalidOption(describe(error.errors(include_url=False))) from error
 
 
-def _made_of_flags(
+def _with_flags(
     command: Command, flags: Sequence[inspect.Parameter], make: Callable[..., Any]
 ) -> Command:
-    """The command with flags in place of its first argument, which is made of those given."""
-    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+    """Return the command with flags instead of its first argument, which `make` builds of them."""
+    other = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
 
-    def run(*before: Any, **values: Any) -> None:
+    def run(*arguments: Any, **values: Any) -> None:
         given = {flag.name: values.pop(flag.name) for flag in flags}
-        with told_plainly():
+        with errors_as_sentences():
             first = make(**{k: v for k, v in given.items() if v not in (None, [])})
-            command(first, *before, **values)
+            command(first, *arguments, **values)
 
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own] + list(flags)
+        [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in other]
+        + list(flags)
     )
     run.__annotations__ = {
         name: parameter.annotation for name, parameter in inspect.signature(run).parameters.items()
@@ -107,23 +108,27 @@ def _flag(name: str) -> inspect.Parameter:
 
 def _option(name: str) -> inspect.Parameter:
     field = ExplainOptions.model_fields[name]
-    several = get_origin(field.annotation) is list
-    taken = get_args(field.annotation)[0] if several else field.annotation
-    if len(parts := [each for each in get_args(taken) if each is not type(None)]) == 1:
-        taken = parts[0]  # of an option that may be left out
-    kind: Any = taken if taken in (int, float) else str
-    choices = [str(each) for each in get_args(taken)] if get_origin(taken) is Literal else []
+    is_list = get_origin(field.annotation) is list
+    value_type = get_args(field.annotation)[0] if is_list else field.annotation
+    if len(parts := [part for part in get_args(value_type) if part is not type(None)]) == 1:
+        value_type = parts[0]  # an optional option
+    kind: Any = value_type if value_type in (int, float) else str
+    choices = (
+        [str(choice) for choice in get_args(value_type)]
+        if get_origin(value_type) is Literal
+        else []
+    )
     default = field.get_default()
     text = field.description or ""
     text += f" One of: {', '.join(choices)}." if choices and choices[0] not in text else ""
     if default not in (None, []):
-        text += f" [default: {', '.join(default) if several else default}]"
+        text += f" [default: {', '.join(default) if is_list else default}]"
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
         default=None,
         annotation=Annotated[
-            list[kind] | None if several else kind | None,
+            list[kind] | None if is_list else kind | None,
             typer.Option(
                 _FLAGS.get(name, f"--{name.replace('_', '-')}"),
                 help=escape(text),
@@ -134,16 +139,16 @@ def _option(name: str) -> inspect.Parameter:
     )
 
 
-def say_left_out(given: Iterable[str]) -> None:
-    """Say on standard error what folders on a command line hold beside images."""
-    line = skipped_files(given)
+def print_left_out(paths: Iterable[str]) -> None:
+    """Print to standard error which files of the given folders are not images."""
+    line = left_out_of(paths)
     if line:
         ERR.print(escape(line), soft_wrap=True)
 
 
 @contextmanager
-def told_plainly() -> Iterator[None]:
-    """Turn what the user can mend into one sentence and exit code 2."""
+def errors_as_sentences() -> Iterator[None]:
+    """Print an error that the user can fix as one sentence, and exit with code 2."""
     try:
         yield
     except CamserveError as error:

@@ -1,7 +1,7 @@
 """The command `camserve`.
 
-What a command needs is imported when it runs: torch takes seconds, for which neither `--help` nor
-the completion of a word should wait.
+A command imports what it needs when it runs, so that `--help` and shell completion do not wait for
+torch, which takes seconds to import.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Annotated
 import typer
 
 from api_schemas.options import ExplainOptions
-from service.cli.bulk.command import bulk
-from service.cli.export.command import export
+from service.cli.bulk.bulk_command import bulk
+from service.cli.export.export_command import export
 from service.cli.flags import OF_MODELS, with_options, with_settings
-from service.cli.models import calibrate, check, layers, models
+from service.cli.model_commands import calibrate, check, layers, models
 from service.cli.token import overlay_token
 from service.settings import Settings
 
@@ -37,7 +37,7 @@ app = typer.Typer(
 @with_settings(tuple(Settings.model_fields))
 def serve(settings: Settings) -> None:
     """Serve models over HTTP."""
-    from service.cli.serve import run
+    from service.cli.serve_http import run
 
     run(settings)
 
@@ -74,7 +74,7 @@ def explain(  # noqa: PLR0913, PLR0917 - a command's parameters are its flags
     report: Annotated[
         Path | None, typer.Option(help="Report on all images, as one self-contained .html file.")
     ] = None,
-    opened: Annotated[
+    browser: Annotated[
         bool,
         typer.Option("--open", help="Open the result: the report, the sheet, or the files."),
     ] = False,
@@ -90,7 +90,7 @@ def explain(  # noqa: PLR0913, PLR0917 - a command's parameters are its flags
 
     A bad file does not stop the others; the exit code is 1 if any failed.
     """
-    from service.cli.explain import Wanted, run
+    from service.cli.explain import Destinations, run
 
     if regions:
         options = options.model_copy(update={"include": ["grid", "regions"]})
@@ -99,12 +99,12 @@ def explain(  # noqa: PLR0913, PLR0917 - a command's parameters are its flags
         settings,
         options,
         images,
-        Wanted(
+        Destinations(
             folder=out or (Path("explained") if nothing_else else None),
             lines=as_json,
             sheet=sheet,
             report=report,
-            opened=opened,
+            browser=browser,
             tensorboard=tensorboard,
         ),
     )
@@ -117,7 +117,7 @@ app.command(epilog=EXIT_CODES)(export)
 
 
 def main() -> None:
-    """The entry point; Ctrl-C ends quietly."""
+    """The entry point; Ctrl-C exits with code 130 and no traceback."""
     try:
         app()
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Explanations and feature maps as images for TensorBoard."""
+"""Write explanations and feature maps as images for TensorBoard."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from service.errors import ConfigurationError
 
 
 class Board:
-    """A folder of TensorBoard events; pictures may come from several threads."""
+    """A folder of TensorBoard events; several threads may add images."""
 
     def __init__(self, writer: Any) -> None:
         self._writer = writer
         self._lock = threading.Lock()
 
-    def add(self, tag: str, picture: EncodedImage) -> None:
-        """Write one picture. A `/` in the tag groups what TensorBoard shows."""
-        with Image.open(io.BytesIO(picture.data)) as opened:
+    def add(self, tag: str, image: Picture) -> None:
+        """Write one image. TensorBoard groups images by the part of the tag before `/`."""
+        with Image.open(io.BytesIO(image.data)) as opened:
             pixels = np.asarray(opened)
         with self._lock:
             self._writer.add_image(tag, pixels, dataformats="HWC" if pixels.ndim == 3 else "HW")
@@ -33,9 +33,9 @@ class Board:
 
 @contextmanager
 def open_board(folder: Path) -> Iterator[Board]:
-    """Write to a folder that `tensorboard --logdir` shows; all is there when the `with` ends.
+    """Open a folder for `tensorboard --logdir`; it is complete when the `with` ends.
 
-    Raises ConfigurationError where TensorBoard is not installed or the folder cannot be written.
+    Raises ConfigurationError if TensorBoard is not installed or the folder cannot be written.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - an extra

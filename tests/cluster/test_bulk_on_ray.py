@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 def start(source: Path, out: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "service", "bulk", str(source), str(out)]
     command += ["--model", "tiny:small", "--device", "cpu", "--app-dir", str(SUPPORT)]
-    command += ["--shard-size", "10", "--no-pictures"]
+    command += ["--shard-size", "10", "--no-images"]
     command += ["--ray", f"{HEAD}:6379", "--ray-cpus", "0.3", "--ray-actors", "2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CAMSERVE_COMPILE": "false"}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)

@@ -26,7 +26,7 @@ from disks import playing
 from PIL import Image
 from typer.testing import CliRunner
 
-from service.cli.bulk.results import open_results
+from service.cli.bulk.result_folder import open_results
 from service.cli.main import app
 
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -112,7 +112,7 @@ def test_each_image_has_one_row_and_a_bad_one_has_its_error(tmp_path: Path) -> N
 def test_rows_are_what_explain_says_of_the_same_file(tmp_path: Path) -> None:
     source = photos(tmp_path / "in", 1)
     more = ["--explain-top", "2", "--regions", "--method", "layercam"]
-    assert bulk(source, tmp_path / "out", "--no-pictures", *more).exit_code == 0
+    assert bulk(source, tmp_path / "out", "--no-images", *more).exit_code == 0
     command = ["explain", str(source / "00000.jpg"), "--out", str(tmp_path / "one"), *TINY, *more]
     assert CliRunner().invoke(app, command).exit_code == 0
     (row,) = rows(tmp_path / "out")
@@ -209,7 +209,7 @@ def test_what_a_killed_run_left_half_written_is_removed(tmp_path: Path) -> None:
         (["--method", "layercam"], "options.method was gradcam and is layercam"),
         (["--layer", "features.0"], 'options.layer was [] and is ["features.0"]'),
         (["--model", "tiny:other"], "model.builder was tiny:small and is tiny:other"),
-        (["--no-pictures"], "pictures was true and is false"),
+        (["--no-images"], "pictures was true and is false"),
     ],
 )
 def test_a_folder_is_for_one_job(tmp_path: Path, more: Sequence[str], words: str) -> None:
@@ -419,15 +419,15 @@ def test_two_jobs_do_not_write_to_one_folder(tmp_path: Path) -> None:
     with open_results(tmp_path / "out", {}):
         result = bulk(photos(tmp_path / "in", 1), tmp_path / "out")
     assert result.exit_code == 2
-    assert "another job writes" in " ".join(result.output.split())
+    assert "another run of camserve bulk is writing" in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(
     ("source", "words"),
     [
         ("nowhere", "there is no"),
-        ("empty", "no image is in"),
-        ("table.parquet", "has no column 'path'; --column names one of"),
+        ("empty", "there is no image in"),
+        ("table.parquet", "has no column 'path'; give --column one of"),
         ("bytes.parquet", "holds binary, not paths"),
         ("broken.parquet", "cannot be read"),
         ("gopher://host/x", "cannot be read"),
@@ -466,7 +466,7 @@ def test_two_thousand_images_killed_half_way_and_started_again_give_two_thousand
     tmp_path: Path,
 ) -> None:
     source, out = photos(tmp_path / "in", 2000), tmp_path / "out"
-    more = ("--shard-size", "100", "--no-pictures")
+    more = ("--shard-size", "100", "--no-images")
     with bulk_process(source, out, *more) as process:
         until(lambda: len(parts(out)) >= 10, process)
         process.kill()

@@ -140,7 +140,7 @@ def test_what_is_wrong_for_all_is_one_sentence_and_writes_nothing(
         ("has no layer 'absent'", ("coco", photos, *small, "--layer", "absent")),
         ("there is no file", ("coco", tmp_path / "nowhere", *small)),
         ("write KIND=NAME", ("labelbox", photos, *small, "--feature", "circle=evidence")),
-        ("--feature is for labelbox", ("coco", photos, *small, "--feature", "mask=evidence")),
+        ("--feature is only for labelbox", ("coco", photos, *small, "--feature", "mask=evidence")),
         ("cannot be written", ("coco", photos, *small, "--out", tmp_path / "no" / "folder.json")),
     ):
         assert sentence in export(*arguments[:2], "--out", out, *arguments[2:], code=2)

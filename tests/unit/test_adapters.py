@@ -20,7 +20,7 @@ from api_schemas import answers
 from api_schemas.adapters import coco, cvat, fiftyone, labelbox
 from api_schemas.client.errors import ImageRefused
 from api_schemas.client.results import Explanation, Regions, Result
-from service.cli.export.command import KINDS
+from service.cli.export.export_command import KINDS
 from service.images.run_lengths import rle_encode
 
 ROOT = Path(__file__).parent.parent.parent

@@ -13,21 +13,21 @@ import pyarrow.parquet as pq
 import pytest
 from disks import playing
 
-from service.cli.bulk.results import Results, Work, open_results
+from service.cli.bulk.result_folder import ResultFolder, ShardWriter, open_results
 from service.durable import write_synced
 from service.errors import ConfigurationError
 
 JOB = {"source": "/images", "model": {"builder": "tiny:small", "weights": None}}
 
 
-def drawn(work: Work, shard: str, count: int = 2) -> list[dict[str, Any]]:
+def drawn(work: ShardWriter, shard: str, count: int = 2) -> list[dict[str, Any]]:
     """Rows of a shard whose images are in the writer's place."""
-    folder = work.place / shard
+    folder = work.drafts / shard
     folder.mkdir(parents=True)
     rows = []
     for place in range(count):
         write_synced(folder / f"{place:06}.overlay.jpeg", work.writer.encode())
-        image = f"{work.pictures(shard)}/{place:06}.overlay.jpeg"
+        image = f"{work.images_folder(shard)}/{place:06}.overlay.jpeg"
         rows.append({"path": f"{place}.jpg", "overlays": [image], "heatmaps": []})
     return rows
 
@@ -60,7 +60,7 @@ def test_of_two_writers_of_a_shard_one_has_its_rows_and_its_images(
     if not links:
         no_links(monkeypatch, errno.EPERM)
     with open_results(tmp_path / "out", JOB) as results:
-        writers = [results.work() for _ in range(2)]
+        writers = [results.writer() for _ in range(2)]
         first, second = writers
         rows = [drawn(first, "part-00000", 2), drawn(second, "part-00000", others)]
         for work, written in zip(writers, rows, strict=True):
@@ -79,7 +79,7 @@ def test_a_writer_between_anothers_steps_does_no_harm(tmp_path: Path, monkeypatc
 
     def run(second_comes_at: int, folder: Path) -> bool:
         with open_results(folder, JOB) as results:
-            first, second = results.work(), results.work()
+            first, second = results.writer(), results.writer()
             ours, theirs = drawn(first, "part-00000"), drawn(second, "part-00000")
             state = {"step": 0, "busy": False}
 
@@ -116,23 +116,23 @@ def test_a_writer_between_anothers_steps_does_no_harm(tmp_path: Path, monkeypatc
 def test_a_run_that_lost_its_folder_adds_nothing(tmp_path: Path) -> None:
     """Actors of a killed run may live on while the next one numbers its shards."""
     with open_results(tmp_path / "out", JOB) as before:
-        lost = before.work()
+        lost = before.writer()
         rows = drawn(lost, "part-00000")
     with open_results(tmp_path / "out", JOB) as results:
         rows = drawn(lost, "part-00000")  # it goes on drawing
         with pytest.raises(ConfigurationError, match="another run of camserve bulk took over"):
             lost.finish("part-00000", rows)
         assert results.done() == {}
-        work = results.work()
+        work = results.writer()
         work.finish("part-00000", drawn(work, "part-00000", 1))
     assert [row["path"] for row in rows_of(tmp_path / "out")] == ["0.jpg"]
 
 
 def test_a_row_whose_image_was_removed_is_not_written(tmp_path: Path) -> None:
     with open_results(tmp_path / "out", JOB) as results:
-        work = results.work()
+        work = results.writer()
         rows = drawn(work, "part-00000")
-        (work.place / "part-00000" / "000001.overlay.jpeg").unlink()
+        (work.drafts / "part-00000" / "000001.overlay.jpeg").unlink()
         with pytest.raises(FileNotFoundError):
             work.finish("part-00000", rows)
         assert results.done() == {}
@@ -161,7 +161,7 @@ def test_a_row_is_on_the_disk_only_after_its_images_and_their_folders(
             results.check_model({"version": "a"})
             assert disk.is_kept(out / "model.json")
             for number in range(2):
-                work, shard = results.work(), f"part-{number:05}"
+                work, shard = results.writer(), f"part-{number:05}"
                 work.finish(shard, drawn(work, shard))
                 assert disk.is_kept(out / f"{shard}.parquet"), "before it is said to be done"
         assert disk.is_kept(out / "job.json")
@@ -172,7 +172,7 @@ def test_a_row_is_on_the_disk_only_after_its_images_and_their_folders(
 def test_images_that_no_shard_refers_to_are_removed_and_others_kept(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with open_results(out, JOB) as results:
-        work = results.work()
+        work = results.writer()
         work.finish("part-00000", drawn(work, "part-00000"))
         (out / "pictures" / "part-00000-of-a-killed-writer").mkdir()
     with open_results(out, JOB):
@@ -185,7 +185,7 @@ def test_a_shard_of_an_earlier_version_keeps_its_images(tmp_path: Path) -> None:
     """It named the folder of images as the shard."""
     out = tmp_path / "out"
     with open_results(out, JOB) as results:
-        work = results.work()
+        work = results.writer()
         work.finish("part-00000", drawn(work, "part-00000"))
         table = pq.read_table(out / "part-00000.parquet").replace_schema_metadata(None)
         pq.write_table(table, out / "part-00000.parquet")
@@ -232,11 +232,11 @@ def test_what_an_older_version_did_not_record_differs_only_where_it_is_given(
 
 def test_results_without_their_job_are_refused(tmp_path: Path) -> None:
     with open_results(tmp_path / "out", JOB) as results:
-        work = results.work()
+        work = results.writer()
         work.finish("part-00000", drawn(work, "part-00000"))
     (tmp_path / "out" / "job.json").unlink()
     with (
-        pytest.raises(ConfigurationError, match=r"results without the job\.json"),
+        pytest.raises(ConfigurationError, match=r"results but no job\.json"),
         open_results(tmp_path / "out", JOB),
     ):
         pass
@@ -268,7 +268,7 @@ def test_a_results_folder_is_picklable_for_other_processes(tmp_path: Path) -> No
     import pickle  # noqa: PLC0415 - for this test alone
 
     with open_results(tmp_path / "out", JOB) as results:
-        copy: Results = pickle.loads(pickle.dumps(results))  # noqa: S301 - made here
-        work = copy.work()
+        copy: ResultFolder = pickle.loads(pickle.dumps(results))  # noqa: S301 - made here
+        work = copy.writer()
         work.finish("part-00000", drawn(work, "part-00000"))
     assert len(rows_of(tmp_path / "out")) == 2

@@ -26,7 +26,7 @@ from pycocotools import mask as coco
 
 from api_schemas.answers import MaskRLE
 from api_schemas.client import AsyncClient, Client, errors
-from api_schemas.client.options import ExplainArguments, PredictArguments
+from api_schemas.client.arguments import ExplainArguments, PredictArguments
 from api_schemas.client.requests import (
     Ask,
     Patience,

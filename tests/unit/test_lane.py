@@ -115,7 +115,7 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def model() -> LoadedModel:
-    return load_model_of("make", Compiler(streams=2, lone_threads=2))
+    return load_model_of("make", Compiler(streams=2, single_request_threads=2))
 
 
 def load_model_of(function: str, compiler: Compiler | None, **more) -> LoadedModel:
@@ -255,7 +255,7 @@ def test_four_threads_disturb_neither_each_other_nor_their_inputs(model) -> None
 
 
 @pytest.mark.parametrize(
-    ("lone_threads", "largest", "expected"),
+    ("single_request_threads", "largest", "expected"),
     [
         (1, 4, ["1", "4", "?"]),
         (2, 4, ["1", "4", "?", "?"]),
@@ -266,7 +266,7 @@ def test_four_threads_disturb_neither_each_other_nor_their_inputs(model) -> None
 )
 @pytest.mark.parametrize("is_small", [True, False])
 def test_few_weights_are_packed_for_the_usual_batch_sizes_too(
-    monkeypatch, lone_threads: int, largest: int, expected: list[str], is_small: bool
+    monkeypatch, single_request_threads: int, largest: int, expected: list[str], is_small: bool
 ) -> None:
     """Each program is compared with the hooked lane at load, and batches of any size are right."""
     made, ran = [], set()
@@ -286,7 +286,7 @@ def test_few_weights_are_packed_for_the_usual_batch_sizes_too(
     monkeypatch.setattr(openvino_front, "_Program", Watched)
     if not is_small:
         monkeypatch.setattr(openvino_front, "FIXED_UP_TO", 0)
-    compiler = Compiler(streams=2, lone_threads=lone_threads, largest=largest)
+    compiler = Compiler(streams=2, single_request_threads=single_request_threads, largest=largest)
     model = load_model_of("simple", compiler)
     sizes = sorted(program.size for program in made)
     assert sizes == (expected if is_small else ["?"] * expected.count("?"))

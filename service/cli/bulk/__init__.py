@@ -1,1 +1,1 @@
-"""`camserve bulk`: many images to a folder of Parquet files and pictures, here or on Ray."""
+"""`camserve bulk`: explains many images into a folder of Parquet files, here or on Ray."""

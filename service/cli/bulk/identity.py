@@ -1,4 +1,4 @@
-"""What makes a model the same one: of its description before it is loaded, and once it is."""
+"""The identity of a model: from its description before it is loaded, and from the loaded model."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from service.models.loaded import LoadedModel
 
 
 def of_spec(spec: ModelSpec) -> Mapping[str, Any]:
-    """A description, files by what is in them: the same weights may lie elsewhere.
+    """Return a description with each file as the hash of its content: files may have moved.
 
-    Raises OSError where a file cannot be read.
+    Raises OSError if a file cannot be read.
     """
-    said = asdict(spec)
-    del said["source"], said["device"]  # where it was described and runs: the numbers are the same
-    return said | {
+    identity = asdict(spec)
+    del identity["source"], identity["device"]  # neither changes the answers
+    return identity | {
         "labels": None if spec.labels is None else _labels(spec.labels),
         "weights": _content(spec.weights),
-        "int8": None if spec.int8 is None else [_content(each) for each in _files(spec.int8)],
+        "int8": None if spec.int8 is None else [_content(file) for file in _files(spec.int8)],
     }
 
 
 def of_model(model: LoadedModel) -> Mapping[str, Any]:
-    """A model as it was loaded: what its description leaves to files and builders, too."""
+    """Return what files and builders decide about a model, beyond its description."""
     return {
         "name": model.name,
         "version": model.version,
@@ -43,11 +43,11 @@ def of_model(model: LoadedModel) -> Mapping[str, Any]:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(each for each in folder.iterdir() if each.is_file())
+    return sorted(path for path in folder.iterdir() if path.is_file())
 
 
 def _content(path: Path | None) -> str | None:
-    """The sha256 of a file; a name of weights that are no file is itself."""
+    """Return the sha256 of a file, or the name of weights that are not a file."""
     if path is None:
         return None
     if not path.exists():

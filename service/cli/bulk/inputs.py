@@ -1,4 +1,4 @@
-"""What is to be explained: the images of a folder, a listing, a Parquet file or a bucket."""
+"""List the images to explain: of a folder, a text file, a Parquet file or a bucket."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from service.images.image_files import is_image, text_of
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """One image.
+    """One image of SRC.
 
-    name: as SRC has it: below a folder (`text_of`), or as a listing says it; no other input has it.
-    location: where it is: a path of this machine, or a URL that pyarrow reads (s3, gs, file …).
+    name: unique: the path below the folder (`text_of`), or the path in the list.
+    location: a path of this machine, or a URL that pyarrow reads (s3, gs, file …).
     """
 
     name: str
     location: str
 
     def read(self, max_bytes: int) -> bytes:
-        """The file. Raises OSError, and BodyTooLarge over so many bytes."""
+        """Return the file's bytes. Raises OSError, and BodyTooLarge for more than `max_bytes`."""
         try:
             with _opened(self.location) as file:
                 data: bytes = file.read(max_bytes + 1)
@@ -36,30 +36,30 @@ class Input:
             raise OSError(str(error)) from error
         if len(data) > max_bytes:
             raise BodyTooLarge(
-                f"The file has more than {max_bytes} bytes; CAMSERVE_MAX_BODY_BYTES says how many "
-                "are read."
+                f"The file has more than {max_bytes} bytes; CAMSERVE_MAX_BODY_BYTES sets this "
+                "limit."
             )
         return data
 
 
 def list_inputs(source: str, column: str) -> list[Input]:
-    """Every image of SRC in its order; what is named twice is listed once.
+    """Return the images of SRC in its order, each once.
 
-    column: of a Parquet file, with the paths.
-    Raises ConfigurationError where SRC is not there, names no image or cannot be read.
+    column: the column of a Parquet file that has the paths.
+    Raises ConfigurationError if SRC does not exist, has no image or cannot be read.
     """
     try:
         listed = list(_listed(source, column))
     except (OSError, pa.ArrowException, UnicodeError) as error:
         raise ConfigurationError(f"{text_of(source)} cannot be read: {error}") from error
-    inputs = list({each.name: each for each in listed}.values())
+    inputs = list({image.name: image for image in listed}.values())
     if not inputs:
-        raise ConfigurationError(f"no image is in {text_of(source)}.")
+        raise ConfigurationError(f"there is no image in {text_of(source)}.")
     return inputs
 
 
-def place_of(source: str) -> str:
-    """The same text for the same SRC, wherever the command is given."""
+def absolute_source(source: str) -> str:
+    """Return SRC as text that does not depend on the current folder."""
     return source.rstrip("/") if "://" in source else text_of(Path(source).resolve())
 
 
@@ -75,13 +75,13 @@ def _listed(source: str, column: str) -> Iterator[Input]:
         names = _column(file, source, column) if is_table else _lines(file, source)
     folder = source.rpartition("/")[0] if "://" in source else str(Path(source).absolute().parent)
     for name in names:
-        there = "://" in name or Path(name).is_absolute()
-        yield Input(name, name if there else f"{folder}/{name}")
+        is_absolute = "://" in name or Path(name).is_absolute()
+        yield Input(name, name if is_absolute else f"{folder}/{name}")
 
 
 def _kind(source: str) -> Any:
     if "://" in source:
-        system, path = _place(source)
+        system, path = _resolve(source)
         return system.get_file_info(path).type
     here = Path(source)  # not by pyarrow, whose paths are UTF-8
     if here.is_dir():
@@ -96,11 +96,11 @@ def _in_folder(folder: Path) -> Iterator[Input]:
 
 
 def _in_bucket(source: str) -> Iterator[Input]:
-    system, path = _place(source.rstrip("/"))
-    found = system.get_file_info(fs.FileSelector(path, recursive=True))
-    for each in sorted(found, key=lambda info: info.path):
-        if each.type == fs.FileType.File and is_image(Path(each.path)):
-            name = each.path.removeprefix(path).lstrip("/")
+    system, path = _resolve(source.rstrip("/"))
+    files = system.get_file_info(fs.FileSelector(path, recursive=True))
+    for file in sorted(files, key=lambda info: info.path):
+        if file.type == fs.FileType.File and is_image(Path(file.path)):
+            name = file.path.removeprefix(path).lstrip("/")
             yield Input(name, f"{source.rstrip('/')}/{name}")
 
 
@@ -109,7 +109,7 @@ def _column(file: Any, source: str, column: str) -> Iterable[str]:
     names = parquet.schema_arrow.names
     if column not in names:
         raise ConfigurationError(
-            f"{source} has no column {column!r}; --column names one of {', '.join(names)}."
+            f"{source} has no column {column!r}; give --column one of {', '.join(names)}."
         )
     values = parquet.read(columns=[column])[column]
     if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
@@ -120,7 +120,7 @@ def _column(file: Any, source: str, column: str) -> Iterable[str]:
 
 
 def _lines(file: Any, source: str) -> Iterable[str]:
-    """Lines end with LF or CR LF, and nothing else ends one: a name may hold other separators."""
+    """Return the lines, which end with LF or CR LF only: a name may contain other separators."""
     data: bytes = file.read()
     try:
         text = data.decode("utf-8-sig")
@@ -137,12 +137,12 @@ def _lines(file: Any, source: str) -> Iterable[str]:
 def _opened(location: str) -> Any:
     if "://" not in location:
         return Path(location).open("rb")
-    system, path = _place(location)
+    system, path = _resolve(location)
     return system.open_input_file(path)
 
 
-def _place(location: str) -> tuple[Any, str]:
-    """The file system of a URL and the path there; nothing in the path is an escape."""
+def _resolve(location: str) -> tuple[Any, str]:
+    """Return the file system of a URL and the path in it; the path has no escapes."""
     scheme, _, rest = location.partition("://")
     host, _, path = rest.partition("/")
     system, root = _file_system(f"{scheme}://{host}/")
@@ -151,6 +151,6 @@ def _place(location: str) -> tuple[Any, str]:
 
 @functools.cache
 def _file_system(url: str) -> tuple[Any, str]:
-    """Made once: a bucket's keeps its connections. Raises pyarrow's errors for what it lacks."""
+    """Return a file system and its root; cached, because a bucket's keeps its connections."""
     system, root = fs.FileSystem.from_uri(url)
     return system, str(root)

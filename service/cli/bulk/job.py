@@ -1,4 +1,4 @@
-"""What a run of `camserve bulk` asks of every image, and of a Ray cluster."""
+"""A run of `camserve bulk`: settings, options and what it takes of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -8,62 +8,61 @@ from dataclasses import dataclass
 
 from api_schemas.options import ExplainOptions
 from service.app import build_service, model_specs
-from service.cli.bulk.explaining import Explaining
 from service.cli.bulk.identity import of_model, of_spec
-from service.cli.bulk.inputs import place_of
-from service.cli.bulk.results import Identity, Results
+from service.cli.bulk.inputs import absolute_source
+from service.cli.bulk.result_folder import Identity, ResultFolder
+from service.cli.bulk.shards import ShardExplainer
 from service.settings import Settings
 
-_DECIDING = ("precision", "allow_random_weights", "max_render_side")
-"""Settings that change answers. Those of speed do not, and a higher limit may be what a second run
-is for: it changes errors alone."""
+_ANSWER_SETTINGS = ("precision", "allow_random_weights", "max_render_side")
+"""Settings that change answers. A second run may change others, such as a limit."""
 
 Stopped = Callable[[], int]
-"""The number of the signal that asked to stop, or 0."""
+"""Returns the number of the signal that stops the run, or 0."""
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """What is asked of every image; pictures: whether overlays and heatmaps are written."""
+class BulkJob:
+    """Settings and options for every image, and whether overlays and heatmaps are written."""
 
     settings: Settings
     options: ExplainOptions
-    pictures: bool
+    write_images: bool
 
     def identity(self, source: str, column: str) -> Identity:
-        """What decides about the results before a model is loaded.
+        """Return what determines the results, without loading a model.
 
         Raises ConfigurationError for the models' settings, OSError for their files.
         """
         return {
-            "source": place_of(source),
+            "source": absolute_source(source),
             "column": column if source.endswith(".parquet") else None,
             "model": of_spec(model_specs(self.settings)[0]),
-            "settings": {name: getattr(self.settings, name) for name in _DECIDING},
+            "settings": {name: getattr(self.settings, name) for name in _ANSWER_SETTINGS},
             "options": self.options.model_dump(mode="json"),
-            "pictures": self.pictures,
+            "pictures": self.write_images,  # the name that folders of 0.1.0 have
         }
 
     @contextmanager
-    def explaining(self, results: Results) -> Iterator[Explaining]:
-        """A service of this process, its threads running, that writes to the results.
+    def explainer(self, results: ResultFolder) -> Iterator[ShardExplainer]:
+        """Run a service in this process that writes to the results, until the `with` ends.
 
-        Raises ConfigurationError where the model is another than the one that answered so far.
+        Raises ConfigurationError if the model is not the one of the earlier shards.
         """
         service = build_service(self.settings, only=model_specs(self.settings)[0].name)
         results.check_model(of_model(service.pool.model(None)))
-        work = results.work()
+        writer = results.writer()
         service.scheduler.start()
         try:
-            yield Explaining(service, self.options, work, self.pictures)
+            yield ShardExplainer(service, self.options, writer, self.write_images)
         finally:
             service.scheduler.close()
-            work.close()
+            writer.close()
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """Of a Ray cluster: its address, how many actors at most, cores and GPUs of each."""
+class RayResources:
+    """What a run takes of a Ray cluster: at most `actors`, with cores and GPUs per actor."""
 
     address: str
     actors: int

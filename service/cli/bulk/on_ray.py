@@ -1,7 +1,7 @@
-"""The same shards, explained by the actors of a Ray cluster.
+"""Explain the shards by the actors of a Ray cluster.
 
-Every node has this package and reaches SRC and DST by the same paths. A shard is one task: where
-its node dies, Ray gives it to another, and what the first one wrote counts only if it was whole.
+Every node has this package and reaches SRC and DST by the same paths. A shard is one task: if its
+node dies, Ray repeats it on another, and only a complete shard of the first one counts.
 """
 
 from __future__ import annotations
@@ -17,23 +17,27 @@ import ray.data
 from rich.console import Console
 from rich.progress import Progress
 
-from service.cli.bulk.explaining import Shard
-from service.cli.bulk.job import Job, Share, Stopped
-from service.cli.bulk.results import Results, Row
+from service.cli.bulk.job import BulkJob, RayResources, Stopped
+from service.cli.bulk.result_folder import ResultFolder, Row
+from service.cli.bulk.shards import Shard
 from service.cli.flags import ERR
 from service.errors import ConfigurationError
 
 
 @contextmanager
 def explain_on_ray(
-    job: Job, shards: list[Shard], results: Results, share: Share, stopped: Stopped
+    job: BulkJob,
+    shards: list[Shard],
+    results: ResultFolder,
+    cluster: RayResources,
+    stopped: Stopped,
 ) -> Iterator[Iterator[list[Row]]]:
-    """The `path` and `error_code` of each shard's rows, once it is there.
+    """Yield `path` and `error_code` of the rows of each finished shard.
 
-    Once `stopped`, it ends with the shard that is finished next; those under way are lost. Raises
+    Once `stopped`, it ends with the next finished shard; unfinished ones are lost. Raises
     ConfigurationError for what an actor refuses.
     """
-    ray.init(address=share.address, log_to_driver=False, configure_logging=False)
+    ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
     try:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
@@ -43,19 +47,19 @@ def explain_on_ray(
         )
         finished = tasks.map(
             _Explainer,
-            fn_constructor_args=(_of_one_actor(job, share), results),
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=share.actors),
-            num_cpus=share.cpus,
-            num_gpus=share.gpus or None,
+            fn_constructor_args=(_of_one_actor(job, cluster), results),
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=cluster.actors),
+            num_cpus=cluster.cpus,
+            num_gpus=cluster.gpus or None,
         )
         with Progress(console=ERR, disable=not ERR.is_terminal) as bars:
             bar = bars.add_task("explaining", total=sum(len(shard.inputs) for shard in shards))
-            yield _each(finished, lambda count: bars.advance(bar, count), stopped)
+            yield _rows_of(finished, lambda count: bars.advance(bar, count), stopped)
     finally:
         ray.shutdown()
 
 
-def _each(finished: Any, advance: Any, stopped: Stopped) -> Iterator[list[Row]]:
+def _rows_of(finished: Any, advance: Any, stopped: Stopped) -> Iterator[list[Row]]:
     for task in finished.iter_rows():
         if task["refused"]:
             raise ConfigurationError(task["refused"])
@@ -66,34 +70,34 @@ def _each(finished: Any, advance: Any, stopped: Stopped) -> Iterator[list[Row]]:
             return
 
 
-def _of_one_actor(job: Job, share: Share) -> Job:
-    """An actor takes as many cores as it asked Ray for, whatever its node has."""
-    workers = job.settings.workers or max(1, int(share.cpus))
+def _of_one_actor(job: BulkJob, cluster: RayResources) -> BulkJob:
+    """Return the job with as many workers as an actor has cores."""
+    workers = job.settings.workers or max(1, int(cluster.cpus))
     return replace(job, settings=job.settings.model_copy(update={"workers": workers}))
 
 
 class _Explainer:
-    """An actor: it loads the model once, and explains shard after shard until Ray ends it.
+    """An actor: loads the model once, and explains shards until Ray ends it.
 
-    What it refuses is a result like another: where an actor raises, Ray starts one more, and then
-    says that an actor died.
+    It returns an error instead of raising it: Ray would replace an actor that raises, and report
+    only that an actor died.
     """
 
-    def __init__(self, job: Job, results: Results) -> None:
-        self._life = ExitStack()  # kept: it would end with the last name for it
+    def __init__(self, job: BulkJob, results: ResultFolder) -> None:
+        self._stack = ExitStack()  # an attribute, so that it lives as long as the actor
         self._refused = ""
         try:
-            self._explaining = self._life.enter_context(job.explaining(results))
+            self._explainer = self._stack.enter_context(job.explainer(results))
         except (ConfigurationError, OSError) as error:
             self._refused = str(error)
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
         shard: Shard = pickle.loads(task["shard"])  # noqa: S301 - written by `explain_on_ray`
-        nobody = Console(quiet=True)
+        silent = Console(quiet=True)
         rows: list[Row] = []
         try:
             if not self._refused:
-                (rows,) = self._explaining.explain([shard], nobody, lambda: False)
+                (rows,) = self._explainer.explain([shard], silent, lambda: False)
         except (ConfigurationError, OSError) as error:
             self._refused = str(error)
         short = [{"path": row["path"], "error_code": row.get("error_code")} for row in rows]

@@ -1,1 +1,1 @@
-"""`camserve export`: pictures explained, in the form that a labeling tool imports."""
+"""`camserve export`: explains images into a file that a labeling tool imports."""

@@ -1,4 +1,4 @@
-"""All images of a run on one picture: overlay, class and score of each."""
+"""The contact sheet: overlay, class and score of all images in one image file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from service.models.loaded import LoadedModel
 from service.pipeline import response
 
 SIDE = 320
-"""Of the longer side of a tile's picture, in pixels; smaller where there are very many."""
+"""Longer side of an overlay in a tile, in pixels; smaller if there are very many."""
 
 MOST_PIXELS = 48_000_000
 MARGIN, GAP, CAPTION, HEADING = 40, 24, 62, 96
@@ -35,18 +35,18 @@ PAPER, INK, SOFT, MAT, FAULT = "#f7f6f3", "#1a1b1d", "#5b5d62", "#eceae4", "#b03
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """A picture as a file (None: it failed), and what is written below it."""
+    """An overlay as a JPEG file (None: the image failed), and the text below it."""
 
-    picture: bytes | None
+    overlay: bytes | None
     title: str
     detail: str
     path: str
 
 
 class ContactSheet:
-    """Tiles in the order of their names; written when its `with` ends well.
+    """Tiles in the order of their names; written when the `with` ends without an error.
 
-    Text is drawn in Pillow's own font, which has Latin letters.
+    Text is in Pillow's built-in font, which has Latin letters.
     """
 
     def __init__(self, path: Path, model: LoadedModel, options: ExplainOptions) -> None:
@@ -74,8 +74,8 @@ class ContactSheet:
                     f"{text_of(self._path)} cannot be written: {failed.strerror}."
                 ) from failed
 
-    def keep(self, outcome: Outcome) -> None:
-        """A tile for an image, or for its failure."""
+    def add(self, outcome: Outcome) -> None:
+        """Add a tile for an image or its failure."""
         path = text_of(outcome.path)
         if isinstance(outcome, Failed):
             tile = Tile(None, outcome.code.replace("_", " "), "failed", path)
@@ -98,8 +98,8 @@ class ContactSheet:
         )
         sheet = Image.new("RGB", size, PAPER)
         self._head(ImageDraw.Draw(sheet), len(tiles))
-        for place, tile in enumerate(tiles):
-            row, column = divmod(place, columns)
+        for index, tile in enumerate(tiles):
+            row, column = divmod(index, columns)
             corner = MARGIN + column * step[0], MARGIN + HEADING + row * step[1]
             _draw_tile(sheet, corner, side, tile)
         return sheet
@@ -107,47 +107,47 @@ class ContactSheet:
     def _head(self, pen: ImageDraw.ImageDraw, count: int) -> None:
         layers = ", ".join(self._options.layer) or self._model.target_layer or ""
         images = "1 image" if count == 1 else f"{count} images"
-        told = (f"{self._model.name} {self._model.version}", self._options.method, layers, images)
+        facts = (f"{self._model.name} {self._model.version}", self._options.method, layers, images)
         pen.text((MARGIN, MARGIN - 6), "Explanations", INK, _font(34))
-        pen.text((MARGIN, MARGIN + 42), "  ·  ".join(filter(None, told)), SOFT, _font(17))
+        pen.text((MARGIN, MARGIN + 42), "  ·  ".join(filter(None, facts)), SOFT, _font(17))
 
 
-def _small_overlay(outcome: Explained) -> EncodedImage:
-    """The photo under its first map, as a JPEG."""
-    upload, options = small_photo(outcome.upload, SIDE), outcome.options
+def _small_overlay(outcome: Explained) -> Picture:
+    """Return the overlay of the first map, as a JPEG."""
+    upload, options = scaled_down(outcome.upload, SIDE), outcome.options
     style = Style("source", options.colormap, "jpeg", options.opacity)
     return response.overlay(upload, outcome.answer.explanations[0], style)
 
 
-def small_photo(upload: Upload, side: int) -> Upload:
-    """The upload with its photo scaled down to at most `side` pixels."""
-    assert upload.preview is not None
-    height, width = upload.preview.shape[:2]
+def scaled_down(upload: Upload, side: int) -> Upload:
+    """Return the upload with its image scaled down to at most `side` pixels."""
+    assert upload.photo is not None
+    height, width = upload.photo.shape[:2]
     scale = min(1.0, side / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    photo: NDArray[np.uint8] = np.asarray(
-        cv2.resize(upload.preview, size, interpolation=cv2.INTER_AREA), dtype=np.uint8
+    pixels: NDArray[np.uint8] = np.asarray(
+        cv2.resize(upload.photo, size, interpolation=cv2.INTER_AREA), dtype=np.uint8
     )
-    return replace(upload, preview=photo)
+    return replace(upload, photo=pixels)
 
 
 def _draw_tile(sheet: Image.Image, corner: tuple[int, int], side: int, tile: Tile) -> None:
     pen, (left, top) = ImageDraw.Draw(sheet), corner
     pen.rounded_rectangle((left, top, left + side, top + side), 8, MAT)
-    if tile.picture is not None:
-        drawn = _opened(tile.picture)
+    if tile.overlay is not None:
+        drawn = _decode(tile.overlay)
         drawn = ImageOps.contain(drawn, (side, side))
         offset = left + (side - drawn.width) // 2, top + (side - drawn.height) // 2
         sheet.paste(drawn, offset)
     large, fine = max(9, round(side / 17)), max(8, round(side / 23))
     right, line = left + side, top + side + 8
-    pen.text((left, line), _fitting(tile.title, side * 0.72, large), INK, _font(large))
-    pen.text((right, line), tile.detail, INK if tile.picture else FAULT, _font(large), "ra")
+    pen.text((left, line), _shortened(tile.title, side * 0.72, large), INK, _font(large))
+    pen.text((right, line), tile.detail, INK if tile.overlay else FAULT, _font(large), "ra")
     below = line + large + 6
-    pen.text((left, below), _fitting(tile.path, side, fine, end=True), SOFT, _font(fine))
+    pen.text((left, below), _shortened(tile.path, side, fine, end=True), SOFT, _font(fine))
 
 
-def _opened(data: bytes) -> Image.Image:
+def _decode(data: bytes) -> Image.Image:
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
     assert pixels is not None
     return Image.fromarray(pixels)
@@ -157,8 +157,8 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
-def _fitting(text: str, width: float, size: int, *, end: bool = False) -> str:
-    """As much of a text as `width` pixels hold: its beginning, or its end."""
+def _shortened(text: str, width: float, size: int, *, end: bool = False) -> str:
+    """Return the beginning or end of a text that fits in `width` pixels."""
     font, shown = _font(size), text
     while font.getlength(shown) > width and len(text) > 1:
         text = text[1:] if end else text[:-1]

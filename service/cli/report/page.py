@@ -1,4 +1,4 @@
-"""The report as a page: everything it shows is inside it, and nothing is asked of any host."""
+"""The HTML report: one self-contained file that loads nothing from any host."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from service import __version__
 from service.cam.encoding import encode
 from service.cam.heatmap import Style, render_heatmap
 from service.cli.explain_files import Explained, Failed, Outcome
-from service.cli.report.contact_sheet import small_photo
+from service.cli.report.contact_sheet import scaled_down
 from service.durable import write_whole
 from service.errors import ConfigurationError
 from service.images.image_files import text_of
@@ -28,7 +28,7 @@ from service.inference.questions import Explanation
 from service.models.loaded import LoadedModel
 
 SIDE = 720
-"""Of a picture's longer side, in pixels."""
+"""Longer side of an image, in pixels."""
 
 FLAGS = {
     "all_zero": "The map is zero everywhere: there is no evidence for this class.",
@@ -40,7 +40,7 @@ FLAGS = {
 
 
 class HtmlReport:
-    """Cards in the order of the images' names; written when its `with` ends well."""
+    """Cards in the order of the images' names; written when the `with` ends without an error."""
 
     def __init__(self, path: Path, model: LoadedModel, options: ExplainOptions) -> None:
         self._path = path
@@ -68,8 +68,8 @@ class HtmlReport:
                     f"{text_of(self._path)} cannot be written: {failed.strerror}."
                 ) from failed
 
-    def keep(self, outcome: Outcome) -> None:
-        """A card for an image, or a line for its failure."""
+    def add(self, outcome: Outcome) -> None:
+        """Add a card for an image, or a line for its failure."""
         if isinstance(outcome, Failed):
             with self._lock:
                 self._failed[outcome.name] = outcome
@@ -154,10 +154,12 @@ def _card(outcome: Explained) -> str:
     best = _best(outcome)
     mark = hashlib.sha256(text_of(outcome.name).encode()).hexdigest()[:12]
     figures = "".join(
-        _figure(outcome, explanation, mark, first=not place)
-        for place, explanation in enumerate(outcome.answer.explanations)
+        _figure(outcome, explanation, mark, first=not index)
+        for index, explanation in enumerate(outcome.answer.explanations)
     )
-    flags = dict.fromkeys(flag for each in outcome.answer.explanations for flag in each.flags)
+    flags = dict.fromkeys(
+        flag for explanation in outcome.answer.explanations for flag in explanation.flags
+    )
     notes = [FLAGS.get(flag, flag.replace("_", " ")) for flag in flags] + _hidden(outcome.result)
     return f"""<article data-label="{escape(best.label)}" data-score="{best.score:.6f}">
 {figures}
@@ -169,10 +171,10 @@ def _card(outcome: Explained) -> str:
 
 
 def _figure(outcome: Explained, explanation: Explanation, mark: str, *, first: bool) -> str:
-    """The photo under the map; the photo is in the page once, however many maps it has."""
-    upload, options = small_photo(outcome.upload, SIDE), outcome.options
-    assert upload.preview is not None
-    height, width = upload.preview.shape[:2]
+    """Return the map over the image, which is in the page once for all its maps."""
+    upload, options = scaled_down(outcome.upload, SIDE), outcome.options
+    assert upload.photo is not None
+    height, width = upload.photo.shape[:2]
     geometry = upload.model_input.geometry
     style = Style("source", options.colormap, "jpeg", options.opacity)
     heat = render_heatmap(explanation.grid, geometry, style, max(width, height))
@@ -182,31 +184,31 @@ def _figure(outcome: Explained, explanation: Explanation, mark: str, *, first: b
         for name, value in zip(("x", "y", "width", "height"), geometry.seen, strict=True)
     )
     size = f'width="{width}" height="{height}"'
-    photo = f'<use href="#photo-{mark}"/>'
+    source = f'<use href="#image-{mark}"/>'
     if first:
-        data = _data("image/jpeg", encode(upload.preview, "jpeg"))
-        photo = f'<image id="photo-{mark}" {size} href="{data}"/>'
+        data = _data("image/jpeg", encode(upload.photo, "jpeg"))
+        source = f'<image id="image-{mark}" {size} href="{data}"/>'
     label = outcome.model.labels[explanation.class_id]
     clip = f"seen-{mark}-{explanation.class_id}"
-    said = f"{text_of(outcome.path)}: evidence for {label}"
+    alternative = f"{text_of(outcome.path)}: evidence for {label}"
     caption = f"<figcaption>{escape(label)} {explanation.score:.1%}</figcaption>"
     return f"""<figure><button type="button" aria-label="Enlarge {escape(text_of(outcome.path))}">
-<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(said)}">
+<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(alternative)}">
 <clipPath id="{clip}"><rect {seen}/></clipPath>
-{photo}<g class="heat"><image {size} clip-path="url(#{clip})" preserveAspectRatio="none"
+{source}<g class="heat"><image {size} clip-path="url(#{clip})" preserveAspectRatio="none"
  href="{_data(heat.media_type, heat.data)}"/></g><rect class="seen" {seen}/></svg></button>
 {"" if first else caption}</figure>"""
 
 
 def _others(predictions: Sequence[Prediction]) -> str:
     return "".join(
-        f"<li><span>{escape(each.label)}</span> {_bar(each.score)} <b>{each.score:.1%}</b></li>"
-        for each in predictions
+        f"<li><span>{escape(p.label)}</span> {_bar(p.score)} <b>{p.score:.1%}</b></li>"
+        for p in predictions
     )
 
 
 def _hidden(result: Result) -> list[str]:
-    """What hiding a part did, in words."""
+    """Return a sentence per class on the effect of the mask."""
     changes = result.masked.changes if result.masked is not None else []
     return [
         f"With the part hidden: {each.label} {each.score:.1%} ({each.score_change * 100:+.1f} "

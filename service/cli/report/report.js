@@ -31,9 +31,9 @@ for (const button of buttons) {
 }
 
 main.addEventListener("click", (event) => {
-  const picture = event.target.closest("figure button")?.querySelector("svg");
-  if (!picture) return;
-  dialog.replaceChildren(picture.cloneNode(true));
+  const image = event.target.closest("figure button")?.querySelector("svg");
+  if (!image) return;
+  dialog.replaceChildren(image.cloneNode(true));
   dialog.showModal();
 });
 

@@ -41,14 +41,14 @@ on every stream."""
 class OpenVinoFront:
     """Maps pixels to the output of the layer where the model was cut; see `Front`.
 
-    Two programs of one graph: the narrow one runs `streams` concurrent requests on one thread each,
-    for maximum throughput; the wide one runs one request on `lone_threads` threads, for the lowest
-    single-request latency. They agree within rounding. A front with few weights (`FIXED_UP_TO`) has
-    further programs for common batch sizes: 1 and `largest`.
+    Two programs of one graph: the narrow one runs a request on one thread, `streams` of them side
+    by side, for maximum throughput; the wide one runs one request on `single_request_threads`
+    threads, for the lowest single-request latency. They agree to rounding. A front of few weights
+    (`FIXED_UP_TO`) has further programs for what is usual: one image alone, and `largest` of them.
 
     graph:        the converted front, for any batch size.
-    lone_threads: 1: no wide program, which saves its packed weights.
-    precision:    `bf16` if the processor supports it (`has_bf16`); an int8 graph does not change.
+    single_request_threads: 1 makes no wide program, which saves its packed weights.
+    precision:    `bf16` where the processor has it (`has_bf16`); a graph of int8 stays as it is.
     largest:      images in the largest batch.
 
     trials: batch sizes that run every program once, if every second batch is wide.
@@ -58,7 +58,7 @@ class OpenVinoFront:
         self,
         graph: Graph,
         streams: int = 1,
-        lone_threads: int = 1,
+        single_request_threads: int = 1,
         precision: Precision = "float32",
         largest: int = 1,
     ) -> None:
@@ -66,9 +66,9 @@ class OpenVinoFront:
         is_small = bytes_of_weights(graph) <= FIXED_UP_TO
         alone = {1} if is_small else set()
         together = {largest} if is_small and largest <= FIXED_BATCH else set()
-        if lone_threads > 1:
+        if single_request_threads > 1:
             self._narrow = _Programs(graph, streams, streams, hint, together)
-            self._wide = _Programs(graph, 1, lone_threads, hint, alone)
+            self._wide = _Programs(graph, 1, single_request_threads, hint, alone)
         else:
             self._narrow = self._wide = _Programs(graph, streams, streams, hint, together | alone)
         self.trials = [1, 1, 3, 2, *together]

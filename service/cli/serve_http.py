@@ -1,4 +1,4 @@
-"""What `camserve serve` does: the service in uvicorn, announced once its models are loaded."""
+"""`camserve serve`: run the service in uvicorn, and print its URL once models are loaded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from service.settings import Settings
 
 
 def run(settings: Settings) -> None:
-    """Serve until a signal ends it. Raises ConfigurationError where no model could be loaded."""
+    """Serve until a signal. Raises ConfigurationError if no model could be loaded."""
     logs.configure(settings.log_format)
     tune_allocator()
     sys.setswitchinterval(SWITCH_SECONDS)
@@ -46,7 +46,7 @@ def run(settings: Settings) -> None:
 
 
 def _announce_when_ready(server: uvicorn.Server, served: FastAPI) -> None:
-    """Say where the service is once its models are loaded; end it where none could be."""
+    """Print the URL once models are loaded; stop the server if none could be."""
     start = server.startup
 
     async def announce() -> None:
@@ -86,6 +86,6 @@ def _announce(host: str, port: int) -> None:
 
 
 def _sample() -> str:
-    """The sample image as a path from here, where this is a checkout."""
+    """Return the path of the sample image in a checkout, else a placeholder."""
     sample = Path(__file__).parents[2] / "examples" / "sunflower.jpg"
     return os.path.relpath(sample) if sample.exists() else "YOUR.jpg"

@@ -1,4 +1,4 @@
-"""What `camserve export` does: pictures explained, here or by a service, written as one file."""
+"""`camserve export`: explain images, here or by a service, and write one file."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from api_schemas.options import ExplainOptions
 from service import logs
 from service.app import build_service
 from service.cli.explain_files import Failed, Outcome, explain_files
-from service.cli.flags import ERR, say_left_out
+from service.cli.flags import ERR, print_left_out
 from service.durable import whole
 from service.errors import ConfigurationError
 from service.images.image_files import find_images, text_of
 from service.settings import Settings
 
 Images = Sequence[tuple[Path, str]]
-"""Files with the names that they have in the export: below the folder that was given."""
+"""Files, with their names in the export: below the given folder."""
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """The model that answers, and its answers in the order of the pictures."""
+class ModelResults:
+    """The model, and its results in the order of the images."""
 
     model: str
     labels: Sequence[str]
@@ -40,8 +40,8 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Remote:
-    """A service that answers instead of this process; model: one of its own, None: its first."""
+class RemoteService:
+    """A running service to use; model: one of its models, None: its first."""
 
     url: str
     api_key: str | None
@@ -49,19 +49,19 @@ class Remote:
 
 
 Named = Iterator[tuple[str, Result]]
-Form = Callable[[TextIO, Source, Named], None]
-"""Writes an export to a file."""
+Writer = Callable[[TextIO, ModelResults, Named], None]
+"""Writes results to a file in one format."""
 
 
-def as_coco(file: TextIO, source: Source, results: Named) -> None:
-    """One JSON object."""
+def as_coco(file: TextIO, source: ModelResults, results: Named) -> None:
+    """Write one COCO JSON object."""
     json.dump(coco.dataset(results, source.labels, f"camserve {source.model}"), file)
 
 
-def as_labelbox(features: Mapping[str, str] | None) -> Form:
-    """Newline-delimited JSON with the features of `labelbox.rows`."""
+def as_labelbox(features: Mapping[str, str] | None) -> Writer:
+    """Return a writer of newline-delimited JSON with the features of `labelbox.rows`."""
 
-    def write(file: TextIO, _source: Source, results: Named) -> None:
+    def write(file: TextIO, _source: ModelResults, results: Named) -> None:
         rows = labelbox.rows(results, features or labelbox.FEATURES)
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
@@ -72,17 +72,17 @@ def run(
     given: Sequence[str],
     options: ExplainOptions,
     out: Path,
-    write: Form,
-    answers: Remote | Settings,
+    write: Writer,
+    answers: RemoteService | Settings,
 ) -> None:
-    """Explain and write; the file is there at the end or not at all.
+    """Explain images and write the file, which is complete or absent.
 
-    answers: who explains: a service, or with these settings this process. Ends with code 1 where a
-    picture failed. Raises ConfigurationError, and what `find_images` and `explain_files` raise.
+    answers: a running service, or the settings for a service in this process. Exits with code 1 if
+    an image failed. Raises ConfigurationError, and the errors of `find_images` and `explain_files`.
     """
     logs.configure_command()
     images = [(path, text_of(name.with_name(path.name))) for path, name in find_images(given)]
-    asked = options.model_copy(update={"include": ["regions"]})
+    with_regions = options.model_copy(update={"include": ["regions"]})
     failed: list[tuple[str, str]] = []
 
     def named(results: Iterable[Result]) -> Named:
@@ -92,13 +92,13 @@ def run(
             yield name, result
 
     with (
-        _there(answers, images, asked)
-        if isinstance(answers, Remote)
-        else _here(answers, images, asked) as source,
+        _from_service(answers, images, with_regions)
+        if isinstance(answers, RemoteService)
+        else _from_process(answers, images, with_regions) as source,
         _written(out) as file,
     ):
         write(file, source, named(source.results))
-    say_left_out(given)
+    print_left_out(given)
     for name, detail in failed:
         ERR.print(f"[red]failed:[/] {escape(name)}: {escape(detail)}", soft_wrap=True)
     counts = f"{len(images) - len(failed)} explained, {len(failed)} failed"
@@ -108,23 +108,27 @@ def run(
 
 
 @contextmanager
-def _there(remote: Remote, images: Images, options: ExplainOptions) -> Iterator[Source]:
-    """A service's answers. Raises ConfigurationError for what it says of every picture."""
-    said: dict[str, Any] = options.model_dump(exclude_unset=True)
+def _from_service(
+    remote: RemoteService, images: Images, options: ExplainOptions
+) -> Iterator[ModelResults]:
+    """Yield the results of a running service. Raises ConfigurationError if it cannot be used."""
+    arguments: dict[str, Any] = options.model_dump(exclude_unset=True)
     if remote.model:
-        said["model"] = remote.model
+        arguments["model"] = remote.model
     try:
         with Client(remote.url, api_key=remote.api_key) as client:
             model = client.model(remote.model)
-            results = client.explain_many([path for path, _ in images], **said)
-            yield Source(f"{model.name} {model.version}", model.labels or [], results)
+            results = client.explain_many([path for path, _ in images], **arguments)
+            yield ModelResults(f"{model.name} {model.version}", model.labels or [], results)
     except ClientError as error:
         raise ConfigurationError(error.detail) from error
 
 
 @contextmanager
-def _here(settings: Settings, images: Images, options: ExplainOptions) -> Iterator[Source]:
-    """The answers of a service in this process, without HTTP."""
+def _from_process(
+    settings: Settings, images: Images, options: ExplainOptions
+) -> Iterator[ModelResults]:
+    """Yield the results of a service in this process, without HTTP."""
 
     def result(outcome: Outcome) -> Result:
         if isinstance(outcome, Failed):
@@ -135,12 +139,12 @@ def _here(settings: Settings, images: Images, options: ExplainOptions) -> Iterat
     model = service.pool.model(None)
     files = [(path, Path(name)) for path, name in images]
     with explain_files(service, files, options, [], ERR) as outcomes:
-        yield Source(f"{model.name} {model.version}", model.labels, map(result, outcomes))
+        yield ModelResults(f"{model.name} {model.version}", model.labels, map(result, outcomes))
 
 
 @contextmanager
 def _written(out: Path) -> Iterator[TextIO]:
-    """A file that takes its name once it is written. Raises ConfigurationError."""
+    """Open a file that gets its name once it is complete. Raises ConfigurationError."""
     try:
         with whole(out) as draft, draft.open("w", encoding="utf-8") as file:
             yield file

@@ -1,4 +1,4 @@
-"""One run of `camserve bulk`: what is left to do, done here or on Ray, and how it ended."""
+"""Run `camserve bulk`: explain the images that have no row, here or on Ray."""
 
 from __future__ import annotations
 
@@ -11,19 +11,24 @@ import typer
 from rich.markup import escape
 
 from service import logs
-from service.cli.bulk.explaining import Shard, cut
 from service.cli.bulk.inputs import Input, list_inputs
-from service.cli.bulk.job import Job, Share, Stopped
-from service.cli.bulk.results import Results, Row, open_results
-from service.cli.flags import ERR, say_left_out
+from service.cli.bulk.job import BulkJob, RayResources, Stopped
+from service.cli.bulk.result_folder import ResultFolder, Row, open_results
+from service.cli.bulk.shards import Shard, split_into_shards
+from service.cli.flags import ERR, print_left_out
 from service.errors import ConfigurationError
 from service.images.image_files import text_of
 
 
-def run(  # noqa: PLR0917 - what, of what, where to, and how
-    job: Job, source: str, column: str, folder: Path, shard_size: int, share: Share | None
+def run(  # noqa: PLR0917 - a command's arguments
+    job: BulkJob,
+    source: str,
+    column: str,
+    folder: Path,
+    shard_size: int,
+    cluster: RayResources | None,
 ) -> None:
-    """Explain what has no row yet. Raises typer.Exit where not all is well, ConfigurationError."""
+    """Explain the images that have no row. Raises typer.Exit if any failed, ConfigurationError."""
     logs.configure_command()
     inputs = list_inputs(source, column)
     try:
@@ -32,23 +37,27 @@ def run(  # noqa: PLR0917 - what, of what, where to, and how
         raise ConfigurationError(f"{error.filename}: {error.strerror or error}.") from error
     with open_results(folder, identity) as results, _signals() as stopped:
         done = results.done()
-        left = [each for each in inputs if each.name not in done]
+        left = [image for image in inputs if image.name not in done]
         if len(left) < len(inputs):
             ERR.print(f"{len(inputs) - len(left):,} of {len(inputs):,} images are done.")
-        shards = cut(left, shard_size, results.next_number())
+        shards = split_into_shards(left, shard_size, results.next_number())
         if shards:
-            with _finished(job, shards, results, share, stopped) as finished:
+            with _finished(job, shards, results, cluster, stopped) as finished:
                 for rows in finished:
                     done.update({row["path"]: row.get("error_code") for row in rows})
-        say_left_out([source])
+        print_left_out([source])
         _conclude(inputs, done, folder, stopped())
 
 
 def _finished(
-    job: Job, shards: list[Shard], results: Results, share: Share | None, stopped: Stopped
+    job: BulkJob,
+    shards: list[Shard],
+    results: ResultFolder,
+    cluster: RayResources | None,
+    stopped: Stopped,
 ) -> AbstractContextManager[Iterator[list[Row]]]:
-    """The rows of each shard once it is there; `error_code` and `path` of each at least."""
-    if share is None:
+    """Yields the rows of each finished shard; a row has at least `path` and `error_code`."""
+    if cluster is None:
         return _here(job, shards, results, stopped)
     try:
         from service.cli.bulk.on_ray import explain_on_ray  # noqa: PLC0415 - an extra
@@ -57,25 +66,25 @@ def _finished(
             f"--ray needs {error.name}, which is not installed: pip install -e '.[ray]' in the "
             "checkout."
         ) from error
-    return explain_on_ray(job, shards, results, share, stopped)
+    return explain_on_ray(job, shards, results, cluster, stopped)
 
 
 @contextmanager
 def _here(
-    job: Job, shards: list[Shard], results: Results, stopped: Stopped
+    job: BulkJob, shards: list[Shard], results: ResultFolder, stopped: Stopped
 ) -> Iterator[Iterator[list[Row]]]:
-    with job.explaining(results) as explaining:
-        yield explaining.explain(shards, ERR, stopped)
+    with job.explainer(results) as explainer:
+        yield explainer.explain(shards, ERR, stopped)
 
 
 def _conclude(
     inputs: list[Input], done: dict[str, str | None], folder: Path, signalled: int
 ) -> None:
-    """Say what is there now, and end with the exit code for it."""
-    there = [done[each.name] for each in inputs if each.name in done]
-    failed = sum(code is not None for code in there)
+    """Print the counts, and exit with the code for them."""
+    codes = [done[image.name] for image in inputs if image.name in done]
+    failed = sum(code is not None for code in codes)
     ERR.print(
-        f"{len(there) - failed:,} explained, {failed:,} failed, {len(inputs) - len(there):,} left "
+        f"{len(codes) - failed:,} explained, {failed:,} failed, {len(inputs) - len(codes):,} left "
         f"→ {escape(text_of(folder))}",
         soft_wrap=True,
     )
@@ -87,7 +96,7 @@ def _conclude(
 
 @contextmanager
 def _signals() -> Iterator[Stopped]:
-    """SIGINT and SIGTERM ask to stop; the same again ends the process at once."""
+    """Let a first SIGINT or SIGTERM stop the run, and a second one end the process."""
     received = 0
 
     def stop(number: int, _frame: object) -> None:
@@ -95,9 +104,9 @@ def _signals() -> Iterator[Stopped]:
         received = number
         signal.signal(number, signal.SIG_DFL)
 
-    before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: received
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -31,8 +31,8 @@ def bulk(  # noqa: PLR0913, PLR0917 - a command's parameters are its flags
     shard_size: Annotated[
         int, typer.Option(min=1, help="Images per Parquet file: the most that a kill loses.")
     ] = 256,
-    pictures: Annotated[
-        bool, typer.Option("--pictures/--no-pictures", help="Also write overlays and heatmaps.")
+    write_images: Annotated[
+        bool, typer.Option("--images/--no-images", help="Also write overlays and heatmaps.")
     ] = True,
     regions: Annotated[
         bool, typer.Option("--regions", help="Add mask, boxes, polygons and peak to `answer`.")
@@ -53,8 +53,8 @@ def bulk(  # noqa: PLR0913, PLR0917 - a command's parameters are its flags
     overlays and heatmaps. The exit code is 1 if any failed.
     """
     try:
-        from service.cli.bulk.job import Job, Share  # noqa: PLC0415 - loads torch, and extras
-        from service.cli.bulk.run import run  # noqa: PLC0415 - as above
+        from service.cli.bulk.bulk_run import run  # noqa: PLC0415 - as above
+        from service.cli.bulk.job import BulkJob, RayResources  # noqa: PLC0415 - loads torch, and extras
     except ModuleNotFoundError as error:
         raise ConfigurationError(
             f"camserve bulk needs {error.name}, which is not installed: pip install -e '.[bulk]' "
@@ -62,6 +62,6 @@ def bulk(  # noqa: PLR0913, PLR0917 - a command's parameters are its flags
         ) from error
     if regions:
         options = options.model_copy(update={"include": ["grid", "regions"]})
-    job = Job(settings, options, pictures)
-    share = None if ray is None else Share(ray, ray_actors, ray_cpus, ray_gpus)
-    run(job, source, column, folder.absolute(), shard_size, share)
+    job = BulkJob(settings, options, write_images)
+    cluster = None if ray is None else RayResources(ray, ray_actors, ray_cpus, ray_gpus)
+    run(job, source, column, folder.absolute(), shard_size, cluster)

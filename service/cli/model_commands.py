@@ -1,6 +1,6 @@
-"""`camserve models`, `layers` and `check`: what would be served, looked at before it is.
+"""`camserve models`, `layers`, `check` and `calibrate`: inspect models before they are served.
 
-Modules that load torch are imported by the functions that need them, as in `cli`.
+Functions import the modules that load torch, as in `cli.main`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from service.settings import Settings
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from service.cli.check import Checked
+    from service.cli.check import CheckResult
     from service.models.loaded import LoadedModel
 
 
@@ -84,10 +84,10 @@ def layers(
     from service.app import model_loader
 
     logs.configure_command()
-    # Shapes do not depend on the weights, so none are fetched for a list of them.
-    listed = settings.model_copy(update={"allow_random_weights": True})
-    read = settings if measure else listed
-    loaded = model_loader(read.uncompiled())(_named(settings, model))
+    # Shapes do not depend on the weights, so a list of layers does not download them.
+    without_weights = settings.model_copy(update={"allow_random_weights": True})
+    used = settings if measure else without_weights
+    loaded = model_loader(used.uncompiled())(_named(settings, model))
     if measure is not None:
         _print_ranking(loaded, measure, settings)
         return
@@ -107,18 +107,18 @@ def layers(
 
 
 def _named(settings: Settings, model: str) -> ModelSpec:
-    """The model of that name in the file, else the one that the form of `--model` describes."""
+    """Return the model of that name in --config, or else parse it like --model."""
     from service.app import model_specs
 
     specs = model_specs(settings)
-    of_file = [spec for spec in specs if spec.name == model] if settings.config else []
-    return of_file[0] if of_file else parse_model(model)
+    configured = [spec for spec in specs if spec.name == model] if settings.config else []
+    return configured[0] if configured else parse_model(model)
 
 
-def _pictures(model: LoadedModel, folder: Path, settings: Settings) -> list[Tensor]:
-    """Every image of a folder at the model's input size, uint8 (C, h, w).
+def _read_images(model: LoadedModel, folder: Path, settings: Settings) -> list[Tensor]:
+    """Return every image of a folder at the model's input size, uint8 (C, h, w).
 
-    Raises ConfigurationError for the first that cannot be read.
+    Raises ConfigurationError for the first one that cannot be read.
     """
     from service.images.budget import DecodeBudget
     from service.images.upload import open_upload
@@ -149,13 +149,13 @@ def _print_ranking(model: LoadedModel, folder: Path, settings: Settings) -> None
             f"no layer of model {model.name!r} can be measured: "
             f"{model.no_layers or model.no_gradients}."
         )
-    pictures = _pictures(model, folder, settings)
+    images = _read_images(model, folder, settings)
     table = Table(
         *("", "layer", "output", "faithfulness", "insertion", "deletion"),
         *("ms per image", "per ms"),
         box=None,
     )
-    for measured in rank(model, pictures, candidates(model)):
+    for measured in rank(model, images, candidates(model)):
         shape = model.layer(measured.layer).shape
         table.add_row(
             "*" if measured.layer == model.target_layer else "",
@@ -168,7 +168,7 @@ def _print_ranking(model: LoadedModel, folder: Path, settings: Settings) -> None
             f"{measured.per_millisecond:+.5f}",
         )
     OUT.print(table)
-    ERR.print(f"{len(pictures)} images; the best layer first, * is the default target.")
+    ERR.print(f"{len(images)} images; the best layer first, * is the default target.")
 
 
 def _lanes(model: LoadedModel) -> str:
@@ -181,16 +181,16 @@ def _lanes(model: LoadedModel) -> str:
 
 
 def _probes(model: LoadedModel) -> str:
-    """Which probes the model did not pass."""
-    return ", ".join(found.name for found in model.findings if not found.passed) or "passed"
+    """Return the names of the probes that the model failed, or `passed`."""
+    return ", ".join(finding.name for finding in model.findings if not finding.passed) or "passed"
 
 
 def _notes(model: LoadedModel, settings: Settings) -> Iterator[str]:
-    """What somebody who releases the model should know: failed probes, and lanes that are off."""
+    """Yield notes on a model: its transform, failed probes, and lanes that are off."""
     yield f"transform: {model.transform}"
-    for found in model.findings:
-        if not found.passed:
-            yield f"{found.result} {found.follows or ''}".rstrip()
+    for finding in model.findings:
+        if not finding.passed:
+            yield f"{finding.result} {finding.follows or ''}".rstrip()
     off = model.no_layers or model.no_gradients
     if off is None and model.not_compiled and settings.compile:
         off = f"no compiled lane: {model.not_compiled}"
@@ -213,31 +213,31 @@ def check(settings: Settings) -> None:
     table = Table("name", "classes", "parameters", "target layer", "lanes", "probes", box=None)
     for heading in ("ms per image", "MiB"):
         table.add_column(heading, justify="right")
-    failed: list[Checked] = []
+    failed: list[CheckResult] = []
     notes: list[str] = []
     checked = 0
-    for each in check_models(model_specs(settings), model_loader(settings)):
+    for result in check_models(model_specs(settings), model_loader(settings)):
         checked += 1
-        if each.model is None:
-            failed.append(each)
-            table.add_row(each.spec.name, *("-",) * 3, "failed", *("-",) * 3, style="red")
+        if result.model is None:
+            failed.append(result)
+            table.add_row(result.spec.name, *("-",) * 3, "failed", *("-",) * 3, style="red")
             continue
         table.add_row(
-            each.model.name,
-            str(len(each.model.labels)),
-            f"{each.parameters:,}",
-            each.model.target_layer or "none",
-            _lanes(each.model),
-            _probes(each.model),
-            f"{each.milliseconds:.1f}",
-            f"{each.mebibytes:.1f}",
+            result.model.name,
+            str(len(result.model.labels)),
+            f"{result.parameters:,}",
+            result.model.target_layer or "none",
+            _lanes(result.model),
+            _probes(result.model),
+            f"{result.milliseconds:.1f}",
+            f"{result.mebibytes:.1f}",
         )
-        notes += [f"{each.model.name}: {note}" for note in _notes(each.model, settings)]
+        notes += [f"{result.model.name}: {note}" for note in _notes(result.model, settings)]
     OUT.print(table)
     for note in notes:
         ERR.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
-    for each in failed:
-        name, problem = escape(each.spec.name), escape(each.problem or "")
+    for result in failed:
+        name, problem = escape(result.spec.name), escape(result.problem or "")
         ERR.print(f"[red]failed:[/] {name}: {problem}", soft_wrap=True)
     ERR.print(f"{checked - len(failed)} of {checked} models can be served.")
     if failed:
@@ -251,9 +251,11 @@ def calibrate(
         str,
         typer.Argument(help="A model of the configuration, or [NAME=]BUILDER[@WEIGHTS]."),
     ],
-    folder: Annotated[Path, typer.Argument(help="Images like those that it will receive.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of images like those that the model will receive.")
+    ],
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the result; default: NAME.int8.")
+        Path | None, typer.Option(help="Folder for the result. [default: NAME.int8]")
     ] = None,
 ) -> None:
     """Make an int8 front of a model, and measure its accuracy on held-out images.
@@ -267,12 +269,12 @@ def calibrate(
     logs.configure_command()
     spec = replace(_named(settings, model), int8=None, precision="float32")
     loaded = model_loader(settings)(spec)
-    place = out or Path(f"{spec.name}.int8")
-    found = calibrate_front(loaded, _pictures(loaded, folder, settings), place)
+    target = out or Path(f"{spec.name}.int8")
+    measured = calibrate_front(loaded, _read_images(loaded, folder, settings), target)
     OUT.print(
-        f"On {found.images} held-out images: {found.same_class:.1%} of the "
-        f"predictions and {found.same_peak:.1%} of the peaks are the same; rank correlation of the "
-        f"maps {found.median:.3f} in the median, {found.tenth:.3f} in the worst tenth.",
+        f"On {measured.pictures} held-out images: {measured.same_class:.1%} of the "
+        f"predictions and {measured.same_peak:.1%} of the peaks are the same; rank correlation of "
+        f"the maps {measured.median:.3f} in the median, {measured.tenth:.3f} in the worst tenth.",
         highlight=False,
     )
-    ERR.print(f"camserve serve --model {escape(model)} --int8 {spec.name}={escape(str(place))}")
+    ERR.print(f"camserve serve --model {escape(model)} --int8 {spec.name}={escape(str(target))}")

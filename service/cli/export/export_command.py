@@ -16,7 +16,7 @@ from service.settings import Settings
 Form = Literal["coco", "labelbox"]
 
 KINDS = ("classification", "bbox", "polygon", "mask", "point")
-"""Those of `api_schemas.adapters.labelbox`, which is imported when the command runs."""
+"""The kinds of `api_schemas.adapters.labelbox`, which the command imports when it runs."""
 
 
 @with_settings(OF_MODELS)
@@ -50,7 +50,9 @@ def export(  # noqa: PLR0913, PLR0917 - a command's parameters are its flags
     api_key: Annotated[
         str | None, typer.Option(envvar="CAMSERVE_API_KEY", help="Key for --url.")
     ] = None,
-    served: Annotated[str | None, typer.Option(help="Model of --url. [default: its first]")] = None,
+    served: Annotated[
+        str | None, typer.Option(help="Model of --url. [default: its first model]")
+    ] = None,
 ) -> None:
     """Explain images, and write a file for import into a labeling tool.
 
@@ -59,11 +61,13 @@ def export(  # noqa: PLR0913, PLR0917 - a command's parameters are its flags
     code is 1 if any failed.
     """
     if feature and form == "coco":
-        raise ConfigurationError("--feature is for labelbox; COCO has all of it.")
+        raise ConfigurationError(
+            "--feature is only for labelbox; remove it: coco exports everything."
+        )
     features = _features(feature or [])
-    from service.cli.export.writing import Remote, as_coco, as_labelbox, run  # noqa: PLC0415 - slow
+    from service.cli.export.export_files import RemoteService, as_coco, as_labelbox, run  # noqa: PLC0415 - slow
 
-    answers = Remote(url, api_key, served) if url else settings
+    answers = RemoteService(url, api_key, served) if url else settings
     if form == "coco":
         run(images, options, out or Path("coco.json"), as_coco, answers)
     else:
@@ -71,7 +75,7 @@ def export(  # noqa: PLR0913, PLR0917 - a command's parameters are its flags
 
 
 def _features(given: Sequence[str]) -> dict[str, str]:
-    features = dict(each.partition("=")[::2] for each in given)
+    features = dict(feature.partition("=")[::2] for feature in given)
     for kind, name in features.items():
         if kind not in KINDS or not name:
             raise ConfigurationError(

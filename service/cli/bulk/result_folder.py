@@ -1,16 +1,16 @@
-"""The folder of results: shards that are there whole or not at all, joined by the images' names.
+"""The folder of results: each shard is complete or absent.
 
-DST/job.json                      the job whose results they are: its source, model and options
+DST/job.json                      the job of these results: source, model and options
 DST/model.json                    the model that answered, as it was loaded
 DST/part-00000.parquet            rows, one for each image
 DST/pictures/part-00000-WRITER/…  their overlays and heatmaps; the rows name the folder
-DST/.unfinished/WRITER/…          what is being written; a kill leaves it, the next start removes it
-DST/.owner                        the run that may add shards; a later run takes it over
+DST/.unfinished/WRITER/…          drafts; the next run removes those of a killed one
+DST/.owner                        the run that may add shards; a later run takes over
 DST/.lock, DST/.commit            held while a run lasts, and while a shard is added
 
-What a row refers to is on the disk before the row is: each file is synced, then named, then its
-folder is synced. Each writer has names of its own until the shard's name is given, which one writer
-alone gets.
+A file is on the disk before the row that refers to it: each file is synced, then renamed, then its
+folder is synced. A writer uses names with its id until it gives a shard its final name, which only
+one writer can do. The names `pictures` and `camserve.pictures` are those of folders of 0.1.0.
 """
 
 from __future__ import annotations
@@ -48,129 +48,129 @@ SCHEMA = pa.schema(
         ("error_detail", pa.string()),
     ]
 )
-"""Of every shard. `overlays` and `heatmaps` are paths below DST, one for each explained class;
-`answer` is the JSON that /explain gives for the image. A row has those, or it has the error."""
+"""The columns of a shard. `overlays` and `heatmaps` are paths below DST, one per explained class;
+`answer` is the JSON of /explain for the image. A row has these, or it has the error."""
 
 Row = dict[str, Any]
 
 Identity = Mapping[str, Any]
-"""What decides what the rows say, as JSON has it."""
+"""What determines the rows, as a JSON object."""
 
-_PICTURES = b"camserve.pictures"
-"""In the metadata of a shard: the folder of its images below DST/pictures."""
+_IMAGES = b"camserve.pictures"
+"""The key in a shard's metadata for the folder of its images below DST/pictures."""
 
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK})
 
 
 @dataclass(frozen=True, slots=True)
-class Results:
-    """The folder. Whoever opened it alone adds shards, in this process or in others.
+class ResultFolder:
+    """The folder. Only the run that opened it last adds shards, from any process.
 
-    run: names the run that owns the folder; once another run does, nothing of this one is added.
+    run: the id of the run that owns the folder.
     """
 
     folder: Path
     run: str
 
     def done(self) -> dict[str, str | None]:
-        """Each image that has a row, with its error code. Raises ConfigurationError."""
-        found: dict[str, str | None] = {}
+        """Return the error code of each image that has a row. Raises ConfigurationError."""
+        codes: dict[str, str | None] = {}
         for part in sorted(self.folder.glob("part-*.parquet")):
-            found.update(_codes(part))
-        return found
+            codes.update(_codes(part))
+        return codes
 
     def next_number(self) -> int:
-        """Of the first shard that is not there, nor any behind it."""
+        """Return the number after that of the last shard."""
         numbers = [int(part.stem.partition("-")[2]) for part in self.folder.glob("part-*.parquet")]
         return max(numbers, default=-1) + 1
 
     def check_model(self, identity: Identity) -> None:
-        """Note the model that answers, or compare it with the one that did so far.
+        """Write model.json, or compare the model with it.
 
-        Raises ConfigurationError where it is another one, OSError.
+        Raises ConfigurationError if it is another model, OSError.
         """
         file = self.folder / "model.json"
         draft = self.folder / f".{uuid.uuid4().hex}.json"
         write_synced(draft, _as_json(identity))
         try:
-            if not _name(draft, file):
+            if not _rename_new(draft, file):
                 _compare(file, identity)
         finally:
             draft.unlink(missing_ok=True)
         sync_folder(self.folder)
 
-    def work(self) -> Work:
-        """Begin to write shards."""
+    def writer(self) -> ShardWriter:
+        """Return a new writer of shards."""
         writer = uuid.uuid4().hex[:16]
-        return Work(self.folder, self.run, self.folder / ".unfinished" / writer, writer)
+        return ShardWriter(self.folder, self.run, self.folder / ".unfinished" / writer, writer)
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """One writer's place, which no other has: images go to `place`/SHARD/… until it is whole."""
+class ShardWriter:
+    """Writes shards: images go to `drafts`/SHARD/… until the shard is complete."""
 
     folder: Path
     run: str
-    place: Path
+    drafts: Path
     writer: str
 
-    def pictures(self, shard: str) -> str:
-        """Where the images of a shard will be, below DST."""
+    def images_folder(self, shard: str) -> str:
+        """Return the folder for the images of a shard, below DST."""
         return f"pictures/{shard}-{self.writer}"
 
     def finish(self, shard: str, rows: Sequence[Row]) -> list[Row]:
-        """Make the shard there, with its images; where another writer did so, drop this one.
+        """Add the shard with its images, unless another writer has added it.
 
-        Returns the rows that are there, of another writer's `path` and `error_code` alone. Images
-        that no row refers to are dropped. Raises ConfigurationError where the folder belongs to
-        another run by now, OSError.
+        Returns the rows of the shard; of another writer's only `path` and `error_code`. Images
+        without a row are removed. Raises ConfigurationError if another run owns the folder now,
+        OSError.
         """
-        make_folder(self.place)
-        target, written = self.folder / f"{shard}.parquet", self.place / f"{shard}.parquet"
-        drawn, pictures = self.place / shard, self.folder / self.pictures(shard)
-        schema = SCHEMA.with_metadata({_PICTURES: pictures.name.encode()})
+        make_folder(self.drafts)
+        target, written = self.folder / f"{shard}.parquet", self.drafts / f"{shard}.parquet"
+        drawn, images = self.drafts / shard, self.folder / self.images_folder(shard)
+        schema = SCHEMA.with_metadata({_IMAGES: images.name.encode()})
         pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), written, compression="zstd")
         sync(written)
-        self._drop_all_but({Path(each).name for row in rows for each in _pictures(row)}, drawn)
+        self._drop_all_but({Path(file).name for row in rows for file in _image_files(row)}, drawn)
         with _committing(self.folder):
             self._check_owner()
             if drawn.exists() and not target.exists():
-                make_folder(pictures.parent)
-                drawn.rename(pictures)
-                sync_folder(pictures.parent)
-            if _name(written, target):
+                make_folder(images.parent)
+                drawn.rename(images)
+                sync_folder(images.parent)
+            if _rename_new(written, target):
                 sync_folder(self.folder)
                 return list(rows)
         written.unlink()
-        for each in (drawn, pictures):
-            shutil.rmtree(each, ignore_errors=True)
+        for path in (drawn, images):
+            shutil.rmtree(path, ignore_errors=True)
         return [{"path": path, "error_code": code} for path, code in _codes(target).items()]
 
     def close(self) -> None:
-        """Remove what is unfinished."""
-        shutil.rmtree(self.place, ignore_errors=True)
+        """Remove the drafts."""
+        shutil.rmtree(self.drafts, ignore_errors=True)
         with suppress(OSError):  # another writer's is still there
-            self.place.parent.rmdir()
+            self.drafts.parent.rmdir()
 
     def _check_owner(self) -> None:
         owner = self.folder / ".owner"
         if not owner.exists() or owner.read_text() != self.run:
             raise ConfigurationError(
-                f"another run of camserve bulk took over {self.folder}; this one adds no more."
+                f"another run of camserve bulk took over {self.folder}; this run has stopped."
             )
 
     def _drop_all_but(self, named: set[str], drawn: Path) -> None:
-        """Keep the images that rows refer to. Raises OSError where one of them is not there."""
-        there = {each.name for each in drawn.iterdir()} if drawn.exists() else set()
-        if lost := named - there:
+        """Remove images without a row. Raises OSError if an image of a row is missing."""
+        present = {path.name for path in drawn.iterdir()} if drawn.exists() else set()
+        if lost := named - present:
             raise FileNotFoundError(errno.ENOENT, "an image was removed", str(drawn / min(lost)))
-        for name in there - named:
+        for name in present - named:
             (drawn / name).unlink()
-        if there:
+        if present:
             sync_folder(drawn)
 
 
-def _pictures(row: Row) -> list[str]:
+def _image_files(row: Row) -> list[str]:
     return [*row.get("overlays", ()), *row.get("heatmaps", ())]
 
 
@@ -179,13 +179,13 @@ def _codes(part: Path) -> dict[str, str | None]:
         table = pq.read_table(part, columns=["path", "error_code"])
     except (pa.ArrowException, OSError) as error:
         raise ConfigurationError(
-            f"{part} cannot be read ({error}); remove it, and its images are explained again."
+            f"{part} cannot be read ({error}). Remove it; its images are then explained again."
         ) from error
     return dict(zip(table["path"].to_pylist(), table["error_code"].to_pylist(), strict=True))
 
 
-def _name(written: Path, target: Path) -> bool:
-    """Give a file its name, unless a file has it: one writer alone gets it. Raises OSError."""
+def _rename_new(written: Path, target: Path) -> bool:
+    """Rename a file, and return whether it was done: not if the name exists. Raises OSError."""
     try:
         os.link(written, target)
     except FileExistsError:
@@ -202,11 +202,11 @@ def _name(written: Path, target: Path) -> bool:
 
 
 @contextmanager
-def open_results(folder: Path, identity: Identity) -> Iterator[Results]:
-    """Open DST for one job at a time, and remove what a killed one left unfinished.
+def open_results(folder: Path, identity: Identity) -> Iterator[ResultFolder]:
+    """Open DST for one run at a time, and remove the drafts of a killed run.
 
-    identity: of the job; the folder is for this one alone.
-    Raises ConfigurationError where the folder is for another, is in use, or cannot be written.
+    identity: of the job; a folder has the results of one job.
+    Raises ConfigurationError if the folder is of another job, is in use, or cannot be written.
     """
     try:
         make_folder(folder)
@@ -217,7 +217,7 @@ def open_results(folder: Path, identity: Identity) -> Iterator[Results]:
             with _committing(folder):
                 write_whole(folder / ".owner", run.encode())
                 _remove_unfinished(folder)
-            yield Results(folder, run)
+            yield ResultFolder(folder, run)
     except OSError as error:
         raise ConfigurationError(
             f"{error.filename or folder}: {error.strerror or error}."
@@ -228,12 +228,15 @@ def _lock(lock: int, folder: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise ConfigurationError(f"another job writes to {folder} right now.") from error
+        raise ConfigurationError(
+            f"another run of camserve bulk is writing to {folder}. Wait for it, or use another "
+            "folder."
+        ) from error
 
 
 @contextmanager
 def _committing(folder: Path) -> Iterator[None]:
-    """Hold back other writers; a run that takes the folder over waits for it, too."""
+    """Lock the folder against other writers and against a run that takes over."""
     with (folder / ".commit").open("w") as lock:
         fcntl.flock(lock.fileno(), fcntl.LOCK_EX)
         yield
@@ -249,30 +252,32 @@ def _check(file: Path, identity: Identity) -> None:
         return
     if any(file.parent.glob("part-*.parquet")):
         raise ConfigurationError(
-            f"{file.parent} holds results without the {file.name} that says of which job. Use "
-            "another folder."
+            f"{file.parent} holds results but no {file.name}, so their job is unknown. Use another "
+            "folder."
         )
     write_whole(file, _as_json(identity))
 
 
 def _compare(file: Path, identity: Identity) -> None:
-    """Raises ConfigurationError that names what differs between a file and this job."""
+    """Raises ConfigurationError that lists what differs between a file and this job."""
     try:
-        before, now = orjson.loads(file.read_bytes()), orjson.loads(_as_json(identity))
+        old, new = orjson.loads(file.read_bytes()), orjson.loads(_as_json(identity))
     except orjson.JSONDecodeError as error:
-        raise ConfigurationError(f"{file} is not what a job wrote: {error}.") from error
-    one, other = _flat(before), _flat(now)
+        raise ConfigurationError(
+            f"{file} is not valid JSON: {error}. Use another folder."
+        ) from error
+    before, now = _flat(old), _flat(new)
     changes = [
-        f"{key} was {_short(one.get(key))} and is {_short(other.get(key))}"
-        for key in sorted(one.keys() | other.keys())
-        if one.get(key) != other.get(key)  # null, too, where an older version recorded none
+        f"{key} was {_short(before.get(key))} and is {_short(now.get(key))}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)  # an older version recorded fewer keys: null
     ]
     if not changes:
         return
     raise ConfigurationError(
         f"{file.parent} holds the results of another job: {'; '.join(changes)} (see {file.name}). "
-        "Nothing was explained. Use another folder for this job, or run the earlier job again as "
-        "it was."
+        "Nothing was explained. Use another folder for this job, or repeat the earlier job with "
+        "its options."
     )
 
 
@@ -280,8 +285,8 @@ def _flat(value: Any, key: str = "") -> dict[str, Any]:
     if not isinstance(value, dict) or not value:
         return {key: value}
     flat: dict[str, Any] = {}
-    for name, each in value.items():
-        flat |= _flat(each, f"{key}.{name}" if key else name)
+    for name, item in value.items():
+        flat |= _flat(item, f"{key}.{name}" if key else name)
     return flat
 
 
@@ -293,18 +298,18 @@ def _short(value: Any) -> str:
 
 def _remove_unfinished(folder: Path) -> None:
     shutil.rmtree(folder / ".unfinished", ignore_errors=True)
-    kept = {_pictures_of(part) for part in folder.glob("part-*.parquet")}
-    for pictures in (folder / "pictures").glob("part-*"):
-        if pictures.name not in kept:
-            shutil.rmtree(pictures)
+    kept = {_images_folder_of(part) for part in folder.glob("part-*.parquet")}
+    for images in (folder / "pictures").glob("part-*"):
+        if images.name not in kept:
+            shutil.rmtree(images)
 
 
-def _pictures_of(part: Path) -> str:
-    """The name of the folder of a shard's images. Raises ConfigurationError."""
+def _images_folder_of(part: Path) -> str:
+    """Return the name of the folder of a shard's images. Raises ConfigurationError."""
     try:
         metadata = pq.read_schema(part).metadata or {}
     except (pa.ArrowException, OSError) as error:
         raise ConfigurationError(
-            f"{part} cannot be read ({error}); remove it, and its images are explained again."
+            f"{part} cannot be read ({error}). Remove it; its images are then explained again."
         ) from error
-    return str(metadata.get(_PICTURES, part.stem.encode()).decode())
+    return str(metadata.get(_IMAGES, part.stem.encode()).decode())
