@@ -1,4 +1,7 @@
-"""What `/explain` and `/predict` answer, and the body of every error (RFC 9457)."""
+"""The wire form of answers: responses of `/explain` and `/predict`, error bodies (RFC 9457).
+
+A class that shares its name with one of `service` or `api_schemas.client` is its wire form.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,7 @@ class ChannelGrid(Encoded):
 
 
 class Activation(BaseModel):
-    """The output of a layer for this image. `call` counts the calls of one forward pass from 0."""
+    """The output of a layer for one image. `call` counts the calls of one forward pass from 0."""
 
     layer: str
     kind: str

@@ -1,4 +1,4 @@
-"""The methods: one record each, from which checks, costs, the documentation and the page come.
+"""The methods: one record per method, for checks, costs, the documentation and the page.
 
 A new method is a record here, its name in `options.Method`, and a function in
 `service.inference.method_table`.
@@ -14,28 +14,28 @@ from api_schemas.options import Method
 Need = Literal["layer", "gradients", "head", "relu", "attention"]
 
 BACKWARD = 1.5
-"""What a walk back through the whole model costs, in forward passes, each target.
+"""The cost of a backward pass through the whole model per target, in forward passes.
 
 Measured on resnet50 (`benchmarks/methods.py`): forward and backward 2.3, with guided ReLUs 2.9, 1.8
-an image in chunks. A walk back through the part behind a layer costs that part's share."""
+per image in chunks. A backward pass through a part of the model costs that part's share."""
 
 WINDOW, STRIDE = 32, 16
-"""Occlusion's square and its step, in pixels of the model input."""
+"""The square of occlusion and its stride, in pixels of the model input."""
 
 
 class MethodRecord(NamedTuple):
-    """What is known of one method; the order of METHODS is that of the page and of the docs.
+    """One method; the page and the docs use the order of METHODS.
 
-    title:    as its paper writes it. group: the heading it stands under on the page.
-    shows:    what the map shows, in one line for people. misleads: when it misleads, or "".
+    title:    as in its paper. group: its heading on the page.
+    shows:    what the map shows, in one line. misleads: when it misleads, or "".
     paper:    authors, venue, year.
-    needs:    what the model must have: a target layer, gradients, one linear layer behind the
+    needs:    what the model must have: a target layer, gradients, a single linear layer after the
               target layer, ReLUs, attention.
-    runs:     what runs behind the pass that predicts: nothing, forward passes, forward passes with
-              the gradient at the input, or the part of the model behind the layer.
-    times:    how often that runs; `squares` are occlusion's.
-    grid:     whose shape the map has: the layer's, the model input's, or that of the patches.
-    signed:   whether the map is −1..1, negative where it speaks against the class, or 0..1.
+    runs:     what runs after the predicting pass: nothing, forward passes, forward passes with the
+              gradient at the input, or the part of the model after the layer.
+    times:    how often that runs; `squares` are those of occlusion.
+    grid:     the shape of the map: that of the layer, the model input, or the patches.
+    signed:   whether the map is −1..1, negative for evidence against the class, or 0..1.
     """
 
     name: Method
@@ -52,12 +52,12 @@ class MethodRecord(NamedTuple):
 
     @property
     def has_layer(self) -> bool:
-        """Whether it explains target layers."""
+        """Whether the map is drawn from target layers."""
         return "layer" in self.needs
 
     @property
     def walks(self) -> bool:
-        """Whether it walks the graph of the pass that predicts back to its layers, each target."""
+        """Whether it needs a backward pass to the target layers per target."""
         return {"layer", "gradients"} <= {*self.needs}
 
 

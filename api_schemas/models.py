@@ -1,4 +1,7 @@
-"""The responses of `/models` and the health probes."""
+"""The wire form of models: the responses of `/models` and of the health probes.
+
+A class that shares its name with one of `service` is its wire form.
+"""
 
 from __future__ import annotations
 

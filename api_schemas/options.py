@@ -45,19 +45,19 @@ Box = tuple[float, float, float, float]
 
 
 MAX_WILDCARDS = 16
-"""Runs of `*`, and `?`, in one pattern of `activations`."""
+"""Maximum number of wildcards in one pattern of `activations`: runs of `*`, and `?`."""
 
 MAX_MASK_QUOTES = 100
-"""Quotation marks in the text of a mask, which has six names: counted before it is parsed."""
+"""Maximum number of quotation marks in the text of a mask; checked before it is parsed."""
 
 MAX_PATTERN_CHARACTERS = 2000
-"""Of all patterns with wildcards in one request: each layer is compared with all of them at once,
-in time in proportion to this."""
+"""Maximum length of all patterns with wildcards in one request: matching a layer takes time in
+proportion to it."""
 
 
 def _few_wildcards(patterns: list[str]) -> list[str]:
-    """Raises ValueError for patterns that would take long to match."""
-    globs = [each for each in patterns if "*" in each or "?" in each]
+    """Return the patterns. Raises ValueError for patterns that would take long to match."""
+    globs = [pattern for pattern in patterns if "*" in pattern or "?" in pattern]
     for pattern in globs:
         if pattern.replace("**", "*").count("*") + pattern.count("?") > MAX_WILDCARDS:
             raise ValueError(
@@ -72,7 +72,7 @@ def _few_wildcards(patterns: list[str]) -> list[str]:
 
 
 def _text(value: object) -> object:
-    """JSON may give class ids as numbers: `"targets": [281]`. A number is never a label."""
+    """Return a class id that JSON gives as a number, `"targets": [281]`, as `id:281`."""
     return f"id:{value}" if isinstance(value, int) and not isinstance(value, bool) else value
 
 
@@ -108,7 +108,7 @@ class Mask(BaseModel):
 
 
 def _json_text(value: object) -> object:
-    """A JSON request may give the mask as an object; everywhere else it is JSON text."""
+    """Return a mask that a JSON request gives as an object as JSON text."""
     return json.dumps(value) if isinstance(value, dict) else value
 
 
@@ -217,18 +217,18 @@ class ExplainOptions(CommonOptions):
         return self
 
     def hidden(self) -> Mask | None:
-        """The mask, read. Raises ValueError with what is wrong."""
+        """Return the parsed mask. Raises ValueError for an invalid one."""
         if self.mask is None:
             return None
         if self.mask.count('"') > MAX_MASK_QUOTES:
             raise ValueError("`mask` has more names than `rle`, `boxes`, `fill` and `hide`")
         try:
-            found: Any = json.loads(self.mask)
+            mask: Any = json.loads(self.mask)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"`mask` is not JSON: {error}") from error
-        if not isinstance(found, dict):
+        if not isinstance(mask, dict):
             raise ValueError('`mask` is an object, such as {"boxes": [[x, y, w, h]]}')  # noqa: TRY004 - pydantic reports ValueErrors
-        return Mask.model_validate(found)
+        return Mask.model_validate(mask)
 
 
 class ImageSource(BaseModel):

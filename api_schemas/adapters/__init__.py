@@ -1,1 +1,1 @@
-"""Other tools' own forms of an answer. What is in here runs on the side of the tool."""
+"""Answers in the formats of other tools. This code runs in the process of the tool."""

@@ -23,24 +23,24 @@ from api_schemas.client.results import Explanation, Regions, Result
 def dataset(
     results: Iterable[tuple[str, Result]], labels: Sequence[str], description: str = ""
 ) -> dict[str, Any]:
-    """Images, categories and one annotation for the evidence of each explained class.
+    """Return images, categories, and one annotation per explained class.
 
-    results: file names with answers that have `regions`; one with an error is left out.
+    results: file names with results that have `regions`; one with an error is left out.
 
-    An image's id is its place among all results, from 1; a category's is the class id plus 1, since
-    0 often means background. Width and height are those of the upright image, as is everything in
-    pixels. A map that is zero throughout has no annotation.
+    An image's id is its index among all results, from 1; a category's is the class id plus 1, since
+    0 often means background. Sizes and positions are in pixels of the upright image. A map that is
+    zero everywhere has no annotation.
     """
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for place, (name, result) in enumerate(results, start=1):
+    for image_id, (name, result) in enumerate(results, start=1):
         if result.image is None:
             continue
-        images.append(_image(place, name, result.image))
+        images.append(_image(image_id, name, result.image))
         for explanation in result.explanations:
             mask = _regions(explanation).mask
             if mask.any():
-                annotations.append(_annotation(len(annotations) + 1, place, explanation, mask))
+                annotations.append(_annotation(len(annotations) + 1, image_id, explanation, mask))
     return {
         "info": {"description": description},
         "images": images,
@@ -52,14 +52,14 @@ def dataset(
     }
 
 
-def _image(place: int, name: str, image: ImageInfo) -> dict[str, Any]:
-    return {"id": place, "file_name": name, "width": image.width, "height": image.height}
+def _image(image_id: int, name: str, image: ImageInfo) -> dict[str, Any]:
+    return {"id": image_id, "file_name": name, "width": image.width, "height": image.height}
 
 
 def _annotation(
     index: int, image: int, explanation: Explanation, mask: NDArray[np.bool_]
 ) -> dict[str, Any]:
-    """The whole mask as the service's run lengths, with the box around it and its peak."""
+    """Return the whole mask as run lengths, with its bounding box and peak."""
     regions = _regions(explanation)
     assert regions.peak is not None
     columns, rows = (np.flatnonzero(mask.any(axis=axis)).tolist() for axis in (0, 1))
@@ -80,5 +80,5 @@ def _annotation(
 
 def _regions(explanation: Explanation) -> Regions:
     if explanation.regions is None:
-        raise ValueError('the results have no regions; ask with include=["regions"]')
+        raise ValueError('the results have no regions; call explain with include=["regions"]')
     return explanation.regions

@@ -1,10 +1,10 @@
-"""An auto-annotation function of CVAT: the best class of a frame as a tag, its evidence as a mask.
+"""An auto-annotation function for CVAT: the top class of a frame as a tag, its evidence as a mask.
 
     cvat-cli task auto-annotate 42 --function-module api_schemas.adapters.cvat
         --allow-unmatched-labels -p url=str:http://127.0.0.1:8000 -p shapes=str:tag,polygon
 
 It serves `cvat-cli function create-native` and `function run-agent` as well. It needs
-cvat-sdk[masks] beside what `api_schemas.client` needs; the parameters are those of `create`.
+cvat-sdk[masks] and what `api_schemas.client` needs; the parameters are those of `create`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from api_schemas.client.results import Explanation, Regions
 
 KINDS = ("tag", "mask", "polygon", "rectangle", "points")
 
-_OF_ONE_FRAME = (DeadlineExceeded, ImageRefused, UnreadableImage)
+_FRAME_ERRORS = (DeadlineExceeded, ImageRefused, UnreadableImage)
 
 _log = logging.getLogger(__name__)
 
 
-def create(  # noqa: PLR0913, PLR0917 - CVAT hands over each parameter by its name
+def create(  # noqa: PLR0913, PLR0917 - CVAT passes each parameter by name
     url: str = URL,
     api_key: str = "",
     shapes: str = "tag,mask",
@@ -37,18 +37,18 @@ def create(  # noqa: PLR0913, PLR0917 - CVAT hands over each parameter by its na
     threshold: float = 0.5,
     explain_top: int = 1,
 ) -> Function:
-    """The function that CVAT calls; what is empty is left to the service.
+    """Return the function that CVAT calls; empty parameters mean the service's defaults.
 
-    shapes:         what is returned: some of tag, mask, polygon, rectangle, points, with commas.
-    evidence_label: of all shapes but tags; empty: a shape has the label of its class.
-    threshold:      where the map is cut, 0 to 1.
-    explain_top:    how many of the best classes are returned for a frame.
+    shapes:         comma-separated, some of tag, mask, polygon, rectangle, points.
+    evidence_label: label of all shapes except tags; empty: a shape has the label of its class.
+    threshold:      level at which the map is cut, 0 to 1.
+    explain_top:    number of top classes to return for a frame.
 
-    Raises ValueError for parameters that are none, ClientError where the service does not answer.
+    Raises ValueError for an invalid parameter, ClientError if the service does not answer.
     """
     kinds = _kinds(shapes)
-    asked = {"model": model, "method": method, "layer": layer}
-    options = {name: value for name, value in asked.items() if value}
+    chosen = {"model": model, "method": method, "layer": layer}
+    options = {name: value for name, value in chosen.items() if value}
     client = Client(url, api_key=api_key or None)
     labels = client.model(model or None).labels or []
     return Function(
@@ -71,13 +71,15 @@ def _kinds(shapes: str) -> tuple[str, ...]:
 def spec_labels(
     labels: Sequence[str], kinds: Sequence[str], evidence_label: str
 ) -> dict[str, tuple[int, str]]:
-    """Id and type of every label by its name, as CVAT wants them declared.
+    """Return id and type of each label by name, as CVAT requires.
 
-    The id is that of the class, the first one where several have a name; a label of one kind has
-    its type, one of several `any`. Raises ValueError where the evidence's label is also a class's.
+    The id is that of the class, of the first if several share a name. The type is that of its only
+    kind, or `any`. Raises ValueError if the label of the evidence is also a class.
     """
     if evidence_label in labels:
-        raise ValueError(f"{evidence_label!r} is a class; `evidence_label` is another name")
+        raise ValueError(
+            f"`evidence_label` is {evidence_label!r}, which is a class; use another name"
+        )
     tags = [kind for kind in kinds if kind == "tag"]
     others = [kind for kind in kinds if kind != "tag"]
     of_class = tags if evidence_label else kinds
@@ -95,10 +97,10 @@ def _type(kinds: Sequence[str]) -> str:
 
 
 def outlines(regions: Regions, kind: str) -> list[list[float]]:
-    """The numbers of each shape of a kind, in pixels of the upright frame: x and y in turn.
+    """Return the numbers of each shape of a kind, in pixels of the upright frame: x, y, x, y, ….
 
-    A mask is one shape, in CVAT's run lengths; polygons and rectangles are one a region, the
-    largest first; points are the peak alone. Nothing where the map is zero throughout.
+    A mask is one shape, in CVAT's run lengths; polygons and rectangles are one per region, largest
+    first; points are only the peak. Empty if the map is zero everywhere.
     """
     if kind == "mask":
         from cvat_sdk.masks import encode_mask  # noqa: PLC0415 - only in CVAT's environment
@@ -113,7 +115,7 @@ def outlines(regions: Regions, kind: str) -> list[list[float]]:
 
 
 class Function:
-    """What CVAT calls: `spec` says which labels there are, `detect` answers for one frame."""
+    """The object that CVAT uses: `spec` lists the labels, `detect` annotates one frame."""
 
     def __init__(
         self,
@@ -138,21 +140,21 @@ class Function:
         )
 
     def detect(self, context: Any, image: PIL.Image.Image) -> list[Any]:
-        """The annotations of a frame; none, and a warning, for a frame that cannot be answered.
+        """Return the annotations of a frame; for a frame that fails, none and a warning.
 
-        CVAT's confidence threshold bounds the score of the class. Raises ClientError for what would
-        be said of every frame, so that a task is annotated whole or not at all.
+        CVAT's confidence threshold is the minimum score of a class. Raises ClientError for an error
+        that every frame would get, so that a task is annotated completely or not at all.
         """
         try:
             result = self._client.explain(image, **self._options)[0]
-        except _OF_ONE_FRAME as error:
-            _log.warning("%s is left without annotations: %s", context.frame_name, error.detail)
+        except _FRAME_ERRORS as error:
+            _log.warning("no annotations for %s: %s", context.frame_name, error.detail)
             return []
-        least = context.conf_threshold or 0.0
+        minimum = context.conf_threshold or 0.0
         return [
             annotation
             for explanation in result.explanations
-            if explanation.score >= least
+            if explanation.score >= minimum
             for annotation in self._annotations(explanation, to_polygons=context.conv_mask_to_poly)
         ]
 

@@ -3,12 +3,12 @@
     import fiftyone as fo
     from api_schemas.adapters.fiftyone import apply_explanations
 
-    dataset = fo.Dataset.from_images_dir("photographs")
+    dataset = fo.Dataset.from_images_dir("images")
     apply_explanations(dataset, "http://127.0.0.1:8000")
     fo.launch_app(dataset)
 
-It needs fiftyone beside what `api_schemas.client` needs. The folder `fiftyone_plugin` beside this
-file has the same as an operator of the App.
+It needs fiftyone and what `api_schemas.client` needs. The folder `fiftyone_plugin` has the same
+as an operator of the App.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ def apply_explanations(
 ) -> list[str]:
     """Explain every image of a dataset or a view, and return the ids of those that failed.
 
-    field:         holds the best class (Classification); the fields FIELD_heatmap (Heatmap of the
-                   first explanation), FIELD_peak (Keypoints) and FIELD_regions (Detections with
-                   masks) its evidence, FIELD_error why a sample has none of them.
-    heatmap_side:  of the longer side that a heatmap is stored with at most.
-    options:       those of `Client.explain`; `include` and `size` are set here.
+    field:         gets the top class (Classification); its evidence is in the fields FIELD_heatmap
+                   (Heatmap of the first explanation), FIELD_peak (Keypoints) and FIELD_regions
+                   (Detections with masks); FIELD_error has the error of a failed sample.
+    heatmap_side:  maximum of a stored heatmap's longer side, in pixels.
+    options:       those of `Client.explain`, except `include` and `size`.
 
-    What was in these fields before is replaced, sample by sample as the answers come. Raises what
-    would be said of every sample, as `Client.explain_many` does; what is saved by then stays.
+    Earlier values of these fields are replaced, sample by sample. Raises the errors of
+    `Client.explain_many`; samples that were saved before keep their values.
     """
     _declare(dataset, field)
     options["include"], options["size"] = ["heatmap", "regions"], "source"
@@ -72,7 +72,7 @@ def apply_explanations(
 
 
 def _declare(dataset: Any, field: str) -> None:
-    """Make the fields, so that they are there where no sample has a value."""
+    """Add the fields, so that they exist even if no sample has a value."""
     import fiftyone as fo  # noqa: PLC0415 - only in FiftyOne's environment
 
     if isinstance(dataset, fo.DatasetView):
@@ -88,7 +88,7 @@ def _declare(dataset: Any, field: str) -> None:
 
 
 def _labels(result: Result, field: str, heatmap_side: int) -> dict[str, Any]:
-    """The value of each field; those of a failed result are None but for its error."""
+    """Return the value of each field; a failed result has only the error."""
     import fiftyone as fo  # noqa: PLC0415 - as above
 
     names = (field, f"{field}_heatmap", f"{field}_peak", f"{field}_regions", f"{field}_error")
@@ -97,19 +97,21 @@ def _labels(result: Result, field: str, heatmap_side: int) -> dict[str, Any]:
     assert result.image is not None
     width, height = result.image.width, result.image.height
     peaks, detections = [], []
-    for each in result.explanations:
-        assert each.regions is not None
-        said = {"label": each.label, "confidence": each.score}
-        if each.regions.peak is not None:
-            x, y = each.regions.peak
-            said_of_points = said | {"confidence": [each.score]}
-            peaks.append(fo.Keypoint(points=[(x / width, y / height)], **said_of_points))
-        for (x, y, w, h), mask in parts(each.regions):
+    for explanation in result.explanations:
+        regions, score = explanation.regions, explanation.score
+        assert regions is not None
+        if regions.peak is not None:
+            x, y = regions.peak
+            point = [(x / width, y / height)]
+            peaks.append(fo.Keypoint(points=point, label=explanation.label, confidence=[score]))
+        for (x, y, w, h), mask in parts(regions):
             box = [x / width, y / height, w / width, h / height]
-            detections.append(fo.Detection(bounding_box=box, mask=mask, **said))
+            detections.append(
+                fo.Detection(bounding_box=box, mask=mask, label=explanation.label, confidence=score)
+            )
     best, (first, *_) = result.predictions[0], result.explanations
     assert first.heatmap is not None
-    strengths = shrunk(first.heatmap, heatmap_side)
+    strengths = scaled_heatmap(first.heatmap, heatmap_side)
     labels = (
         fo.Classification(label=best.label, confidence=best.score),
         fo.Heatmap(map=strengths, range=[0, 255]),
@@ -121,7 +123,7 @@ def _labels(result: Result, field: str, heatmap_side: int) -> dict[str, Any]:
 
 
 def parts(regions: Regions) -> Iterator[tuple[Rect, NDArray[np.bool_]]]:
-    """Each box with the mask (h, w) of its own region alone, the largest region first."""
+    """Yield each box with the mask (h, w) of its region, the largest region first."""
     _, labels, stats, _ = cv2.connectedComponentsWithStats(
         regions.mask.astype(np.uint8), connectivity=8
     )
@@ -132,8 +134,8 @@ def parts(regions: Regions) -> Iterator[tuple[Rect, NDArray[np.bool_]]]:
         yield box, labels[y : y + h, x : x + w] == of_box[x, y, w, h]
 
 
-def shrunk(heatmap: PIL.Image.Image, side: int) -> NDArray[np.uint8]:
-    """255·|map| over the whole upright image, its longer side at most `side`."""
-    grey = PIL.Image.fromarray(np.asarray(heatmap))
-    grey.thumbnail((side, side))
-    return np.asarray(grey)
+def scaled_heatmap(heatmap: PIL.Image.Image, side: int) -> NDArray[np.uint8]:
+    """Return 255·|map| over the whole upright image, with a longer side of at most `side`."""
+    gray = PIL.Image.fromarray(np.asarray(heatmap))
+    gray.thumbnail((side, side))
+    return np.asarray(gray)

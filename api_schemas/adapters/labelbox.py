@@ -1,12 +1,12 @@
-"""Answers as Labelbox's import rows: https://docs.labelbox.com/reference/label-import.
+"""Answers as Labelbox import rows: https://docs.labelbox.com/reference/label-import.
 
     with Client() as client:
         results = zip(keys, client.explain_many(paths, include="regions"))
         with open("labels.ndjson", "w") as file:
             file.writelines(json.dumps(row) + chr(10) for row in rows(results))
 
-The data rows must be there already, each with its global key, and the project's ontology must have
-the features that are named; `rows` says which.
+The data rows must exist, each with its global key, and the project's ontology must have the
+exported features; see `rows`.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ FEATURES: Mapping[str, str] = MappingProxyType({"classification": "class", "mask
 def rows(
     results: Iterable[tuple[str, Result]], features: Mapping[str, str] = FEATURES
 ) -> Iterator[Row]:
-    """The rows of each image; a result with an error has none.
+    """Yield the rows of each image; a result with an error has none.
 
-    results:  global keys of data rows with answers that have `regions`.
-    features: what is imported, some of `KINDS`, each with the name that the ontology has for it: a
-              radio whose options are the classes, and tools.
+    results:  global keys of data rows with results that have `regions`.
+    features: some of `KINDS`, each with its name in the ontology: a radio whose options are the
+              classes, and tools.
 
-    The class is the best one, everything else is the evidence for the explained classes, in pixels
-    of the upright image. A row has the same uuid whenever the same is exported.
-    Raises ValueError for a kind that is none.
+    The class is the top prediction; everything else is the evidence for the explained classes, in
+    pixels of the upright image. A repeated export has the same uuids.
+    Raises ValueError for an unknown kind.
     """
     for kind in features:
         if kind not in KINDS:
-            raise ValueError(f"there is no kind {kind!r}: {', '.join(KINDS)}")
+            raise ValueError(f"there is no kind {kind!r}; use some of {', '.join(KINDS)}")
     for key, result in results:
         if result.error is not None:
             continue
         for kind, name in features.items():
-            for place, row in enumerate(_answers(kind, result)):
-                unique = uuid.uuid5(uuid.NAMESPACE_URL, f"camserve:{key}:{kind}:{name}:{place}")
+            for index, row in enumerate(_answers(kind, result)):
+                unique = uuid.uuid5(uuid.NAMESPACE_URL, f"camserve:{key}:{kind}:{name}:{index}")
                 yield {"uuid": str(unique), "dataRow": {"globalKey": key}, "name": name, **row}
 
 
@@ -68,7 +68,7 @@ def _answers(kind: str, result: Result) -> Iterator[Row]:
 def _shapes(kind: str, explanation: Explanation) -> list[Any]:
     regions = explanation.regions
     if regions is None:
-        raise ValueError('the results have no regions; ask with include=["regions"]')
+        raise ValueError('the results have no regions; call explain with include=["regions"]')
     if kind == "bbox":
         return [{"left": x, "top": y, "width": w, "height": h} for x, y, w, h in regions.boxes]
     if kind == "polygon":
@@ -88,7 +88,7 @@ def _masks(regions: Regions) -> list[dict[str, str]]:
 
 
 def _png(mask: NDArray[np.bool_]) -> bytes:
-    """A grey image of zeros and ones, as Labelbox's SDK writes it."""
+    """Return a gray PNG of zeros and ones, as Labelbox's SDK writes it."""
     file = io.BytesIO()
     PIL.Image.fromarray(mask.astype(np.uint8)).save(file, "PNG")
     return file.getvalue()

@@ -8,9 +8,8 @@
         result.explanations[0].overlay.save("why.jpg")
 
 It needs httpx, numpy, Pillow and pydantic. Options are those of `api_schemas.options`, results
-those of `api_schemas.client.results`, errors those of `api_schemas.client.errors`. What a call says
-and when it is asked again stands once, in `calls` and `requests`; the classes only
-send and wait.
+those of `api_schemas.client.results`, errors those of `api_schemas.client.errors`. Requests and
+retries are written once, in `calls` and `requests`; the two classes only send and wait.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The options of a client's calls, for editors and type checkers; `api_schemas.options` says more.
+"""The options of a client's calls, for editors and type checkers; see `api_schemas.options`.
 
-What takes several values takes one alone, too. A test holds the names against those of the service.
+An option for a list also takes a single value. A test compares the names with the service's.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class _Common(TypedDict, total=False):
 
 
 class PredictArguments(_Common, total=False):
-    """Of `predict`."""
+    """Options of `predict`."""
 
     activation_kind: Literal["output", "input"]
 
 
 class ExplainArguments(_Common, total=False):
-    """Of `explain` and `explain_many`."""
+    """Options of `explain` and `explain_many`."""
 
     activation_kind: Literal["output", "input", "grad_output", "grad_input"]
     targets: int | str | list[int | str]

@@ -1,4 +1,4 @@
-"""The calls of both clients, as steps that end in an answer; nothing here sends or waits."""
+"""The calls of both clients, as generators of steps; nothing here sends or waits."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import PIL.Image
 from api_schemas import models as wire
 from api_schemas.client.errors import InvalidOption, NotFound, Unauthorized, UnexpectedAnswer
 from api_schemas.client.requests import (
-    Ask,
+    Call,
     Image,
     Images,
-    Patience,
+    RetryPolicy,
     Steps,
     classify,
     exchange,
@@ -29,92 +29,95 @@ from api_schemas.options import CommonOptions
 T = TypeVar("T")
 
 Progress = Callable[[int, int | None], None]
-"""Told how many images are done, and of how many, where that is known."""
+"""Receives the number of finished images, and their total or None if that is unknown."""
 
-OF_EVERY_IMAGE = (Unauthorized, NotFound, InvalidOption)
-"""What one image of many is refused with, all will be."""
+FATAL_ERRORS = (Unauthorized, NotFound, InvalidOption)
+"""Errors that every image of a call would get."""
 
-EVERY_CONNECTION_KEPT = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-"""Each thread or task that asks has a connection of its own; idle ones are closed after 5 seconds.
+CONNECTION_LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+"""No limits: a connection per thread or task; idle ones are closed after 5 seconds.
 
-httpx's default is 100, of which 20 are kept. Where some are surplus, its pool can close one that it
-has just given to another request, whose answer is then lost (encode/httpcore#1110).
+httpx's default is 100, of which 20 are kept. If there are more, its pool can close a connection
+that it has just given to another request, whose answer is then lost (encode/httpcore#1110).
 """
 
 
 class Calls:
-    """What both clients know: where, with which key, and how long to ask."""
+    """The base of both clients: URL, key, timeout and retries."""
 
     def __init__(
         self, url: str, api_key: str | None, timeout: float, attempts: int, http: dict[str, Any]
     ) -> None:
         if timeout <= 0 or attempts < 1:
-            raise ValueError("`timeout` is above zero and `attempts` at least 1")
+            raise ValueError(
+                f"`timeout` is {timeout} and `attempts` {attempts}; give a timeout above 0 and at "
+                "least 1 attempt"
+            )
         headers = {"Accept": "application/json"}
         if api_key is not None:
             headers["Authorization"] = f"Bearer {api_key}"
-        limits = EVERY_CONNECTION_KEPT
+        limits = CONNECTION_LIMITS
         self._http_arguments = {"base_url": url, "headers": headers, "limits": limits, **http}
-        self._patience = Patience(timeout, attempts)
+        self._policy = RetryPolicy(timeout, attempts)
 
     def _classified(
         self, route: str, files: Sequence[bytes | str], options: CommonOptions
     ) -> Steps[Answer]:
-        response = yield from exchange(classify(route, files, options), self._patience)
+        response = yield from exchange(classify(route, files, options), self._policy)
         return _read(response, read_answer)
 
     def _models(self) -> Steps[list[wire.Model]]:
-        response = yield from exchange(Ask("GET", "/models"), self._patience)
+        response = yield from exchange(Call("GET", "/models"), self._policy)
         return _read(response, wire.Models.model_validate_json).models
 
     def _model(self, name: str | None) -> Steps[wire.ModelDetails]:
         path = yield from self._path(name)
-        response = yield from exchange(Ask("GET", path), self._patience)
+        response = yield from exchange(Call("GET", path), self._policy)
         return _read(response, wire.ModelDetails.model_validate_json)
 
     def _layers(self, model: str | None) -> Steps[list[wire.Layer]]:
         path = yield from self._path(model)
-        response = yield from exchange(Ask("GET", f"{path}/layers"), self._patience)
+        response = yield from exchange(Call("GET", f"{path}/layers"), self._policy)
         return _read(response, wire.Layers.model_validate_json).layers
 
     def _kernels(self, layer: str, model: str | None) -> Steps[PIL.Image.Image]:
         path = yield from self._path(model)
-        ask = Ask("GET", f"{path}/kernels/{quote(layer, safe='')}")
-        response = yield from exchange(ask, self._patience)
+        call = Call("GET", f"{path}/kernels/{quote(layer, safe='')}")
+        response = yield from exchange(call, self._policy)
         return _read(response, lambda body: PIL.Image.open(io.BytesIO(body)))
 
     def _health(self) -> Steps[wire.Health]:
-        once = replace(self._patience, attempts=1)
-        response = yield from exchange(Ask("GET", "/health/ready"), once)
+        once = replace(self._policy, attempts=1)
+        response = yield from exchange(Call("GET", "/health/ready"), once)
         return _read(response, wire.Health.model_validate_json)
 
     def _path(self, model: str | None) -> Steps[str]:
-        """The path of a model; the default one's name has to be asked for."""
+        """Return the path of a model; the name of the default one comes from the service."""
         if model is None:
             served = yield from self._models()
-            model = next((each.name for each in served if each.default), "")
+            model = next((entry.name for entry in served if entry.default), "")
             if not model:
-                raise NotFound("The service has no default model now; name one.")
+                raise NotFound("The service has no default model; give `model`.")
         return f"/models/{quote(model, safe='')}"
 
 
 def files_of(images: Images) -> list[bytes | str]:
-    """The images of one request, read. Raises UnreadableImage, TypeError, ValueError."""
+    """Read the images of one request. Raises UnreadableImage, TypeError, ValueError."""
     several = images if isinstance(images, list | tuple) else [cast("Image", images)]
     if not several:
-        raise ValueError("there is no image in the list")
+        raise ValueError("the list of images is empty; give at least one image")
     return [image_file(image) for image in several]
 
 
-def at_least_one(concurrency: int) -> int:
-    """How many at a time. Raises ValueError."""
+def checked_concurrency(concurrency: int) -> int:
+    """Return `concurrency`. Raises ValueError if it is below 1."""
     if concurrency < 1:
-        raise ValueError("`concurrency` is at least 1")
+        raise ValueError(f"`concurrency` is {concurrency}; give at least 1")
     return concurrency
 
 
 def reporter(images: Iterable[Image], on_progress: Progress | None) -> Callable[[Result], Result]:
-    """Passes results on and counts them."""
+    """Return a function that counts results, reports progress, and returns each result."""
     total = len(images) if isinstance(images, Sized) else None
     done = 0
 
@@ -133,7 +136,8 @@ def _read(response: httpx.Response, read: Callable[[bytes], T]) -> T:
         return read(response.content)
     except (ValueError, TypeError, OSError) as error:
         raise UnexpectedAnswer(
-            f"The answer of {response.request.url} cannot be read; is it another version's?",
+            f"The answer of {response.request.url} cannot be read; check that client and service "
+            "have the same version.",
             status=response.status_code,
             request_id=response.headers.get("x-request-id"),
         ) from error

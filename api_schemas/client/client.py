@@ -1,4 +1,4 @@
-"""The classes that send and wait: `Client` in threads, `AsyncClient` in tasks."""
+"""The two clients: `Client` for threads, `AsyncClient` for tasks."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ import PIL.Image
 from api_schemas import models as wire
 from api_schemas.client.arguments import ExplainArguments, PredictArguments
 from api_schemas.client.calls import (
-    OF_EVERY_IMAGE,
+    FATAL_ERRORS,
     Calls,
     Progress,
-    at_least_one,
+    checked_concurrency,
     files_of,
     reporter,
 )
 from api_schemas.client.errors import ClientError
-from api_schemas.client.requests import Heard, Image, Images, Send, Steps, read_options
+from api_schemas.client.requests import Image, Images, Received, Send, Steps, read_options
 from api_schemas.client.results import Answer, Result
 from api_schemas.options import CommonOptions, ExplainOptions, PredictOptions
 
@@ -34,13 +34,13 @@ URL = "http://127.0.0.1:8000"
 
 
 class Client(Calls):
-    """Asks from the calling thread; may be shared by threads. Close it, or use `with`.
+    """A client that blocks the calling thread; threads may share it. Close it, or use `with`.
 
-    url:      of the service, with the prefix that a proxy may put before it.
+    url:      of the service, with the path prefix of a proxy.
     api_key:  sent as `Authorization: Bearer`.
-    timeout:  seconds for one call with all its retries; also told to the service, which then drops
-              what would be late.
-    attempts: how often a call is sent at most, where the service is busy or a connection is lost.
+    timeout:  seconds for one call with all its retries; also sent to the service, which drops
+              late work.
+    attempts: how often a call is sent at most, if the service is busy or a connection is lost.
     http:     further arguments of `httpx.Client`: `verify`, `proxy`, `transport`, …
     """
 
@@ -57,16 +57,16 @@ class Client(Calls):
         self._http = httpx.Client(**self._http_arguments)
 
     def explain(self, images: Images, **options: Unpack[ExplainArguments]) -> Answer:
-        """Predictions and explanations of one image or a list of them, sent as one request.
+        """Explain one image or a list of images in one request.
 
-        Raises TypeError or ValueError for options that are none, ClientError; where only some
-        images fail, `error` of their results says so instead.
+        Raises TypeError or ValueError for an invalid option, and ClientError. If only some images
+        fail, their results have `error` instead.
         """
-        return self._ask("/explain", images, read_options(ExplainOptions, options))
+        return self._send_images("/explain", images, read_options(ExplainOptions, options))
 
     def predict(self, images: Images, **options: Unpack[PredictArguments]) -> Answer:
-        """As `explain`, with predictions alone and fewer options."""
-        return self._ask("/predict", images, read_options(PredictOptions, options))
+        """As `explain`, with predictions only and fewer options."""
+        return self._send_images("/predict", images, read_options(PredictOptions, options))
 
     def explain_many(
         self,
@@ -76,35 +76,34 @@ class Client(Calls):
         on_progress: Progress | None = None,
         **options: Unpack[ExplainArguments],
     ) -> Generator[Result, None, None]:
-        """One result an image, in the order of `images`, each asked for on its own.
+        """Yield one result per image, in the order of `images`; each image is one request.
 
-        An image that cannot be read or answered is a result with `error`. Raises what would be
-        said of every image: Unauthorized, NotFound, InvalidOption. At most `concurrency` images
-        are read at a time and twice as many results wait to be taken, so a folder of any size fits;
-        `images` may be a generator. on_progress: called before each result is handed out, in the
-        thread that takes it.
+        The result of an image that fails has `error`. Raises errors that every image would get:
+        Unauthorized, NotFound, InvalidOption. `images` may be a generator of any length: at most
+        `concurrency` images are read at a time, and twice as many results are in memory.
+        on_progress: called before each result, in the thread that iterates.
         """
         read = read_options(ExplainOptions, options)
-        return self._many(images, read, at_least_one(concurrency), on_progress)
+        return self._many(images, read, checked_concurrency(concurrency), on_progress)
 
     def models(self) -> list[wire.Model]:
-        """Every served model."""
+        """Return all served models."""
         return self._run(self._models())
 
     def model(self, name: str | None = None) -> wire.ModelDetails:
-        """One model with its labels; None is the default one, here and below."""
+        """Return a model with its labels; None is the default model, here and below."""
         return self._run(self._model(name))
 
     def layers(self, model: str | None = None) -> list[wire.Layer]:
-        """Every layer of a model, and whether it can be explained at."""
+        """Return the layers of a model, and whether each can be a target layer."""
         return self._run(self._layers(model))
 
     def kernels(self, layer: str, model: str | None = None) -> PIL.Image.Image:
-        """The weights of a layer as an image."""
+        """Return the weights of a layer as an image."""
         return self._run(self._kernels(layer, model))
 
     def health(self) -> wire.Health:
-        """What the service says of itself, asked once. Raises Busy where it is not ready."""
+        """Return the readiness of the service, without retries. Raises Busy if it is not ready."""
         return self._run(self._health())
 
     def close(self) -> None:
@@ -122,7 +121,7 @@ class Client(Calls):
     ) -> None:
         self.close()
 
-    def _ask(self, route: str, images: Images, options: CommonOptions) -> Answer:
+    def _send_images(self, route: str, images: Images, options: CommonOptions) -> Answer:
         return self._run(self._classified(route, files_of(images), options))
 
     def _many(
@@ -140,7 +139,7 @@ class Client(Calls):
                 waiting.append(threads.submit(self._one, image, options))
                 if len(waiting) == 2 * concurrency:
                     yield report(waiting.popleft().result())
-            threads.shutdown(wait=False)  # a caller's zip() may never ask past the last result
+            threads.shutdown(wait=False)  # a caller's zip() may stop at the last result
             while waiting:
                 yield report(waiting.popleft().result())
         finally:
@@ -148,32 +147,32 @@ class Client(Calls):
 
     def _one(self, image: Image, options: ExplainOptions) -> Result:
         try:
-            return self._ask("/explain", [image], options)[0]
-        except OF_EVERY_IMAGE:
+            return self._send_images("/explain", [image], options)[0]
+        except FATAL_ERRORS:
             raise
         except ClientError as error:
             return Result(error=error)
 
     def _run(self, steps: Steps[T]) -> T:
-        heard: Heard = None
+        received: Received = None
         try:
             while True:
-                step = steps.send(heard)
+                step = steps.send(received)
                 if isinstance(step, Send):
                     try:
-                        heard = self._http.send(step.request(self._http))
+                        received = self._http.send(step.request(self._http))
                     except httpx.RequestError as error:
-                        heard = error
+                        received = error
                 else:
                     time.sleep(step.seconds)
-                    heard = None
+                    received = None
         except StopIteration as end:
             answer: T = end.value
             return answer
 
 
 class AsyncClient(Calls):
-    """As `Client`, in tasks. Cancelling one ends its connection; the service drops the work."""
+    """As `Client`, for tasks. If one is cancelled, the service drops its work."""
 
     def __init__(
         self,
@@ -188,10 +187,10 @@ class AsyncClient(Calls):
         self._http = httpx.AsyncClient(**self._http_arguments)
 
     async def explain(self, images: Images, **options: Unpack[ExplainArguments]) -> Answer:
-        return await self._ask("/explain", images, read_options(ExplainOptions, options))
+        return await self._send_images("/explain", images, read_options(ExplainOptions, options))
 
     async def predict(self, images: Images, **options: Unpack[PredictArguments]) -> Answer:
-        return await self._ask("/predict", images, read_options(PredictOptions, options))
+        return await self._send_images("/predict", images, read_options(PredictOptions, options))
 
     def explain_many(
         self,
@@ -201,9 +200,9 @@ class AsyncClient(Calls):
         on_progress: Progress | None = None,
         **options: Unpack[ExplainArguments],
     ) -> AsyncGenerator[Result, None]:
-        """As `Client.explain_many`. Close it (`contextlib.aclosing`) where you leave it early."""
+        """As `Client.explain_many`. Close it (`contextlib.aclosing`) if you stop early."""
         read = read_options(ExplainOptions, options)
-        return self._many(images, read, at_least_one(concurrency), on_progress)
+        return self._many(images, read, checked_concurrency(concurrency), on_progress)
 
     async def models(self) -> list[wire.Model]:
         return await self._run(self._models())
@@ -234,7 +233,7 @@ class AsyncClient(Calls):
     ) -> None:
         await self.aclose()
 
-    async def _ask(self, route: str, images: Images, options: CommonOptions) -> Answer:
+    async def _send_images(self, route: str, images: Images, options: CommonOptions) -> Answer:
         files = await asyncio.to_thread(files_of, images)
         return await self._run(self._classified(route, files, options))
 
@@ -263,25 +262,25 @@ class AsyncClient(Calls):
     async def _one(self, image: Image, options: ExplainOptions, free: asyncio.Semaphore) -> Result:
         async with free:
             try:
-                return (await self._ask("/explain", [image], options))[0]
-            except OF_EVERY_IMAGE:
+                return (await self._send_images("/explain", [image], options))[0]
+            except FATAL_ERRORS:
                 raise
             except ClientError as error:
                 return Result(error=error)
 
     async def _run(self, steps: Steps[T]) -> T:
-        heard: Heard = None
+        received: Received = None
         try:
             while True:
-                step = steps.send(heard)
+                step = steps.send(received)
                 if isinstance(step, Send):
                     try:
-                        heard = await self._http.send(step.request(self._http))
+                        received = await self._http.send(step.request(self._http))
                     except httpx.RequestError as error:
-                        heard = error
+                        received = error
                 else:
                     await asyncio.sleep(step.seconds)
-                    heard = None
+                    received = None
         except StopIteration as end:
             answer: T = end.value
             return answer

@@ -1,17 +1,19 @@
-"""What can go wrong for a client, as one tree.
+"""The errors of the client, as one tree.
+
+Classes that share a name with one of `service.errors` are the client's form of that code.
 
 ClientError
-├── ServiceError         the service said no; the status chooses the class
+├── ServiceError         an error of the service; the status chooses the class
 │   ├── Unauthorized     401
 │   ├── NotFound         404: `detail` names the nearest models, layers or classes
 │   ├── ImageRefused     400, 413, 415, 424: this body or this image
 │   ├── InvalidOption    422
-│   ├── Busy             429, 503: `retry_after` says when to come back
+│   ├── Busy             429, 503: `retry_after` says when to retry
 │   └── DeadlineExceeded 504
-├── ConnectionFailed     nobody answered
+├── ConnectionFailed     no connection, or a lost one
 ├── TimedOut             no answer within `timeout`
-├── UnexpectedAnswer     an answer that is not this service's
-└── UnreadableImage      the image could not be read before anything was sent
+├── UnexpectedAnswer     an answer that is not from this service
+└── UnreadableImage      the image could not be read; nothing was sent
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from api_schemas.answers import Problem
 
 
 class ClientError(Exception):
-    """Base of all. `code` is stable, `detail` a sentence; `status` and `request_id` where known."""
+    """The base. `code` is stable, `detail` a sentence; `status` and `request_id` if known."""
 
     code = "client_error"
 
@@ -52,7 +54,7 @@ class ServiceError(ClientError):
 
 
 class Unauthorized(ServiceError):
-    """No API key, or one that is not known."""
+    """The API key is missing or unknown: the client's form of `unauthorized`."""
 
 
 class NotFound(ServiceError):
@@ -60,28 +62,28 @@ class NotFound(ServiceError):
 
 
 class ImageRefused(ServiceError):
-    """The image is none that is read, or too large, or could not be fetched."""
+    """The image format is unsupported, or the image is too large or could not be fetched."""
 
 
 class InvalidOption(ServiceError):
-    """An option that only the service can judge, such as one that contradicts its settings."""
+    """An option that the service refuses: the client's form of `invalid_option`."""
 
 
 class Busy(ServiceError):
-    """The queue is full, a key's bound is reached, or no model is ready.
+    """The queue is full, a key's limit is reached, or no model is ready.
 
-    retry_after: seconds from now, or None where the service did not say.
+    retry_after: seconds from now, or None if the service gave no time.
     """
 
     retry_after: float | None = None
 
 
 class DeadlineExceeded(ServiceError):
-    """The answer was not ready at its deadline."""
+    """The deadline passed before the answer: the client's form of `deadline_exceeded`."""
 
 
 class ConnectionFailed(ClientError):
-    """No connection, or one that ended before the answer."""
+    """The connection failed, or ended before the answer."""
 
     code = "connection_failed"
 
@@ -99,7 +101,7 @@ class UnexpectedAnswer(ClientError):
 
 
 class UnreadableImage(ClientError):
-    """A file that cannot be read, or pixels that make no image."""
+    """A file that cannot be read, or an array that is not an image."""
 
     code = "unreadable_image"
 
@@ -121,46 +123,50 @@ _CLASSES: dict[int, type[ServiceError]] = {
 def service_error(
     status: int, code: str | None, detail: str, request_id: str | None
 ) -> ServiceError:
-    """The error of an answer, or of one image of several."""
+    """Return the error of an answer, or of one image of several."""
     kind = _CLASSES.get(status, ServiceError)
     return kind(detail, code=code, status=status, request_id=request_id)
 
 
-def failure(heard: httpx.Response | httpx.RequestError) -> ClientError:
-    """The error behind an answer that is no success, or behind no answer at all."""
-    if isinstance(heard, httpx.Response):
-        return _of_response(heard)
-    if isinstance(heard, httpx.ConnectTimeout) or not isinstance(heard, httpx.TimeoutException):
-        why = str(heard) or type(heard).__name__
-        return ConnectionFailed(f"No answer from {heard.request.url}: {why}.")
-    return TimedOut(f"{heard.request.url} did not answer in time.")
+def failure(received: httpx.Response | httpx.RequestError) -> ClientError:
+    """Return the error for an unsuccessful answer, or for a failed request."""
+    if isinstance(received, httpx.Response):
+        return _of_response(received)
+    if isinstance(received, httpx.ConnectTimeout) or not isinstance(
+        received, httpx.TimeoutException
+    ):
+        why = str(received) or type(received).__name__
+        return ConnectionFailed(f"No answer from {received.request.url}: {why}.")
+    return TimedOut(f"{received.request.url} did not answer in time.")
 
 
 def _of_response(response: httpx.Response) -> ClientError:
     status, request_id = response.status_code, response.headers.get("x-request-id")
     try:
-        said = Problem.model_validate_json(response.content)
+        problem = Problem.model_validate_json(response.content)
     except pydantic.ValidationError:
         if status < 400:
             where = f"{response.request.method} {response.request.url}"
             return UnexpectedAnswer(
-                f"{where} answered {status}, which is not what this service answers; is the URL "
-                "that of a camserve?",
+                f"{where} answered {status}, which camserve does not; check that the URL is "
+                "that of a camserve service.",
                 status=status,
                 request_id=request_id,
             )
-        # A proxy's page, or a server of another kind: its first words are all there is to say.
+        # A proxy's page, or another server: only its first words are known.
         words = response.text[:200].strip() or response.reason_phrase
         error = service_error(status, None, f"{status} from {response.request.url}: {words}", None)
     else:
-        error = service_error(status, said.code, said.detail, said.request_id or request_id)
+        error = service_error(
+            status, problem.code, problem.detail, problem.request_id or request_id
+        )
     if isinstance(error, Busy):
         error.retry_after = _seconds(response.headers.get("retry-after", ""))
     return error
 
 
 def _seconds(retry_after: str) -> float | None:
-    """`Retry-After`: seconds, or a date (RFC 9110 §10.2.3)."""
+    """Read `Retry-After`: seconds, or a date (RFC 9110 §10.2.3)."""
     if retry_after.isdecimal():
         return float(retry_after)
     try:

@@ -1,6 +1,6 @@
-"""From images and options to a request, and from one request to its answer, without a socket.
+"""Build requests from images and options, and decide on retries, without a socket.
 
-`exchange` says what to send and how long to wait; who asks it does both, in threads or in tasks.
+`exchange` yields what to send and how long to wait; a client does both, in threads or in tasks.
 """
 
 from __future__ import annotations
@@ -40,23 +40,22 @@ T = TypeVar("T")
 Options = TypeVar("Options", bound=CommonOptions)
 
 Image = str | os.PathLike[str] | bytes | PIL.Image.Image | NDArray[np.uint8] | BinaryIO
-"""An image: path, URL (http or https), file's bytes, open file, PIL image, or RGB pixels HWC."""
+"""An image: path, URL (http or https), bytes of a file, open file, PIL image, or RGB array HWC."""
 
 Images = Image | Sequence[Image]
 
 LONG_QUERY = 4000
-"""Characters of a query beyond which options travel in the body: servers bound their heads."""
+"""Characters of a query above which options go into the body: servers limit headers."""
 
 CONNECT_SECONDS = 10.0
 GRACE = 1.0
-"""Seconds that an answer may come late: the service's own words about a deadline are worth more
-than a closed connection."""
+"""Seconds to wait after the deadline, so that the service can answer with `deadline_exceeded`."""
 
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class Call:
     """One request, as the keyword arguments of `httpx.Client.build_request`."""
 
     method: str
@@ -66,9 +65,9 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """A step: send this, and say what was heard, within `seconds`."""
+    """A step: send this call within `seconds`, and send back what was received."""
 
-    ask: Ask
+    call: Call
     seconds: float
 
     def request(self, http: httpx.Client | httpx.AsyncClient) -> httpx.Request:
@@ -76,127 +75,127 @@ class Send:
         timeout = httpx.Timeout(limit, connect=min(limit, CONNECT_SECONDS))
         headers = {"X-Request-Timeout": f"{max(self.seconds, 0.001):.3f}"}
         return http.build_request(
-            self.ask.method, self.ask.path, headers=headers, timeout=timeout, **self.ask.content
+            self.call.method, self.call.path, headers=headers, timeout=timeout, **self.call.content
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """A step: do nothing for so many seconds."""
+    """A step: wait for so many seconds."""
 
     seconds: float
 
 
-Heard = httpx.Response | httpx.RequestError | None
-Steps = Generator[Send | Wait, Heard, T]
-"""What to do until there is a T: each step is answered with what was heard (of a Wait: None)."""
+Received = httpx.Response | httpx.RequestError | None
+Steps = Generator[Send | Wait, Received, T]
+"""Steps that end with a T; each gets what was received sent back, or None for a Wait."""
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
-    """How long and how often one question is asked.
+class RetryPolicy:
+    """How long and how often one call is sent.
 
-    seconds:  for all of it, waits and retries included.
-    attempts: at most; 1 never asks again.
+    seconds:  for the whole call with waits and retries.
+    attempts: at most; 1: no retries.
+    jitter:   returns 0–1, which spreads the waits of clients.
     """
 
     seconds: float = 60.0
     attempts: int = 5
     now: Callable[[], float] = time.monotonic
-    chance: Callable[[], float] = random.random
+    jitter: Callable[[], float] = random.random
 
 
-def exchange(ask: Ask, patience: Patience) -> Steps[httpx.Response]:
-    """Ask until there is an answer. Every question of this client may be asked again safely.
+def exchange(call: Call, policy: RetryPolicy) -> Steps[httpx.Response]:
+    """Send a call, and retry it; every call of this client is safe to retry.
 
-    Asked again: 429 and 503, not before their `Retry-After`, and lost connections.
-    Raises ClientError: at once where asking again is of no use or would be too late.
+    Retried: 429 and 503, not before their `Retry-After`, and lost connections.
+    Raises ClientError at once if a retry is useless or too late.
     """
-    deadline = patience.now() + patience.seconds
+    deadline = policy.now() + policy.seconds
     for attempt in count(1):
-        heard = yield Send(ask, deadline - patience.now())
-        assert heard is not None
-        if isinstance(heard, httpx.Response) and heard.is_success:
-            return heard
-        error = failure(heard)
-        pause = _pause(error, attempt, patience.chance())
-        late = pause is None or patience.now() + pause >= deadline
-        if late or attempt >= patience.attempts:
-            raise error from (heard if isinstance(heard, Exception) else None)
+        received = yield Send(call, deadline - policy.now())
+        assert received is not None
+        if isinstance(received, httpx.Response) and received.is_success:
+            return received
+        error = failure(received)
+        pause = _pause(error, attempt, policy.jitter())
+        late = pause is None or policy.now() + pause >= deadline
+        if late or attempt >= policy.attempts:
+            raise error from (received if isinstance(received, Exception) else None)
         assert pause is not None
         yield Wait(pause)
     raise AssertionError("unreachable")
 
 
-def _pause(error: ClientError, attempt: int, chance: float) -> float | None:
-    """Seconds until it is worth asking again, or None where it never is.
+def _pause(error: ClientError, attempt: int, jitter: float) -> float | None:
+    """Return the seconds until the next attempt, or None if a retry is useless.
 
-    Doubled with each attempt, between half and all of it by `chance` (0–1), so that clients
-    who were refused together do not come back together.
+    They double with each attempt; `jitter` (0–1) takes half to all of them, so that clients that
+    were refused at the same time do not retry at the same time.
     """
-    backoff = min(0.25 * 2.0**attempt, 8.0) * (0.5 + chance / 2)
+    backoff = min(0.25 * 2.0**attempt, 8.0) * (0.5 + jitter / 2)
     if isinstance(error, Busy):
         return backoff if error.retry_after is None else error.retry_after + backoff * 0.5
     return backoff if isinstance(error, ConnectionFailed) else None
 
 
-def read_options(form: type[Options], given: Mapping[str, object]) -> Options:
-    """The options of a call, checked as the service does it.
+def read_options(form: type[Options], arguments: Mapping[str, object]) -> Options:
+    """Return the options of a call, validated as the service validates them.
 
     A single value stands for a list of one: `layer="layer4"`, `targets=281`.
     Raises TypeError for an unknown option, ValueError for one out of range.
     """
     known = form.model_fields
-    for name in given:
+    for name in arguments:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]!r}?" if near else f": {', '.join(known)}"
             raise TypeError(f"there is no option {name!r}{hint}")
-    whole = {name: _whole(value, known[name]) for name, value in given.items()}
+    values = {name: _as_list(value, known[name]) for name, value in arguments.items()}
     try:
-        return form.model_validate(whole)
+        return form.model_validate(values)
     except pydantic.ValidationError as error:
         raise ValueError("; ".join(map(_sentence, error.errors(include_url=False)))) from error
 
 
-def _whole(value: Any, option: FieldInfo) -> Any:
+def _as_list(value: Any, option: FieldInfo) -> Any:
     if isinstance(value, pydantic.BaseModel):  # a `Mask`
         return value.model_dump(exclude_unset=True, mode="json")
-    is_one = isinstance(value, str | int) and typing.get_origin(option.annotation) is list
-    return [value] if is_one else value
+    is_single = isinstance(value, str | int) and typing.get_origin(option.annotation) is list
+    return [value] if is_single else value
 
 
 def _sentence(issue: Any) -> str:
-    place = ".".join(map(str, issue["loc"]))
+    field = ".".join(map(str, issue["loc"]))
     message = str(issue["msg"]).removeprefix("Value error, ")
-    return f"{place}: {message}" if place else message
+    return f"{field}: {message}" if field else message
 
 
-def classify(route: str, images: Sequence[bytes | str], options: CommonOptions) -> Ask:
-    """The request for some images, as `image_file` made them.
+def classify(route: str, images: Sequence[bytes | str], options: CommonOptions) -> Call:
+    """Return the call for images that `image_file` returned.
 
-    A form of files with the options in the query; JSON where an image is a URL or the query would
-    be long.
+    A form of files with the options in the query; JSON if an image is a URL or the query is long.
     """
-    said = {k: v for k, v in options.model_dump(exclude_unset=True).items() if v is not None}
+    values = {k: v for k, v in options.model_dump(exclude_unset=True).items() if v is not None}
     has_urls = any(isinstance(image, str) for image in images)
-    if has_urls or len(urlencode(said, doseq=True)) > LONG_QUERY:
+    if has_urls or len(urlencode(values, doseq=True)) > LONG_QUERY:
         sources = [
             {"url": image}
             if isinstance(image, str)
             else {"data": base64.b64encode(image).decode("ascii")}
             for image in images
         ]
-        return Ask("POST", route, {"json": {**said, "images": sources}})
+        return Call("POST", route, {"json": {**values, "images": sources}})
     files = [("image", ("image", image, "application/octet-stream")) for image in images]
-    return Ask("POST", route, {"params": said, "files": files})
+    return Call("POST", route, {"params": values, "files": files})
 
 
 def image_file(image: Image) -> bytes | str:
-    """The file of an image, or its URL.
+    """Return the bytes of an image file, or its URL.
 
-    Pixels and PIL images become PNG, upright as their EXIF orientation says. Raises
-    UnreadableImage, and TypeError for what is no image at all.
+    Arrays and PIL images become PNG; EXIF orientation is applied. Raises UnreadableImage, and
+    TypeError for another type.
     """
     if isinstance(image, str) and image.lower().startswith(("http://", "https://")):
         return image
@@ -218,22 +217,24 @@ def image_file(image: Image) -> bytes | str:
 
 def _read(file: Any) -> bytes:
     if not hasattr(file, "read"):
-        raise TypeError(f"{type(file).__name__} is no image; see api_schemas.client.Image")
+        raise TypeError(
+            f"{type(file).__name__} is not an image; see api_schemas.client.requests.Image"
+        )
     try:
         data = file.read()
     except (OSError, ValueError) as error:  # a closed file says ValueError
         raise UnreadableImage(f"The file cannot be read: {error}.") from error
     if not isinstance(data, bytes):
-        raise TypeError("the file was opened as text; open it with 'rb'")
+        raise TypeError("the file is open in text mode; open it with 'rb'")
     return data
 
 
 def _from_pixels(pixels: NDArray[Any]) -> PIL.Image.Image:
-    is_picture = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4))
-    if pixels.dtype != np.uint8 or not is_picture or not pixels.size:
+    is_image = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4))
+    if pixels.dtype != np.uint8 or not is_image or not pixels.size:
         raise UnreadableImage(
-            f"An array of {pixels.dtype} {pixels.shape} is no image; give uint8 (height, width, "
-            "3), RGB, and a list of arrays for several."
+            f"An array of {pixels.dtype} {pixels.shape} is not an image; give uint8 (height, "
+            "width, 3), RGB, and a list of arrays for several images."
         )
     return PIL.Image.fromarray(
         pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels

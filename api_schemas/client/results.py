@@ -1,6 +1,7 @@
-"""Answers with their base64 taken apart: maps as arrays, images as PIL images, masks as booleans.
+"""The client's form of answers, decoded: maps as arrays, images as PIL images, masks as booleans.
 
-What is plain in the answer (`api_schemas.answers`) is the same here under the same name.
+Each class is the decoded form of the wire's class of that name in `api_schemas.answers`, with the
+same fields.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ Floats = NDArray[np.float16] | NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Regions:
-    """Where the map is at least `threshold` of its maximum, in upright source pixels."""
+    """The decoded form of the wire's `Regions`, in upright source pixels."""
 
     threshold: float
     peak: tuple[float, float] | None
@@ -39,12 +40,12 @@ class Regions:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Explanation:
-    """One map and what to know about it.
+    """The decoded form of the wire's `Explanation`: one map with its metadata.
 
     grid:    float32, 0..1 (signed methods -1..1), in the layer's or the model input's shape.
     heatmap: mode P, the pixel value is 255·|map|, the palette the colormap.
-    overlay: the image under the coloured map.
-    All three, and `regions`, are None where `include` did not ask for them.
+    overlay: the image under the colored map.
+    These and `regions` are None if `include` does not name them.
     """
 
     class_id: int
@@ -64,7 +65,7 @@ class Explanation:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Activation:
-    """What a layer returned or took for one image.
+    """The decoded form of the wire's `Activation`: a layer's output or input for one image.
 
     array: float16 (gradients float32) of `shape`. image: the channels side by side.
     """
@@ -83,7 +84,7 @@ class Activation:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Masked:
-    """The answer for the image with a part of it hidden."""
+    """The decoded form of the wire's `Masked`: the result for the image with a part hidden."""
 
     predictions: list[answers.Prediction]
     changes: list[answers.Change]
@@ -92,7 +93,7 @@ class Masked:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Result:
-    """The answer for one image. Where it failed `error` says why, and the rest is empty.
+    """The decoded form of the wire's `Result`: for one image; if it failed, only `error` is set.
 
     seen: x, y, w, h of the part that the model saw, in upright source pixels.
     """
@@ -109,9 +110,9 @@ class Result:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Answer:
-    """One result an image, in the order they were given; `answer[0]` is the first.
+    """The decoded form of the wire's `Answer`: one result per image, in the given order.
 
-    json: the body as it came, for what is kept or passed on.
+    `answer[0]` is the first result. json: the body as received.
     """
 
     id: str
@@ -131,24 +132,24 @@ class Answer:
 
 
 def read_answer(body: bytes) -> Answer:
-    """An answer of `/explain` or `/predict`. Raises ValueError for anything else."""
+    """Decode an answer of `/explain` or `/predict`. Raises ValueError for anything else."""
     wire = answers.Answer.model_validate_json(body)
-    results = [read_result(each, wire.id) for each in wire.results]
+    results = [read_result(result, wire.id) for result in wire.results]
     return Answer(wire.id, wire.model, results, wire.timing_ms, body)
 
 
-def decode_picture(picture: answers.Encoded) -> PIL.Image.Image:
-    """An image of an answer; its pixels are read when they are first asked for."""
-    return PIL.Image.open(io.BytesIO(base64.b64decode(picture.data)))
+def decode_image(image: answers.Encoded) -> PIL.Image.Image:
+    """Return an image of an answer; its pixels are decoded when they are first used."""
+    return PIL.Image.open(io.BytesIO(base64.b64decode(image.data)))
 
 
 def decode_mask(rle: answers.MaskRLE) -> NDArray[np.bool_]:
-    """Booleans (height, width) of COCO's compressed run lengths.
+    """Decode COCO's compressed run lengths to booleans (height, width).
 
-    Runs go down the columns and alternate, beginning outside. Each is written in digits of five
-    bits, least first, offset by 48: the sixth bit says that more follow, the highest bit of the
-    last digit is the sign; from the third on, a run is the difference to the one before last
-    (maskApi.c of pycocotools). Raises ValueError where they do not fill the mask.
+    Runs go down the columns and alternate, starting outside. Each is written in digits of five
+    bits, least significant first, offset by 48: the sixth bit means that more follow, the highest
+    bit of the last digit is the sign; from the third on, a run is the difference to the second last
+    one (maskApi.c of pycocotools). Raises ValueError if the runs do not fill the mask.
     """
     runs: list[int] = []
     value = bits = 0
@@ -165,34 +166,35 @@ def decode_mask(rle: answers.MaskRLE) -> NDArray[np.bool_]:
     height, width = rle.size
     if sum(runs) != height * width or min(runs, default=0) < 0 or bits:
         raise ValueError(f"the runs do not fill a mask of {height} by {width} pixels")
-    inside = np.arange(len(runs)) % 2 == 1
-    return np.repeat(inside, runs).reshape(width, height).T
+    is_inside = np.arange(len(runs)) % 2 == 1
+    return np.repeat(is_inside, runs).reshape(width, height).T
 
 
 def _numbers(data: str, dtype: str, shape: list[int]) -> Any:
-    """Little-endian values, row-major; the array is read-only."""
+    """Decode little-endian row-major values to a read-only array."""
     kind = np.dtype(dtype).newbyteorder("<")
     return np.frombuffer(base64.b64decode(data), kind).reshape(shape)
 
 
 def read_result(wire: answers.Result, request_id: str | None = None) -> Result:
-    """One of the results of an answer."""
+    """Decode one result of an answer."""
     if wire.error is not None:
-        said = wire.error
-        return Result(error=service_error(said.status, said.code, said.detail, request_id))
+        failure = wire.error
+        error = service_error(failure.status, failure.code, failure.detail, request_id)
+        return Result(error=error)
     return Result(
         image=wire.image,
         seen=wire.seen,
         predictions=wire.predictions or [],
-        explanations=[_explanation(each) for each in wire.explanations or []],
-        activations=[_activation(each) for each in wire.activations or []],
+        explanations=[_explanation(item) for item in wire.explanations or []],
+        activations=[_activation(item) for item in wire.activations or []],
         masked=None if wire.masked is None else _masked(wire.masked),
         precision=wire.precision,
     )
 
 
 def _masked(wire: answers.Masked) -> Masked:
-    explanations = [_explanation(each) for each in wire.explanations]
+    explanations = [_explanation(item) for item in wire.explanations]
     return Masked(wire.predictions, wire.changes, explanations)
 
 
@@ -209,8 +211,8 @@ def _explanation(wire: answers.Explanation) -> Explanation:
         flags=wire.flags,
         cost=wire.cost,
         grid=None if grid is None else _numbers(grid.data, grid.dtype, grid.shape),
-        heatmap=None if wire.heatmap is None else decode_picture(wire.heatmap),
-        overlay=None if wire.overlay is None else decode_picture(wire.overlay),
+        heatmap=None if wire.heatmap is None else decode_image(wire.heatmap),
+        overlay=None if wire.overlay is None else decode_image(wire.overlay),
         regions=None
         if regions is None
         else Regions(regions.threshold, regions.peak, regions.boxes, regions.polygons, regions.rle),
@@ -228,6 +230,6 @@ def _activation(wire: answers.Activation) -> Activation:
         dtype=wire.dtype,
         stats=wire.stats,
         channels_left_out=0 if image is None else image.channels_left_out,
-        image=None if image is None else decode_picture(image),
+        image=None if image is None else decode_image(image),
         array=None if array is None else _numbers(array.data, array.dtype, wire.shape),
     )

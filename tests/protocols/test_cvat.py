@@ -179,7 +179,7 @@ def test_a_frame_that_cannot_be_answered_costs_no_other(cli: Cli) -> None:
         told = function(server.url, shapes="points")
         ran = cli(port, "task", "auto-annotate", str(TASK), *told)
     assert [shape["frame"] for shape in cvat.annotations["shapes"]] == [1, 2, 3]
-    assert "large.png is left without annotations" in ran.stderr
+    assert "no annotations for large.png" in ran.stderr
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,7 @@ def test_labels_are_declared_with_the_type_of_what_they_hold() -> None:
     assert cvat.spec_labels(LABELS[:1], ["polygon"], "") == {"class 0": (0, "polygon")}
     assert cvat.spec_labels(LABELS, ["polygon", "points"], "why") == {"why": (3, "any")}
     assert cvat.spec_labels(LABELS[:1], ["tag"], "why") == {"class 0": (0, "tag")}
-    with pytest.raises(ValueError, match="'class 1' is a class"):
+    with pytest.raises(ValueError, match="'class 1', which is a class"):
         cvat.spec_labels(LABELS, ["tag", "mask"], "class 1")
 
 
@@ -237,8 +237,8 @@ def test_a_heatmap_is_shrunk_to_its_side_and_never_grown() -> None:
     indexed = Image.fromarray(strengths).convert("P")
     indexed.putdata(strengths.ravel())
     indexed.putpalette(bytes(range(255, -1, -1)) * 3)
-    np.testing.assert_array_equal(fiftyone.shrunk(indexed, 512), strengths)
-    small = fiftyone.shrunk(indexed, 30)
+    np.testing.assert_array_equal(fiftyone.scaled_heatmap(indexed, 512), strengths)
+    small = fiftyone.scaled_heatmap(indexed, 30)
     assert small.shape == (20, 30)
     np.testing.assert_allclose(small.mean(), strengths.mean(), atol=1)
 

@@ -212,7 +212,7 @@ def test_a_folder_of_another_job_is_refused_with_what_differs(
         pass
     with pytest.raises(ConfigurationError) as error, open_results(tmp_path / "out", job):
         pass
-    for each in (*words, "Use another folder for this job, or run the earlier job again"):
+    for each in (*words, "Use another folder for this job, or repeat the earlier job"):
         assert each in error.value.detail
 
 

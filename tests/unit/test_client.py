@@ -28,8 +28,8 @@ from api_schemas.answers import MaskRLE
 from api_schemas.client import AsyncClient, Client, errors
 from api_schemas.client.arguments import ExplainArguments, PredictArguments
 from api_schemas.client.requests import (
-    Ask,
-    Patience,
+    Call,
+    RetryPolicy,
     Send,
     Wait,
     classify,
@@ -40,7 +40,7 @@ from api_schemas.client.requests import (
 from api_schemas.client.results import decode_mask, read_answer
 from api_schemas.options import ExplainOptions, Mask, PredictOptions
 
-ASK = Ask("GET", "/models")
+CALL = Call("GET", "/models")
 REQUEST = httpx.Request("GET", "http://service/models")
 
 
@@ -57,7 +57,7 @@ class Clock:
 def talk(heard: list[Any], lag: float = 0.0, **patience: Any) -> tuple[Any, list[Any]]:
     """How an exchange ends that hears these in turn, and its steps."""
     clock, steps, replies = Clock(lag), [], iter(heard)
-    talking = exchange(ASK, Patience(now=clock, chance=lambda: 1.0, **patience))
+    talking = exchange(CALL, RetryPolicy(now=clock, jitter=lambda: 1.0, **patience))
     said = None
     try:
         while True:
@@ -126,7 +126,7 @@ def test_a_lost_connection_is_tried_again(kind: type[httpx.TransportError]) -> N
 
 
 def test_chance_spreads_those_who_were_refused_together() -> None:
-    talking = exchange(ASK, Patience(chance=lambda: 0.0))
+    talking = exchange(CALL, RetryPolicy(jitter=lambda: 0.0))
     next(talking)
     assert talking.send(lost()) == Wait(0.25)
 
@@ -320,7 +320,7 @@ def test_pixels_become_a_file_of_the_same_pixels(shape: tuple[int, ...]) -> None
     "pixels",
     [np.zeros((3, 8, 8), np.float32), np.zeros((2, 8, 8, 3), np.uint8), np.zeros((0, 4), np.uint8)],
 )
-def test_what_is_no_picture_is_refused(pixels: Any) -> None:
+def test_what_is_no_image_is_refused(pixels: Any) -> None:
     with pytest.raises(errors.UnreadableImage, match=r"give uint8 \(height, width"):
         image_file(pixels)
 
@@ -332,7 +332,7 @@ def test_what_is_read_from_where(tmp_path) -> None:
     assert image_file("HTTPS://host/a.jpg") == "HTTPS://host/a.jpg"
     with pytest.raises(TypeError, match="'rb'"):
         image_file(io.StringIO("text"))
-    with pytest.raises(TypeError, match="int is no picture"):
+    with pytest.raises(TypeError, match="int is not an image"):
         image_file(3)
     closed = io.BytesIO()
     closed.close()
