@@ -14,7 +14,7 @@ import PIL.Image
 from api_schemas import models as wire
 from api_schemas.client.errors import InvalidOption, NotFound, Unauthorized, UnexpectedAnswer
 from api_schemas.client.requests import (
-    Call,
+    ApiCall,
     Image,
     Images,
     RetryPolicy,
@@ -67,28 +67,28 @@ class Calls:
         return _read(response, read_answer)
 
     def _models(self) -> Steps[list[wire.Model]]:
-        response = yield from exchange(Call("GET", "/models"), self._policy)
+        response = yield from exchange(ApiCall("GET", "/models"), self._policy)
         return _read(response, wire.Models.model_validate_json).models
 
     def _model(self, name: str | None) -> Steps[wire.ModelDetails]:
         path = yield from self._path(name)
-        response = yield from exchange(Call("GET", path), self._policy)
+        response = yield from exchange(ApiCall("GET", path), self._policy)
         return _read(response, wire.ModelDetails.model_validate_json)
 
     def _layers(self, model: str | None) -> Steps[list[wire.Layer]]:
         path = yield from self._path(model)
-        response = yield from exchange(Call("GET", f"{path}/layers"), self._policy)
+        response = yield from exchange(ApiCall("GET", f"{path}/layers"), self._policy)
         return _read(response, wire.Layers.model_validate_json).layers
 
     def _kernels(self, layer: str, model: str | None) -> Steps[PIL.Image.Image]:
         path = yield from self._path(model)
-        call = Call("GET", f"{path}/kernels/{quote(layer, safe='')}")
+        call = ApiCall("GET", f"{path}/kernels/{quote(layer, safe='')}")
         response = yield from exchange(call, self._policy)
         return _read(response, lambda body: PIL.Image.open(io.BytesIO(body)))
 
     def _health(self) -> Steps[wire.Health]:
         once = replace(self._policy, attempts=1)
-        response = yield from exchange(Call("GET", "/health/ready"), once)
+        response = yield from exchange(ApiCall("GET", "/health/ready"), once)
         return _read(response, wire.Health.model_validate_json)
 
     def _path(self, model: str | None) -> Steps[str]:

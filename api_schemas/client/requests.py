@@ -55,7 +55,7 @@ _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class ApiCall:
     """One request, as the keyword arguments of `httpx.Client.build_request`."""
 
     method: str
@@ -67,7 +67,7 @@ class Call:
 class Send:
     """A step: send this call within `seconds`, and send back what was received."""
 
-    call: Call
+    call: ApiCall
     seconds: float
 
     def request(self, http: httpx.Client | httpx.AsyncClient) -> httpx.Request:
@@ -106,7 +106,7 @@ class RetryPolicy:
     jitter: Callable[[], float] = random.random
 
 
-def exchange(call: Call, policy: RetryPolicy) -> Steps[httpx.Response]:
+def exchange(call: ApiCall, policy: RetryPolicy) -> Steps[httpx.Response]:
     """Send a call, and retry it; every call of this client is safe to retry.
 
     Retried: 429 and 503, not before their `Retry-After`, and lost connections.
@@ -172,7 +172,7 @@ def _sentence(issue: Any) -> str:
     return f"{field}: {message}" if field else message
 
 
-def classify(route: str, images: Sequence[bytes | str], options: CommonOptions) -> Call:
+def classify(route: str, images: Sequence[bytes | str], options: CommonOptions) -> ApiCall:
     """Return the call for images that `image_file` returned.
 
     A form of files with the options in the query; JSON if an image is a URL or the query is long.
@@ -186,9 +186,9 @@ def classify(route: str, images: Sequence[bytes | str], options: CommonOptions) 
             else {"data": base64.b64encode(image).decode("ascii")}
             for image in images
         ]
-        return Call("POST", route, {"json": {**values, "images": sources}})
+        return ApiCall("POST", route, {"json": {**values, "images": sources}})
     files = [("image", ("image", image, "application/octet-stream")) for image in images]
-    return Call("POST", route, {"params": values, "files": files})
+    return ApiCall("POST", route, {"params": values, "files": files})
 
 
 def image_file(image: Image) -> bytes | str:

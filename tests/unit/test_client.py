@@ -28,7 +28,7 @@ from api_schemas.answers import MaskRLE
 from api_schemas.client import AsyncClient, Client, errors
 from api_schemas.client.arguments import ExplainArguments, PredictArguments
 from api_schemas.client.requests import (
-    Call,
+    ApiCall,
     RetryPolicy,
     Send,
     Wait,
@@ -40,7 +40,7 @@ from api_schemas.client.requests import (
 from api_schemas.client.results import decode_mask, read_answer
 from api_schemas.options import ExplainOptions, Mask, PredictOptions
 
-CALL = Call("GET", "/models")
+CALL = ApiCall("GET", "/models")
 REQUEST = httpx.Request("GET", "http://service/models")
 
 
