@@ -29,7 +29,7 @@ from pathlib import Path
 SHARE = 0.8
 """Of their rate alone, that good clients keep."""
 WINDOW, SETTLE = 10.0, 5.0
-"""Seconds that a rate is counted, and before."""
+"""Seconds that a rate is counted, and before; never longer before than counted."""
 RETURNS = 10.0
 """Seconds after which a peer whose connection was ended comes again."""
 LATER = 1.0
@@ -273,7 +273,7 @@ def slow_peers(start: object, options: argparse.Namespace) -> bool:
         rows = [("alone", *_rate(server.port, photos, options.clients, window))]
         for _ in range(options.pairs):
             with _peers(Peers(server.port, options.peers, options.addresses)) as found:
-                time.sleep(SETTLE)
+                time.sleep(min(SETTLE, window))
                 rows.append(("beside them", *_rate(server.port, photos, options.clients, window)))
                 late, peak = max(late, server.lateness()), max(peak, server.peak())
             became.update(found)

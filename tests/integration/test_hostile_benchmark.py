@@ -69,7 +69,8 @@ def test_good_requests_are_compared_beside_hostile_ones(run, capsys):
 
 
 def test_a_few_slow_peers_are_held_while_good_requests_are_counted(run, capsys):
-    run("--slow-peers", "--peers", "2", "--addresses", "2", "--seconds", "1", "--clients", "1")
+    few = ("--peers", "2", "--addresses", "2", "--pairs", "1", "--seconds", "1")
+    run("--slow-peers", *few, "--clients", "1")
     said = capsys.readouterr().out
     assert "2 silent readers and 2 silent uploaders from 2 addresses" in said
     assert "Good clients kept" in said
