@@ -1,4 +1,4 @@
-"""The pictures of `localisation.py`: off-centre views, whole views and 2×2 grids."""
+"""The images of `localisation.py`: off-centre views, whole views and 2×2 grids."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from service.models.pool import Replica
 
 Mask = NDArray[np.bool_]
 
-# What the demo photographs show, as ImageNet has it, and the values of their masks. The owl, the
+# What the demo images show, as ImageNet has it, and the values of their masks. The owl, the
 # pets and the sunflower are of no class that can be named with certainty. The crow of
 # `bird_segmentation` counts as right where the answer is a bird, as COCO's birds do.
 DEMO: Mapping[str, tuple[frozenset[int], int | None]] = {
@@ -34,13 +34,13 @@ DEMO: Mapping[str, tuple[frozenset[int], int | None]] = {
 }
 
 SIDES = (1.0, 0.85, 0.7, 0.55, 0.4)
-"""Sides of the square windows that are tried, as shares of a photograph's shorter side."""
+"""Sides of the square windows that are tried, as shares of an image's shorter side."""
 
 PLACES = 7
 """Positions that are tried along each axis."""
 
 WINDOWS_TRIED, WINDOWS_KEPT = 8, 2
-"""Windows of one photograph and kind that the model is asked about, and that are kept."""
+"""Windows of one image and kind that the model is asked about, and that are kept."""
 
 AREA = (0.04, 0.5)
 """How large, as a share of the window, the box of an off-centre object may be."""
@@ -48,7 +48,7 @@ AREA = (0.04, 0.5)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Photo:
-    """A photograph and one kind of object in it.
+    """An image and one kind of object in it.
 
     classes: the ImageNet classes that are a right answer; empty: the birds of COCO's matches.
     boxes:   of every object of the kind, in source pixels. mask: of all of them; None: unknown.
@@ -65,7 +65,7 @@ class Photo:
 class View:
     """A model input that is classified right.
 
-    photo:      the photograph it is from; views of one photograph are one cluster.
+    image:      the image it is from; views of one image are one cluster.
     boxes:      left, top, right, bottom in input pixels; empty where the object is not off-centre.
     """
 
@@ -86,7 +86,7 @@ class Grid:
 
 
 def photos(data: Path) -> list[Photo]:
-    """Every photograph with every kind of object that ImageNet has a class for."""
+    """Every image with every kind of object that ImageNet has a class for."""
     found: list[Photo] = []
     birds: set[int] = set()
     for each in json.loads((data / "coco_free" / "annotations.json").read_text()):
@@ -113,10 +113,10 @@ def photos(data: Path) -> list[Photo]:
 
 
 def views(found: Sequence[Photo], replica: Replica, seed: int) -> tuple[list[View], list[View]]:
-    """The whole views, and all views with the first of every photograph before any second one.
+    """The whole views, and all views with the first of every image before any second one.
 
     A whole view is the service's own centre crop. A view with an off-centre object is a square
-    window of the photograph that holds the largest object of a kind while its centre lies in no box
+    window of the image that holds the largest object of a kind while its centre lies in no box
     of that kind. Only those that the model classifies right are kept.
     """
     chance = random.Random(seed)  # noqa: S311 (a seed makes the run repeatable)
@@ -138,7 +138,7 @@ def views(found: Sequence[Photo], replica: Replica, seed: int) -> tuple[list[Vie
 
 
 def grids(whole: Sequence[View], count: int, seed: int) -> list[Grid]:
-    """Seeded 2×2 grids of whole views; the four are of different classes and photographs."""
+    """Seeded 2×2 grids of whole views; the four are of different classes and images."""
     chance = random.Random(seed)  # noqa: S311
     made: list[Grid] = []
     while len(made) < count:

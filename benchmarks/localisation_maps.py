@@ -1,4 +1,4 @@
-"""The maps of `localisation.py`: ours, pytorch-grad-cam's, and two that look at no picture."""
+"""The maps of `localisation.py`: ours, pytorch-grad-cam's, and two that look at no image."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ CAMS = tuple(each.name for each in _OF_ALL_MODELS if not each.runs)
 TO_THE_INPUT = tuple(each.name for each in _OF_ALL_MODELS if each.runs and each.times == "once")
 FAST = (*CAMS, *TO_THE_INPUT)
 SLOW = tuple(each.name for each in _OF_ALL_MODELS if each.times != "once")
-"""What runs the model, or its tail, a hundred times and more; asked about fewer pictures."""
+"""What runs the model, or its tail, a hundred times and more; asked about fewer images."""
 
 NO_EPSILON = "gradcampp (no ε)"
 """Grad-CAM++ beside the peer's with its epsilon made negligible."""
@@ -61,7 +61,7 @@ SCALE = 1e6
 def ours(
     replica: Replica, pixels: Tensor, method: str, targets: Sequence[int]
 ) -> list[Map] | CamserveError:
-    """The service's maps (h, w) at the size of the picture, as drawn: not negative.
+    """The service's maps (h, w) at the size of the image, as drawn: not negative.
 
     Computed by `service.inference.batch.run`, on whatever size `pixels` has. The error where the
     service refuses the method for this model.
@@ -82,7 +82,7 @@ def ours(
 
 
 def enlarged(cam: Map, size: tuple[int, int]) -> Map:
-    """A map laid over a picture of (h, w), by the service's own interpolation."""
+    """A map laid over an image of (h, w), by the service's own interpolation."""
     height, width = size
     window = (0.0, 0.0, float(width), float(height))
     return resample(
@@ -94,7 +94,7 @@ class _Remembering(nn.Module):
     """A layer that gives its last output again for the same input, as the start of a graph.
 
     Every class of the peer runs the whole model for itself. What is behind the layer, and the
-    gradient at it, are computed as ever; Score-CAM's masked pictures are other inputs.
+    gradient at it, are computed as ever; Score-CAM's masked images are other inputs.
     """
 
     def __init__(self, layer: nn.Module) -> None:

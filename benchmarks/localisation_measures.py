@@ -21,7 +21,7 @@ STEPS = 20
 """Of the insertion and deletion curves."""
 
 BLUR = 0.05
-"""Standard deviation of the picture that insertion starts from, of its side."""
+"""Standard deviation of the image that insertion starts from, of its side."""
 
 SAME = 1e-5
 """Maps that differ by less, as a share of their maximum, share one curve."""
@@ -55,9 +55,9 @@ def pointed(cam: Map, boxes: Iterable[Rect]) -> float:
 
 
 class Curves:
-    """Insertion and deletion of one picture: areas under the softmax score of its target.
+    """Insertion and deletion of one image: areas under the softmax score of its target.
 
-    Insertion puts pixels of the picture, the strongest first, into its blurred copy; deletion
+    Insertion puts pixels of the image, the strongest first, into its blurred copy; deletion
     replaces them by the mean colour. Pixels of equal strength come in one random order, the same
     for every map.
     """
@@ -174,7 +174,7 @@ class Table:
         return float(sums.sum() / counts.sum()), float(low), float(high)
 
     def over_trivial(self, method: str) -> tuple[float, float, float] | None:
-        """Ours minus the better of the two maps that look at no picture, on the same cases."""
+        """Ours minus the better of the two maps that look at no image, on the same cases."""
         found = [self.difference(method, (name, "ours")) for name in ("centre", "random")]
         known = [each for each in found if each is not None]
         pick: Callable[..., tuple[float, float, float]] = min if self.sign > 0 else max

@@ -26,7 +26,7 @@ from PIL import Image, ImageFilter, ImageOps
 
 ROOT = Path(__file__).resolve().parent.parent
 PHOTOS = ROOT.parent / "shared" / "data" / "demo_images"
-"""Where real photographs lie beside the checkout; drawn ones take their place."""
+"""Where real images lie beside the checkout; drawn ones take their place."""
 
 LIBRARIES = (
     *("torch", "torchvision", "openvino", "grad-cam", "torchcam", "captum"),
@@ -153,7 +153,7 @@ def _installed(name: str) -> bool:
 
 
 def photograph(seed: int, width: int = 640, height: int = 480) -> bytes:
-    """A JPEG with the size and the detail of a photograph: soft shapes, edges and grain."""
+    """A JPEG with the size and the detail of an image: soft shapes, edges and grain."""
     noise = np.random.default_rng(seed)
     coarse = Image.fromarray(noise.integers(0, 256, (6, 8, 3), dtype=np.uint8))
     soft = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.float32)
@@ -165,7 +165,7 @@ def photograph(seed: int, width: int = 640, height: int = 480) -> bytes:
 
 
 def photographs(width: int, height: int, count: int, folder: Path = PHOTOS) -> list[bytes]:
-    """JPEGs of that size: of the photographs in a folder where there are any, else drawn ones.
+    """JPEGs of that size: of the images in a folder where there are any, else drawn ones.
 
     What has to be enlarged is given grain, or it would be smoother, and its file smaller, than
     what a camera makes.

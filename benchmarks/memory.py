@@ -68,7 +68,7 @@ def replica(builder: str, count: int = 16) -> float:
 
 
 def pictures() -> list[tuple[str, bytes]]:
-    """Media types and pictures of several sizes."""
+    """Media types and images of several sizes."""
     sizes = ((320, 240), (640, 480), (480, 640), (1600, 1200))
     found = [("image/jpeg", photograph(seed, *size)) for seed, size in enumerate(sizes)]
     file = io.BytesIO()
@@ -94,7 +94,7 @@ class Mix:
         self._requests = self._mixed()
 
     def _mixed(self) -> Iterator[tuple[str, tuple[str, bytes]]]:
-        """Paths and pictures; the lengths have no common factor, so all combinations come."""
+        """Paths and images; the lengths have no common factor, so all combinations come."""
         turns = zip(
             itertools.cycle(MIXED),
             itertools.cycle(OPTIONS),

@@ -150,7 +150,7 @@ def random_weights(folder: Path) -> Path:
 def calibrate(model: Model, front: Path) -> None:
     """Make an int8 front with `camserve calibrate`; where it is refused, that is said.
 
-    Random weights and photographs that are mostly drawn do for its speed, and say nothing about
+    Random weights and images that are mostly drawn do for its speed, and say nothing about
     its price in agreement.
     """
     folder = front.parent / "photographs"
@@ -164,7 +164,7 @@ def calibrate(model: Model, front: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What a server answered about one photograph: the best class, and the map of explainers."""
+    """What a server answered about one image: the best class, and the map of explainers."""
 
     class_id: int
     cam: NDArray[np.float32] | None
@@ -181,7 +181,7 @@ def ask(server: Server, path: str, photo: bytes) -> Said:
 
 
 def read(answer: Any) -> Said:
-    """What an answer of the service or of a peer says. Raises ValueError without a picture."""
+    """What an answer of the service or of a peer says. Raises ValueError without an image."""
     answer = answer["results"][0] if "results" in answer else answer
     explained = (answer.get("explanations") or [answer])[0]
     drawn = explained.get("overlay")
@@ -190,7 +190,7 @@ def read(answer: Any) -> Said:
     encoded = base64.b64decode(drawn if isinstance(drawn, str) else drawn["data"])
     picture = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR)
     if picture is None or picture.shape[0] < 16:
-        raise ValueError("the overlay is no picture")
+        raise ValueError("the overlay is no image")
     return Said(answer["predictions"][0]["class_id"], _grid(explained["grid"]))
 
 

@@ -1,8 +1,8 @@
-"""What bf16 costs in agreement with float32, on photographs.
+"""What bf16 costs in agreement with float32, on images.
 
     .venv/bin/python benchmarks/precision.py torchvision/mobilenet_v2@WEIGHTS photographs/
 
-Every photograph is explained by both fronts, the class that float32 puts first by both; the rank
+Every image is explained by both fronts, the class that float32 puts first by both; the rank
 correlation is of their maps. The processor must compute in bf16.
 """
 
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Load the model twice and print a row."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("model", help="as for camserve serve --model")
-    parser.add_argument("folders", type=Path, nargs="+", help="of photographs")
+    parser.add_argument("folders", type=Path, nargs="+", help="of images")
     parser.add_argument("--allow-random-weights", action="store_true")
     options = parser.parse_args(arguments)
     exact, rounded = (

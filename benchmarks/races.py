@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/races.py                 # resnet18 at 96 px; 8, 16 and 64 threads
 
-Every thread asks about other pictures, targets and layers, through pytorch-grad-cam, TorchCAM and
+Every thread asks about other images, targets and layers, through pytorch-grad-cam, TorchCAM and
 Captum as their documents show them, an object a call, and through both lanes of the service. An
 answer is wrong where it is not the one that the same library gives to the same question alone.
 
@@ -114,7 +114,7 @@ class Shared:
         return np.asarray(maps[0], np.float32)
 
     def _gradcam_frozen(self, case: Case) -> Map:
-        """No parameter's `.grad` is shared: the graph begins at the call's own picture."""
+        """No parameter's `.grad` is shared: the graph begins at the call's own image."""
         layer = self.net.get_submodule(case.layer)
         with GradCAM(model=self.net, target_layers=[layer]) as cam:
             taken = self._input(case).requires_grad_()
@@ -148,7 +148,7 @@ class Shared:
 
 
 def cases(model: LoadedModel, layers: Sequence[str], side: int, pictures: int) -> list[Case]:
-    """Seeded pictures, each at every layer, for two targets."""
+    """Seeded images, each at every layer, for two targets."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(pictures, 3, side, side, generator=generator)
     classes = len(model.labels)
@@ -221,7 +221,7 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--layers", nargs="+", default=("layer2", "layer3", "layer4"))
     parser.add_argument("--threads", nargs="+", type=int, default=(8, 16, 64))
     parser.add_argument("--each", type=int, default=6, help="answers of each thread")
-    parser.add_argument("--side", type=int, default=96, help="of the pictures, in pixels")
+    parser.add_argument("--side", type=int, default=96, help="of the images, in pixels")
     parser.add_argument("--replicas", type=int, default=4, help="in the service's pool")
     parser.add_argument("--only", choices=LIBRARIES, help="one library, in this process")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "races.json")

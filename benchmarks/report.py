@@ -191,7 +191,7 @@ def _spread(results: Results) -> Ratio | None:
 
 
 def _large(name: str) -> Callable[[Results], Ratio | None]:
-    """A row's time for a large photograph in units of that for a small one."""
+    """A row's time for a large image in units of that for a small one."""
 
     def figure(results: Results) -> Ratio | None:
         small, large = (series(results, load, name, "rate") for load in ("640x480/4", "12MP/4"))

@@ -4,7 +4,7 @@
 
 One thread. Every figure is the median of ratios to an eager resnet50 forward pass (random weights)
 that runs in turn with it, in CPU seconds of the thread, so that a busy neighbour counts little.
-The photograph is cut to 4:3 and scaled to 640x480 and to 4000x3000, both JPEGs of quality 90; the
+The image is cut to 4:3 and scaled to 640x480 and to 4000x3000, both JPEGs of quality 90; the
 second also with a sensor's grain, which makes the file three times as large.
 """
 

@@ -1,6 +1,6 @@
 """Servers as processes of their own, on loopback: the service, and those in `peers/`.
 
-All are given the same cores, the same weights file, and the same photographs.
+All are given the same cores, the same weights file, and the same images.
 """
 
 from __future__ import annotations

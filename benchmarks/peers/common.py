@@ -1,8 +1,8 @@
-"""What the peers share: the model, the way from bytes to its input, and the picture they answer.
+"""What the peers share: the model, the way from bytes to its input, and the image they answer.
 
 Written as their users would: OpenCV to decode and to draw (at 12 MP it is faster than Pillow), and
 torchvision's transform on a tensor, its fastest. All draw the overlay that the service draws, so
-that the work is the same: the photograph at its size, 2048 px at most, the map over the part that
+that the work is the same: the image at its size, 2048 px at most, the map over the part that
 the model saw, JPEG at quality 90, base64.
 """
 
@@ -52,7 +52,7 @@ def load() -> nn.Module:
 
 
 def opened(data: bytes) -> tuple[Tensor, NDArray[np.uint8]]:
-    """The model input (1, 3, 224, 224) and the photograph, uint8 (h, w, 3)."""
+    """The model input (1, 3, 224, 224) and the image, uint8 (h, w, 3)."""
     encoded = np.frombuffer(data, np.uint8)
     photo = np.asarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB), np.uint8)
     pixels = torch.from_numpy(photo).permute(2, 0, 1)
@@ -63,7 +63,7 @@ def opened(data: bytes) -> tuple[Tensor, NDArray[np.uint8]]:
 
 
 def overlay(cam: NDArray[np.float32], photo: NDArray[np.uint8]) -> str:
-    """The map (h, w), 0..1, over the part of the photograph that the model saw."""
+    """The map (h, w), 0..1, over the part of the image that the model saw."""
     longest = max(photo.shape[:2])
     if longest > LONGEST:
         height, width = (round(side * LONGEST / longest) for side in photo.shape[:2])

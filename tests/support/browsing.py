@@ -201,7 +201,7 @@ def canvas_pixels(page: Page, selector: str) -> tuple[int, int, bytes]:
 
 
 def answer_of(http: httpx.Client, site: str, photo: Path, **options: Any) -> dict[str, Any]:
-    """What the server says of a photograph, for comparison with the page."""
+    """What the server says of an image, for comparison with the page."""
     body = photo.read_bytes()
     response = http.post(
         f"{site}/explain", params=options, content=body, headers={"content-type": "image/jpeg"}

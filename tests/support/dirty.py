@@ -1,4 +1,4 @@
-"""Models that soil their replica when a picture is red, each in its own way, and answer well."""
+"""Models that soil their replica when an image is red, each in its own way, and answer well."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Soiling(SmallNet):
-    """Answers every picture as `SmallNet` does; what a red one leaves behind has a name."""
+    """Answers every image as `SmallNet` does; what a red one leaves behind has a name."""
 
     def __init__(self, fault: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""How much is fuzzed, and real pictures to begin with."""
+"""How much is fuzzed, and real images to begin with."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CASES = int(os.environ.get("CAMSERVE_FUZZ_CASES", "500"))
 """Of all fuzz tests together; 20,000 in a night."""
 
 GROWTH_BYTES = 512 << 20
-"""What the service may hold more after any number of cases; one picture of the largest size that
+"""What the service may hold more after any number of cases; one image of the largest size that
 the tests allow takes 12 MB."""
 
 
@@ -91,7 +91,7 @@ def real_pictures() -> tuple[bytes, ...]:
 
 @st.composite
 def broken_pictures(draw: st.DrawFn) -> bytes:
-    """A real picture after one to six accidents."""
+    """A real image after one to six accidents."""
     data = bytearray(draw(st.sampled_from(real_pictures())))
     for _ in range(draw(st.integers(1, 6))):
         at = draw(st.one_of(st.integers(0, min(200, len(data))), st.integers(0, len(data))))

@@ -34,7 +34,7 @@ WEIGHTS = Path(__file__).parents[3] / "shared" / "data" / "weights"
 
 
 def picture(seed: int = 0, height: int = 224, width: int = 224) -> Tensor:
-    """A seeded uint8 picture (3, height, width) with coarse shapes and fine grain."""
+    """A seeded uint8 image (3, height, width) with coarse shapes and fine grain."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(1, 3, 8, 8, generator=generator)
     smooth = functional.interpolate(coarse, (height, width), mode="bicubic", align_corners=False)
@@ -195,7 +195,7 @@ def without_in_place(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def input_of(model: LoadedModel, pixels: Tensor) -> Tensor:
-    """The model input (1, 3, H, W) of a picture."""
+    """The model input (1, 3, H, W) of an image."""
     return model.normalised(pixels[None])
 
 

@@ -19,12 +19,12 @@ def noise(width: int = 80, height: int = 60, seed: int = 0) -> Pixels:
 
 
 def red(width: int = 80, height: int = 60) -> Pixels:
-    """The picture that the faulty models of `tiny` and `dirty` fail on."""
+    """The image that the faulty models of `tiny` and `dirty` fail on."""
     return np.full((height, width, 3), (255, 0, 0), dtype=np.uint8)
 
 
 def file(pixels: Pixels, kind: str = "PNG", **options: object) -> bytes:
-    """The picture as a file of that kind."""
+    """The image as a file of that kind."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, kind, **options)  # type: ignore[arg-type]
     return buffer.getvalue()
@@ -43,11 +43,11 @@ def jpeg(width: int = 80, height: int = 60, seed: int = 0, orientation: int = 1)
 
 
 def opened(data: bytes) -> Image.Image:
-    """A file as a loaded picture."""
+    """A file as a loaded image."""
     picture = Image.open(io.BytesIO(data))
     picture.load()
     return picture
 
 
 RED_PNG = file(red())
-"""The file of the picture that the faulty models fail on."""
+"""The file of the image that the faulty models fail on."""

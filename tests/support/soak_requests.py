@@ -21,10 +21,10 @@ PATIENCE = 60.0
 """Seconds after which a client gives up."""
 
 MODELS = ("small", "other", "fails_in_forward", "fails_in_hook", "fails_in_backward", "gives_nan")
-"""The faulty ones answer these pictures, none of which is red."""
+"""The faulty ones answer these images, none of which is red."""
 
 SOILED = ("leaves_training_mode", "leaves_a_hook", "changes_a_buffer", "leaves_a_gradient")
-"""Models that soil their replica when a picture is red."""
+"""Models that soil their replica when an image is red."""
 
 OPTIONS: tuple[dict[str, Any], ...] = (
     {"include": ["grid", "heatmap"]},
@@ -81,13 +81,13 @@ def good_asks(count: int) -> list[Ask]:
 
 
 def raw(route: str, options: dict[str, Any], files: list[tuple[str, bytes]]) -> Ask:
-    """The first picture as the body itself."""
+    """The first image as the body itself."""
     kind, data = files[0]
     return Ask(f"{route}?{urlencode(options, doseq=True)}", data, {"content-type": kind})
 
 
 def form(route: str, options: dict[str, Any], files: list[tuple[str, bytes]]) -> Ask:
-    """All pictures as parts of a form."""
+    """All images as parts of a form."""
     head = '--edge\r\ncontent-disposition: form-data; name="image"; filename="{}"\r\n\r\n'
     parts = b"".join(
         head.format(number).encode() + data + b"\r\n" for number, (_, data) in enumerate(files)
@@ -97,7 +97,7 @@ def form(route: str, options: dict[str, Any], files: list[tuple[str, bytes]]) ->
 
 
 def as_json(route: str, options: dict[str, Any], files: list[tuple[str, bytes]]) -> Ask:
-    """All pictures in base64."""
+    """All images in base64."""
     lists = {"include", "targets", "layer", "activations", "activation_as"}
     fields = {k: [v] if k in lists and not isinstance(v, list) else v for k, v in options.items()}
     images = [{"data": base64.b64encode(data).decode()} for _, data in files]
@@ -126,7 +126,7 @@ far from this."""
 OF_A_MAP = 5e-2
 """In maps, of their largest value: a ReLU may change its mind about a zero."""
 LEVELS = 3.0
-"""Mean difference of two pictures, of 255."""
+"""Mean difference of two images, of 255."""
 
 
 def differences(answer: Any, twin: Any, place: str = "answer") -> Iterator[str]:
@@ -159,7 +159,7 @@ def _of_data(answer: dict[str, Any], twin: dict[str, Any], place: str) -> Iterat
     off = np.abs(one - other)
     if "media_type" in twin:
         if off.mean() > LEVELS:
-            yield f"{place} is another picture: {off.mean():.1f} levels off"
+            yield f"{place} is another image: {off.mean():.1f} levels off"
     elif off.max() > OF_A_MAP * max(1e-6, float(np.abs(other).max())):
         yield f"{place} is {off.max():.3g} off, of {np.abs(other).max():.3g}"
 

@@ -90,7 +90,7 @@ def _logs_thrown_away() -> Iterator[None]:
 
 
 def _weighed(folder: Path) -> tuple[str, ...]:
-    """Every model with a weights file, which says that it takes small pictures."""
+    """Every model with a weights file, which says that it takes small images."""
     found = []
     for builder, build in BUILDERS.items():
         file = folder / f"{builder.partition(':')[2]}.safetensors"

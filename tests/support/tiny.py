@@ -70,7 +70,7 @@ def paper() -> nn.Module:
 
 
 RED = 200
-"""A picture whose first pixel has at least this much red makes the faulty models fail."""
+"""An image whose first pixel has at least this much red makes the faulty models fail."""
 
 
 class _FailsBackward(torch.autograd.Function):
@@ -92,7 +92,7 @@ HANGING, RELEASED = threading.Event(), threading.Event()
 
 
 class Faulty(SmallNet):
-    """Fails for red pictures alone, in the way it was told to; its replicas do too."""
+    """Fails for red images alone, in the way it was told to; its replicas do too."""
 
     def __init__(self, fault: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The photographs that the built-in model learns from, and how they reach a network."""
+"""The images that the built-in model learns from, and how they reach a network."""
 
 import io
 import tarfile
@@ -87,7 +87,7 @@ def cut(images: list[Tensor], boxes: Tensor, side: int) -> Tensor:
 
 
 def draw_boxes(images: list[Tensor], count: int) -> Tensor:
-    """Draw random crops of a third of the photograph to all of it: N, count, 4."""
+    """Draw random crops of a third of the image to all of it: N, count, 4."""
     crop = RandomResizedCrop(CROP, scale=(0.3, 1.0))
     sides = ("top", "left", "height", "width")
     drawn = [[crop.make_params([image]) for _ in range(count)] for image in images]

@@ -1,4 +1,4 @@
-"""What a pretrained network sees in the photographs: features, and from them probabilities."""
+"""What a pretrained network sees in the images: features, and from them probabilities."""
 
 import itertools
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Seen:
     maps: Tensor  # N, K, MAP_WIDTH, h, w
 
     def __getitem__(self, chosen: Tensor) -> Self:
-        """Return what was seen in the chosen photographs."""
+        """Return what was seen in the chosen images."""
         return type(self)(self.boxes[chosen], self.pooled[chosen], self.maps[chosen])
 
 

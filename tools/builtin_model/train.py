@@ -1,7 +1,7 @@
 """Train the built-in model from scratch: `python tools/builtin_model/train.py --data TAR`.
 
 TAR holds `<root>/train/<class>/*.jpg` and `<root>/val/<class>/*.jpg`. With `--teacher FILE` (a
-torchvision mobilenet_v2 whose batch normalisation is folded) every photograph's crops carry two
+torchvision mobilenet_v2 whose batch normalisation is folded) every image's crops carry two
 targets beside the label: the class probabilities of a linear head fitted on the teacher's pooled
 features, and the teacher's features at every place, which is what makes the maps sit on the flower.
 `--tune 0.15` holds that part of `train/` out, reports on it and leaves `val/` unread.
@@ -50,7 +50,7 @@ LABEL_SHARE = 0.3
 
 @dataclass(frozen=True)
 class Views:
-    """Crops of N photographs, K of each, and what the network should say about them."""
+    """Crops of N images, K of each, and what the network should say about them."""
 
     boxes: Tensor  # N, K, 4: top, left, height, width in pixels
     targets: Tensor  # N, K, classes: probabilities
@@ -92,7 +92,7 @@ class Batch:
 
 
 def make_batch(photos: Photos, views: Views, chosen: Tensor, side: int) -> Batch:
-    """Take a random view of each photograph; mirror half of them, mix a fifth of the batches."""
+    """Take a random view of each image; mirror half of them, mix a fifth of the batches."""
     view = torch.randint(views.boxes.shape[1], (len(chosen),))
     images = colour(cut(photos[chosen].images, views.boxes[chosen, view], side))
     targets, maps, grid = views.targets[chosen, view], None, side // 16
@@ -175,7 +175,7 @@ def follow(average: nn.Module, net: nn.Module, share: float) -> None:
 
 @torch.inference_mode()
 def confusion(net: nn.Module, photos: Photos) -> Tensor:
-    """Count the photographs by true class (row) and predicted class (column)."""
+    """Count the images by true class (row) and predicted class (column)."""
     counts = torch.zeros(len(FOLDERS), len(FOLDERS), dtype=torch.long)
     for image, label in zip(photos.images, photos.labels.tolist(), strict=True):
         counts[label, net(normalise(centre(image)[None])).argmax()] += 1
@@ -215,7 +215,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tune", type=float, default=0.0, help="share of train/ to hold out")
     parser.add_argument("--start", type=Path, help="weights to go on from")
     parser.add_argument("--minutes", type=float, default=60.0, help="training time")
-    parser.add_argument("--views", type=int, default=12, help="crops of each photograph")
+    parser.add_argument("--views", type=int, default=12, help="crops of each image")
     parser.add_argument("--rate", type=float, default=0.002, help="peak learning rate")
     parser.add_argument("--map-weight", type=float, default=1.0, help="weight of the feature loss")
     parser.add_argument("--seed", type=int, default=0)

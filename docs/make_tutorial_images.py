@@ -1,6 +1,6 @@
-"""Run the tutorial on right reasons, and keep the pictures that it makes.
+"""Run the tutorial on right reasons, and keep the images that it makes.
 
-    PYTHONPATH=tests/support .venv/bin/python docs/make_tutorial_pictures.py
+    PYTHONPATH=tests/support .venv/bin/python docs/make_tutorial_images.py
 
 Writes docs/images/tutorial-*.webp. Only what the project itself drew is in them.
 """
@@ -20,7 +20,7 @@ PICTURES = ("sunflower", "dandelion", "plane")
 
 
 def main() -> None:
-    """Every block but those that want a photograph of one's own."""
+    """Every block but those that want an image of one's own."""
     with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
         folder = Path(name)
         sys.path.insert(0, name)

@@ -1,6 +1,6 @@
-"""Take the pictures of the page that README and the tutorial show, in Chromium.
+"""Take the screenshots of the page that README and the tutorial show, in Chromium.
 
-    PYTHONPATH=tests/support python docs/make_pictures.py
+    PYTHONPATH=tests/support python docs/make_screenshots.py
 
 Starts a service of its own with the built-in model; writes docs/images/page-*.webp.
 """
@@ -43,7 +43,7 @@ SHOTS: dict[str, tuple[tuple[int, int], str, Callable[[Page], None]]] = {
 
 
 def main() -> None:
-    """Take every picture."""
+    """Take every screenshot."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     flags = ["--no-sandbox"] if os.geteuid() == 0 else []
     with serving("--model", "builtin") as url, sync_playwright() as playwright:
