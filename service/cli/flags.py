@@ -141,7 +141,7 @@ def _option(name: str) -> inspect.Parameter:
 
 def print_left_out(paths: Iterable[str]) -> None:
     """Print to standard error which files of the given folders are not images."""
-    line = left_out_of(paths)
+    line = skipped_files(paths)
     if line:
         ERR.print(escape(line), soft_wrap=True)
 

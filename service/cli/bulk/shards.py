@@ -66,7 +66,7 @@ class ShardExplainer:
             if self.write_images
             else []
         )
-        corrupt: tuple[Shard, list[Row]] | None = None
+        cut_short: tuple[Shard, list[Row]] | None = None
         with explain_images(
             self.service,
             [(name, name) for name in named],
@@ -82,7 +82,7 @@ class ShardExplainer:
                     if stopped():
                         break
                 if len(rows) < len(shard.inputs):
-                    corrupt = shard, rows
+                    cut_short = shard, rows
                     break
                 yield self.writer.finish(shard.name, rows)
         if cut_short is not None:  # after the `with`: no thread draws any more

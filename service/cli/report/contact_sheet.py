@@ -121,14 +121,14 @@ def _small_overlay(outcome: Explained) -> Picture:
 
 def scaled_down(upload: Upload, side: int) -> Upload:
     """Return the upload with its image scaled down to at most `side` pixels."""
-    assert upload.photo is not None
-    height, width = upload.photo.shape[:2]
+    assert upload.preview is not None
+    height, width = upload.preview.shape[:2]
     scale = min(1.0, side / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
     pixels: NDArray[np.uint8] = np.asarray(
-        cv2.resize(upload.photo, size, interpolation=cv2.INTER_AREA), dtype=np.uint8
+        cv2.resize(upload.preview, size, interpolation=cv2.INTER_AREA), dtype=np.uint8
     )
-    return replace(upload, photo=pixels)
+    return replace(upload, preview=pixels)
 
 
 def _draw_tile(sheet: Image.Image, corner: tuple[int, int], side: int, tile: Tile) -> None:

@@ -173,8 +173,8 @@ def _card(outcome: Explained) -> str:
 def _figure(outcome: Explained, explanation: Explanation, mark: str, *, first: bool) -> str:
     """Return the map over the image, which is in the page once for all its maps."""
     upload, options = scaled_down(outcome.upload, SIDE), outcome.options
-    assert upload.photo is not None
-    height, width = upload.photo.shape[:2]
+    assert upload.preview is not None
+    height, width = upload.preview.shape[:2]
     geometry = upload.model_input.geometry
     style = Style("source", options.colormap, "jpeg", options.opacity)
     heat = render_heatmap(explanation.grid, geometry, style, max(width, height))
@@ -186,7 +186,7 @@ def _figure(outcome: Explained, explanation: Explanation, mark: str, *, first: b
     size = f'width="{width}" height="{height}"'
     source = f'<use href="#image-{mark}"/>'
     if first:
-        data = _data("image/jpeg", encode(upload.photo, "jpeg"))
+        data = _data("image/jpeg", encode(upload.preview, "jpeg"))
         source = f'<image id="image-{mark}" {size} href="{data}"/>'
     label = outcome.model.labels[explanation.class_id]
     clip = f"seen-{mark}-{explanation.class_id}"

@@ -41,8 +41,8 @@ class NotCompiled(Exception):
 class Compiler:
     """How fronts are compiled.
 
-    cache:        a folder where converted fronts are kept for the next start; None keeps none.
-    streams:      how many requests run side by side, one thread each.
+    cache:        a folder that keeps converted fronts for the next start; None: none.
+    streams:      concurrent requests, one thread each.
     single_request_threads: threads of a single request.
     largest:      images in the largest batch.
     precision:    `bf16` if the numbers are within TOLERANCES, otherwise float32.
@@ -127,8 +127,10 @@ class Compiler:
         if precision == "bf16" and not openvino_front.has_bf16():
             raise NotCompiled("this processor cannot compute: it has no AVX512-BF16 and no AMX.")
         front, tail = split(model.module, layer)
-        graph = openvino_front.graph_of(model, front, self.cache, identity(model), anew=anew)
-        made = openvino_front.OpenVinoFront(
+        graph = openvino_front.graph_of(
+            model, front, self.cache, identity(model), reconvert=reconvert
+        )
+        compiled_front = openvino_front.OpenVinoFront(
             graph, self.streams, self.single_request_threads, precision, self.largest
         )
         return compiled_front, tail, compiled_front.trials

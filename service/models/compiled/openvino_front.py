@@ -41,14 +41,14 @@ on every stream."""
 class OpenVinoFront:
     """Maps pixels to the output of the layer where the model was cut; see `Front`.
 
-    Two programs of one graph: the narrow one runs a request on one thread, `streams` of them side
-    by side, for maximum throughput; the wide one runs one request on `single_request_threads`
-    threads, for the lowest single-request latency. They agree to rounding. A front of few weights
-    (`FIXED_UP_TO`) has further programs for what is usual: one image alone, and `largest` of them.
+    Two programs of one graph: the narrow one runs `streams` concurrent requests on one thread each,
+    for maximum throughput; the wide one runs one request on `single_request_threads` threads, for
+    the lowest single-request latency. They agree within rounding. A front with few weights
+    (`FIXED_UP_TO`) has further programs for common batch sizes: 1 and `largest`.
 
     graph:        the converted front, for any batch size.
-    single_request_threads: 1 makes no wide program, which saves its packed weights.
-    precision:    `bf16` where the processor has it (`has_bf16`); a graph of int8 stays as it is.
+    single_request_threads: 1: no wide program, which saves its packed weights.
+    precision:    `bf16` if the processor supports it (`has_bf16`); an int8 graph does not change.
     largest:      images in the largest batch.
 
     trials: batch sizes that run every program once, if every second batch is wide.
