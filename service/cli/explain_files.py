@@ -74,7 +74,7 @@ def explain_files(
     """Yield the outcome of each image of `find_images`, in order, while later ones are computed.
 
     A progress bar runs on `console` if that is a terminal and there are several images. Raises the
-    errors of `resolved`; a file that fails is an outcome.
+    errors of `resolve_options`; a file that fails is an outcome.
     """
     service.scheduler.start()
     try:
@@ -98,8 +98,8 @@ def explain_images(  # noqa: PLR0917 - as `explain_files`, and how files are rea
     read: returns the bytes of an image; its OSError or CamserveError is the outcome.
     """
     model = service.pool.model(None)
-    request = resolved(model, options, service.limits, images=1)
-    recipe = Recipe(service, model, options, request.question, request.hiding, photo=True)
+    request = resolve_options(model, options, service.limits, images=1)
+    recipe = Recipe(service, model, options, request.question, request.hiding, keeps_preview=True)
     explainer = _FileExplainer(recipe, sinks, read)
     with (
         ThreadPoolExecutor(max_workers=AT_ONCE) as waiters,
@@ -159,10 +159,10 @@ class _FileExplainer:
     async def _explained(self, path: Path, name: Path) -> Explained:
         recipe = self.recipe
         assert isinstance(recipe.options, ExplainOptions)
-        asked = await ask(recipe, self.read(path))
-        result = await respond(recipe, asked)
+        asked = await process_image(recipe, self.read(path))
+        result = await render_result(recipe, asked)
         return Explained(
-            path, name, recipe.model, recipe.options, asked.upload, asked.answer, result
+            path, name, recipe.model, recipe.options, asked.upload, asked.inference, result
         )
 
 

@@ -272,7 +272,7 @@ def calibrate(
     target = out or Path(f"{spec.name}.int8")
     measured = calibrate_front(loaded, _read_images(loaded, folder, settings), target)
     OUT.print(
-        f"On {measured.pictures} held-out images: {measured.same_class:.1%} of the "
+        f"On {measured.images} held-out images: {measured.same_class:.1%} of the "
         f"predictions and {measured.same_peak:.1%} of the peaks are the same; rank correlation of "
         f"the maps {measured.median:.3f} in the median, {measured.tenth:.3f} in the worst tenth.",
         highlight=False,

@@ -23,7 +23,7 @@ class Board:
         self._writer = writer
         self._lock = threading.Lock()
 
-    def add(self, tag: str, image: Picture) -> None:
+    def add(self, tag: str, image: EncodedImage) -> None:
         """Write one image. TensorBoard groups images by the part of the tag before `/`."""
         with Image.open(io.BytesIO(image.data)) as opened:
             pixels = np.asarray(opened)

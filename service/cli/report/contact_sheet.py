@@ -112,7 +112,7 @@ class ContactSheet:
         pen.text((MARGIN, MARGIN + 42), "  ·  ".join(filter(None, facts)), SOFT, _font(17))
 
 
-def _small_overlay(outcome: Explained) -> Picture:
+def _small_overlay(outcome: Explained) -> EncodedImage:
     """Return the overlay of the first map, as a JPEG."""
     upload, options = scaled_down(outcome.upload, SIDE), outcome.options
     style = Style("source", options.colormap, "jpeg", options.opacity)
