@@ -53,10 +53,10 @@ def refusal(model: LoadedModel, method: str, **options) -> InvalidOption:
     return answer
 
 
-def tiny_vit() -> LoadedModel:
+def tiny_vit(layers: int = 3) -> LoadedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
-        net = VisionTransformer(64, 16, 3, 4, 32, 64, num_classes=5)
+        net = VisionTransformer(64, 16, layers, 4, 32, 64, num_classes=5)
         nn.init.normal_(net.heads.head.weight)
         nn.init.normal_(net.class_token)
     return loaded(net, side=64)
@@ -275,9 +275,10 @@ def test_several_targets_of_an_input_level_method_equal_one_at_a_time() -> None:
             assert oracles.distance(explanation, alone) < 1e-5, method
 
 
-def test_attention_rollout_equals_one_from_the_attention_modules_own_weights() -> None:
+@pytest.mark.parametrize("layers", [3, 1])
+def test_attention_rollout_equals_one_from_the_attention_modules_own_weights(layers: int) -> None:
     """Abnar and Zuidema 2020: from q and k by hand, layer upon layer, the class token's row."""
-    model = tiny_vit()
+    model = tiny_vit(layers)
     net, inputs = model.replicate(), []
     for block in net.encoder.layers:
         block.self_attention.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))

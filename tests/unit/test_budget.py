@@ -13,7 +13,8 @@ import pytest
 
 from service.errors import DeadlineExceeded, ImageTooLarge
 from service.images.budget import SHARE, DecodeBudget
-from service.images.decode import Preprocessing
+from service.images.decode import Preprocessing, decoding_bytes
+from service.images.headers.header import SPARE_BYTES, Header
 from service.images.upload import channel_bytes, decode_channels, open_headers, open_upload
 from service.resources import memory_limit
 
@@ -119,6 +120,22 @@ def test_an_image_over_the_budget_is_refused_before_it_is_decoded(
             preview_side=None,
             budget=DecodeBudget(1_000_000),
         )
+
+
+@pytest.mark.parametrize(
+    ("orientation", "pixel_bytes", "expected"),
+    [
+        (1, 2.5, 3 * 1200 + (3000 + 700)),
+        (1, 0, 3 * 1200 + 700),
+        (6, 2.5, 3 * 1200 + (3000 + 700)),
+        (6, 0, 3 * 1200 + 3 * 1200),
+    ],
+)
+def test_decoding_takes_the_result_and_the_larger_of_the_stored_and_the_turned_image(
+    orientation: int, pixel_bytes: float, expected: int
+) -> None:
+    found = Header("PNG", 40, 30, orientation, pixel_bytes, fixed_bytes=700)
+    assert decoding_bytes(found) == expected + SPARE_BYTES
 
 
 KEPT_BYTES = 20 << 20

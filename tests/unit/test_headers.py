@@ -268,6 +268,26 @@ def test_a_header_cut_anywhere_is_corrupt(data: bytes) -> None:
             decode(data[:length], max_pixels=LIMIT)
 
 
+@pytest.mark.parametrize(("named", "described"), [(3, 2), (1, 0), (0, 0)])
+def test_a_jpeg_that_describes_fewer_components_than_it_names_or_none_is_corrupt(
+    named: int, described: int
+) -> None:
+    frame = struct.pack(">BHHB", 8, 4, 4, named) + b"\x01\x11\0" * described
+    data = b"\xff\xd8" + segment(0xC0, frame) + segment(0xDA, b"\x01\x01\0\0\x3f\0")
+    with pytest.raises(CorruptImage, match="truncated"):
+        read_header(data)
+
+
+def test_the_smallest_header_of_a_bmp_is_whole_at_26_bytes() -> None:
+    """That of OS/2. Its pixels are missing, not its size."""
+    start = b"BM" + struct.pack("<IHHI", 26, 0, 0, 26)
+    data = start + struct.pack("<IHHHH", 12, 4, 3, 1, 24)
+    assert len(data) == 26
+    assert read_header(data).upright == (4, 3)
+    with pytest.raises(CorruptImage, match="truncated"):
+        read_header(data[:25])
+
+
 def test_a_tiff_whose_values_lie_beyond_its_end_is_corrupt() -> None:
     data = tiffs.tiff(np.zeros((40, 4, 1)), rows=1)
     with warnings.catch_warnings():
@@ -311,3 +331,27 @@ def test_jpeg_scans_are_bounded_in_a_tiff_too() -> None:
     assert decode(file.getvalue(), max_pixels=LIMIT).height == 1200
     with pytest.raises(ImageError, match="scans"):
         decode(file.getvalue() + b"\xff\xda" * 40_000, max_pixels=LIMIT)
+
+
+# ---- what a decoder is given, and what it takes
+
+
+def test_libtiff_is_given_every_tag_of_a_ycbcr_image() -> None:
+    more = {530: (3, [1, 1]), 531: (3, [2]), 532: (4, [0, 255, 128, 255, 128, 255])}
+    data = tiffs.tiff(np.zeros((4, 4, 3)), 8, 6, more=more)
+    with Image.open(io.BytesIO(read_header(data).pillow_bytes(data))) as image:
+        kept = {tag: image.tag_v2[tag] for tag in more}
+    assert kept == {530: (1, 1), 531: 2, 532: (0, 255, 128, 255, 128, 255)}
+
+
+def test_a_segment_that_libtiff_decodes_is_counted_as_rgba_and_as_coefficients() -> None:
+    """Four bytes a pixel, and two bytes a sample; and the file twice."""
+    data = tiffs.tiff(np.zeros((6, 5, 3)), 8, 6, rows=2, more={530: (3, [1, 1])})
+    assert read_header(data).fixed_bytes == 2 * len(data) + 5 * 2 * (4 + 2 * 3)
+
+
+def test_a_row_of_tiles_is_counted_with_all_its_tiles() -> None:
+    """Here 16 of 64 kB, as stored thrice, and three times as they are unpacked."""
+    data = tiffs.tiff(np.zeros((256, 4096, 1)), tile=(256, 256), compression=tiffs.DEFLATE)
+    stored = 16 * len(zlib.compress(bytes(256 * 256)))
+    assert read_header(data).fixed_bytes == 3 * stored + 3 * 4096 * 256

@@ -164,6 +164,9 @@ def test_predictions_and_explanations_mix_in_a_batch(model) -> None:
     assert [len(answer.explanations) for answer in answers] == [1, 1, 0, 0]
     for one, other in zip(answers, hooked(model, asked), strict=True):
         assert one.predictions[0].class_id == other.predictions[0].class_id
+        for mine, theirs in zip(one.explanations, other.explanations, strict=True):
+            assert theirs.grid.any()
+            np.testing.assert_allclose(mine.grid, theirs.grid, atol=1e-4)
 
 
 needs_bf16 = pytest.mark.skipif(

@@ -148,6 +148,29 @@ def test_what_waits_meets_in_batches_of_at_most_max_batch_in_order() -> None:
     assert [numbers for _, numbers in notes.batches] == [[0, 1, 2], [3, 4, 5], [6]]
 
 
+def test_a_batch_waits_for_more_only_until_it_is_full() -> None:
+    notes = Notes()
+    with scheduling(notes, max_batch=2, max_delay=1000) as scheduler:
+        futures = [scheduler.submit("tiny", question(number)) for number in range(2)]
+        for future in futures:
+            future.result(PATIENCE)
+    assert notes.batches == [("tiny", [0, 1])]
+
+
+def test_a_batch_that_waits_for_more_runs_at_the_end() -> None:
+    notes = Notes()
+    with scheduling(notes, max_batch=2, max_delay=1000) as scheduler:
+        future = scheduler.submit("tiny", question())
+        assert not future.done()
+    assert future.result(PATIENCE).result is NOTHING
+    assert notes.batches == [("tiny", [0])]
+
+
+def test_a_batch_that_is_never_full_waits_as_long_as_it_may() -> None:
+    with scheduling(Notes(), max_batch=2, max_delay=0.05) as scheduler:
+        assert scheduler.submit("tiny", question()).result(PATIENCE).queue_seconds > 0.049
+
+
 def test_models_take_turns_and_never_share_a_batch() -> None:
     notes = Notes()
     with scheduling(notes, names=("a", "b"), max_batch=2) as scheduler:
