@@ -103,6 +103,74 @@ class Regions(BaseModel):
     rle: MaskRLE
 
 
+class Fills(BaseModel):
+    """The agreement with the runs of each fill, −1..1."""
+
+    mean: float
+    blur: float
+
+
+class Elsewhere(BaseModel):
+    """The agreement of the map's mirrored, turned and shifted copies, −1..1."""
+
+    median: float
+    best: float
+
+
+class Baselines(BaseModel):
+    """The agreement of maps that know nothing of the model, −1..1: the best of each kind.
+
+    `centre`: blobs in the middle; `contrast`: the image's edges, colors and texture.
+    """
+
+    centre: float
+    contrast: float
+
+
+class Tried(BaseModel):
+    """The verdict on the map of an earlier layer."""
+
+    layer: str
+    verdict: Literal["supported", "inconclusive", "refuted"]
+    agreement: float
+
+
+class Verification(BaseModel):
+    """Whether the class depends on what the map marks, measured on this image.
+
+    `supported`: hiding what the map marks lowers the logit more than hiding the same shape in 95 %
+    of all other places. `refuted`: half of all other places explain the logit at least as well.
+    """
+
+    verdict: Literal["supported", "inconclusive", "refuted"]
+    reason: (
+        Literal["flat_map", "flat_score", "elsewhere_as_good", "centre_as_good", "fills_disagree"]
+        | None
+    ) = Field(None, description="Why the verdict is `inconclusive`.")
+    agreement: float = Field(
+        description="Correlation of the logit's drop with the hidden part of the map, −1..1."
+    )
+    agreement_by_fill: Fills
+    elsewhere: Elsewhere
+    p_place: float = Field(description="Share of copies that agree at least as well, 0..1.")
+    p_centred: float = Field(
+        description="The same, weighted by where photographers put objects, 0..1."
+    )
+    baselines: Baselines
+    p_class: float | None = Field(
+        None,
+        description="Share of classes whose drops agree at least as well, 0..1; from 20 classes.",
+    )
+    forwards: int
+    design: str
+    try_layer: str | None = Field(
+        None, description="An earlier layer with a finer map, if the verdict is inconclusive."
+    )
+    tried: list[Tried] | None = Field(
+        None, description="With `verify=search`: the layers that were tried, in order."
+    )
+
+
 class Explanation(BaseModel):
     """One map with its metadata.
 
@@ -124,6 +192,7 @@ class Explanation(BaseModel):
     overlay: Encoded | None = None
     grid: Grid | None = None
     regions: Regions | None = None
+    verify: Verification | None = None
 
 
 class ImageInfo(BaseModel):

@@ -56,6 +56,11 @@ class MethodRecord(NamedTuple):
         return "layer" in self.needs
 
     @property
+    def is_forward_only(self) -> bool:
+        """Whether all that it runs behind the pass that predicts are whole forward passes."""
+        return self.runs in {"", "forward"} and "attention" not in self.needs
+
+    @property
     def walks(self) -> bool:
         """Whether it needs a backward pass to the target layers per target."""
         return {"layer", "gradients"} <= {*self.needs}

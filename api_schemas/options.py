@@ -33,6 +33,7 @@ Method = Literal[
     "attention_rollout",
 ]
 Fit = Literal["crop", "squash", "pad"]
+Verify = Literal["false", "true", "search"]
 Include = Literal["heatmap", "overlay", "grid", "regions", "none"]
 Size = Literal["source", "model", "native"]
 OverlayFormat = Literal["jpeg", "png", "webp"]
@@ -105,6 +106,11 @@ class Mask(BaseModel):
         if (self.rle is None) == (self.boxes is None):
             raise ValueError("give either `rle` or `boxes`")
         return self
+
+
+def _switch(value: object) -> object:
+    """A JSON request may give true or false; everywhere else they are words."""
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 def _json_text(value: object) -> object:
@@ -188,6 +194,11 @@ class ExplainOptions(CommonOptions):
     samples: int = Field(1000, ge=1, le=100_000, description="Number of masks of `rise`.")
     steps: int = Field(50, ge=1, le=1000, description="Number of steps of `integrated_gradients`.")
     seed: int = Field(0, ge=0, lt=1 << 63, description="Random seed; it determines the map.")
+    verify: Annotated[Verify, BeforeValidator(_switch)] = Field(
+        "false",
+        description="`true`: test each map with 40 further forward passes and add the verdict; "
+        "`search`: where it is inconclusive, try maps of earlier, finer layers, too.",
+    )
     size: Size = Field(
         "source",
         description="Pixel grid of the images: the upright `source`, the part that the `model` "

@@ -16,6 +16,7 @@ from api_schemas.options import (
     Method,
     OverlayFormat,
     Size,
+    Verify,
 )
 
 
@@ -47,6 +48,7 @@ class ExplainArguments(_Common, total=False):
     samples: int
     steps: int
     seed: int
+    verify: Verify | bool
     size: Size
     colormap: Colormap
     format: OverlayFormat

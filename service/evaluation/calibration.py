@@ -120,6 +120,7 @@ def _infer(model: LoadedModel, question: Question) -> InferenceResult:
     (result,) = run_compiled(model, [question])
     if isinstance(result, CamserveError):
         raise result
+    assert isinstance(result, InferenceResult)
     return result
 
 

@@ -227,6 +227,12 @@ class Geometry:
         right, bottom = min(x + w, self.source_size[0]), min(y + h, self.source_size[1])
         return left, top, right - left, bottom - top
 
+    @property
+    def content(self) -> Rect:
+        """The part of the model input, x, y, w, h as fractions, that shows what the model sees."""
+        (x, y, w, h), (left, top, width, height) = self.window, self.seen
+        return (left - x) / w, (top - y) / h, width / w, height / h
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModelInput:

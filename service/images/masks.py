@@ -28,23 +28,29 @@ def hide(
 ) -> NDArray[np.uint8]:
     """A copy of an image, uint8 (h, w, c), with the pixels of `mask`, bool (h, w), replaced.
 
-    `mean`: by the mean colour of the whole image; `blur`: by the image with a strong Gaussian
-    blur, which keeps the rough colours; `grey`: by 128. Raises ValueError if image and mask differ
-    in size.
+    Raises ValueError if image and mask differ in size.
     """
     if pixels.shape[:2] != mask.shape:
         raise ValueError(f"a mask of {mask.shape} does not lie on an image of {pixels.shape}")
-    if fill == "mean":
-        hidden = np.full_like(pixels, np.rint(_mean(pixels)))
-    elif fill == "blur":
-        hidden = _blurred(pixels)
-    elif fill == "grey":
-        hidden = np.full_like(pixels, GREY)
-    else:
-        raise ValueError(f"fill is 'mean', 'blur' or 'grey', not {fill!r}")
+    hidden = filling(pixels, fill)
     # Twenty times as fast as numpy's copy with a mask.
     shown = np.logical_not(mask, order="C").view(np.uint8)
     return np.asarray(cv2.copyTo(pixels, shown, hidden), dtype=np.uint8)
+
+
+def filling(pixels: NDArray[np.uint8], fill: Fill) -> NDArray[np.uint8]:
+    """What replaces the hidden parts of an image, uint8 (h, w, c): as large as the image.
+
+    `mean`: the mean colour of the whole image; `blur`: the image with a strong Gaussian blur, which
+    keeps the rough colours; `grey`: 128.
+    """
+    if fill == "mean":
+        return np.full_like(pixels, np.rint(_mean(pixels)))
+    if fill == "blur":
+        return _blurred(pixels)
+    if fill == "grey":
+        return np.full_like(pixels, GREY)
+    raise ValueError(f"fill is 'mean', 'blur' or 'grey', not {fill!r}")
 
 
 def boxes_mask(boxes: Iterable[Rect], size: tuple[int, int]) -> NDArray[np.bool_]:

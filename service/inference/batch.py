@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain
@@ -22,7 +22,6 @@ from service.inference.forward_pass import (
 )
 from service.inference.maps import fuse_layers, head_map, maps_at_layers, target_activation
 from service.inference.method_table import MULTI_PASS_METHODS, cost
-from service.inference.perturbation import Steps
 from service.inference.questions import (
     ActivationKind,
     Explanation,
@@ -30,6 +29,7 @@ from service.inference.questions import (
     Prediction,
     Question,
 )
+from service.inference.verdicts import gather, judged
 from service.models.loaded import LoadedModel
 from service.models.pool import Replica
 
@@ -50,19 +50,18 @@ _KINDS: tuple[ActivationKind, ...] = ("output", "input", "grad_output", "grad_in
 
 
 class Unfinished:
-    """A question whose method runs the model again, one chunk at a time."""
+    """A question that runs the model again, one chunk at a time; `steps` has begun."""
 
-    def __init__(self, image_pass: ImagePass, steps: Steps) -> None:
-        self._image_pass = image_pass
+    def __init__(self, steps: Generator[None, Replica, InferenceResult]) -> None:
         self._steps = steps
-        next(steps)
 
     def step(self, replica: Replica) -> InferenceResult | None:
         """Compute one chunk on a leased replica; the result after the last one."""
         try:
             self._steps.send(replica)
         except StopIteration as end:
-            return finish(self._image_pass, end.value)
+            result: InferenceResult = end.value
+            return result
         return None
 
 
@@ -79,19 +78,13 @@ def run(
 
 def run_compiled(
     model: LoadedModel, questions: Sequence[Question], *, wide: bool = False
-) -> list[InferenceResult | CamserveError]:
-    """`run` in the compiled lane, where one pass computes every question.
+) -> list[InferenceResult | CamserveError | Unfinished]:
+    """`run` in the compiled lane.
 
     wide: whether nothing else runs, so that the batch may use all cores.
     """
-    assert model.compiled is not None
-    precision = model.compiled.precision
-    return [
-        image_pass
-        if isinstance(image_pass, CamserveError)
-        else replace(finish(image_pass, image_pass.maps), precision=precision)
-        for image_pass in forward_compiled(model, questions, wide=wide)
-    ]
+    passes = forward_compiled(model, questions, wide=wide)
+    return [_finish_or_continue(image_pass) for image_pass in passes]
 
 
 def _finish_or_continue(
@@ -99,10 +92,25 @@ def _finish_or_continue(
 ) -> InferenceResult | CamserveError | Unfinished:
     if isinstance(image_pass, CamserveError):
         return image_pass
-    method = MULTI_PASS_METHODS.get(image_pass.question.method or "")
-    if not image_pass.targets or method is None:
-        return finish(image_pass, image_pass.maps)
-    return Unfinished(image_pass, method(image_pass))
+    steps = _further_passes(image_pass)
+    try:
+        next(steps)
+    except StopIteration as end:
+        result: InferenceResult = end.value
+        return result
+    return Unfinished(steps)
+
+
+def _further_passes(image_pass: ImagePass) -> Generator[None, Replica, InferenceResult]:
+    """What a question runs behind the pass that predicts: nothing, or chunks."""
+    question, maps = image_pass.question, image_pass.maps
+    method = MULTI_PASS_METHODS.get(question.method or "") if image_pass.targets else None
+    if method is not None:
+        maps = yield from method(image_pass)
+    result = finish(image_pass, maps)
+    if question.verify and result.explanations:
+        result = judged(result, question.evidence or (yield from gather(image_pass)))
+    return result
 
 
 def forward(replica: Replica, questions: Sequence[Question]) -> list[ImagePass | CamserveError]:
@@ -150,7 +158,12 @@ def forward_compiled(
         # A clone: the tail may overwrite the very activation that is to be explained.
         logits = model.logits(lane.tail(activation.clone() if explains else activation))
     recording = Recording(targets={lane.layer: [activation]})
-    return _image_passes(model, questions, logits, recording)
+    return [
+        image_pass
+        if isinstance(image_pass, CamserveError)
+        else replace(image_pass, precision=lane.precision)
+        for image_pass in _image_passes(model, questions, logits, recording)
+    ]
 
 
 def _image_passes(
@@ -189,6 +202,7 @@ def finish(image_pass: ImagePass, maps: Sequence[Tensor]) -> InferenceResult:
             for class_id, cam in zip(image_pass.targets, maps, strict=True)
         ),
         image_pass.activations,
+        image_pass.precision,
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from service.cam.hooks import Calls, Recording, calls_of
 from service.cam.layouts import Layout
 from service.inference.questions import Activation, ActivationKind, Question
+from service.models.compiled.front import Precision
 from service.models.loaded import LoadedModel
 
 GradientPoint = tuple[ActivationKind, str, int]
@@ -40,6 +41,7 @@ class ImagePass:
     maps:        the CAM of each target (h, w) on the CPU; empty for methods that need more passes.
     activations: the captured activations.
     repeated:    whether a target layer ran several times in this pass.
+    precision:   of the engine that ran it.
     """
 
     model: LoadedModel
@@ -50,6 +52,7 @@ class ImagePass:
     maps: Sequence[Tensor]
     activations: tuple[Activation, ...]
     repeated: bool
+    precision: Precision = "float32"
 
     def target_value(self, logits: Tensor, position: int) -> Tensor:
         """What is explained for the target at a position, of any logits (..., classes).

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from api_schemas.methods import BACKWARD, METHODS, MethodRecord
 from service.cam import formulas
+from service.cam.verdict import RUNS
 from service.errors import InvalidOption
 from service.inference import input_gradients, perturbation
 from service.inference.forward_pass import ImagePass
@@ -61,11 +62,13 @@ def cost(model: LoadedModel, question: Question) -> float:
     operations behind the earliest layer that it reaches: one for each target of a method that needs
     the gradient there, one for all captured gradients. A forward pass with the gradient at the
     input counts 1 + BACKWARD, and BACKWARD for each further target; a tail of the model
-    (ablationcam) its share of the operations.
+    (ablationcam) its share of the operations. Verdicts count their forward passes.
 
     Raises UnknownLayer, and InvalidOption for a layer without a feature map.
     """
     price = 1 + _activation_gradients(model, question)
+    if question.verify and question.evidence is None:
+        price += RUNS
     if question.needs_gradients:
         behind = max(1 - model.layer(path).share for path in question.layers)
         price += BACKWARD * question.target_count * behind

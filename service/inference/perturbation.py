@@ -17,7 +17,6 @@ from torch import Tensor
 from api_schemas.methods import STRIDE, WINDOW
 from service.cam.formulas import fuse, over_input, upsample, weighted
 from service.cam.hooks import replace_output
-from service.images.decode import Rect
 from service.inference.forward_pass import ImagePass, feature_layout
 from service.models.compiled.cut import Uncuttable, tail
 from service.models.loaded import LoadedModel
@@ -52,12 +51,11 @@ def scorecam(image_pass: ImagePass) -> Steps:
     Wang et al., "Score-CAM: Score-Weighted Visual Explanations for Convolutional Neural Networks",
     CVPR workshops 2020, equations 3 and 4 and algorithm 1.
     """
-    image = normalised_image(image_pass)
     cams: list[Maps] = [[] for _ in image_pass.targets]
     for path, values in image_pass.target_activations.items():
         activation = feature_layout(image_pass.model, path).as_map(values).float()
-        masked = partial(_masked, image, activation[0], image_pass.model.preprocessing.covers)
-        logits = yield from _chunked_logits(image_pass, activation.shape[1], masked)
+        masked = partial(_masked, image_pass, activation[0].cpu())
+        logits = yield from chunked_logits(image_pass.model, activation.shape[1], masked)
         for position, maps in enumerate(cams):
             weights = image_pass.target_value(logits, position).softmax(dim=0)
             maps.append(weighted(activation, weights[None].to(activation))[0].cpu())
@@ -97,18 +95,18 @@ def occlusion(image_pass: ImagePass) -> Steps:
 
     Zeiler and Fergus, "Visualizing and Understanding Convolutional Networks", ECCV 2014.
     """
-    image = normalised_image(image_pass)
-    height, width = image.shape[2:]
+    height, width = image_pass.question.pixels.shape[1:]
+    grey = mean_colour(image_pass.model)
     squares = [(rows, columns) for rows in windows(height) for columns in windows(width)]
 
     def occluded(chunk: slice) -> Tensor:
-        images = image.repeat(len(squares[chunk]), 1, 1, 1)
+        images = image_pass.question.pixels.repeat(len(squares[chunk]), 1, 1, 1)
         squares_of_chunk = squares[chunk]
         for copy, ((top, bottom), (left, right)) in zip(images, squares_of_chunk, strict=True):
-            copy[:, top:bottom, left:right] = 0
+            copy[:, top:bottom, left:right] = grey
         return images
 
-    logits = yield from _chunked_logits(image_pass, len(squares), occluded)
+    logits = yield from chunked_logits(image_pass.model, len(squares), occluded)
     covered = torch.zeros(height, width)
     falls = [torch.zeros(height, width) for _ in image_pass.targets]
     for index, ((top, bottom), (left, right)) in enumerate(squares):
@@ -137,16 +135,15 @@ def rise(image_pass: ImagePass) -> Steps:
     Petsiuk et al., "RISE: Randomized Input Sampling for Explanation of Black-box Models", BMVC
     2018, equation 6.
     """
-    image = normalised_image(image_pass)
-    size = (int(image.shape[2]), int(image.shape[3]))
+    size = (image_pass.question.pixels.shape[1], image_pass.question.pixels.shape[2])
     grids, shifts = _random_grids(image_pass.question.samples, image_pass.question.seed)
 
     def masks(chunk: slice) -> Tensor:
         pairs = zip(grids[chunk], shifts[chunk], strict=True)
-        return torch.stack([_shifted(grid, shift, size) for grid, shift in pairs]).to(image.device)
+        return torch.stack([_shifted(grid, shift, size) for grid, shift in pairs])
 
-    logits = yield from _chunked_logits(
-        image_pass, len(grids), lambda chunk: image * masks(chunk)[:, None]
+    logits = yield from chunked_logits(
+        image_pass.model, len(grids), lambda chunk: _dimmed(image_pass, masks(chunk))
     )
     scores = image_pass.model.scores(logits)
     values = torch.stack(
@@ -156,7 +153,7 @@ def rise(image_pass: ImagePass) -> Steps:
     total, kept = torch.zeros(len(values), *size), torch.zeros(size)
     for start in range(0, len(grids), CHUNK):
         chunk = slice(start, start + CHUNK)
-        drawn = masks(chunk).cpu()
+        drawn = masks(chunk)
         total += torch.einsum("tn,nhw->thw", leads[:, chunk], drawn)
         kept += drawn.sum(dim=0)
     # A pixel that no mask keeps, as with few samples, has no score.
@@ -168,27 +165,49 @@ def normalised_image(image_pass: ImagePass) -> Tensor:
     return image_pass.model.normalised(image_pass.question.pixels[None])
 
 
-def _chunked_logits(
-    image_pass: ImagePass, count: int, images: Callable[[slice], Tensor]
+def chunked_logits(
+    model: LoadedModel, count: int, images: Callable[[slice], Tensor]
 ) -> Generator[None, Replica, Tensor]:
-    """The logits (count, classes), on the CPU, of images made chunk by chunk."""
+    """The logits (count, classes), on the CPU, of images, uint8 (n, C, h, w), made chunk by chunk.
+
+    They need no gradient, so they run in the compiled lane if the images have its size.
+    """
     rows = []
-    size = chunk_size(image_pass.model)
+    size = chunk_size(model)
     for start in range(0, count, size):
         replica = yield
         with torch.no_grad():
-            chunk = images(slice(start, start + size)).to(image_pass.model.dtype)
-            rows.append(image_pass.model.logits(replica.module(chunk)).cpu())
-    return torch.cat(rows) if rows else torch.zeros(0, len(image_pass.logits))
+            rows.append(_logits(model, replica, images(slice(start, min(start + size, count)))))
+    return torch.cat(rows) if rows else torch.zeros(0, len(model.labels))
 
 
-def _masked(image: Tensor, channels: Tensor, covers: Rect | None, chunk: slice) -> Tensor:
-    """The image times each channel (C, h, w) of a chunk, scaled up to what it covers, to 0..1."""
-    large = over_input(channels[chunk], (int(image.shape[2]), int(image.shape[3])), covers)
+def _logits(model: LoadedModel, replica: Replica, pixels: Tensor) -> Tensor:
+    lane = model.compiled
+    if lane is not None and tuple(pixels.shape[2:]) == model.preprocessing.crop:
+        return model.logits(lane.tail(lane.front(pixels))).cpu()
+    return model.logits(replica.module(model.normalised(pixels))).cpu()
+
+
+def mean_colour(model: LoadedModel) -> Tensor:
+    """The mean colour of the normalisation, uint8 (C, 1, 1)."""
+    mean = torch.tensor(model.preprocessing.mean)[:, None, None]
+    return (mean * 255).round().to(torch.uint8)
+
+
+def _dimmed(image_pass: ImagePass, masks: Tensor) -> Tensor:
+    """The image through masks (n, h, w), uint8 (n, C, h, w): 1 shows it, 0 the mean colour."""
+    grey, image = mean_colour(image_pass.model).float(), image_pass.question.pixels.float()
+    return torch.lerp(grey, image, masks[:, None]).round_().to(torch.uint8)
+
+
+def _masked(image_pass: ImagePass, channels: Tensor, chunk: slice) -> Tensor:
+    """The image through each channel (C, h, w) of a chunk, scaled up to what it covers, to 0..1."""
+    size = (image_pass.question.pixels.shape[1], image_pass.question.pixels.shape[2])
+    large = over_input(channels[chunk], size, image_pass.model.preprocessing.covers)
     low = large.amin(dim=(1, 2), keepdim=True)
     span = large.amax(dim=(1, 2), keepdim=True) - low
     masks = torch.where(span > 0, (large - low) / torch.where(span > 0, span, 1), 0)
-    return image * masks[:, None]
+    return _dimmed(image_pass, masks)
 
 
 def _ablated_logits(

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from api_schemas.methods import METHODS, MethodRecord
+from service.cam.verdict import WHOLE, Evidence, Verdict
+from service.images.decode import Rect
 from service.models.compiled.front import Precision
 from service.models.loaded import LoadedModel
 
@@ -32,6 +34,9 @@ class Question:
     layers:      the target layers; several are fused.
     activations: the layers to capture, in each of `kinds`; gradients are of the first target.
     samples:     masks of RISE. steps: of integrated gradients. seed: of what is random.
+    verify:      whether each map gets a verdict, from further forward passes; `evidence`: what
+                 these gave for the same image, if they have run.
+    seen:        the part of `pixels`, x, y, w, h as fractions, that shows the image.
     """
 
     pixels: Tensor
@@ -46,6 +51,9 @@ class Question:
     samples: int = 1000
     steps: int = 50
     seed: int = 0
+    verify: bool = False
+    evidence: Evidence | None = None
+    seen: Rect = WHOLE
 
     @property
     def method_record(self) -> MethodRecord | None:
@@ -92,7 +100,8 @@ class Explanation:
     """One map: `grid` float32 (h, w) in −1..1, `low` and `high` its range before the division.
 
     The CAM family is not negative and has the shape of its layer; input-level methods have the
-    shape of the model input and no layer. `cost` is in forward passes. The wire's form is
+    shape of the model input and no layer. `cost` is in forward passes. `tried`: the verdicts on
+    maps of earlier layers, if its own is inconclusive. The wire's form is
     `api_schemas.answers.Explanation`.
     """
 
@@ -107,6 +116,8 @@ class Explanation:
     high: float
     flags: tuple[str, ...]
     cost: float
+    verdict: Verdict | None = None
+    tried: tuple[tuple[str, Verdict], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +140,7 @@ class InferenceResult:
     """All that inference gives about one image. Its arrays are read-only and share no memory.
 
     precision: of the engine that computed it: `float32`, or the operator's choice (`bf16`, `int8`).
+    evidence:  what the verdicts rest on; None without verdicts.
     The wire's form is `api_schemas.answers.Result`.
     """
 
@@ -136,6 +148,7 @@ class InferenceResult:
     explanations: tuple[Explanation, ...]
     activations: tuple[Activation, ...]
     precision: Precision = "float32"
+    evidence: Evidence | None = None
 
 
 def lane_of(model: LoadedModel, question: Question) -> Lane:
@@ -149,7 +162,8 @@ def lane_of(model: LoadedModel, question: Question) -> Lane:
     right_size = tuple(question.pixels.shape[1:]) == model.preprocessing.crop
     if lane is not None and right_size and not question.activations:
         record = question.method_record
-        if record is None or (not record.runs and question.layers == (lane.layer,)):
+        at_the_cut = question.layers in ((), (lane.layer,))
+        if record is None or (record.is_forward_only and at_the_cut):
             return "compiled"
     named = {*question.layers, *question.activations}
     return "folded" if model.folded and not named & model.folded.layers else "hooked"

@@ -27,6 +27,10 @@ _TYPE = "type:"
 """Prefix of a pattern for the class of a layer."""
 
 
+FINER = 2
+"""Earlier layers that are worth trying where the map of a later one is too coarse."""
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A model with everything that is needed to serve it.
@@ -181,6 +185,20 @@ class LoadedModel:
                     f"map can be drawn from; GET /models/{self.name}/layers shows usable ones."
                 )
         return tuple(dict.fromkeys(paths))
+
+    def finer_layers(self, paths: Sequence[str]) -> tuple[str, ...]:
+        """The last layer before these of each finer grid, from the back; FINER of them at most."""
+        found: dict[int, str] = {}
+        if not paths:
+            return ()
+        first = min((self.layer(path) for path in paths), key=lambda layer: layer.share)
+        cells = 0 if first.layout is None else math.prod(first.layout.grid)
+        for layer in self.layers:
+            if layer.layout is None or layer.share >= first.share or layer.path in self.scattered:
+                continue
+            if math.prod(layer.layout.grid) > cells and layer.calls == 1:
+                found[math.prod(layer.layout.grid)] = layer.path
+        return tuple(found[grid] for grid in sorted(found)[:FINER])
 
     def captured_layers(self, patterns: Sequence[str]) -> tuple[str, ...]:
         """The layers that match dotted paths and globs, in definition order.

@@ -17,9 +17,10 @@ from typing import ParamSpec, TypeVar
 from api_schemas.answers import Result
 from api_schemas.options import ExplainOptions
 from service.errors import CamserveError
+from service.images.decode import ModelInput
 from service.images.formats import check_format
 from service.images.upload import Sent, Upload, open_upload
-from service.inference.questions import InferenceResult, Question
+from service.inference.questions import Explanation, InferenceResult, Question
 from service.pipeline import response
 from service.pipeline.service import ProcessedImage, Recipe
 
@@ -39,13 +40,17 @@ async def process_image(
     upload = await _open(recipe, data)
     if opened is not None:
         opened(upload)
-    inference = await _infer(recipe, recipe.question(upload.model_input.pixels))
+    inference = await _infer(recipe, _question(recipe, upload.model_input))
     if upload.masked is None:
         return ProcessedImage(upload, inference, None)
     targets = tuple(explanation.class_id for explanation in inference.explanations)
-    question = recipe.question(upload.masked.model_input.pixels)
+    question = _question(recipe, upload.masked.model_input)
     masked = await _infer(recipe, replace(question, targets=targets, activations=()))
     return ProcessedImage(upload, inference, masked)
+
+
+def _question(recipe: Recipe, model_input: ModelInput) -> Question:
+    return replace(recipe.question(model_input.pixels), seen=model_input.geometry.content)
 
 
 async def render_result(recipe: Recipe, processed: ProcessedImage) -> Result:
@@ -109,6 +114,43 @@ async def _open(recipe: Recipe, data: Sent) -> Upload:
 
 
 async def _infer(recipe: Recipe, question: Question) -> InferenceResult:
+    result = await _run(recipe, question)
+    if isinstance(recipe.options, ExplainOptions) and recipe.options.verify == "search":
+        for layer in recipe.model.finer_layers(question.layers):
+            result = await _search(recipe, question, result, layer)
+    return result
+
+
+async def _search(
+    recipe: Recipe, question: Question, result: InferenceResult, layer: str
+) -> InferenceResult:
+    """The result with the maps of an earlier layer where only these are supported."""
+    open_ids = tuple(one.class_id for one in result.explanations if _is_inconclusive(one))
+    if not open_ids:
+        return result
+    again = replace(
+        question, targets=open_ids, layers=(layer,), activations=(), evidence=result.evidence
+    )
+    others = {one.class_id: one for one in (await _run(recipe, again)).explanations}
+    explanations = [_better(one, others.get(one.class_id), layer) for one in result.explanations]
+    return replace(result, explanations=tuple(explanations))
+
+
+def _is_inconclusive(explanation: Explanation) -> bool:
+    return explanation.verdict is not None and explanation.verdict.verdict == "inconclusive"
+
+
+def _better(explanation: Explanation, other: Explanation | None, layer: str) -> Explanation:
+    if other is None or other.verdict is None:
+        return explanation
+    return replace(
+        other if other.verdict.verdict == "supported" else explanation,
+        tried=(*explanation.tried, (layer, other.verdict)),
+        cost=explanation.cost + other.cost,
+    )
+
+
+async def _run(recipe: Recipe, question: Question) -> InferenceResult:
     timed = await result_of(
         recipe.service.scheduler.submit(recipe.model, question, recipe.deadline)
     )

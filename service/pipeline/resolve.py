@@ -51,9 +51,9 @@ def resolve_options(
     )
     if isinstance(options, ExplainOptions):
         question = _with_explanation(model, options, question)
-    passes = cost(model, question)
+    passes = _passes(model, options, question)
     if isinstance(options, ExplainOptions) and options.mask is not None:
-        passes += cost(model, replace(question, activations=()))
+        passes += _passes(model, options, replace(question, activations=()))
     if passes > limits.cost:
         raise InvalidOption(
             f"This explanation costs {passes:g} forward passes for an image; at most "
@@ -66,6 +66,16 @@ def resolve_options(
     return ResolvedOptions(
         lambda pixels: replace(question, pixels=pixels), _hiding(options), passes * images
     )
+
+
+def _passes(model: LoadedModel, options: CommonOptions, question: Question) -> float:
+    """The most forward passes that a question takes, with the search for a finer layer."""
+    passes = cost(model, question)
+    if isinstance(options, ExplainOptions) and options.verify == "search":
+        for layer in model.finer_layers(question.layers):
+            again = replace(question, layers=(layer,), activations=(), verify=False)
+            passes += cost(model, again)
+    return passes
 
 
 def _hiding(options: CommonOptions) -> Hiding | None:
@@ -129,4 +139,5 @@ def _with_explanation(model: LoadedModel, options: ExplainOptions, question: Que
         samples=options.samples,
         steps=options.steps,
         seed=options.seed,
+        verify=options.verify != "false",
     )

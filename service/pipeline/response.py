@@ -18,6 +18,7 @@ from service.cam.encoding import EncodedImage
 from service.cam.heatmap import Style, render_heatmap, render_overlay
 from service.cam.regions import find_regions
 from service.cam.tiles import channel_grid
+from service.cam.verdict import DESIGN, RUNS, Verdict
 from service.errors import CamserveError, RenderFailed
 from service.images.upload import Upload
 from service.inference.questions import Activation, Explanation, InferenceResult
@@ -178,7 +179,38 @@ def _explanation(
         )
     if "regions" in options.include:
         fields["regions"] = _regions(explanation, upload, options.threshold, render_side)
+    if explanation.verdict is not None:
+        fields["verify"] = _verification(model, explanation, explanation.verdict)
     return wire.Explanation(**fields)
+
+
+def _verification(
+    model: LoadedModel, explanation: Explanation, verdict: Verdict
+) -> wire.Verification:
+    mean, blur = verdict.agreement_by_fill
+    median, best = verdict.elsewhere
+    fields: dict[str, Any] = {
+        "verdict": verdict.verdict,
+        "reason": verdict.reason,
+        "agreement": verdict.agreement,
+        "agreement_by_fill": wire.Fills(mean=mean, blur=blur),
+        "elsewhere": wire.Elsewhere(median=median, best=best),
+        "p_place": verdict.p_place,
+        "p_centred": verdict.p_centred,
+        "baselines": wire.Baselines(centre=verdict.centre, contrast=verdict.contrast),
+        "forwards": RUNS,
+        "design": DESIGN,
+    }
+    if verdict.p_class is not None:
+        fields["p_class"] = verdict.p_class
+    if explanation.tried:
+        fields["tried"] = [
+            wire.Tried(layer=layer, verdict=one.verdict, agreement=one.agreement)
+            for layer, one in explanation.tried
+        ]
+    elif verdict.verdict == "inconclusive" and (finer := model.finer_layers(explanation.layers)):
+        fields["try_layer"] = finer[0]
+    return wire.Verification(**fields)
 
 
 def _regions(explanation: Explanation, upload: Upload, threshold: float, side: int) -> wire.Regions:

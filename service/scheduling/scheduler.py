@@ -475,7 +475,7 @@ class Scheduler:
     def _outcomes(self, batch: Batch) -> Sequence[Outcome]:
         first, questions = batch.jobs[0], [job.question for job in batch.jobs]
         model, lane = self._pool.sound(first.model, LEASE_SECONDS), first.lane
-        if lane == "compiled" and model.compiled is not None:
+        if lane == "compiled" and model.compiled is not None and first.unfinished is None:
             with kept_torch_state():  # its tail is the model's own code
                 return run_compiled(model, questions, wide=self._is_alone())
         with self._pool.lease(first.model, LEASE_SECONDS, folded=lane == "folded") as replica:
