@@ -85,9 +85,8 @@ def layers(
 
     logs.configure_command()
     # Shapes do not depend on the weights, so a list of layers does not download them.
-    without_weights = settings.model_copy(update={"allow_random_weights": True})
-    used = settings if measure else without_weights
-    loaded = model_loader(used.uncompiled())(_named(settings, model))
+    without_weights = settings.model_copy(update={"allow_random_weights": True}).uncompiled()
+    loaded = model_loader(settings if measure else without_weights)(_named(settings, model))
     if measure is not None:
         _print_ranking(loaded, measure, settings)
         return

@@ -20,6 +20,7 @@ from torch import Tensor
 from service.cam.formulas import over_input
 from service.errors import CamserveError
 from service.inference.batch import run
+from service.inference.perturbation import chunk_size, logits_of, mean_colour
 from service.inference.questions import InferenceResult, Question
 from service.models.loaded import LoadedModel
 from service.models.pool import Replica
@@ -30,9 +31,6 @@ STEPS = 16
 
 MAX_LAYERS = 12
 """How many layers are measured if none are named."""
-
-CHUNK = 8
-"""Images in one forward pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,25 +102,21 @@ def _areas(
 ) -> tuple[float, float]:
     """The areas under the insertion and the deletion curve of the explained class."""
     (explanation,) = result.explanations
-    normalised = replica.model.normalised(pixels[None])[0]
-    size = (int(normalised.shape[1]), int(normalised.shape[2]))
-    covers = replica.model.preprocessing.covers
-    cam = over_input(torch.tensor(explanation.grid)[None], size, covers)[0].to(normalised.device)
-    rank_of = torch.empty(cam.numel(), device=normalised.device)
+    model, size = replica.model, (pixels.shape[1], pixels.shape[2])
+    covers = model.preprocessing.covers
+    cam = over_input(torch.tensor(explanation.grid)[None], size, covers)[0]
+    rank_of = torch.empty(cam.numel())
     order = cam.flatten().argsort(descending=True, stable=True)
-    rank_of[order] = torch.arange(cam.numel(), device=normalised.device, dtype=rank_of.dtype)
-    shares = torch.linspace(0, 1, steps + 1, device=normalised.device)
-    first = rank_of.reshape(1, *size) < (shares * cam.numel())[:, None, None]
-    shown = torch.cat([normalised * first[:, None], normalised * ~first[:, None]])
-    chunk = CHUNK if replica.model.behaviour.batchable else 1
+    rank_of[order] = torch.arange(cam.numel(), dtype=rank_of.dtype)
+    first = rank_of.reshape(size) < (torch.linspace(0, 1, steps + 1) * cam.numel())[:, None, None]
+    visible = torch.cat([first, ~first])[:, None]
+    shown = torch.where(visible, pixels, mean_colour(model))
+    chunk = chunk_size(model)
     with torch.no_grad():
-        chunks = [
-            replica.model.logits(replica.module(shown[start : start + chunk]))
-            for start in range(0, len(shown), chunk)
-        ]
+        chunks = [logits_of(model, replica, part) for part in shown.split(chunk)]
     logits = torch.cat(chunks)
-    kind = replica.model.output
-    scores = logits.softmax(dim=1) if kind == "none" else replica.model.scores(logits)
-    curve = scores[:, explanation.class_id].cpu()
+    kind = model.output
+    scores = logits.softmax(dim=1) if kind == "none" else model.scores(logits)
+    curve = scores[:, explanation.class_id]
     area = torch.trapezoid(curve.reshape(2, -1), dx=1 / steps)
     return float(area[0]), float(area[1])

@@ -177,11 +177,15 @@ def chunked_logits(
     for start in range(0, count, size):
         replica = yield
         with torch.no_grad():
-            rows.append(_logits(model, replica, images(slice(start, min(start + size, count)))))
+            rows.append(logits_of(model, replica, images(slice(start, min(start + size, count)))))
     return torch.cat(rows) if rows else torch.zeros(0, len(model.labels))
 
 
-def _logits(model: LoadedModel, replica: Replica, pixels: Tensor) -> Tensor:
+def logits_of(model: LoadedModel, replica: Replica, pixels: Tensor) -> Tensor:
+    """The logits (n, classes), on the CPU, of images, uint8 (n, C, h, w), that need no gradient.
+
+    In the compiled lane if they have its size, else on the replica.
+    """
     lane = model.compiled
     if lane is not None and tuple(pixels.shape[2:]) == model.preprocessing.crop:
         return model.logits(lane.tail(lane.front(pixels))).cpu()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import SmallNet, loaded
 from torch import Tensor, nn
 
-from service.evaluation.faithfulness import candidates, rank
+from service.evaluation.faithfulness import STEPS, candidates, rank
+from service.models.catalog import parse_model
+from service.models.compiled.lane import Compiler
+from service.models.loading import load_model
 
 pytestmark = pytest.mark.timeout(20)
 
@@ -79,3 +84,25 @@ def test_candidates_have_maps_and_are_denser_towards_the_end() -> None:
 class Head(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.mean(dim=(2, 3)).repeat(1, 2)
+
+
+def test_what_needs_no_gradient_runs_in_the_compiled_lane_with_the_same_figures() -> None:
+    model = load_model(parse_model("builtin"))
+    compiled = Compiler().compiled(model)
+    assert compiled.compiled is not None
+    assert model.target_layer is not None
+    sizes: list[int] = []
+
+    def front(pixels: Tensor, *, wide: bool = False) -> Tensor:
+        sizes.append(len(pixels))
+        assert compiled.compiled is not None
+        return compiled.compiled.front(pixels, wide=wide)
+
+    counted = replace(compiled, compiled=replace(compiled.compiled, front=front))
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (3, *model.preprocessing.crop), generator=generator)
+    images, layers = [image.to(torch.uint8)], [model.target_layer]
+    (found,), (expected,) = rank(counted, images, layers), rank(model, images, layers)
+    assert sum(sizes) == 2 * (STEPS + 1), "every step of both curves"
+    assert found.insertion == pytest.approx(expected.insertion, abs=1e-3)
+    assert found.deletion == pytest.approx(expected.deletion, abs=1e-3)
