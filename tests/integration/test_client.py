@@ -187,7 +187,7 @@ def test_options_are_refused_before_a_request(server, client) -> None:
         client.predict(pictures.png(), targets=[1])
     with pytest.raises(TypeError, match="there is no option"):
         client.explain_many([pictures.png()], metod="gradcam")
-    with pytest.raises(ValueError, match="no picture"):
+    with pytest.raises(ValueError, match="list of images is empty"):
         client.explain([])
     assert count_of_explain(server.service.metrics.render()) == count_of_explain(before)
 

@@ -97,7 +97,7 @@ def test_an_image_over_the_whole_budget_is_too_large_and_the_others_are_answered
         )
     first, second = response.json()["results"]
     assert (first["error"]["code"], first["error"]["status"]) == ("image_too_large", 413)
-    assert "at most 8,000,000 are allowed" in first["error"]["detail"]
+    assert "the limit is 8,000,000" in first["error"]["detail"]
     assert "predictions" in second
 
 
