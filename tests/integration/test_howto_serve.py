@@ -19,6 +19,7 @@ def test_the_page_leads_from_a_state_dict_to_an_explained_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
+    ours = sys.modules.pop("nets", None)  # the tests' own module has the name of the page's
     printed = ""
     with reader(tmp_path) as reading:
         try:
@@ -27,6 +28,8 @@ def test_the_page_leads_from_a_state_dict_to_an_explained_image(
                     printed += reading.do(block)
         finally:
             sys.modules.pop("nets", None)
+            if ours is not None:
+                sys.modules["nets"] = ours
     assert re.search(r"halves +2 +3,442 +features +hooked", printed)
     assert "faithfulness" in printed
     answer = json.loads((tmp_path / "why" / "photo.json").read_text())
