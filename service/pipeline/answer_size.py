@@ -42,7 +42,7 @@ UNKNOWN: Size = (1, 1)
 NUMBER_BYTES = 16
 """A float32 in JSON, with its comma."""
 
-_RESULT, _PREDICTION, _EXPLANATION, _ACTIVATION = 1024, 160, 1024, 512
+_RESULT, _PREDICTION, _EXPLANATION, _ACTIVATION, _VERDICT, _TRIED = 1024, 160, 1024, 512, 1024, 128
 """The names and numbers beside the parts that are priced by their size."""
 
 _SMALLEST_PATCH = 4
@@ -86,11 +86,18 @@ class AnswerSizes:
             return height, width
         if record.grid == "patches":
             return -(-height // _SMALLEST_PATCH), -(-width // _SMALLEST_PATCH)
-        layouts = (self.model.layer(path).layout for path in self.question.layers)
+        layouts = (self.model.layer(path).layout for path in self._layers)
         return max(
             (layout.grid for layout in layouts if layout is not None),
             key=lambda grid: grid[0] * grid[1],
         )
+
+    @property
+    def _layers(self) -> tuple[str, ...]:
+        """The layers that a map may be of: `verify=search` tries earlier ones, too."""
+        layers, options = self.question.layers, self.options
+        is_search = isinstance(options, ExplainOptions) and options.verify == "search"
+        return (*layers, *self.model.finer_layers(layers)) if is_search else layers
 
     @property
     def grids(self) -> int:
@@ -107,7 +114,10 @@ class AnswerSizes:
         """One explanation, JSON."""
         assert isinstance(self.options, ExplainOptions)
         include = self.options.include
-        size = _EXPLANATION + self._label + sum(map(len, self.question.layers))
+        size = _EXPLANATION + self._label + sum(map(len, self._layers))
+        if self.question.verify:
+            finer = self.model.finer_layers(self.question.layers)
+            size += _VERDICT + sum(_TRIED + len(path) for path in finer)
         if "heatmap" in include:
             size += base64_bytes(self.heatmap(source))
         if "overlay" in include:

@@ -158,6 +158,16 @@ def test_captured_tensors_are_priced_by_their_shapes(serve: Any, form: str) -> N
         )
 
 
+def test_a_search_is_priced_at_the_finest_layer_that_it_may_answer_with(
+    client: TestClient, made: list[tuple[int, int]]
+) -> None:
+    """The map of `features` has 56 by 56 cells, that of `features.2` 112 by 112."""
+    for verify in ("true", "search"):
+        assert upload(client, 1, include="grid", verify=verify).status_code == 200
+    (_, one), (_, search) = made
+    assert search - one >= (112**2 - 56**2) * 4 * 4 / 3
+
+
 # ---- every route
 
 
@@ -198,6 +208,12 @@ ROUTES: dict[str, Callable[[TestClient], Any]] = {
     "explain": lambda client: upload(client, 3, **WIDE),
     "explain by a sharp map": lambda client: upload(client, 2, **WIDE, method="input_gradient"),
     "explain masked": lambda client: upload(client, 2, mask='{"boxes": [[1, 1, 50, 50]]}', **WIDE),
+    "explain with verdicts": lambda client: upload(
+        client, 2, **WIDE, verify="search", mask='{"boxes": [[1, 1, 50, 50]]}'
+    ),
+    "explain with verdicts alone": lambda client: upload(
+        client, 3, include="none", verify="search", explain_top=7
+    ),
     "explain webp": lambda client: upload(client, 3, **WIDE | {"format": "webp"}),
     "explain jpeg": lambda client: upload(client, 3, **WIDE | {"format": "jpeg"}),
     "explain of the model's size": lambda client: upload(client, 3, **WIDE, size="model"),
@@ -226,6 +242,12 @@ ROUTES: dict[str, Callable[[TestClient], Any]] = {
     "TorchServe explanations": lambda client: client.post(
         "/explanations/small?method=rise&samples=3&explain_top=5", files=[("data", NOISE)] * 3
     ),
+    "V1 explain with verdicts": lambda client: _instances(
+        client, "explain", include="none", verify="search"
+    ),
+    "V2 explain with verdicts": lambda client: _infer(
+        client, ["explain"], binary=False, verify="search", explain_top=7
+    ),
     "Label Studio": _tasks,
     "X-AnyLabeling": _labeling,
 }
@@ -240,12 +262,12 @@ def test_no_route_answers_noise_with_more_than_it_was_priced_at(
     assert made, "nothing was counted"
     for size, priced in made:
         assert 0 < size <= priced
-    if name != "Label Studio":
+    if not name.startswith("Label Studio"):
         assert made == [(len(answer.content), made[0][1])]
     assert client.app.state.service.admission.answer_bytes == 0
 
 
-@pytest.mark.parametrize("name", [each for each in ROUTES if each != "Label Studio"])
+@pytest.mark.parametrize("name", [each for each in ROUTES if not each.startswith("Label Studio")])
 def test_every_route_refuses_an_answer_over_the_bound(serve: Any, name: str) -> None:
     with serve(max_answer_bytes=300) as client:
         refused = ROUTES[name](client)
