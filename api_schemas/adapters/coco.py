@@ -29,7 +29,8 @@ def dataset(
 
     An image's id is its index among all results, from 1; a category's is the class id plus 1, since
     0 often means background. Sizes and positions are in pixels of the upright image. A map that is
-    zero everywhere has no annotation.
+    zero everywhere has no annotation. With the option `verify` each annotation has `verdict` and
+    `agreement`.
     """
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
@@ -64,7 +65,7 @@ def _annotation(
     assert regions.peak is not None
     columns, rows = (np.flatnonzero(mask.any(axis=axis)).tolist() for axis in (0, 1))
     x, y = columns[0], rows[0]
-    return {
+    annotation = {
         "id": index,
         "image_id": image,
         "category_id": explanation.class_id + 1,
@@ -76,6 +77,10 @@ def _annotation(
         "keypoints": [*regions.peak, 2],
         "num_keypoints": 1,
     }
+    if explanation.verify is not None:
+        annotation["verdict"] = explanation.verify.verdict
+        annotation["agreement"] = explanation.verify.agreement
+    return annotation
 
 
 def _regions(explanation: Explanation) -> Regions:

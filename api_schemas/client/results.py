@@ -46,6 +46,7 @@ class Explanation:
     heatmap: mode P, the pixel value is 255·|map|, the palette the colormap.
     overlay: the image under the colored map.
     These and `regions` are None if `include` does not name them.
+    verify:  the verdict on the map with its numbers; None without the option `verify`.
     """
 
     class_id: int
@@ -61,6 +62,7 @@ class Explanation:
     heatmap: PIL.Image.Image | None = field(repr=False)
     overlay: PIL.Image.Image | None = field(repr=False)
     regions: Regions | None = field(repr=False)
+    verify: answers.Verification | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -216,6 +218,7 @@ def _explanation(wire: answers.Explanation) -> Explanation:
         regions=None
         if regions is None
         else Regions(regions.threshold, regions.peak, regions.boxes, regions.polygons, regions.rle),
+        verify=wire.verify,
     )
 
 

@@ -12,7 +12,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from api_schemas.answers import Explanation
 from api_schemas.options import ExplainOptions
+from api_schemas.verdicts import summary
 from service import logs
 from service.app import build_service
 from service.cli.explain_files import (
@@ -135,6 +137,8 @@ class _ResultTable:
         self.rows.add_column("image", overflow="fold")
         self.rows.add_column("prediction", overflow="fold")
         self.rows.add_column("score", justify="right")
+        if options.verify != "false":
+            self.rows.add_column("verdict", overflow="fold")
         if options.mask is not None:
             self.rows.add_column("with the part hidden", overflow="fold")
 
@@ -145,6 +149,8 @@ class _ResultTable:
         self.explained += 1
         best = outcome.result.predictions[0]  # type: ignore[index]
         row = [escape(text_of(outcome.path)), escape(best.label), f"{best.score:.1%}"]
+        if outcome.options.verify != "false":
+            row.append(escape(_verdicts(outcome.result.explanations or [])))
         masked = outcome.result.masked
         if masked is not None:
             changes = [f"{change.label} {change.score:.1%}" for change in masked.changes]
@@ -153,6 +159,12 @@ class _ResultTable:
                 changes.append(f"now {top.label} {top.score:.1%}")
             row.append(escape(", ".join(changes)))
         self.rows.add_row(*row)
+
+
+def _verdicts(explanations: list[Explanation]) -> str:
+    """The verdict on each map; if there are several, with its class."""
+    found = [(each.label, summary(each.verify)) for each in explanations if each.verify is not None]
+    return ", ".join(text if len(found) == 1 else f"{label} {text}" for label, text in found)
 
 
 def _open_browser(destinations: Destinations, only: Path | None, overlay: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pictures
 import pyarrow as pa
+import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 import tiny
@@ -210,6 +211,7 @@ def test_what_a_killed_run_left_half_written_is_removed(tmp_path: Path) -> None:
         (["--layer", "features.0"], 'options.layer was [] and is ["features.0"]'),
         (["--model", "tiny:other"], "model.builder was tiny:small and is tiny:other"),
         (["--no-images"], "pictures was true and is false"),
+        (["--verify", "true"], "options.verify was not given and is true"),
     ],
 )
 def test_a_folder_is_for_one_job(tmp_path: Path, more: Sequence[str], words: str) -> None:
@@ -219,6 +221,42 @@ def test_a_folder_is_for_one_job(tmp_path: Path, more: Sequence[str], words: str
     result = CliRunner().invoke(app, ["bulk", str(source), str(out), *given])
     assert result.exit_code == 2
     assert words in " ".join(result.output.split())
+
+
+def test_rows_have_the_verdict_on_the_first_map_and_none_without_verify(tmp_path: Path) -> None:
+    source, out = photos(tmp_path / "in", 3), tmp_path / "out"
+    (source / "bad.png").write_bytes(pictures.png()[:200])
+    assert bulk(source, out, "--verify", "true", "--no-images").exit_code == 1
+    columns = ("verdict", "agreement", "p_place", "p_centred")
+    for row in rows(out):
+        if row["error_code"] is not None:
+            assert all(row[name] is None for name in columns)
+            continue
+        verify = json.loads(row["answer"])["explanations"][0]["verify"]
+        assert row["verdict"] == verify["verdict"]
+        for name in columns[1:]:
+            assert row[name] == pytest.approx(verify[name], abs=1e-6)
+    plain = tmp_path / "plain"
+    bulk(source, plain, "--no-images")
+    assert all(row[name] is None for row in rows(plain) for name in columns)
+    assert [field.name for field in pq.read_schema(parts(plain)[0])] == [
+        field.name for field in pq.read_schema(parts(out)[0])
+    ]
+
+
+def test_a_folder_that_was_begun_before_there_were_verdicts_is_resumed(tmp_path: Path) -> None:
+    source, out = photos(tmp_path / "in", 1), tmp_path / "out"
+    assert bulk(source, out).exit_code == 0
+    assert "verify" not in json.loads((out / "job.json").read_text())["options"]
+    (part,) = parts(out)
+    table = pq.read_table(part)
+    older = table.drop_columns(["verdict", "agreement", "p_place", "p_centred"])
+    pq.write_table(older.replace_schema_metadata(table.schema.metadata), part)
+    (source / "new.jpg").write_bytes(pictures.jpeg(32, 24))
+    assert bulk(source, out).exit_code == 0
+    assert sorted(row["path"] for row in rows(out)) == ["00000.jpg", "new.jpg"]
+    together = pyarrow.dataset.dataset(out, exclude_invalid_files=True).to_table()
+    assert together["error_code"].null_count == 2
 
 
 def test_a_folder_of_results_is_for_one_source(tmp_path: Path) -> None:

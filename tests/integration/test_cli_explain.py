@@ -19,10 +19,13 @@ from typing import Any
 import pictures
 import pytest
 from disks import playing
-from PIL import Image
+from PIL import Image, ImageDraw
 from typer.testing import CliRunner, Result
 
+from api_schemas.answers import Verification
+from api_schemas.verdicts import sentence
 from service.cli.main import app
+from service.cli.report.contact_sheet import MARGIN, VERDICT, draw_verdict
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -258,6 +261,56 @@ def test_hiding_a_part_is_told_beside_the_score() -> None:
     assert f"{change['label']} {change['score']:.1%}" in words(result.stdout)
 
 
+def test_verdicts_are_told_beside_the_score_and_are_those_of_the_service(client: Any) -> None:
+    photos("a.png", "b.png")
+    explain("b.png", "--out", "plain")
+    assert "verify" not in json.loads(Path("plain/b.json").read_text())["explanations"][0]
+    one = explain("a.png", "--verify", "true", "--out", "out")
+    (found,) = json.loads(Path("out/a.json").read_text())["explanations"]
+    headers = {"content-type": "image/png"}
+    body = Path("a.png").read_bytes()
+    query = {"verify": "true", "include": "none"}
+    answer = client.post("/explain", content=body, headers=headers, params=query).json()
+    expected = answer["results"][0]["explanations"][0]["verify"]
+    assert found["verify"]["verdict"] == expected["verdict"]
+    assert found["verify"]["agreement"] == pytest.approx(expected["agreement"], abs=1e-3)
+    told = f"{expected['verdict']} (agreement {found['verify']['agreement']:z.2f})"
+    assert told in words(one.stdout)
+    two = explain("a.png", "--verify", "true", "--target", "1", "--target", "2", "--out", "two")
+    for each in json.loads(Path("two/a.json").read_text())["explanations"]:
+        assert f"{each['label']} {each['verify']['verdict']} (agreement" in words(two.stdout)
+
+
+def test_a_word_that_is_no_verification_is_named() -> None:
+    photos("a.png")
+    refused = explain("a.png", "--verify", "maybe", code=2)
+    for word in ("verify", "true", "search"):
+        assert word in words(refused.stderr)
+
+
+def test_a_contact_sheet_has_a_mark_and_a_word_for_each_verdict() -> None:
+    photos("a.png")
+    explain("a.png", "--sheet", "plain.png")
+    explain("a.png", "--sheet", "verified.png", "--verify", "true")
+    with Image.open("plain.png") as plain, Image.open("verified.png") as verified:
+        assert verified.width == plain.width
+        assert verified.height == plain.height + VERDICT
+        below = plain.height - MARGIN
+        line = verified.crop((MARGIN, below, MARGIN + 200, below + VERDICT)).convert("L")
+    assert line.getextrema()[0] < 128
+
+
+def test_marks_of_verdicts_differ_without_their_colors() -> None:
+    shapes = set()
+    for verdict in ("supported", "inconclusive", "refuted"):
+        drawn = Image.new("RGB", (40, 30), "white")
+        draw_verdict(ImageDraw.Draw(drawn), (4, 4), 14, verdict)
+        shapes.add(
+            drawn.crop((0, 0, 20, 30)).convert("L").point(lambda v: 255 * (v > 200)).tobytes()
+        )
+    assert len(shapes) == 3
+
+
 def test_a_contact_sheet_has_a_tile_for_each_image_and_for_each_failure() -> None:
     photos("a.png", "b.png", "c.png")
     plain = explain("a.png", "b.png", "--sheet", "two.png")
@@ -296,6 +349,27 @@ def test_a_report_is_one_file_that_asks_nothing_of_anybody() -> None:
     assert photo is not None
     with Image.open(io.BytesIO(base64.b64decode(photo[1]))) as shown, Image.open("a.png") as source:
         assert shown.size == source.size
+
+
+def test_a_report_tells_each_verdict_in_a_sentence_with_its_numbers_in_a_fold() -> None:
+    photos("a.png")
+    explain("a.png", "--report", "plain.html")
+    assert "<details" not in Path("plain.html").read_text()
+    flags = ("--verify", "search", "--explain-top", "2", "--out", "out")
+    explain("a.png", "--report", "why.html", *flags)
+    page = Path("why.html").read_text()
+    folds = re.findall(r'<details class="verdict (\w+)"><summary>(.*?)</summary>(.*?)</dl>', page)
+    found = json.loads(Path("out/a.json").read_text())["explanations"]
+    assert len(folds) == len(found) == 2
+    for (name, told, numbers), each in zip(folds, found, strict=True):
+        verify = Verification(**each["verify"])
+        assert name == verify.verdict
+        assert told == f"<b>{name.capitalize()}.</b> {sentence(verify)}"
+        assert f"<dt>agreement</dt><dd>{verify.agreement:z.2f}</dd>" in numbers
+        assert f"<dt>p by place</dt><dd>{verify.p_place:z.3f}</dd>" in numbers
+        for tried in verify.tried or []:
+            assert f"<dt>at {tried.layer}</dt><dd>{tried.verdict}, " in numbers
+    assert not re.search(r"\sstyle=|\son[a-z]+=", page), "the policy would refuse it"
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import hashlib
 import io
+import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from gates import Emptied, Gate
 from PIL import Image
 from pycocotools import mask as coco
 
+from api_schemas import answers
 from api_schemas.client import AsyncClient, Client, errors
 
 ALL = {"include": ["grid", "heatmap", "overlay", "regions"]}
@@ -143,6 +145,25 @@ def test_a_hidden_part_is_answered_too(client) -> None:
     change = result.masked.changes[0]
     assert change.class_id == result.predictions[0].class_id
     assert result.masked.explanations[0].grid.shape == result.explanations[0].grid.shape
+
+
+@pytest.mark.parametrize("verify", [True, "search"])
+def test_a_verdict_is_read_with_its_numbers_by_threads_and_tasks(server, client, verify) -> None:
+    async def ask() -> Any:
+        async with asynchronous(server) as other:
+            return (await other.explain(pictures.png(), verify=verify, include="none"))[0]
+
+    answer = client.explain(pictures.png(), verify=verify, include="none")
+    found = answer[0].explanations[0].verify
+    assert isinstance(found, answers.Verification)
+    sent = json.loads(answer.json)["results"][0]["explanations"][0]["verify"]
+    assert found.model_dump(exclude_unset=True) == sent
+    assert found.verdict in {"supported", "inconclusive", "refuted"}
+    assert -1 <= found.agreement_by_fill.mean <= 1
+    if found.verdict == "inconclusive":
+        assert found.tried if verify == "search" else found.try_layer
+    assert asyncio.run(ask()).explanations[0].verify.verdict == found.verdict
+    assert client.explain(pictures.png(), include="none")[0].explanations[0].verify is None
 
 
 def test_a_mask_too_long_for_a_query_travels_in_the_body(client) -> None:

@@ -101,6 +101,24 @@ def test_a_service_that_is_asked_gives_the_same_file(
     assert _rounded(here) == _rounded(there)
 
 
+def test_annotations_of_tested_maps_have_the_verdict(
+    photos: Path, tmp_path: Path, run_server
+) -> None:
+    here, there, plain = (tmp_path / f"{name}.json" for name in ("here", "there", "plain"))
+    export("coco", photos, "--out", here, *HERE, "tiny:paper", *TARGET, "--verify", "true")
+    with run_server(models=("tiny:paper",)) as server:
+        export("coco", photos, "--out", there, "--url", server.url, *TARGET, "--verify", "true")
+    export("coco", photos, "--out", plain, *HERE, "tiny:paper", *TARGET)
+    for ours, remote in zip(_annotations(here), _annotations(there), strict=True):
+        assert ours["verdict"] == remote["verdict"] == "supported", "the square is the evidence"
+        assert ours["agreement"] == pytest.approx(remote["agreement"], abs=1e-3)
+    assert not any("verdict" in each for each in _annotations(plain))
+
+
+def _annotations(file: Path) -> Any:
+    return json.loads(file.read_text())["annotations"]
+
+
 def _rounded(file: Path) -> Any:
     data = json.loads(file.read_text())
     for annotation in data["annotations"]:

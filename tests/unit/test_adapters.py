@@ -104,6 +104,28 @@ def test_pycocotools_reads_the_same_mask_box_and_area(tmp_path: Path, capsys) ->
     assert read.loadImgs(1) == [{"id": 1, "file_name": "a.png", "width": WIDTH, "height": HEIGHT}]
 
 
+def test_an_annotation_of_a_tested_map_has_the_verdict_and_its_agreement() -> None:
+    tested = Explanation(**{**vars_of(explanation(mask())), "verify": verification()})
+    data = coco.dataset([("a.png", result(tested)), ("b.png", result(explanation(mask())))], LABELS)
+    first, second = data["annotations"]
+    assert (first["verdict"], first["agreement"]) == ("supported", 0.71)
+    assert set(first) - set(second) == {"verdict", "agreement"}
+
+
+def verification() -> answers.Verification:
+    return answers.Verification(
+        verdict="supported",
+        agreement=0.71,
+        agreement_by_fill=answers.Fills(mean=0.7, blur=0.72),
+        elsewhere=answers.Elsewhere(median=0.04, best=0.55),
+        p_place=0.01,
+        p_centred=0.02,
+        baselines=answers.Baselines(centre=0.31, contrast=0.22),
+        forwards=40,
+        design="pb40/0",
+    )
+
+
 @reads_with_pycocotools
 def test_its_annotations_are_results_for_pycocotools(tmp_path: Path, capsys) -> None:
     data = coco.dataset([("a.png", result(explanation(mask())))], LABELS)

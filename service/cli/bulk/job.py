@@ -34,12 +34,15 @@ class BulkJob:
 
         Raises ConfigurationError for the models' settings, OSError for their files.
         """
+        options = self.options.model_dump(mode="json")
+        if options["verify"] == "false":  # unknown to folders of 0.1.0, whose runs resume
+            del options["verify"]
         return {
             "source": absolute_source(source),
             "column": column if source.endswith(".parquet") else None,
             "model": of_spec(model_specs(self.settings)[0]),
             "settings": {name: getattr(self.settings, name) for name in _ANSWER_SETTINGS},
-            "options": self.options.model_dump(mode="json"),
+            "options": options,
             "pictures": self.write_images,  # the name that folders of 0.1.0 have
         }
 

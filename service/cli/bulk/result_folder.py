@@ -43,13 +43,18 @@ SCHEMA = pa.schema(
         ("score", pa.float32()),
         ("overlays", pa.list_(pa.string())),
         ("heatmaps", pa.list_(pa.string())),
+        ("verdict", pa.string()),
+        ("agreement", pa.float32()),
+        ("p_place", pa.float32()),
+        ("p_centred", pa.float32()),
         ("answer", pa.string()),
         ("error_code", pa.string()),
         ("error_detail", pa.string()),
     ]
 )
 """The columns of a shard. `overlays` and `heatmaps` are paths below DST, one per explained class;
-`answer` is the JSON of /explain for the image. A row has these, or it has the error."""
+`verdict` and its numbers are of the first one's map, null without `--verify`; `answer` is the JSON
+of /explain for the image. A row has these, or it has the error."""
 
 Row = dict[str, Any]
 

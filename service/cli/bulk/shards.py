@@ -10,6 +10,7 @@ import orjson
 from rich.console import Console
 
 from api_schemas.options import ExplainOptions
+from service.cam.verdict import Verdict
 from service.cli.bulk.inputs import Input
 from service.cli.bulk.result_folder import Row, ShardWriter
 from service.cli.explain_files import Explained, Outcome, explain_images, into_folder
@@ -112,5 +113,18 @@ class ShardExplainer:
                 f"{tag}.overlay.{self.options.format}" for tag in tags * self.write_images
             ],
             "heatmaps": [f"{tag}.heatmap.png" for tag in tags * self.write_images],
+            **_verdict(outcome.answer.explanations[0].verdict),
             "answer": orjson.dumps(outcome.result.model_dump(exclude_unset=True)).decode(),
         }
+
+
+def _verdict(found: Verdict | None) -> Row:
+    """Return the columns of a verdict; none without one."""
+    if found is None:
+        return {}
+    return {
+        "verdict": found.verdict,
+        "agreement": found.agreement,
+        "p_place": found.p_place,
+        "p_centred": found.p_centred,
+    }

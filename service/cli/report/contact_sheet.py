@@ -30,17 +30,25 @@ SIDE = 320
 
 MOST_PIXELS = 48_000_000
 MARGIN, GAP, CAPTION, HEADING = 40, 24, 62, 96
+VERDICT = 20
+"""Further height of a caption with a verdict, in pixels."""
+
 PAPER, INK, SOFT, MAT, FAULT = "#f7f6f3", "#1a1b1d", "#5b5d62", "#eceae4", "#b0380b"
+GOOD = "#1f6f4a"
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """An overlay as a JPEG file (None: the image failed), and the text below it."""
+    """An overlay as a JPEG file (None: the image failed), and the text below it.
+
+    verdict: supported, inconclusive or refuted; None: the map was not tested.
+    """
 
     overlay: bytes | None
     title: str
     detail: str
     path: str
+    verdict: str | None = None
 
 
 class ContactSheet:
@@ -82,7 +90,8 @@ class ContactSheet:
         else:
             first = outcome.answer.explanations[0]
             label = outcome.model.labels[first.class_id]
-            tile = Tile(_small_overlay(outcome).data, label, f"{first.score:.1%}", path)
+            verdict = None if first.verdict is None else first.verdict.verdict
+            tile = Tile(_small_overlay(outcome).data, label, f"{first.score:.1%}", path, verdict)
         with self._lock:
             self._tiles[outcome.name] = tile
 
@@ -90,8 +99,9 @@ class ContactSheet:
         tiles = [tile for _, tile in sorted(self._tiles.items())]
         columns = max(1, min(len(tiles), math.ceil(math.sqrt(len(tiles) * 1.4))))
         rows = math.ceil(len(tiles) / columns)
-        side = min(SIDE, max(48, math.isqrt(MOST_PIXELS // max(1, columns * rows)) - GAP - CAPTION))
-        step = side + GAP, side + CAPTION + GAP
+        caption = CAPTION + (VERDICT if self._options.verify != "false" else 0)
+        side = min(SIDE, max(48, math.isqrt(MOST_PIXELS // max(1, columns * rows)) - GAP - caption))
+        step = side + GAP, side + caption + GAP
         size = (
             max(2 * MARGIN + columns * step[0] - GAP, 2 * MARGIN + 2 * SIDE),
             MARGIN + HEADING + rows * step[1] - GAP + MARGIN,
@@ -145,6 +155,24 @@ def _draw_tile(sheet: Image.Image, corner: tuple[int, int], side: int, tile: Til
     pen.text((right, line), tile.detail, INK if tile.overlay else FAULT, _font(large), "ra")
     below = line + large + 6
     pen.text((left, below), _shortened(tile.path, side, fine, end=True), SOFT, _font(fine))
+    if tile.verdict is not None:
+        draw_verdict(pen, (left, below + fine + 6), fine, tile.verdict)
+
+
+def draw_verdict(
+    pen: ImageDraw.ImageDraw, corner: tuple[int, int], size: int, verdict: str
+) -> None:
+    """Draw a mark and the word: a disc (supported), a ring (inconclusive) or a cross (refuted)."""
+    left, top = corner
+    color = {"supported": GOOD, "refuted": FAULT}.get(verdict, SOFT)
+    box = left, top + 2, left + size - 2, top + size
+    line = max(2, size // 6)
+    if verdict == "refuted":
+        pen.line((box[0], box[1], box[2], box[3]), color, line)
+        pen.line((box[0], box[3], box[2], box[1]), color, line)
+    else:
+        pen.ellipse(box, color if verdict == "supported" else None, color, line)
+    pen.text((left + size + 5, top), verdict, color, _font(size))
 
 
 def _decode(data: bytes) -> Image.Image:

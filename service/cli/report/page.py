@@ -6,7 +6,7 @@ import base64
 import hashlib
 import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from html import escape
 from importlib import resources
@@ -14,8 +14,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from api_schemas.answers import Prediction, Result
+from api_schemas.answers import Prediction, Result, Verification
 from api_schemas.options import ExplainOptions
+from api_schemas.verdicts import sentence
 from service import __version__
 from service.cam.encoding import encode
 from service.cam.heatmap import Style, render_heatmap
@@ -154,8 +155,10 @@ def _card(outcome: Explained) -> str:
     best = _best(outcome)
     mark = hashlib.sha256(text_of(outcome.name).encode()).hexdigest()[:12]
     figures = "".join(
-        _figure(outcome, explanation, mark, first=not index)
-        for index, explanation in enumerate(outcome.answer.explanations)
+        _figure(outcome, explanation, wire.verify, mark, first=not index)
+        for index, (explanation, wire) in enumerate(
+            zip(outcome.answer.explanations, outcome.result.explanations or [], strict=True)
+        )
     )
     flags = dict.fromkeys(
         flag for explanation in outcome.answer.explanations for flag in explanation.flags
@@ -170,7 +173,14 @@ def _card(outcome: Explained) -> str:
 </article>"""
 
 
-def _figure(outcome: Explained, explanation: Explanation, mark: str, *, first: bool) -> str:
+def _figure(
+    outcome: Explained,
+    explanation: Explanation,
+    verdict: Verification | None,
+    mark: str,
+    *,
+    first: bool,
+) -> str:
     """Return the map over the image, which is in the page once for all its maps."""
     upload, options = scaled_down(outcome.upload, SIDE), outcome.options
     assert upload.preview is not None
@@ -191,13 +201,47 @@ def _figure(outcome: Explained, explanation: Explanation, mark: str, *, first: b
     label = outcome.model.labels[explanation.class_id]
     clip = f"seen-{mark}-{explanation.class_id}"
     alternative = f"{text_of(outcome.path)}: evidence for {label}"
-    caption = f"<figcaption>{escape(label)} {explanation.score:.1%}</figcaption>"
+    caption = "" if first else f"{escape(label)} {explanation.score:.1%}"
+    caption += "" if verdict is None else _verdict(verdict)
     return f"""<figure><button type="button" aria-label="Enlarge {escape(text_of(outcome.path))}">
 <svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(alternative)}">
 <clipPath id="{clip}"><rect {seen}/></clipPath>
 {source}<g class="heat"><image {size} clip-path="url(#{clip})" preserveAspectRatio="none"
  href="{_data(heat.media_type, heat.data)}"/></g><rect class="seen" {seen}/></svg></button>
-{"" if first else caption}</figure>"""
+{f"<figcaption>{caption}</figcaption>" if caption else ""}</figure>"""
+
+
+def _verdict(found: Verification) -> str:
+    """Return the verdict as a sentence, with its numbers in a fold."""
+    terms = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
+        for name, value in _numbers(found)
+    )
+    return (
+        f'<details class="verdict {found.verdict}"><summary><b>{found.verdict.capitalize()}.</b> '
+        f"{escape(sentence(found))}</summary><dl>{terms}</dl></details>"
+    )
+
+
+def _numbers(found: Verification) -> Iterator[tuple[str, str]]:
+    """Yield the names and values of a verdict's numbers."""
+    fills, elsewhere, baselines = found.agreement_by_fill, found.elsewhere, found.baselines
+    yield "agreement", f"{found.agreement:z.2f}"
+    yield "filled with the mean", f"{fills.mean:z.2f}"
+    yield "filled with a blur", f"{fills.blur:z.2f}"
+    yield "elsewhere, median", f"{elsewhere.median:z.2f}"
+    yield "elsewhere, best", f"{elsewhere.best:z.2f}"
+    yield "p by place", f"{found.p_place:z.3f}"
+    yield "p by central place", f"{found.p_centred:z.3f}"
+    yield "central blob", f"{baselines.centre:z.2f}"
+    yield "contrast of the image", f"{baselines.contrast:z.2f}"
+    if found.p_class is not None:
+        yield "p by class", f"{found.p_class:z.3f}"
+    for tried in found.tried or []:
+        yield f"at {tried.layer}", f"{tried.verdict}, {tried.agreement:z.2f}"
+    if found.try_layer is not None:
+        yield "earlier layer to try", found.try_layer
+    yield "design", f"{found.design}, {found.forwards} forward passes"
 
 
 def _others(predictions: Sequence[Prediction]) -> str:
