@@ -21,6 +21,9 @@ from api_schemas.client.results import Explanation, Regions
 
 KINDS = ("tag", "mask", "polygon", "rectangle", "points")
 
+VERDICT, VERDICT_ID = "verdict", 1
+"""Name of the attribute of shapes with `verify`, and its id in the function."""
+
 _FRAME_ERRORS = (DeadlineExceeded, ImageRefused, UnreadableImage)
 
 _log = logging.getLogger(__name__)
@@ -36,6 +39,7 @@ def create(  # noqa: PLR0913, PLR0917 - CVAT passes each parameter by name
     layer: str = "",
     threshold: float = 0.5,
     explain_top: int = 1,
+    verify: str = "",
 ) -> Function:
     """Return the function that CVAT calls; empty parameters mean the service's defaults.
 
@@ -43,11 +47,15 @@ def create(  # noqa: PLR0913, PLR0917 - CVAT passes each parameter by name
     evidence_label: label of all shapes except tags; empty: a shape has the label of its class.
     threshold:      level at which the map is cut, 0 to 1.
     explain_top:    number of top classes to return for a frame.
+    verify:         true or search: each shape has the verdict on its map as the text attribute
+                    VERDICT, which the label of the shapes needs in CVAT, too.
 
     Raises ValueError for an invalid parameter, ClientError if the service does not answer.
     """
     kinds = _kinds(shapes)
-    chosen = {"model": model, "method": method, "layer": layer}
+    if verify not in ("", "false") and kinds == ("tag",):
+        raise ValueError("`verify` is for shapes, not for tags; add mask, or leave it out")
+    chosen = {"model": model, "method": method, "layer": layer, "verify": verify}
     options = {name: value for name, value in chosen.items() if value}
     client = Client(url, api_key=api_key or None)
     labels = client.model(model or None).labels or []
@@ -135,9 +143,18 @@ class Function:
         self._options = options
         self.spec = cvat.DetectionFunctionSpec(
             labels=[
-                cvat.label_spec(name, index, type=kind) for name, (index, kind) in labels.items()
+                cvat.label_spec(name, index, type=kind, **self._declared(name))
+                for name, (index, kind) in labels.items()
             ]
         )
+
+    def _declared(self, label: str) -> dict[str, Any]:
+        """The attributes of a label: the verdict on the labels of shapes."""
+        if self._options.get("verify", "false") == "false":
+            return {}
+        if self._evidence_label not in ("", label):
+            return {}
+        return {"attributes": [self._cvat.text_attribute_spec(VERDICT, VERDICT_ID)]}
 
     def detect(self, context: Any, image: PIL.Image.Image) -> list[Any]:
         """Return the annotations of a frame; for a frame that fails, none and a warning.
@@ -167,4 +184,20 @@ class Function:
                 continue
             label = self._labels[self._evidence_label or explanation.label][0]
             for numbers in outlines(explanation.regions, kind):
-                yield self._cvat.shape(label, type=kind, points=numbers, score=explanation.score)
+                yield self._cvat.shape(
+                    label,
+                    type=kind,
+                    points=numbers,
+                    score=explanation.score,
+                    **_attributes(explanation),
+                )
+
+
+def _attributes(explanation: Explanation) -> dict[str, Any]:
+    """The attributes of a shape: the verdict on its map, if there is one."""
+    if explanation.verify is None:
+        return {}
+    from cvat_sdk.models import AttributeValRequest  # noqa: PLC0415 - as above
+
+    verdict = AttributeValRequest(spec_id=VERDICT_ID, value=explanation.verify.verdict)
+    return {"attributes": [verdict]}

@@ -45,12 +45,15 @@ def apply_explanations(
                    (Heatmap of the first explanation), FIELD_peak (Keypoints) and FIELD_regions
                    (Detections with masks); FIELD_error has the error of a failed sample.
     heatmap_side:  maximum of a stored heatmap's longer side, in pixels.
-    options:       those of `Client.explain`, except `include` and `size`.
+    options:       those of `Client.explain`, except `include` and `size`. With `verify`,
+                   FIELD_verdict and FIELD_agreement are of the heatmap, and each region has the
+                   `verdict` on its map.
 
     Earlier values of these fields are replaced, sample by sample. Raises the errors of
     `Client.explain_many`; samples that were saved before keep their values.
     """
-    _declare(dataset, field)
+    verified = options.get("verify") not in (None, False, "false")
+    names = _declare(dataset, field, verified=verified)
     options["include"], options["size"] = ["heatmap", "regions"], "source"
     failed = []
     with Client(url, api_key=api_key) as client:
@@ -64,36 +67,46 @@ def apply_explanations(
         for sample, result in zip(
             dataset.iter_samples(autosave=True, progress=progress), results, strict=True
         ):
-            for name, label in _labels(result, field, heatmap_side).items():
-                sample[name] = label
+            labels = _labels(result, field, heatmap_side)
+            for name in names:
+                sample[name] = labels.get(name)
             if result.error is not None:
                 failed.append(sample.id)
     return failed
 
 
-def _declare(dataset: Any, field: str) -> None:
-    """Add the fields, so that they exist even if no sample has a value."""
+def _declare(dataset: Any, field: str, *, verified: bool) -> list[str]:
+    """Add the fields, so that they exist even if no sample has a value, and return their names.
+
+    verified: whether there will be verdicts. Those of an earlier run are replaced in any case.
+    """
     import fiftyone as fo  # noqa: PLC0415 - only in FiftyOne's environment
 
     if isinstance(dataset, fo.DatasetView):
         dataset = fo.load_dataset(dataset.dataset_name)
-    for name, kind in (
-        (field, fo.Classification),
-        (f"{field}_heatmap", fo.Heatmap),
-        (f"{field}_peak", fo.Keypoints),
-        (f"{field}_regions", fo.Detections),
-    ):
+    labels = {
+        field: fo.Classification,
+        f"{field}_heatmap": fo.Heatmap,
+        f"{field}_peak": fo.Keypoints,
+        f"{field}_regions": fo.Detections,
+    }
+    for name, kind in labels.items():
         dataset.add_sample_field(name, fo.EmbeddedDocumentField, embedded_doc_type=kind)
-    dataset.add_sample_field(f"{field}_error", fo.StringField)
+    values = {f"{field}_error": fo.StringField}
+    if verified or dataset.has_sample_field(f"{field}_verdict"):
+        values |= {f"{field}_verdict": fo.StringField, f"{field}_agreement": fo.FloatField}
+        dataset.add_sample_field(f"{field}_regions.detections.verdict", fo.StringField)
+    for name, kind in values.items():
+        dataset.add_sample_field(name, kind)
+    return [*labels, *values]
 
 
 def _labels(result: Result, field: str, heatmap_side: int) -> dict[str, Any]:
-    """Return the value of each field; a failed result has only the error."""
+    """Return the value of each field that has one; a failed result has only the error."""
     import fiftyone as fo  # noqa: PLC0415 - as above
 
-    names = (field, f"{field}_heatmap", f"{field}_peak", f"{field}_regions", f"{field}_error")
     if result.error is not None:
-        return dict(zip(names, (None, None, None, None, result.error.detail), strict=True))
+        return {f"{field}_error": result.error.detail}
     assert result.image is not None
     width, height = result.image.width, result.image.height
     peaks, detections = [], []
@@ -106,20 +119,25 @@ def _labels(result: Result, field: str, heatmap_side: int) -> dict[str, Any]:
             peaks.append(fo.Keypoint(points=point, label=explanation.label, confidence=[score]))
         for (x, y, w, h), mask in parts(regions):
             box = [x / width, y / height, w / width, h / height]
+            more = {} if explanation.verify is None else {"verdict": explanation.verify.verdict}
             detections.append(
-                fo.Detection(bounding_box=box, mask=mask, label=explanation.label, confidence=score)
+                fo.Detection(
+                    bounding_box=box, mask=mask, label=explanation.label, confidence=score, **more
+                )
             )
     best, (first, *_) = result.predictions[0], result.explanations
     assert first.heatmap is not None
     strengths = scaled_heatmap(first.heatmap, heatmap_side)
-    labels = (
-        fo.Classification(label=best.label, confidence=best.score),
-        fo.Heatmap(map=strengths, range=[0, 255]),
-        fo.Keypoints(keypoints=peaks),
-        fo.Detections(detections=detections),
-        None,
-    )
-    return dict(zip(names, labels, strict=True))
+    labels = {
+        field: fo.Classification(label=best.label, confidence=best.score),
+        f"{field}_heatmap": fo.Heatmap(map=strengths, range=[0, 255]),
+        f"{field}_peak": fo.Keypoints(keypoints=peaks),
+        f"{field}_regions": fo.Detections(detections=detections),
+    }
+    if first.verify is not None:
+        labels[f"{field}_verdict"] = first.verify.verdict
+        labels[f"{field}_agreement"] = first.verify.agreement
+    return labels
 
 
 def parts(regions: Regions) -> Iterator[tuple[Rect, NDArray[np.bool_]]]:

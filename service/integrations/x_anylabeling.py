@@ -20,6 +20,7 @@ from fastapi import APIRouter, Request, Response
 from api_schemas import answers as wire
 from api_schemas.options import ExplainOptions
 from api_schemas.protocols import LabelingParameters, LabelingRequest
+from api_schemas.verdicts import summary
 from service.cam.regions import TOLERANCE_SHARE
 from service.errors import InvalidOption, nearest
 from service.integrations.protocol_requests import (
@@ -83,12 +84,16 @@ _START = {"edit_conf": 0.5, "mask_fineness_slider": 10}
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """A task as the program lists it: title, widgets, and the shapes that it returns."""
+    """A task as the program lists it: title, widgets, and the shapes that it returns.
+
+    verify: whether the map is tested; the program has no widget for it.
+    """
 
     title: str
     shape: str
     widgets: tuple[str, ...]
     outlines: Callable[[wire.Regions, float], list[Points]]
+    verify: bool = False
 
 
 @router.get(
@@ -122,7 +127,9 @@ async def predict(request: Request) -> Response:
         labeling_request = received[0]
         task = _task(labeling_request.params)
         chosen = ExplainOptions(
-            include=["regions"], threshold=labeling_request.params.conf_threshold
+            include=["regions"],
+            threshold=labeling_request.params.conf_threshold,
+            verify="true" if task.verify else "false",
         )
         image = ImageRequest(file_in(labeling_request.image), chosen)
         return Plan([image], lambda replies: _respond(task, labeling_request.params, replies[0]))
@@ -165,20 +172,22 @@ def _respond(task: _Task, params: LabelingParameters, reply: Reply) -> Response:
     assert explanation.regions is not None
     wanted = not params.filter_classes or explanation.label in params.filter_classes
     outlines = task.outlines(explanation.regions, params.epsilon_factor) if wanted else []
+    verdict = "" if explanation.verify is None else f", {summary(explanation.verify)}"
+    attributes = {} if explanation.verify is None else {"verdict": explanation.verify.verdict}
     shapes: list[dict[str, Any]] = [
         {
             "label": explanation.label,
             "shape_type": task.shape,
             "points": points,
             "score": explanation.score,
-            "description": explanation.method,
-            "attributes": {},
+            "description": f"{explanation.method}{verdict}",
+            "attributes": attributes,
             "flags": {},
             "group_id": 1,
         }
         for points in outlines
     ]
-    description = f"{explanation.label} {explanation.score:.2f}"
+    description = f"{explanation.label} {explanation.score:.2f}{verdict}"
     return json_response({"success": True, "data": {"shapes": shapes, "description": description}})
 
 
@@ -211,5 +220,12 @@ _TASKS: Mapping[str, _Task] = MappingProxyType(
         ),
         "cam_rectangle": _Task("Evidence as rectangles", "rectangle", _WIDGETS + _CUT, _rectangles),
         "cam_point": _Task("Peak of the evidence", "point", _WIDGETS, _peak),
+        "cam_verified": _Task(
+            "Evidence as polygons, with verdict",
+            "polygon",
+            _WIDGETS + _CUT + _FINENESS,
+            _polygons,
+            verify=True,
+        ),
     }
 )

@@ -198,6 +198,15 @@ def _tasks(client: TestClient, count: int = 3, data: str = B64) -> Any:
     return client.post("/integrations/label-studio/predict", json=body)
 
 
+def _verified_tasks(client: TestClient) -> Any:
+    setup = {"project": "1.1", "schema": "<View/>", "extra_params": {"verify": "search"}}
+    assert client.post("/integrations/label-studio/setup", json=setup).status_code == 200
+    try:
+        return _tasks(client)
+    finally:
+        client.post("/integrations/label-studio/setup", json=setup | {"extra_params": {}})
+
+
 def _labeling(client: TestClient) -> Any:
     body = {"model": "small", "image": B64, "params": {}}
     return client.post("/integrations/x-anylabeling/v1/predict", json=body)
@@ -249,6 +258,7 @@ ROUTES: dict[str, Callable[[TestClient], Any]] = {
         client, ["explain"], binary=False, verify="search", explain_top=7
     ),
     "Label Studio": _tasks,
+    "Label Studio with verdicts": _verified_tasks,
     "X-AnyLabeling": _labeling,
 }
 

@@ -166,6 +166,50 @@ def test_setup_refuses_what_predictions_would_fail_on(client, extra, config, sta
     assert setup(client, extra, config).status_code == status
 
 
+@pytest.mark.parametrize("verify", [True, "search"])
+def test_with_verify_each_region_has_the_verdict_and_nothing_else_changes(client, verify) -> None:
+    """Choice and scores are those of the class: a verdict never changes what is chosen."""
+    plain_version = setup(client).json()["model_version"]
+    (plain,) = results(predict(client))
+    version = setup(client, {"verify": verify}, project="4.1").json()["model_version"]
+    assert version != plain_version, "Label Studio asks again only for another version"
+    (found,) = results(predict(client, project="4.1"))
+    verdict = explained(client, f"include=regions&verify={verify}".lower())["verify"]
+    assert found["score"] == plain["score"]
+    assert [each["value"] for each in of_type(found["result"], "choices")] == [
+        each["value"] for each in of_type(plain["result"], "choices")
+    ]
+    assert all("meta" not in each for each in plain["result"])
+    regions = [each for each in found["result"] if each["type"] != "choices"]
+    assert {each["type"] for each in regions} == {
+        "brushlabels", "rectanglelabels", "polygonlabels", "keypointlabels"
+    }  # fmt: skip
+    for each in regions:
+        assert each["score"] == found["score"]
+        meta = each["meta"]
+        (text,) = meta["text"]
+        assert text == f"{verdict['verdict']} (agreement {verdict['agreement']:z.2f})"
+        for name in ("verdict", "reason", "agreement", "p_place", "p_centred"):
+            assert meta[name] == pytest.approx(verdict[name], abs=1e-3)
+    assert all("meta" not in each for each in of_type(found["result"], "choices"))
+
+
+def test_a_click_gets_the_verdict_on_the_map_of_its_class(client) -> None:
+    setup(client, {"verify": True}, project="5.1")
+    (found,) = results(predict(client, clicked=clicked("class 5"), project="5.1"))
+    expected = explained(client, "include=regions&targets=5&verify=true")["verify"]
+    (peak,) = of_type(found["result"], "keypointlabels")
+    assert peak["meta"]["verdict"] == expected["verdict"]
+
+
+def test_a_project_of_choices_alone_has_no_map_to_test(client) -> None:
+    config = CONFIG.split("<BrushLabels", maxsplit=1)[0] + "</View>"
+    setup(client, {"verify": True}, config, project="6.1")
+    (found,) = results(predict(client, config=config, project="6.1"))
+    (choice,) = found["result"]
+    assert "meta" not in choice
+
+
 def test_setup_does_not_wait_for_a_full_queue(serve) -> None:
     with serve(max_queue=1) as client, client.app.state.service.admission.admit():
         assert setup(client).status_code == 200

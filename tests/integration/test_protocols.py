@@ -114,6 +114,22 @@ def test_v1_explains_each_instance_for_its_own_target(client) -> None:
         np.testing.assert_allclose(grid_of(each), grid_of(expected), atol=1e-5)
 
 
+@pytest.mark.parametrize("verify", [True, "search"])
+def test_v1_explanations_have_the_verdict(client, verify: Any) -> None:
+    expected = explained(client, include="none", verify=str(verify).lower())["explanations"]
+    body = {"instances": [B64], "parameters": {"include": "none", "verify": verify}}
+    answer = client.post("/v1/models/small:explain", json=body).json()
+    assert answer["explanations"] == [expected]
+    assert expected[0]["verify"]["forwards"] == 40
+
+
+def test_v2_explanations_have_the_verdict(client) -> None:
+    outputs = [{"name": "explain"}]
+    found = values(infer(client, file(), outputs=outputs, parameters={"verify": True}))
+    (expected,) = explained(client, include="none", verify="true")["explanations"]
+    assert json.loads(found["explain"][0, 0])["verify"] == expected["verify"]
+
+
 @pytest.mark.parametrize("layout", ["HWC", "CHW"])
 @pytest.mark.parametrize("kind", ["byte", "unit", "normalized"])
 def test_v1_takes_nested_numbers_and_the_model_sees_just_those(
@@ -460,6 +476,12 @@ def test_torchserves_explanation_is_a_nested_array(client) -> None:
         client.put(f"{path}&target=2", content=PNG),
     ):
         np.testing.assert_allclose(np.array(answer.json()), grid_of(expected)[None], atol=1e-5)
+
+
+def test_torchserve_has_no_place_for_a_verdict_and_says_where_there_is_one(client) -> None:
+    refused = client.post("/explanations/small?verify=true", content=PNG)
+    assert (refused.status_code, refused.json()["type"]) == (400, "BadRequestException")
+    assert "/explain?verify=true" in refused.json()["message"]
 
 
 def test_several_pictures_of_a_torchserve_form_are_a_list(client) -> None:

@@ -44,7 +44,7 @@ def test_every_model_is_listed_with_its_classes_tasks_and_widgets(client) -> Non
     model = answer["data"]["other"]
     assert model["classes"] == [f"class {index}" for index in range(5)]
     assert [task["id"] for task in model["available_tasks"]] == [
-        "cam_polygon", "cam_rectangle", "cam_point"
+        "cam_polygon", "cam_rectangle", "cam_point", "cam_verified"
     ]  # fmt: skip
     widgets = {widget["name"] for widget in model["widgets"]}
     for task in model["available_tasks"]:
@@ -66,6 +66,20 @@ def test_polygons_rectangles_and_the_peak_are_those_of_the_regions(client) -> No
             assert (each["shape_type"], each["label"]) == (kind, expected["label"])
             assert each["score"] == pytest.approx(expected["score"], rel=1e-5)
             assert each["group_id"] > 0
+
+
+def test_a_task_of_its_own_has_the_verdict_beside_the_same_polygons(client) -> None:
+    verify = explained(client, verify="true")["verify"]
+    told = f"{verify['verdict']} (agreement {verify['agreement']:z.2f})"
+    plain = predict(client, current_task="cam_polygon").json()["data"]
+    found = predict(client, current_task="cam_verified").json()["data"]
+    assert found["description"] == f"{plain['description']}, {told}"
+    assert len(found["shapes"]) == len(plain["shapes"]) > 0
+    for each, other in zip(found["shapes"], plain["shapes"], strict=True):
+        assert each["points"] == other["points"]
+        assert (other["description"], other["attributes"]) == ("gradcam", {})
+        assert each["description"] == f"gradcam, {told}"
+        assert each["attributes"] == {"verdict": verify["verdict"]}
 
 
 def test_the_confidence_is_where_the_map_is_cut(client) -> None:

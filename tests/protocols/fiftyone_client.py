@@ -27,7 +27,14 @@ def told(sample: fo.Sample, field: str) -> dict[str, Any]:
     best, heatmap = sample[field], sample[f"{field}_heatmap"]
     if best is None:
         return {"error": sample[f"{field}_error"], "heatmap": heatmap is None}
-    return {
+    more = {}
+    if sample.has_field(f"{field}_verdict"):
+        more = {
+            "verdict": sample[f"{field}_verdict"],
+            "agreement": sample[f"{field}_agreement"],
+            "verdicts": [each["verdict"] for each in sample[f"{field}_regions"].detections],
+        }
+    return more | {
         "error": sample[f"{field}_error"],
         "best": [best.label, best.confidence],
         "heatmap": {"range": heatmap.range, "map": heatmap.map.tolist()},
@@ -62,6 +69,24 @@ def in_place(dataset: fo.Dataset) -> dict[str, Any]:
     }
 
 
+def verified(dataset: fo.Dataset) -> dict[str, Any]:
+    """Verdicts in fields of their own, counted; then the same without: they are gone."""
+    apply_explanations(dataset, URL, field="ver", verify=True, targets=[3, 5])
+    dataset.reload()
+    filled = {each.filename: told(each, "ver") for each in dataset.exists("ver")}
+    counts = dataset.count_values("ver_verdict")
+    of_regions = dataset.count_values("ver_regions.detections.verdict")
+    apply_explanations(dataset, URL, field="ver")
+    dataset.reload()
+    left = dataset.count("ver_verdict") + dataset.count("ver_agreement")
+    return {
+        "filled": filled,
+        "counts": [[name, count] for name, count in counts.items()],
+        "of_regions": sum(count for name, count in of_regions.items() if name),
+        "left": left,
+    }
+
+
 def by_operator(dataset: fo.Dataset) -> dict[str, Any]:
     """The same by the plugin's operator, as the App asks: its form, then itself on a view."""
     (plugin,) = [each for each in fop.list_plugins() if not each.builtin]
@@ -83,6 +108,7 @@ def by_operator(dataset: fo.Dataset) -> dict[str, Any]:
 def main() -> None:
     dataset = fo.Dataset.from_images_dir(FOLDER)
     seen = {"in_place": in_place(dataset), "operator": by_operator(dataset)}
+    seen["verified"] = verified(dataset)
     for name, options in (("layer", {"layer": "absent"}), ("model", {"model": "absent"})):
         try:
             apply_explanations(dataset, URL, field=f"no_{name}", **options)

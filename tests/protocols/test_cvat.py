@@ -173,6 +173,34 @@ def test_labels_that_the_task_lacks_are_left_out_where_that_is_allowed(url: str,
     assert len(cvat.annotations["shapes"]) == len(FRAMES)
 
 
+def test_shapes_have_the_verdict_on_their_map_where_the_label_has_the_attribute(
+    url: str, cli: Cli
+) -> None:
+    labels = dict.fromkeys(CLASSES, "tag") | {"evidence": "any"}
+    cvat = FakeCVAT(FRAMES, labels, {"evidence": ["note", "verdict"]})
+    bare = FakeCVAT(FRAMES, labels)
+    told = function(url, shapes="tag,rectangle", verify="true")
+    with serving(cvat) as port:
+        cli(port, "task", "auto-annotate", str(TASK), *told)
+    with serving(bare) as port:
+        refused = cli(port, "task", "auto-annotate", str(TASK), *told, code=1)
+        assert bare.annotations is None
+        cli(port, "task", "auto-annotate", str(TASK), "--allow-unmatched-labels", *told)
+    assert "attribute 'verdict' of label 'evidence' is not in dataset" in refused.stderr
+    with Client(url, trust_env=False) as client:
+        ours = list(client.explain(list(FRAMES.values()), include="none", verify=True))
+    found = {
+        (shape["frame"], attribute["spec_id"], attribute["value"])
+        for shape in cvat.annotations["shapes"]
+        for attribute in shape["attributes"]
+    }
+    assert found == {
+        (frame, 202, result.explanations[0].verify.verdict) for frame, result in enumerate(ours)
+    }
+    assert not any(tag.get("attributes") for tag in cvat.annotations["tags"])
+    assert len(bare.annotations["shapes"]) == len(cvat.annotations["shapes"])
+
+
 def test_a_frame_that_cannot_be_answered_costs_no_other(cli: Cli) -> None:
     cvat = FakeCVAT({"large.png": pictures.png(200, 90), **FRAMES}, {"evidence": "points"})
     with serving(cvat) as port, running(max_pixels=SIZE[0] * SIZE[1]) as server:
@@ -187,6 +215,7 @@ def test_a_frame_that_cannot_be_answered_costs_no_other(cli: Cli) -> None:
     [
         ({"shapes": "tag,circle"}, "not 'circle'"),
         ({"layer": "absent"}, "no layer"),
+        ({"shapes": "tag", "verify": "true"}, "for shapes, not for tags"),
     ],
 )
 def test_a_wrong_parameter_ends_the_command_with_its_reason_and_uploads_nothing(

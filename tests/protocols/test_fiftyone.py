@@ -8,6 +8,7 @@ import socket
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -208,10 +209,35 @@ def test_a_view_is_explained_with_other_options_and_nothing_else_is(
     assert seen["in_place"]["others"] == len(FILES) - 1
 
 
+def test_verdicts_are_fields_that_can_be_counted_and_go_with_the_next_run(
+    seen, url: str, photos: Path
+) -> None:
+    names = [name for name in FILES if name != "broken.jpg"]
+    with Client(url, trust_env=False) as client:
+        asked = {"targets": [3, 5], "verify": True, "include": "regions"}
+        answer = client.explain([photos / name for name in names], **asked)
+        ours = dict(zip(names, answer, strict=True))
+    found = seen["verified"]
+    assert set(found["filled"]) == set(ours)
+    for name, result in ours.items():
+        held, first = found["filled"][name], result.explanations[0].verify
+        assert held["verdict"] == first.verdict
+        assert held["agreement"] == pytest.approx(first.agreement, abs=1e-3)
+        assert held["verdicts"] == [
+            each.verify.verdict for each in result.explanations for _ in each.regions.boxes
+        ]
+    counts = Counter(result.explanations[0].verify.verdict for result in ours.values())
+    assert dict(map(tuple, found["counts"])) == dict(counts) | {None: 1}
+    assert found["of_regions"] == sum(len(held["verdicts"]) for held in found["filled"].values())
+    assert found["left"] == 0
+
+
 def test_the_operator_of_the_plugin_does_the_same(seen, url: str, photos: Path) -> None:
     operator = seen["operator"]
     assert operator["uri"] == "@camserve/explanations/apply_explanations"
-    assert {"url", "field", "method", "model", "layer", "threshold"} <= set(operator["form"])
+    assert {"url", "field", "method", "model", "layer", "threshold", "verify"} <= set(
+        operator["form"]
+    )
     assert operator["result"] == {"samples": 2, "failed": 0}
     assert list(operator["filled"]) == ["0.png", "1.png"]
     with Client(url, trust_env=False) as client:

@@ -26,15 +26,23 @@ TASK = 7
 class FakeCVAT:
     """One task: frames are names and image files, labels names and types; ids of labels from 101.
 
+    attributes: names of text attributes of some labels; their ids are from 201.
+
     annotations: the last body of labels that was uploaded, and `method` how (PATCH adds, PUT
     replaces). function: what `create-native` registered. finished: what an agent made of the
     request `waiting`, under `complete` or `fail`.
     """
 
-    def __init__(self, frames: Mapping[str, bytes], labels: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        frames: Mapping[str, bytes],
+        labels: Mapping[str, str],
+        attributes: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
         self.frames = frames
         self.labels = [
-            {"id": 101 + place, "name": name, "type": kind, "color": "#ff0000", "attributes": []}
+            {"id": 101 + place, "name": name, "type": kind, "color": "#ff0000"}
+            | {"attributes": _attributes((attributes or {}).get(name, ()))}
             | {"sublabels": [], "has_parent": False, "task_id": TASK}
             for place, (name, kind) in enumerate(labels.items())
         ]
@@ -121,6 +129,14 @@ class FakeCVAT:
             for place, data in enumerate(self.frames.values()):
                 chunk.writestr(f"{place:06d}.png", data)
         return file.getvalue()
+
+
+def _attributes(names: Sequence[str]) -> list[dict[str, Any]]:
+    return [
+        {"id": 201 + place, "name": name, "mutable": False, "input_type": "text"}
+        | {"default_value": "", "values": []}
+        for place, name in enumerate(names)
+    ]
 
 
 ABOUT = {"name": "CVAT", "description": "", "version": "2.80.0", "logo_url": "", "subtitle": ""}

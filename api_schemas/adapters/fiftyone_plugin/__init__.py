@@ -10,7 +10,7 @@ from fiftyone.operators import types
 
 from api_schemas.adapters.fiftyone import apply_explanations
 from api_schemas.client import URL
-from api_schemas.options import Method
+from api_schemas.options import Method, Verify
 
 
 class ApplyExplanations(operators.Operator):  # type: ignore[misc]
@@ -36,13 +36,15 @@ class ApplyExplanations(operators.Operator):  # type: ignore[misc]
         inputs.str("model", label="Model", description="Empty: the service's first")
         inputs.str("layer", label="Layer", description="Empty: the model's target layer")
         inputs.float("threshold", label="Regions from", default=0.5, min=0, max=1)
+        inputs.enum("verify", typing.get_args(Verify), label="Test the maps", default="false")
         ctx.target_view()  # FiftyOne then adds the choice of samples
         return types.Property(inputs, view=types.View(label="Explain with camserve"))
 
     def execute(self, ctx: Any) -> dict[str, int]:
         """Fill the fields; how many samples there were, and how many failed."""
         samples = ctx.target_view()
-        given = {name: ctx.params.get(name) for name in ("model", "method", "layer", "threshold")}
+        names = ("model", "method", "layer", "threshold", "verify")
+        given = {name: ctx.params.get(name) for name in names}
         options: Any = {name: value for name, value in given.items() if value not in (None, "")}
         failed = apply_explanations(
             samples,

@@ -29,7 +29,7 @@ CONTROLS = ("Choices", "BrushLabels", "RectangleLabels", "PolygonLabels", "KeyPo
 GENERIC = ("cam", "heatmap", "evidence", "peak")
 """Labels of regions that match the evidence of any class."""
 
-PARAMETERS = ("model", "method", "layer", "threshold", "fit", "samples", "steps", "seed")
+PARAMETERS = ("model", "method", "layer", "threshold", "fit", "samples", "steps", "seed", "verify")
 """Options of /explain that a project's extra parameters may set, besides `labels`."""
 
 MAX_TAGS, MAX_ATTRIBUTES, MAX_NAMES = 10_000, 50_000, 50_000
@@ -186,6 +186,8 @@ def model_version(model: LoadedModel, options: ExplainOptions) -> str:
         parts.append(f"threshold{options.threshold:g}")
     if options.fit is not None:
         parts.append(options.fit)
+    if options.verify != "false":
+        parts.append("verified" if options.verify == "true" else "searched")
     return "-".join(parts)
 
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import orjson
 
+from api_schemas.verdicts import summary
 from service.cam.file_sizes import brush_bytes, region_bytes
 from service.cam.regions import Regions, find_regions
 from service.images.declared_size import Size
@@ -28,6 +29,9 @@ from service.routes.lifecycle import Billed
 
 MAX_REGIONS = 10
 """Boxes and polygons of one map at most, the largest ones."""
+
+META_BYTES = 320
+"""Of the verdict in one region, JSON."""
 
 KEYPOINT_WIDTH = 1.5
 """Of the peak, in percent of the image's width."""
@@ -77,6 +81,27 @@ class Evidence:
         return find_regions(explanation.grid, geometry, threshold, self.render_side)
 
     @cached_property
+    def meta(self) -> dict[str, Any]:
+        """The fields of a region that has a verdict: Label Studio shows `text` beside the region.
+
+        Empty without the option `verify`.
+        """
+        (explanation, *_) = self.answered.inference.explanations
+        found = explanation.verdict
+        if found is None:
+            return {}
+        return {
+            "meta": {
+                "text": [summary(found)],
+                "verdict": found.verdict,
+                "reason": found.reason,
+                "agreement": found.agreement,
+                "p_place": found.p_place,
+                "p_centred": found.p_centred,
+            }
+        }
+
+    @cached_property
     def rle(self) -> list[int]:
         """The map as a brush; empty if the map is all zero."""
         (explanation, *_) = self.answered.inference.explanations
@@ -113,6 +138,7 @@ def price(images: Sequence[TaskImage], sizes: AnswerSizes) -> Price:
 
     def bytes_of(source: Size) -> int:
         regions = region_bytes(source, sizes.cells, sizes.render_side)
+        an_entry = 512 + (MAX_REGIONS * META_BYTES if sizes.question.verify else 0)
         a_kind = {
             "brushlabels": brush_bytes(source, sizes.cells),
             "choices": sizes.predictions(),
@@ -120,7 +146,7 @@ def price(images: Sequence[TaskImage], sizes: AnswerSizes) -> Price:
             "rectanglelabels": MAX_REGIONS * 512,
         }
         totals = (
-            sum(count * (512 + a_kind.get(kind, 0)) for kind, count in kinds.items())
+            sum(count * (an_entry + a_kind.get(kind, 0)) for kind, count in kinds.items())
             for kinds in controls
         )
         return 512 + max(totals, default=0)
@@ -142,6 +168,7 @@ def _of_image(image: TaskImage, evidence: Evidence) -> Iterator[dict[str, Any]]:
                 "original_height": evidence.size[1],
                 "image_rotation": 0,
                 "value": {**value, control.kind: [label]},
+                **evidence.meta,
             }
 
 

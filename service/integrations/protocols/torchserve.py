@@ -17,7 +17,7 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 
 from api_schemas.options import CommonOptions, ExplainOptions, PredictOptions
-from service.errors import CamserveError, EmptyBody
+from service.errors import CamserveError, EmptyBody, InvalidOption
 from service.images.upload import Sent
 from service.integrations.protocol_requests import (
     ImageRequest,
@@ -143,6 +143,11 @@ async def _answer(
         if form is PredictOptions:
             fields = {name: value for name, value in fields.items() if name != "target"}
         chosen = options(form, fields)
+        if isinstance(chosen, ExplainOptions) and chosen.verify != "false":
+            raise InvalidOption(
+                "An answer of this protocol is the map alone, without a place for a verdict; use "
+                f"/explain?verify={chosen.verify}."
+            )
         return Plan([ImageRequest(image, chosen) for image in images], _respond, price=_price)
 
     return await answer(request, named(service, name, version), read)
