@@ -111,6 +111,7 @@ def _metric_rows(registry: CollectorRegistry) -> Iterator[str]:
             "camserve_device_memory_bytes": "device",
             "camserve_replicas_replaced": "model",
             "camserve_requests": "route, status",
+            "camserve_verdicts": "model, method, verdict",
         }
         label = labels.get(metric.name, "stage" if "stage" in metric.name else "")
         yield f"| `{name}` | {metric.type} | {label} | {metric.documentation} |"

@@ -47,6 +47,12 @@ class Metrics:
             buckets=(1, 2, 4, 8, 16, 32, 64),
             registry=self.registry,
         )
+        self.verdicts = Counter(
+            "camserve_verdicts",
+            "Verdicts on maps, one for each explanation that `verify` tested.",
+            ("model", "method", "verdict"),
+            registry=self.registry,
+        )
 
     def watch(self, collector: Collector) -> None:
         """Add a collector that is read at each scrape."""

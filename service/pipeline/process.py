@@ -118,6 +118,10 @@ async def _infer(recipe: Recipe, question: Question) -> InferenceResult:
     if isinstance(recipe.options, ExplainOptions) and recipe.options.verify == "search":
         for layer in recipe.model.finer_layers(question.layers):
             result = await _search(recipe, question, result, layer)
+    for explanation in result.explanations:
+        if explanation.verdict is not None:
+            labels = recipe.model.name, explanation.method, explanation.verdict.verdict
+            recipe.service.metrics.verdicts.labels(*labels).inc()
     return result
 
 

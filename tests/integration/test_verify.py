@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -152,3 +153,47 @@ def test_a_model_without_a_compiled_lane_is_verified_in_the_hooked_one(serve: An
     with serve(compile=False) as client:
         (explanation,) = ask(client, verify="true")
         assert explanation["verify"]["forwards"] == 40
+
+
+def counted(client: TestClient) -> dict[tuple[str, str, str], float]:
+    """The samples of `camserve_verdicts_total`, by model, method and verdict."""
+    registry = client.app.state.service.metrics.registry  # type: ignore[attr-defined]
+    return {
+        (each.labels["model"], each.labels["method"], each.labels["verdict"]): each.value
+        for family in registry.collect()
+        for each in family.samples
+        if each.name == "camserve_verdicts_total"
+    }
+
+
+def test_each_explanation_that_was_tested_is_counted_once_wherever_it_is_answered(
+    serve: Any,
+) -> None:
+    image = base64.b64encode(IMAGE).decode()
+    labeling = {
+        "tasks": [{"id": 1, "data": {"i": f"data:image/png;base64,{image}"}}],
+        "project": "1.1",
+        "label_config": '<View><Image name="i" value="$i"/><BrushLabels name="b" toName="i">'
+        '<Label value="cam"/></BrushLabels></View>',
+        "params": {},
+    }
+    studio = "/integrations/label-studio"
+    setup = {"project": "1.1", "schema": "<View/>", "extra_params": {"verify": True}}
+    remote = {"model": "small", "image": image, "params": {"current_task": "cam_verified"}}
+    with serve(models=("tiny:small",)) as client:
+        ask(client)
+        assert counted(client) == {}
+        found = ask(client, verify="true", explain_top=2)
+        found += ask(client, verify="search", method="layercam")
+        expected = Counter(("small", each["method"], each["verify"]["verdict"]) for each in found)
+        assert counted(client) == expected
+        verdict = ask(client, verify="true")[0]["verify"]["verdict"]
+        client.post(
+            "/v1/models/small:explain", json={"instances": [image], "parameters": {"verify": True}}
+        )
+        client.post(f"{studio}/setup", json=setup)
+        client.post(f"{studio}/predict", json=labeling)
+        client.post("/integrations/x-anylabeling/v1/predict", json=remote)
+        expected["small", "gradcam", verdict] += 4
+        assert counted(client) == expected
+        assert "camserve_verdicts_total{" in client.get("/metrics").text
