@@ -142,7 +142,9 @@ class Verification(BaseModel):
     of all other places. `refuted`: half of all other places explain the logit at least as well.
     """
 
-    verdict: Literal["supported", "inconclusive", "refuted"]
+    verdict: Literal["supported", "inconclusive", "refuted"] = Field(
+        description="Whether the logit depends on what the map marks."
+    )
     reason: (
         Literal["flat_map", "flat_score", "elsewhere_as_good", "centre_as_good", "fills_disagree"]
         | None
@@ -161,8 +163,8 @@ class Verification(BaseModel):
         None,
         description="Share of classes whose drops agree at least as well, 0..1; from 20 classes.",
     )
-    forwards: int
-    design: str
+    forwards: int = Field(description="Forward passes of the test, shared by all maps of an image.")
+    design: str = Field(description="Which parts are hidden in each pass; the same for all images.")
     try_layer: str | None = Field(
         None, description="An earlier layer with a finer map, if the verdict is inconclusive."
     )

@@ -7,6 +7,7 @@ A test compares the committed pages with what this would write.
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import runpy
@@ -18,6 +19,7 @@ import typer.main
 import yaml
 from prometheus_client import CollectorRegistry
 
+from api_schemas.answers import Verification
 from api_schemas.methods import BACKWARD, METHODS, MethodRecord
 from api_schemas.options import ExplainOptions
 from service import errors
@@ -195,7 +197,39 @@ def routes_page() -> str:
             lines += ["", f"## {tag['name']}", "", tag["description"]]
         for path, method, each in found:
             lines += ["", f"### `{method.upper()} {path}`", "", *_operation(each)]
+            if path == "/explain":
+                lines += ["", *_verification()]
     return "\n".join(lines) + "\n"
+
+
+def _verification() -> Iterator[str]:
+    """The fields that `verify` adds to an explanation."""
+    yield "With the option `verify`, each explanation has the field `verify`. " + " ".join(
+        inspect.cleandoc(Verification.__doc__ or "").split("\n\n")[1].split()
+    )
+    yield (
+        "`inconclusive`: neither can be said, and nothing is said against the map. A verdict is "
+        "about a place on this image: not about why, nor about whether the prediction is right."
+    )
+    yield "\n| field of `verify` | value | meaning |"
+    yield "|---|---|---|"
+    definitions = Verification.model_json_schema()
+    for name, field in definitions["properties"].items():
+        parts = _definition(field, definitions)
+        listed = parts.get("properties", {})
+        within = f"each with {_names(listed)}" if "items" in str(field) else _names(listed)
+        text = field.get("description") or " ".join(parts.get("description", "").split())
+        yield f"| `{name}` | {within or _takes(field)} | {_cell(text)} |"
+
+
+def _definition(field: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]:
+    """The schema of the object, or of the objects in the list, that a field holds."""
+    found = re.search(r"#/\$defs/(\w+)", str(field))
+    return document["$defs"][found[1]] if found else {}
+
+
+def _names(fields: dict[str, Any]) -> str:
+    return ", ".join(f"`{name}`" for name in fields)
 
 
 def _operation(operation: dict[str, Any]) -> Iterator[str]:
