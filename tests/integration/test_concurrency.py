@@ -27,7 +27,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from structlog.testing import capture_logs
 
-from api_schemas.client.calls import EVERY_CONNECTION_KEPT
+from api_schemas.client.calls import CONNECTION_LIMITS
 from service.app import create_app
 from service.inference.batch import run
 from service.inference.questions import InferenceResult, Question, lane_of
@@ -361,7 +361,7 @@ def test_500_requests_of_64_clients_are_answered_as_if_alone(app: FastAPI) -> No
     with (
         capture_logs(),
         served(app) as url,
-        httpx.Client(base_url=url, timeout=60, limits=EVERY_CONNECTION_KEPT) as client,
+        httpx.Client(base_url=url, timeout=60, limits=CONNECTION_LIMITS) as client,
     ):
         alone = [ask_over_http(client, ask) for ask in wishes]
         found = together(lambda ask: ask_over_http(client, ask), wishes)
