@@ -16,8 +16,9 @@ pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
 
 
 def alert(page: Watched) -> str:
-    page.page.locator("#alert .notice").wait_for()
-    return page.page.locator("#alert p").first.inner_text()
+    notice = page.page.locator("[role=alert] .notice")
+    notice.wait_for()
+    return notice.locator("p").first.inner_text()
 
 
 def test_a_broken_file_is_refused_in_words_and_the_page_begins_again(
@@ -33,7 +34,7 @@ def test_a_broken_file_is_refused_in_words_and_the_page_begins_again(
     page.forgive(400)
     page.page.get_by_role("button", name="Dismiss").click()
     explain_sample(page)
-    assert page.page.locator("#alert .notice").count() == 0
+    assert page.page.locator("[role=alert] .notice").count() == 0
 
 
 def test_a_broken_file_among_others_leaves_them_alone(page: Watched, tmp_path: Path) -> None:

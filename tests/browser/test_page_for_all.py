@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from browsing import SAMPLE, Watched, explain_sample, wait_for_caption
+from browsing import SAMPLE, Watched, experiment_answer, explain_sample, wait_for_caption
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
 
@@ -64,9 +64,33 @@ def test_axe_finds_nothing_serious_in_any_state_of_the_page(window: Watched, axe
     page.keyboard.press("Escape")
     page.locator("#target").fill("nobody")
     page.keyboard.press("Enter")
-    page.locator("#alert .notice").wait_for()
+    page.locator(".failure .notice").wait_for()
     assert faults(window, axe) == []
     window.forgive(404)
+
+
+def experimented(window: Watched) -> None:
+    """The page with the sample, its verdict and two experiments."""
+    answer = experiment_answer("1", "sunflower")
+    window.page.route("**/experiments?*", lambda route: route.fulfill(json=answer))
+    explain_sample(window)
+    window.page.locator("#verify").select_option("true")
+    window.page.locator(".verdict summary").click()
+    window.page.locator("#run-experiment").click()
+    window.page.locator(".experiment").wait_for()
+    window.page.locator("[name=region][value=box]").check()
+    window.page.locator("#run-experiment").click()
+    window.page.locator(".experiment").nth(1).wait_for()
+
+
+def test_axe_finds_nothing_serious_in_the_verdict_and_the_lab(window: Watched, axe: str) -> None:
+    experimented(window)
+    assert faults(window, axe) == []
+    window.page.route("**/experiments?*", lambda route: route.abort())
+    window.page.locator("#run-experiment").click()
+    window.page.locator("#lab-failure .notice").wait_for()
+    assert faults(window, axe) == []
+    window.messages = [each for each in window.messages if "ERR_FAILED" not in each]
 
 
 def test_nothing_is_wider_than_the_window(window: Watched) -> None:
@@ -74,7 +98,7 @@ def test_nothing_is_wider_than_the_window(window: Watched) -> None:
         return int(window.page.evaluate("document.documentElement.scrollWidth - innerWidth"))
 
     assert overflow() <= 0
-    explain_sample(window)
+    experimented(window)
     window.page.locator("#compare").click()
     window.page.locator("#inside-show").click()
     window.page.locator("#channels").wait_for()

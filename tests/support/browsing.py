@@ -209,3 +209,21 @@ def answer_of(http: httpx.Client, site: str, photo: Path, **options: Any) -> dic
     assert response.is_success, response.text
     result: dict[str, Any] = response.json()["results"][0]
     return result
+
+
+def experiment_answer(request: str, label: str) -> dict[str, Any]:
+    """An answer of `/experiments` about one image, of which every label is this one."""
+    prediction = {"class_id": 0, "label": label, "score": 0.5, "logit": 0.0}
+    change = prediction | {"score_change": -0.25, "logit_change": -1.0}
+    control = {"n": 8, "mean": -0.5, "low": -1.5, "high": 0.25, "smaller": 6}
+    edit = {
+        "name": "edit",
+        "edit": "hide",
+        "predictions": [prediction],
+        "changes": [change | {"control": control}],
+        "control": control,
+    }
+    return {
+        "id": request,
+        "results": [{"predictions": [prediction], "edits": [edit], "forwards": 10.0}],
+    }

@@ -36,12 +36,12 @@ function storedKey() {
   }
 }
 
-/** GET or POST a relative path; the answer's JSON. Throws Problem, or AbortError. */
+/** GET, or POST a Blob or FormData to, a relative path; the answer's JSON. Throws Problem, or AbortError. */
 export async function request(path, { body, signal } = {}) {
   const headers = { accept: "application/json" };
   const key = storedKey();
   if (key) headers.authorization = `Bearer ${key}`;
-  if (body) headers["content-type"] = body.type || "application/octet-stream";
+  if (body instanceof Blob) headers["content-type"] = body.type || "application/octet-stream";
   return sent((response) => response.json(), path, { method: body ? "POST" : "GET", headers, body, signal });
 }
 

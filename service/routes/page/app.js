@@ -3,13 +3,15 @@
 import { Problem, query, request } from "./api.js";
 import { listModel, listImages, listPredictions, syncQuestion, wireQuestion } from "./controls.js";
 import { Inside } from "./inside.js";
+import { Lab } from "./lab.js";
 import { method } from "./methods.js";
 import { announce, complain, failed, settle } from "./notices.js";
 import { newImage, sample, take, watch } from "./images.js";
-import { answerTo, priceOf } from "./question.js";
+import { answerTo, isKnown, predictionsOf, priceOf } from "./question.js";
 import { Pane, captionOf } from "./stage.js";
 import { $, state } from "./state.js";
-import { wireExport } from "./export.js";
+import { syncExport, wireExport } from "./export.js";
+import { verdictWords } from "./verdict.js";
 import { wireTheme, wireView } from "./view.js";
 
 const POLL_MS = 1000;
@@ -17,8 +19,10 @@ const SLOW = 5; // forward passes; longer waits are announced
 
 const live = new Pane($("panes"));
 let kept = null; // the pane at the left of a comparison
+let last = null; // the image whose map was shown last
 
 const inside = new Inside();
+const lab = new Lab();
 
 // ---- models -----------------------------------------------------------------------------------
 
@@ -43,22 +47,29 @@ async function loadModels() {
 
 async function useModel(name) {
   settle();
+  state.model = null;
+  document.querySelector(".ask").inert = true;
+  clear();
   const known = state.models.find((entry) => entry.name === name);
   if (known.state === "failed") return complain(`The model ${name} could not be loaded: ${known.reason}`);
   if (known.state === "loading") return announce(`The model ${name} is loading: ${known.progress ?? "one moment"}.`);
   const path = `models/${encodeURIComponent(name)}`;
   try {
     const [details, { layers }] = await Promise.all([request(path), request(`${path}/layers`)]);
+    if ($("model").value !== name) return; // another one was chosen meanwhile
     const labels = details.labels ?? [];
     const shared = new Set(labels.filter((label, id) => labels.indexOf(label) !== id));
     state.model = { ...details, layers, labels, shared };
   } catch (error) {
-    return failed(error, () => useModel(name));
+    return $("model").value === name && failed(error, () => useModel(name));
   }
   Object.assign(state.question, { target: null, contrast: null, layer: null });
+  document.querySelector(".ask").inert = false;
   listModel(state.model);
   inside.use(state.model);
-  return ask();
+  for (const image of state.images) image.failure = "";
+  ask();
+  return classify();
 }
 
 // ---- images ------------------------------------------------------------------------------
@@ -68,37 +79,62 @@ function add(files) {
   const images = files.map((file) => newImage(file));
   state.images.push(...images);
   choose(images[0]);
-  classify(images.slice(1));
+  classify();
 }
 
 function choose(image) {
-  if (state.image !== image) Object.assign(state.question, { target: null, contrast: null });
-  state.image = image;
+  settle();
   $("welcome").hidden = true;
   $("work").hidden = false;
-  listImages(choose);
-  live.showImage(image);
+  if (state.image !== image) {
+    Object.assign(state.question, { target: null, contrast: null });
+    state.image = image;
+    clear();
+  }
   image.ready.then(() => {
-    if (state.image === image && live.shown?.image !== image) live.showImage(image);
+    if (state.image === image && live.shown?.image !== image) live.drawImage(image);
     listImages(choose);
   });
-  inside.clear();
   ask();
 }
 
+/** Nothing of another image or model stays beside the chosen ones: all is empty until their answer. */
+function clear() {
+  state.pending?.abort();
+  state.pending = null;
+  state.shown = null;
+  if (state.image) live.showImage(state.image);
+  listPredictions(null);
+  listImages(choose);
+  syncExport();
+  inside.clear();
+  lab.clear();
+}
+
+let classifying = null; // the loop that is running
+
 /** Classifies the images that are not shown, one after the other. */
-async function classify(images) {
-  for (const image of images) {
-    if (!state.model || image.label) continue;
+async function classify() {
+  const { model } = state;
+  const loop = {};
+  classifying = loop;
+  for (const image of [...state.images]) {
+    if (!model || image === state.image || image.labels.has(model.name)) continue;
     try {
-      const options = query([["model", state.model.name], ["top_k", 1]]);
+      const options = query([["model", model.name], ["top_k", 1]]);
       const answer = await request(`predict?${options}`, { body: image.file });
-      image.label = answer.results[0].predictions[0].label;
-      listImages(choose);
+      name(image, model, answer.results[0].predictions);
     } catch (error) {
-      refuse(image, error);
+      if (state.model === model && !refuse(image, error)) image.failure = error.message;
     }
+    if (classifying !== loop) return; // a newer loop goes through all of them
+    listImages(choose);
   }
+}
+
+function name(image, model, predictions) {
+  image.labels.set(model.name, predictions[0].label);
+  image.failure = "";
 }
 
 /** Removes a file that is not a readable image, with the reason; false for any other error. */
@@ -107,16 +143,15 @@ function refuse(image, error) {
   state.images = state.images.filter((other) => other !== image);
   if (state.image === image) leave();
   listImages(choose);
-  failed(error, null, image.name);
+  complain(`${image.name}: ${error.message}`);
   return true;
 }
 
 /** Returns to the image that was shown before, or to the start. */
 function leave() {
-  const before = state.shown?.image;
   state.image = null;
-  if (state.images.includes(before)) return choose(before);
-  if (state.images.length) return choose(state.images[0]);
+  if (state.images.length) return choose(state.images.includes(last) ? last : state.images[0]);
+  clear();
   $("work").hidden = true;
   $("welcome").hidden = false;
 }
@@ -131,20 +166,18 @@ function put(change) {
 }
 
 async function ask() {
-  const { image, model, question } = state;
+  const { image, model } = state;
+  const question = { ...state.question };
   state.pending?.abort();
   if (image && !model) live.say("Waiting for the model …");
   if (!image || !model) return;
   syncQuestion();
   const pending = new AbortController();
   state.pending = pending;
-  const { passes, seconds } = priceOf(question, model);
-  const { title } = method(question.method);
-  const words = passes > SLOW ? `${title} · up to ${Math.round(passes).toLocaleString("en")} forward passes` : title;
-  if (passes > SLOW) announce(`${words}. Cancel stops it.`);
-  const done = live.wait(words, seconds, () => pending.abort());
+  const done = live.wait(...waitFor(question, model), () => pending.abort());
   try {
-    const shown = await answerTo(image, model, { ...question }, pending.signal);
+    if (!state.shown && !isKnown(image, model, question)) await predictFirst(image, model, question, pending);
+    const shown = await answerTo(image, model, question, pending.signal);
     if (state.pending === pending) show(shown);
   } catch (error) {
     if (state.pending === pending) refused(error, image);
@@ -153,24 +186,51 @@ async function ask() {
   }
 }
 
+/** What to say while a question is pending, and how many seconds it may take. */
+function waitFor(question, model) {
+  const { passes, seconds } = priceOf(question, model);
+  const work = `${method(question.method).title}${question.verify ? " and its verdict" : ""}`;
+  if (passes <= SLOW) return [work, seconds];
+  const words = `${work} · up to ${Math.round(passes).toLocaleString("en")} forward passes`;
+  announce(`${words}. Cancel stops it.`);
+  return [words, seconds];
+}
+
+/** While a slow map is computed, the predictions are already there. */
+async function predictFirst(image, model, question, pending) {
+  if (priceOf(question, model).passes <= SLOW) return;
+  const found = await predictionsOf(image, model, question, pending.signal);
+  if (state.pending !== pending) return;
+  name(image, model, found.predictions);
+  listImages(choose);
+  listPredictions(found, put);
+}
+
 function show(shown) {
   state.shown = shown;
-  shown.image.label = shown.predictions[0].label;
-  live.showMap(shown, state.view);
+  last = shown.image;
+  name(shown.image, shown.model, shown.predictions);
+  live.showMap(shown, state.view, put);
   listImages(choose);
   listPredictions(shown, put);
   syncQuestion();
-  announce(`${shown.image.name}: ${captionOf(shown)}, by ${method(shown.explanation.method).title}.`);
+  syncExport();
+  lab.use(shown);
+  const verdict = shown.explanation.verify ? ` ${verdictWords(shown)}` : "";
+  announce(`${shown.image.name}: ${captionOf(shown)}, by ${method(shown.explanation.method).title}.${verdict}`);
 }
 
-/** After an error the page stays as it is, with the question of the shown map. */
+/** After an error the map of this image stays, if there is one, with its question; the error is beside it. */
 function refused(error, image) {
   if (error.name === "AbortError") announce("Cancelled.");
   else if (refuse(image, error)) return;
-  else failed(error, ask);
-  if (state.shown?.image === image && error.status !== 401) {
+  else failed(error, ask, live.find(".failure"));
+  if (state.shown && error.status !== 401) {
     Object.assign(state.question, state.shown.question);
     syncQuestion();
+  } else if (error.status !== undefined) {
+    image.failure = error.message;
+    listImages(choose);
   }
 }
 
@@ -183,7 +243,7 @@ function compare() {
   kept = new Pane($("panes"));
   $("panes").prepend(kept.element);
   $("panes").classList.add("two");
-  kept.showMap(state.shown, state.view);
+  kept.showMap(state.shown, state.view, put);
   const close = kept.find(".close");
   close.hidden = false;
   close.addEventListener("click", () => {
@@ -228,6 +288,7 @@ wireQuestion(put);
 wireView(() => {
   live.draw(state.view);
   kept?.draw(state.view);
+  lab.follow();
 });
 wireExport(live);
 watch({ input: $("file"), drop: $("drop"), onFiles: add });

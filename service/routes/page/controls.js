@@ -14,6 +14,7 @@ export function wireQuestion(put) {
     put({ layer: layer === state.model.target_layer ? null : layer });
   });
   $("fit").addEventListener("change", () => put({ fit: $("fit").value }));
+  $("verify").addEventListener("change", () => put({ verify: $("verify").value }));
   for (const name of ["samples", "steps"]) {
     $(name).addEventListener("change", () => {
       if ($(name).reportValidity()) put({ [name]: $(name).valueAsNumber });
@@ -45,6 +46,7 @@ export function syncQuestion() {
   $("layer").value = question.layer ?? model.target_layer;
   $("layer").disabled = !hasLayer(question.method);
   $("fit").value = question.fit;
+  $("verify").value = question.verify;
   $("samples-field").hidden = times !== "samples";
   $("steps-field").hidden = times !== "steps";
   $("amounts").hidden = $("samples-field").hidden && $("steps-field").hidden;
@@ -56,8 +58,14 @@ export function syncQuestion() {
   $("contrast").value = text(question.contrast);
 }
 
-/** The predictions as bars; a click explains one, or contrasts it with the shown class. */
+/**
+ * The predictions as bars; a click explains one, or contrasts it with the shown class.
+ *
+ * `shown` is an answer, with or without a map, or null for no predictions.
+ */
 export function listPredictions(shown, put) {
+  $("predictions").dataset.request = shown?.answer.id ?? "";
+  if (!shown) return $("predictions").replaceChildren();
   const focused = document.activeElement?.dataset?.row;
   $("predictions").replaceChildren(...shown.predictions.map((entry) => prediction(entry, shown, put)));
   if (focused) $("predictions").querySelector(`[data-row="${focused}"]`)?.focus();
@@ -74,7 +82,7 @@ function why(id, label, score, explanation, put) {
   const element = button("", () => put({ target: id, contrast: contrast === id ? null : contrast }));
   element.className = "why";
   element.dataset.row = `why-${id}`;
-  element.setAttribute("aria-pressed", id === explanation.class_id);
+  element.setAttribute("aria-pressed", id === explanation?.class_id);
   const part = (name, text) => Object.assign(document.createElement("span"), { className: name, textContent: text });
   element.append(part("label", label), part("score", percent(score)), part("bar", ""));
   element.lastChild.style.setProperty("--score", score);
@@ -82,13 +90,13 @@ function why(id, label, score, explanation, put) {
 }
 
 function versus(id, label, explanation, put) {
-  const contrast = explanation.contrast === id ? null : id;
+  const contrast = explanation?.contrast === id ? null : id;
   const element = button("vs", () => put({ target: explanation.class_id, contrast }));
   element.className = "versus";
   element.dataset.row = `versus-${id}`;
-  element.disabled = id === explanation.class_id;
-  element.setAttribute("aria-pressed", id === explanation.contrast);
-  element.setAttribute("aria-label", `vs: explain ${explanation.label} rather than ${label}`);
+  element.disabled = !explanation || id === explanation.class_id;
+  element.setAttribute("aria-pressed", id === explanation?.contrast);
+  element.setAttribute("aria-label", `vs: explain ${explanation?.label ?? "the class"} rather than ${label}`);
   return element;
 }
 
@@ -113,7 +121,9 @@ function thumbnail(image, choose) {
     canvas.getContext("2d").drawImage(image.bitmap, (width - side) / 2, (height - side) / 2, side, side, 0, 0, 112, 112);
   }
   const name = document.createElement("span");
-  name.textContent = image.label || image.name;
+  const label = image.labels.get(state.model?.name);
+  name.textContent = label ?? (image.failure ? "⚠ failed" : image.name);
+  if (image.failure) element.title = `${image.name}: ${image.failure}`;
   element.append(canvas, name);
   item.append(element);
   return item;

@@ -3,6 +3,7 @@
 import { hasKey, query } from "./api.js";
 import { curl, python } from "./code.js";
 import { announce } from "./notices.js";
+import { experimentsReport } from "./experiments.js";
 import { optionsOf, viewOptions } from "./question.js";
 import { $, state } from "./state.js";
 
@@ -17,11 +18,23 @@ export function wireExport(pane) {
     save(new Blob([text], { type: "application/json" }), fileName(state.shown, "json"));
   });
   $("show-code").addEventListener("click", showCode);
+  $("save-experiments").addEventListener("click", () => {
+    save(new Blob([experimentsReport(state.experiments)], { type: "text/html" }), "experiments.html");
+  });
   for (const copy of document.querySelectorAll("[data-copy]")) {
     copy.addEventListener("click", async () => {
       copy.textContent = (await copied($(copy.dataset.copy))) ? "Copied" : "Press Ctrl C";
     });
   }
+}
+
+/** The buttons of the shown map and of the session's experiments work where there are some. */
+export function syncExport() {
+  $("export").dataset.request = state.shown?.answer.id ?? "";
+  for (const name of ["save-overlay", "save-json", "show-code"]) $(name).disabled = !state.shown;
+  if (!state.shown) $("code").close();
+  $("save-experiments").hidden = state.experiments.length === 0;
+  $("save-experiments").textContent = `Save experiments (${state.experiments.length})`;
 }
 
 function save(blob, name) {

@@ -103,6 +103,39 @@ export function regionBoxes({ width, height, levels }, source, threshold) {
     });
 }
 
+/**
+ * The part that reaches a threshold, as plain COCO run lengths in source pixels, column by column.
+ *
+ * @returns {{size: number[], counts: number[]}}
+ */
+export function runLengths({ width, height, levels }, source, threshold) {
+  const least = Math.max(1, reached(threshold));
+  const counts = [0];
+  let reaches = false; // the first run is of pixels that do not
+  for (let x = 0; x < source.width; x++) {
+    const column = Math.floor(((x + 0.5) * width) / source.width);
+    for (let y = 0; y < source.height; y++) {
+      const row = Math.floor(((y + 0.5) * height) / source.height);
+      if ((levels[row * width + column] >= least) !== reaches) {
+        reaches = !reaches;
+        counts.push(0);
+      }
+      counts[counts.length - 1] += 1;
+    }
+  }
+  return { size: [source.height, source.width], counts };
+}
+
+/** The part that reaches a threshold as an opaque image of the map's size, clear elsewhere. */
+export function maskOf({ width, height, levels }, threshold) {
+  const least = Math.max(1, reached(threshold));
+  const canvas = new OffscreenCanvas(width, height);
+  const image = new ImageData(width, height);
+  for (let index = 0; index < levels.length; index++) image.data[4 * index + 3] = levels[index] >= least ? 255 : 0;
+  canvas.getContext("2d").putImageData(image, 0, 0);
+  return canvas;
+}
+
 /** The first source pixel whose middle lies at or after an edge. */
 const firstPixel = (edge) => Math.ceil(edge - 0.5);
 

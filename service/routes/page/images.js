@@ -9,12 +9,13 @@ let count = 0;
 /**
  * A file with its bitmap.
  *
- * @returns {{id: number, name: string, file: Blob, bitmap: ImageBitmap | null, ready: Promise}}
- *   `bitmap` is upright and at most MAX_SIDE long; null until `ready`, and for files that
+ * @returns {{id: number, name: string, file: Blob, bitmap: ImageBitmap | null, labels: Map, failure: string, ready: Promise}}
+ *   `labels` has its class by the name of each model; `failure` says why there is none for the
+ *   current model. `bitmap` is upright and at most MAX_SIDE long; null until `ready`, and for files that
  *   browsers cannot read, such as TIFF.
  */
 export function newImage(file, name = file.name) {
-  const image = { id: (count += 1), name: name || `photo-${count}.png`, file, bitmap: null, label: "" };
+  const image = { id: (count += 1), name: name || `photo-${count}.png`, file, bitmap: null, labels: new Map(), failure: "" };
   image.ready = bitmapOf(file).then((bitmap) => {
     image.bitmap = bitmap;
   });

@@ -40,7 +40,9 @@ export class Inside {
   /** Shows nothing until the next request. */
   clear() {
     this.pending?.abort();
+    $("inside-show").removeAttribute("aria-busy");
     $("channels").hidden = true;
+    $("channel-view").close();
   }
 
   async ask() {
@@ -54,16 +56,17 @@ export class Inside {
     $("inside-show").setAttribute("aria-busy", "true");
     try {
       const answer = await request(`predict?${query(pairs)}`, { body: image.file, signal: pending.signal });
-      if (this.pending === pending) await this.show(answer.results[0].activations[0]);
+      await this.show(answer.results[0].activations[0], pending.signal);
     } catch (error) {
-      if (error.name !== "AbortError") failed(error, () => this.ask());
+      if (error.name !== "AbortError") failed(error, () => this.ask(), $("inside-failure"));
     } finally {
-      $("inside-show").removeAttribute("aria-busy");
+      if (this.pending === pending) $("inside-show").removeAttribute("aria-busy");
     }
   }
 
-  async show(activation) {
+  async show(activation, signal) {
     await this.sheet.show(activation);
+    if (signal.aborted) return;
     this.layer = activation.layer;
     const { layout } = this.sheet;
     const { min, max, mean, zero_fraction: zeros } = activation.stats;

@@ -10,10 +10,10 @@ export function announce(text) {
   $("status").textContent = text;
 }
 
-/** Shows a sentence until it is dismissed; `again` is offered as "Try again". */
-export function complain(text, again) {
-  const box = document.createElement("div");
-  box.className = "notice";
+/** Shows a sentence in `box` until it is dismissed; `again` is offered as "Try again". */
+export function complain(text, again, box = $("alert")) {
+  const notice = document.createElement("div");
+  notice.className = "notice";
   const words = document.createElement("p");
   words.textContent = text;
   const choices = document.createElement("p");
@@ -24,17 +24,20 @@ export function complain(text, again) {
   };
   if (again) choices.append(button("Try again", retry));
   choices.append(button("Dismiss", settle));
-  box.append(words, choices);
-  $("alert").replaceChildren(box);
+  notice.append(words, choices);
+  box.replaceChildren(notice);
 }
 
-export const settle = () => $("alert").replaceChildren();
+/** Removes every message. */
+export function settle() {
+  for (const box of document.querySelectorAll('[role="alert"]')) box.replaceChildren();
+}
 
-/** Shows an error; if the key is missing, prompts for it and continues with `again`. */
-export function failed(error, again, about = "") {
+/** Shows an error in `box`; if the key is missing, prompts for it and continues with `again`. */
+export function failed(error, again, box = $("alert")) {
   if (!(error instanceof Problem)) throw error; // a bug of this page goes to the console
   if (error.status === 401) askForKey(error.message, again);
-  else complain(about ? `${about}: ${error.message}` : error.message, PASSING.includes(error.status) ? again : null);
+  else complain(error.message, PASSING.includes(error.status) ? again : null, box);
 }
 
 function askForKey(detail, again) {

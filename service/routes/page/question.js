@@ -7,6 +7,7 @@ import { bitmapOf } from "./images.js";
 import { DEFAULTS } from "./state.js";
 
 const KEPT_ANSWERS = 24;
+const HIDINGS = 40; // forward passes of a verdict
 
 const answers = new Map();
 const pace = new Map(); // the fewest milliseconds a forward pass has taken, by model
@@ -18,18 +19,19 @@ export function optionsOf({ question, model }) {
     if (value !== preset) pairs.push([name, value]);
   };
   if (!model.default) put("model", model.name);
-  put("targets", targetOf(model, question.target), null);
-  put("contrast", targetOf(model, question.contrast), null);
+  put("targets", targetOption(model, question.target), null);
+  put("contrast", targetOption(model, question.contrast), null);
   put("method", question.method, DEFAULTS.method);
   if (hasLayer(question.method)) put("layer", question.layer, null);
   put("fit", question.fit, DEFAULTS.fit);
   const { times } = method(question.method);
   if (times in question) put(times, question[times], DEFAULTS[times]);
+  put("verify", question.verify, DEFAULTS.verify);
   return pairs;
 }
 
 /** A class for the server: an id that is also the label of another class gets the prefix `id:`. */
-function targetOf(model, target) {
+export function targetOption(model, target) {
   const isOther = (label, id) => label === String(target) && id !== target;
   return typeof target === "number" && model.labels.some(isOther) ? `id:${target}` : target;
 }
@@ -44,7 +46,8 @@ const layerOf = (model, path) => model.layers.find((layer) => layer.path === pat
 
 /** The cost of a question at most: forward passes, and seconds if the model's pace is known. */
 export function priceOf(question, model) {
-  const passes = forwards(question, model.input, layerOf(model, question.layer ?? model.target_layer)?.shape);
+  const map = forwards(question, model.input, layerOf(model, question.layer ?? model.target_layer)?.shape);
+  const passes = map + (question.verify ? HIDINGS : 0);
   return { passes, seconds: (passes * (pace.get(model.name) ?? 0)) / 1000 };
 }
 
@@ -62,13 +65,25 @@ export function classOf(model, text) {
   return id === -1 ? text.trim() : id;
 }
 
+const keyOf = (image, model, question) => JSON.stringify([image.id, model.name, model.version, question]);
+
+/** Whether a question was answered before. */
+export const isKnown = (image, model, question) => answers.has(keyOf(image, model, question));
+
+/** The predictions alone, for while a slow map is computed. Throws Problem, or AbortError. */
+export async function predictionsOf(image, model, { fit }, signal) {
+  const options = query([["model", model.name], ...(fit ? [["fit", fit]] : [])]);
+  const answer = await request(`predict?${options}`, { body: image.file, signal });
+  return { image, model, answer, predictions: answer.results[0].predictions, explanation: null };
+}
+
 /**
  * The answer to a question, with its map as levels; from memory if it was requested before.
  *
  * Throws Problem, or AbortError.
  */
 export async function answerTo(image, model, question, signal) {
-  const key = JSON.stringify([image.id, model.name, model.version, question]);
+  const key = keyOf(image, model, question);
   if (!answers.has(key)) answers.set(key, await fetchAnswer(image, model, question, signal));
   if (answers.size > KEPT_ANSWERS) answers.delete(answers.keys().next().value);
   return answers.get(key);

@@ -2,6 +2,7 @@
 
 import { coloured, palette, regionBoxes } from "./heat.js";
 import { method } from "./methods.js";
+import { verdictOf } from "./verdict.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -56,22 +57,27 @@ export class Pane {
 
   /** The image alone, until its map is there. */
   showImage(image) {
+    this.drawImage(image);
+    this.shown = null;
+    this.element.dataset.request = "";
+    this.find(".stage").setAttribute("aria-label", image.name);
+    this.find(".heat").width = 0;
+    this.find(".marks").replaceChildren();
+    this.find(".caption").textContent = image.name;
+    this.find(".facts").textContent = "";
+    for (const name of [".flags", ".verdict", ".failure"]) this.find(name).replaceChildren();
+  }
+
+  drawImage(image) {
     if (this.image === image && this.drawn === image.bitmap) return;
     this.image = image;
     this.drawn = image.bitmap;
-    this.shown = null;
     const canvas = this.find(".photo");
     const { width, height } = image.bitmap ?? { width: 4, height: 3 };
     canvas.width = width;
     canvas.height = height;
     if (image.bitmap) canvas.getContext("2d").drawImage(image.bitmap, 0, 0);
     this.find(".stage").style.setProperty("--ratio", width / height);
-    this.find(".stage").setAttribute("aria-label", image.name);
-    this.find(".heat").width = 0;
-    this.find(".marks").replaceChildren();
-    this.find(".caption").textContent = image.name;
-    this.find(".facts").textContent = "";
-    this.find(".flags").replaceChildren();
   }
 
   /** A line under the image, until there is a map. */
@@ -79,10 +85,11 @@ export class Pane {
     this.find(".facts").textContent = words;
   }
 
-  /** The map of an answer over its image. */
-  showMap(shown, view) {
+  /** The map of an answer over its image, and its verdict; `put` changes the question. */
+  showMap(shown, view, put) {
     this.showImage(shown.image);
     this.shown = shown;
+    this.element.dataset.request = shown.answer.id;
     this.painted = null;
     this.find(".caption").textContent = captionOf(shown);
     this.find(".facts").textContent = factsOf(shown);
@@ -93,6 +100,7 @@ export class Pane {
         return item;
       }),
     );
+    this.find(".verdict").replaceChildren(...verdictOf(shown, put));
     const words = `${shown.image.name} with the heatmap for ${captionOf(shown)}. ${factsOf(shown)}.`;
     this.find(".stage").setAttribute("aria-label", words);
     this.draw(view);
@@ -159,10 +167,13 @@ export class Pane {
   wait(words, seconds, cancel) {
     const started = performance.now();
     const progress = this.find(".progress");
+    const bar = this.find(".progress-bar");
+    bar.classList.toggle("fills", seconds > 1);
     const tick = () => {
-      const elapsed = `${((performance.now() - started) / 1000).toFixed(1)} s`;
+      const elapsed = (performance.now() - started) / 1000;
       const of = seconds > 1 ? ` of about ${Math.ceil(seconds)} s` : "";
-      this.find(".progress-words").textContent = `${words} · ${elapsed}${of}`;
+      this.find(".progress-words").textContent = `${words} · ${elapsed.toFixed(1)} s${of}`;
+      bar.style.setProperty("--done", Math.min(1, elapsed / seconds));
     };
     tick();
     const timer = setInterval(tick, 100);
@@ -181,9 +192,10 @@ export class Pane {
 
 const isWhole = ([x, y, w, h], { width, height }) => x <= 0.5 && y <= 0.5 && x + w >= width - 0.5 && y + h >= height - 0.5;
 
-const rectangle = (name, [x, y, width, height]) => shape("rect", { class: name, x, y, width, height });
+export const rectangle = (name, [x, y, width, height]) => shape("rect", { class: name, x, y, width, height });
 
-function shape(name, attributes) {
+/** An SVG element. */
+export function shape(name, attributes) {
   const element = document.createElementNS(SVG, name);
   for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
   return element;

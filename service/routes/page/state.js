@@ -1,11 +1,12 @@
 /** The state of the page, and two functions that every module uses. */
 
-export const DEFAULTS = { target: null, contrast: null, method: "gradcam", layer: null, fit: "", samples: 1000, steps: 50 };
+export const DEFAULTS = { target: null, contrast: null, method: "gradcam", layer: null, fit: "", samples: 1000, steps: 50, verify: "" };
 
 export const state = {
   models: [],
   model: null, // from GET models/{name}, with its `layers`, `labels`, and the labels that are `shared`
   images: [],
+  experiments: [], // of this session, the newest first; see lab.js
   image: null,
   question: { ...DEFAULTS },
   view: { opacity: 0.5, threshold: 0, colormap: "turbo", regions: false },

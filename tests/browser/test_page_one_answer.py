@@ -1,0 +1,310 @@
+"""Never one image's answer beside another, however late answers come and whichever fail."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+from browsing import SAMPLE, Watched, experiment_answer
+from PIL import Image, ImageOps
+from playwright.sync_api import Error, Page, Route
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
+
+MODELS = ["builtin", "small"]
+METHODS = ["gradcam", "layercam", "input_gradient", "integrated_gradients"]
+
+SEEN = {"pane", "verdict", "failure", "experiments"}
+
+ON_SCREEN = """() => {
+    const text = (selector) => document.querySelector(selector).textContent;
+    const all = (selector, read) => [...document.querySelectorAll(selector)].map(read);
+    return {
+        image: document.querySelector("#photos [aria-pressed=true]").title.split(":")[0],
+        model: document.querySelector("#model").value,
+        pane: document.querySelector(".pane").dataset.request,
+        predictions: document.querySelector("#predictions").dataset.request,
+        export: document.querySelector("#export").dataset.request,
+        lab: document.querySelector("#lab").dataset.request,
+        caption: text(".caption"),
+        verdict: text(".verdict"),
+        failure: text(".failure"),
+        heat: document.querySelector(".heat").width,
+        described: document.querySelector(".pane .stage").getAttribute("aria-label"),
+        labels: all("#predictions .label", (each) => each.textContent),
+        experiments: all(".experiment", (each) => each.dataset.request),
+        thumbnails: all("#photos button", (each) => [each.title.split(":")[0], each.textContent]),
+        savable: !document.querySelector("#save-json").disabled,
+        labIsOpen: !document.querySelector("#lab").hidden,
+    };
+}"""
+
+
+@dataclass
+class Held:
+    """Answers that wait for the test to let them go; each names its image, model and method.
+
+    names: the name of an image file by the hash of its bytes.
+    """
+
+    names: dict[str, str]
+    waiting: list[Route] = field(default_factory=list)
+    answers: dict[tuple[str, ...], dict[str, Any]] = field(default_factory=dict)
+    count: int = 0
+
+    def watch(self, page: Page) -> None:
+        for path in ("models/*", "models/*/layers", "explain?*", "predict?*", "experiments?*"):
+            page.route(f"**/{path}", self.hold)
+
+    def hold(self, route: Route) -> None:
+        self.waiting.append(route)
+
+    def let_go(self, route: Route) -> None:
+        """The server's answer, in which every label says what it belongs to."""
+        with contextlib.suppress(Error):  # the page may have cancelled the request
+            if route.request.method == "GET":
+                route.continue_()
+            else:
+                route.fulfill(json=self._answer(route))
+
+    def fail(self, route: Route, status: int) -> None:
+        about = self.about(route)
+        with contextlib.suppress(Error):
+            if status == 0:
+                route.abort()
+            else:
+                detail = {"code": "failed", "detail": f"failed for {'|'.join(about[1:3])}"}
+                route.fulfill(status=status, json=detail)
+
+    def about(self, route: Route) -> tuple[str, str, str, str]:
+        """Route, image, model and method of a request."""
+        parts = urlsplit(route.request.url)
+        asked = parse_qs(parts.query)
+        body = route.request.post_data_buffer or b""
+        name = self.names.get(hashlib.sha256(body).hexdigest())
+        if name is None:  # a form
+            name = next((each for each in self.names.values() if each.encode() in body), "")
+        method = asked.get("method", ["gradcam"])[0]
+        return parts.path.strip("/"), name, asked.get("model", MODELS[:1])[0], method
+
+    def _answer(self, route: Route) -> dict[str, Any]:
+        path, image, model, method = self.about(route)
+        self.count += 1
+        if path == "experiments":
+            return experiment_answer(f"{image}|{model}|{self.count}", f"{image}/{model}")
+        key = (path, image, model, method, urlsplit(route.request.url).query)
+        if key not in self.answers:
+            self.answers[key] = route.fetch().json()
+        answer = json.loads(json.dumps(self.answers[key]))
+        answer["id"] = f"{image}|{model}|{self.count}"
+        for prediction in answer["results"][0]["predictions"]:
+            prediction["label"] = f"{image}/{model}/{prediction['class_id']}"
+        for explanation in answer["results"][0].get("explanations", ()):
+            explanation["label"] = f"{image}/{model}/{method}"
+        return dict(answer)
+
+
+def check(page: Page) -> dict[str, Any]:
+    """Everything on screen belongs to the chosen image and model, or is empty."""
+    shown: dict[str, Any] = page.evaluate(ON_SCREEN)
+    own = f"{shown['image']}|{shown['model']}|"
+    words = f"{shown['image']}/{shown['model']}/"
+    assert shown["pane"] == shown["export"] == shown["lab"]
+    assert shown["savable"] == shown["labIsOpen"] == bool(shown["pane"])
+    assert shown["described"].startswith(shown["image"])
+    if shown["pane"]:
+        assert shown["pane"].startswith(own)
+        assert shown["predictions"] == shown["pane"]
+        assert shown["caption"].startswith(words)
+        assert shown["heat"] > 0
+        assert words in shown["verdict"] or not shown["verdict"]
+    else:
+        assert shown["caption"] == shown["image"]
+        assert shown["verdict"] == ""
+        assert shown["heat"] == 0
+    assert shown["predictions"] == "" or shown["predictions"].startswith(own)
+    assert bool(shown["labels"]) == bool(shown["predictions"])
+    assert all(label.startswith(words) for label in shown["labels"])
+    assert all(each.startswith(f"{shown['image']}|") for each in shown["experiments"])
+    for name, label in shown["thumbnails"]:
+        assert label in (name, "⚠ failed") or label.startswith(f"{name}/{shown['model']}/")
+    said = f"failed for {shown['image']}|{shown['model']}"
+    assert said in shown["failure"] or "failed for" not in shown["failure"]
+    return shown
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> list[Path]:
+    """Four images that differ."""
+    with Image.open(SAMPLE) as sample:
+        small = sample.resize((160, 120))
+    made = {
+        "plain": small,
+        "mirror": ImageOps.mirror(small),
+        "flip": ImageOps.flip(small),
+        "negative": ImageOps.invert(small),
+    }
+    for name, image in made.items():
+        image.save(tmp_path / f"{name}.png")
+    return [tmp_path / f"{name}.png" for name in made]
+
+
+@pytest.fixture
+def held(open_page: Callable[..., Watched], images: list[Path]) -> tuple[Watched, Held]:
+    """The page with four images, whose answers are held back."""
+    watched = open_page()
+    watched.page.wait_for_selector("#layer option", state="attached")
+    names = {hashlib.sha256(image.read_bytes()).hexdigest(): image.name for image in images}
+    held = Held(names)
+    held.watch(watched.page)
+    watched.page.set_input_files("#file", images)
+    watched.page.locator("#photos button").nth(3).wait_for()
+    return watched, held
+
+
+@dataclass
+class Visitor:
+    """Does anything in any order, while answers come late, in another order, or not at all."""
+
+    page: Page
+    answers: Held
+    chance: random.Random
+
+    def steps(self) -> list[Callable[[], None]]:
+        changes = [
+            self.choose_image,
+            self.choose_model,
+            self.choose_method,
+            self.verify,
+            self.experiment,
+        ]
+        return [*changes, self.fail, self.fail, *[self.answer] * 10]
+
+    def choose_image(self) -> None:
+        self.page.locator("#photos button").nth(self.chance.randrange(4)).click()
+
+    def choose_model(self) -> None:
+        self.page.locator("#model").select_option(self.chance.choice(MODELS))
+
+    def choose_method(self) -> None:
+        self._select("#method", METHODS)
+
+    def verify(self) -> None:
+        self._select("#verify", ["", "true", "search"])
+
+    def _select(self, control: str, values: list[str]) -> None:
+        """Nothing can be chosen while there is no model."""
+        if not self.page.evaluate("document.querySelector('.ask').inert"):
+            self.page.locator(control).select_option(self.chance.choice(values))
+
+    def experiment(self) -> None:
+        if self.page.locator("#lab").is_visible():
+            self.page.locator("#run-experiment").click()
+
+    def answer(self) -> None:
+        if self.answers.waiting:
+            self.answers.let_go(self._one())
+
+    def fail(self) -> None:
+        if self.answers.waiting:
+            self.answers.fail(self._one(), self.chance.choice([0, 429, 500, 503, 504]))
+
+    def _one(self) -> Route:
+        """Any request, or the newest, so that some are still of use."""
+        newest = len(self.answers.waiting) - 1
+        place = self.chance.choice([newest, self.chance.randint(0, newest)])
+        return self.answers.waiting.pop(place)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_all_that_is_on_screen_is_of_one_request_whatever_is_late_or_fails(
+    held: tuple[Watched, Held], seed: int
+) -> None:
+    watched, answers = held
+    visitor = Visitor(watched.page, answers, random.Random(seed))
+    seen: set[str] = set()
+    watched.page.locator("#verify").select_option("true")
+    for step in range(1500):
+        visitor.chance.choice(visitor.steps())()
+        shown = check(watched.page)
+        seen.update(name for name in SEEN if shown[name])
+        if step >= 150 and seen == SEEN:
+            break
+    assert seen == SEEN
+    settle(watched, answers)
+
+
+def settle(watched: Watched, answers: Held) -> None:
+    """In the end every answer comes, and the map is of what is chosen."""
+    page = watched.page
+    for name in MODELS:  # a model whose details failed is asked for again
+        page.locator("#model").select_option(name)
+        for _ in range(200):
+            check(page)
+            if page.evaluate("document.querySelector('.pane').dataset.request"):
+                break
+            while answers.waiting:
+                answers.let_go(answers.waiting.pop())
+            page.evaluate("new Promise(requestAnimationFrame)")
+    shown = check(page)
+    assert shown["pane"].startswith(f"{shown['image']}|{MODELS[-1]}|")
+    with page.expect_download() as download:
+        page.locator("#save-json").click()
+    assert json.loads(download.value.path().read_text())["id"] == shown["pane"]
+    watched.messages = [each for each in watched.messages if "Failed to load" not in each]
+
+
+def test_a_failure_is_shown_at_its_image_and_nowhere_else(held: tuple[Watched, Held]) -> None:
+    watched, answers = held
+    page = watched.page
+    answers.fail(wait_for(page, answers, "explain"), 503)
+    page.locator(".failure .notice", has_text="failed for plain.png|builtin").wait_for()
+    thumbnail = page.locator("#photos button").first
+    assert thumbnail.inner_text() == "⚠ failed"
+    assert "failed for plain.png|builtin" in str(thumbnail.get_attribute("title"))
+    page.locator("#photos button").nth(1).click()
+    assert page.locator(".failure").inner_text() == ""
+    assert check(page)["caption"] == "mirror.png"
+    thumbnail.click()
+    while page.locator(".caption").inner_text() == "plain.png":
+        while answers.waiting:
+            answers.let_go(answers.waiting.pop())
+        page.evaluate("new Promise(requestAnimationFrame)")
+    assert check(page)["failure"] == ""
+    watched.messages = [each for each in watched.messages if "Failed to load" not in each]
+
+
+def test_predictions_come_before_a_slow_map(held: tuple[Watched, Held]) -> None:
+    watched, answers = held
+    page = watched.page
+    page.locator("#method").select_option("rise")
+    predict = wait_for(page, answers, "predict?model=builtin")
+    assert check(page)["labels"] == []
+    answers.let_go(predict)
+    page.locator("#predictions .why").first.wait_for()
+    assert check(page)["pane"] == ""
+    explain = wait_for(page, answers, "method=rise")
+    assert page.locator(".progress").is_visible()
+    answers.fail(explain, 504)
+    page.locator(".failure .notice").wait_for()
+    assert check(page)["labels"] != []
+    watched.messages = [each for each in watched.messages if "Failed to load" not in each]
+
+
+def wait_for(page: Page, answers: Held, part: str) -> Route:
+    """The request for the shown image, whose address has this part."""
+    for _ in range(500):
+        for route in reversed(answers.waiting):
+            if part in route.request.url and answers.about(route)[1] == "plain.png":
+                answers.waiting.remove(route)
+                return route
+        page.evaluate("new Promise(requestAnimationFrame)")
+    pytest.fail(f"the page did not ask for {part}")
