@@ -35,7 +35,15 @@ from service.models.models_toml import read_config
 from service.models.pool import ModelPool
 from service.pipeline.service import Limits, Service
 from service.resources import device_memory, memory_limit
-from service.routes import classify, docs, health, kernel_images, problems, served_models
+from service.routes import (
+    classify,
+    docs,
+    experiments,
+    health,
+    kernel_images,
+    problems,
+    served_models,
+)
 from service.routes.hosts import host_rule, is_loopback
 from service.routes.middleware import (
     CORS,
@@ -110,8 +118,8 @@ def create_app(settings: Settings, *, background: bool = False, only: str | None
     app.state.service = service
     app.state.label_studio = label_studio
     app.state.integrations = INTEGRATIONS
-    for router in (classify.router, served_models.router, kernel_images.router, health.router):
-        app.include_router(router)
+    for module in (classify, experiments, served_models, kernel_images, health):
+        app.include_router(module.router)
     for integration in INTEGRATIONS:
         for router in integration.routers:
             app.include_router(router)
@@ -126,7 +134,8 @@ def _add_middleware(
 ) -> None:
     """Add the middleware that every request passes, from the innermost to the outermost."""
     bounds = Bounds(settings.key_rate, settings.key_concurrency, settings.key_cost)
-    routes = {route.path: route for route in classify.router.routes if isinstance(route, APIRoute)}
+    costly = (*classify.router.routes, *experiments.router.routes)
+    routes = {route.path: route for route in costly if isinstance(route, APIRoute)}
     app.add_middleware(RefusedWhenFull, admission=service.admission, routes=routes)
     app.add_middleware(BoundedQuery)
     app.add_middleware(

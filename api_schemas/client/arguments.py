@@ -54,3 +54,14 @@ class ExplainArguments(_Common, total=False):
     format: OverlayFormat
     opacity: float
     mask: str | dict[str, Any] | Mask
+
+
+class ExperimentArguments(TypedDict, total=False):
+    """Of `experiments`."""
+
+    model: str
+    targets: int | str | list[int | str]
+    top_k: int
+    fit: Fit
+    controls: int
+    seed: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 from urllib.parse import quote
@@ -21,12 +21,18 @@ from api_schemas.client.requests import (
     Steps,
     classify,
     exchange,
+    experiment,
     image_file,
+    read_options,
 )
 from api_schemas.client.results import Answer, Result, read_answer
+from api_schemas.experiments import EDITS, Edit, ExperimentAnswer, ExperimentOptions
 from api_schemas.options import CommonOptions
 
 T = TypeVar("T")
+
+Edits = Sequence[Edit | Mapping[str, Any]]
+"""Edits of `experiments`: models of `api_schemas.experiments`, or dicts such as JSON has."""
 
 Progress = Callable[[int, int | None], None]
 """Receives the number of finished images, and their total or None if that is unknown."""
@@ -66,6 +72,12 @@ class Calls:
         response = yield from exchange(classify(route, files, options), self._policy)
         return _read(response, read_answer)
 
+    def _experiments(
+        self, files: Sequence[bytes | str], fields: dict[str, Any]
+    ) -> Steps[ExperimentAnswer]:
+        response = yield from exchange(experiment(files, fields), self._policy)
+        return _read(response, ExperimentAnswer.model_validate_json)
+
     def _models(self) -> Steps[list[wire.Model]]:
         response = yield from exchange(ApiCall("GET", "/models"), self._policy)
         return _read(response, wire.Models.model_validate_json).models
@@ -99,6 +111,14 @@ class Calls:
             if not model:
                 raise NotFound("The service has no default model; give `model`.")
         return f"/models/{quote(model, safe='')}"
+
+
+def experiment_fields(edits: Edits, options: Mapping[str, object]) -> dict[str, Any]:
+    """Return the validated edits and options as JSON fields. Raises TypeError, ValueError."""
+    read = EDITS.validate_python(list(edits))
+    said = EDITS.dump_python(read, mode="json", exclude_unset=True)
+    given = read_options(ExperimentOptions, options)
+    return {**given.model_dump(exclude_unset=True), "edits": said}
 
 
 def files_of(images: Images) -> list[bytes | str]:

@@ -14,18 +14,21 @@ import httpx
 import PIL.Image
 
 from api_schemas import models as wire
-from api_schemas.client.arguments import ExplainArguments, PredictArguments
+from api_schemas.client.arguments import ExperimentArguments, ExplainArguments, PredictArguments
 from api_schemas.client.calls import (
     FATAL_ERRORS,
     Calls,
+    Edits,
     Progress,
     checked_concurrency,
+    experiment_fields,
     files_of,
     reporter,
 )
 from api_schemas.client.errors import ClientError
 from api_schemas.client.requests import Image, Images, Received, Send, Steps, read_options
 from api_schemas.client.results import Answer, Result
+from api_schemas.experiments import ExperimentAnswer
 from api_schemas.options import CommonOptions, ExplainOptions, PredictOptions
 
 T = TypeVar("T")
@@ -67,6 +70,16 @@ class Client(Calls):
     def predict(self, images: Images, **options: Unpack[PredictArguments]) -> Answer:
         """As `explain`, with predictions only and fewer options."""
         return self._send_images("/predict", images, read_options(PredictOptions, options))
+
+    def experiments(
+        self, images: Images, *, edits: Edits, **options: Unpack[ExperimentArguments]
+    ) -> ExperimentAnswer:
+        """Measure how each edit of each image changes its predictions, with controls.
+
+        Raises as `explain`, and ValueError for an invalid edit.
+        """
+        fields = experiment_fields(edits, options)
+        return self._run(self._experiments(files_of(images), fields))
 
     def explain_many(
         self,
@@ -191,6 +204,13 @@ class AsyncClient(Calls):
 
     async def predict(self, images: Images, **options: Unpack[PredictArguments]) -> Answer:
         return await self._send_images("/predict", images, read_options(PredictOptions, options))
+
+    async def experiments(
+        self, images: Images, *, edits: Edits, **options: Unpack[ExperimentArguments]
+    ) -> ExperimentAnswer:
+        fields = experiment_fields(edits, options)
+        files = await asyncio.to_thread(files_of, images)
+        return await self._run(self._experiments(files, fields))
 
     def explain_many(
         self,

@@ -37,7 +37,7 @@ from api_schemas.client.errors import (
 from api_schemas.options import CommonOptions
 
 T = TypeVar("T")
-Options = TypeVar("Options", bound=CommonOptions)
+Options = TypeVar("Options", bound=pydantic.BaseModel)
 
 Image = str | os.PathLike[str] | bytes | PIL.Image.Image | NDArray[np.uint8] | BinaryIO
 """An image: path, URL (http or https), bytes of a file, open file, PIL image, or RGB array HWC."""
@@ -180,15 +180,23 @@ def classify(route: str, images: Sequence[bytes | str], options: CommonOptions) 
     values = {k: v for k, v in options.model_dump(exclude_unset=True).items() if v is not None}
     has_urls = any(isinstance(image, str) for image in images)
     if has_urls or len(urlencode(values, doseq=True)) > LONG_QUERY:
-        sources = [
-            {"url": image}
-            if isinstance(image, str)
-            else {"data": base64.b64encode(image).decode("ascii")}
-            for image in images
-        ]
-        return ApiCall("POST", route, {"json": {**values, "images": sources}})
+        return ApiCall("POST", route, {"json": {**values, "images": _sources(images)}})
     files = [("image", ("image", image, "application/octet-stream")) for image in images]
     return ApiCall("POST", route, {"params": values, "files": files})
+
+
+def experiment(images: Sequence[bytes | str], fields: Mapping[str, Any]) -> ApiCall:
+    """Return the call for experiments: options and edits, with the images in base64."""
+    return ApiCall("POST", "/experiments", {"json": {**fields, "images": _sources(images)}})
+
+
+def _sources(images: Sequence[bytes | str]) -> list[dict[str, str]]:
+    return [
+        {"url": image}
+        if isinstance(image, str)
+        else {"data": base64.b64encode(image).decode("ascii")}
+        for image in images
+    ]
 
 
 def image_file(image: Image) -> bytes | str:

@@ -94,6 +94,33 @@ def replace_output(model: nn.Module, path: str, value: Tensor, *, call: int = 0)
         handle.remove()
 
 
+@contextmanager
+def altering_gradients(
+    model: nn.Module, path: str, change: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    """Change the gradient at a layer's output on its way back, inside the `with`.
+
+    change: makes another gradient of the same shape. What is recorded at this layer, and at all
+    before it, is what is left behind the change. The graphs of passes inside the `with` keep it.
+    """
+
+    def keep(tensor: Tensor) -> tuple[Tensor, Tensor]:
+        if tensor.requires_grad:
+            # A clone: a later in-place operation, or another use of the same tensor, has no part.
+            tensor = tensor.clone()
+            tensor.register_hook(change)
+        return tensor, tensor
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        return _walk(output, path, {}, keep)
+
+    handle = model.get_submodule(path).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def gradients(
     output: Tensor,
     at: Sequence[Tensor],

@@ -24,15 +24,16 @@ BLUR_SIDE = 128
 
 
 def hide(
-    pixels: NDArray[np.uint8], mask: NDArray[np.bool_], fill: Fill = "mean"
+    pixels: NDArray[np.uint8], mask: NDArray[np.bool_], fill: Fill | NDArray[np.uint8] = "mean"
 ) -> NDArray[np.uint8]:
     """A copy of an image, uint8 (h, w, c), with the pixels of `mask`, bool (h, w), replaced.
 
+    fill: as of `filling`, or another image of the same size, which is overwritten.
     Raises ValueError if image and mask differ in size.
     """
     if pixels.shape[:2] != mask.shape:
         raise ValueError(f"a mask of {mask.shape} does not lie on an image of {pixels.shape}")
-    hidden = filling(pixels, fill)
+    hidden = filling(pixels, fill) if isinstance(fill, str) else fill
     # Twenty times as fast as numpy's copy with a mask.
     shown = np.logical_not(mask, order="C").view(np.uint8)
     return np.asarray(cv2.copyTo(pixels, shown, hidden), dtype=np.uint8)

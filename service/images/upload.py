@@ -64,12 +64,13 @@ Sent = bytes | NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Upload:
-    """A decoded image without its full-size pixels.
+    """A decoded image, by default without its full-size pixels.
 
     width, height, format, sha256: of the upright source.
     model_input: the model input, with the geometry back to source pixels.
     preview:     uint8 (h, w, 3), the source scaled to at most the render side; None if not needed.
     masked:      the upload with a part hidden; None if not requested.
+    source:      the decoded image with all its pixels; None if not requested.
     """
 
     width: int
@@ -79,6 +80,7 @@ class Upload:
     model_input: ModelInput
     preview: NDArray[np.uint8] | None
     masked: Upload | None = None
+    source: Source | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,18 +94,7 @@ class Hiding:
 
     def mask(self, size: tuple[int, int]) -> NDArray[np.bool_]:
         """Bool (height, width) of a source of `size` (w, h). Raises InvalidOption."""
-        try:
-            if self.rle is None:
-                mask = boxes_mask(self.boxes or (), size)
-            elif self.rle[0] == (size[1], size[0]):
-                mask = rle_decode(*self.rle)
-            else:
-                raise InvalidOption(
-                    f"`mask` is for an image of [height, width] {list(self.rle[0])}, and this one "
-                    f"is {[size[1], size[0]]}; send it in upright source pixels."
-                )
-        except ValueError as error:
-            raise InvalidOption(f"`mask` cannot be read: {error}.") from error
+        mask = area_mask(size, self.boxes, self.rle)
         if not mask.any():
             raise InvalidOption(
                 "`mask` covers no pixel of this image; send it in upright source pixels, with 0, 0 "
@@ -112,7 +103,30 @@ class Hiding:
         return ~mask if self.rest else mask
 
 
-def open_upload(
+def area_mask(
+    size: tuple[int, int],
+    boxes: Sequence[Rect] | None,
+    rle: tuple[tuple[int, int], str | Sequence[int]] | None,
+    option: str = "mask",
+) -> NDArray[np.bool_]:
+    """The mask of boxes or COCO run lengths on a source of `size` (w, h): bool (height, width).
+
+    option: its name in the error. Raises InvalidOption.
+    """
+    try:
+        if rle is None:
+            return boxes_mask(boxes or (), size)
+        if rle[0] == (size[1], size[0]):
+            return rle_decode(*rle)
+    except ValueError as error:
+        raise InvalidOption(f"`{option}` cannot be read: {error}.") from error
+    raise InvalidOption(
+        f"`{option}` is for an image of [height, width] {list(rle[0])}, and this one is "
+        f"{[size[1], size[0]]}; send it in upright source pixels."
+    )
+
+
+def open_upload(  # noqa: PLR0913 - each is a limit, or something to keep
     data: Sent,
     preprocessing: Preprocessing,
     fit: Fit | None,
@@ -120,6 +134,7 @@ def open_upload(
     max_pixels: int,
     preview_side: int | None,
     hiding: Hiding | None = None,
+    keeps_source: bool = False,
     budget: DecodeBudget | None = None,
     deadline: float | None = None,
 ) -> Upload:
@@ -127,13 +142,14 @@ def open_upload(
 
     Pixels at the model's input size are used as they are, for any `fit`.
 
+    keeps_source: whether the decoded image is kept, to be edited.
     budget:   the memory budget for decoding; None: no limit.
     deadline: until when to wait for the budget, on `time.monotonic()`'s clock; None: no limit.
 
     Raises the ImageErrors of `decode`, InvalidOption if `hiding` does not fit the image, and
     DeadlineExceeded.
     """
-    request = _Request(preprocessing, fit, preview_side, hiding)
+    request = _Request(preprocessing, fit, preview_side, hiding, keeps_source)
     available = _Memory(budget, deadline)
     if not isinstance(data, bytes):
         _check_pixels(data, max_pixels)
@@ -142,7 +158,8 @@ def open_upload(
         height, width = data.shape[:2]
         with available.take(request.bytes_for((width, height), width * height)):
             return request.opened(_of_pixels(data))
-    keep = None if hiding is not None else _needed(preprocessing, preview_side)
+    whole = keeps_source or hiding is not None
+    keep = None if whole else _needed(preprocessing, preview_side)
     headers = open_headers(data, preprocessing.channels, max_pixels)
     for _ in range(2):
         fitting = request.bytes_for(headers[0].upright, decoded_pixels(headers[0], keep))
@@ -179,6 +196,7 @@ class _Request:
     fit: Fit | None
     preview_side: int | None
     hiding: Hiding | None
+    keeps_source: bool
 
     def bytes_for(self, size: tuple[int, int], decoded: int) -> int:
         """Bytes to process an image of `size` with `decoded` pixels.
@@ -200,7 +218,8 @@ class _Request:
             hidden = replace(source, pixels=hide(source.pixels, mask, self.hiding.fill))
             masked = self._fitted(hidden)
             del hidden, mask
-        return replace(self._fitted(source), masked=masked)
+        kept = source if self.keeps_source else None
+        return replace(self._fitted(source), masked=masked, source=kept)
 
     def _fitted(self, source: Source) -> Upload:
         shown, side = None, self.preview_side

@@ -13,6 +13,7 @@ from torch import Tensor
 from service.cam.formulas import scale
 from service.cam.hooks import Calls, Recording, calls_of, gradients, record
 from service.errors import CamserveError, InvalidOption, NonFiniteOutput
+from service.inference.experiments import measured_effects
 from service.inference.forward_pass import (
     ForwardPass,
     GradientPoint,
@@ -108,6 +109,9 @@ def _further_passes(image_pass: ImagePass) -> Generator[None, Replica, Inference
     if method is not None:
         maps = yield from method(image_pass)
     result = finish(image_pass, maps)
+    if question.edits:
+        effects = yield from measured_effects(image_pass, forward, finish)
+        result = replace(result, effects=effects)
     if question.verify and result.explanations:
         result = judged(result, question.evidence or (yield from gather(image_pass)))
     return result

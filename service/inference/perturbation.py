@@ -218,11 +218,31 @@ def _ablated_logits(
     image_pass: ImagePass, path: str, values: Tensor, axis: int
 ) -> Generator[None, Replica, Tensor]:
     """The logits (channels, classes), on the CPU, with one channel of a layer's output zeroed."""
-    channels = values.shape[axis]
+
+    def outputs(channels: range) -> Tensor:
+        ablated = values.repeat(len(channels), *[1] * (values.ndim - 1))
+        for row, channel in enumerate(channels):
+            ablated[row].select(axis - 1, channel).zero_()
+        return ablated
+
+    return (yield from replaced_logits(image_pass, path, values, values.shape[axis], outputs))
+
+
+def replaced_logits(
+    image_pass: ImagePass,
+    path: str,
+    values: Tensor,
+    count: int,
+    outputs: Callable[[range], Tensor],
+) -> Generator[None, Replica, Tensor]:
+    """The logits (count, classes), on the CPU, of the image with a layer's output replaced.
+
+    values:  what the layer returns, (1, ...) by image. outputs: some replacements, (n, ...).
+    """
     by_replica: dict[int, tuple[Replica, Callable[[Tensor], Tensor], int]] = {}
     rows: list[Tensor] = []
     start = 0
-    while start < channels:
+    while start < count:
         replica = yield
         if id(replica) not in by_replica:
             by_replica[id(replica)] = (
@@ -230,13 +250,10 @@ def _ablated_logits(
                 *_logits_from_layer(replica, image_pass, path, values),
             )
         _, logits_of, size = by_replica[id(replica)]
-        chosen = range(start, min(start + size, channels))
+        chosen = range(start, min(start + size, count))
         start = chosen.stop
-        ablated = values.repeat(len(chosen), *[1] * (values.ndim - 1))
-        for row, channel in enumerate(chosen):
-            ablated[row].select(axis - 1, channel).zero_()
         with torch.no_grad():
-            rows.append(logits_of(ablated).cpu())
+            rows.append(logits_of(outputs(chosen)).cpu())
     return torch.cat(rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +23,84 @@ Lane = Literal["compiled", "folded", "hooked"]
 _NEED_GRADIENTS = frozenset(record.name for record in METHODS.values() if record.walks)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageEdit:
+    """An edit of the image, and its controls: the same edit at other places.
+
+    count: how many images that is. make: one of them, uint8 (C, h, w) at the model's input size;
+           0 is the edit itself.
+    """
+
+    count: int
+    make: Callable[[int], Tensor]
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers that it needs as the model has them: none."""
+        return ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChannelEdit:
+    """Channels of a layer's output set to something else, and as many others as a control.
+
+    channels: their numbers; empty means the `top` ones by contribution to the class `of` (None:
+              the best prediction).
+    to:       `zero`, `mean`, `noise`, `scale` by `factor`, or `donor`: what they are for that
+              image, uint8 (C, h, w).
+    """
+
+    layer: str
+    to: Literal["zero", "mean", "noise", "scale", "donor"]
+    channels: tuple[int, ...] = ()
+    top: int = 0
+    of: int | None = None
+    factor: float = 1.0
+    donor: Tensor | None = None
+    controls: int = 0
+    seed: int = 0
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return (self.layer,)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GradientEdit:
+    """The gradient at a layer's output changed on its way back: what `question` is explained by.
+
+    to: `zero`, `scale` by `amount`, or `clip` at ± `amount`. question: of one target, of the image
+    itself.
+    """
+
+    layer: str
+    to: Literal["zero", "scale", "clip"]
+    question: Question
+    amount: float = 0.0
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return (self.layer, *self.question.layers)
+
+
+Edit = ImageEdit | ChannelEdit | GradientEdit
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Effect:
+    """What an edit and its controls do, float32 on the CPU.
+
+    logits:   (1 + controls, classes), the edit's own first.
+    unedited: (classes,), in the same lane.
+    channels: those that were set. explanation: the map of a changed gradient.
+    """
+
+    logits: Tensor
+    unedited: Tensor
+    channels: tuple[int, ...] = ()
+    explanation: Explanation | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Question:
     """What is computed for one image.
@@ -37,6 +116,7 @@ class Question:
     verify:      whether each map gets a verdict, from further forward passes; `evidence`: what
                  these gave for the same image, if they have run.
     seen:        the part of `pixels`, x, y, w, h as fractions, that shows the image.
+    edits:       whose effects are measured, from further forward passes.
     """
 
     pixels: Tensor
@@ -54,6 +134,7 @@ class Question:
     verify: bool = False
     evidence: Evidence | None = None
     seen: Rect = WHOLE
+    edits: tuple[Edit, ...] = ()
 
     @property
     def method_record(self) -> MethodRecord | None:
@@ -141,6 +222,7 @@ class InferenceResult:
 
     precision: of the engine that computed it: `float32`, or the operator's choice (`bf16`, `int8`).
     evidence:  what the verdicts rest on; None without verdicts.
+    effects:   of each edit, in order.
     The wire's form is `api_schemas.answers.Result`.
     """
 
@@ -149,6 +231,7 @@ class InferenceResult:
     activations: tuple[Activation, ...]
     precision: Precision = "float32"
     evidence: Evidence | None = None
+    effects: tuple[Effect, ...] = ()
 
 
 def lane_of(model: LoadedModel, question: Question) -> Lane:
@@ -165,5 +248,6 @@ def lane_of(model: LoadedModel, question: Question) -> Lane:
         at_the_cut = question.layers in ((), (lane.layer,))
         if record is None or (record.is_forward_only and at_the_cut):
             return "compiled"
-    named = {*question.layers, *question.activations}
+    edited = (layer for edit in question.edits for layer in edit.layers)
+    named = {*question.layers, *question.activations, *edited}
     return "folded" if model.folded and not named & model.folded.layers else "hooked"

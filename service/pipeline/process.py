@@ -37,7 +37,7 @@ async def process_image(
     Raises the ImageErrors of `open_upload`, InvalidOption, DeadlineExceeded, and what the scheduler
     does.
     """
-    upload = await _open(recipe, data)
+    upload = await open_image(recipe, data)
     if opened is not None:
         opened(upload)
     inference = await _infer(recipe, _question(recipe, upload.model_input))
@@ -87,7 +87,8 @@ def as_error(error: BaseException) -> CamserveError:
     return unexpected
 
 
-async def _open(recipe: Recipe, data: Sent) -> Upload:
+async def open_image(recipe: Recipe, data: Sent) -> Upload:
+    """Decode one image in a worker thread. Raises as `open_upload`."""
     service, options = recipe.service, recipe.options
     keeps_preview = recipe.keeps_preview or (
         isinstance(options, ExplainOptions) and "overlay" in options.include
@@ -105,6 +106,7 @@ async def _open(recipe: Recipe, data: Sent) -> Upload:
             max_pixels=service.limits.pixels,
             preview_side=service.limits.render_side if keeps_preview else None,
             hiding=recipe.hiding,
+            keeps_source=recipe.keeps_source,
             budget=service.decoding,
             deadline=recipe.deadline,
         )
@@ -114,7 +116,7 @@ async def _open(recipe: Recipe, data: Sent) -> Upload:
 
 
 async def _infer(recipe: Recipe, question: Question) -> InferenceResult:
-    result = await _run(recipe, question)
+    result = await run_question(recipe, question)
     if isinstance(recipe.options, ExplainOptions) and recipe.options.verify == "search":
         for layer in recipe.model.finer_layers(question.layers):
             result = await _search(recipe, question, result, layer)
@@ -135,7 +137,7 @@ async def _search(
     again = replace(
         question, targets=open_ids, layers=(layer,), activations=(), evidence=result.evidence
     )
-    others = {one.class_id: one for one in (await _run(recipe, again)).explanations}
+    others = {one.class_id: one for one in (await run_question(recipe, again)).explanations}
     explanations = [_better(one, others.get(one.class_id), layer) for one in result.explanations]
     return replace(result, explanations=tuple(explanations))
 
@@ -154,7 +156,8 @@ def _better(explanation: Explanation, other: Explanation | None, layer: str) -> 
     )
 
 
-async def _run(recipe: Recipe, question: Question) -> InferenceResult:
+async def run_question(recipe: Recipe, question: Question) -> InferenceResult:
+    """Run inference on one image. Raises what the scheduler does."""
     timed = await result_of(
         recipe.service.scheduler.submit(recipe.model, question, recipe.deadline)
     )

@@ -73,7 +73,7 @@ def image_result(
         }
         if isinstance(options, ExplainOptions):
             fields["explanations"] = [
-                _explanation(model, upload, explanation, options, side)
+                explanation_entry(model, upload, explanation, options, side)
                 for explanation in inference.explanations
             ]
         if options.activations:
@@ -87,7 +87,7 @@ def image_result(
                 predictions=_predictions(model, masked),
                 changes=_changes(model, inference, masked),
                 explanations=[
-                    _explanation(model, upload.masked, explanation, options, side)
+                    explanation_entry(model, upload.masked, explanation, options, side)
                     for explanation in masked.explanations
                 ],
             )
@@ -148,13 +148,14 @@ def style_of(options: ExplainOptions) -> Style:
     return Style(options.size, options.colormap, options.format, options.opacity)
 
 
-def _explanation(
+def explanation_entry(
     model: LoadedModel,
     upload: Upload,
     explanation: Explanation,
     options: ExplainOptions,
     render_side: int,
 ) -> wire.Explanation:
+    """One explanation, with what its options ask to be drawn."""
     layers = explanation.layers
     fields: dict[str, Any] = {
         "class_id": explanation.class_id,

@@ -85,6 +85,7 @@ class Recipe:
     hiding:   the part of each image to hide for a second inference, if any.
     deadline: of the request, on `time.monotonic()`'s clock; None: no deadline.
     keeps_preview: whether a preview to draw on is kept even if the options have no overlay.
+    keeps_source: whether the decoded images are kept, to be edited.
     """
 
     service: Service
@@ -95,6 +96,7 @@ class Recipe:
     deadline: float | None = None
     clock: Clock = field(default_factory=Clock)
     keeps_preview: bool = False
+    keeps_source: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,7 +13,7 @@ from typing import Self, TypeVar
 import pydantic
 from fastapi import Request
 
-from api_schemas.options import CommonOptions, ExplainRequest, ImageSource
+from api_schemas.options import ExplainRequest, ImageSource
 from service.errors import (
     BodyTooLarge,
     EmptyBody,
@@ -29,7 +29,7 @@ from service.routes.state import service_of
 from service.scheduling.admission import Permit
 from service.security.fetcher import Fetcher
 
-Options = TypeVar("Options", bound=CommonOptions)
+Options = TypeVar("Options", bound=pydantic.BaseModel)
 
 Image = bytes | str | InvalidImageData
 """An image of a request: its file, its URL, or the error that it is neither."""
@@ -218,7 +218,7 @@ _MARKS = (
 def json_request(body: bytes, form: type[Options], max_images: int) -> tuple[list[Image], Options]:
     """Images and options of a JSON request; an image that is not base64 becomes its own error.
 
-    form: `ExplainRequest` or `PredictRequest`.
+    form: `ExplainRequest`, `PredictRequest` or `ExperimentRequest`.
     Raises MalformedRequest, InvalidOption, BodyTooLarge.
     """
     advice = "images are sent as base64, not as lists of numbers."
@@ -235,7 +235,8 @@ def json_request(body: bytes, form: type[Options], max_images: int) -> tuple[lis
                 'The body is JSON but not an object; send {"images": [{"data": "<base64>"}]} and '
                 "options beside `images`."
             ) from error
-        raise InvalidOption(describe(issues, list(ExplainRequest.model_fields))) from error
+        known = [*form.model_fields, *ExplainRequest.model_fields]
+        raise InvalidOption(describe(issues, known)) from error
     sources: list[ImageSource] = request.images  # type: ignore[attr-defined]
     if len(sources) > max_images:
         raise BodyTooLarge(

@@ -7,9 +7,8 @@ import functools
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated
 
-import structlog
 from fastapi import APIRouter, Query, Request, Response
 
 from api_schemas import answers as wire
@@ -26,12 +25,10 @@ from service.pipeline.answer_size import Quote, quote_image
 from service.pipeline.process import as_error, render, render_result, result_of
 from service.routes import bodies, docs, forms, lifecycle
 from service.routes.lifecycle import Billed, RequestWork
-from service.routes.problems import status_of
 from service.routes.state import service_of
 from service.scheduling.admission import Permit
 
 router = APIRouter(tags=["classify"])
-_log = structlog.get_logger(__name__)
 
 _FORMATS = {"image/jpeg": "jpeg", "image/png": "png", "image/webp": "webp"}
 
@@ -200,19 +197,16 @@ async def _respond(
         work.bill.settle(len(only.body))
         only.headers.update(header)
         return only
-    entries = [result if isinstance(result, wire.Result) else _failed(result) for result in results]
+    entries = [
+        wire.Result(error=lifecycle.failure(result))
+        if isinstance(result, BaseException)
+        else result
+        for result in results
+        if not isinstance(result, Response)
+    ]
     call = work.service.scheduler.call(
         response.response_body, work, request.scope["request_id"], entries
     )
     body = await result_of(call)
     work.bill.settle(len(body))
     return Response(body, media_type="application/json", headers=header)
-
-
-def _failed(error: Any) -> wire.Result:
-    """The entry of an image that failed, if others succeeded."""
-    known = as_error(error)
-    status = status_of(known)
-    if status == 500:
-        _log.error(known.code, exc_info=error)
-    return wire.Result(error=wire.ImageFailure(code=known.code, detail=known.detail, status=status))

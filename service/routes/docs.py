@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from api_schemas.answers import Answer, Problem
+from api_schemas.experiments import ExperimentAnswer, ExperimentRequest
 from api_schemas.options import ExplainRequest, PredictRequest
 from service.routes import examples
 from service.routes.integration import ErrorBody, Integration
@@ -70,6 +71,24 @@ def explain() -> dict[str, Any]:
 def predict() -> dict[str, Any]:
     """Keyword arguments of the route `/predict`."""
     return _classifying(PredictRequest, examples.PREDICT, examples.PREDICTED, {})
+
+
+def experiments() -> dict[str, Any]:
+    """Keyword arguments of the route `/experiments`."""
+    described = _classifying(ExperimentRequest, examples.EXPERIMENT, examples.EXPERIMENTED, {})
+    described["responses"][200]["model"] = ExperimentAnswer
+    body = described["openapi_extra"]["requestBody"]
+    body["description"] = "A form with parts named `image` and a part `edits`, or JSON with base64."
+    for raw in ("image/*", "application/octet-stream"):
+        del body["content"][raw]
+    form = body["content"]["multipart/form-data"]["schema"]
+    form["required"].append("edits")
+    form["properties"]["edits"] = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "description": "A JSON list, as `edits` of a JSON body.",
+    }
+    return described
 
 
 def example(answer: Any) -> dict[int | str, dict[str, Any]]:
@@ -163,7 +182,7 @@ def _complete_operation(operation: dict[str, Any]) -> None:
 
 def _components(integrations: Sequence[Integration]) -> Iterator[tuple[str, Any]]:
     """Schemas that routes refer to and FastAPI does not collect by itself."""
-    models: list[type[BaseModel]] = [Problem, ExplainRequest, PredictRequest]
+    models: list[type[BaseModel]] = [Problem, ExplainRequest, PredictRequest, ExperimentRequest]
     models += [schema for integration in integrations for schema in integration.schemas]
     for model in models:
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")

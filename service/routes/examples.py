@@ -67,3 +67,35 @@ EXPLAIN = {
 EXPLAINED = _answer(_CLASSIFIED | {"explanations": [EXPLANATION | {"regions": _REGIONS}]})
 PREDICT = {"images": [{"data": JPEG}, {"data": JPEG}], "top_k": 2}
 PREDICTED = _answer(_CLASSIFIED, _FAILED)
+
+_CONTROL = {"n": 8, "mean": -0.06, "low": -0.31, "high": 0.12, "smaller": 8}
+_CHANGE = {
+    "class_id": 53,
+    "label": "sunflower",
+    "score": 0.0214,
+    "logit": 4.37,
+    "score_change": -0.9754,
+    "logit_change": -9.84,
+    "control": _CONTROL,
+}
+_EDITED = {
+    "name": "without the flower",
+    "edit": "hide",
+    "predictions": [DANDELION],
+    "changes": [_CHANGE],
+    "control": _CONTROL,
+}
+EXPERIMENT = {
+    "images": [{"data": JPEG}],
+    "targets": ["sunflower"],
+    "controls": 8,
+    "edits": [
+        {
+            "name": "without the flower",
+            "edit": "hide",
+            "region": {"of": "sunflower", "threshold": 0.5},
+            "fill": "blur",
+        }
+    ],
+}
+EXPERIMENTED = _answer(_CLASSIFIED | {"forwards": 11.0, "edits": [_EDITED]})

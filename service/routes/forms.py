@@ -61,6 +61,36 @@ def multipart_images(content_type: str, body: bytes, max_images: int) -> list[by
     return images
 
 
+def experiment_parts(content_type: str, body: bytes, max_images: int) -> tuple[list[bytes], bytes]:
+    """The parts named `image` of a form, in order, and the one named `edits`.
+
+    Raises as `multipart_images`, and InvalidOption for no part `edits` or several.
+    """
+
+    def check(name: str) -> None:
+        if name not in ("image", "edits"):
+            raise InvalidOption(
+                f"The form has a field {name!r}; images are sent as 'image', edits as 'edits', and "
+                "options belong in the query: /experiments?top_k=3."
+            )
+
+    parts = form_parts(content_type, body, max_images + 1, check)
+    images = [part for name, part in parts if name == "image"]
+    edits = [part for name, part in parts if name == "edits"]
+    if not images:
+        raise EmptyBody("The form has no part named 'image'; use curl -F image=@cat.jpg.")
+    if len(edits) != 1:
+        raise InvalidOption(
+            f"The form has {len(edits)} parts named 'edits'; send one, a JSON list: "
+            "curl -F 'edits=[…]'."
+        )
+    if len(images) > max_images:
+        raise BodyTooLarge(
+            f"The form has more than {max_images} images; send them in several requests."
+        )
+    return images, edits[0]
+
+
 def form_parts(
     content_type: str, body: bytes, max_parts: int, check: Callable[[str], None]
 ) -> list[tuple[str, bytes]]:

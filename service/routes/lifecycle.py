@@ -13,11 +13,14 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any, ParamSpec, TypeVar
 
+import structlog
 import torch
 from fastapi import Request, Response
 
+from api_schemas.answers import ImageFailure
 from api_schemas.options import CommonOptions, ExplainOptions
 from service.errors import CamserveError, DeadlineExceeded, MalformedRequest, QueueFull
 from service.images.upload import Sent, Upload
@@ -29,8 +32,11 @@ from service.pipeline.resolve import resolve_options
 from service.pipeline.service import Clock, ProcessedImage, Recipe
 from service.routes import access, bodies, encodings
 from service.routes.middleware import CLIENT_CLOSED_REQUEST
+from service.routes.problems import status_of
 from service.routes.state import service_of
 from service.scheduling.admission import Bill, Permit, RequestPermits
+
+_log = structlog.get_logger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -241,7 +247,7 @@ async def infer(work: RequestWork, data: Sent, quote: Quote) -> Billed:
     return Billed(answered.upload, answered.inference, answered.masked, priced)
 
 
-def report(request: Request, work: RequestWork, images: int) -> dict[str, str]:
+def report(request: Request, work: Recipe, images: int) -> dict[str, str]:
     """Record the times of the stages in metrics and log; return the header `Server-Timing`."""
     work.clock.stop()
     for stage, value in work.clock.seconds.items():
@@ -249,6 +255,15 @@ def report(request: Request, work: RequestWork, images: int) -> dict[str, str]:
     timing = work.clock.milliseconds()
     request.scope["log"] |= {"images": images, **timing}
     return {"Server-Timing": ", ".join(f"{stage};dur={ms}" for stage, ms in timing.items())}
+
+
+def failure(error: BaseException) -> ImageFailure:
+    """The entry of an image, or of a part of it, that failed while others succeeded."""
+    known = process.as_error(error)
+    status = status_of(known)
+    if status == HTTPStatus.INTERNAL_SERVER_ERROR:
+        _log.error(known.code, exc_info=error)
+    return ImageFailure(code=known.code, detail=known.detail, status=status)
 
 
 async def _until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +47,33 @@ def test_the_examples_of_the_page_do_what_it_says(
     for name in ("why.jpg", "kernels.png"):
         with Image.open(name) as picture:
             picture.load()
+
+
+EXPERIMENTS = ROOT / "docs" / "how-to" / "experiments.md"
+
+
+@pytest.mark.timeout(60)
+def test_the_examples_of_the_experiments_do_what_the_page_says(
+    run_server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    shutil.copy(ROOT / "examples" / "sunflower.jpg", "sunflower.jpg")
+    page = EXPERIMENTS.read_text(encoding="utf-8")
+    with run_server(models=()) as server:
+        page = page.replace("http://127.0.0.1:8000", server.url)
+        (code,) = BLOCK.findall(page)
+        exec(compile(code, str(EXPERIMENTS), "exec"), {})  # noqa: S102 - the page's own words
+        (command,) = re.findall(r"^```sh\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+        by_curl = []
+        if shutil.which("curl"):
+            said = subprocess.run(["/bin/sh", "-c", command], capture_output=True, check=True)
+            by_curl = json.loads(said.stdout)["results"][0]["edits"]
+    without, only = capsys.readouterr().out.splitlines()
+    assert without.startswith("without it -")
+    assert without.endswith("8 of 8"), "the flower counts more than every other place"
+    assert only.startswith("only it ")
+    assert len(code.splitlines()) <= 12
+    for edit, line in zip(by_curl, (without, only), strict=False):
+        said_by_python = float(line.split()[2])
+        assert edit["changes"][0]["logit_change"] == pytest.approx(said_by_python, abs=1e-4)

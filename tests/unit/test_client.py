@@ -26,7 +26,11 @@ from pycocotools import mask as coco
 
 from api_schemas.answers import MaskRLE
 from api_schemas.client import AsyncClient, Client, errors
-from api_schemas.client.arguments import ExplainArguments, PredictArguments
+from api_schemas.client.arguments import (
+    ExperimentArguments,
+    ExplainArguments,
+    PredictArguments,
+)
 from api_schemas.client.requests import (
     ApiCall,
     RetryPolicy,
@@ -38,6 +42,7 @@ from api_schemas.client.requests import (
     read_options,
 )
 from api_schemas.client.results import decode_mask, read_answer
+from api_schemas.experiments import ExperimentOptions
 from api_schemas.options import ExplainOptions, Mask, PredictOptions
 
 CALL = ApiCall("GET", "/models")
@@ -286,6 +291,7 @@ def test_the_arguments_of_the_calls_are_the_options_of_the_service() -> None:
     for arguments, options in (
         (ExplainArguments, ExplainOptions),
         (PredictArguments, PredictOptions),
+        (ExperimentArguments, ExperimentOptions),
     ):
         assert set(arguments.__annotations__) == set(options.model_fields)
 

@@ -34,6 +34,7 @@ RUN_BY = {
     "docs/how-to/labelbox-and-coco.md": "integration/test_export.py",
     "docs/how-to/serve-your-model.md": "integration/test_howto_serve.py",
     "docs/how-to/use-the-python-client.md": "integration/test_client_howto.py",
+    "docs/how-to/experiments.md": "integration/test_client_howto.py",
 }
 """Pages whose commands a test runs, and which."""
 

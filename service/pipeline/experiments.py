@@ -1,0 +1,647 @@
+"""Experiments on the images of one request: from options and edits to what each edit changed.
+
+    plan = planned(model, options, edits, limits, images=2)       # refuses, prices
+    trials = await conduct(plan, recipe, uploads, index)          # one image
+    result(plan, upload, trials, failure)                         # its place in the answer
+
+An edit is made in the upright source's pixels, as a `mask` of `/explain` is, and the edited image
+is then fitted to the model as any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import orjson
+import torch
+from torch import Tensor
+
+from api_schemas import answers as answered
+from api_schemas import experiments as wire
+from api_schemas.methods import BACKWARD, METHODS
+from api_schemas.options import ExplainOptions, PredictOptions
+from service.cam.regions import find_regions
+from service.errors import CamserveError, InvalidOption
+from service.images.budget import DecodeBudget
+from service.images.decode import Fit, ModelInput, Preprocessing, Source, fit_to_model
+from service.images.masks import filling, hide
+from service.images.run_lengths import RLE, rle_decode
+from service.images.upload import Upload, area_mask, for_model
+from service.inference import edits as pixels_of
+from service.inference.edits import Mask, Pixels
+from service.inference.method_table import check_method, cost
+from service.inference.questions import (
+    ChannelEdit,
+    Edit,
+    Effect,
+    Explanation,
+    GradientEdit,
+    ImageEdit,
+    InferenceResult,
+    Prediction,
+    Question,
+)
+from service.models.loaded import LoadedModel
+from service.pipeline import response
+from service.pipeline.process import result_of, run_question
+from service.pipeline.service import Clock, Limits, Recipe, Service
+
+Opened = Sequence[Upload | BaseException]
+"""The images of a request, or why each could not be opened."""
+
+Mark = tuple[int, wire.Region]
+"""A region that a map of an image marks: the image's place, and what is asked of its map."""
+
+Marks = Mapping[Mark, RLE]
+
+_WORK = 6
+"""Bytes that an edit takes at most for each byte of the source's pixels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a request means for a model.
+
+    targets: class ids; empty means the top-1 prediction of each unedited image.
+    inside:  of each edit of the model what is done, but for the image; None for one of the image.
+    marks:   what is asked of each map that a region is drawn from.
+    price:   in forward passes, for each image.
+    """
+
+    model: LoadedModel
+    options: wire.ExperimentOptions
+    edits: Sequence[wire.Edit]
+    targets: tuple[int, ...]
+    inside: Sequence[ChannelEdit | GradientEdit | None]
+    marks: Mapping[wire.Region, Question]
+    price: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trials:
+    """The answer about one unedited image, and the effect of each edit, or why it failed."""
+
+    answer: InferenceResult
+    effects: Sequence[Effect | CamserveError]
+
+
+def planned(
+    model: LoadedModel,
+    options: wire.ExperimentOptions,
+    edits: Sequence[wire.Edit],
+    limits: Limits,
+    images: int,
+) -> Plan:
+    """Everything that can be refused before an image is looked at.
+
+    Raises UnknownLayer, UnknownClass, and InvalidOption for what does not fit this model or these
+    images, or costs more than the service allows.
+    """
+    targets = tuple(dict.fromkeys(map(model.class_id, options.targets)))
+    price, marks = 1.0, dict[wire.Region, Question]()
+    inside: list[ChannelEdit | GradientEdit | None] = []
+    for number, edit in enumerate(edits):
+        place = f"edits.{number}.{edit.edit}"
+        _check(model, edit, place, images)
+        region = getattr(edit, "region", None)
+        if isinstance(edit, wire.Channels):
+            channels = _channel_edit(model, edit, options, targets, place)
+            inside.append(channels)
+            price += 1 + options.controls + _recording(model, channels)
+        elif isinstance(edit, wire.Gradient):
+            gradient = _gradient_edit(model, edit, options, targets, place)
+            inside.append(gradient)
+            price += cost(model, gradient.question)
+        else:
+            inside.append(None)
+            price += 1 + (options.controls if region is not None else 0)
+        if region is not None and region.of is not None and region not in marks:
+            marks[region] = _marking(model, region)
+            price += cost(model, marks[region])
+    if price > limits.cost:
+        raise InvalidOption(
+            f"These edits cost {price:g} forward passes an image; at most {limits.cost:g} are "
+            "allowed. Send fewer edits, or ask for fewer `controls`."
+        )
+    return Plan(model, options, edits, targets, inside, marks, price)
+
+
+def _check(model: LoadedModel, edit: wire.Edit, place: str, images: int) -> None:
+    """Raise InvalidOption where an edit does not fit the request or the model."""
+    for field, donor in _donors(edit):
+        if donor >= images:
+            sent = "1 image, which is 0" if images == 1 else f"{images} images, 0 to {images - 1}"
+            raise InvalidOption(
+                f"{place}.{field}: there is no image {donor}; the request has {sent}."
+            )
+    if isinstance(edit, wire.Recolour) and model.preprocessing.channels > 3:
+        raise InvalidOption(
+            f"{place}: model {model.name!r} takes {model.preprocessing.channels} channels, which "
+            "are no colors; leave the edit out."
+        )
+
+
+def _channel_edit(
+    model: LoadedModel,
+    edit: wire.Channels,
+    options: wire.ExperimentOptions,
+    targets: Sequence[int],
+    place: str,
+) -> ChannelEdit:
+    """Raises UnknownLayer, UnknownClass, and InvalidOption for channels that the layer has not."""
+    if model.no_layers is not None:
+        raise InvalidOption(f"{place}: model {model.name!r} shows no layers: {model.no_layers}.")
+    (layer,) = model.target_layers((edit.layer,))
+    shape, layout = model.layer(layer).shape, model.layer(layer).layout
+    assert shape is not None
+    assert layout is not None
+    count, top, of = shape[layout.channel_axis], 0, None
+    chosen: tuple[int, ...] = ()
+    if isinstance(edit.channels, wire.Top):
+        top = edit.channels.top
+        of = targets[0] if targets else None
+        if edit.channels.of is not None:
+            of = model.class_id(edit.channels.of)
+        if model.no_gradients is not None:
+            raise InvalidOption(
+                f"{place}.channels.top: model {model.name!r} has no gradients, by which channels "
+                f"contribute: {model.no_gradients}. Name the channels by number."
+            )
+    else:
+        chosen = tuple(sorted({n for each in edit.channels for n in _numbers(each, count)}))
+    if top > count or (chosen and chosen[-1] >= count) or not (top or chosen):
+        raise InvalidOption(
+            f"{place}.channels: layer {layer!r} has {count} channels, 0 to {count - 1}."
+        )
+    made = ChannelEdit(layer, "zero", chosen, top, of, controls=options.controls, seed=options.seed)
+    if isinstance(edit.set, wire.ByFactor):
+        return replace(made, to="scale", factor=edit.set.scale)
+    return replace(made, to="donor" if isinstance(edit.set, wire.FromImage) else edit.set)
+
+
+def _numbers(text: str, count: int) -> range:
+    """The channels of a number, a range or `*`; at most one that is not there."""
+    if text == "*":
+        return range(count)
+    first, _, last = text.partition("-")
+    return range(int(first), min(int(last or first), count) + 1)
+
+
+def _recording(model: LoadedModel, edit: ChannelEdit) -> float:
+    """What an edit of channels runs before it: a pass each for image and donor, and two trials."""
+    price = 4.0 if edit.to == "donor" else 3.0
+    if edit.top:
+        price += BACKWARD * (1 - model.layer(edit.layer).share)
+    return round(price, 2)
+
+
+def _gradient_edit(
+    model: LoadedModel,
+    edit: wire.Gradient,
+    options: wire.ExperimentOptions,
+    targets: Sequence[int],
+    place: str,
+) -> GradientEdit:
+    """Raises UnknownLayer, UnknownClass, and InvalidOption for a map without this gradient."""
+    asked, record = edit.explain, METHODS[edit.explain.method]
+    check_method(model, asked.method)
+    if "gradients" not in record.needs:
+        raise InvalidOption(
+            f"{place}.explain.method: `{asked.method}` uses no gradient; take one that does, such "
+            "as gradcam."
+        )
+    if asked.layer is not None and not record.has_layer:
+        raise InvalidOption(
+            f"{place}.explain.layer: `{asked.method}` has no layer; leave out `layer`."
+        )
+    layers: tuple[str, ...] = ()
+    if record.has_layer:
+        layers = model.target_layers(() if asked.layer is None else (asked.layer,))
+    layer = model.layer(edit.layer)
+    if not layer.given:
+        raise InvalidOption(f"{place}.layer: {edit.layer!r} returns no tensor in a forward pass.")
+    if any(model.layer(path).share > layer.share for path in layers):
+        raise InvalidOption(
+            f"{place}.layer: the gradient at {edit.layer!r} has no part in a map at {layers[0]!r}, "
+            "which comes later; name this layer or a later one."
+        )
+    chosen = targets[:1] if asked.target is None else (model.class_id(asked.target),)
+    question = Question(
+        torch.empty(0),
+        options.top_k,
+        targets=tuple(chosen),
+        method=asked.method,
+        layers=layers,
+        steps=asked.steps,
+        seed=options.seed,
+    )
+    if isinstance(edit.set, wire.ByFactor):
+        return GradientEdit(edit.layer, "scale", question, edit.set.scale)
+    if isinstance(edit.set, wire.Clipped):
+        return GradientEdit(edit.layer, "clip", question, edit.set.clip)
+    return GradientEdit(edit.layer, edit.set, question)
+
+
+def _donors(edit: wire.Edit) -> Iterator[tuple[str, int]]:
+    """The other images that an edit takes something from, each with the field that says so."""
+    if isinstance(edit, wire.Paste | wire.Background):
+        yield "image", edit.image
+    fill = getattr(edit, "fill", None)
+    if isinstance(fill, wire.FromImage):
+        yield "fill.image", fill.image
+    if isinstance(edit, wire.Channels) and isinstance(edit.set, wire.FromImage):
+        yield "set.image", edit.set.image
+
+
+def _marking(model: LoadedModel, region: wire.Region) -> Question:
+    """What is asked to find the region that a map marks."""
+    assert region.of is not None
+    check_method(model, region.method)
+    has_layer = METHODS[region.method].has_layer
+    if region.layer is not None and not has_layer:
+        raise InvalidOption(f"`{region.method}` has no layer; leave out `layer` of the region.")
+    named = () if region.layer is None else (region.layer,)
+    return Question(
+        torch.empty(0),
+        top_k=1,
+        targets=(model.class_id(region.of),),
+        method=region.method,
+        layers=model.target_layers(named) if has_layer else (),
+    )
+
+
+def recipe(service: Service, plan: Plan, deadline: float | None, clock: Clock) -> Recipe:
+    """How each image of a request is opened, with its pixels kept."""
+    return Recipe(
+        service=service,
+        model=plan.model,
+        options=PredictOptions(top_k=plan.options.top_k, fit=plan.options.fit),
+        question=partial(Question, top_k=plan.options.top_k, method=None),
+        hiding=None,
+        deadline=deadline,
+        clock=clock,
+        keeps_source=True,
+    )
+
+
+async def conduct(plan: Plan, recipe: Recipe, opened: Opened, index: int) -> Trials:
+    """Make every edit of one image and its controls, in steps between other requests.
+
+    opened: all images of the request, each with its `source`; edits may take from any of them.
+    Raises why this image could not be opened, InvalidOption, DeadlineExceeded, and what the
+    scheduler does.
+    """
+    upload = opened[index]
+    if isinstance(upload, BaseException):
+        raise upload
+    marks = await _marked(plan, recipe, opened, index)
+    setting = _Setting(plan, recipe.service.decoding, recipe.deadline, opened, index, marks)
+    prepared = await result_of(
+        recipe.service.scheduler.call_in_turn(id(recipe.clock), setting.edits)
+    )
+    question = Question(
+        upload.model_input.pixels,
+        plan.options.top_k,
+        method=None,
+        seen=upload.model_input.geometry.content,
+        edits=tuple(each for each in prepared if not isinstance(each, CamserveError)),
+    )
+    answer = await run_question(recipe, question)
+    effects = iter(answer.effects)
+    return Trials(
+        answer,
+        [each if isinstance(each, CamserveError) else next(effects) for each in prepared],
+    )
+
+
+async def _marked(plan: Plan, recipe: Recipe, opened: Opened, index: int) -> Marks:
+    """The regions that maps mark, of this image and of those that edits paste from."""
+    found: dict[Mark, RLE] = {}
+    for edit in plan.edits:
+        region = getattr(edit, "region", None)
+        if region is None or region.of is None:
+            continue
+        image = edit.image if isinstance(edit, wire.Paste) else index
+        upload = opened[image]
+        if (image, region) in found or isinstance(upload, BaseException):
+            continue
+        shown = upload.model_input
+        question = replace(plan.marks[region], pixels=shown.pixels, seen=shown.geometry.content)
+        answer = await run_question(recipe, question)
+        grid = answer.explanations[0].grid
+        side = recipe.service.limits.render_side
+        call = recipe.service.scheduler.call(
+            find_regions, grid, shown.geometry, region.threshold, side
+        )
+        found[image, region] = (await result_of(call)).rle
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    """What the edits of one image are made from."""
+
+    plan: Plan
+    memory: DecodeBudget
+    deadline: float | None
+    opened: Opened
+    index: int
+    marks: Marks
+
+    def edits(self) -> list[Edit | CamserveError]:
+        """Each edit with its controls; an error where the image that it takes from failed.
+
+        Raises InvalidOption for a region that does not fit this image.
+        """
+        prepared: list[Edit | CamserveError] = []
+        for number, (edit, inside) in enumerate(
+            zip(self.plan.edits, self.plan.inside, strict=True)
+        ):
+            failed = next((name for _, name in _donors(edit) if self._failed(name)), None)
+            if failed is not None:
+                prepared.append(
+                    InvalidOption(f"The edit takes from image {failed}, which could not be read.")
+                )
+            elif inside is not None:
+                prepared.append(self._inside(edit, inside))
+            else:
+                prepared.append(self._edit(edit, f"edits.{number}.{edit.edit}.region"))
+        return prepared
+
+    def _failed(self, image: int) -> bool:
+        return isinstance(self.opened[image], BaseException)
+
+    def _inside(self, edit: wire.Edit, inside: ChannelEdit | GradientEdit) -> Edit:
+        """An edit of the model, for this image."""
+        if isinstance(inside, GradientEdit):
+            shown = self.input(self.index)
+            question = replace(inside.question, pixels=shown.pixels, seen=shown.geometry.content)
+            return replace(inside, question=question)
+        assert isinstance(edit, wire.Channels)
+        if isinstance(edit.set, wire.FromImage):
+            return replace(inside, donor=self.input(edit.set.image).pixels)
+        return inside
+
+    def _edit(self, edit: wire.Edit, place: str) -> ImageEdit:
+        source = self.source(self.index)
+        variant: Callable[[int], Pixels] = partial(self._whole, edit)
+        controls = 0
+        region = getattr(edit, "region", None)
+        if region is not None:
+            placed = self._placed(edit, region, place)
+            variant, controls = placed.pixels, len(placed.places)
+        model, fit = self.plan.model, self.plan.options.fit
+
+        def make(number: int) -> Tensor:
+            with self.memory.take(_WORK * source.pixels.nbytes, self.deadline):
+                return fitted(source, variant(number), model.preprocessing, fit)
+
+        return ImageEdit(1 + controls, make)
+
+    def input(self, image: int) -> ModelInput:
+        """What the model sees of one of the images."""
+        upload = self.opened[image]
+        assert isinstance(upload, Upload)
+        return upload.model_input
+
+    def source(self, image: int) -> Source:
+        """One of the decoded images."""
+        upload = self.opened[image]
+        assert isinstance(upload, Upload)
+        assert upload.source is not None
+        return upload.source
+
+    def _whole(self, edit: wire.Edit, _number: int) -> Pixels:
+        """An edit without a place."""
+        pixels = self.source(self.index).pixels
+        if isinstance(edit, wire.Flip):
+            return pixels_of.flipped(pixels, edit.axis)
+        if isinstance(edit, wire.Shift):
+            return pixels_of.laid(pixels, (edit.x, edit.y), filling(pixels, edit.fill))
+        if isinstance(edit, wire.Scale):
+            return pixels_of.scaled(pixels, edit.factor, filling(pixels, edit.fill))
+        assert isinstance(edit, wire.Recolour)
+        return _recoloured(pixels, edit.to)
+
+    def _placed(self, edit: wire.Edit, region: wire.Region, place: str) -> _Placed:
+        """An edit of a region, and where else it is made."""
+        source = self.source(self.index)
+        image = edit.image if isinstance(edit, wire.Paste) else self.index
+        mask = partial(self._mask, image, region, place)
+        own = at = (0, 0)
+        if isinstance(edit, wire.Paste) and edit.at is not None:
+            area = pixels_of.bounds(mask())
+            at = own if area is None else (edit.at[0] - area[0], edit.at[1] - area[1])
+        laid = partial(_laid_by, mask, at, source.size)
+        area = pixels_of.window(self.input(self.index).geometry.seen, source.size)
+        left, top, width, height = area
+        visible = pixels_of.bounds(laid()[top : top + height, left : left + width])
+        controls, seed = self.plan.options.controls, self.plan.options.seed
+        places = pixels_of.other_places(visible, (width, height), controls, seed)
+        return _Placed(self, edit, laid, at, area, places)
+
+    def _mask(self, image: int, region: wire.Region, place: str) -> Mask:
+        """Bool (height, width) of an image's source. Raises InvalidOption."""
+        if region.of is not None:
+            marked = self.marks[image, region]
+            return rle_decode(marked.size, marked.counts)
+        rle = None if region.rle is None else (region.rle.size, region.rle.counts)
+        return area_mask(self.source(image).size, region.boxes, rle, place)
+
+
+def _laid_by(mask: Callable[[], Mask], at: tuple[int, int], size: tuple[int, int]) -> Mask:
+    found = mask()
+    if at == (0, 0) and found.shape == size[::-1]:
+        return found
+    return pixels_of.laid_mask(found, at, size)
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """An edit of a region of one image, and the same edit at other places.
+
+    mask:   makes the region, bool (height, width) of this image's source.
+    at:     where the upper left of the image that is pasted from lies.
+    seen:   what the model sees, in whole pixels. places: by how much each control is moved in it.
+    """
+
+    setting: _Setting
+    edit: wire.Edit
+    mask: Callable[[], Mask]
+    at: tuple[int, int]
+    seen: pixels_of.Area
+    places: Sequence[tuple[int, int]]
+
+    def pixels(self, number: int) -> Pixels:
+        """The source's pixels with the edit (0) or a control made."""
+        setting, edit, mask = self.setting, self.edit, self.mask()
+        pixels = setting.source(setting.index).pixels
+        if number:
+            by = self.places[number - 1]
+            mask = pixels_of.moved(mask.view(np.uint8), by, self.seen).view(np.bool_)
+        if isinstance(edit, wire.Paste):
+            pasted = pixels_of.laid(setting.source(edit.image).pixels, self.at, pixels)
+            if number:
+                pasted = pixels_of.moved(pasted, by, self.seen)
+            return hide(pixels, mask, pasted)
+        if isinstance(edit, wire.Recolour):
+            return hide(pixels, mask, _recoloured(pixels, edit.to))
+        if isinstance(edit, wire.Background):
+            return hide(pixels, ~mask, self._stretched(edit.image))
+        assert isinstance(edit, wire.Hide | wire.Keep)
+        fill = edit.fill
+        covered = mask if isinstance(edit, wire.Hide) else ~mask
+        return hide(
+            pixels,
+            covered,
+            self._stretched(fill.image) if isinstance(fill, wire.FromImage) else fill,
+        )
+
+    def _stretched(self, image: int) -> Pixels:
+        size = self.setting.source(self.setting.index).size
+        return pixels_of.stretched(self.setting.source(image).pixels, size)
+
+
+def fitted(source: Source, pixels: Pixels, preprocessing: Preprocessing, fit: Fit | None) -> Tensor:
+    """An edited source as the model's input, uint8 (channels, height, width)."""
+    edited = for_model(replace(source, pixels=pixels), preprocessing.channels)
+    return fit_to_model(edited, preprocessing, fit).pixels
+
+
+def _recoloured(pixels: Pixels, to: str | wire.Hue) -> Pixels:
+    if isinstance(to, wire.Hue):
+        return pixels_of.turned(pixels, to.hue)
+    return pixels_of.grey(pixels) if to == "grey" else pixels_of.swapped(pixels, to)
+
+
+def result(
+    plan: Plan,
+    upload: Upload,
+    trials: Trials,
+    failure: Callable[[CamserveError], answered.ImageFailure],
+    side: int,
+) -> wire.ExperimentResult:
+    """One image's place in the answer.
+
+    failure: what an edit that failed says of it. side: the longest of what is drawn, in pixels.
+    Raises RenderFailed.
+    """
+    answer = trials.answer
+    fields: dict[str, Any] = {}
+    if answer.precision != "float32":
+        fields["precision"] = answer.precision
+    targets = plan.targets or (answer.predictions[0].class_id,)
+    edits = [
+        wire.EditResult(name=edit.name, edit=edit.edit, error=failure(effect))
+        if isinstance(effect, CamserveError)
+        else _effect(plan, edit, effect, targets, partial(_map, plan.model, upload, side))
+        for edit, effect in zip(plan.edits, trials.effects, strict=True)
+    ]
+    return wire.ExperimentResult(
+        image=answered.ImageInfo(
+            width=upload.width, height=upload.height, format=upload.format, sha256=upload.sha256
+        ),
+        seen=upload.model_input.geometry.seen,
+        predictions=[_prediction(plan.model, each) for each in answer.predictions],
+        edits=edits,
+        forwards=plan.price,
+        **fields,
+    )
+
+
+def _effect(
+    plan: Plan,
+    edit: wire.Edit,
+    effect: Effect,
+    targets: Sequence[int],
+    draw: Callable[[wire.GradientMap, Explanation], answered.Explanation],
+) -> wire.EditResult:
+    model = plan.model
+    has_place = isinstance(edit, wire.Channels) or getattr(edit, "region", None) is not None
+    logits, unedited = effect.logits[0], effect.unedited
+    scores, before = model.scores(logits), model.scores(unedited)
+    best = logits.topk(min(plan.options.top_k, len(logits))).indices.tolist()
+    changes = [
+        wire.EditChange(
+            class_id=one,
+            label=model.labels[one],
+            score=float(scores[one]),
+            logit=float(logits[one]),
+            score_change=float(scores[one] - before[one]),
+            logit_change=float(logits[one] - unedited[one]),
+            control=_control(effect.logits[:, one] - unedited[one]) if has_place else None,
+        )
+        for one in targets
+    ]
+    further: dict[str, Any] = {}
+    if effect.channels:
+        further["channels"] = list(effect.channels)
+    if isinstance(edit, wire.Gradient) and effect.explanation is not None:
+        further["explanation"] = draw(edit.explain, effect.explanation)
+    return wire.EditResult(
+        name=edit.name,
+        edit=edit.edit,
+        predictions=[
+            _prediction(model, Prediction(one, float(scores[one]), float(logits[one])))
+            for one in best
+        ],
+        changes=changes,
+        control=changes[0].control,
+        **further,
+    )
+
+
+def _map(
+    model: LoadedModel,
+    upload: Upload,
+    side: int,
+    asked: wire.GradientMap,
+    explanation: Explanation,
+) -> answered.Explanation:
+    """The map of a changed gradient, drawn. Raises RenderFailed."""
+    return response.explanation_entry(model, upload, explanation, drawing(asked), side)
+
+
+def drawing(asked: wire.GradientMap) -> ExplainOptions:
+    """How the map of a changed gradient is drawn."""
+    return ExplainOptions(
+        include=list(asked.include),
+        threshold=asked.threshold,
+        size=asked.size,
+        colormap=asked.colormap,
+    )
+
+
+def _control(changes: Tensor) -> wire.Control:
+    """changes: of the logit, by the edit and then by each control."""
+    own, others = changes[0], changes[1:]
+    if not len(others):
+        return wire.Control(n=0, mean=None, low=None, high=None, smaller=0)
+    return wire.Control(
+        n=len(others),
+        mean=float(others.mean()),
+        low=float(others.min()),
+        high=float(others.max()),
+        smaller=int((others.abs() < own.abs()).sum()),
+    )
+
+
+def _prediction(model: LoadedModel, one: Prediction) -> answered.Prediction:
+    return answered.Prediction(
+        class_id=one.class_id, label=model.labels[one.class_id], score=one.score, logit=one.logit
+    )
+
+
+def body(recipe: Recipe, request_id: str, results: list[wire.ExperimentResult]) -> bytes:
+    """The answer to a request as JSON; its clock has stopped."""
+    answer = wire.ExperimentAnswer(
+        id=request_id,
+        model=answered.ModelVersion(name=recipe.model.name, version=recipe.model.version),
+        results=results,
+        timing_ms=answered.Timing(**recipe.clock.milliseconds()),
+    )
+    return orjson.dumps(answer.model_dump(exclude_unset=True))
