@@ -51,13 +51,15 @@ class _Part(BaseModel):
 
 
 def _kind(value: object) -> str | None:
-    """Which form of a value that is a word or an object of one field; None where it is neither."""
-    if isinstance(value, dict) and len(value) == 1:
-        name = next(iter(value))
-        return name if name in ("image", "hue", "scale", "clip", "top") else None
+    """Which form of a value that is a word or an object named by a field; None for neither."""
+    if isinstance(value, dict):
+        return next((name for name in _NAMED if name in value), None)
     if isinstance(value, _Part):
         return next(iter(type(value).model_fields))
-    return None if isinstance(value, dict) else "value"
+    return "value"
+
+
+_NAMED = ("image", "hue", "scale", "clip", "top")
 
 
 def _forms(accepted: str) -> Discriminator:

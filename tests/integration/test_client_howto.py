@@ -59,17 +59,23 @@ def test_the_examples_of_the_experiments_do_what_the_page_says(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     shutil.copy(ROOT / "examples" / "sunflower.jpg", "sunflower.jpg")
+    Image.new("RGB", (300, 200), "grey").save("other.jpg")
     page = EXPERIMENTS.read_text(encoding="utf-8")
     with run_server(models=()) as server:
         page = page.replace("http://127.0.0.1:8000", server.url)
-        (code,) = BLOCK.findall(page)
-        exec(compile(code, str(EXPERIMENTS), "exec"), {})  # noqa: S102 - the page's own words
+        names: dict[str, Any] = {}
+        code, inside = BLOCK.findall(page)
+        for block in (code, inside):
+            exec(compile(block, str(EXPERIMENTS), "exec"), names)  # noqa: S102 - the page's own words
         (command,) = re.findall(r"^```sh\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
         by_curl = []
         if shutil.which("curl"):
             said = subprocess.run(["/bin/sh", "-c", command], capture_output=True, check=True)
             by_curl = json.loads(said.stdout)["results"][0]["edits"]
-    without, only = capsys.readouterr().out.splitlines()
+    without, only, silent, patched, clipped = capsys.readouterr().out.splitlines()
+    assert silent.startswith("silent [")
+    assert patched.split("]")[0].removeprefix("of the other image") in silent
+    assert clipped == "clipped None 0.0"
     assert without.startswith("without it -")
     assert without.endswith("8 of 8"), "the flower counts more than every other place"
     assert only.startswith("only it ")

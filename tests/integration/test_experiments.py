@@ -609,3 +609,343 @@ def test_the_client_asks_the_same_from_threads_and_from_tasks(
                 assert edit.changes[0].logit_change == pytest.approx(change, abs=1e-5)
                 assert edit.control is not None
                 assert edit.control.n == 3
+
+
+# ---- edits of the model
+
+
+def layer_edit(name: str, layer: str = "layer2", **fields: Any) -> dict[str, Any]:
+    return {"name": name, "edit": "channels", "layer": layer, **fields}
+
+
+def input_of(model: LoadedModel, data: bytes = IMAGE) -> torch.Tensor:
+    pixels = fit_to_model(source_of(data), model.preprocessing, None).pixels
+    return model.normalised(pixels[None])
+
+
+def output_of(model: LoadedModel, layer: str, data: bytes) -> torch.Tensor:
+    """What a layer returns for an image, by a plain hook on a private copy."""
+    net, found = model.replicate(), []
+    hook = net.get_submodule(layer).register_forward_hook(lambda *args: found.append(args[2]))
+    with torch.no_grad():
+        net(input_of(model, data))
+    hook.remove()
+    return found[0].clone()
+
+
+def hooked_logits(
+    model: LoadedModel, layer: str, change: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """The logits with a layer's output changed, by a plain hook on a private copy."""
+    net = model.replicate()
+    net.get_submodule(layer).register_forward_hook(lambda _m, _a, output: change(output.clone()))
+    with torch.no_grad():
+        return net(input_of(model))[0]
+
+
+def noisy(values: torch.Tensor, seed: int) -> torch.Tensor:
+    noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(seed))
+    mean = values.mean(dim=(2, 3), keepdim=True)
+    return mean + noise * values.std(dim=(2, 3), keepdim=True, correction=0)
+
+
+CHANNELS = [3, 17, 18, 19]
+SETTINGS: dict[str, Any] = {
+    "zero": "zero",
+    "mean": "mean",
+    "noise": "noise",
+    "scale": {"scale": -1.5},
+    "another image's": {"image": 1},
+}
+
+
+@pytest.mark.parametrize("layer", ["stem", "layer2", "layer3", "layer2.1.conv1.0"])
+def test_set_channels_are_those_of_a_plain_hook(
+    builtin: TestClient, model: LoadedModel, layer: str
+) -> None:
+    other = output_of(model, layer, OTHER)
+    own = output_of(model, layer, IMAGE)
+    changed = {
+        "zero": torch.zeros_like(own),
+        "mean": own.mean(dim=(2, 3), keepdim=True).expand_as(own),
+        "noise": noisy(own, 7),
+        "scale": -1.5 * own,
+        "another image's": other,
+    }
+    edits = [
+        layer_edit(name, layer, channels=[3, "17-19"], set=setting)
+        for name, setting in SETTINGS.items()
+    ]
+    result, _ = ask(builtin, edits, IMAGE, OTHER, targets=[0, 2], seed=7, controls=2)
+    before = logits_of(model, source_of(IMAGE).pixels)
+    for edit in result["edits"]:
+
+        def change(output: torch.Tensor, name: str = edit["name"]) -> torch.Tensor:
+            output[:, CHANNELS] = changed[name][:, CHANNELS]
+            return output
+
+        after = hooked_logits(model, layer, change)
+        assert edit["channels"] == CHANNELS
+        assert edit["control"]["n"] == 2
+        for one in edit["changes"]:
+            moved = float((after - before)[one["class_id"]])
+            assert one["logit_change"] == pytest.approx(moved, abs=1e-5), edit["name"]
+            assert one["logit_change"] != 0
+        assert [p["class_id"] for p in edit["predictions"]][:1] == [int(after.argmax())]
+
+
+def test_patching_all_channels_gives_the_other_image_s_answer(
+    builtin: TestClient, model: LoadedModel
+) -> None:
+    edits = [layer_edit("all", channels=["*"], set={"image": 1})]
+    result, other = ask(builtin, edits, IMAGE, OTHER)
+    for patched, plain in zip(result["edits"][0]["predictions"], other["predictions"], strict=True):
+        assert patched["class_id"] == plain["class_id"]
+        assert patched["logit"] == pytest.approx(plain["logit"], abs=1e-4)
+    assert other["edits"][0]["changes"][0]["logit_change"] == 0
+
+
+def test_the_top_channels_are_those_with_the_largest_gradient_times_activation(
+    builtin: TestClient, model: LoadedModel
+) -> None:
+    net, kept = model.replicate(), []
+
+    def keep(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
+        kept.append(output.detach().requires_grad_())
+        return kept[0].clone()
+
+    net.get_submodule("layer2").register_forward_hook(keep)
+    (gradient,) = torch.autograd.grad(net(input_of(model))[0, 3], kept)
+    contribution = (gradient * kept[0].detach()).sum(dim=(0, 2, 3))
+    expected = sorted(contribution.topk(6).indices.tolist())
+    edits = [
+        layer_edit("by class", channels={"top": 6, "of": 3}),
+        layer_edit("by target", channels={"top": 6}),
+        layer_edit("by number", channels=expected),
+    ]
+    (result,) = ask(builtin, edits, targets=[3])
+    by_class, by_target, by_number = result["edits"]
+    assert by_class["channels"] == by_target["channels"] == expected
+    assert by_class["changes"] == by_target["changes"] == by_number["changes"]
+    assert by_class["changes"][0]["logit_change"] < 0
+    assert by_class["control"]["smaller"] >= 6
+
+
+NULL_INSIDE = {
+    "scaled by 1": {"set": {"scale": 1}},
+    "from the image itself": {"set": {"image": 0}},
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_edit_of_channels_that_changes_nothing_changes_exactly_nothing(
+    serve: Any, compiled: bool
+) -> None:
+    edits = [layer_edit(name, channels=["*"], **more) for name, more in NULL_INSIDE.items()]
+    edits += [layer_edit("a few", "layer3", channels=[1, 2], set={"scale": 1})]
+    with serve(models=("builtin",), compile=compiled) as client:
+        (result,) = ask(client, edits)
+    for edit in result["edits"]:
+        assert edit["changes"][0]["logit_change"] == 0
+        assert edit["changes"][0]["score_change"] == 0
+
+
+def test_other_channels_are_a_control_of_the_same_number(builtin: TestClient) -> None:
+    edits = [
+        layer_edit("one", channels=[0]),
+        layer_edit("nearly all", channels=["1-63"]),
+        layer_edit("all", channels=["*"]),
+    ]
+    (result,) = ask(builtin, edits, controls=64)
+    one, nearly, every = (edit["control"] for edit in result["edits"])
+    assert one["n"] == 63
+    assert nearly == {"n": 0, "mean": None, "low": None, "high": None, "smaller": 0}
+    assert every["n"] == 0
+
+
+def grid_of(explanation: Any) -> Any:
+    grid = np.frombuffer(base64.b64decode(explanation["grid"]["data"]), "<f4")
+    return grid.reshape(explanation["grid"]["shape"])
+
+
+GRADIENTS: dict[str, tuple[Any, Callable[[torch.Tensor], torch.Tensor]]] = {
+    "zero": ("zero", torch.zeros_like),
+    "scale": ({"scale": -2}, lambda gradient: -2 * gradient),
+    "clip": ({"clip": 0.0005}, lambda gradient: gradient.clamp(-0.0005, 0.0005)),
+}
+
+
+def by_hooks(
+    model: LoadedModel, edited: str, target: str, change: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Grad-CAM of class 2 at `target` with the gradient at `edited` changed, by plain hooks."""
+    net, kept = model.replicate(), []
+
+    def keep(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
+        kept.append(output.detach().requires_grad_())
+        return kept[0].clone()
+
+    def alter(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
+        output = output.clone()
+        output.register_hook(change)
+        return output
+
+    net.get_submodule(target).register_forward_hook(keep)
+    net.get_submodule(edited).register_forward_hook(alter)
+    (gradient,) = torch.autograd.grad(net(input_of(model))[0, 2], kept)
+    weights = gradient.mean(dim=(2, 3), keepdim=True)
+    return (weights * kept[0].detach()).sum(dim=1)[0].relu()
+
+
+@pytest.mark.parametrize("edited", ["layer3", "layer2"])
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_a_changed_gradient_changes_the_map_as_plain_hooks_do_and_no_score(
+    builtin: TestClient, model: LoadedModel, name: str, edited: str
+) -> None:
+    setting, change = GRADIENTS[name]
+    expected = by_hooks(model, edited, "layer2", change)
+    explain = {"target": 2, "layer": "layer2", "include": ["grid"]}
+    edits = [
+        {"name": name, "edit": "gradient", "layer": edited, "set": setting, "explain": explain}
+    ]
+    (result,) = ask(builtin, edits, targets=[0, 2])
+    (edit,) = result["edits"]
+    explanation = edit["explanation"]
+    low, high = explanation["range"]
+    assert explanation["class_id"] == 2
+    assert high == pytest.approx(float(expected.max()), rel=1e-4, abs=1e-7)
+    made = torch.tensor(grid_of(explanation)) * high
+    assert torch.allclose(made, expected, rtol=1e-4, atol=1e-5 * max(1.0, float(expected.max())))
+    assert edit["predictions"] == result["predictions"]
+    assert edit["control"] is None
+    assert all(one["logit_change"] == one["score_change"] == 0 for one in edit["changes"])
+    assert low == 0
+
+
+def test_a_gradient_that_is_not_changed_gives_the_map_of_explain(builtin: TestClient) -> None:
+    methods = ["gradcam", "layercam", "input_gradient", "integrated_gradients", "guided_gradcam"]
+    explain = {"include": ["grid"], "target": 1, "steps": 5}
+    edits = [
+        {
+            "name": method,
+            "edit": "gradient",
+            "layer": "layer3",
+            "set": {"scale": 1},
+            "explain": {**explain, "method": method},
+        }
+        for method in methods
+    ]
+    (result,) = ask(builtin, edits)
+    for edit in result["edits"]:
+        params = {"method": edit["name"], "include": "grid", "targets": "1", "steps": 5}
+        answer = builtin.post("/explain", content=IMAGE, headers=PNG, params=params).json()
+        plain = answer["results"][0]["explanations"][0]
+        assert np.allclose(grid_of(edit["explanation"]), grid_of(plain), atol=1e-4), edit["name"]
+        assert edit["explanation"]["flags"] == plain["flags"]
+
+
+def test_a_zeroed_gradient_leaves_nothing_of_any_map(builtin: TestClient) -> None:
+    methods = ["gradcampp", "hirescam", "xgradcam", "input_gradient", "guided_backprop"]
+    edits = [
+        {
+            "name": method,
+            "edit": "gradient",
+            "layer": "layer3",
+            "set": "zero",
+            "explain": {"method": method, "include": ["none"]},
+        }
+        for method in methods
+    ]
+    (result,) = ask(builtin, edits)
+    for edit in result["edits"]:
+        assert edit["explanation"]["range"] == [0, 0], edit["name"]
+        assert "all_zero" in edit["explanation"]["flags"]
+
+
+BAD_INSIDE: dict[str, tuple[Any, int, str]] = {
+    "a channel that is not there": (layer_edit("a", channels=[64]), 422, "64 channels, 0 to 63"),
+    "a range that ends too late": (layer_edit("a", channels=["60-70"]), 422, "0 to 63"),
+    "a range that runs back": (layer_edit("a", channels=["9-3"]), 422, "channels"),
+    "more top channels than there are": (layer_edit("a", channels={"top": 65}), 422, "0 to 63"),
+    "no channels": (layer_edit("a", channels=[]), 422, "channels"),
+    "no number": (layer_edit("a", channels=["three"]), 422, "channels"),
+    "half a channel": (layer_edit("a", channels=[1.5]), 422, "channels"),
+    "another form of channels": (layer_edit("a", channels={"best": 3}), 422, '{"top": 10}'),
+    "another setting": (layer_edit("a", channels=[1], set="blur"), 422, "'zero', 'mean'"),
+    "another form of setting": (layer_edit("a", channels=[1], set={"by": 2}), 422, '{"scale"'),
+    "a scale beyond all bounds": (layer_edit("a", channels=[1], set={"scale": 1e9}), 422, "scale"),
+    "another image that is not there": (
+        layer_edit("a", channels=[1], set={"image": 1}),
+        422,
+        "edits.0.channels.set.image",
+    ),
+    "no layer": ({"name": "a", "edit": "channels", "channels": [1]}, 422, "layer"),
+    "an unknown layer": (layer_edit("a", "layer22", channels=[1]), 404, "layer2"),
+    "a layer without channels": (layer_edit("a", "fc", channels=[1]), 422, "fc"),
+    "top channels of an unknown class": (
+        layer_edit("a", channels={"top": 3, "of": "tulpe"}),
+        404,
+        "tulip",
+    ),
+    "a gradient without a change": (
+        {"name": "a", "edit": "gradient", "layer": "layer3"},
+        422,
+        "edits.0.gradient.set",
+    ),
+    "a gradient set to noise": (
+        {"name": "a", "edit": "gradient", "layer": "layer3", "set": "noise"},
+        422,
+        "'zero'",
+    ),
+    "a negative clip": (
+        {"name": "a", "edit": "gradient", "layer": "layer3", "set": {"clip": -1}},
+        422,
+        "clip",
+    ),
+    "a gradient before the map's layer": (
+        {"name": "a", "edit": "gradient", "layer": "layer1", "set": "zero"},
+        422,
+        "comes later",
+    ),
+    "a method without gradients": (
+        {
+            "name": "a",
+            "edit": "gradient",
+            "layer": "layer3",
+            "set": "zero",
+            "explain": {"method": "rise"},
+        },
+        422,
+        "uses no gradient",
+    ),
+    "an overlay": (
+        {
+            "name": "a",
+            "edit": "gradient",
+            "layer": "layer3",
+            "set": "zero",
+            "explain": {"include": ["overlay"]},
+        },
+        422,
+        "include",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INSIDE)
+def test_a_wrong_edit_of_the_model_is_refused(builtin: TestClient, case: str) -> None:
+    edit, status, words = BAD_INSIDE[case]
+    response = builtin.post("/experiments", json={"images": sent(IMAGE), "edits": [edit]})
+    assert response.status_code == status, response.text
+    assert words in response.json()["detail"], response.json()["detail"]
+
+
+def test_a_transformer_s_channels_are_set_for_all_tokens(serve: Any) -> None:
+    edits = [
+        layer_edit("a", "blocks.1", channels=[0, 1], set={"scale": 0.5}),
+        layer_edit("top", "blocks.1", channels={"top": 3}),
+    ]
+    with serve(models=("timm/test_vit",), allow_random_weights=True) as client:
+        (result,) = ask(client, edits, controls=2)
+    for edit in result["edits"]:
+        assert edit["changes"][0]["logit_change"] != 0
