@@ -277,6 +277,70 @@ class Answer(BaseModel):
     timing_ms: Timing
 
 
+class Control(BaseModel):
+    """The change of the logit in the controls: the same edit at other places of the same size.
+
+    `smaller` is how many of the `n` controls changed the logit less than the edit itself, in
+    absolute value. Without controls, `mean`, `low` and `high` are null.
+    """
+
+    n: int
+    mean: float | None
+    low: float | None
+    high: float | None
+    smaller: int
+
+
+class EditChange(Change):
+    """The change of one class: the value with the edit minus without."""
+
+    control: Control | None = Field(
+        None, description="Null if the edit has no place, such as `flip`."
+    )
+
+
+class EditResult(BaseModel):
+    """One edit of one image. `control` is that of the first of `changes`."""
+
+    name: str
+    edit: str
+    predictions: list[Prediction] | None = None
+    changes: list[EditChange] | None = None
+    channels: list[int] | None = Field(None, description="The channels that were set.")
+    explanation: Explanation | None = Field(
+        None, description="The map with the gradient changed, of an edit `gradient`."
+    )
+    control: Control | None = None
+    error: ImageFailure | None = Field(
+        None, description="Why this edit failed, for instance because its other image did."
+    )
+
+
+class ExperimentResult(BaseModel):
+    """The result for one image; `predictions` are of the unedited image."""
+
+    image: ImageInfo | None = None
+    seen: Rect | None = None
+    predictions: list[Prediction] | None = None
+    edits: list[EditResult] | None = None
+    precision: Literal["bf16", "int8"] | None = Field(
+        None, description="Precision of the computation, if it is not float32."
+    )
+    forwards: float | None = Field(
+        None, description="The price of the experiment, in forward passes for this image."
+    )
+    error: ImageFailure | None = None
+
+
+class ExperimentAnswer(BaseModel):
+    """One result per image, in the order they were sent."""
+
+    id: str = Field(description="The request id, also in the header X-Request-ID.")
+    model: ModelVersion
+    results: list[ExperimentResult]
+    timing_ms: Timing
+
+
 class Problem(BaseModel):
     """An `application/problem+json` body."""
 

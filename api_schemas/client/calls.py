@@ -12,6 +12,7 @@ import httpx
 import PIL.Image
 
 from api_schemas import models as wire
+from api_schemas.answers import ExperimentAnswer
 from api_schemas.client.errors import InvalidOption, NotFound, Unauthorized, UnexpectedAnswer
 from api_schemas.client.requests import (
     ApiCall,
@@ -26,13 +27,12 @@ from api_schemas.client.requests import (
     read_options,
 )
 from api_schemas.client.results import Answer, Result, read_answer
-from api_schemas.experiments import EDITS, Edit, ExperimentAnswer, ExperimentOptions
-from api_schemas.options import CommonOptions
+from api_schemas.options import EDITS, CommonOptions, Edit, ExperimentOptions
 
 T = TypeVar("T")
 
 Edits = Sequence[Edit | Mapping[str, Any]]
-"""Edits of `experiments`: models of `api_schemas.experiments`, or dicts such as JSON has."""
+"""Edits of `experiments`: models of `api_schemas.options`, or dicts such as JSON has."""
 
 Progress = Callable[[int, int | None], None]
 """Receives the number of finished images, and their total or None if that is unknown."""

@@ -14,6 +14,7 @@ import httpx
 import PIL.Image
 
 from api_schemas import models as wire
+from api_schemas.answers import ExperimentAnswer
 from api_schemas.client.arguments import ExperimentArguments, ExplainArguments, PredictArguments
 from api_schemas.client.calls import (
     FATAL_ERRORS,
@@ -28,7 +29,6 @@ from api_schemas.client.calls import (
 from api_schemas.client.errors import ClientError
 from api_schemas.client.requests import Image, Images, Received, Send, Steps, read_options
 from api_schemas.client.results import Answer, Result
-from api_schemas.experiments import ExperimentAnswer
 from api_schemas.options import CommonOptions, ExplainOptions, PredictOptions
 
 T = TypeVar("T")

@@ -1,6 +1,5 @@
 """Experiments on the images of one request: from options and edits to what each edit changed.
 
-    plan = planned(model, options, edits, limits, images=2)       # refuses, prices
     trials = await conduct(plan, recipe, uploads, index)          # one image
     result(plan, upload, trials, failure)                         # its place in the answer
 
@@ -10,30 +9,28 @@ is then fitted to the model as any other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import orjson
-import torch
 from torch import Tensor
 
 from api_schemas import answers as answered
-from api_schemas import experiments as wire
-from api_schemas.methods import BACKWARD, METHODS
+from api_schemas import options as wire
 from api_schemas.options import ExplainOptions, PredictOptions
 from service.cam.regions import find_regions
 from service.errors import CamserveError, InvalidOption
 from service.images.budget import DecodeBudget
+from service.images.declared_size import Size
 from service.images.decode import Fit, ModelInput, Preprocessing, Source, fit_to_model
 from service.images.masks import filling, hide
 from service.images.run_lengths import RLE, rle_decode
 from service.images.upload import Upload, area_mask, for_model
 from service.inference import edits as pixels_of
 from service.inference.edits import Mask, Pixels
-from service.inference.method_table import check_method, cost
 from service.inference.questions import (
     ChannelEdit,
     Edit,
@@ -47,8 +44,10 @@ from service.inference.questions import (
 )
 from service.models.loaded import LoadedModel
 from service.pipeline import response
+from service.pipeline.answer_size import AnswerSizes, longest_label
+from service.pipeline.edits import Plan, donors
 from service.pipeline.process import result_of, run_question
-from service.pipeline.service import Clock, Limits, Recipe, Service
+from service.pipeline.service import Clock, Recipe, Service
 
 Opened = Sequence[Upload | BaseException]
 """The images of a request, or why each could not be opened."""
@@ -58,27 +57,11 @@ Mark = tuple[int, wire.Region]
 
 Marks = Mapping[Mark, RLE]
 
+_ENTRY, _EDIT, _NUMBERS, _CHANNEL = 1024, 512, 640, 6
+"""Bytes in JSON: of an image's entry, of an edit, of a prediction or change, of a channel."""
+
 _WORK = 6
 """Bytes that an edit takes at most for each byte of the source's pixels."""
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a request means for a model.
-
-    targets: class ids; empty means the top-1 prediction of each unedited image.
-    inside:  of each edit of the model what is done, but for the image; None for one of the image.
-    marks:   what is asked of each map that a region is drawn from.
-    price:   in forward passes, for each image.
-    """
-
-    model: LoadedModel
-    options: wire.ExperimentOptions
-    edits: Sequence[wire.Edit]
-    targets: tuple[int, ...]
-    inside: Sequence[ChannelEdit | GradientEdit | None]
-    marks: Mapping[wire.Region, Question]
-    price: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,191 +70,6 @@ class Trials:
 
     answer: InferenceResult
     effects: Sequence[Effect | CamserveError]
-
-
-def planned(
-    model: LoadedModel,
-    options: wire.ExperimentOptions,
-    edits: Sequence[wire.Edit],
-    limits: Limits,
-    images: int,
-) -> Plan:
-    """Everything that can be refused before an image is looked at.
-
-    Raises UnknownLayer, UnknownClass, and InvalidOption for what does not fit this model or these
-    images, or costs more than the service allows.
-    """
-    targets = tuple(dict.fromkeys(map(model.class_id, options.targets)))
-    price, marks = 1.0, dict[wire.Region, Question]()
-    inside: list[ChannelEdit | GradientEdit | None] = []
-    for number, edit in enumerate(edits):
-        place = f"edits.{number}.{edit.edit}"
-        _check(model, edit, place, images)
-        region = getattr(edit, "region", None)
-        if isinstance(edit, wire.Channels):
-            channels = _channel_edit(model, edit, options, targets, place)
-            inside.append(channels)
-            price += 1 + options.controls + _recording(model, channels)
-        elif isinstance(edit, wire.Gradient):
-            gradient = _gradient_edit(model, edit, options, targets, place)
-            inside.append(gradient)
-            price += cost(model, gradient.question)
-        else:
-            inside.append(None)
-            price += 1 + (options.controls if region is not None else 0)
-        if region is not None and region.of is not None and region not in marks:
-            marks[region] = _marking(model, region)
-            price += cost(model, marks[region])
-    if price > limits.cost:
-        raise InvalidOption(
-            f"These edits cost {price:g} forward passes an image; at most {limits.cost:g} are "
-            "allowed. Send fewer edits, or ask for fewer `controls`."
-        )
-    return Plan(model, options, edits, targets, inside, marks, price)
-
-
-def _check(model: LoadedModel, edit: wire.Edit, place: str, images: int) -> None:
-    """Raise InvalidOption where an edit does not fit the request or the model."""
-    for field, donor in _donors(edit):
-        if donor >= images:
-            sent = "1 image, which is 0" if images == 1 else f"{images} images, 0 to {images - 1}"
-            raise InvalidOption(
-                f"{place}.{field}: there is no image {donor}; the request has {sent}."
-            )
-    if isinstance(edit, wire.Recolour) and model.preprocessing.channels > 3:
-        raise InvalidOption(
-            f"{place}: model {model.name!r} takes {model.preprocessing.channels} channels, which "
-            "are no colors; leave the edit out."
-        )
-
-
-def _channel_edit(
-    model: LoadedModel,
-    edit: wire.Channels,
-    options: wire.ExperimentOptions,
-    targets: Sequence[int],
-    place: str,
-) -> ChannelEdit:
-    """Raises UnknownLayer, UnknownClass, and InvalidOption for channels that the layer has not."""
-    if model.no_layers is not None:
-        raise InvalidOption(f"{place}: model {model.name!r} shows no layers: {model.no_layers}.")
-    (layer,) = model.target_layers((edit.layer,))
-    shape, layout = model.layer(layer).shape, model.layer(layer).layout
-    assert shape is not None
-    assert layout is not None
-    count, top, of = shape[layout.channel_axis], 0, None
-    chosen: tuple[int, ...] = ()
-    if isinstance(edit.channels, wire.Top):
-        top = edit.channels.top
-        of = targets[0] if targets else None
-        if edit.channels.of is not None:
-            of = model.class_id(edit.channels.of)
-        if model.no_gradients is not None:
-            raise InvalidOption(
-                f"{place}.channels.top: model {model.name!r} has no gradients, by which channels "
-                f"contribute: {model.no_gradients}. Name the channels by number."
-            )
-    else:
-        chosen = tuple(sorted({n for each in edit.channels for n in _numbers(each, count)}))
-    if top > count or (chosen and chosen[-1] >= count) or not (top or chosen):
-        raise InvalidOption(
-            f"{place}.channels: layer {layer!r} has {count} channels, 0 to {count - 1}."
-        )
-    made = ChannelEdit(layer, "zero", chosen, top, of, controls=options.controls, seed=options.seed)
-    if isinstance(edit.set, wire.ByFactor):
-        return replace(made, to="scale", factor=edit.set.scale)
-    return replace(made, to="donor" if isinstance(edit.set, wire.FromImage) else edit.set)
-
-
-def _numbers(text: str, count: int) -> range:
-    """The channels of a number, a range or `*`; at most one that is not there."""
-    if text == "*":
-        return range(count)
-    first, _, last = text.partition("-")
-    return range(int(first), min(int(last or first), count) + 1)
-
-
-def _recording(model: LoadedModel, edit: ChannelEdit) -> float:
-    """What an edit of channels runs before it: a pass each for image and donor, and two trials."""
-    price = 4.0 if edit.to == "donor" else 3.0
-    if edit.top:
-        price += BACKWARD * (1 - model.layer(edit.layer).share)
-    return round(price, 2)
-
-
-def _gradient_edit(
-    model: LoadedModel,
-    edit: wire.Gradient,
-    options: wire.ExperimentOptions,
-    targets: Sequence[int],
-    place: str,
-) -> GradientEdit:
-    """Raises UnknownLayer, UnknownClass, and InvalidOption for a map without this gradient."""
-    asked, record = edit.explain, METHODS[edit.explain.method]
-    check_method(model, asked.method)
-    if "gradients" not in record.needs:
-        raise InvalidOption(
-            f"{place}.explain.method: `{asked.method}` uses no gradient; take one that does, such "
-            "as gradcam."
-        )
-    if asked.layer is not None and not record.has_layer:
-        raise InvalidOption(
-            f"{place}.explain.layer: `{asked.method}` has no layer; leave out `layer`."
-        )
-    layers: tuple[str, ...] = ()
-    if record.has_layer:
-        layers = model.target_layers(() if asked.layer is None else (asked.layer,))
-    layer = model.layer(edit.layer)
-    if not layer.given:
-        raise InvalidOption(f"{place}.layer: {edit.layer!r} returns no tensor in a forward pass.")
-    if any(model.layer(path).share > layer.share for path in layers):
-        raise InvalidOption(
-            f"{place}.layer: the gradient at {edit.layer!r} has no part in a map at {layers[0]!r}, "
-            "which comes later; name this layer or a later one."
-        )
-    chosen = targets[:1] if asked.target is None else (model.class_id(asked.target),)
-    question = Question(
-        torch.empty(0),
-        options.top_k,
-        targets=tuple(chosen),
-        method=asked.method,
-        layers=layers,
-        steps=asked.steps,
-        seed=options.seed,
-    )
-    if isinstance(edit.set, wire.ByFactor):
-        return GradientEdit(edit.layer, "scale", question, edit.set.scale)
-    if isinstance(edit.set, wire.Clipped):
-        return GradientEdit(edit.layer, "clip", question, edit.set.clip)
-    return GradientEdit(edit.layer, edit.set, question)
-
-
-def _donors(edit: wire.Edit) -> Iterator[tuple[str, int]]:
-    """The other images that an edit takes something from, each with the field that says so."""
-    if isinstance(edit, wire.Paste | wire.Background):
-        yield "image", edit.image
-    fill = getattr(edit, "fill", None)
-    if isinstance(fill, wire.FromImage):
-        yield "fill.image", fill.image
-    if isinstance(edit, wire.Channels) and isinstance(edit.set, wire.FromImage):
-        yield "set.image", edit.set.image
-
-
-def _marking(model: LoadedModel, region: wire.Region) -> Question:
-    """What is asked to find the region that a map marks."""
-    assert region.of is not None
-    check_method(model, region.method)
-    has_layer = METHODS[region.method].has_layer
-    if region.layer is not None and not has_layer:
-        raise InvalidOption(f"`{region.method}` has no layer; leave out `layer` of the region.")
-    named = () if region.layer is None else (region.layer,)
-    return Question(
-        torch.empty(0),
-        top_k=1,
-        targets=(model.class_id(region.of),),
-        method=region.method,
-        layers=model.target_layers(named) if has_layer else (),
-    )
 
 
 def recipe(service: Service, plan: Plan, deadline: float | None, clock: Clock) -> Recipe:
@@ -361,7 +159,7 @@ class _Setting:
         for number, (edit, inside) in enumerate(
             zip(self.plan.edits, self.plan.inside, strict=True)
         ):
-            failed = next((name for _, name in _donors(edit) if self._failed(name)), None)
+            failed = next((name for _, name in donors(edit) if self._failed(name)), None)
             if failed is not None:
                 prepared.append(
                     InvalidOption(f"The edit takes from image {failed}, which could not be read.")
@@ -524,7 +322,7 @@ def result(
     trials: Trials,
     failure: Callable[[CamserveError], answered.ImageFailure],
     side: int,
-) -> wire.ExperimentResult:
+) -> answered.ExperimentResult:
     """One image's place in the answer.
 
     failure: what an edit that failed says of it. side: the longest of what is drawn, in pixels.
@@ -536,12 +334,12 @@ def result(
         fields["precision"] = answer.precision
     targets = plan.targets or (answer.predictions[0].class_id,)
     edits = [
-        wire.EditResult(name=edit.name, edit=edit.edit, error=failure(effect))
+        answered.EditResult(name=edit.name, edit=edit.edit, error=failure(effect))
         if isinstance(effect, CamserveError)
         else _effect(plan, edit, effect, targets, partial(_map, plan.model, upload, side))
         for edit, effect in zip(plan.edits, trials.effects, strict=True)
     ]
-    return wire.ExperimentResult(
+    return answered.ExperimentResult(
         image=answered.ImageInfo(
             width=upload.width, height=upload.height, format=upload.format, sha256=upload.sha256
         ),
@@ -559,14 +357,14 @@ def _effect(
     effect: Effect,
     targets: Sequence[int],
     draw: Callable[[wire.GradientMap, Explanation], answered.Explanation],
-) -> wire.EditResult:
+) -> answered.EditResult:
     model = plan.model
     has_place = isinstance(edit, wire.Channels) or getattr(edit, "region", None) is not None
     logits, unedited = effect.logits[0], effect.unedited
     scores, before = model.scores(logits), model.scores(unedited)
     best = logits.topk(min(plan.options.top_k, len(logits))).indices.tolist()
     changes = [
-        wire.EditChange(
+        answered.EditChange(
             class_id=one,
             label=model.labels[one],
             score=float(scores[one]),
@@ -582,7 +380,7 @@ def _effect(
         further["channels"] = list(effect.channels)
     if isinstance(edit, wire.Gradient) and effect.explanation is not None:
         further["explanation"] = draw(edit.explain, effect.explanation)
-    return wire.EditResult(
+    return answered.EditResult(
         name=edit.name,
         edit=edit.edit,
         predictions=[
@@ -616,12 +414,12 @@ def drawing(asked: wire.GradientMap) -> ExplainOptions:
     )
 
 
-def _control(changes: Tensor) -> wire.Control:
+def _control(changes: Tensor) -> answered.Control:
     """changes: of the logit, by the edit and then by each control."""
     own, others = changes[0], changes[1:]
     if not len(others):
-        return wire.Control(n=0, mean=None, low=None, high=None, smaller=0)
-    return wire.Control(
+        return answered.Control(n=0, mean=None, low=None, high=None, smaller=0)
+    return answered.Control(
         n=len(others),
         mean=float(others.mean()),
         low=float(others.min()),
@@ -636,9 +434,24 @@ def _prediction(model: LoadedModel, one: Prediction) -> answered.Prediction:
     )
 
 
-def body(recipe: Recipe, request_id: str, results: list[wire.ExperimentResult]) -> bytes:
+def entry_bytes(plan: Plan, render_side: int, source: Size) -> int:
+    """The bytes in JSON of one image's entry at most, by the size of its upright source."""
+    numbers = min(plan.options.top_k, len(plan.model.labels)) + max(1, len(plan.targets))
+    listed = _EDIT + numbers * (_NUMBERS + longest_label(plan.model.labels))
+    size = _ENTRY + (1 + len(plan.edits)) * listed
+    for edit, inside in zip(plan.edits, plan.inside, strict=True):
+        if isinstance(edit, wire.Gradient) and isinstance(inside, GradientEdit):
+            options = drawing(edit.explain)
+            sizes = AnswerSizes(plan.model, options, inside.question, render_side)
+            size += sizes.explanation(source)
+        if isinstance(inside, ChannelEdit):
+            size += _CHANNEL * (len(inside.channels) or inside.top)
+    return size
+
+
+def body(recipe: Recipe, request_id: str, results: list[answered.ExperimentResult]) -> bytes:
     """The answer to a request as JSON; its clock has stopped."""
-    answer = wire.ExperimentAnswer(
+    answer = answered.ExperimentAnswer(
         id=request_id,
         model=answered.ModelVersion(name=recipe.model.name, version=recipe.model.version),
         results=results,

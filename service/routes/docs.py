@@ -9,9 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from api_schemas.answers import Answer, Problem
-from api_schemas.experiments import ExperimentAnswer, ExperimentRequest
-from api_schemas.options import ExplainRequest, PredictRequest
+from api_schemas.answers import Answer, ExperimentAnswer, Problem
+from api_schemas.options import ExperimentRequest, ExplainRequest, PredictRequest
 from service.routes import examples
 from service.routes.integration import ErrorBody, Integration
 from service.routes.problems import PROBLEM_MEDIA_TYPE

@@ -10,12 +10,14 @@ from typing import Annotated
 import pydantic
 from fastapi import APIRouter, Query, Request, Response
 
-from api_schemas import experiments as wire
+from api_schemas import options as wire
+from api_schemas.answers import ExperimentResult
 from service.errors import InvalidOption, MalformedRequest, UnsupportedMediaType
 from service.images.upload import Upload
 from service.pipeline import experiments as pipeline
-from service.pipeline.answer_size import longest_label
-from service.pipeline.experiments import Opened, Plan
+from service.pipeline.answer_size import quote_image
+from service.pipeline.edits import Plan, plan_edits
+from service.pipeline.experiments import Opened
 from service.pipeline.process import as_error, open_image, render, result_of
 from service.pipeline.service import Clock, Recipe
 from service.routes import access, bodies, docs, forms, lifecycle
@@ -24,9 +26,6 @@ from service.routes.state import service_of
 from service.scheduling.admission import Bill, Permit
 
 router = APIRouter(tags=["classify"])
-
-_RESULT, _EDIT, _NUMBERS = 1024, 512, 640
-"""Bytes in JSON: of an image's place, of an edit's, and of one prediction or change."""
 
 _ADVICE = "Ask for a smaller top_k, fewer targets or fewer edits."
 
@@ -53,13 +52,14 @@ async def _answer(
     service = service_of(request)
     async with lifecycle.model_in_use(request, options.model) as model:
         plan = await result_of(
-            service.scheduler.call(
-                pipeline.planned, model, options, edits, service.limits, len(images)
-            )
+            service.scheduler.call(plan_edits, model, options, edits, service.limits, len(images))
         )
         access.reserve(request, plan.price * len(images))
         request.scope["log"] = {"model": model.name}
-        Bill(permit, service.limits.answer_bytes, lambda: _ADVICE).add(len(images) * _bytes(plan))
+        price = functools.partial(pipeline.entry_bytes, plan, service.limits.render_side)
+        bill = Bill(permit, service.limits.answer_bytes, lambda: _ADVICE)
+        quotes = [quote_image(image, service.limits.pixels, price) for image in images]
+        bill.add(sum(quote.price for quote in quotes))
         clock = Clock(request.scope["started"])
         deadline = clock.started + lifecycle.timeout_of(request)
         recipe = pipeline.recipe(service, plan, deadline, clock)
@@ -67,6 +67,9 @@ async def _answer(
         opened = await asyncio.gather(
             *(_opened(recipe, image, permit, take) for image in images), return_exceptions=True
         )
+        for upload, quote in zip(opened, quotes, strict=True):
+            if isinstance(upload, Upload):  # a file may hide its size until it is decoded
+                bill.add(max(0, price((upload.width, upload.height)) - quote.price))
         results = await asyncio.gather(
             *(_one(plan, recipe, opened, index) for index in range(len(images))),
             return_exceptions=True,
@@ -136,7 +139,7 @@ async def _opened(
     return upload
 
 
-async def _one(plan: Plan, recipe: Recipe, opened: Opened, index: int) -> wire.ExperimentResult:
+async def _one(plan: Plan, recipe: Recipe, opened: Opened, index: int) -> ExperimentResult:
     trials = await pipeline.conduct(plan, recipe, opened, index)
     upload = opened[index]
     assert isinstance(upload, Upload)
@@ -147,7 +150,7 @@ async def _one(plan: Plan, recipe: Recipe, opened: Opened, index: int) -> wire.E
 async def _respond(
     request: Request,
     recipe: Recipe,
-    results: Sequence[wire.ExperimentResult | BaseException],
+    results: Sequence[ExperimentResult | BaseException],
 ) -> Response:
     failures = [as_error(each) for each in results if isinstance(each, BaseException)]
     if len(failures) == len(results):
@@ -155,17 +158,9 @@ async def _respond(
     header = lifecycle.report(request, recipe, len(results))
     places = [
         each
-        if isinstance(each, wire.ExperimentResult)
-        else wire.ExperimentResult(error=lifecycle.failure(each))
+        if isinstance(each, ExperimentResult)
+        else ExperimentResult(error=lifecycle.failure(each))
         for each in results
     ]
     call = recipe.service.scheduler.call(pipeline.body, recipe, request.scope["request_id"], places)
     return Response(await result_of(call), media_type="application/json", headers=header)
-
-
-def _bytes(plan: Plan) -> int:
-    """What an image's place in the answer takes at most, in bytes."""
-    classes = len(plan.model.labels)
-    numbers = min(plan.options.top_k, classes) + max(1, len(plan.targets))
-    label = longest_label(plan.model.labels)
-    return _RESULT + (1 + len(plan.edits)) * (_EDIT + numbers * (_NUMBERS + label))

@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 from starlette.testclient import TestClient
 
+from api_schemas.answers import ExperimentAnswer
 from api_schemas.client import AsyncClient, Client
-from api_schemas.experiments import EDITS, ExperimentAnswer
+from api_schemas.options import EDITS
 from service.cam.regions import find_regions
 from service.images.decode import Source, decode, fit_to_model
 from service.images.masks import filling

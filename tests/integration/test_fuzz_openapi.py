@@ -42,6 +42,7 @@ CONFIG = schemathesis.Config.from_dict(
 REFUSES_WHAT_IS_VALID = {
     "POST /explain": "options that exclude each other; text that must be base64, or an allowed URL",
     "POST /predict": "as /explain",
+    "POST /experiments": "as /explain; names that must differ, images and channels that must exist",
     "POST /integrations/label-studio/setup": "text that must be a labeling configuration",
     "POST /integrations/label-studio/predict": "as its setup",
     "GET /integrations/label-studio/overlay.png": "a key that must have been signed here",

@@ -42,8 +42,7 @@ from api_schemas.client.requests import (
     read_options,
 )
 from api_schemas.client.results import decode_mask, read_answer
-from api_schemas.experiments import ExperimentOptions
-from api_schemas.options import ExplainOptions, Mask, PredictOptions
+from api_schemas.options import ExperimentOptions, ExplainOptions, Mask, PredictOptions
 
 CALL = ApiCall("GET", "/models")
 REQUEST = httpx.Request("GET", "http://service/models")
