@@ -446,21 +446,24 @@ class Top(_Part):
     of: Target | None = Field(None, description="Default: the first target.")
 
 
-def _digits(value: object) -> object:
-    """JSON may give a channel as a number."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+def _channel(value: object) -> str:
+    """A channel as text; JSON may give a number. Raises ValueError."""
+    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if isinstance(text, str):
+        numbers = text.split("-", 2)
+        plain = all(each.isascii() and each.isdecimal() and len(each) < 6 for each in numbers)
+        if text == "*" or (plain and len(numbers) < 3):
+            return text
+    raise ValueError('a channel is a number, a range such as "3-7", or "*" for all')
 
 
-_CHANNELS = r"^(\*|[0-9]{1,5}(-[0-9]{1,5})?)$"
-_CHANNELS_SCHEMA = {
-    "anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": _CHANNELS}]
+_CHANNEL_SCHEMA = {
+    "anyOf": [
+        {"type": "integer", "minimum": 0, "maximum": 99_999},
+        {"type": "string", "pattern": "^([*]|[0-9]{1,5}(-[0-9]{1,5})?)$"},
+    ]
 }
-ChannelNumbers = Annotated[
-    str,
-    BeforeValidator(_digits),
-    Field(pattern=_CHANNELS),
-    WithJsonSchema(_CHANNELS_SCHEMA),
-]
+ChannelNumbers = Annotated[str, BeforeValidator(_channel), WithJsonSchema(_CHANNEL_SCHEMA)]
 """A channel's number, a range such as `3-7`, or `*` for all."""
 
 

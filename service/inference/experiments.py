@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from service.cam.hooks import altering_gradients, gradients, record
-from service.errors import CamserveError, NonFiniteOutput
+from service.errors import CamserveError, InvalidOption
 from service.inference.edits import (
     changed_channels,
     changed_gradient,
@@ -36,13 +36,14 @@ Finish = Callable[[ImagePass, Sequence[Tensor]], InferenceResult]
 
 def measured_effects(
     image_pass: ImagePass, forward: Forward, finish: Finish
-) -> Generator[None, Replica, tuple[Effect, ...]]:
+) -> Generator[None, Replica, tuple[Effect | CamserveError, ...]]:
     """The effect of each edit of a question; yields where it needs a replica.
 
+    An edit that the model cannot answer has its error in its position.
+
     forward: runs a batch once. finish: makes the result of a pass and its maps.
-    Raises NonFiniteOutput.
     """
-    edits, found = image_pass.question.edits, list[Effect]()
+    edits, found = image_pass.question.edits, list[Effect | CamserveError]()
     images = [edit for edit in edits if isinstance(edit, ImageEdit)]
     of_images = iter((yield from _of_images(image_pass, images)))
     for edit in edits:
@@ -52,7 +53,7 @@ def measured_effects(
             found.append((yield from _of_gradient(image_pass, edit, forward, finish)))
         else:
             found.append((yield from _of_channels(image_pass, edit)))
-    return tuple(found)
+    return tuple(map(_checked, found))
 
 
 def _of_images(
@@ -71,7 +72,6 @@ def _of_images(
     logits = yield from chunked_logits(image_pass.model, len(variants), images)
     # Batches of another size may differ in the last bits; an image that is the same does not.
     logits[unchanged] = image_pass.logits
-    _check_finite(logits)
     rows = logits.split([edit.count for edit in edits])
     return tuple(Effect(each, image_pass.logits) for each in rows)
 
@@ -105,20 +105,19 @@ def _of_channels(image_pass: ImagePass, edit: ChannelEdit) -> Generator[None, Re
     same = (changed == values).movedim(axis, 0).flatten(1).all(dim=1)
     unchanged = [number for number, each in enumerate(sets) if bool(same[list(each)].all())]
     found[unchanged] = logits
-    _check_finite(found)
     return Effect(found, logits, channels=chosen)
 
 
 def _of_gradient(
     image_pass: ImagePass, edit: GradientEdit, forward: Forward, finish: Finish
-) -> Generator[None, Replica, Effect]:
+) -> Generator[None, Replica, Effect | CamserveError]:
     """The map with the gradient changed, of the pass that predicts and of those that follow."""
     change = partial(changed_gradient, edit=edit)
     replica = yield
     with altering_gradients(replica.module, edit.layer, change):
         (found,) = forward(replica, [edit.question])
     if isinstance(found, CamserveError):
-        raise found
+        return found
     maps, method = found.maps, MULTI_PASS_METHODS.get(edit.question.method or "")
     if method is not None:
         maps = yield from _altered(method(found), edit.layer, change)
@@ -164,9 +163,10 @@ def _recorded(
     return values, logits[0].detach().cpu(), layout.by_image(gradient[0])
 
 
-def _check_finite(logits: Tensor) -> None:
-    if not logits.isfinite().all():
-        raise NonFiniteOutput(
-            "The model answered an edit of this image with NaN or infinity, so there is no change "
-            "to report; try a weaker edit."
-        )
+def _checked(effect: Effect | CamserveError) -> Effect | CamserveError:
+    if isinstance(effect, CamserveError) or effect.logits.isfinite().all():
+        return effect
+    return InvalidOption(
+        "The model answers this edit with NaN or infinity, so there is no change to report; send a "
+        "weaker edit."
+    )

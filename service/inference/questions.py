@@ -12,6 +12,7 @@ from torch import Tensor
 
 from api_schemas.methods import METHODS, MethodRecord
 from service.cam.verdict import WHOLE, Evidence, Verdict
+from service.errors import CamserveError
 from service.images.decode import Rect
 from service.models.compiled.front import Precision
 from service.models.loaded import LoadedModel
@@ -222,7 +223,7 @@ class InferenceResult:
 
     precision: of the engine that computed it: `float32`, or the operator's choice (`bf16`, `int8`).
     evidence:  what the verdicts rest on; None without verdicts.
-    effects:   of each edit, in order.
+    effects:   of each edit, in order, or why it has none.
     The wire's form is `api_schemas.answers.Result`.
     """
 
@@ -231,7 +232,7 @@ class InferenceResult:
     activations: tuple[Activation, ...]
     precision: Precision = "float32"
     evidence: Evidence | None = None
-    effects: tuple[Effect, ...] = ()
+    effects: tuple[Effect | CamserveError, ...] = ()
 
 
 def lane_of(model: LoadedModel, question: Question) -> Lane:

@@ -102,8 +102,7 @@ def _channel_edit(
     place: str,
 ) -> ChannelEdit:
     """Raises UnknownLayer, UnknownClass, and InvalidOption for channels that the layer has not."""
-    if model.no_layers is not None:
-        raise InvalidOption(f"{place}: model {model.name!r} shows no layers: {model.no_layers}.")
+    _check_layers(model, place)
     (layer,) = model.target_layers((edit.layer,))
     shape, layout = model.layer(layer).shape, model.layer(layer).layout
     assert shape is not None
@@ -132,6 +131,14 @@ def _channel_edit(
     return replace(made, to="donor" if isinstance(edit.set, wire.FromImage) else edit.set)
 
 
+def _check_layers(model: LoadedModel, place: str) -> None:
+    if model.no_layers is not None:
+        raise InvalidOption(
+            f"{place}: the layers of model {model.name!r} cannot be edited: {model.no_layers}. "
+            "Edit the image instead."
+        )
+
+
 def _numbers(text: str, count: int) -> range:
     """The channels of a number, a range or `*`; at most one that is not there."""
     if text == "*":
@@ -156,6 +163,7 @@ def _gradient_edit(
     place: str,
 ) -> GradientEdit:
     """Raises UnknownLayer, UnknownClass, and InvalidOption for a map without this gradient."""
+    _check_layers(model, place)
     asked, record = edit.explain, METHODS[edit.explain.method]
     check_method(model, asked.method)
     if "gradients" not in record.needs:

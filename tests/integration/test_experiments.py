@@ -950,3 +950,64 @@ def test_a_transformer_s_channels_are_set_for_all_tokens(serve: Any) -> None:
         (result,) = ask(client, edits, controls=2)
     for edit in result["edits"]:
         assert edit["changes"][0]["logit_change"] != 0
+
+
+def test_an_edit_that_the_model_answers_with_infinity_fails_alone(
+    serve: Any, tmp_path: Any
+) -> None:
+    config = tmp_path / "models.toml"
+    config.write_text(
+        """
+        [[model]]
+        name = "half"
+        builder = "tiny:small"
+        dtype = "float16"
+        """
+    )
+    edits = [
+        layer_edit("too much", "features.0", channels=["*"], set={"scale": 1000}),
+        layer_edit("more", "features.2", channels=["*"], set={"scale": -1000}),
+        layer_edit("half", "features.2", channels=["*"], set={"scale": 0.5}),
+        layer_edit("noise", "features.2", channels={"top": 2}, set="noise"),
+    ]
+    with serve(models=(), config=config) as client:
+        (result,) = ask(client, edits, controls=2)
+    failed = [edit["error"] for edit in result["edits"] if "error" in edit]
+    for error in failed:
+        assert error["status"] == 422
+        assert "weaker" in error["detail"]
+    half, noise = result["edits"][2:]
+    assert half["changes"][0]["logit_change"] != 0
+    assert noise["changes"][0]["logit_change"] != 0
+
+
+def test_a_model_without_layers_takes_edits_of_images_alone(serve: Any, tmp_path: Any) -> None:
+    config = tmp_path / "models.toml"
+    config.write_text(
+        """
+        [[model]]
+        name = "scripted"
+        builder = "own_models:scripted"
+        input.size = 32
+        """
+    )
+    with serve(models=(), config=config) as client:
+        response = client.post(
+            "/experiments",
+            json={"images": sent(IMAGE), "edits": [layer_edit("a", channels=[1])]},
+        )
+        assert response.status_code == 422
+        assert "Edit the image instead" in response.json()["detail"]
+        (result,) = ask(client, [named("hide")])
+        assert result["edits"][0]["changes"][0]["logit_change"] != 0
+
+
+def test_an_experiment_ends_at_its_deadline_and_others_go_on(builtin: TestClient) -> None:
+    edits = [{**HIDE, "name": str(number)} for number in range(16)]
+    response = builtin.post(
+        "/experiments",
+        json={"images": sent(IMAGE), "edits": edits, "controls": 64},
+        headers={"x-request-timeout": "0.4"},
+    )
+    assert response.status_code == 504, response.text
+    assert ask(builtin, [HIDE])[0]["edits"][0]["changes"]
