@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.images.decode import Rect
+from service.images.decoders.samples import bands
 
 Fill = Literal["mean", "blur", "grey"]
 
@@ -24,19 +25,39 @@ BLUR_SIDE = 128
 
 
 def hide(
-    pixels: NDArray[np.uint8], mask: NDArray[np.bool_], fill: Fill | NDArray[np.uint8] = "mean"
+    pixels: NDArray[np.uint8], mask: NDArray[np.bool_], fill: Fill = "mean"
 ) -> NDArray[np.uint8]:
     """A copy of an image, uint8 (h, w, c), with the pixels of `mask`, bool (h, w), replaced.
 
-    fill: as of `filling`, or another image of the same size, which is overwritten.
     Raises ValueError if image and mask differ in size.
     """
-    if pixels.shape[:2] != mask.shape:
-        raise ValueError(f"a mask of {mask.shape} does not lie on an image of {pixels.shape}")
-    hidden = filling(pixels, fill) if isinstance(fill, str) else fill
-    # Twenty times as fast as numpy's copy with a mask.
-    shown = np.logical_not(mask, order="C").view(np.uint8)
-    return np.asarray(cv2.copyTo(pixels, shown, hidden), dtype=np.uint8)
+    return overlaid(filling(pixels, fill), np.logical_not(mask, order="C"), pixels)
+
+
+def overlaid(
+    under: NDArray[np.uint8], mask: NDArray[np.bool_], over: NDArray[np.uint8]
+) -> NDArray[np.uint8]:
+    """`under`, uint8 (h, w, c), with the pixels of `mask`, bool (h, w), written from `over`.
+
+    Raises ValueError if images and mask differ in size.
+    """
+    if not under.shape[:2] == over.shape[:2] == mask.shape:
+        raise ValueError(f"a mask of {mask.shape} does not lie on an image of {over.shape}")
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return under
+    across = slice(int(columns[0]), int(columns[-1]) + 1)
+    top, height = int(rows[0]), int(rows[-1] - rows[0]) + 1
+    for band in bands(across.stop - across.start, height):
+        box = slice(top + band.start, top + band.stop), across
+        inner, part = under[box], np.ascontiguousarray(under[box])
+        # Twenty times as fast as numpy's copy with a mask.
+        cv2.copyTo(
+            np.ascontiguousarray(over[box]), np.ascontiguousarray(mask[box]).view(np.uint8), part
+        )
+        if part.base is not inner and part is not inner:
+            inner[:] = part
+    return under
 
 
 def filling(pixels: NDArray[np.uint8], fill: Fill) -> NDArray[np.uint8]:

@@ -10,7 +10,7 @@ is then fitted to the model as any other.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from service.errors import CamserveError, InvalidOption
 from service.images.budget import DecodeBudget
 from service.images.declared_size import Size
 from service.images.decode import Fit, ModelInput, Preprocessing, Source, fit_to_model
-from service.images.masks import filling, hide
+from service.images.masks import filling, overlaid
 from service.images.run_lengths import RLE, rle_decode
 from service.images.upload import Upload, area_mask, for_model
 from service.inference import edits as pixels_of
@@ -139,6 +139,20 @@ async def _marked(plan: Plan, recipe: Recipe, opened: Opened, index: int) -> Mar
     return found
 
 
+@dataclass(slots=True)
+class _Kept:
+    """What the edit whose controls are being made shows, so that it is made once."""
+
+    name: str = ""
+    pixels: Pixels | None = None
+
+    def of(self, name: str, make: Callable[[], Pixels]) -> Pixels:
+        if self.pixels is None or self.name != name:
+            self.pixels = None  # one at a time
+            self.name, self.pixels = name, make()
+        return self.pixels
+
+
 @dataclass(frozen=True, slots=True)
 class _Setting:
     """What the edits of one image are made from."""
@@ -149,6 +163,7 @@ class _Setting:
     opened: Opened
     index: int
     marks: Marks
+    kept: _Kept = field(default_factory=_Kept)
 
     def edits(self) -> list[Edit | CamserveError]:
         """Each edit with its controls; an error where the image that it takes from failed.
@@ -281,27 +296,27 @@ class _Placed:
         if number:
             by = self.places[number - 1]
             mask = pixels_of.moved(mask.view(np.uint8), by, self.seen).view(np.bool_)
-        if isinstance(edit, wire.Paste):
-            pasted = pixels_of.laid(setting.source(edit.image).pixels, self.at, pixels)
-            if number:
-                pasted = pixels_of.moved(pasted, by, self.seen)
-            return hide(pixels, mask, pasted)
-        if isinstance(edit, wire.Recolour):
-            return hide(pixels, mask, _recoloured(pixels, edit.to))
-        if isinstance(edit, wire.Background):
-            return hide(pixels, ~mask, self._stretched(edit.image))
-        assert isinstance(edit, wire.Hide | wire.Keep)
-        fill = edit.fill
-        covered = mask if isinstance(edit, wire.Hide) else ~mask
-        return hide(
-            pixels,
-            covered,
-            self._stretched(fill.image) if isinstance(fill, wire.FromImage) else fill,
-        )
+        over = setting.kept.of(self.edit.name, self._over)
+        if number and isinstance(edit, wire.Paste):
+            over = pixels_of.moved(over, by, self.seen)
+        if isinstance(edit, wire.Keep | wire.Background):
+            return overlaid(over.copy(), mask, pixels)
+        return overlaid(pixels.copy(), mask, over)
 
-    def _stretched(self, image: int) -> Pixels:
-        size = self.setting.source(self.setting.index).size
-        return pixels_of.stretched(self.setting.source(image).pixels, size)
+    def _over(self) -> Pixels:
+        """What the region shows, or everything outside it, in the size of the source."""
+        setting, edit = self.setting, self.edit
+        source = setting.source(setting.index)
+        if isinstance(edit, wire.Paste):
+            return pixels_of.laid(setting.source(edit.image).pixels, self.at, source.pixels)
+        if isinstance(edit, wire.Recolour):
+            return _recoloured(source.pixels, edit.to)
+        if isinstance(edit, wire.Background):
+            return pixels_of.stretched(setting.source(edit.image).pixels, source.size)
+        assert isinstance(edit, wire.Hide | wire.Keep)
+        if isinstance(edit.fill, wire.FromImage):
+            return pixels_of.stretched(setting.source(edit.fill.image).pixels, source.size)
+        return filling(source.pixels, edit.fill)
 
 
 def fitted(source: Source, pixels: Pixels, preprocessing: Preprocessing, fit: Fit | None) -> Tensor:

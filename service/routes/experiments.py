@@ -135,7 +135,7 @@ async def _opened(
     data = await bodies.image_bytes(image, recipe.service.fetcher, take)
     upload = await open_image(recipe, data)
     assert upload.source is not None
-    permit.grow(0, upload.source.pixels.nbytes)
+    permit.grow(0, 2 * upload.source.pixels.nbytes)  # and what the present edit shows
     return upload
 
 

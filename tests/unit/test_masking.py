@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from service.images.masks import Fill, boxes_mask, hide
+from service.images.masks import Fill, boxes_mask, hide, overlaid
 
 FILLS: tuple[Fill, ...] = get_args(Fill)
 SIZES = [(640, 480), (64, 200), (1, 1), (3, 2), (1, 70_000), (70_000, 1), (900, 40)]
@@ -181,3 +181,24 @@ def test_a_thousand_boxes_take_one_pass_over_the_pixels(monkeypatch: pytest.Monk
     mask = boxes_mask([(0.0, 0.0, 2000.0, 1000.0)] * 1000, (2000, 1000))
     assert mask.all()
     assert 0 < Counted.written < mask.size
+
+
+@pytest.mark.parametrize("covered", ["nothing", "a few", "a box", "all"])
+@pytest.mark.parametrize("channels", [1, 3, 10])
+def test_one_image_is_written_over_another_where_the_mask_is(covered: str, channels: int) -> None:
+    random = np.random.default_rng(0)
+    under, over = random.integers(0, 256, (2, 700, 301, channels), dtype=np.uint8)
+    mask = np.zeros((700, 301), bool)
+    if covered == "a few":
+        mask[random.integers(0, 700, 9), random.integers(0, 301, 9)] = True
+    mask[{"a box": slice(20, 650), "all": slice(None)}.get(covered, slice(0)), 5:300] = True
+    if covered == "all":
+        mask[:] = True
+    expected = np.where(mask[:, :, None], over, under)
+    kept = over.copy()
+    made = overlaid(under, mask, over)
+    assert made is under
+    assert (made == expected).all()
+    assert (over == kept).all()
+    with pytest.raises(ValueError, match="does not lie"):
+        overlaid(under, mask[1:], over)
