@@ -1,7 +1,7 @@
 """The methods: one record per method, for checks, costs, the documentation and the page.
 
 A new method is a record here, its name in `options.Method`, and a function in
-`service.inference.method_table`.
+`service.cam.formulas.LAYER_METHODS` or `service.inference.method_table`.
 """
 
 from __future__ import annotations

@@ -50,6 +50,23 @@ class Probe(BaseModel):
     follows: str | None = None
 
 
+class Sensitivity(BaseModel):
+    """How alike the maps of a method stay when weights of the model are randomised.
+
+    Rank correlations of absolute maps, −1..1, at the default target layer; null: not measured when
+    the model was loaded (`camserve check --sensitivity` measures every method).
+    """
+
+    method: str
+    head: float | None = Field(description="The last layer with weights is randomised.")
+    half: float | None = Field(description="The last half of the model's operations is.")
+    all: float | None = Field(description="All weights are.")
+    weights_hardly_matter: bool | None = Field(
+        description="Whether `half` or `all` is .6 or more: the map shows the image, not what the "
+        "model has learned. Its explanations carry the flag `weights_hardly_matter`."
+    )
+
+
 class Model(BaseModel):
     """A model of the service. Fields that are unknown before loading are absent until then."""
 
@@ -78,6 +95,9 @@ class ModelDetails(Model):
 
     labels: list[str] | None = None
     probes: list[Probe] | None = None
+    sensitivity: list[Sensitivity] | None = Field(
+        None, description="How much the maps of each method depend on the weights."
+    )
 
 
 class Models(BaseModel):

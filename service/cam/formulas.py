@@ -7,7 +7,7 @@ gradient (N, C, h, w), map (N, h, w), all float.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -107,6 +107,19 @@ def weighted(activation: Tensor, weights: Tensor) -> Tensor:
 
 Cam = Callable[[Tensor, Tensor], Tensor]
 """From an activation and its gradient, or weights (N, C) of its channels, to the map."""
+
+
+LAYER_METHODS: Mapping[str, Cam] = {
+    "gradcam": gradcam,
+    "gradcampp": gradcampp,
+    "hirescam": hirescam,
+    "layercam": layercam,
+    "xgradcam": xgradcam,
+    "eigencam": eigencam,
+    "cam": weighted,
+    "guided_gradcam": gradcam,
+}
+"""Maps of a layer from its activation and gradient, or the weights of the linear head."""
 
 
 class Scaled(NamedTuple):

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import torch
 
 from service.errors import CamserveError
+from service.evaluation.sensitivity import measure_all
 from service.inference.batch import run
 from service.inference.questions import Question
 from service.models.catalog import ModelSpec
 from service.models.loaded import LoadedModel
 from service.models.pool import Replica
 from service.models.probes.condition import Condition
+from service.models.probes.sensitivity import Sensitivity
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +24,14 @@ class CheckResult:
     """The result for one model: `model` and its time per image, or why it failed.
 
     problem: a sentence, None if the model works.
+    sensitivity: how much the maps of each method depend on the weights.
     """
 
     spec: ModelSpec
     model: LoadedModel | None = None
     milliseconds: float = 0.0
     problem: str | None = None
+    sensitivity: tuple[Sensitivity, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -44,13 +48,20 @@ class CheckResult:
 
 
 def check_models(
-    specs: Iterable[ModelSpec], load: Callable[[ModelSpec], LoadedModel]
+    specs: Iterable[ModelSpec],
+    load: Callable[[ModelSpec], LoadedModel],
+    *,
+    all_methods: bool = False,
 ) -> Iterator[CheckResult]:
-    """Load each model and explain an image of noise with it; a failure does not stop the rest."""
+    """Load each model and explain an image of noise with it; a failure does not stop the rest.
+
+    all_methods: measure the sensitivity of every method, not only of those measured at load.
+    """
     for spec in specs:
         try:
             model = load(spec)
-            yield CheckResult(spec, model, 1000 * _seconds(model))
+            sensitivity = measure_all(model) if all_methods else model.sensitivity
+            yield CheckResult(spec, model, 1000 * _seconds(model), sensitivity=sensitivity)
         except CamserveError as error:
             yield CheckResult(spec, problem=error.detail)
         except Exception as error:  # noqa: BLE001 - the user's model may raise anything

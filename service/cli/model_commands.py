@@ -184,9 +184,15 @@ def _probes(model: LoadedModel) -> str:
     return ", ".join(finding.name for finding in model.findings if not finding.passed) or "passed"
 
 
-def _notes(model: LoadedModel, settings: Settings) -> Iterator[str]:
-    """Yield notes on a model: its transform, failed probes, and lanes that are off."""
+def _notes(result: CheckResult, model: LoadedModel, settings: Settings) -> Iterator[str]:
+    """Yield notes on a model: its transform, failed probes, methods, and lanes that are off."""
     yield f"transform: {model.transform}"
+    alike = [one.method for one in result.sensitivity if one.weights_hardly_matter]
+    if alike:
+        yield (
+            f"the maps of {', '.join(alike)} hardly change when weights are randomised: they show "
+            "the image, not what the model has learned (flag weights_hardly_matter)."
+        )
     for finding in model.findings:
         if not finding.passed:
             yield f"{finding.result} {finding.follows or ''}".rstrip()
@@ -199,8 +205,32 @@ def _notes(model: LoadedModel, settings: Settings) -> Iterator[str]:
         yield off
 
 
+def _sensitivity_table(result: CheckResult) -> Table:
+    table = Table(f"{result.spec.name}: method", box=None)
+    for heading in ("head", "half", "all weights"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    if not result.sensitivity:
+        table.add_row("not measured: its copies or maps vary, or it cannot be copied")
+    for one in result.sensitivity:
+        values = (
+            "-" if value is None else f"{value:+.2f}" for value in (one.head, one.half, one.all)
+        )
+        table.add_row(one.method, *values, "hardly" if one.weights_hardly_matter else "")
+    return table
+
+
 @with_settings((*OF_MODELS, "precision"))
-def check(settings: Settings) -> None:
+def check(
+    settings: Settings,
+    sensitivity: Annotated[
+        bool,
+        typer.Option(
+            "--sensitivity",
+            help="Compare the maps of every method with those of randomised weights (minutes).",
+        ),
+    ] = False,
+) -> None:
     """Load every model, explain one image with each, and report what fails; for CI.
 
     The exit code is 1 if any model failed; the others are still checked.
@@ -215,7 +245,9 @@ def check(settings: Settings) -> None:
     failed: list[CheckResult] = []
     notes: list[str] = []
     checked = 0
-    for result in check_models(model_specs(settings), model_loader(settings)):
+    tables = [table]
+    loader = model_loader(settings)
+    for result in check_models(model_specs(settings), loader, all_methods=sensitivity):
         checked += 1
         if result.model is None:
             failed.append(result)
@@ -231,8 +263,9 @@ def check(settings: Settings) -> None:
             f"{result.milliseconds:.1f}",
             f"{result.mebibytes:.1f}",
         )
-        notes += [f"{result.model.name}: {note}" for note in _notes(result.model, settings)]
-    OUT.print(table)
+        notes += [f"{result.model.name}: {note}" for note in _notes(result, result.model, settings)]
+        tables += [_sensitivity_table(result)] if sensitivity else []
+    OUT.print(*tables, sep="\n")
     for note in notes:
         ERR.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
     for result in failed:

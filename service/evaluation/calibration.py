@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
+from service.cam.rank_correlation import rank_correlation
 from service.errors import CamserveError, ConfigurationError
 from service.inference.batch import run_compiled
 from service.inference.questions import InferenceResult, Question
@@ -122,18 +122,3 @@ def _infer(model: LoadedModel, question: Question) -> InferenceResult:
         raise result
     assert isinstance(result, InferenceResult)
     return result
-
-
-def rank_correlation(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
-    """Spearman's rank correlation; equal values share a rank, equal maps have 1."""
-    ranks = [_ranks(values.ravel()) for values in (one, other)]
-    if any(float(values.std()) == 0 for values in ranks):
-        return float(np.array_equal(ranks[0], ranks[1]))
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
-
-
-def _ranks(values: NDArray[np.float32]) -> NDArray[np.float64]:
-    _, groups, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    means: NDArray[np.float64] = last - (counts - 1) / 2
-    return means[groups]

@@ -336,6 +336,7 @@ def _explanation(image_pass: ImagePass, class_id: int, score: float, cam: Tensor
         "module_called_n_times": image_pass.repeated,
         "not_deterministic": not model.behaviour.deterministic,
         "activation_in_model": model.behaviour.output_activation is not None,
+        "weights_hardly_matter": model.weights_hardly_matter(method.name, question.layers),
         "places_unclear": not model.unclear.isdisjoint(question.layers),
     }
     return Explanation(

@@ -8,9 +8,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from service.cam.formulas import Cam, fuse, precise
+from service.cam.formulas import LAYER_METHODS, Cam, fuse, precise
 from service.inference.forward_pass import ForwardPass, feature_layout
-from service.inference.method_table import LAYER_METHODS
 from service.inference.questions import Question
 from service.models.head import head_weights
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from api_schemas.methods import BACKWARD, METHODS, MethodRecord
-from service.cam import formulas
 from service.cam.verdict import RUNS
 from service.errors import InvalidOption
 from service.inference import input_gradients, perturbation
@@ -13,18 +12,6 @@ from service.inference.forward_pass import ImagePass
 from service.inference.perturbation import Steps, windows
 from service.inference.questions import Question
 from service.models.loaded import LoadedModel
-
-LAYER_METHODS: Mapping[str, formulas.Cam] = {
-    "gradcam": formulas.gradcam,
-    "gradcampp": formulas.gradcampp,
-    "hirescam": formulas.hirescam,
-    "layercam": formulas.layercam,
-    "xgradcam": formulas.xgradcam,
-    "eigencam": formulas.eigencam,
-    "cam": formulas.weighted,
-    "guided_gradcam": formulas.gradcam,
-}
-"""Maps of a layer from its activation and gradient, or the weights of the linear head."""
 
 MULTI_PASS_METHODS: Mapping[str, Callable[[ImagePass], Steps]] = {
     "scorecam": perturbation.scorecam,

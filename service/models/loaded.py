@@ -21,6 +21,7 @@ from service.models.patterns import PathMatcher, is_pattern
 from service.models.probes.behaviour import Behaviour, Finding
 from service.models.probes.layers import Layer
 from service.models.probes.logits import as_logits, logits_in
+from service.models.probes.sensitivity import Sensitivity
 from service.models.replicas import replicate
 
 _TYPE = "type:"
@@ -51,7 +52,10 @@ class LoadedModel:
     behaviour:    the measured behaviour. findings: those of all probes.
     unclear:      layers whose cells have no measurable position. scattered: layers whose cells
                   have positions in no known order.
+    sensitivity:  how much the maps of each method depend on the weights, at the default target
+                  layer; methods that were not measured are missing.
     transform:    its preprocessing in one line, with the source of each part.
+    insensitive:  the methods of `sensitivity` whose maps hardly depend on the weights.
     binary:       whether the module returns one logit, that of the second of two labels; the logit
                   of the first is its negative.
     """
@@ -79,10 +83,14 @@ class LoadedModel:
     scattered: frozenset[str] = frozenset()
     binary: bool = False
     transform: str = ""
+    sensitivity: tuple[Sensitivity, ...] = ()
+    insensitive: frozenset[str] = field(init=False, repr=False, compare=False)
     _by_path: Mapping[str, Layer] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_by_path", {layer.path: layer for layer in self.layers})
+        insensitive = (one.method for one in self.sensitivity if one.weights_hardly_matter)
+        object.__setattr__(self, "insensitive", frozenset(insensitive))
 
     @property
     def name(self) -> str:
@@ -154,6 +162,13 @@ class LoadedModel:
             f"Model {self.name!r} has no layer {path!r}.{nearest(path, self._by_path)} "
             f"GET /models/{self.name}/layers lists them all."
         )
+
+    def weights_hardly_matter(self, method: str, layers: Sequence[str]) -> bool:
+        """Whether the maps of a method hardly depend on the weights, as far as was measured.
+
+        layers: of the explanation; the measurement is of the default target layer alone.
+        """
+        return method in self.insensitive and tuple(layers) in ((), (self.target_layer,))
 
     def target_layers(self, paths: Sequence[str]) -> tuple[str, ...]:
         """The layers of an explanation: the named ones, or the default.

@@ -42,6 +42,14 @@ from service.models.probes.cell_positions import (
 from service.models.probes.condition import parts_of
 from service.models.probes.layers import LayerTrace, default_target, trace_layers
 from service.models.probes.lazy_state import resolve_lazy_state
+from service.models.probes.sensitivity import (
+    IMAGES,
+    Sensitivity,
+    Subject,
+    measure_sensitivity,
+    natural_noise,
+    private_copy,
+)
 from service.models.probes.torch_state import kept_torch_state
 from service.models.replicas import replicate
 
@@ -86,8 +94,8 @@ def load_model(
         transform=f"{preprocessing} ({_sources(spec, built)})",
     )
     images = model.normalised(trial_images((preprocessing.channels, *preprocessing.crop)))
-    model = _measured(model, built, images)
-    return _tuned(replace(model, no_layers=why_no_layers(module)), images[:1], compiler)
+    model = replace(_measured(model, built, images), no_layers=why_no_layers(module))
+    return _tuned(replace(model, sensitivity=_sensitivity(model)), images[:1], compiler)
 
 
 def _outside_inference_mode(module: nn.Module) -> nn.Module:
@@ -211,6 +219,30 @@ def _tried(model: LoadedModel, images: Tensor) -> tuple[Trial, LayerTrace]:
             f"{spec.at('builder')} cannot classify one {what} of {width}×{height} pixels"
             f"{precision}: {error}{hint}"
         ) from error
+
+
+def _sensitivity(model: LoadedModel) -> tuple[Sensitivity, ...]:
+    """How much maps depend on the weights; empty for a model without gradients or true copies.
+
+    Also empty for random weights: that others are as good says nothing about a method.
+    """
+    behaves, preprocessing = model.behaviour, model.preprocessing
+    usable = behaves.isolated and behaves.deterministic and not model.random_weights
+    if model.no_layers or model.no_gradients or not usable:
+        return ()
+    noise = natural_noise((preprocessing.channels, *preprocessing.crop), IMAGES)
+    return measure_sensitivity(
+        Subject(
+            private_copy(model.module),
+            model.normalised(image[None]),
+            model.layers,
+            model.target_layer,
+            model.logits,
+            preprocessing.covers,
+            seed,
+        )
+        for seed, image in enumerate(noise)
+    )
 
 
 def _settled(model: LoadedModel, module: nn.Module, image: Tensor) -> tuple[str, ...]:

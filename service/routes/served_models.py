@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from api_schemas import models as wire
+from api_schemas.methods import METHODS
 from service.models.library import Entry
 from service.models.loaded import LoadedModel
 from service.models.probes.condition import ATTRIBUTE
@@ -85,6 +86,7 @@ async def model(request: Request, name: str) -> wire.ModelDetails:
             )
             for finding in loaded.findings
         ]
+        fields["sensitivity"] = _sensitivity(loaded)
     return wire.ModelDetails(**fields)
 
 
@@ -159,6 +161,20 @@ def _loaded(service: Service, model: LoadedModel, *, shown: bool) -> dict[str, A
         "replicas": service.pool.size(model.name),
         **({"stateful": _changes(model)} if model.stateful else {}),
     }
+
+
+def _sensitivity(model: LoadedModel) -> list[wire.Sensitivity]:
+    measured = {one.method: one for one in model.sensitivity}
+    return [
+        wire.Sensitivity(
+            method=method,
+            head=one.head if one else None,
+            half=one.half if one else None,
+            all=one.all if one else None,
+            weights_hardly_matter=one.weights_hardly_matter if one else None,
+        )
+        for method, one in ((name, measured.get(name)) for name in METHODS)
+    ]
 
 
 def _changes(model: LoadedModel) -> list[str]:

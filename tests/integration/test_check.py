@@ -49,6 +49,32 @@ def test_check_says_what_a_model_cannot_show(tmp_path: Path) -> None:
     assert "accepts no hooks" in result.output
 
 
+def test_check_measures_the_sensitivity_of_every_method(tmp_path: Path) -> None:
+    (tmp_path / "models.toml").write_text(GOOD)
+    options = ["--config", str(tmp_path / "models.toml"), "--sensitivity"]
+    result = run.invoke(app, ["check", *options])
+    assert result.exit_code == 0, result.output
+    rows = {row.split()[0]: row.split()[1:] for row in result.output.splitlines() if row.strip()}
+    for method in ("gradcam", "cam", "rise", "scorecam", "integrated_gradients"):
+        values = [float(value) for value in rows[method][:3]]
+        assert all(-1 <= value <= 1 for value in values)
+    assert rows["eigencam"][0] == "+1.00"
+
+
+def test_check_serves_a_model_whose_sensitivity_cannot_be_measured(tmp_path: Path) -> None:
+    (tmp_path / "models.toml").write_text(GOOD.replace("own_models:net", "own_models:scripted"))
+    options = ["--config", str(tmp_path / "models.toml"), "--sensitivity"]
+    result = run.invoke(app, ["check", *options])
+    assert result.exit_code == 0, result.output
+    assert "not measured" in result.output
+
+
+def test_check_names_the_methods_whose_maps_hardly_depend_on_the_weights() -> None:
+    result = run.invoke(app, ["check", "--model", "builtin"])
+    assert result.exit_code == 0, result.output
+    assert "the maps of guided_backprop hardly change" in result.output
+
+
 def test_check_refuses_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "models.toml").write_text("[[model]\n")
     result = run.invoke(app, ["check", "--config", str(tmp_path / "models.toml")])

@@ -16,9 +16,10 @@ from scipy.stats import spearmanr
 from tiny import SmallNet
 from torch import nn
 
+from service.cam.rank_correlation import rank_correlation
 from service.errors import ConfigurationError
 from service.evaluation import calibration
-from service.evaluation.calibration import calibrate, rank_correlation
+from service.evaluation.calibration import calibrate
 from service.inference.batch import run_compiled
 from service.inference.questions import Question
 from service.models.catalog import ModelSpec, parse_models, with_int8

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from service.cam.formulas import eigencam, over_input, scale
-from service.inference.method_table import LAYER_METHODS
+from service.cam.formulas import LAYER_METHODS, eigencam, over_input, scale
 
 SIDE = 8
 """Images of a batch, rows and columns alike, so that a dimension in the wrong place still fits."""

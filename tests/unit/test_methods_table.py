@@ -15,10 +15,11 @@ from tiny import SmallNet, loaded
 
 from api_schemas.methods import METHODS, MethodRecord
 from api_schemas.options import ExplainOptions, Method
+from service.cam.formulas import LAYER_METHODS
 from service.errors import InvalidOption
 from service.inference import method_table
 from service.inference.forward_pass import ImagePass
-from service.inference.method_table import LAYER_METHODS, MULTI_PASS_METHODS, check_method, cost
+from service.inference.method_table import MULTI_PASS_METHODS, check_method, cost
 from service.inference.perturbation import Steps
 from service.inference.questions import Question
 from service.models.loaded import LoadedModel
