@@ -296,6 +296,7 @@ def model_loader(settings: Settings) -> Callable[[ModelSpec], LoadedModel]:
             device=_device(spec.device, source) if spec.device else device,
             allow_random_weights=settings.allow_random_weights,
             compiler=compiler if settings.compile else None,
+            sensitivity=settings.sensitivity,
         )
 
     return load_one

@@ -81,6 +81,11 @@ class Settings(BaseSettings):
         description="Threads of the compiled lane for a single request while no other runs; 0: one "
         "per core. 1 saves the memory of a second set of packed weights.",
     )
+    sensitivity: bool = Field(
+        True,
+        description="Whether to measure at load how much the maps of each method depend on the "
+        "weights; it takes about 42 forward passes.",
+    )
     compile: bool = Field(
         True,
         description="Whether models get a compiled lane, if it gives the same numbers.",
@@ -325,8 +330,8 @@ class Settings(BaseSettings):
         return self.max_queue or (256 if self.uses_gpu else 64)
 
     def uncompiled(self) -> Settings:
-        """The same without compiled lanes, for commands that end before compiling would pay off."""
-        return self.model_copy(update={"compile": False})
+        """The same for commands that end soon: without compiled lanes and sensitivity."""
+        return self.model_copy(update={"compile": False, "sensitivity": False})
 
     @property
     def torch_threads(self) -> int:

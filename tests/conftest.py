@@ -21,9 +21,10 @@ _pools: weakref.WeakSet[ModelPool] = weakref.WeakSet()
 
 @pytest.fixture(autouse=True, scope="session")
 def _compile_nothing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Compiling takes seconds a model; tests of the compiled lane ask for it."""
+    """Compiling, and measuring sensitivity, take seconds a model; their tests ask for them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CAMSERVE_COMPILE", "false")
+        patch.setenv("CAMSERVE_SENSITIVITY", "false")
         patch.setenv("CAMSERVE_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
 

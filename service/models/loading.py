@@ -65,10 +65,12 @@ def load_model(
     device: str = "cpu",
     allow_random_weights: bool = False,
     compiler: Compiler | None = None,
+    sensitivity: bool = False,
 ) -> LoadedModel:
     """Build, freeze, measure and optimize one model.
 
-    compiler: builds the compiled lane; None: the model has none.
+    compiler:    builds the compiled lane; None: the model has none.
+    sensitivity: whether to measure how much the maps of each method depend on the weights.
 
     Raises ConfigurationError with a sentence that says what to change.
     """
@@ -95,7 +97,9 @@ def load_model(
     )
     images = model.normalised(trial_images((preprocessing.channels, *preprocessing.crop)))
     model = replace(_measured(model, built, images), no_layers=why_no_layers(module))
-    return _tuned(replace(model, sensitivity=_sensitivity(model)), images[:1], compiler)
+    if sensitivity:
+        model = replace(model, sensitivity=_sensitivity(model))
+    return _tuned(model, images[:1], compiler)
 
 
 def _outside_inference_mode(module: nn.Module) -> nn.Module:

@@ -69,7 +69,10 @@ def test_check_serves_a_model_whose_sensitivity_cannot_be_measured(tmp_path: Pat
     assert "not measured" in result.output
 
 
-def test_check_names_the_methods_whose_maps_hardly_depend_on_the_weights() -> None:
+def test_check_names_the_methods_whose_maps_hardly_depend_on_the_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CAMSERVE_SENSITIVITY", "true")
     result = run.invoke(app, ["check", "--model", "builtin"])
     assert result.exit_code == 0, result.output
     assert "the maps of guided_backprop hardly change" in result.output

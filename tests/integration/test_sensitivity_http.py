@@ -17,7 +17,7 @@ pytestmark = pytest.mark.timeout(60)
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[TestClient]:
-    with TestClient(create_app(Settings(workers=1, compile=False))) as client:
+    with TestClient(create_app(Settings(workers=1, compile=False, sensitivity=True))) as client:
         yield client
 
 

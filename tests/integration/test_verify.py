@@ -27,7 +27,7 @@ pytestmark = pytest.mark.timeout(60)
 
 @pytest.fixture(scope="module")
 def builtin(serve: Any) -> Iterator[TestClient]:
-    with serve(models=("builtin",), workers=2) as client:
+    with serve(models=("builtin",), workers=2, compile=True) as client:
         yield client
 
 

@@ -98,7 +98,7 @@ def load(build: Callable[[], nn.Module], target: str, **fields: Any) -> LoadedMo
         target_layer=target,
         **fields,
     )
-    return loading.load_model(spec)
+    return loading.load_model(spec, sensitivity=True)
 
 
 def explain(model: LoadedModel, layer: str, method: str = "gradcam") -> tuple[str, ...]:
@@ -133,7 +133,7 @@ def test_maps_that_the_weights_change_are_not_flagged() -> None:
 
 
 def test_a_trained_model_is_flagged_for_guided_backprop_alone() -> None:
-    model = loading.load_model(ModelSpec("builtin", "builtin"))
+    model = loading.load_model(ModelSpec("builtin", "builtin"), sensitivity=True)
     assert model.insensitive == {"guided_backprop"}
 
 
@@ -246,7 +246,7 @@ def test_a_model_with_torchscript_inside_is_not_measured_and_keeps_its_weights()
 
 def test_random_weights_are_not_measured() -> None:
     spec = ModelSpec("m", "torchvision/squeezenet1_1", input=InputSpec(size=(64, 64), resize=64))
-    model = loading.load_model(spec, allow_random_weights=True)
+    model = loading.load_model(spec, allow_random_weights=True, sensitivity=True)
     assert model.sensitivity == ()
     assert model.insensitive == frozenset()
 
