@@ -12,9 +12,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from api_schemas.answers import Explanation
+from api_schemas.answers import Explanation, verdict_summary
 from api_schemas.options import ExplainOptions
-from api_schemas.verdicts import summary
 from service import logs
 from service.app import build_service
 from service.cli.explain_files import (
@@ -163,7 +162,11 @@ class _ResultTable:
 
 def _verdicts(explanations: list[Explanation]) -> str:
     """The verdict on each map; if there are several, with its class."""
-    found = [(each.label, summary(each.verify)) for each in explanations if each.verify is not None]
+    found = [
+        (each.label, verdict_summary(each.verify))
+        for each in explanations
+        if each.verify is not None
+    ]
     return ", ".join(text if len(found) == 1 else f"{label} {text}" for label, text in found)
 
 

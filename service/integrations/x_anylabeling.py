@@ -18,9 +18,9 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 
 from api_schemas import answers as wire
+from api_schemas.answers import verdict_summary
 from api_schemas.options import ExplainOptions
 from api_schemas.protocols import LabelingParameters, LabelingRequest
-from api_schemas.verdicts import summary
 from service.cam.regions import TOLERANCE_SHARE
 from service.errors import InvalidOption, nearest
 from service.integrations.protocol_requests import (
@@ -172,7 +172,7 @@ def _respond(task: _Task, params: LabelingParameters, reply: Reply) -> Response:
     assert explanation.regions is not None
     wanted = not params.filter_classes or explanation.label in params.filter_classes
     outlines = task.outlines(explanation.regions, params.epsilon_factor) if wanted else []
-    verdict = "" if explanation.verify is None else f", {summary(explanation.verify)}"
+    verdict = "" if explanation.verify is None else f", {verdict_summary(explanation.verify)}"
     attributes = {} if explanation.verify is None else {"verdict": explanation.verify.verdict}
     shapes: list[dict[str, Any]] = [
         {

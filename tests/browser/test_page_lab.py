@@ -21,10 +21,8 @@ WORDS = {"supported": "Supported:", "inconclusive": "Inconclusive:", "refuted": 
 
 
 @pytest.fixture
-def lab(explained: Watched, site: str, http: httpx.Client) -> Watched:
-    """The page with the sample explained, at a server that makes experiments."""
-    if "/experiments" not in http.get(f"{site}/openapi.json").json()["paths"]:
-        pytest.skip("this server has no route /experiments")
+def lab(explained: Watched) -> Watched:
+    """The page with the sample explained: the lab is open."""
     return explained
 
 

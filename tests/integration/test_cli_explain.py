@@ -22,8 +22,7 @@ from disks import playing
 from PIL import Image, ImageDraw
 from typer.testing import CliRunner, Result
 
-from api_schemas.answers import Verification
-from api_schemas.verdicts import sentence
+from api_schemas.answers import Verification, verdict_sentence
 from service.cli.main import app
 from service.cli.report.contact_sheet import MARGIN, VERDICT, draw_verdict
 
@@ -364,7 +363,7 @@ def test_a_report_tells_each_verdict_in_a_sentence_with_its_numbers_in_a_fold() 
     for (name, told, numbers), each in zip(folds, found, strict=True):
         verify = Verification(**each["verify"])
         assert name == verify.verdict
-        assert told == f"<b>{name.capitalize()}.</b> {sentence(verify)}"
+        assert told == f"<b>{name.capitalize()}.</b> {verdict_sentence(verify)}"
         assert f"<dt>agreement</dt><dd>{verify.agreement:z.2f}</dd>" in numbers
         assert f"<dt>p by place</dt><dd>{verify.p_place:z.3f}</dd>" in numbers
         for tried in verify.tried or []:

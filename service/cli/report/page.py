@@ -14,9 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from api_schemas.answers import Prediction, Result, Verification
+from api_schemas.answers import Prediction, Result, Verification, verdict_sentence
 from api_schemas.options import ExplainOptions
-from api_schemas.verdicts import sentence
 from service import __version__
 from service.cam.encoding import encode
 from service.cam.heatmap import Style, render_heatmap
@@ -219,7 +218,7 @@ def _verdict(found: Verification) -> str:
     )
     return (
         f'<details class="verdict {found.verdict}"><summary><b>{found.verdict.capitalize()}.</b> '
-        f"{escape(sentence(found))}</summary><dl>{terms}</dl></details>"
+        f"{escape(verdict_sentence(found))}</summary><dl>{terms}</dl></details>"
     )
 
 

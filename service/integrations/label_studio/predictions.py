@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import orjson
 
-from api_schemas.verdicts import summary
+from api_schemas.answers import verdict_summary
 from service.cam.file_sizes import brush_bytes, region_bytes
 from service.cam.regions import Regions, find_regions
 from service.images.declared_size import Size
@@ -92,7 +92,7 @@ class Evidence:
             return {}
         return {
             "meta": {
-                "text": [summary(found)],
+                "text": [verdict_summary(found)],
                 "verdict": found.verdict,
                 "reason": found.reason,
                 "agreement": found.agreement,
