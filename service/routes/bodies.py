@@ -235,7 +235,7 @@ def json_request(body: bytes, form: type[Options], max_images: int) -> tuple[lis
                 'The body is JSON but not an object; send {"images": [{"data": "<base64>"}]} and '
                 "options beside `images`."
             ) from error
-        known = [*form.model_fields, *ExplainRequest.model_fields]
+        known = list(dict.fromkeys([*form.model_fields, *ExplainRequest.model_fields]))
         raise InvalidOption(describe(issues, known)) from error
     sources: list[ImageSource] = request.images  # type: ignore[attr-defined]
     if len(sources) > max_images:
