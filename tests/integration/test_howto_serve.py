@@ -31,7 +31,7 @@ def test_the_page_leads_from_a_state_dict_to_an_explained_image(
             if ours is not None:
                 sys.modules["nets"] = ours
     assert re.search(r"halves +2 +3,442 +features +hooked", printed)
-    assert "faithfulness" in printed
+    assert re.search(r"features\.1 +8×16×16 +\+0\.\d+", printed), "layers --measure"
     answer = json.loads((tmp_path / "why" / "photo.json").read_text())
     assert answer["predictions"][0]["label"] == "light below"
     with Image.open(tmp_path / "why" / "photo.overlay.jpeg") as overlay:
