@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from service.cam.verdict import RUNS, WHOLE, Evidence, contrasts, design, hidden, judge
+from service.cam.verdict import RUNS, WHOLE, Evidence, contrasts, design, filled, hidden, judge
 from service.inference.forward_pass import ImagePass
 from service.inference.perturbation import chunked_logits
 from service.inference.questions import InferenceResult
@@ -18,8 +18,9 @@ def gather(image_pass: ImagePass) -> Generator[None, Replica, Evidence]:
     """Run the design on the image of a question; yields where it needs a replica."""
     model, question = image_pass.model, image_pass.question
     plan = design((question.pixels.shape[1], question.pixels.shape[2]), question.seen)
+    fills = filled(question.pixels, plan)
     logits = yield from chunked_logits(
-        model, RUNS, lambda runs: hidden(question.pixels, plan, runs)
+        model, RUNS, lambda runs: hidden(question.pixels, plan, runs, fills)
     )
     falls, contrast = image_pass.logits - logits, contrasts(question.pixels, plan)
     return Evidence(plan, falls, contrast, model.preprocessing.covers or WHOLE)
