@@ -231,12 +231,15 @@ class Evidence:
     falls:     (RUNS, classes), by how much each logit falls in each run.
     contrasts: `contrasts` of the image.
     covers:    the part of the model input that a layer's cells lie over.
+    looks:     how many maps are tried until one is supported; each further look finds more by
+               chance, so that p-values are compared with LEVEL / looks.
     """
 
     plan: Design
     falls: Tensor
     contrasts: Tensor
     covers: Rect = WHOLE
+    looks: int = 1
 
 
 def judge(evidence: Evidence, grid: Tensor, class_id: int, contrast: int | None = None) -> Verdict:
@@ -264,12 +267,13 @@ def judge(evidence: Evidence, grid: Tensor, class_id: int, contrast: int | None 
     centre = float(own.agreement(_blobs(plan.shape))[0].max())
     others = whole[(copies != copies[0]).any(dim=1)]
     by_class = _Falls(hides, falls).agreement(copies[:1])[0]
+    level = LEVEL / evidence.looks
     reason: Reason | None = None
-    if p_place > LEVEL:
+    if p_place > level:
         reason = "elsewhere_as_good"
     elif bool((fills[:, 0] <= 0).any()):
         reason = "fills_disagree"
-    elif p_centred > LEVEL or centre >= float(whole[0]):
+    elif p_centred > level or centre >= float(whole[0]):
         reason = "centre_as_good"
     refuted = (
         p_place >= 0.5

@@ -118,8 +118,9 @@ async def open_image(recipe: Recipe, data: Sent) -> Upload:
 async def _infer(recipe: Recipe, question: Question) -> InferenceResult:
     result = await run_question(recipe, question)
     if isinstance(recipe.options, ExplainOptions) and recipe.options.verify == "search":
-        for layer in recipe.model.finer_layers(question.layers):
-            result = await _search(recipe, question, result, layer)
+        layers = recipe.model.finer_layers(question.layers)
+        for layer in layers:
+            result = await _search(recipe, question, result, layer, 1 + len(layers))
     for explanation in result.explanations:
         if explanation.verdict is not None:
             labels = recipe.model.name, explanation.method, explanation.verdict.verdict
@@ -128,15 +129,15 @@ async def _infer(recipe: Recipe, question: Question) -> InferenceResult:
 
 
 async def _search(
-    recipe: Recipe, question: Question, result: InferenceResult, layer: str
+    recipe: Recipe, question: Question, result: InferenceResult, layer: str, looks: int
 ) -> InferenceResult:
     """The result with the maps of an earlier layer where only these are supported."""
     open_ids = tuple(one.class_id for one in result.explanations if _is_inconclusive(one))
     if not open_ids:
         return result
-    again = replace(
-        question, targets=open_ids, layers=(layer,), activations=(), evidence=result.evidence
-    )
+    assert result.evidence is not None, "verdicts rest on it"
+    evidence = replace(result.evidence, looks=looks)
+    again = replace(question, targets=open_ids, layers=(layer,), activations=(), evidence=evidence)
     others = {one.class_id: one for one in (await run_question(recipe, again)).explanations}
     explanations = [_better(one, others.get(one.class_id), layer) for one in result.explanations]
     return replace(result, explanations=tuple(explanations))

@@ -116,7 +116,10 @@ def test_an_earlier_layer_is_suggested_and_tried_where_the_verdict_is_inconclusi
         supported = [one["layer"] for one in steps if one["verdict"] == "supported"]
         assert searched["layer"] == (supported[0] if supported else plain["layer"])
         (direct,) = ask(builtin, image, verify="true", layer=steps[0]["layer"])
-        assert steps[0]["verdict"] == direct["verify"]["verdict"]
+        if steps[0]["verdict"] != direct["verify"]["verdict"]:  # each look needs a smaller one
+            p_values = (direct["verify"]["p_place"], direct["verify"]["p_centred"])
+            assert 0.05 / 3 < max(p_values) <= 0.05
+            assert steps[0]["verdict"] == "inconclusive"
         assert steps[0]["agreement"] == pytest.approx(direct["verify"]["agreement"], abs=1e-4)
         assert searched["cost"]["forwards"] > plain["cost"]["forwards"]
     assert tried, "noise has no evidence to point at"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -99,6 +100,32 @@ def test_the_square_that_decides_is_supported_and_another_one_is_not(
     assert true["supported"] >= 95
     assert true["refuted"] == 0
     assert other["supported"] <= 5
+
+
+def test_each_further_look_needs_a_smaller_p_value() -> None:
+    size, generator = (96, 96), torch.Generator().manual_seed(0)
+    plan, between = design(size), 0
+    for seed in range(60):
+        mask = square(seed, plan)
+        noise = torch.rand(size, generator=generator) / 3
+        evidence = evidence_of(
+            pink(seed, size),
+            plan,
+            lambda images, weights=mask + noise: torch.stack(
+                [(images.float() * weights).mean(dim=(1, 2, 3))] * 2, 1
+            ),
+        )
+        one = judge(evidence, mask, 0)
+        third = judge(replace(evidence, looks=3), mask, 0)
+        assert (third.p_place, third.p_centred) == (one.p_place, one.p_centred)
+        if one.verdict != "supported":
+            assert third.verdict == one.verdict
+        elif max(one.p_place, one.p_centred) > verdict.LEVEL / 3:
+            assert third.verdict == "inconclusive"
+            between += 1
+        else:
+            assert third == one
+    assert between, "some lie between the two levels"
 
 
 def test_a_network_that_saturates_on_its_square_is_judged_by_its_logit() -> None:
