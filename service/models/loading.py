@@ -39,7 +39,7 @@ from service.models.probes.cell_positions import (
     covered,
     measure_cell_positions,
 )
-from service.models.probes.condition import parts_of
+from service.models.probes.condition import Condition, parts_of
 from service.models.probes.layers import LayerTrace, default_target, trace_layers
 from service.models.probes.lazy_state import resolve_lazy_state
 from service.models.probes.sensitivity import (
@@ -96,10 +96,14 @@ def load_model(
         transform=f"{preprocessing} ({_sources(spec, built)})",
     )
     images = model.normalised(trial_images((preprocessing.channels, *preprocessing.crop)))
+    began = Condition.of(module)
     model = replace(_measured(model, built, images), no_layers=why_no_layers(module))
     if sensitivity:
         model = replace(model, sensitivity=_sensitivity(model))
-    return _tuned(model, images[:1], compiler)
+    model = _tuned(model, images[:1], compiler)
+    if not model.behaviour.isolated:
+        began.restore()  # requests run this very module, and so did the probes
+    return model
 
 
 def _outside_inference_mode(module: nn.Module) -> nn.Module:

@@ -57,7 +57,7 @@ def regions(url: str, picture: Path) -> Any:
 
 def test_it_lists_the_models_with_their_tasks(seen) -> None:
     assert list(seen["models"]) == ["small"]
-    assert len(seen["models"]["small"]["available_tasks"]) == 3
+    assert len(seen["models"]["small"]["available_tasks"]) == 4
 
 
 def test_it_would_draw_the_evidence_in_pixels_of_the_picture(seen, regions) -> None:

@@ -169,7 +169,8 @@ def behaviour(trial: Trial) -> Behaviour:
 def trial_images(shape: tuple[int, int, int]) -> Tensor:
     """Three images, uint8 (3, C, h, w), of coarse blocks and noise, which differ everywhere.
 
-    Their values avoid the ends of the range, where activations saturate.
+    Their values avoid the ends of the range, where activations saturate. The third has a quarter
+    of the contrast: statistics over a batch of images that are alike would show nothing.
     """
     channels, height, width = shape
     generator = torch.Generator().manual_seed(0)
@@ -177,7 +178,7 @@ def trial_images(shape: tuple[int, int, int]) -> Tensor:
     coarse = torch.nn.functional.interpolate(blocks, (height, width), mode="nearest")
     noise = torch.rand(2, channels, height, width, generator=generator)
     first, second = 0.7 * coarse + 0.3 * noise
-    images = torch.stack([first, 1 - first, second])
+    images = torch.stack([first, 1 - first, 0.25 * second])
     return (20 + 155 * images).round().to(torch.uint8)
 
 
