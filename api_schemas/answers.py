@@ -321,7 +321,7 @@ class Answer(BaseModel):
     timing_ms: Timing
 
 
-class Control(BaseModel):
+class EditControl(BaseModel):
     """The change of the logit in the controls: the same edit at other places of the same size.
 
     `smaller` is how many of the `n` controls changed the logit less than the edit itself, in
@@ -338,7 +338,7 @@ class Control(BaseModel):
 class EditChange(Change):
     """The change of one class: the value with the edit minus without."""
 
-    control: Control | None = Field(
+    control: EditControl | None = Field(
         None, description="Null if the edit has no place, such as `flip`."
     )
 
@@ -354,7 +354,7 @@ class EditResult(BaseModel):
     explanation: Explanation | None = Field(
         None, description="The map with the gradient changed, of an edit `gradient`."
     )
-    control: Control | None = None
+    control: EditControl | None = None
     error: ImageFailure | None = Field(
         None, description="Why this edit failed, for instance because its other image did."
     )

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from api_schemas.methods import METHODS
-from service.evaluation.sensitivity import maps_by_depth
+from service.evaluation.method_sensitivity import maps_by_depth
 from service.images.decode import decode, fit_to_model
 from service.models.catalog import parse_model
 from service.models.loaded import LoadedModel

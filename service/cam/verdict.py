@@ -215,7 +215,8 @@ def contrasts(image: Tensor, plan: Design) -> Tensor:
     left, top, width, height = plan.area
     inside = image[:, top : top + height, left : left + width].double()
     grey = inside.mean(dim=0)
-    across, down = (torch.from_numpy(step) for step in np.gradient(grey.numpy(), axis=(0, 1)))
+    padded = np.pad(grey.numpy(), 1, mode="edge")  # an area may be one pixel high
+    across, down = (torch.from_numpy(step)[1:-1, 1:-1] for step in np.gradient(padded))
     distance = (inside - inside.mean(dim=(1, 2), keepdim=True)).square().sum(dim=0).sqrt()
     by_row, by_column = (average(*pair) for pair in zip(plan.shape, (height, width), strict=True))
     mean, square = (by_row @ values @ by_column.T for values in (grey, grey.square()))
@@ -233,6 +234,7 @@ class Evidence:
     covers:    the part of the model input that a layer's cells lie over.
     looks:     how many maps are tried until one is supported; each further look finds more by
                chance, so that p-values are compared with LEVEL / looks.
+    rounding:  falls that vary by no more say nothing: what the model computes is that exact.
     """
 
     plan: Design
@@ -240,6 +242,7 @@ class Evidence:
     contrasts: Tensor
     covers: Rect = WHOLE
     looks: int = 1
+    rounding: float = 0.0
 
 
 def judge(evidence: Evidence, grid: Tensor, class_id: int, contrast: int | None = None) -> Verdict:
@@ -256,7 +259,7 @@ def judge(evidence: Evidence, grid: Tensor, class_id: int, contrast: int | None 
     own = _Falls(hides, falls[:, class_id, None])
     if float(compared.max() - compared.min()) <= FLAT * float(compared.abs().max()):
         return _undecided("flat_map")
-    if own.are_flat:
+    if own.spread <= max(FLAT * float(falls[:, class_id].abs().max()), evidence.rounding):
         return _undecided("flat_score")
     copies, middles = _copies(compared)
     whole, fills = own.agreement(copies)
@@ -304,6 +307,8 @@ class _Falls:
 
     Within each fill the mean and the effect of the hidden area are removed from both, and the falls
     are scaled to one spread: each fill counts alike, though one may change the score more.
+
+    spread: the largest standard deviation of what is left of a score's falls.
     """
 
     def __init__(self, hides: Tensor, falls: Tensor) -> None:
@@ -313,7 +318,7 @@ class _Falls:
         rest = [keep @ falls[half] for keep, half in zip(keeps, halves, strict=True)]
         norms = [values.norm(dim=0) for values in rest]
         self._falls = [_ratio(values, norm) for values, norm in zip(rest, norms, strict=True)]
-        self.are_flat = bool((torch.hypot(*norms) <= FLAT * falls.abs().amax(dim=0)).all())
+        self.spread = float(torch.hypot(*norms).max()) / math.sqrt(RUNS)
 
     def agreement(self, maps: Tensor) -> tuple[Tensor, Tensor]:
         """Pearson's correlations of one score with maps (n, cells), or of several with one map.

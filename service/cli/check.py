@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from service.errors import CamserveError
-from service.evaluation.sensitivity import measure_all
+from service.evaluation.method_sensitivity import measure_all
 from service.inference.batch import run
 from service.inference.questions import Question
 from service.models.catalog import ModelSpec

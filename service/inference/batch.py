@@ -13,7 +13,7 @@ from torch import Tensor
 from service.cam.formulas import scale
 from service.cam.hooks import Calls, Recording, calls_of, gradients, record
 from service.errors import CamserveError, InvalidOption, NonFiniteOutput
-from service.inference.experiments import measured_effects
+from service.inference.edit_effects import measured_effects
 from service.inference.forward_pass import (
     ForwardPass,
     GradientPoint,

@@ -13,6 +13,9 @@ from service.inference.perturbation import chunked_logits
 from service.inference.questions import InferenceResult
 from service.models.pool import Replica
 
+ROUNDING = 1e-5
+"""What logits in float32 differ by without a reason, as a share of the largest."""
+
 
 def gather(image_pass: ImagePass) -> Generator[None, Replica, Evidence]:
     """Run the design on the image of a question; yields where it needs a replica."""
@@ -22,8 +25,13 @@ def gather(image_pass: ImagePass) -> Generator[None, Replica, Evidence]:
     logits = yield from chunked_logits(
         model, RUNS, lambda runs: hidden(question.pixels, plan, runs, fills)
     )
-    falls, contrast = image_pass.logits - logits, contrasts(question.pixels, plan)
-    return Evidence(plan, falls, contrast, model.preprocessing.covers or WHOLE)
+    return Evidence(
+        plan,
+        image_pass.logits - logits,
+        contrasts(question.pixels, plan),
+        model.preprocessing.covers or WHOLE,
+        rounding=ROUNDING * float(image_pass.logits.abs().max()),
+    )
 
 
 def judged(result: InferenceResult, evidence: Evidence) -> InferenceResult:

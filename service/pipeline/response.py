@@ -21,7 +21,7 @@ from service.cam.tiles import channel_grid
 from service.cam.verdict import DESIGN, RUNS, Verdict
 from service.errors import CamserveError, RenderFailed
 from service.images.upload import Upload
-from service.inference.questions import Activation, Explanation, InferenceResult
+from service.inference.questions import Activation, Explanation, InferenceResult, Prediction
 from service.models.loaded import LoadedModel
 from service.pipeline.service import ProcessedImage, Recipe
 
@@ -41,9 +41,14 @@ def single_response(
     return response_body(recipe, request_id, [rendered])
 
 
-def response_body(recipe: Recipe, request_id: str, results: list[wire.Result]) -> bytes:
+def response_body(
+    recipe: Recipe,
+    request_id: str,
+    results: list[Any],
+    form: type[wire.Answer | wire.ExperimentAnswer] = wire.Answer,
+) -> bytes:
     """The answer to a request as JSON; its clock has stopped."""
-    answer = wire.Answer(
+    answer = form(
         id=request_id,
         model=wire.ModelVersion(name=recipe.model.name, version=recipe.model.version),
         results=results,
@@ -62,14 +67,9 @@ def image_result(
     upload, inference, masked = processed.upload, processed.inference, processed.masked
     try:
         fields: dict[str, Any] = {
-            "image": wire.ImageInfo(
-                width=upload.width,
-                height=upload.height,
-                format=upload.format,
-                sha256=upload.sha256,
-            ),
+            "image": image_entry(upload),
             "seen": upload.model_input.geometry.seen,
-            "predictions": _predictions(model, inference),
+            "predictions": [prediction_entry(model, one) for one in inference.predictions],
         }
         if isinstance(options, ExplainOptions):
             fields["explanations"] = [
@@ -84,7 +84,7 @@ def image_result(
         if masked is not None and upload.masked is not None:
             assert isinstance(options, ExplainOptions)
             fields["masked"] = wire.Masked(
-                predictions=_predictions(model, masked),
+                predictions=[prediction_entry(model, one) for one in masked.predictions],
                 changes=_changes(model, inference, masked),
                 explanations=[
                     explanation_entry(model, upload.masked, explanation, options, side)
@@ -103,16 +103,21 @@ def image_result(
         ) from error
 
 
-def _predictions(model: LoadedModel, inference: InferenceResult) -> list[wire.Prediction]:
-    return [
-        wire.Prediction(
-            class_id=prediction.class_id,
-            label=model.labels[prediction.class_id],
-            score=prediction.score,
-            logit=prediction.logit,
-        )
-        for prediction in inference.predictions
-    ]
+def prediction_entry(model: LoadedModel, prediction: Prediction) -> wire.Prediction:
+    """One class of a model with its label."""
+    return wire.Prediction(
+        class_id=prediction.class_id,
+        label=model.labels[prediction.class_id],
+        score=prediction.score,
+        logit=prediction.logit,
+    )
+
+
+def image_entry(upload: Upload) -> wire.ImageInfo:
+    """What is said of a decoded image."""
+    return wire.ImageInfo(
+        width=upload.width, height=upload.height, format=upload.format, sha256=upload.sha256
+    )
 
 
 def _changes(

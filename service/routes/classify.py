@@ -123,6 +123,10 @@ def _image_format(request: Request, options: CommonOptions, images: int) -> str 
             f"{images} images cannot be answered with one image; accept application/json, or "
             "send one image per request."
         )
+    if image_format and options.verify != "false":
+        raise NotAcceptable(
+            "An image has no place for a verdict; accept application/json, or leave out `verify`."
+        )
     return image_format
 
 

@@ -11,15 +11,16 @@ import pydantic
 from fastapi import APIRouter, Query, Request, Response
 
 from api_schemas import options as wire
-from api_schemas.answers import ExperimentResult
+from api_schemas.answers import ExperimentAnswer, ExperimentResult
 from service.errors import InvalidOption, MalformedRequest, UnsupportedMediaType
 from service.images.upload import Upload
-from service.pipeline import experiments as pipeline
+from service.pipeline import trials as pipeline
 from service.pipeline.answer_size import quote_image
-from service.pipeline.edits import Plan, plan_edits
-from service.pipeline.experiments import Opened
+from service.pipeline.experiment_plan import ExperimentPlan, plan_edits
 from service.pipeline.process import as_error, open_image, render, result_of
+from service.pipeline.response import response_body
 from service.pipeline.service import Clock, Recipe
+from service.pipeline.trials import Opened
 from service.routes import access, bodies, docs, forms, lifecycle
 from service.routes.problems import describe
 from service.routes.state import service_of
@@ -139,7 +140,9 @@ async def _opened(
     return upload
 
 
-async def _one(plan: Plan, recipe: Recipe, opened: Opened, index: int) -> ExperimentResult:
+async def _one(
+    plan: ExperimentPlan, recipe: Recipe, opened: Opened, index: int
+) -> ExperimentResult:
     trials = await pipeline.conduct(plan, recipe, opened, index)
     upload = opened[index]
     assert isinstance(upload, Upload)
@@ -162,5 +165,7 @@ async def _respond(
         else ExperimentResult(error=lifecycle.failure(each))
         for each in results
     ]
-    call = recipe.service.scheduler.call(pipeline.body, recipe, request.scope["request_id"], places)
+    call = recipe.service.scheduler.call(
+        response_body, recipe, request.scope["request_id"], places, ExperimentAnswer
+    )
     return Response(await result_of(call), media_type="application/json", headers=header)

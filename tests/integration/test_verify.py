@@ -200,3 +200,22 @@ def test_each_explanation_that_was_tested_is_counted_once_wherever_it_is_answere
         expected["small", "gradcam", verdict] += 4
         assert counted(client) == expected
         assert "camserve_verdicts_total{" in client.get("/metrics").text
+
+
+@pytest.mark.parametrize(("width", "height"), [(2000, 4), (4, 2000), (1, 1), (500, 20)])
+def test_an_image_that_fills_little_of_the_padded_input_is_answered(
+    builtin: TestClient, width: int, height: int
+) -> None:
+    (explanation,) = ask(builtin, pictures.png(width, height), verify="true", fit="pad")
+    assert explanation["verify"]["verdict"] in {"supported", "inconclusive", "refuted"}
+
+
+def test_an_answer_that_is_an_image_refuses_a_verdict_before_it_is_paid_for(
+    builtin: TestClient,
+) -> None:
+    headers = {**PNG, "accept": "image/png"}
+    refused = builtin.post("/explain", content=IMAGE, headers=headers, params={"verify": "true"})
+    assert refused.status_code == 406
+    assert "leave out `verify`" in refused.json()["detail"]
+    plain = builtin.post("/explain", content=IMAGE, headers=headers)
+    assert plain.headers["content-type"] == "image/png"

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from service.inference.edits import (
+from service.inference.pixel_edits import (
     bounds,
     flipped,
     grey,

@@ -299,3 +299,12 @@ def test_a_row_is_averaged_over_bins_by_the_overlap_of_its_cells(bins: int) -> N
     values = torch.where(inside, row[(points * 5).long().clamp(0, 4)], 0)
     expected = values.reshape(bins, 1000).mean(dim=1)
     assert torch.allclose(verdict.average(bins, 5, start, extent) @ row, expected, atol=5e-3)
+
+
+def test_falls_within_the_rounding_of_the_logits_are_a_flat_score() -> None:
+    """A class that ignores the image, computed twice with other roundings."""
+    size, plan = (64, 64), design((64, 64))
+    falls = 1e-6 * torch.randn(RUNS, 3, generator=torch.Generator().manual_seed(0))
+    noise = Evidence(plan, falls, contrasts(pink(0, size), plan), rounding=1e-5)
+    assert judge(noise, torch.rand(7, 7), 0).reason == "flat_score"
+    assert judge(replace(noise, rounding=0.0), torch.rand(7, 7), 0).reason != "flat_score"

@@ -32,7 +32,7 @@ from service.integrations.label_studio.label_config import (
     model_version,
     parameters_in,
 )
-from service.integrations.label_studio.predictions import Evidence, prediction, price
+from service.integrations.label_studio.predictions import TaskEvidence, prediction, price
 from service.integrations.label_studio.task_images import fetch_image
 from service.integrations.protocol_requests import parsed
 from service.models.loaded import LoadedModel
@@ -339,7 +339,7 @@ class _Selection:
             return await self._answer(task, permit)
 
     async def _answer(self, task: LabelStudioTask, permit: Permit) -> bytes:
-        shown: list[tuple[TaskImage, Evidence]] = []
+        shown: list[tuple[TaskImage, TaskEvidence]] = []
         part = b""
         try:
             for image in self._task_request.images:
@@ -355,7 +355,9 @@ class _Selection:
             self.work.bill.settle(len(part), sum(evidence.answered.priced for _, evidence in shown))
         return part
 
-    async def _evidence(self, image: TaskImage, task: LabelStudioTask, permit: Permit) -> Evidence:
+    async def _evidence(
+        self, image: TaskImage, task: LabelStudioTask, permit: Permit
+    ) -> TaskEvidence:
         work, limits = self.work, self._service.limits
         source = image.source(task.data)
         data = await fetch_image(self._request, source, task.id, lambda size: permit.grow(0, size))
@@ -366,7 +368,7 @@ class _Selection:
 
         await lifecycle.patiently(hold, self._until)
         answered = await lifecycle.infer(work, data, quote)
-        return Evidence(work.model, answered, self._task_request.parameters, limits.render_side)
+        return TaskEvidence(work.model, answered, self._task_request.parameters, limits.render_side)
 
 
 def _seconds(request: Request) -> float:

@@ -41,7 +41,7 @@ CHOSEN = 0.5
 
 
 @dataclass(frozen=True)
-class Evidence:
+class TaskEvidence:
     """The answer for one image of a task, and its drawings, made once for all controls."""
 
     model: LoadedModel
@@ -111,7 +111,7 @@ class Evidence:
 
 
 def prediction(
-    images: Sequence[tuple[TaskImage, Evidence]], version: str, *, of_click: bool = False
+    images: Sequence[tuple[TaskImage, TaskEvidence]], version: str, *, of_click: bool = False
 ) -> bytes:
     """A task's entry in the response, JSON; `[]` if no result fits the project's labels.
 
@@ -154,7 +154,7 @@ def price(images: Sequence[TaskImage], sizes: AnswerSizes) -> Price:
     return bytes_of if any(controls) else lambda _: 512
 
 
-def _of_image(image: TaskImage, evidence: Evidence) -> Iterator[dict[str, Any]]:
+def _of_image(image: TaskImage, evidence: TaskEvidence) -> Iterator[dict[str, Any]]:
     for control in image.controls:
         if control.kind == "choices":
             yield from _choices(control, evidence)
@@ -183,7 +183,7 @@ def _entry(control: Control, score: float) -> dict[str, Any]:
     }
 
 
-def _choices(control: Control, evidence: Evidence) -> Iterator[dict[str, Any]]:
+def _choices(control: Control, evidence: TaskEvidence) -> Iterator[dict[str, Any]]:
     """The explained class; if several can be chosen, all with a sufficient score."""
     least = control.at_least
     chosen: list[tuple[int, float]] = [(evidence.class_id, evidence.score)]
@@ -199,12 +199,12 @@ def _choices(control: Control, evidence: Evidence) -> Iterator[dict[str, Any]]:
         yield _entry(control, max(known.values())) | {"value": value}
 
 
-def _brush(evidence: Evidence) -> Iterator[dict[str, Any]]:
+def _brush(evidence: TaskEvidence) -> Iterator[dict[str, Any]]:
     if evidence.rle:
         yield {"format": "rle", "rle": evidence.rle}
 
 
-def _boxes(evidence: Evidence) -> Iterator[dict[str, Any]]:
+def _boxes(evidence: TaskEvidence) -> Iterator[dict[str, Any]]:
     width, height = evidence.size
     for x, y, w, h in evidence.regions.boxes[:MAX_REGIONS]:
         yield {
@@ -216,14 +216,14 @@ def _boxes(evidence: Evidence) -> Iterator[dict[str, Any]]:
         }
 
 
-def _polygons(evidence: Evidence) -> Iterator[dict[str, Any]]:
+def _polygons(evidence: TaskEvidence) -> Iterator[dict[str, Any]]:
     width, height = evidence.size
     for polygon in evidence.regions.polygons[:MAX_REGIONS]:
         points = [[100 * x / width, 100 * y / height] for x, y in polygon]
         yield {"points": points, "closed": True}
 
 
-def _peak(evidence: Evidence) -> Iterator[dict[str, Any]]:
+def _peak(evidence: TaskEvidence) -> Iterator[dict[str, Any]]:
     if evidence.regions.peak is not None:
         x, y = evidence.regions.peak
         width, height = evidence.size
@@ -231,7 +231,7 @@ def _peak(evidence: Evidence) -> Iterator[dict[str, Any]]:
 
 
 class _RegionValues(Protocol):
-    def __call__(self, evidence: Evidence, /) -> Iterator[dict[str, Any]]: ...
+    def __call__(self, evidence: TaskEvidence, /) -> Iterator[dict[str, Any]]: ...
 
 
 _VALUES: Mapping[str, _RegionValues] = MappingProxyType(

@@ -21,6 +21,7 @@ from service.models.catalog import Floating
 from service.models.compiled.cut import Uncuttable, split
 from service.models.compiled.front import CompiledLane, Front, Parity, Tolerance
 from service.models.loaded import LoadedModel
+from service.models.probes.sensitivity import natural_noise
 from service.models.probes.torch_state import kept_torch_state
 
 _log = structlog.get_logger(__name__)
@@ -230,13 +231,11 @@ def _parity_images(model: LoadedModel, batches: Sequence[int]) -> Iterator[Tenso
     generator = torch.Generator().manual_seed(0)
     channels, (height, width) = model.preprocessing.channels, model.preprocessing.crop
     for batch in batches:
+        if batch != 2:
+            yield natural_noise((channels, height, width), batch, generator)
+            continue
         white = torch.randn(batch, channels, height, width, generator=generator)
-        rows, columns = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None]
-        distance = (rows**2 + columns**2).sqrt().clamp(min=1 / max(height, width))
-        pink = torch.fft.irfft2(torch.fft.rfft2(white) / distance, s=(height, width))
-        pink = pink / pink.std(dim=(1, 2, 3), keepdim=True)
-        noise = white if batch == 2 else pink
-        yield (noise * 50 + 120).clamp(0, 255).to(torch.uint8)
+        yield (white * 50 + 120).clamp(0, 255).to(torch.uint8)
 
 
 def _difference(expected: Tensor, actual: Tensor) -> float:

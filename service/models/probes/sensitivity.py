@@ -241,16 +241,21 @@ def _begin(path: str, begins: Mapping[str, float]) -> float:
     return begins.get(path, 0.0)
 
 
-def natural_noise(shape: tuple[int, int, int], count: int) -> Tensor:
-    """Images of noise, uint8 (count, C, h, w), with the spectrum of photographs, 1/f."""
+def natural_noise(
+    shape: tuple[int, int, int], count: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Images of noise, uint8 (count, C, h, w), with the spectrum of images of nature, 1/f.
+
+    generator: of the noise; None: one with the seed 0.
+    """
     channels, height, width = shape
-    generator = torch.Generator().manual_seed(0)
+    generator = generator or torch.Generator().manual_seed(0)
     white = torch.randn(count, channels + 1, height, width, generator=generator)
     rows, columns = torch.fft.fftfreq(height), torch.fft.rfftfreq(width)
     frequency = torch.hypot(rows[:, None], columns[None]).clamp_min(1 / max(height, width))
     pink: Tensor = torch.fft.irfft2(torch.fft.rfft2(white) / frequency, s=(height, width))
     pink /= pink.std(dim=(2, 3), keepdim=True)
-    # The channels of photographs have most of their contrast in common.
+    # The channels of an image of nature have most of their contrast in common.
     mixed = 0.9 * pink[:, :1] + 0.4 * pink[:, 1:]
     values: Tensor = (127.5 + 55 * mixed).clamp(0, 255).round()
     return values.to(torch.uint8)

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from service.cam.hooks import altering_gradients, gradients, record
 from service.errors import CamserveError, InvalidOption
-from service.inference.edits import (
+from service.inference.forward_pass import ImagePass, feature_layout
+from service.inference.method_table import MULTI_PASS_METHODS
+from service.inference.perturbation import Steps, chunked_logits, normalised_image, replaced_logits
+from service.inference.pixel_edits import (
     changed_channels,
     changed_gradient,
     other_channels,
     with_channels,
 )
-from service.inference.forward_pass import ImagePass, feature_layout
-from service.inference.method_table import MULTI_PASS_METHODS
-from service.inference.perturbation import Steps, chunked_logits, normalised_image, replaced_logits
 from service.inference.questions import (
     ChannelEdit,
     Effect,

@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import orjson
 from torch import Tensor
 
 from api_schemas import answers as answered
@@ -29,8 +28,8 @@ from service.images.decode import Fit, ModelInput, Preprocessing, Source, fit_to
 from service.images.masks import filling, overlaid
 from service.images.run_lengths import RLE, rle_decode
 from service.images.upload import Upload, area_mask, for_model
-from service.inference import edits as pixels_of
-from service.inference.edits import Mask, Pixels
+from service.inference import pixel_edits as pixels_of
+from service.inference.pixel_edits import Mask, Pixels
 from service.inference.questions import (
     ChannelEdit,
     Edit,
@@ -45,7 +44,7 @@ from service.inference.questions import (
 from service.models.loaded import LoadedModel
 from service.pipeline import response
 from service.pipeline.answer_size import AnswerSizes, longest_label
-from service.pipeline.edits import Plan, donors
+from service.pipeline.experiment_plan import ExperimentPlan, donors
 from service.pipeline.process import result_of, run_question
 from service.pipeline.service import Clock, Recipe, Service
 
@@ -72,7 +71,7 @@ class Trials:
     effects: Sequence[Effect | CamserveError]
 
 
-def recipe(service: Service, plan: Plan, deadline: float | None, clock: Clock) -> Recipe:
+def recipe(service: Service, plan: ExperimentPlan, deadline: float | None, clock: Clock) -> Recipe:
     """How each image of a request is opened, with its pixels kept."""
     return Recipe(
         service=service,
@@ -86,7 +85,7 @@ def recipe(service: Service, plan: Plan, deadline: float | None, clock: Clock) -
     )
 
 
-async def conduct(plan: Plan, recipe: Recipe, opened: Opened, index: int) -> Trials:
+async def conduct(plan: ExperimentPlan, recipe: Recipe, opened: Opened, index: int) -> Trials:
     """Make every edit of one image and its controls, in steps between other requests.
 
     opened: all images of the request, each with its `source`; edits may take from any of them.
@@ -116,7 +115,7 @@ async def conduct(plan: Plan, recipe: Recipe, opened: Opened, index: int) -> Tri
     )
 
 
-async def _marked(plan: Plan, recipe: Recipe, opened: Opened, index: int) -> Marks:
+async def _marked(plan: ExperimentPlan, recipe: Recipe, opened: Opened, index: int) -> Marks:
     """The regions that maps mark, of this image and of those that edits paste from."""
     found: dict[Mark, RLE] = {}
     for edit in plan.edits:
@@ -157,7 +156,7 @@ class _Kept:
 class _Setting:
     """What the edits of one image are made from."""
 
-    plan: Plan
+    plan: ExperimentPlan
     memory: DecodeBudget
     deadline: float | None
     opened: Opened
@@ -332,7 +331,7 @@ def _recoloured(pixels: Pixels, to: str | wire.Hue) -> Pixels:
 
 
 def result(
-    plan: Plan,
+    plan: ExperimentPlan,
     upload: Upload,
     trials: Trials,
     failure: Callable[[CamserveError], answered.ImageFailure],
@@ -355,11 +354,9 @@ def result(
         for edit, effect in zip(plan.edits, trials.effects, strict=True)
     ]
     return answered.ExperimentResult(
-        image=answered.ImageInfo(
-            width=upload.width, height=upload.height, format=upload.format, sha256=upload.sha256
-        ),
+        image=response.image_entry(upload),
         seen=upload.model_input.geometry.seen,
-        predictions=[_prediction(plan.model, each) for each in answer.predictions],
+        predictions=[response.prediction_entry(plan.model, each) for each in answer.predictions],
         edits=edits,
         forwards=plan.price,
         **fields,
@@ -367,7 +364,7 @@ def result(
 
 
 def _effect(
-    plan: Plan,
+    plan: ExperimentPlan,
     edit: wire.Edit,
     effect: Effect,
     targets: Sequence[int],
@@ -399,7 +396,9 @@ def _effect(
         name=edit.name,
         edit=edit.edit,
         predictions=[
-            _prediction(model, Prediction(one, float(scores[one]), float(logits[one])))
+            response.prediction_entry(
+                model, Prediction(one, float(scores[one]), float(logits[one]))
+            )
             for one in best
         ],
         changes=changes,
@@ -429,12 +428,12 @@ def drawing(asked: wire.GradientMap) -> ExplainOptions:
     )
 
 
-def _control(changes: Tensor) -> answered.Control:
+def _control(changes: Tensor) -> answered.EditControl:
     """changes: of the logit, by the edit and then by each control."""
     own, others = changes[0], changes[1:]
     if not len(others):
-        return answered.Control(n=0, mean=None, low=None, high=None, smaller=0)
-    return answered.Control(
+        return answered.EditControl(n=0, mean=None, low=None, high=None, smaller=0)
+    return answered.EditControl(
         n=len(others),
         mean=float(others.mean()),
         low=float(others.min()),
@@ -443,13 +442,7 @@ def _control(changes: Tensor) -> answered.Control:
     )
 
 
-def _prediction(model: LoadedModel, one: Prediction) -> answered.Prediction:
-    return answered.Prediction(
-        class_id=one.class_id, label=model.labels[one.class_id], score=one.score, logit=one.logit
-    )
-
-
-def entry_bytes(plan: Plan, render_side: int, source: Size) -> int:
+def entry_bytes(plan: ExperimentPlan, render_side: int, source: Size) -> int:
     """The bytes in JSON of one image's entry at most, by the size of its upright source."""
     numbers = min(plan.options.top_k, len(plan.model.labels)) + max(1, len(plan.targets))
     listed = _EDIT + numbers * (_NUMBERS + longest_label(plan.model.labels))
@@ -462,14 +455,3 @@ def entry_bytes(plan: Plan, render_side: int, source: Size) -> int:
         if isinstance(inside, ChannelEdit):
             size += _CHANNEL * (len(inside.channels) or inside.top)
     return size
-
-
-def body(recipe: Recipe, request_id: str, results: list[answered.ExperimentResult]) -> bytes:
-    """The answer to a request as JSON; its clock has stopped."""
-    answer = answered.ExperimentAnswer(
-        id=request_id,
-        model=answered.ModelVersion(name=recipe.model.name, version=recipe.model.version),
-        results=results,
-        timing_ms=answered.Timing(**recipe.clock.milliseconds()),
-    )
-    return orjson.dumps(answer.model_dump(exclude_unset=True))

@@ -20,7 +20,7 @@ from service.pipeline.service import Limits
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ExperimentPlan:
     """What a request means for a model.
 
     targets: class ids; empty means the top-1 prediction of each unedited image.
@@ -44,7 +44,7 @@ def plan_edits(
     edits: Sequence[wire.Edit],
     limits: Limits,
     images: int,
-) -> Plan:
+) -> ExperimentPlan:
     """Everything that can be refused before an image is looked at.
 
     Raises UnknownLayer, UnknownClass, and InvalidOption for what does not fit this model or these
@@ -76,7 +76,7 @@ def plan_edits(
             f"These edits cost {price:g} forward passes an image; at most {limits.cost:g} are "
             "allowed. Send fewer edits, or ask for fewer `controls`."
         )
-    return Plan(model, options, edits, targets, inside, marks, price)
+    return ExperimentPlan(model, options, edits, targets, inside, marks, price)
 
 
 def _check(model: LoadedModel, edit: wire.Edit, place: str, images: int) -> None:
