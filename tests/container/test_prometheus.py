@@ -151,6 +151,7 @@ def loaded(url: str) -> Iterator[None]:
         ("/explain?activations=layer3&activation_as=image", SAMPLE),
         ("/explain", b"no picture"),
         ("/explain?no_such_option=1", SAMPLE),
+        ("/explain?verify=true&include=none", SAMPLE),
     ]
 
     def client(number: int) -> None:
