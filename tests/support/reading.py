@@ -32,6 +32,10 @@ SERVES = re.compile(r"^(make run|(\.venv/bin/)?camserve serve)\b")
 ADDRESS = re.compile(r"(127\.0\.0\.1|localhost):8000")
 NUMBER = re.compile(r"-?\d+(\.\d+)?")
 
+# A reader has none of what `make test` sets: with PYTHONSAFEPATH a script's own folder is not
+# searched, and MAKEFLAGS would hand on ARGS=… to the reader's own `make run`.
+SET_BY_MAKE = {"PYTHONSAFEPATH", "MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "MFLAGS", "ARGS"}
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -98,8 +102,7 @@ class Reader:
             (binaries / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {module}"$@"\n')
             (binaries / name).chmod(0o755)
         (self.folder / "examples").symlink_to(ROOT / "examples")
-        # `make test` sets PYTHONSAFEPATH, with which a script's own folder is not searched.
-        inherited = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
+        inherited = {k: v for k, v in os.environ.items() if k not in SET_BY_MAKE}
         self.environment = inherited | {
             "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
@@ -202,6 +205,9 @@ class Reader:
                 self.url = line.split()[-1]
                 break
         else:
+            self._served.wait(60)
+            self._served.stderr.close()
+            self._served = None
             raise AssertionError(f"{command}\n{''.join(said)}")
         self._draining = threading.Thread(target=self._served.stderr.read)
         self._draining.start()
