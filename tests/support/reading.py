@@ -32,9 +32,13 @@ SERVES = re.compile(r"^(make run|(\.venv/bin/)?camserve serve)\b")
 ADDRESS = re.compile(r"(127\.0\.0\.1|localhost):8000")
 NUMBER = re.compile(r"-?\d+(\.\d+)?")
 
-# A reader has none of what `make test` sets: with PYTHONSAFEPATH a script's own folder is not
-# searched, and MAKEFLAGS would hand on ARGS=… to the reader's own `make run`.
-SET_BY_MAKE = {"PYTHONSAFEPATH", "MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "MFLAGS", "ARGS"}
+# A reader has none of what is set for tests: with PYTHONSAFEPATH a script's own folder is not
+# searched, MAKEFLAGS would hand on ARGS=… to the reader's own `make run`, and the sensitivity to the
+# weights, which tests leave out to save time, adds flags to what a reader sees.
+SET_FOR_TESTS = {
+    *("PYTHONSAFEPATH", "MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "MFLAGS", "ARGS"),
+    "CAMSERVE_SENSITIVITY",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +106,7 @@ class Reader:
             (binaries / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {module}"$@"\n')
             (binaries / name).chmod(0o755)
         (self.folder / "examples").symlink_to(ROOT / "examples")
-        inherited = {k: v for k, v in os.environ.items() if k not in SET_BY_MAKE}
+        inherited = {k: v for k, v in os.environ.items() if k not in SET_FOR_TESTS}
         self.environment = inherited | {
             "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
