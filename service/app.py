@@ -19,7 +19,6 @@ from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from starlette.middleware.cors import CORSMiddleware
 
-from api_schemas.options import ExplainOptions
 from service import __version__
 from service.errors import ConfigurationError, ShuttingDown
 from service.images.budget import DecodeBudget
@@ -124,7 +123,7 @@ def create_app(settings: Settings, *, background: bool = False, only: str | None
         for router in integration.routers:
             app.include_router(router)
     _serve_page(app)
-    problems.install(app, options=list(ExplainOptions.model_fields))
+    problems.install(app)
     _add_middleware(app, service, settings, traces)
     return app
 

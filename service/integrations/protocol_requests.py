@@ -247,7 +247,7 @@ def options(form: type[Options], given: Mapping[str, Any]) -> Options:
     try:
         return form(**fields)
     except pydantic.ValidationError as error:
-        known = list(ExplainOptions.model_fields)
+        known = ExplainOptions.model_fields
         raise InvalidOption(describe(error.errors(include_url=False), known)) from error
 
 

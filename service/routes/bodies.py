@@ -13,7 +13,7 @@ from typing import Self, TypeVar
 import pydantic
 from fastapi import Request
 
-from api_schemas.options import ExplainRequest, ImageSource
+from api_schemas.options import ImageSource
 from service.errors import (
     BodyTooLarge,
     EmptyBody,
@@ -235,8 +235,7 @@ def json_request(body: bytes, form: type[Options], max_images: int) -> tuple[lis
                 'The body is JSON but not an object; send {"images": [{"data": "<base64>"}]} and '
                 "options beside `images`."
             ) from error
-        known = list(dict.fromkeys([*form.model_fields, *ExplainRequest.model_fields]))
-        raise InvalidOption(describe(issues, known)) from error
+        raise InvalidOption(describe(issues, form.model_fields)) from error
     sources: list[ImageSource] = request.images  # type: ignore[attr-defined]
     if len(sources) > max_images:
         raise BodyTooLarge(

@@ -125,7 +125,7 @@ def _form(
         if any(issue["type"] == "json_invalid" for issue in issues):
             raise MalformedRequest(f"The part `edits` is not JSON: {issues[0]['msg']}.") from error
         named = [{**issue, "loc": ("edits", *issue["loc"])} for issue in issues]
-        raise InvalidOption(describe(named, list(wire.ExperimentRequest.model_fields))) from error
+        raise InvalidOption(describe(named, wire.ExperimentRequest.model_fields)) from error
     return images, found
 
 

@@ -6,7 +6,7 @@ On the paths of an integration the body is that of its protocol (`service.routes
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from api_schemas.answers import Problem
+from api_schemas.options import ExperimentOptions, ExplainOptions, PredictOptions
 from service import errors
 from service.errors import CamserveError, Refused, nearest
 from service.routes.integration import integrations_of
@@ -61,6 +62,13 @@ STATUS: dict[type[CamserveError], int] = {
 _SHOWN = 200
 """Characters of the client's text that an error repeats at most."""
 
+_OPTIONS = {
+    "/explain": ExplainOptions,
+    "/predict": PredictOptions,
+    "/experiments": ExperimentOptions,
+}
+"""The options of the routes that have some, for suggestions."""
+
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
@@ -94,17 +102,17 @@ def problem(request: Request, error: CamserveError) -> JSONResponse:
     return _response(request, status, error.code, error.detail, headers)
 
 
-def describe(issues: Sequence[Any], known: Sequence[str] = ()) -> str:
+def describe(issues: Sequence[Any], known: Iterable[str] = ()) -> str:
     """The errors of pydantic as one sentence: each option and its accepted values.
 
-    known: the options of /explain, which include those of all other routes.
+    known: the names that are accepted here, for suggestions.
     """
-    text = "; ".join(_sentence(issue, known) for issue in issues[:5])
+    text = "; ".join(_sentence(issue, list(known)) for issue in issues[:5])
     return text if text.endswith("?") else f"{text}."
 
 
-def install(app: FastAPI, options: Sequence[str]) -> None:
-    """Answer every error of the app with a problem body. options: names for suggestions."""
+def install(app: FastAPI) -> None:
+    """Answer every error of the app with a problem body."""
 
     async def refused(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, CamserveError)
@@ -112,7 +120,8 @@ def install(app: FastAPI, options: Sequence[str]) -> None:
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return problem(request, errors.InvalidOption(describe(error.errors(), options)))
+        form = _OPTIONS.get(_path(request), ExplainOptions)
+        return problem(request, errors.InvalidOption(describe(error.errors(), form.model_fields)))
 
     async def http_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
@@ -148,9 +157,8 @@ def unexpected(request: Request) -> JSONResponse:
 def _response(
     request: Request, status: int, code: str, detail: str, headers: dict[str, str]
 ) -> JSONResponse:
-    path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
     for integration in integrations_of(request.scope):
-        error = integration.error(path, status, code, detail)
+        error = integration.error(_path(request), status, code, detail)
         if error is not None:
             return JSONResponse(error[1], status_code=error[0], headers=headers)
     body = Problem(
@@ -165,14 +173,20 @@ def _response(
     )
 
 
+def _path(request: Request) -> str:
+    path: str = request.scope["path"]
+    return path.removeprefix(request.scope.get("root_path", ""))
+
+
 def _sentence(issue: Any, known: Sequence[str]) -> str:
     *around, name = [_shown(part) for part in issue["loc"] if part not in ("query", "body")] or [""]
     location = ".".join((*around, name))
     if issue["type"] == "extra_forbidden":
         if around:
             return f"{'.'.join(around)} has no field {name!r}"
-        if name in known:
-            return f"{name!r} is an option of /explain, which this route does not accept"
+        route = next((route for route, form in _OPTIONS.items() if name in form.model_fields), None)
+        if route is not None:
+            return f"{name!r} is an option of {route}, which this route does not accept"
         return f"there is no option {name!r}.{nearest(name, known)}".rstrip(".")
     message = str(issue["msg"]).removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]

@@ -525,6 +525,23 @@ def test_a_wrong_option_is_refused(builtin: TestClient, case: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("route", "words"),
+    [
+        ("experiments?control=3", "Did you mean 'controls'?"),
+        ("experiments?explain_top=3", "'explain_top' is an option of /explain, which"),
+        ("predict?seed=3", "'seed' is an option of /explain, which"),
+        ("explain?controls=3", "'controls' is an option of /experiments, which"),
+    ],
+)
+def test_a_mistyped_option_is_compared_with_those_of_its_own_route(
+    builtin: TestClient, route: str, words: str
+) -> None:
+    response = builtin.post(f"/{route}", files={"image": IMAGE}, data={"edits": json.dumps([HIDE])})
+    assert response.status_code == 422
+    assert words in response.json()["detail"]
+
+
+@pytest.mark.parametrize(
     ("sending", "status", "words"),
     [
         ({"content": IMAGE, "headers": PNG}, 415, "edits"),

@@ -128,6 +128,9 @@ def test_v2_explanations_have_the_verdict(client) -> None:
     found = values(infer(client, file(), outputs=outputs, parameters={"verify": True}))
     (expected,) = explained(client, include="none", verify="true")["explanations"]
     assert json.loads(found["explain"][0, 0])["verify"] == expected["verify"]
+    refused = infer(client, file(), outputs=[{"name": "grid"}], parameters={"verify": True})
+    assert refused.status_code == 422
+    assert "the output `explain`" in refused.json()["error"]
 
 
 @pytest.mark.parametrize("layout", ["HWC", "CHW"])

@@ -263,7 +263,10 @@ def _options(infer_request: InferRequest, wanted: _Wanted, default: Sequence[str
         also = also if isinstance(also, list) else [also]
         given["include"] = [*drawn, *(part for part in also if part != "none")]
     given.setdefault("include", ["none"])
-    return options(ExplainOptions, given)
+    chosen = options(ExplainOptions, given)
+    if chosen.verify != "false" and "explain" not in names:
+        raise InvalidOption("`verify` needs the output `explain`, which has the verdict; name it.")
+    return chosen
 
 
 def _respond(model: LoadedModel, name: str, wanted: _Wanted, replies: Sequence[Reply]) -> Response:
