@@ -333,6 +333,7 @@ class EditControl(BaseModel):
     low: float | None
     high: float | None
     smaller: int
+    logit_changes: list[float] = Field(default_factory=list, description="Of each control.")
 
 
 class EditChange(Change):

@@ -43,7 +43,7 @@ from service.inference.questions import (
 )
 from service.models.loaded import LoadedModel
 from service.pipeline import response
-from service.pipeline.answer_size import AnswerSizes, longest_label
+from service.pipeline.answer_size import NUMBER_BYTES, AnswerSizes, longest_label
 from service.pipeline.experiment_plan import ExperimentPlan, donors
 from service.pipeline.process import result_of, run_question
 from service.pipeline.service import Clock, Recipe, Service
@@ -439,13 +439,16 @@ def _control(changes: Tensor) -> answered.EditControl:
         low=float(others.min()),
         high=float(others.max()),
         smaller=int((others.abs() < own.abs()).sum()),
+        logit_changes=others.tolist(),
     )
 
 
 def entry_bytes(plan: ExperimentPlan, render_side: int, source: Size) -> int:
     """The bytes in JSON of one image's entry at most, by the size of its upright source."""
-    numbers = min(plan.options.top_k, len(plan.model.labels)) + max(1, len(plan.targets))
+    targets = max(1, len(plan.targets))
+    numbers = min(plan.options.top_k, len(plan.model.labels)) + targets
     listed = _EDIT + numbers * (_NUMBERS + longest_label(plan.model.labels))
+    listed += (1 + targets) * plan.options.controls * NUMBER_BYTES
     size = _ENTRY + (1 + len(plan.edits)) * listed
     for edit, inside in zip(plan.edits, plan.inside, strict=True):
         if isinstance(edit, wire.Gradient) and isinstance(inside, GradientEdit):

@@ -143,7 +143,7 @@ def test_the_flower_or_the_meadow(lab: Watched, hand: Hand) -> None:
     assert card.locator(".control-words").inner_text().startswith("8 of 8 controls changed it less")
     assert card.get_by_role("img", name="Before: sunflower, 89.4 %").is_visible()
     assert card.get_by_role("img", name="After: ").is_visible()
-    assert card.locator(".strip-line .dot").count() == 3
+    assert card.locator(".strip-line .dot").count() == 8
     strip = card.locator(".strip-line")
     own = strip.locator(".own").bounding_box()
     dots = [dot.bounding_box() for dot in strip.locator(".dot").all()]

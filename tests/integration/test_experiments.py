@@ -240,8 +240,12 @@ def test_controls_are_the_same_edit_at_other_places_that_the_model_sees(
     ]
     assert control == change["control"]
     assert control["n"] == 64
-    for bound in ("low", "high"):
-        assert min(abs(control[bound] - each) for each in every) < 1e-5
+    places = control["logit_changes"]
+    for place in places:
+        assert min(abs(place - each) for each in every) < 1e-5
+    assert len(places) == 64
+    assert (control["low"], control["high"]) == (min(places), max(places))
+    assert control["mean"] == pytest.approx(np.mean(places), abs=1e-5)
     assert min(every) - 1e-5 <= control["low"] < control["mean"] < control["high"]
     smaller = sum(abs(each) < abs(change["logit_change"]) for each in every)
     assert smaller - (len(every) - 64) <= control["smaller"] <= smaller
@@ -389,6 +393,8 @@ def test_a_form_and_json_get_the_same_answer(builtin: TestClient) -> None:
         assert len(one["predictions"]) == 2
         for left, right in zip(one["edits"], other["edits"], strict=True):
             # Two images share a forward pass or not: the last bits differ.
+            controls = [edit["control"].pop("logit_changes") for edit in (left, right)]
+            assert controls[0] == pytest.approx(controls[1], abs=1e-5)
             assert left["control"] == pytest.approx(right["control"], abs=1e-5)
             change = right["changes"][0]["logit_change"]
             assert left["changes"][0]["logit_change"] == pytest.approx(change, abs=1e-5)
@@ -785,6 +791,7 @@ def test_other_channels_are_a_control_of_the_same_number(builtin: TestClient) ->
     (result,) = ask(builtin, edits, controls=64)
     one, nearly, every = (edit["control"] for edit in result["edits"])
     assert one["n"] == 63
+    assert len(one["logit_changes"]) == 63
     assert nearly == {"n": 0, "mean": None, "low": None, "high": None, "smaller": 0}
     assert every["n"] == 0
 

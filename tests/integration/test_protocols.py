@@ -129,7 +129,7 @@ def test_v2_explanations_have_the_verdict(client) -> None:
     (expected,) = explained(client, include="none", verify="true")["explanations"]
     assert json.loads(found["explain"][0, 0])["verify"] == expected["verify"]
     refused = infer(client, file(), outputs=[{"name": "grid"}], parameters={"verify": True})
-    assert refused.status_code == 422
+    assert refused.status_code == 400
     assert "the output `explain`" in refused.json()["error"]
 
 

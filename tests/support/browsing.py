@@ -216,6 +216,7 @@ def experiment_answer(request: str, label: str) -> dict[str, Any]:
     prediction = {"class_id": 0, "label": label, "score": 0.5, "logit": 0.0}
     change = prediction | {"score_change": -0.25, "logit_change": -1.0}
     control = {"n": 8, "mean": -0.5, "low": -1.5, "high": 0.25, "smaller": 6}
+    control["logit_changes"] = [-1.5, 0.25, -0.5, -0.5, -0.5, -0.5, -0.4, -0.35]
     edit = {
         "name": "edit",
         "edit": "hide",

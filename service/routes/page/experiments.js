@@ -113,11 +113,10 @@ export function controlWords({ n, smaller, mean, low, high }) {
   return `${smaller} of ${n} controls changed it less. Logit of the controls: ${signed(low, 2)} to ${signed(high, 2)}, mean ${signed(mean, 2)}.`;
 }
 
-/** A line of changes of the logit: of the controls lowest, mean and highest as dots, the edit's own as a diamond. */
+/** A line of changes of the logit: a dot for each control, a bar for their mean, a diamond for the edit itself. */
 function stripOf(own, control) {
-  const values = [control.low, control.mean, control.high];
-  const least = Math.min(0, own, ...values);
-  const most = Math.max(0, own, ...values);
+  const least = Math.min(0, own, control.low);
+  const most = Math.max(0, own, control.high);
   const at = (value) => 4 + (92 * (value - least)) / (most - least || 1);
   const strip = shape("svg", { class: "strip-line", viewBox: "0 0 100 12", role: "img" });
   strip.setAttribute("aria-label", `The edit: ${signed(own, 2)}. ${controlWords(control)}`);
@@ -125,18 +124,19 @@ function stripOf(own, control) {
     rectangle("axis", [2, 5.8, 96, 0.4]),
     rectangle("zero", [at(0) - 0.2, 2, 0.4, 8]),
     rectangle("range", [at(control.low), 5.2, at(control.high) - at(control.low), 1.6]),
-    ...values.map((value) => shape("circle", { class: "dot", cx: at(value), cy: 6, r: 1.3 })),
+    ...control.logit_changes.map((value) => shape("circle", { class: "dot", cx: at(value), cy: 6, r: 1.3 })),
+    rectangle("mean", [at(control.mean) - 0.3, 3.5, 0.6, 5]),
     shape("path", { class: "own", d: `M${at(own)} 3.2l2.8 2.8l-2.8 2.8l-2.8-2.8z` }),
   );
   const ends = element("p", "legend", signed(least, 2), element("span", "", signed(most, 2)));
-  const key = element("p", "legend", "◆ this edit ● controls: lowest, mean, highest │ no change");
+  const key = element("p", "legend", "◆ this edit ● controls, and their mean │ no change");
   return element("div", "control-strip", strip, ends, key);
 }
 
 const STYLE = `body{font:15px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem}ol{list-style:none;padding:0}
 li{border:1px solid #ccc;border-radius:8px;padding:1rem;margin:1rem 0}h3{margin:0}.facts,.legend,figcaption{color:#5b5d62;font-size:.87rem}
 .pair{display:grid;grid-template-columns:1fr 1fr;gap:1rem}figure{margin:0}img{width:100%}.legend{display:flex;justify-content:space-between}
-svg{width:100%}.axis,.range{fill:#ccc}.zero{fill:#1a1b1d}.dot{fill:#5b5d62}.own{fill:#b0380b}`;
+svg{width:100%}.axis,.range{fill:#ccc}.zero{fill:#1a1b1d}.dot{fill:#5b5d62;fill-opacity:.6}.mean{fill:#5b5d62}.own{fill:#b0380b}`;
 
 /** The session's experiments as a file that needs nothing else, with the server's answers as JSON. */
 export function experimentsReport(experiments) {
