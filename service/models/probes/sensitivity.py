@@ -49,6 +49,8 @@ States = dict[Depth | None, dict[str, list[Tensor]]]
 class Sensitivity:
     """How alike the maps of a method stay when weights are randomised.
 
+    The wire's form is `api_schemas.models.Sensitivity`.
+
     head, half, all: the median rank correlation of absolute maps, −1..1, with the weights of the
                      last layer, of the last half of the model's operations, and of the whole model
                      randomised; None: not measured.
