@@ -34,8 +34,10 @@ VERBS = ("get", "post", "put", "patch", "delete")
 MARKS = "<!-- The table comes from api_schemas/methods.py -->", "<!-- The end of the table -->"
 COLUMNS = (
     *("method", "what the map shows", "map", "cost in forward passes", "gradients", "needs"),
-    *("when it misleads", "paper"),
+    *("when it misleads", "supported, measured", "paper"),
 )
+SUPPORTED = "<!-- methods:begin -->", "<!-- methods:end -->"
+"""Around the table of `benchmarks/method_verdicts.py` in reference/verdicts.md."""
 NEEDS = {
     "layer": "a layer",
     "head": "global average pooling and one linear layer behind it",
@@ -135,6 +137,21 @@ def methods_page() -> str:
     return before + "\n".join(lines) + after
 
 
+def _supported() -> dict[str, str]:
+    """The share of each method's maps that a verdict supports, by model, as it was measured."""
+    page = (DOCS / "reference" / "verdicts.md").read_text(encoding="utf-8")
+    table = page.split(SUPPORTED[0])[1].split(SUPPORTED[1])[0].strip()
+    (_, *models), _, *rows = ([*map(str.strip, row.strip("|").split("|"))] for row in table.split("\n"))
+    return {
+        method: ", ".join(
+            f"{float(value):.0%} ({model})"
+            for model, share in zip(models, shares, strict=True)
+            for value in re.findall(r" = ([\d.]+)", share)
+        )
+        for method, *shares in rows
+    }
+
+
 def _method_cells(method: MethodRecord) -> Iterator[str]:
     """A row of the table of methods."""
     walked = "whole model" if method.runs == "gradient" else "behind the layer"
@@ -145,6 +162,7 @@ def _method_cells(method: MethodRecord) -> Iterator[str]:
     yield walked if "gradients" in method.needs else "no"
     yield ", ".join(NEEDS[need] for need in method.needs if need in NEEDS) or "–"
     yield method.misleads or "–"
+    yield _supported().get(method.name, "–")
     yield method.paper
 
 

@@ -11,11 +11,13 @@ from torch import nn
 
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(Path(__file__).parent.parent.parent / "benchmarks")
+    import method_verdicts
     import verdict_maps
     import verdict_tables
     import verdicts
     from verdict_cases import randomised
 
+from api_schemas.methods import METHODS
 from service.cam import verdict
 from service.cam.verdict import design
 
@@ -37,6 +39,20 @@ def test_the_quick_form_judges_every_kind_of_map(tmp_path: Path) -> None:
     assert "| builtin, drawn | " in made
     again = verdicts.main(["--quick", "--images", "3", "--results", str(results)])
     assert again == made, "kept, not measured again"
+
+
+@pytest.mark.timeout(120)
+def test_every_method_is_judged_on_an_image(tmp_path: Path) -> None:
+    """Attention rollout is refused by a network without attention."""
+    data = verdicts.ROOT.parent / "shared" / "data"
+    if not (data / "flowers128.tar").exists():
+        pytest.skip("the flowers of shared/data are absent")
+    options = ["--data", str(data), "--models", "builtin", "--images", "2", "--slow", "1"]
+    made = method_verdicts.main([*options, "--results", str(tmp_path / "results.json")])
+    rows = dict(line.strip("| ").split(" | ") for line in made.splitlines()[2:])
+    assert set(METHODS) - set(rows) == {"attention_rollout"}
+    assert all("/1 = " in rows[name] for name in ("rise", "scorecam", "occlusion", "ablationcam"))
+    assert all("/2 = " in rows[name] for name in ("gradcam", "guided_backprop", "eigencam"))
 
 
 def test_a_moved_map_is_one_of_the_copies_that_the_null_has() -> None:
