@@ -202,7 +202,7 @@ class Visitor:
 
     def _select(self, control: str, values: list[str]) -> None:
         """Nothing can be chosen while there is no model."""
-        if not self.page.evaluate("document.querySelector('.ask').inert"):
+        if not self.page.evaluate("document.querySelector('#question').inert"):
             self.page.locator(control).select_option(self.chance.choice(values))
 
     def experiment(self) -> None:
