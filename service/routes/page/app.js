@@ -56,6 +56,7 @@ async function useModel(name, question = { target: null, contrast: null, layer: 
   const own = {};
   loading = own;
   state.model = null;
+  for (const image of state.images) image.failure = "";
   allow(false);
   clear();
   const entry = state.models.find((candidate) => candidate.name === name);
@@ -77,7 +78,6 @@ async function useModel(name, question = { target: null, contrast: null, layer: 
   allow(true);
   listModel(state.model);
   inside.use(state.model);
-  for (const image of state.images) image.failure = "";
   if (isStep || state.image) writeAddress(isStep);
   ask();
   return classify();

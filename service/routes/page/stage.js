@@ -47,7 +47,7 @@ const isEstimated = (elapsed, seconds) => seconds > 1 && elapsed <= seconds;
 function elapsedOf(elapsed, seconds) {
   if (seconds <= 1) return `${elapsed.toFixed(1)} s`;
   const about = `${seconds.toFixed(seconds < 10 ? 1 : 0)} s`;
-  return isEstimated(elapsed, seconds) ? `${elapsed.toFixed(1)} of about ${about}` : `${elapsed.toFixed(1)} s, estimated were ${about}`;
+  return isEstimated(elapsed, seconds) ? `${elapsed.toFixed(1)} of about ${about}` : `${elapsed.toFixed(1)} s, estimated ${about}`;
 }
 
 export class Pane {
