@@ -99,32 +99,3 @@ function versus(id, label, explanation, put) {
   element.setAttribute("aria-label", `vs: explain ${explanation?.label ?? "the class"} rather than ${label}`);
   return element;
 }
-
-/** The images as thumbnails, if there are several. */
-export function listImages(choose) {
-  const focused = document.activeElement?.dataset?.photo;
-  $("photos").hidden = state.images.length < 2;
-  $("photos").replaceChildren(...state.images.map((image) => thumbnail(image, choose)));
-  if (focused) $("photos").querySelector(`[data-photo="${focused}"]`)?.focus();
-}
-
-function thumbnail(image, choose) {
-  const item = document.createElement("li");
-  const element = button("", () => choose(image));
-  element.dataset.photo = image.id;
-  element.title = image.name;
-  element.setAttribute("aria-pressed", image === state.image);
-  const canvas = Object.assign(document.createElement("canvas"), { width: 112, height: 112 });
-  if (image.bitmap) {
-    const { width, height } = image.bitmap;
-    const side = Math.min(width, height);
-    canvas.getContext("2d").drawImage(image.bitmap, (width - side) / 2, (height - side) / 2, side, side, 0, 0, 112, 112);
-  }
-  const name = document.createElement("span");
-  const label = image.labels.get(state.model?.name);
-  name.textContent = label ?? (image.failure ? "⚠ failed" : image.name);
-  if (image.failure) element.title = `${image.name}: ${image.failure}`;
-  element.append(canvas, name);
-  item.append(element);
-  return item;
-}

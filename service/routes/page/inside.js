@@ -42,6 +42,7 @@ export class Inside {
     this.pending?.abort();
     $("inside-show").removeAttribute("aria-busy");
     $("channels").hidden = true;
+    $("channels").dataset.request = "";
     $("channel-view").close();
   }
 
@@ -57,6 +58,7 @@ export class Inside {
     try {
       const answer = await request(`predict?${query(pairs)}`, { body: image.file, signal: pending.signal });
       await this.show(answer.results[0].activations[0], pending.signal);
+      if (!pending.signal.aborted) $("channels").dataset.request = answer.id;
     } catch (error) {
       if (error.name !== "AbortError") failed(error, () => this.ask(), $("inside-failure"));
     } finally {
