@@ -1,6 +1,7 @@
 /** The page: one image, one question, one map; all else depends on them. */
 
 import { Problem, query, request } from "./api.js";
+import { Comparison } from "./comparison.js";
 import { listModel, listImages, listPredictions, syncQuestion, wireQuestion } from "./controls.js";
 import { Inside } from "./inside.js";
 import { Lab } from "./lab.js";
@@ -9,16 +10,18 @@ import { announce, complain, failed, settle } from "./notices.js";
 import { newImage, sample, take, watch } from "./images.js";
 import { answerTo, isKnown, predictionsOf, priceOf } from "./question.js";
 import { Pane, captionOf } from "./stage.js";
+import { note } from "./report.js";
 import { $, state } from "./state.js";
 import { syncExport, wireExport } from "./export.js";
 import { verdictWords } from "./verdict.js";
 import { wireTheme, wireView } from "./view.js";
 
 const POLL_MS = 1000;
+const NOTE_MS = 300; // without a change of the view until the map is drawn for the report
 const SLOW = 5; // forward passes; longer waits are announced
 
 const live = new Pane($("panes"));
-let kept = null; // the pane at the left of a comparison
+const comparison = new Comparison(live, (change) => put(change));
 let last = null; // the image whose map was shown last
 
 const inside = new Inside();
@@ -107,6 +110,7 @@ function clear() {
   listPredictions(null);
   listImages(choose);
   syncExport();
+  comparison.sync();
   inside.clear();
   lab.clear();
 }
@@ -141,6 +145,7 @@ function name(image, model, predictions) {
 function refuse(image, error) {
   if (!(error instanceof Problem) || ![400, 413, 415].includes(error.status)) return false;
   state.images = state.images.filter((other) => other !== image);
+  comparison.follow(state.images);
   if (state.image === image) leave();
   listImages(choose);
   complain(`${image.name}: ${error.message}`);
@@ -214,7 +219,9 @@ function show(shown) {
   listImages(choose);
   listPredictions(shown, put);
   syncQuestion();
+  note(live, state.view);
   syncExport();
+  comparison.sync();
   lab.use(shown);
   const verdict = shown.explanation.verify ? ` ${verdictWords(shown)}` : "";
   announce(`${shown.image.name}: ${captionOf(shown)}, by ${method(shown.explanation.method).title}.${verdict}`);
@@ -234,29 +241,12 @@ function refused(error, image) {
   }
 }
 
-// ---- two maps side by side --------------------------------------------------------------------
+let noting = 0;
 
-/** Keeps the current map at the left; only the right one changes from now on. */
-function compare() {
-  if (!state.shown) return;
-  endComparison();
-  kept = new Pane($("panes"));
-  $("panes").prepend(kept.element);
-  $("panes").classList.add("two");
-  kept.showMap(state.shown, state.view, put);
-  const close = kept.find(".close");
-  close.hidden = false;
-  close.addEventListener("click", () => {
-    endComparison();
-    $("compare").focus();
-  });
-  announce(`${captionOf(state.shown)} stays at the left. Choose another class, method, layer or image.`);
-}
-
-function endComparison() {
-  kept?.element.remove();
-  kept = null;
-  $("panes").classList.remove("two");
+/** The report has the map as it was drawn last. */
+function noteSoon() {
+  clearTimeout(noting);
+  noting = setTimeout(() => live.shown && note(live, state.view), NOTE_MS);
 }
 
 // ---- start ------------------------------------------------------------------------------------
@@ -282,14 +272,14 @@ document.addEventListener("click", (event) => {
   else element?.closest("dialog").close();
 });
 $("model").addEventListener("change", () => useModel($("model").value));
-$("compare").addEventListener("click", compare);
+$("compare").addEventListener("click", () => comparison.keep(state.view));
 wireTheme();
 wireQuestion(put);
 wireView(() => {
-  live.draw(state.view);
-  kept?.draw(state.view);
+  comparison.draw(state.view);
+  noteSoon();
   lab.follow();
 });
-wireExport(live);
+wireExport(comparison);
 watch({ input: $("file"), drop: $("drop"), onFiles: add });
 loadModels();

@@ -1,6 +1,6 @@
 /** How maps are drawn, live: opacity, threshold, colours, regions; and the theme of the page. */
 
-import { COLORMAPS, palette } from "./heat.js";
+import { COLORMAPS } from "./heat.js";
 import { $, state } from "./state.js";
 
 /** Fills the controls of the view, and calls `redraw` at most once a frame, however fast they move. */
@@ -15,17 +15,13 @@ export function wireView(redraw) {
   $("colormap").replaceChildren(...COLORMAPS.map((name) => new Option(name)));
   $("opacity").addEventListener("input", () => look({ opacity: $("opacity").valueAsNumber / 100 }));
   $("threshold").addEventListener("input", () => look({ threshold: $("threshold").valueAsNumber / 100 }));
-  $("colormap").addEventListener("change", () => {
-    look({ colormap: $("colormap").value });
-    drawScale();
-  });
+  $("colormap").addEventListener("change", () => look({ colormap: $("colormap").value }));
   $("regions").addEventListener("change", () => {
     const regions = $("regions").checked;
     // A region of everything is useless: start at the server's default.
     look({ regions, threshold: regions ? state.view.threshold || 0.5 : state.view.threshold });
   });
   syncView();
-  drawScale();
 }
 
 function syncView() {
@@ -38,12 +34,6 @@ function syncView() {
   }
   $("colormap").value = colormap;
   $("regions").checked = regions;
-}
-
-function drawScale() {
-  const image = new ImageData(256, 1);
-  new Uint32Array(image.data.buffer).set(palette(state.view.colormap));
-  $("scale").getContext("2d").putImageData(image, 0, 0);
 }
 
 /** The button that turns the page dark or light; until it is pressed the system decides. */
