@@ -48,6 +48,13 @@ class Stats(BaseModel):
     zero_fraction: float
 
 
+class ChannelStats(BaseModel):
+    """Mean and maximum of each channel, in order: a gradient's mean is its Grad-CAM weight."""
+
+    mean: list[float]
+    max: list[float]
+
+
 class ChannelGrid(Encoded):
     """A grid of all channels, each normalized separately; `channels_left_out` did not fit."""
 
@@ -66,6 +73,7 @@ class Activation(BaseModel):
     shape: list[int]
     dtype: str = "float32"
     stats: Stats | None = None
+    channels: ChannelStats | None = None
     image: ChannelGrid | None = None
     array: Array | None = None
 
@@ -220,8 +228,9 @@ def verdict_sentence(found: AnyVerdict) -> str:
 class Explanation(BaseModel):
     """One map with its metadata.
 
-    `range` is [min, max] of the map before it was divided by its largest absolute value; `flags`
-    are its limitations: all_zero, target_not_predicted, saturated, low_resolution,
+    `logit_difference` is the logit of the class minus that of `contrast`, null without one. `range`
+    is [min, max] of the map before it was divided by its largest absolute value; `flags` are its
+    limitations: all_zero, target_not_predicted, saturated, low_resolution,
     random_weights, module_called_n_times and others.
     """
 
@@ -229,6 +238,7 @@ class Explanation(BaseModel):
     label: str
     score: float
     contrast: int | None = None
+    logit_difference: float | None = None
     method: str
     layer: str | list[str] | None
     range: tuple[float, float]

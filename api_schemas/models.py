@@ -90,10 +90,21 @@ class Model(BaseModel):
     )
 
 
+class ModelMethod(BaseModel):
+    """A method; `reason` says why it cannot run at the default target layer, null if it can."""
+
+    name: str
+    reason: str | None
+
+
 class ModelDetails(Model):
     """A model with its labels, in order of class id, and the results of its probes."""
 
+    knows: str | None = Field(
+        None, description="Its classes in a few words: `5 flowers: daisy, …`, `1,000 classes`."
+    )
     labels: list[str] | None = None
+    methods: list[ModelMethod] | None = None
     probes: list[Probe] | None = None
     sensitivity: list[Sensitivity] | None = Field(
         None, description="How much the maps of each method depend on the weights."
@@ -114,6 +125,7 @@ class Layer(BaseModel):
     shape: list[int] | None
     parameters: int
     target: bool = Field(description="Whether it can be the `layer` of an explanation.")
+    kernels: bool = Field(False, description="Whether its weights can be drawn as `kernels`.")
 
 
 class Layers(BaseModel):

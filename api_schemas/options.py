@@ -42,9 +42,19 @@ Include = Literal["heatmap", "overlay", "grid", "regions", "none"]
 Size = Literal["source", "model", "native"]
 OverlayFormat = Literal["jpeg", "png", "webp"]
 Colormap = Literal[
-    "turbo", "jet", "viridis", "inferno", "magma", "plasma", "cividis", "hot", "bone", "gray"
+    "turbo",
+    "jet",
+    "viridis",
+    "inferno",
+    "magma",
+    "plasma",
+    "cividis",
+    "hot",
+    "bone",
+    "gray",
+    "bwr",
 ]
-ActivationForm = Literal["stats", "image", "array"]
+ActivationForm = Literal["stats", "channels", "image", "array"]
 LayerPath = Annotated[str, Field(min_length=1, max_length=500)]
 Box = tuple[float, float, float, float]
 
@@ -149,8 +159,8 @@ class CommonOptions(BaseModel):
         ["stats"],
         min_length=1,
         max_length=16,
-        description="`stats`: five numbers, `image`: a PNG grid of the channels, `array`: float16 "
-        "(gradients float32).",
+        description="`stats`: five numbers, `channels`: mean and maximum of each channel, `image`: "
+        "a PNG grid of the channels, `array`: float16 (gradients float32).",
     )
 
 
@@ -208,7 +218,11 @@ class ExplainOptions(CommonOptions):
         description="Pixel grid of the images: the upright `source`, the part that the `model` "
         "received at its input size, or `native`, one pixel per grid cell.",
     )
-    colormap: Colormap = Field("turbo", description="Colors of heatmap and overlay.")
+    colormap: Colormap = Field(
+        "turbo",
+        description="Colors of heatmap and overlay. `bwr` keeps the sign: blue is against the "
+        "class, white no evidence, red for it; all others show the absolute value.",
+    )
     format: OverlayFormat = Field("jpeg", description="Encoding of the overlay.")
     opacity: float = Field(0.5, ge=0, le=1, description="Opacity of the colors in the overlay.")
     mask: Annotated[str | None, BeforeValidator(_json_text)] = Field(

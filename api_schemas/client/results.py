@@ -43,10 +43,12 @@ class Explanation:
     """The decoded form of the wire's `Explanation`: one map with its metadata.
 
     grid:    float32, 0..1 (signed methods -1..1), in the layer's or the model input's shape.
-    heatmap: mode P, the pixel value is 255·|map|, the palette the colormap.
+    heatmap: mode P, the pixel value is 255·|map| (`bwr`: 127.5 + 127.5·map), the palette the
+             colormap.
     overlay: the image under the colored map.
     These and `regions` are None if `include` does not name them.
     verify:  the verdict on the map with its numbers; None without the option `verify`.
+    logit_difference: the logit of the class minus that of `contrast`; None without one.
     """
 
     class_id: int
@@ -63,13 +65,15 @@ class Explanation:
     overlay: PIL.Image.Image | None = field(repr=False)
     regions: Regions | None = field(repr=False)
     verify: answers.Verification | None = field(default=None, repr=False)
+    logit_difference: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Activation:
     """The decoded form of the wire's `Activation`: a layer's output or input for one image.
 
-    array: float16 (gradients float32) of `shape`. image: the channels side by side.
+    array: float16 (gradients float32) of `shape`. image: the channels side by side. channels: mean
+    and maximum of each.
     """
 
     layer: str
@@ -82,6 +86,7 @@ class Activation:
     channels_left_out: int
     image: PIL.Image.Image | None = field(repr=False)
     array: Floats | None = field(repr=False)
+    channels: answers.ChannelStats | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -219,6 +224,7 @@ def _explanation(wire: answers.Explanation) -> Explanation:
         if regions is None
         else Regions(regions.threshold, regions.peak, regions.boxes, regions.polygons, regions.rle),
         verify=wire.verify,
+        logit_difference=wire.logit_difference,
     )
 
 
@@ -235,4 +241,5 @@ def _activation(wire: answers.Activation) -> Activation:
         channels_left_out=0 if image is None else image.channels_left_out,
         image=None if image is None else decode_image(image),
         array=None if array is None else _numbers(array.data, array.dtype, wire.shape),
+        channels=wire.channels,
     )

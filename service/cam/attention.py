@@ -34,6 +34,25 @@ def record_attention(model: nn.Module) -> Iterator[list[Tensor]]:
         yield attentions
 
 
+def rollout_grid(attentions: Sequence[Tensor], size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of the patches behind a class token, of an input of `size` (height, width).
+
+    attentions: each (1, heads, L, L). Raises ValueError with a clause that begins with "it" if
+    there is no attention, or it cannot be rolled out to a grid.
+    """
+    if not attentions:
+        raise ValueError("it has no torch.nn.MultiheadAttention, so no attention to roll out")
+    shapes = {tuple(attention.shape) for attention in attentions}
+    if len(shapes) > 1 or len(attentions[0]) != 1 or len({*attentions[0].shape[2:]}) > 1:
+        raise ValueError("its layers do not all attend from the same tokens to the same tokens")
+    patches = attentions[0].shape[-1] - 1
+    rows = round((patches * size[0] / size[1]) ** 0.5)
+    columns = patches // max(rows, 1)
+    if rows * columns != patches:
+        raise ValueError(f"its {patches} patches form no grid")
+    return rows, columns
+
+
 def rollout(attentions: Sequence[Tensor]) -> Tensor:
     """Attention rollout: `Π_l (½ mean_heads(A_l) + ½ I)`, rows normalised; the class token's row.
 

@@ -3,7 +3,8 @@
 A `cam` is float32 (gh, gw), -1..1, laid over the whole model input, that is, over
 `geometry.window` of the source, or over the part of it that the model looks at
 (`Geometry.of_map`). Its absolute value is drawn: 0 is "no evidence" and the first colour of the
-colormap, 1 the last one.
+colormap, 1 the last one. A colormap of DIVERGING shows the sign as well: −1 is its first colour, 0
+the middle, 1 the last one.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ def _tables() -> dict[str, NDArray[np.uint8]]:
     for name in _NAMES.split():
         bgr = np.asarray(cv2.applyColorMap(ramp, getattr(cv2, f"COLORMAP_{name.upper()}")))
         tables[name] = bgr.reshape(256, 3)[:, ::-1].astype(np.uint8, order="C")
+    towards_white = 2 * np.minimum(ramp, 255 - ramp)
+    sides = np.where(ramp > 127, (255, 0, 0), (0, 0, 255))
+    tables["bwr"] = np.maximum(towards_white, sides).astype(np.uint8)
     for table in tables.values():
         table.setflags(write=False)
     return tables
@@ -40,6 +44,9 @@ def _tables() -> dict[str, NDArray[np.uint8]]:
 
 COLORMAPS: Mapping[str, NDArray[np.uint8]] = MappingProxyType(_tables())
 """Name to colours: uint8 (256, 3), RGB, from no evidence to the most."""
+
+DIVERGING = frozenset({"bwr"})
+"""The colormaps from evidence against the class to evidence for it; as matplotlib's `bwr`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +147,16 @@ def _raster(
 
 
 def _levels(
-    cam: NDArray[np.float32], geometry: Geometry, size: tuple[int, int], rect: Rect
+    cam: NDArray[np.float32], geometry: Geometry, size: tuple[int, int], rect: Rect, colormap: str
 ) -> NDArray[np.uint8]:
     levels = np.empty(size[::-1], dtype=np.uint8)
     # The absolute value first: neighbours of opposite sign are evidence, and must not cancel.
     for rows, strength in _bands(np.abs(cam), geometry, size, rect):
         cv2.convertScaleAbs(strength, levels[rows], 255.0)  # rounds, and stops at 255
+    if colormap in DIVERGING:
+        for rows, signed in _bands(cam, geometry, size, rect):
+            half = levels[rows] // 2 + levels[rows] % 2
+            levels[rows] = np.where(signed < 0, 128 - half, 127 + np.maximum(half, 1))
     return levels
 
 
@@ -154,12 +165,14 @@ def render_heatmap(
 ) -> EncodedImage:
     """Draw the map alone: an indexed PNG whose pixel values are round(255 * |cam|).
 
-    The palette is the colormap; outside `geometry.seen` the value is 0. `max_side` (pixels) bounds
-    the size "source". Raises ValueError if the map is not finite.
+    The palette is the colormap; outside `geometry.seen` the value is 0. With a colormap of
+    DIVERGING the values are 0 for −1, 128 for 0, also outside, and 255 for 1. `max_side` (pixels)
+    bounds the size "source". Raises ValueError if the map is not finite.
     """
     geometry = geometry.of_map(cam.shape)
     size, rect = _raster(cam, geometry, style, max_side)
-    data = level_png(_levels(cam, geometry, size, rect), COLORMAPS[style.colormap])
+    levels = _levels(cam, geometry, size, rect, style.colormap)
+    data = level_png(levels, COLORMAPS[style.colormap])
     return EncodedImage("image/png", *size, data)
 
 
@@ -182,7 +195,7 @@ def render_overlay(
     if size != (base.shape[1], base.shape[0]):
         base = np.asarray(cv2.resize(base, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
     rows, columns = (_inside(size[axis], rect, geometry, axis) for axis in (1, 0))
-    levels = _levels(cam, geometry, size, rect)[rows, columns]
+    levels = _levels(cam, geometry, size, rect, style.colormap)[rows, columns]
     table = COLORMAPS[style.colormap].reshape(256, 1, 3).copy()
     drawn = base.copy()
     seen = drawn[rows, columns]

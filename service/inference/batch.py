@@ -339,11 +339,13 @@ def _explanation(image_pass: ImagePass, class_id: int, score: float, cam: Tensor
         "weights_hardly_matter": model.weights_hardly_matter(method.name, question.layers),
         "places_unclear": not model.unclear.isdisjoint(question.layers),
     }
+    logit, contrast = float(image_pass.logits[class_id]), question.contrast
     return Explanation(
         class_id=class_id,
         score=score,
-        logit=float(image_pass.logits[class_id]),
-        contrast=question.contrast,
+        logit=logit,
+        contrast=contrast,
+        logit_difference=None if contrast is None else logit - float(image_pass.logits[contrast]),
         method=method.name,
         layers=question.layers if method.has_layer else (),
         grid=read_only_array(scaled.grid),

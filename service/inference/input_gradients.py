@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from service.cam.attention import record_attention, rollout
+from service.cam.attention import record_attention, rollout, rollout_grid
 from service.cam.formulas import over_input
 from service.cam.guided import GuidedReLU
 from service.errors import InvalidOption
@@ -87,26 +87,15 @@ def attention_rollout(image_pass: ImagePass) -> Steps:
     replica = yield
     with torch.no_grad(), record_attention(replica.module) as attentions:
         replica.module(normalised_image(image_pass))
-    if not attentions:
+    model = image_pass.model
+    try:
+        grid = rollout_grid(attentions, model.preprocessing.crop)
+    except ValueError as error:
         raise InvalidOption(
-            f"Model {image_pass.model.name!r} has no torch.nn.MultiheadAttention, so there is no "
-            "attention to roll out; use another method."
-        )
-    shapes = {tuple(attention.shape) for attention in attentions}
-    if len(shapes) > 1 or len(attentions[0]) != 1 or len({*attentions[0].shape[2:]}) > 1:
-        raise InvalidOption(
-            f"The attention of model {image_pass.model.name!r} is not from the same tokens to the "
-            "same tokens in all layers, so it cannot be rolled out; use another method."
-        )
-    patches = rollout(attentions)[0]
-    height, width = image_pass.model.preprocessing.crop
-    rows = round((len(patches) * height / width) ** 0.5)
-    if rows * (len(patches) // max(rows, 1)) != len(patches):
-        raise InvalidOption(
-            f"The {len(patches)} patches of model {image_pass.model.name!r} form no grid; use "
+            f"Model {model.name!r} cannot be explained by `attention_rollout`: {error}; use "
             "another method."
-        )
-    return [patches.reshape(rows, -1).cpu().float()] * len(image_pass.targets)
+        ) from error
+    return [rollout(attentions)[0].reshape(grid).cpu().float()] * len(image_pass.targets)
 
 
 def _input_gradients(replica: Replica, image_pass: ImagePass, images: Tensor) -> list[Tensor]:

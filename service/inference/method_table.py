@@ -29,10 +29,7 @@ MULTI_PASS_METHODS: Mapping[str, Callable[[ImagePass], Steps]] = {
 
 def check_method(model: LoadedModel, method: str) -> None:
     """Raise InvalidOption where the model, compiled or quantised, does not allow the method."""
-    needs = {*METHODS[method].needs}
-    reason = model.no_layers if needs & {"layer", "attention"} else None
-    if reason is None and needs & {"layer", "gradients"}:
-        reason = model.no_gradients
+    reason = _lack(model, METHODS[method])
     if reason is None:
         return
     *others, last = [name for name, record in METHODS.items() if not record.needs]
@@ -40,6 +37,24 @@ def check_method(model: LoadedModel, method: str) -> None:
         f"Model {model.name!r} cannot be explained by `{method}`: {reason}. It predicts, and can "
         f"be explained by {', '.join(others)} and {last}."
     )
+
+
+def why_not(model: LoadedModel, method: str) -> str | None:
+    """Why a model does not allow a method at its default target layer; None if it does."""
+    record = METHODS[method]
+    if record.has_layer and not any(layer.target for layer in model.layers):
+        return "none of its layers returns a feature map"
+    missing = (model.missing[need] for need in record.needs if need in model.missing)
+    return _lack(model, record) or next(missing, None)
+
+
+def _lack(model: LoadedModel, record: MethodRecord) -> str | None:
+    """Why hooks or gradients that a method needs are missing; None if they work."""
+    needs = {*record.needs}
+    reason = model.no_layers if needs & {"layer", "attention"} else None
+    if reason is None and needs & {"layer", "gradients"}:
+        reason = model.no_gradients
+    return reason
 
 
 def cost(model: LoadedModel, question: Question) -> float:

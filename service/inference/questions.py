@@ -182,8 +182,9 @@ class Explanation:
     """One map: `grid` float32 (h, w) in −1..1, `low` and `high` its range before the division.
 
     The CAM family is not negative and has the shape of its layer; input-level methods have the
-    shape of the model input and no layer. `cost` is in forward passes. `tried`: the verdicts on
-    maps of earlier layers, if its own is inconclusive. The wire's form is
+    shape of the model input and no layer. `cost` is in forward passes. `logit_difference`: the
+    logit minus that of `contrast`. `tried`: the verdicts on maps of earlier layers, if its own is
+    inconclusive. The wire's form is
     `api_schemas.answers.Explanation`.
     """
 
@@ -198,6 +199,7 @@ class Explanation:
     high: float
     flags: tuple[str, ...]
     cost: float
+    logit_difference: float | None = None
     verdict: Verdict | None = None
     tried: tuple[tuple[str, Verdict], ...] = ()
 

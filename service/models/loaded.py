@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from service.errors import InvalidOption, UnknownClass, UnknownLayer, nearest
 from service.images.decode import Preprocessing
-from service.models.catalog import ModelSpec, Output, Select
+from service.models.catalog import BUILTIN, ModelSpec, Output, Select
 from service.models.compiled.folding import Folded
 from service.models.compiled.front import CompiledLane
 from service.models.patterns import PathMatcher, is_pattern
@@ -27,6 +27,9 @@ from service.models.replicas import replicate
 _TYPE = "type:"
 """Prefix of a pattern for the class of a layer."""
 
+
+FEW, SHORT = 12, 200
+"""The most labels, and characters of labels, that `LoadedModel.knows` lists."""
 
 FINER = 2
 """Earlier layers that are worth trying where the map of a later one is too coarse."""
@@ -55,6 +58,7 @@ class LoadedModel:
     sensitivity:  how much the maps of each method depend on the weights, at the default target
                   layer; methods that were not measured are missing.
     transform:    its preprocessing in one line, with the source of each part.
+    missing:      why methods with a need (`relu`, `attention`, `head`) cannot run, by need.
     insensitive:  the methods of `sensitivity` whose maps hardly depend on the weights.
     binary:       whether the module returns one logit, that of the second of two labels; the logit
                   of the first is its negative.
@@ -84,6 +88,7 @@ class LoadedModel:
     binary: bool = False
     transform: str = ""
     sensitivity: tuple[Sensitivity, ...] = ()
+    missing: Mapping[str, str] = field(default_factory=dict, hash=False)
     insensitive: frozenset[str] = field(init=False, repr=False, compare=False)
     _by_path: Mapping[str, Layer] = field(init=False, repr=False, compare=False)
 
@@ -95,6 +100,15 @@ class LoadedModel:
     @property
     def name(self) -> str:
         return self.spec.name
+
+    @property
+    def knows(self) -> str:
+        """The classes in a few words: `1,000 classes`, or `5 flowers: daisy, …` if they are few."""
+        is_builtin = self.spec.builder == BUILTIN and not self.spec.weights
+        count = f"{len(self.labels):,} {'flowers' if is_builtin else 'classes'}"
+        labels = ", ".join(self.labels[:FEW])
+        is_short = len(self.labels) <= FEW and len(labels) <= SHORT
+        return f"{count}: {labels}" if is_short and self.labels[0] != "class 0" else count
 
     def replicate(self, *, folded: bool = False) -> nn.Module:
         """A copy of the master with shared parameters, and hooks and buffers of its own.

@@ -25,6 +25,7 @@ from service.models.catalog import TARGET_LAYERS, InputSpec, ModelSpec, Output
 from service.models.compiled.folding import fold
 from service.models.compiled.lane import Compiler
 from service.models.loaded import LoadedModel
+from service.models.needs import missing_needs
 from service.models.probes.behaviour import (
     Behaviour,
     Finding,
@@ -98,6 +99,7 @@ def load_model(
     images = model.normalised(trial_images((preprocessing.channels, *preprocessing.crop)))
     began = Condition.of(module)
     model = replace(_measured(model, built, images), no_layers=why_no_layers(module))
+    model = replace(model, missing=missing_needs(model, images[:1]))
     if sensitivity:
         model = replace(model, sensitivity=_sensitivity(model))
     model = _tuned(model, images[:1], compiler)

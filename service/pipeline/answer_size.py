@@ -162,9 +162,11 @@ class AnswerSizes:
         numbers = math.prod(shape)
         if "array" in forms:
             size += base64_bytes(numbers * (4 if kind.startswith("grad") else 2))
-        if "image" in forms and numbers > 0:
+        if forms != ["stats"] and numbers > 0:
             single = shape[1:] if shape[:1] == (1,) else shape
-            size += base64_bytes(tile_grid_bytes(channel_tiles(self._tiles(path, single, kind))))
+            tiles = self._tiles(path, single, kind)
+            size += 4 * NUMBER_BYTES * tiles[0] if "channels" in forms else 0
+            size += base64_bytes(tile_grid_bytes(channel_tiles(tiles))) if "image" in forms else 0
         return size
 
     def _tiles(self, path: str, shape: tuple[int, ...], kind: str) -> tuple[int, int, int]:

@@ -167,6 +167,7 @@ def explanation_entry(
         "label": model.labels[explanation.class_id],
         "score": explanation.score,
         "contrast": explanation.contrast,
+        "logit_difference": explanation.logit_difference,
         "method": explanation.method,
         "layer": (layers[0] if len(layers) == 1 else list(layers)) if layers else None,
         "range": (explanation.low, explanation.high),
@@ -236,6 +237,11 @@ def activation_image(model: LoadedModel, activation: Activation) -> tuple[Encode
     Tokens and maps with channels last are laid out as maps, as the layer's explanations are; other
     tables of numbers are one tile, stacks of tables (windows, attention heads) one tile per table.
     """
+    return channel_grid(_by_channel(model, activation))
+
+
+def _by_channel(model: LoadedModel, activation: Activation) -> NDArray[np.float32]:
+    """An activation as maps (C, h, w), or a vector (C,). Raises RenderFailed."""
     values, layer = activation.values, model.layer(activation.layer)
     is_map = activation.kind.endswith("output") and values.shape == layer.shape
     if is_map and layer.layout is not None:
@@ -244,10 +250,17 @@ def activation_image(model: LoadedModel, activation: Activation) -> tuple[Encode
         values = values.reshape(-1, *(1, 1, *values.shape)[-2:])
     if not values.size or not np.isfinite(values).all():
         raise RenderFailed(
-            f"The activation of layer {activation.layer!r} cannot be drawn: it is empty, or "
-            "contains NaN or infinity. Use activation_as=array."
+            f"The activation of layer {activation.layer!r} has no channels to draw or compare: it "
+            "is empty, or contains NaN or infinity. Use activation_as=array."
         )
-    return channel_grid(values)
+    return values
+
+
+def _channel_stats(channels: NDArray[np.float32]) -> wire.ChannelStats:
+    values = channels.reshape(len(channels), -1)
+    return wire.ChannelStats(
+        mean=values.mean(axis=1, dtype=np.float64).tolist(), max=values.max(axis=1).tolist()
+    )
 
 
 def _activation(
@@ -265,6 +278,8 @@ def _activation(
         fields["part"] = activation.part
     if "stats" in forms:
         fields["stats"] = _stats(values)
+    if "channels" in forms:
+        fields["channels"] = _channel_stats(_by_channel(model, activation))
     if "image" in forms:
         image, left_out = activation_image(model, activation)
         fields["image"] = wire.ChannelGrid(

@@ -8,6 +8,8 @@ from fastapi import APIRouter, Request
 
 from api_schemas import models as wire
 from api_schemas.methods import METHODS
+from service.cam.tiles import kernel_weight
+from service.inference.method_table import why_not
 from service.models.library import Entry
 from service.models.loaded import LoadedModel
 from service.models.probes.condition import ATTRIBUTE
@@ -49,6 +51,7 @@ _LAYER = {
     "shape": [96, 14, 14],
     "parameters": 31392,
     "target": True,
+    "kernels": False,
 }
 
 
@@ -67,7 +70,10 @@ async def models(request: Request) -> wire.Models:
 
 @router.get(
     "/models/{name}",
-    responses=example(_MODEL | {"labels": ["alpine sea holly", "anthurium"]}) | problems(401, 404),
+    responses=example(
+        _MODEL | {"knows": "102 classes", "labels": ["alpine sea holly", "anthurium"]}
+    )
+    | problems(401, 404),
     response_model_exclude_unset=True,
 )
 async def model(request: Request, name: str) -> wire.ModelDetails:
@@ -76,7 +82,11 @@ async def model(request: Request, name: str) -> wire.ModelDetails:
     fields = _fields(request, service.library.entry(name))
     loaded = service.pool.models.get(name)
     if loaded is not None:
+        fields["knows"] = loaded.knows
         fields["labels"] = list(loaded.labels)
+        fields["methods"] = [
+            wire.ModelMethod(name=name, reason=why_not(loaded, name)) for name in METHODS
+        ]
         fields["probes"] = [
             wire.Probe(
                 name=finding.name,
@@ -105,6 +115,7 @@ async def layers(request: Request, name: str) -> wire.Layers:
                 shape=None if layer.shape is None else list(layer.shape),
                 parameters=layer.parameters,
                 target=layer.target,
+                kernels=kernel_weight(loaded.module.get_submodule(layer.path)) is not None,
             )
             for layer in loaded.layers
         ]

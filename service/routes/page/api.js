@@ -38,15 +38,18 @@ function storedKey() {
 
 /** GET, or POST a Blob or FormData to, a relative path; the answer's JSON. Throws Problem, or AbortError. */
 export async function request(path, { body, signal } = {}) {
-  const headers = { accept: "application/json" };
-  const key = storedKey();
-  if (key) headers.authorization = `Bearer ${key}`;
+  const headers = { accept: "application/json", ...authorization() };
   if (body instanceof Blob) headers["content-type"] = body.type || "application/octet-stream";
   return sent((response) => response.json(), path, { method: body ? "POST" : "GET", headers, body, signal });
 }
 
-/** GET a file by its relative path. Throws Problem. */
-export const download = (path) => sent((response) => response.blob(), path);
+/** GET a file by its relative path. Throws Problem, or AbortError. */
+export const download = (path, signal) => sent((response) => response.blob(), path, { headers: authorization(), signal });
+
+function authorization() {
+  const key = storedKey();
+  return key ? { authorization: `Bearer ${key}` } : {};
+}
 
 async function sent(read, path, options) {
   let response;

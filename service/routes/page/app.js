@@ -2,6 +2,7 @@
 
 import { onTravel, readAddress, writeAddress } from "./address.js";
 import { Problem, query, request } from "./api.js";
+import { Comparison } from "./comparison.js";
 import { listModel, listPredictions, syncQuestion, wireQuestion } from "./controls.js";
 import { listImages, sayKept, takeOut, wireGallery } from "./gallery.js";
 import { Inside } from "./inside.js";
@@ -13,16 +14,18 @@ import { sentenceOf } from "./problems.js";
 import { SLOW, answerTo, classOf, isKnown, predictionsOf, priceOf } from "./question.js";
 import { forget, keep, kept as keptImages } from "./session.js";
 import { Pane, captionOf } from "./stage.js";
+import { note } from "./report.js";
 import { $, state } from "./state.js";
 import { syncExport, wireExport } from "./export.js";
 import { verdictWords } from "./verdict.js";
 import { syncView, wireOrder, wireTheme, wireView } from "./view.js";
 
 const POLL_MS = 1000;
+const NOTE_MS = 300; // without a change of the view until the map is drawn for the report
 const MOST_IMAGES = 100; // of a session
 
 const live = new Pane($("panes"));
-let kept = null; // the pane at the left of a comparison
+const comparison = new Comparison(live, (change) => put(change));
 let loading = null; // the newest load of a model
 let opened = null; // the address that the page was opened with, until its model is there
 
@@ -156,7 +159,7 @@ function remove(images) {
   const next = state.images.slice(state.images.indexOf(image)).find((other) => !images.includes(other));
   const putBack = takeOut(images);
   forget(images);
-  if (images.includes(kept?.image)) endComparison();
+  comparison.follow(state.images);
   if (images.includes(image)) leave(next);
   else lab.sync();
   listImages(choose);
@@ -179,6 +182,7 @@ function clear() {
   listPredictions(null);
   listImages(choose);
   syncExport();
+  comparison.sync();
   inside.clear();
   lab.clear();
 }
@@ -216,6 +220,7 @@ function refuse(image, error) {
   const next = state.images[state.images.indexOf(image) + 1];
   takeOut([image]);
   forget([image]);
+  comparison.follow(state.images);
   if (state.image === image) leave(next);
   listImages(choose);
   complainOfFiles([`${image.name}: ${sentenceOf(error)}`]);
@@ -304,7 +309,9 @@ function show(shown) {
   listImages(choose);
   listPredictions(shown, put);
   syncQuestion();
+  note(live, state.view);
   syncExport();
+  comparison.sync();
   lab.use(shown);
   const verdict = shown.explanation.verify ? ` ${verdictWords(shown)}` : "";
   announce(`${shown.image.name}: ${captionOf(shown)}, by ${method(shown.explanation.method).title}.${verdict}`);
@@ -326,29 +333,12 @@ function refused(error, image, box) {
   }
 }
 
-// ---- two maps side by side --------------------------------------------------------------------
+let noting = 0;
 
-/** Keeps the current map at the left; only the right one changes from now on. */
-function compare() {
-  if (!state.shown) return;
-  endComparison();
-  kept = new Pane($("panes"));
-  $("panes").prepend(kept.element);
-  $("panes").classList.add("two");
-  kept.showMap(state.shown, state.view, put);
-  const close = kept.find(".close");
-  close.hidden = false;
-  close.addEventListener("click", () => {
-    endComparison();
-    $("compare").focus();
-  });
-  announce(`${captionOf(state.shown)} stays at the left. Choose another class, method, layer or image.`);
-}
-
-function endComparison() {
-  kept?.element.remove();
-  kept = null;
-  $("panes").classList.remove("two");
+/** The report has the map as it was drawn last. */
+function noteSoon() {
+  clearTimeout(noting);
+  noting = setTimeout(() => live.shown && note(live, state.view), NOTE_MS);
 }
 
 // ---- start ------------------------------------------------------------------------------------
@@ -387,8 +377,8 @@ function travel({ model, question, view }, id) {
 }
 
 function redraw() {
-  live.draw(state.view);
-  kept?.draw(state.view);
+  comparison.draw(state.view);
+  noteSoon();
   lab.follow();
 }
 
@@ -416,12 +406,12 @@ $("model").addEventListener("change", () => {
   opened = null;
   useModel($("model").value);
 });
-$("compare").addEventListener("click", compare);
+$("compare").addEventListener("click", () => comparison.keep(state.view));
 wireTheme();
 wireOrder();
 wireQuestion(put);
 wireView(redraw, () => writeAddress(true));
-wireExport(live);
+wireExport(comparison);
 wireGallery((image) => remove([image]));
 watch({ input: $("file"), drop: $("drop"), onFiles: add, onOther: (sentence) => complainOfFiles([sentence]) });
 onTravel(travel);

@@ -58,15 +58,32 @@ export class Sheet {
     this.layout = layout(activation.shape, activation.image);
     const { width, height } = this.bitmap;
     Object.assign(this.canvas, { width, height });
-    this.canvas.getContext("2d").drawImage(this.bitmap, 0, 0);
     this.canvas.classList.toggle("opens", this.layout !== null);
-    this.mark.hidden = true;
+    this.arrange(Array.from({ length: this.layout?.count ?? 0 }, (_, channel) => channel));
   }
 
-  /** Left and top corner of a tile on the sheet, in its pixels. */
-  corner(channel) {
+  /** Draws the tiles in another order; `order` has the channels, each once. */
+  arrange(order) {
+    this.order = order;
+    this.mark.hidden = true;
+    const context = this.canvas.getContext("2d");
+    context.drawImage(this.bitmap, 0, 0);
+    if (!this.layout) return;
+    const { width, height } = this.layout.tile;
+    order.forEach((channel, place) => {
+      context.drawImage(this.bitmap, ...this.corner(channel), width, height, ...this.corner(place), width, height);
+    });
+  }
+
+  /** Left and top corner of a place on the sheet, in its pixels. */
+  corner(place) {
     const { columns, tile } = this.layout;
-    return [GAP + (channel % columns) * (tile.width + GAP), GAP + Math.floor(channel / columns) * (tile.height + GAP)];
+    return [GAP + (place % columns) * (tile.width + GAP), GAP + Math.floor(place / columns) * (tile.height + GAP)];
+  }
+
+  /** The channel `steps` places before or behind another one, or undefined. */
+  beside(channel, steps) {
+    return this.order[this.order.indexOf(channel) + steps];
   }
 
   at(event) {
@@ -75,13 +92,13 @@ export class Sheet {
     const { count, columns, tile } = this.layout;
     const column = Math.floor((event.offsetX * scale - GAP / 2) / (tile.width + GAP));
     const row = Math.floor((event.offsetY * scale - GAP / 2) / (tile.height + GAP));
-    const channel = Math.max(0, row) * columns + Math.min(columns - 1, Math.max(0, column));
-    return channel < count ? channel : null;
+    const place = Math.max(0, row) * columns + Math.min(columns - 1, Math.max(0, column));
+    return place < count ? this.order[place] : null;
   }
 
   /** Frames a tile. */
   point(channel) {
-    const [left, top] = this.corner(channel);
+    const [left, top] = this.corner(this.order.indexOf(channel));
     const { tile } = this.layout;
     const share = (value, whole) => `${(100 * value) / whole}%`;
     const { style } = this.mark;

@@ -25,32 +25,28 @@ export function curl(base, name, query, { key, accept, out }) {
   return words.join(" \\\n  ");
 }
 
-/** A program with httpx alone; parameters as in `curl`, options as pairs. */
+/** A program with the Python client; parameters as in `curl`, options as pairs. */
 export function python(base, name, pairs, { key }) {
-  const options = pairs.map(([option, value]) => `    (${literal(option)}, ${literal(String(value))}),`);
+  const names = [...new Set(pairs.map(([option]) => option))];
+  const values = (option) => pairs.filter(([other]) => other === option).map(([, value]) => literal(value));
+  const argument = (values) => (values.length > 1 ? `[${values.join(", ")}]` : values[0]);
   return [
     ...(key ? ["import os", ""] : []),
-    "import httpx",
+    "from api_schemas.client import Client",
     "",
-    "options = [",
-    ...options,
-    "]",
-    `with open(${literal(name)}, "rb") as image:`,
-    "    answer = httpx.post(",
-    `        ${literal(`${base}explain`)},`,
-    "        params=options,",
-    `        files={"image": image},`,
-    ...(key ? [`        headers={"Authorization": f"Bearer {os.environ['CAMSERVE_KEY']}"},`] : []),
-    "        timeout=60,",
+    `with Client(${literal(base)}${key ? ', api_key=os.environ["CAMSERVE_KEY"]' : ""}) as client:`,
+    "    answer = client.explain(",
+    `        ${literal(name)},`,
+    ...names.map((option) => `        ${option}=${argument(values(option))},`),
     "    )",
-    "answer.raise_for_status()",
-    "result = answer.json()[\"results\"][0]",
-    "for prediction in result[\"predictions\"]:",
-    `    print(f"{prediction['score']:7.1%}  {prediction['label']}")`,
-    `print(result["explanations"][0]["regions"]["boxes"])`,
+    "for prediction in answer[0].predictions:",
+    '    print(f"{prediction.score:7.1%}  {prediction.label}")',
+    "explanation = answer[0].explanations[0]",
+    'explanation.heatmap.save("heatmap.png")',
+    "print(explanation.regions.boxes)",
     "",
   ].join("\n");
 }
 
-/** JSON's strings are Python's, too. */
-const literal = (text) => JSON.stringify(text);
+/** JSON's strings and numbers are Python's, too. */
+const literal = (value) => JSON.stringify(value);

@@ -1,5 +1,6 @@
 /** The controls beside the image: predictions, method, layer and model input. */
 
+import { fitOptions, methodFor, syncModel, warnOfLimits } from "./knows.js";
 import { hasLayer, methodOptions, method } from "./methods.js";
 import { classOf, nameOf } from "./question.js";
 import { percent, shapeWords } from "./stage.js";
@@ -34,6 +35,10 @@ export function listModel(model) {
   const named = (layer) => `${layer.path} · ${shapeWords(layer.shape)}${layer.path === model.target_layer ? " · default" : ""}`;
   const targets = model.layers.filter((layer) => layer.target && layer.shape);
   $("layer").replaceChildren(...targets.map((layer) => new Option(named(layer), layer.path)));
+  $("fit").replaceChildren(...fitOptions(model));
+  if (state.question.fit === model.input.fit) state.question.fit = "";
+  syncModel(model);
+  state.question.method = methodFor(model, state.question.method);
   $("labels").replaceChildren(...model.labels.map((_label, id) => new Option(nameOf(model, id))));
 }
 
@@ -66,6 +71,7 @@ export function syncQuestion() {
 export function listPredictions(shown, put) {
   $("predictions").dataset.request = shown?.answer.id ?? "";
   if (!shown) return $("predictions").replaceChildren();
+  warnOfLimits(shown.model);
   const focused = document.activeElement?.dataset?.row;
   $("predictions").replaceChildren(...shown.predictions.map((entry) => prediction(entry, shown, put)));
   if (focused) $("predictions").querySelector(`[data-row="${focused}"]`)?.focus();

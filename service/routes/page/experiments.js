@@ -1,6 +1,6 @@
 /** Experiments: an image, a region, an edit; what the page draws of them; their report. */
 
-import { percent, rectangle, shape } from "./stage.js";
+import { percent, rectangle, shape, signed } from "./stage.js";
 
 const SIDE = 360; // longer side of the drawn images, in pixels
 const BLURRED = 8; // shorter side that an image is reduced to for a strong blur
@@ -59,11 +59,6 @@ export function beforeAndAfter(bitmap, paint, edit, donor) {
 
 /** The first place of a list of predictions in words. */
 const top = ([{ label, score }]) => `${label}, ${percent(score)}`;
-
-function signed(value, digits) {
-  const size = Math.abs(value).toFixed(digits);
-  return Number(size) === 0 ? size : `${value < 0 ? "−" : "+"}${size}`;
-}
 
 const element = (name, className, ...children) => {
   const made = Object.assign(document.createElement(name), { className });
@@ -133,26 +128,8 @@ function stripOf(own, control) {
   return element("div", "control-strip", strip, ends, key);
 }
 
-const STYLE = `body{font:15px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem}ol{list-style:none;padding:0}
-li{border:1px solid #ccc;border-radius:8px;padding:1rem;margin:1rem 0}h3{margin:0}.facts,.legend,figcaption{color:#5b5d62;font-size:.87rem}
-.pair{display:grid;grid-template-columns:1fr 1fr;gap:1rem}figure{margin:0}img{width:100%}.legend{display:flex;justify-content:space-between}
-svg{width:100%}.axis,.range{fill:#ccc}.zero{fill:#1a1b1d}.dot{fill:#5b5d62;fill-opacity:.6}.mean{fill:#5b5d62}.own{fill:#b0380b}`;
-
-/** The session's experiments as a file that needs nothing else, with the server's answers as JSON. */
-export function experimentsReport(experiments) {
-  const answers = experiments.map(({ title, image, sent, answer }) => ({ title, image: image.name, edits: sent, answer }));
-  const json = JSON.stringify(answers, null, 1).replaceAll("<", "\\u003c");
-  // As text, because this page's policy forbids styles in documents that it creates.
-  return [
-    "<!doctype html>",
-    `<html lang="en"><head><meta charset="utf-8"><title>Experiments</title><style>${STYLE}</style></head>`,
-    `<body><h1>Experiments</h1><ol>${experiments.map(cardHtml).join("")}</ol>`,
-    `<script type="application/json">${json}</script></body></html>`,
-    "",
-  ].join("\n");
-}
-
-function cardHtml({ canvases, card }) {
+/** The card as HTML, with its images inside. */
+export function cardHtml({ canvases, card }) {
   const copy = card.cloneNode(true);
   copy.querySelector("button").remove();
   copy.querySelectorAll("canvas").forEach((canvas, index) => {

@@ -3,14 +3,14 @@
 import { hasKey, query } from "./api.js";
 import { curl, python } from "./code.js";
 import { announce } from "./notices.js";
-import { experimentsReport } from "./experiments.js";
 import { optionsOf, viewOptions } from "./question.js";
+import { sessionReport } from "./report.js";
 import { $, state } from "./state.js";
 
-/** `pane` shows the map to export. */
-export function wireExport(pane) {
+/** `comparison` shows the maps to export. */
+export function wireExport(comparison) {
   $("save-overlay").addEventListener("click", async () => {
-    if (state.shown) save(await pane.overlay(state.view), fileName(state.shown, "jpg"));
+    if (state.shown) save(await comparison.overlay(state.view), fileName(state.shown, "jpg"));
   });
   $("save-json").addEventListener("click", () => {
     if (!state.shown) return;
@@ -18,8 +18,9 @@ export function wireExport(pane) {
     save(new Blob([text], { type: "application/json" }), fileName(state.shown, "json"));
   });
   $("show-code").addEventListener("click", showCode);
-  $("save-experiments").addEventListener("click", () => {
-    save(new Blob([experimentsReport(state.experiments)], { type: "text/html" }), "experiments.html");
+  $("save-report").addEventListener("click", async () => {
+    const report = await sessionReport(new URL(".", document.baseURI).href);
+    save(new Blob([report], { type: "text/html" }), "camserve-report.html");
   });
   for (const copy of document.querySelectorAll("[data-copy]")) {
     copy.addEventListener("click", async () => {
@@ -33,8 +34,7 @@ export function syncExport() {
   $("export").dataset.request = state.shown?.answer.id ?? "";
   for (const name of ["save-overlay", "save-json", "show-code"]) $(name).disabled = !state.shown;
   if (!state.shown) $("code").close();
-  $("save-experiments").hidden = state.experiments.length === 0;
-  $("save-experiments").textContent = `Save experiments (${state.experiments.length})`;
+  $("save-report").disabled = state.maps.length + state.experiments.length === 0;
 }
 
 function save(blob, name) {
@@ -54,7 +54,7 @@ function showCode() {
   if (!state.shown) return;
   const { image, question, model } = state.shown;
   const base = new URL(".", document.baseURI).href;
-  const options = [...optionsOf({ question, model }), ...viewOptions(state.view)];
+  const options = [...optionsOf({ question, model }), ...viewOptions(state.view, question.method)];
   const all = [...options, ["include", "heatmap"], ["include", "regions"]];
   const key = hasKey();
   $("code-curl").textContent = curl(base, image.name, query(all), { key });

@@ -4,7 +4,10 @@ import { PALETTES } from "./tables.js";
 
 const MIN_AREA = 4; // source pixels that a region needs to be listed, as on the server
 
-export const COLORMAPS = Object.keys(PALETTES);
+/** The colormap of maps with a sign: blue is against the class, white no evidence, red for it. */
+export const SIGNED = "bwr";
+
+export const COLORMAPS = Object.keys(PALETTES).filter((name) => name !== SIGNED);
 
 /** The 256 colours of a colormap as opaque pixels of an ImageData. */
 export function palette(name) {
@@ -33,11 +36,12 @@ export function bitmapOf(encoded) {
 }
 
 /**
- * The levels of a heatmap requested in grey, where a pixel's red is its level.
+ * The levels of a heatmap requested in grey, where a pixel's red is its level, or in SIGNED.
  *
- * @returns {Promise<{width: number, height: number, levels: Uint8Array}>}
+ * @returns {Promise<{width: number, height: number, levels: Uint8Array, colours: Uint8Array}>}
+ *   `levels` are 255 times the absolute value, `colours` the places in the palette
  */
-export async function levelsOf(heatmap) {
+export async function levelsOf(heatmap, isSigned) {
   const bitmap = await bitmapOf(heatmap);
   const { width, height } = bitmap;
   const canvas = new OffscreenCanvas(width, height);
@@ -46,8 +50,17 @@ export async function levelsOf(heatmap) {
   bitmap.close();
   const { data } = context.getImageData(0, 0, width, height);
   const levels = new Uint8Array(width * height);
-  for (let index = 0; index < levels.length; index++) levels[index] = data[4 * index];
-  return { width, height, levels };
+  if (!isSigned) {
+    for (let index = 0; index < levels.length; index++) levels[index] = data[4 * index];
+    return { width, height, levels, colours: levels };
+  }
+  const colours = new Uint8Array(width * height);
+  for (let index = 0; index < levels.length; index++) {
+    const [red, green] = [data[4 * index], data[4 * index + 1]];
+    colours[index] = red < 255 ? red / 2 : 255 - green / 2;
+    levels[index] = Math.max(0, Math.abs(2 * colours[index] - 255) - (colours[index] === 128));
+  }
+  return { width, height, levels, colours };
 }
 
 /** The least level that reaches a threshold of 0..1; 0 lets everything through. */
@@ -56,7 +69,7 @@ const reached = (threshold) => (threshold > 0 ? Math.max(1, Math.ceil(255 * thre
 /**
  * The map in colours: clear below the threshold and where the model saw nothing.
  *
- * @param {{width: number, height: number, levels: Uint8Array}} map
+ * @param {{width: number, height: number, levels: Uint8Array, colours: Uint8Array}} map
  * @param {number[]} seen  x, y, w, h in source pixels
  * @param {{width: number, height: number}} source
  * @returns {ImageData}
@@ -64,13 +77,14 @@ const reached = (threshold) => (threshold > 0 ? Math.max(1, Math.ceil(255 * thre
 export function coloured(map, seen, source, colours, threshold) {
   const image = new ImageData(map.width, map.height);
   const pixels = new Uint32Array(image.data.buffer);
-  const table = colours.slice();
-  table.fill(0, 0, reached(threshold));
+  const least = reached(threshold);
   const [left, right] = inside(map.width, seen[0], seen[2], source.width);
   const [top, bottom] = inside(map.height, seen[1], seen[3], source.height);
   for (let row = top; row < bottom; row++) {
     const end = row * map.width + right;
-    for (let index = row * map.width + left; index < end; index++) pixels[index] = table[map.levels[index]];
+    for (let index = row * map.width + left; index < end; index++) {
+      if (map.levels[index] >= least) pixels[index] = colours[map.colours[index]];
+    }
   }
   return image;
 }

@@ -1,16 +1,25 @@
-/** The section "Inside a layer": requests a layer's channels and opens one of them. */
+/** The section "Inside a layer": a layer's channels, in several orders, one of them enlarged; its kernels. */
 
-import { query, request } from "./api.js";
+import { download, query, request } from "./api.js";
 import { Sheet } from "./channels.js";
+import { bitmapOf } from "./images.js";
+import { reasonAgainst } from "./knows.js";
 import { announce, failed } from "./notices.js";
+import { nameOf, targetOption } from "./question.js";
 import { shapeWords } from "./stage.js";
-import { $, state } from "./state.js";
+import { $, button, state } from "./state.js";
+
+const NAMED = 8; // channels at the top of an order that are named
 
 export class Inside {
   constructor() {
     this.channel = 0;
+    this.values = {}; // of each channel of the shown layer, by order
     this.sheet = new Sheet($("sheet"), (channel) => this.open(channel));
     $("inside-show").addEventListener("click", () => this.ask());
+    $("kernels-show").addEventListener("click", () => this.askForKernels());
+    $("inside-layer").addEventListener("change", () => this.syncLayer());
+    $("order").addEventListener("change", () => this.rank($("order").value));
     $("channel").addEventListener("input", () => {
       if ($("channel").validity.valid) this.sheet.point($("channel").valueAsNumber);
     });
@@ -18,11 +27,12 @@ export class Inside {
       event.preventDefault();
       this.open($("channel").valueAsNumber);
     });
-    $("channel-back").addEventListener("click", () => this.open(this.channel - 1));
-    $("channel-next").addEventListener("click", () => this.open(this.channel + 1));
+    const step = (steps) => this.open(this.sheet.beside(this.channel, steps));
+    $("channel-back").addEventListener("click", () => step(-1));
+    $("channel-next").addEventListener("click", () => step(1));
     $("channel-view").addEventListener("keydown", (event) => {
-      if (event.key === "ArrowLeft") this.open(this.channel - 1);
-      if (event.key === "ArrowRight") this.open(this.channel + 1);
+      if (event.key === "ArrowLeft") step(-1);
+      if (event.key === "ArrowRight") step(1);
     });
   }
 
@@ -34,42 +44,125 @@ export class Inside {
     );
     $("inside-layer").value = model.target_layer;
     $("inside-layer").disabled = false;
+    const [byWeight] = $("order").querySelectorAll("[value=weight]");
+    byWeight.title = reasonAgainst(model, "gradcam");
+    byWeight.disabled = Boolean(byWeight.title);
+    this.syncLayer();
     this.clear();
+  }
+
+  /** A layer without kernels of its own offers none. */
+  syncLayer() {
+    const layer = state.model.layers.find(({ path }) => path === $("inside-layer").value);
+    $("kernels-show").disabled = !layer?.kernels;
+    $("kernels-show").title = layer?.kernels ? "" : "This layer has no kernels. A convolution or a linear layer has some.";
   }
 
   /** Shows nothing until the next request. */
   clear() {
     this.pending?.abort();
-    $("inside-show").removeAttribute("aria-busy");
+    $("inside-failure").replaceChildren();
     $("channels").hidden = true;
     $("channels").dataset.request = "";
+    $("kernels").hidden = true;
     $("channel-view").close();
   }
 
-  async ask() {
-    const { image } = state;
-    if (!image || !state.model) return;
+  /** Does `work` with a signal, with `control` busy; another work or another image aborts it. */
+  async busy(control, work) {
+    const { image, model } = state;
+    if (!image || !model) return;
     this.pending?.abort();
     const pending = new AbortController();
     this.pending = pending;
-    const layer = $("inside-layer").value;
-    const pairs = [["model", state.model.name], ["activations", layer], ["activation_as", "image"], ["activation_as", "stats"]];
-    $("inside-show").setAttribute("aria-busy", "true");
+    $("inside-failure").replaceChildren();
+    control.setAttribute("aria-busy", "true");
     try {
-      const answer = await request(`predict?${query(pairs)}`, { body: image.file, signal: pending.signal });
-      await this.show(answer.results[0].activations[0], pending.signal);
-      if (!pending.signal.aborted) $("channels").dataset.request = answer.id;
+      await work(image, model, pending.signal);
     } catch (error) {
-      if (error.name !== "AbortError") failed(error, () => this.ask(), $("inside-failure"));
+      if (error.name !== "AbortError") failed(error, () => this.busy(control, work), $("inside-failure"));
     } finally {
-      if (this.pending === pending) $("inside-show").removeAttribute("aria-busy");
+      control.removeAttribute("aria-busy");
     }
+  }
+
+  ask() {
+    const layer = $("inside-layer").value;
+    return this.busy($("inside-show"), async (image, model, signal) => {
+      const forms = ["image", "stats", "channels"].map((form) => ["activation_as", form]);
+      const path = `predict?${query([["model", model.name], ...fitOf(state.question), ["activations", layer], ...forms])}`;
+      const answer = await request(path, { body: image.file, signal });
+      await this.show(answer.results[0].activations[0], signal);
+      if (!signal.aborted) $("channels").dataset.request = answer.id;
+    });
+  }
+
+  askForKernels() {
+    const layer = $("inside-layer").value;
+    return this.busy($("kernels-show"), async (_image, model, signal) => {
+      const path = layer.split("/").map(encodeURIComponent).join("/");
+      const file = await download(`models/${encodeURIComponent(model.name)}/kernels/${path}`, signal);
+      const bitmap = await bitmapOf(file);
+      if (signal.aborted) return;
+      Object.assign($("kernels-canvas"), { width: bitmap.width, height: bitmap.height });
+      $("kernels-canvas").getContext("2d").drawImage(bitmap, 0, 0);
+      const words = `Kernels of ${layer}: the weights, the same for every image.`;
+      $("kernels-words").textContent = words;
+      $("kernels-canvas").setAttribute("aria-label", words);
+      $("kernels").hidden = false;
+      announce(words);
+    });
+  }
+
+  /** The channels in another order: by number, by their mean activation, or by their weight for the class. */
+  rank(order) {
+    if (order !== "weight" || this.values.weight) return this.arrange(order);
+    const { layer } = this;
+    return this.busy($("order"), async (image, model, signal) => {
+      this.target = state.shown?.image === image ? state.shown.explanation.class_id : null;
+      const target = this.target === null ? [] : [["targets", targetOption(model, this.target)]];
+      const gradient = [["activations", layer], ["activation_kind", "grad_output"], ["activation_as", "channels"]];
+      const path = `explain?${query([["model", model.name], ...fitOf(state.question), ...target, ...gradient, ["include", "none"]])}`;
+      const [{ explanations, activations }] = (await request(path, { body: image.file, signal })).results;
+      if (signal.aborted || layer !== this.layer) return;
+      this.target = nameOf(model, explanations[0].class_id);
+      this.values.weight = activations[0].channels.mean;
+      this.arrange(order);
+    });
+  }
+
+  arrange(order) {
+    const { count } = this.sheet.layout;
+    const channels = Array.from({ length: count }, (_, channel) => channel);
+    const values = this.values[order];
+    if (values) channels.sort((one, other) => values[other] - values[one]);
+    this.sheet.arrange(channels);
+    this.name(order, values ? channels.slice(0, NAMED) : []);
+  }
+
+  /** Names the first channels of an order. */
+  name(order, first) {
+    const what = order === "weight" ? `Highest weight for ${this.target} (mean gradient of its logit)` : "Highest mean activation";
+    $("top-channels").hidden = first.length === 0;
+    $("top-words").textContent = `${what}:`;
+    $("top-list").replaceChildren(
+      ...first.map((channel) => {
+        const item = document.createElement("li");
+        item.append(button(`${channel}: ${signedNumber(this.values[order][channel])}`, () => this.open(channel)));
+        return item;
+      }),
+    );
+    if (first.length) announce(`${what}: channels ${first.join(", ")}.`);
   }
 
   async show(activation, signal) {
     await this.sheet.show(activation);
     if (signal.aborted) return;
     this.layer = activation.layer;
+    this.values = { activation: activation.channels.mean };
+    $("order").value = "number";
+    $("order-field").hidden = this.sheet.layout === null;
+    this.name("number", []);
     const { layout } = this.sheet;
     const { min, max, mean, zero_fraction: zeros } = activation.stats;
     const left = activation.image.channels_left_out;
@@ -88,19 +181,25 @@ export class Inside {
 
   /** One channel, enlarged, beside the part of the image that the model saw. */
   open(channel) {
-    const { count } = this.sheet.layout;
-    if (!(channel >= 0 && channel < count)) return;
+    if (!this.sheet.order.includes(channel)) return;
     this.channel = channel;
     this.sheet.point(channel);
     $("channel").value = channel;
     const title = `Channel ${channel} of ${this.layer}`;
     $("channel-title").textContent = title;
+    $("channel-values").textContent = this.valuesOf(channel);
     $("channel-canvas").setAttribute("aria-label", title);
     this.sheet.draw(channel, $("channel-canvas"));
     this.drawInput($("channel-photo"));
-    $("channel-back").disabled = channel === 0;
-    $("channel-next").disabled = channel === count - 1;
+    $("channel-back").disabled = this.sheet.beside(channel, -1) === undefined;
+    $("channel-next").disabled = this.sheet.beside(channel, 1) === undefined;
     if (!$("channel-view").open) $("channel-view").showModal();
+  }
+
+  valuesOf(channel) {
+    const { activation, weight } = this.values;
+    const words = `Mean activation ${number(activation[channel])}`;
+    return weight ? `${words}, weight for ${this.target} ${signedNumber(weight[channel])}` : words;
   }
 
   drawInput(canvas) {
@@ -116,4 +215,8 @@ export class Inside {
   }
 }
 
-const number = (value) => Number(value.toPrecision(3)).toString();
+const fitOf = ({ fit }) => (fit ? [["fit", fit]] : []);
+
+const number = (value) => Number(value.toPrecision(3)).toString().replace("-", "−");
+
+const signedNumber = (value) => (value > 0 ? `+${number(value)}` : number(value));

@@ -1,7 +1,7 @@
 /** A question: its options, its price, the class it names, and its answer. */
 
 import { query, request } from "./api.js";
-import { bytes, levelsOf } from "./heat.js";
+import { SIGNED, bytes, levelsOf } from "./heat.js";
 import { forwards, hasLayer, method } from "./methods.js";
 import { bitmapOf } from "./images.js";
 import { DEFAULTS } from "./state.js";
@@ -38,9 +38,9 @@ export function targetOption(model, target) {
   return typeof target === "number" && model.labels.some(isOther) ? `id:${target}` : target;
 }
 
-/** How the map is drawn, as options; a threshold of 0 is no region's. */
-export function viewOptions({ opacity, threshold, colormap }) {
-  const pairs = [["colormap", colormap], ["opacity", opacity], ["threshold", threshold || 0.5]];
+/** How the map of a method is drawn, as options; a threshold of 0 is no region's. */
+export function viewOptions({ opacity, threshold, colormap }, name) {
+  const pairs = [["colormap", method(name).signed ? SIGNED : colormap], ["opacity", opacity], ["threshold", threshold || 0.5]];
   return pairs.filter(([, value]) => value !== "turbo" && value !== 0.5);
 }
 
@@ -108,8 +108,9 @@ export async function answerTo(image, model, question, signal) {
 }
 
 async function fetchAnswer(image, model, question, signal) {
-  // In grey a pixel of the heatmap is its level; the colours are put on here.
-  const drawing = [["include", "heatmap"], ["include", "regions"], ["colormap", "gray"]];
+  // In grey a pixel of the heatmap is its level, in SIGNED its sign, too; the colours are put on here.
+  const { signed } = method(question.method);
+  const drawing = [["include", "heatmap"], ["include", "regions"], ["colormap", signed ? SIGNED : "gray"]];
   await image.ready;
   // If the browser cannot read the image, the server sends it, without colours.
   if (!image.bitmap) drawing.push(["include", "overlay"], ["opacity", 0]);
@@ -131,7 +132,7 @@ async function fetchAnswer(image, model, question, signal) {
     predictions: result.predictions,
     seen: result.seen,
     source: { width: result.image.width, height: result.image.height },
-    map: await levelsOf(explanation.heatmap),
+    map: await levelsOf(explanation.heatmap, signed),
     contrastLabel: explanation.contrast === null ? "" : model.labels[explanation.contrast],
     layerShape: typeof explanation.layer === "string" ? layerOf(model, explanation.layer)?.shape : null,
   };

@@ -1,6 +1,6 @@
 /** An image with its map over it, its caption, and the progress of the request. */
 
-import { coloured, palette, regionBoxes } from "./heat.js";
+import { SIGNED, coloured, palette, regionBoxes } from "./heat.js";
 import { method } from "./methods.js";
 import { verdictOf } from "./verdict.js";
 
@@ -22,15 +22,24 @@ export const percent = (score) => {
   return `${value.toFixed(1)} %`;
 };
 
-export const shapeWords = (shape) => shape.join(" × ");
-
-/** What a map explains, in a line: class, score, contrast. */
-export function captionOf({ explanation, contrastLabel }) {
-  const than = contrastLabel ? ` rather than ${contrastLabel}` : "";
-  return `${explanation.label}${than}, ${percent(explanation.score)}`;
+/** A number with its sign, as text. */
+export function signed(value, digits) {
+  const size = Math.abs(value).toFixed(digits);
+  return Number(size) === 0 ? size : `${value < 0 ? "−" : "+"}${size}`;
 }
 
-function factsOf({ explanation, answer, layerShape }) {
+export const shapeWords = (shape) => shape.join(" × ");
+
+/** What a map explains, in a line: the class and its score, or two classes and their difference. */
+export function captionOf({ explanation, contrastLabel }) {
+  if (!contrastLabel) return `${explanation.label}, ${percent(explanation.score)}`;
+  const difference = signed(explanation.logit_difference, 2);
+  return `${explanation.label} rather than ${contrastLabel}, logit difference ${difference}`;
+}
+
+const isSigned = ({ explanation }) => method(explanation.method).signed;
+
+export function factsOf({ explanation, answer, layerShape }) {
   const layers = [explanation.layer ?? []].flat().join(" + ");
   const at = layers ? ` at ${layers}${layerShape ? ` (${shapeWords(layerShape)})` : ""}` : "";
   const passes = explanation.cost.forwards;
@@ -74,6 +83,8 @@ export class Pane {
     this.find(".marks").replaceChildren();
     this.find(".caption").textContent = image.name;
     this.find(".facts").textContent = "";
+    this.find(".of").textContent = "";
+    this.find(".colors").hidden = true;
     for (const name of [".flags", ".verdict", ".failure"]) this.find(name).replaceChildren();
   }
 
@@ -101,13 +112,10 @@ export class Pane {
     this.element.dataset.request = shown.answer.id;
     this.painted = null;
     this.find(".caption").textContent = captionOf(shown);
+    this.find(".of").textContent = `${shown.image.name} · ${shown.model.name}`;
     this.find(".facts").textContent = factsOf(shown);
     this.find(".flags").replaceChildren(
-      ...shown.explanation.flags.map((flag) => {
-        const item = document.createElement("li");
-        item.textContent = FLAGS[flag] ?? flag;
-        return item;
-      }),
+      ...this.flags().map((flag) => Object.assign(document.createElement("li"), { textContent: flag })),
     );
     this.find(".verdict").replaceChildren(...verdictOf(shown, put));
     const words = `${shown.image.name} with the heatmap for ${captionOf(shown)}. ${factsOf(shown)}.`;
@@ -126,9 +134,29 @@ export class Pane {
     const { map, seen, source } = this.shown;
     heat.width = map.width;
     heat.height = map.height;
-    const image = coloured(map, seen, source, palette(view.colormap), view.threshold);
-    heat.getContext("2d").putImageData(image, 0, 0);
+    const colours = palette(isSigned(this.shown) ? SIGNED : view.colormap);
+    heat.getContext("2d").putImageData(coloured(map, seen, source, colours, view.threshold), 0, 0);
+    this.label(colours);
     this.mark(view);
+  }
+
+  /** The bar of the colours, with what its ends mean. */
+  label(colours) {
+    const [least, most] = isSigned(this.shown) ? ["against", "for"] : ["none", "most"];
+    const bar = new ImageData(256, 1);
+    new Uint32Array(bar.data.buffer).set(colours);
+    this.find(".scale").getContext("2d").putImageData(bar, 0, 0);
+    this.find(".scale").setAttribute("aria-label", `Evidence, from ${least} to ${most}`);
+    this.find(".least").textContent = least;
+    this.find(".most").textContent = most;
+    this.find(".colors").hidden = false;
+  }
+
+  /** What the pane shows, in lines of text. */
+  words() {
+    const { image, model } = this.shown;
+    const colours = isSigned(this.shown) ? ["Blue: evidence against; red: evidence for"] : [];
+    return [captionOf(this.shown), `${image.name} · ${model.name}`, factsOf(this.shown), ...colours];
   }
 
   /** The part that the model saw, and, if requested, the regions and the peak. */
@@ -147,16 +175,29 @@ export class Pane {
     marks.replaceChildren(...shapes);
   }
 
-  /** Image, colours and marks as one image file, at the size of the map. */
-  async overlay(view) {
+  /** The flags of the map in words. */
+  flags() {
+    return this.shown.explanation.flags.map((flag) => FLAGS[flag] ?? flag);
+  }
+
+  /** The bar of the colours as an image, and what its ends mean. */
+  bar() {
+    const text = (selector) => this.find(selector).textContent;
+    return { image: this.find(".scale").toDataURL(), least: text(".least"), most: text(".most") };
+  }
+
+  /** Image, colours and marks as one image file, at the size of the map, no side over `side`. */
+  overlay(view, side = Infinity) {
     const { map, source } = this.shown;
-    const canvas = new OffscreenCanvas(map.width, map.height);
+    const scale = Math.min(1, side / Math.max(map.width, map.height));
+    const [width, height] = [map.width, map.height].map((length) => Math.max(1, Math.round(length * scale)));
+    const canvas = new OffscreenCanvas(width, height);
     const context = canvas.getContext("2d");
-    context.drawImage(this.find(".photo"), 0, 0, map.width, map.height);
+    context.drawImage(this.find(".photo"), 0, 0, width, height);
     context.globalAlpha = view.opacity;
-    context.drawImage(this.find(".heat"), 0, 0);
+    context.drawImage(this.find(".heat"), 0, 0, width, height);
     context.globalAlpha = 1;
-    context.scale(map.width / source.width, map.height / source.height);
+    context.scale(width / source.width, height / source.height);
     const line = Math.max(source.width, source.height) / 400;
     for (const [colour, width] of [["#17181a", 2.5 * line], ["#fff", line]]) {
       context.strokeStyle = colour;

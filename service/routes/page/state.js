@@ -8,6 +8,7 @@ export const state = {
   models: [],
   model: null, // from GET models/{name}, with its `layers`, `labels`, and the labels that are `shared`
   images: [],
+  maps: [], // that were shown in this session, for its report; see report.js
   experiments: [], // of this session, the newest first; see lab.js
   image: null,
   question: { ...DEFAULTS },

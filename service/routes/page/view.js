@@ -1,6 +1,6 @@
 /** How maps are drawn, live: opacity, threshold, colours, regions; and the theme of the page. */
 
-import { COLORMAPS, palette } from "./heat.js";
+import { COLORMAPS } from "./heat.js";
 import { $, state } from "./state.js";
 
 /**
@@ -19,9 +19,7 @@ export function wireView(redraw, settled) {
   $("colormap").replaceChildren(...COLORMAPS.map((name) => new Option(name)));
   $("opacity").addEventListener("input", () => look({ opacity: $("opacity").valueAsNumber / 100 }));
   $("threshold").addEventListener("input", () => look({ threshold: $("threshold").valueAsNumber / 100 }));
-  $("colormap").addEventListener("change", () => {
-    look({ colormap: $("colormap").value });
-  });
+  $("colormap").addEventListener("change", () => look({ colormap: $("colormap").value }));
   $("regions").addEventListener("change", () => {
     const regions = $("regions").checked;
     // A region of everything is useless: start at the server's default.
@@ -42,13 +40,6 @@ export function syncView() {
   }
   $("colormap").value = colormap;
   $("regions").checked = regions;
-  drawScale();
-}
-
-function drawScale() {
-  const image = new ImageData(256, 1);
-  new Uint32Array(image.data.buffer).set(palette(state.view.colormap));
-  $("scale").getContext("2d").putImageData(image, 0, 0);
 }
 
 /** On a narrow screen the predictions come right after the image, also for the keyboard and screen readers. */
