@@ -154,13 +154,15 @@ def forward_compiled(
     """
     lane = model.compiled
     assert lane is not None
-    activation = lane.front(model.batch([question.pixels for question in questions]), wide=wide)
+    pixels = model.batch([question.pixels for question in questions])
+    activation, *beside = lane.front(pixels, wide=wide)
     explains = any(question.explains for question in questions)
     graph = any(question.needs_graph for question in questions)
     with nullcontext() if graph else torch.no_grad():
         activation.requires_grad_(graph)
         # A clone: the tail may overwrite the very activation that is to be explained.
-        logits = model.logits(lane.tail(activation.clone() if explains else activation))
+        kept = activation.clone() if explains else activation
+        logits = model.logits(lane.tail(kept, *beside))
     recording = Recording(targets={lane.layer: [activation]})
     return [
         image_pass
