@@ -141,7 +141,9 @@ def _supported() -> dict[str, str]:
     """The share of each method's maps that a verdict supports, by model, as it was measured."""
     page = (DOCS / "reference" / "verdicts.md").read_text(encoding="utf-8")
     table = page.split(SUPPORTED[0])[1].split(SUPPORTED[1])[0].strip()
-    (_, *models), _, *rows = ([*map(str.strip, row.strip("|").split("|"))] for row in table.split("\n"))
+    (_, *models), _, *rows = (
+        [*map(str.strip, row.strip("|").split("|"))] for row in table.split("\n")
+    )
     return {
         method: ", ".join(
             f"{float(value):.0%} ({model})"
