@@ -20,9 +20,20 @@ from pathlib import Path
 import report
 from core import OUT
 from measuring import Results
+from over_http import ALONE, BUSY, VIT
 
 HERE = Path(__file__).resolve().parent
-SCRIPTS = {"core": "core.py", "http": "over_http.py", "memory": "memory.py"}
+SCRIPTS = {
+    "core": ("core.py",),
+    "http": ("over_http.py",),
+    "vit": (
+        "over_http.py",
+        *("--model", f"torchvision/{VIT}", "--mark", f"{VIT} "),
+        *("--layer", "encoder.layers.encoder_layer_11.ln_1"),
+        *("--servers", "camserve", "eager", "openvino", "--loads", ALONE, BUSY),
+    ),
+    "memory": ("memory.py",),
+}
 QUICK = {
     "core": (
         *("--models", "torchvision/resnet50", "torchvision/mobilenet_v3_large"),
@@ -32,6 +43,7 @@ QUICK = {
         *("--servers", "camserve", "torchcam", "litserve", "openvino"),
         *("--loads", "640x480/1", "640x480/16", "--rounds", "1", "--seconds", "2"),
     ),
+    "vit": ("--loads", "640x480/16", "--rounds", "1", "--seconds", "4"),
     "memory": ("--requests", "1000"),
 }
 
@@ -50,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     failed, started = [], time.monotonic()
     for part in options.parts:
         short = QUICK[part] if options.quick else ()
-        command = [sys.executable, str(HERE / SCRIPTS[part]), "--out", str(out), *short]
+        script, *own = SCRIPTS[part]
+        command = [sys.executable, str(HERE / script), *own, "--out", str(out), *short]
         try:
             done = subprocess.run(command, check=False)  # noqa: S603 - our own scripts
         except KeyboardInterrupt:

@@ -53,6 +53,11 @@ ALONE, BUSY = "640x480/1", "640x480/16"
 LOADS = (ALONE, "640x480/4", BUSY, "12MP/4")
 """Photograph and number of clients."""
 
+VIT = "vit_b_16"
+"""The transformer of `make bench`, and what marks its loads among the results."""
+
+MARKED = tuple(f"{VIT} {load}" for load in (ALONE, BUSY))
+
 SIZES = {"640x480": (640, 480), "12MP": (4000, 3000)}
 AGREES = 0.98
 """Correlation of a peer's map with ours, below which its answer counts as wrong."""
@@ -137,13 +142,13 @@ def kinds(model: Model, int8: Path, more: Sequence[str] = ()) -> dict[str, Kind]
     }
 
 
-def random_weights(folder: Path) -> Path:
-    """A weights file of resnet50, the same for all; made once. Speed does not depend on them."""
-    file = folder / "resnet50.safetensors"
+def random_weights(name: str, folder: Path) -> Path:
+    """A weights file of torchvision's `name`, made once. Speed does not depend on them."""
+    file = folder / f"{name}.safetensors"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
         torch_random.manual_seed(0)
-        save_file(torchvision.models.resnet50(weights=None).state_dict(), file)
+        save_file(torchvision.models.get_model(name, weights=None).state_dict(), file)
     return file
 
 
@@ -340,7 +345,7 @@ def rounds(
     settings = {"seconds": options.seconds, "model": options.model, "rows": names}
     for number in range(options.rounds):
         for load in options.loads:
-            part = f"http/{number}/{load}"
+            part = f"http/{number}/{options.mark}{load}"
             if results.has(part, settings):
                 continue
             print(f"http: round {number + 1}, {load}", flush=True)
@@ -355,7 +360,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--model", default="torchvision/resnet50")
     parser.add_argument("--layer", default="layer4")
-    parser.add_argument("--weights", type=Path, help="of --model; resnet50: made where not given")
+    parser.add_argument("--weights", type=Path, help="of --model; made where not given")
+    parser.add_argument("--mark", default="", help="in front of the loads among the results")
     parser.add_argument("--servers", nargs="+", help="names as printed; default: all")
     parser.add_argument("--loads", nargs="+", default=LOADS, help="photograph/clients")
     parser.add_argument("--rounds", type=int, default=3)
@@ -366,8 +372,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--again", action="store_true", help="measure also what --out has")
     options = parser.parse_args(arguments)
     weights = options.weights
-    if weights is None and options.model == "torchvision/resnet50":
-        weights = random_weights(options.out.parent)
+    builder, _, name = options.model.partition("/")
+    if weights is None and builder == "torchvision":
+        weights = random_weights(name, options.out.parent)
     results = Results(options.out, again=options.again)
     model = Model(options.model, weights, options.layer)
     sizes = {load.split("/")[0] for load in (*options.loads, "640x480")}
@@ -382,13 +389,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             calibrate(model, front)
         race = Race(start(wanted, options.cores, stack), photos)
         wrong = race.check()
-        results.keep("http-check", {}, wrong)
+        results.keep(f"http-check{options.mark}", {}, wrong)
         for name, what in wrong.items():
             print(f"http: {name}: {what or 'answers right'}", flush=True)
         rounds(race, results, options, [row for row in race.rows if wrong[row.name] is None])
     print(f"\n{results.found('machine')}")
     for load in options.loads:
-        print(f"\n{load} clients\n\n{table(results, load)}")
+        print(f"\n{load} clients\n\n{table(results, options.mark + load)}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from over_http import (
     HEATMAP,
     INT8,
     LOADS,
+    MARKED,
     NARROW,
     OPENVINO,
     OURS,
@@ -247,7 +249,12 @@ def _http(results: Results) -> list[str]:
         parts.append(f"{size} images, {clients} client{many}:")
         parts.append(over_http.table(results, load))
     wrong = results.found("http-check") or {}
-    return [*parts, *(f"Left out: {row} ({what})." for row, what in wrong.items() if what)]
+    parts += [f"Left out: {row} ({what})." for row, what in wrong.items() if what]
+    for load in (load for load in MARKED if load in measured):
+        model, size, clients = re.split("[ /]", load)
+        parts.append(f"{model}, {size} images, {clients} client{'s' if clients != '1' else ''}:")
+        parts.append(over_http.table(results, load))
+    return parts
 
 
 def write(results: Results, page: Path = PAGE, plot: Path = PLOT) -> None:

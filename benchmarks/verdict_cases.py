@@ -105,7 +105,9 @@ def _builtin(size: tuple[int, int] | None = None) -> Callable[[Data], ModelSpec]
     return spec
 
 
-def _trained(name: str, builder: str) -> Callable[[Data], ModelSpec]:
+def trained(name: str, builder: str) -> Callable[[Data], ModelSpec]:
+    """A network that `tools/planted_cues/train.py` has trained."""
+
     def spec(data: Data) -> ModelSpec:
         return ModelSpec(name, f"networks:{builder}", data.planted / f"{name}.safetensors")
 
@@ -141,7 +143,9 @@ def _samples(data: Data, replica: Replica) -> Iterator[Case]:
         yield Case(shown.pixels, labels=frozenset({int(file.stem)}))
 
 
-def _flowers(fit: Fit = "crop") -> Callable[[Data, Replica], Iterator[Case]]:
+def flowers(fit: Fit = "crop") -> Callable[[Data, Replica], Iterator[Case]]:
+    """The photographs of flowers that are held out from training."""
+
     def cases(data: Data, replica: Replica) -> Iterator[Case]:
         folders = ("daisy", "dandelion", "roses", "sunflowers", "tulips")
         with tarfile.open(data.shared / "flowers128.tar") as archive:
@@ -162,7 +166,7 @@ def _tagged(placing: Placing) -> Callable[[Data, Replica], Iterator[Case]]:
     def cases(data: Data, replica: Replica) -> Iterator[Case]:
         generator = torch.Generator().manual_seed(0)
         count = len(replica.model.labels)
-        for case in _flowers()(data, replica):
+        for case in flowers()(data, replica):
             label = int(torch.randint(CLASSES, (1,), generator=generator)) % count
             made = plant(case.pixels, label, placing, generator)
             labels = frozenset({label})
@@ -197,10 +201,10 @@ SUBJECTS: Sequence[Subject] = (
         Subject(f"{name}, one a class", "photographs", _real(name), _samples)
         for name in ("mobilenet_v2", "squeezenet1_1")
     ),
-    Subject("builtin", "photographs", _builtin(), _flowers()),
-    Subject("transformer", "photographs", _trained("dinov2", "dinov2"), _flowers()),
+    Subject("builtin", "photographs", _builtin(), flowers()),
+    Subject("transformer", "photographs", trained("dinov2", "dinov2"), flowers()),
     *(
-        Subject(f"planted: {name}", "planted", _trained(name, builder), _tagged(placing))
+        Subject(f"planted: {name}", "planted", trained(name, builder), _tagged(placing))
         for name, builder, placing in (
             ("random", "flowers", "random"),
             ("corner", "flowers", "corner"),
@@ -212,7 +216,7 @@ SUBJECTS: Sequence[Subject] = (
         )
     ),
     Subject("mobilenet_v2, fit=pad", "fits", _real("mobilenet_v2"), _whole("pad")),
-    Subject("builtin, fit=pad", "fits", _builtin(), _flowers("pad")),
+    Subject("builtin, fit=pad", "fits", _builtin(), flowers("pad")),
     *(
         Subject(f"{name}, {size[1]}×{size[0]}", "fits", spec, cases)
         for name, size, spec, cases in (
@@ -222,7 +226,7 @@ SUBJECTS: Sequence[Subject] = (
                 _real("mobilenet_v2", WIDE["mobilenet_v2"]),
                 _whole("crop"),
             ),
-            ("builtin", WIDE["builtin"], _builtin(WIDE["builtin"]), _flowers()),
+            ("builtin", WIDE["builtin"], _builtin(WIDE["builtin"]), flowers()),
         )
     ),
     *(

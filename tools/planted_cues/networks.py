@@ -8,6 +8,8 @@ from service.models.builtin.network import FlowerNet
 
 SIDE = 112
 """Side of the transformer's input."""
+LARGE = 224
+"""That of the transformers whose maps are drawn on mosaics."""
 
 
 def flowers(num_classes: int) -> nn.Module:
@@ -27,11 +29,25 @@ def mobilenet_v2(num_classes: int) -> nn.Module:
 
 def dinov2(num_classes: int) -> nn.Module:
     """Return the transformer of DINOv2-S with a linear head on its mean patch."""
+    return _dinov2(num_classes, SIDE, "avg")
+
+
+def dinov2_mean(num_classes: int) -> nn.Module:
+    """Return the same for larger images."""
+    return _dinov2(num_classes, LARGE, "avg")
+
+
+def dinov2_token(num_classes: int) -> nn.Module:
+    """Return the transformer of DINOv2-S with a linear head on its class token."""
+    return _dinov2(num_classes, LARGE, "token")
+
+
+def _dinov2(num_classes: int, side: int, pool: str) -> nn.Module:
     net: nn.Module = timm.create_model(
         "vit_small_patch14_dinov2",
-        img_size=SIDE,
+        img_size=side,
         num_classes=num_classes,
-        global_pool="avg",
+        global_pool=pool,
         fc_norm=False,
     )
     return net

