@@ -128,7 +128,7 @@ def test_three_broken_images_are_named_one_by_one(desk: Watched, tmp_path: Path,
         files[0].write_bytes(SAMPLE.read_bytes()[:4000])
     desk.page.set_input_files("#file", files)
     box = "#strip-files" if good else "#welcome-files"
-    until(desk.page, f"document.querySelectorAll('.files .notice').length === 3")
+    until(desk.page, "document.querySelectorAll('.files .notice').length === 3")
     assert sorted(notices(desk.page, ".files")) == [
         f"{name}.jpg: The image is truncated or corrupt; send the complete file again."
         for name in ("one", "three", "two")
@@ -167,7 +167,11 @@ def test_a_file_that_was_deleted_after_it_was_chosen_is_named(
     photo.write_bytes(SAMPLE.read_bytes())
     desk = open_page(path="/docs")
     held: list[Route] = []
-    desk.page.route("**/models/builtin", lambda route: held.append(route))
+
+    def hold(route: Route) -> None:
+        held.append(route)
+
+    desk.page.route("**/models/builtin", hold)
     desk.page.goto(site)
     until(desk.page, "document.querySelector('#model').value === 'builtin'")
     desk.page.set_input_files("#file", photo)
