@@ -137,7 +137,7 @@ def check(page: Page) -> dict[str, Any]:
         assert shown["caption"].startswith(words)
         assert shown["heat"] > 0
         assert words in shown["verdict"] or not shown["verdict"]
-        explained = shown["caption"].removeprefix(words).split(",")[0]
+        explained = re.split(", | rather than ", shown["caption"].removeprefix(words))[0]
         assert shown["facts"].startswith(METHOD_RECORDS[explained].title)
         assert shown["waits"] or explained == shown["method"]
     else:

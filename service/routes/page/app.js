@@ -111,14 +111,14 @@ function fitQuestion(link) {
 
 // ---- images ------------------------------------------------------------------------------
 
-/** Adds the files that may be images; of the others it says why they are not used. */
-function add(files) {
+/** Adds the files that may be images, and says why the others are not used. */
+function add(files, others = []) {
   settle();
   $("strip-files").replaceChildren();
   $("welcome-files").replaceChildren();
   const usable = files.filter((file) => !notAnImage(file));
   const images = usable.slice(0, Math.max(0, MOST_IMAGES - state.images.length)).map((file) => newImage(file));
-  const refused = files.map(notAnImage).filter(Boolean);
+  const refused = [...others, ...files.map(notAnImage).filter(Boolean)];
   if (images.length < usable.length) refused.push(`${usable.length - images.length} images are not added: this page holds ${MOST_IMAGES}. Remove some first.`);
   if (images.length) {
     state.images.push(...images);
@@ -413,7 +413,7 @@ wireQuestion(put);
 wireView(redraw, () => writeAddress(true));
 wireExport(comparison);
 wireGallery((image) => remove([image]));
-watch({ input: $("file"), drop: $("drop"), onFiles: add, onOther: (sentence) => complainOfFiles([sentence]) });
+watch({ input: $("file"), drop: $("drop"), onFiles: add });
 onTravel(travel);
 restore();
 loadModels();

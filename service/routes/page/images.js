@@ -46,20 +46,18 @@ export async function bitmapOf(blob) {
 /**
  * Passes on the files that are picked, dropped on the page or pasted into it.
  *
- * @param {(files: File[]) => void} onFiles
- * @param {(sentence: string) => void} onOther  says why what was dropped or pasted is not used
+ * @param {(files: File[], others: string[]) => void} onFiles  `others` says why the rest is not used
  */
-export function watch({ input, drop, onFiles, onOther }) {
+export function watch({ input, drop, onFiles }) {
   input.addEventListener("change", () => {
-    if (input.files.length) onFiles([...input.files]);
+    if (input.files.length) onFiles([...input.files], []);
     input.value = "";
   });
   const take = (transfer, way) => {
     const folders = [...transfer.items].map((item) => item.webkitGetAsEntry?.()).filter((entry) => entry?.isDirectory);
     const files = [...transfer.files].filter(({ name }) => !folders.some((folder) => folder.name === name));
-    for (const { name } of folders) onOther(`${name} is a folder. ${way} the images in it.`);
-    if (files.length) onFiles(files);
-    else if (!folders.length) onOther(otherThanFiles(transfer, way));
+    const others = folders.map(({ name }) => `${name} is a folder. ${way} the images in it.`);
+    onFiles(files, files.length || others.length ? others : [otherThanFiles(transfer, way)]);
   };
   document.addEventListener("paste", (event) => {
     if (!isField(event.target)) take(event.clipboardData, "Paste");

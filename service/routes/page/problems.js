@@ -30,12 +30,18 @@ const NO_ANSWER = "The service cannot be used at the moment. Try again later."; 
 
 /** What an error says to a visitor. */
 export function sentenceOf({ status, code, message, retryAfter, request }) {
-  const clauses = message.split(/(?<=[.;?!])\s+/).filter((clause) => clause && !FOR_PROGRAMS.test(clause));
+  const clauses = forPeople(message.split(/(?<=[.;?!])\s+/));
   const [first, advice] = IN_PLACE[code] ?? [];
   const own = advice === undefined ? clauses.join(" ") : `${first || ended(clauses[0] ?? "")} ${advice}`.trim();
   const text = ended(own || (BY_STATUS[status] ?? NO_ANSWER)).replace("in a moment", retryAfter > 1 ? `in ${retryAfter} s` : "in a moment");
   const log = status === 500 && request ? ` The service's log has the cause under ${request}.` : "";
   return (code === "invalid_option" ? titled(text) : text) + log;
+}
+
+/** The clauses that a visitor can use; the one before a left-out clause ends its sentence. */
+function forPeople(clauses) {
+  const isUsable = (clause) => clause && !FOR_PROGRAMS.test(clause);
+  return clauses.map((clause, place) => (isUsable(clauses[place + 1] ?? "end") ? clause : ended(clause))).filter(isUsable);
 }
 
 /** A sentence with a full stop at its end. */
