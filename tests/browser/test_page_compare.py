@@ -284,7 +284,7 @@ def top(page: Page) -> list[int]:
 
 def by_plain_torch(model: LoadedModel) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean activation and mean gradient of each channel of layer2, for the sunflower."""
-    source = decode(SAMPLE.read_bytes())
+    source = decode(SAMPLE.read_bytes(), max_pixels=1_000_000)
     pixels = fit_to_model(source, model.preprocessing, "crop").pixels
     kept: list[torch.Tensor] = []
     module = model.replicate()
