@@ -44,7 +44,7 @@ def rollout_grid(attentions: Sequence[Tensor], size: tuple[int, int]) -> tuple[i
         raise ValueError("it has no torch.nn.MultiheadAttention, so no attention to roll out")
     shapes = {tuple(attention.shape) for attention in attentions}
     if len(shapes) > 1 or len(attentions[0]) != 1 or len({*attentions[0].shape[2:]}) > 1:
-        raise ValueError("its layers do not all attend from the same tokens to the same tokens")
+        raise ValueError("its attention is not among the same tokens, so it is not rolled out")
     patches = attentions[0].shape[-1] - 1
     rows = round((patches * size[0] / size[1]) ** 0.5)
     columns = patches // max(rows, 1)

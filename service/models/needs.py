@@ -52,5 +52,5 @@ def _missing(model: LoadedModel, module: nn.Module, image: Tensor) -> dict[str, 
         assert layout is not None
         activation = precise(layout.as_map(layout.by_image(seen.outputs[path][-1])))
         if linear_head(model, activation, logits) is None:
-            missing["head"] = f"it has more than one linear layer behind {path}"
+            missing["head"] = f"it has more than pooling and one linear layer behind {path}"
     return missing

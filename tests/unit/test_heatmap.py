@@ -16,6 +16,7 @@ from torch.nn.functional import interpolate
 from service.cam.encoding import EncodedImage
 from service.cam.heatmap import (
     COLORMAPS,
+    DIVERGING,
     Style,
     render_heatmap,
     render_overlay,
@@ -169,7 +170,7 @@ def test_a_map_that_is_not_finite_is_the_callers_mistake(value: float) -> None:
 # ---- render_heatmap
 
 
-@pytest.mark.parametrize("colormap", sorted(COLORMAPS))
+@pytest.mark.parametrize("colormap", sorted(COLORMAPS.keys() - DIVERGING))
 def test_the_png_is_the_map_and_its_palette_the_colormap(colormap: str) -> None:
     """Whoever reads it back has round(255 * |cam|), exactly."""
     geometry = fitted(640, 480)[1].geometry
@@ -180,6 +181,39 @@ def test_the_png_is_the_map_and_its_palette_the_colormap(colormap: str) -> None:
     assert (np.asarray(image) == np.rint(255 * np.abs(cam))).all()
     palette = np.array(image.getpalette(), dtype=np.uint8).reshape(-1, 3)
     assert (palette == COLORMAPS[colormap]).all()
+
+
+def test_a_diverging_colormap_keeps_the_sign() -> None:
+    """From blue, −1, over white, 0, to red, 1, as matplotlib's bwr; outside it is white."""
+    geometry = fitted(640, 480)[1].geometry
+    cam = np.array([[-1.0, -0.5, 0.0, 0.5, 1.0]], dtype=np.float32)
+    image = opened(render_heatmap(cam, geometry, Style(size="native", colormap="bwr"), 2048))
+    assert np.asarray(image).tolist() == [[0, 64, 128, 191, 255]]
+    palette = np.array(image.getpalette(), dtype=np.uint8).reshape(-1, 3)
+    x = np.arange(256) / 255
+    ramp = np.minimum(1, 2 * np.stack([np.minimum(x, 0.5), np.minimum(x, 1 - x), 1 - x], axis=1))
+    ramp[x > 0.5, 0], ramp[x <= 0.5, 2] = 1, 1
+    assert (palette == np.rint(255 * ramp)).all()
+    whole = opened(render_heatmap(cam, geometry, Style(colormap="bwr"), 2048))
+    assert (np.asarray(whole)[:, :108] == 128).all()
+
+
+def test_neighbours_of_opposite_sign_do_not_cancel_in_a_diverging_colormap() -> None:
+    geometry = fitted(320, 320)[1].geometry
+    signs = np.where(np.indices((320, 320)).sum(0) % 2, 1, -1).astype(np.float32)
+    drawn = opened(render_heatmap(signs, geometry, Style(colormap="bwr"), 80))
+    assert set(np.unique(np.asarray(drawn)[10:70, 10:70])) <= {0, 255}
+
+
+def test_an_overlay_in_a_diverging_colormap_is_blue_against_and_red_for() -> None:
+    source, model_input = fitted(320, 320)
+    cam = np.array([[-1.0, 1.0]], dtype=np.float32)
+    style = Style(colormap="bwr", format="png", opacity=1.0)
+    pixels = np.asarray(opened(overlay(source, model_input, cam, style)))
+    left, top, width, height = (int(edge) for edge in model_input.geometry.seen)
+    middle = top + height // 2
+    assert pixels[middle, left + 1].tolist() == [0, 0, 255]
+    assert pixels[middle, left + width - 2].tolist() == [255, 0, 0]
 
 
 def test_at_source_size_the_values_are_the_resampled_map() -> None:

@@ -51,11 +51,18 @@ export class Inside {
     this.clear();
   }
 
-  /** A layer without kernels of its own offers none. */
+  /** The layer whose kernels are shown: the chosen one, or the first inside it that has some. */
+  withKernels() {
+    const chosen = $("inside-layer").value;
+    const isInside = ({ path }) => path === chosen || path.startsWith(`${chosen}.`);
+    return state.model.layers.find((layer) => layer.kernels && isInside(layer))?.path;
+  }
+
   syncLayer() {
-    const layer = state.model.layers.find(({ path }) => path === $("inside-layer").value);
-    $("kernels-show").disabled = !layer?.kernels;
-    $("kernels-show").title = layer?.kernels ? "" : "This layer has no kernels. A convolution or a linear layer has some.";
+    const layer = this.withKernels();
+    $("kernels-show").disabled = !layer;
+    $("kernels-show").textContent = !layer || layer === $("inside-layer").value ? "Show its kernels" : `Show kernels of ${layer}`;
+    $("kernels-show").title = layer ? "" : "This layer has no kernels. Choose a convolution or a linear layer.";
   }
 
   /** Shows nothing until the next request. */
@@ -98,7 +105,7 @@ export class Inside {
   }
 
   askForKernels() {
-    const layer = $("inside-layer").value;
+    const layer = this.withKernels();
     return this.busy($("kernels-show"), async (_image, model, signal) => {
       const path = layer.split("/").map(encodeURIComponent).join("/");
       const file = await download(`models/${encodeURIComponent(model.name)}/kernels/${path}`, signal);
@@ -119,13 +126,15 @@ export class Inside {
     if (order !== "weight" || this.values.weight) return this.arrange(order);
     const { layer } = this;
     return this.busy($("order"), async (image, model, signal) => {
-      this.target = state.shown?.image === image ? state.shown.explanation.class_id : null;
-      const target = this.target === null ? [] : [["targets", targetOption(model, this.target)]];
+      const { class_id: id = null, contrast = null } = state.shown?.explanation ?? {};
+      const pairs = [["targets", id], ["contrast", contrast]].filter(([, value]) => value !== null);
+      const target = pairs.map(([name, value]) => [name, targetOption(model, value)]);
       const gradient = [["activations", layer], ["activation_kind", "grad_output"], ["activation_as", "channels"]];
       const path = `explain?${query([["model", model.name], ...fitOf(state.question), ...target, ...gradient, ["include", "none"]])}`;
       const [{ explanations, activations }] = (await request(path, { body: image.file, signal })).results;
       if (signal.aborted || layer !== this.layer) return;
-      this.target = nameOf(model, explanations[0].class_id);
+      const than = contrast === null ? "" : ` rather than ${nameOf(model, contrast)}`;
+      this.target = `${nameOf(model, explanations[0].class_id)}${than}`;
       this.values.weight = activations[0].channels.mean;
       this.arrange(order);
     });

@@ -14,7 +14,7 @@ h1{margin-bottom:0}h2{margin-top:2.5rem;padding-top:1.5rem;border-top:1px solid 
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,24rem),1fr));gap:1.25rem;margin:1rem 0}
 .card,li{display:grid;gap:.5rem;align-content:start;padding:1rem;border:1px solid var(--line);border-radius:8px}
 .facts,.legend,.flags,figcaption,.control-words{color:var(--soft);font-size:.87rem}img{display:block;width:100%;height:auto;border-radius:4px}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:.1rem 1rem .1rem 0;text-align:left}td:nth-child(n+2){text-align:right}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:.1rem 1rem .1rem 0;text-align:left}:is(td,th):nth-child(n+2){text-align:right}
 .pair{display:grid;grid-template-columns:1fr 1fr;gap:1rem}.legend{display:flex;justify-content:space-between}.colors{display:flex;gap:.5rem;align-items:center}
 .colors img{width:8rem;height:.6rem}svg{width:100%}.axis,.range{fill:var(--line)}.zero,.dot,.mean{fill:var(--soft)}.dot{fill-opacity:.6}.own{fill:#b0380b}`;
 
@@ -25,7 +25,7 @@ table{border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:.
  */
 export function note(pane, view) {
   const { shown } = pane;
-  const entry = { shown: outline(shown), lines: pane.words(), flags: pane.flags(), bar: pane.bar(), picture: pane.overlay(view, SIDE).then(dataOf) };
+  const entry = { shown: outline(shown), lines: pane.words().slice(0, 3), flags: pane.flags(), bar: pane.bar(), picture: pane.overlay(view, SIDE).then(dataOf) };
   const at = state.maps.findIndex((other) => other.shown.id === entry.shown.id);
   if (at === -1) state.maps.push(entry);
   else state.maps[at] = entry;
