@@ -1,4 +1,4 @@
-"""Methods that differentiate down to the input, and attention rollout.
+"""Methods that differentiate down to the input.
 
 Generators like those in `perturbation`: they yield where they need a replica.
 """
@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from service.cam.attention import record_attention, rollout
 from service.cam.formulas import over_input
 from service.cam.guided import GuidedReLU
 from service.errors import InvalidOption
@@ -77,36 +76,6 @@ def guided_gradcam(image_pass: ImagePass) -> Steps:
         covers = image_pass.model.preprocessing.covers
         maps.append((guided * over_input(cam[None], size, covers)).sum(dim=0))
     return maps
-
-
-def attention_rollout(image_pass: ImagePass) -> Steps:
-    """Attention rollout of a vision transformer; the same map whatever the class.
-
-    Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020.
-    """
-    replica = yield
-    with torch.no_grad(), record_attention(replica.module) as attentions:
-        replica.module(normalised_image(image_pass))
-    if not attentions:
-        raise InvalidOption(
-            f"Model {image_pass.model.name!r} has no torch.nn.MultiheadAttention, so there is no "
-            "attention to roll out; use another method."
-        )
-    shapes = {tuple(attention.shape) for attention in attentions}
-    if len(shapes) > 1 or len(attentions[0]) != 1 or len({*attentions[0].shape[2:]}) > 1:
-        raise InvalidOption(
-            f"The attention of model {image_pass.model.name!r} is not from the same tokens to the "
-            "same tokens in all layers, so it cannot be rolled out; use another method."
-        )
-    patches = rollout(attentions)[0]
-    height, width = image_pass.model.preprocessing.crop
-    rows = round((len(patches) * height / width) ** 0.5)
-    if rows * (len(patches) // max(rows, 1)) != len(patches):
-        raise InvalidOption(
-            f"The {len(patches)} patches of model {image_pass.model.name!r} form no grid; use "
-            "another method."
-        )
-    return [patches.reshape(rows, -1).cpu().float()] * len(image_pass.targets)
 
 
 def _input_gradients(replica: Replica, image_pass: ImagePass, images: Tensor) -> list[Tensor]:
