@@ -56,5 +56,5 @@ def _attention(model: LoadedModel) -> TokenAttention:
 
 def _at_patches(attention: TokenAttention, tokens: Tensor) -> Tensor:
     """The map (h, w) on the CPU of what the head reads, from (L, S) by token."""
-    read = tokens[list(attention.rows)].mean(dim=0)
-    return attention.layout.as_map(read[None, :, None])[0, 0].cpu()
+    read = tokens.cpu()[list(attention.rows)].mean(dim=0)
+    return attention.layout.as_map(read[None, :, None])[0, 0]
