@@ -35,6 +35,7 @@ Method = Literal[
     "occlusion",
     "rise",
     "attention_rollout",
+    "gae",
 ]
 Fit = Literal["crop", "squash", "pad"]
 Verify = Literal["false", "true", "search"]

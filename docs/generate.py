@@ -42,7 +42,8 @@ NEEDS = {
     "layer": "a layer",
     "head": "global average pooling and one linear layer behind it",
     "relu": "ReLU or ReLU6",
-    "attention": "a transformer of `torch.nn.MultiheadAttention`",
+    "attention": "attention between the same tokens in all layers",
+    "class token": "a class token",
 }
 
 

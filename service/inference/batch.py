@@ -339,6 +339,7 @@ def _explanation(image_pass: ImagePass, class_id: int, score: float, cam: Tensor
         "not_deterministic": not model.behaviour.deterministic,
         "activation_in_model": model.behaviour.output_activation is not None,
         "weights_hardly_matter": model.weights_hardly_matter(method.name, question.layers),
+        "class_blind": method.class_blind,
         "places_unclear": not model.unclear.isdisjoint(question.layers),
     }
     logit, contrast = float(image_pass.logits[class_id]), question.contrast

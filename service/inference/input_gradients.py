@@ -1,4 +1,4 @@
-"""Methods that differentiate down to the input, and attention rollout.
+"""Methods that differentiate down to the input.
 
 Generators like those in `perturbation`: they yield where they need a replica.
 """
@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from service.cam.attention import record_attention, rollout, rollout_grid
 from service.cam.formulas import over_input
 from service.cam.guided import GuidedReLU
 from service.errors import InvalidOption
@@ -77,25 +76,6 @@ def guided_gradcam(image_pass: ImagePass) -> Steps:
         covers = image_pass.model.preprocessing.covers
         maps.append((guided * over_input(cam[None], size, covers)).sum(dim=0))
     return maps
-
-
-def attention_rollout(image_pass: ImagePass) -> Steps:
-    """Attention rollout of a vision transformer; the same map whatever the class.
-
-    Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020.
-    """
-    replica = yield
-    with torch.no_grad(), record_attention(replica.module) as attentions:
-        replica.module(normalised_image(image_pass))
-    model = image_pass.model
-    try:
-        grid = rollout_grid(attentions, model.preprocessing.crop)
-    except ValueError as error:
-        raise InvalidOption(
-            f"Model {model.name!r} cannot be explained by `attention_rollout`: {error}; use "
-            "another method."
-        ) from error
-    return [rollout(attentions)[0].reshape(grid).cpu().float()] * len(image_pass.targets)
 
 
 def _input_gradients(replica: Replica, image_pass: ImagePass, images: Tensor) -> list[Tensor]:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping
 from api_schemas.methods import BACKWARD, METHODS, MethodRecord
 from service.cam.verdict import RUNS
 from service.errors import InvalidOption
-from service.inference import input_gradients, perturbation
+from service.inference import attention_maps, input_gradients, perturbation
 from service.inference.forward_pass import ImagePass
 from service.inference.perturbation import Steps, windows
 from service.inference.questions import Question
 from service.models.loaded import LoadedModel
+from service.models.probes.attention import TokenAttention
 
 MULTI_PASS_METHODS: Mapping[str, Callable[[ImagePass], Steps]] = {
     "scorecam": perturbation.scorecam,
@@ -22,14 +23,22 @@ MULTI_PASS_METHODS: Mapping[str, Callable[[ImagePass], Steps]] = {
     "input_gradient": input_gradients.input_gradient,
     "guided_backprop": input_gradients.guided_backprop,
     "guided_gradcam": input_gradients.guided_gradcam,
-    "attention_rollout": input_gradients.attention_rollout,
+    "attention_rollout": attention_maps.attention_rollout,
+    "gae": attention_maps.gae,
 }
 """The methods that need more passes than the shared forward pass; that one is enough for others."""
 
 
+ATTENTION_BYTES = 1 << 30
+"""Bytes that a method may take for the attention of one image."""
+
+
 def check_method(model: LoadedModel, method: str) -> None:
-    """Raise InvalidOption where the model, compiled or quantised, does not allow the method."""
-    reason = _lack(model, METHODS[method])
+    """Raise InvalidOption where what the model is, or its size, does not allow the method."""
+    record = METHODS[method]
+    reason = _lack(model, record)
+    if reason is None and "attention" in record.needs:
+        _check_attention(model, method)
     if reason is None:
         return
     *others, last = [name for name, record in METHODS.items() if not record.needs]
@@ -44,8 +53,10 @@ def why_not(model: LoadedModel, method: str) -> str | None:
     record = METHODS[method]
     if record.has_layer and not any(layer.target for layer in model.layers):
         return "none of its layers returns a feature map"
-    missing = (model.missing[need] for need in record.needs if need in model.missing)
-    return _lack(model, record) or next(missing, None)
+    missing = next((model.missing[need] for need in record.needs if need in model.missing), None)
+    if missing is None and "attention" in record.needs:
+        missing = _why_no_attention(model.attention, record)
+    return _lack(model, record) or missing
 
 
 def _lack(model: LoadedModel, record: MethodRecord) -> str | None:
@@ -55,6 +66,35 @@ def _lack(model: LoadedModel, record: MethodRecord) -> str | None:
     if reason is None and needs & {"layer", "gradients"}:
         reason = model.no_gradients
     return reason
+
+
+def _check_attention(model: LoadedModel, method: str) -> None:
+    reason = _why_no_attention(model.attention, METHODS[method])
+    if reason is not None:
+        raise InvalidOption(
+            f"Model {model.name!r} cannot be explained by `{method}`: {reason}. Use another "
+            "method, such as gradcam or occlusion."
+        )
+
+
+def _why_no_attention(attention: TokenAttention | str, record: MethodRecord) -> str | None:
+    """Why a method that follows attention is refused; None if it is not."""
+    if isinstance(attention, str):
+        return attention
+    if "class token" in record.needs and not attention.class_token:
+        return (
+            "its head reads the mean of all tokens or pools them, and the method is defined for a "
+            "class token"
+        )
+    # Attention, its gradient and their product; without gradients one layer at a time.
+    layers = len(attention.calls) if "gradients" in record.needs else 1
+    size = 3 * layers * attention.layer_bytes
+    if size <= ATTENTION_BYTES:
+        return None
+    return (
+        f"the attention of an image takes {size >> 20} MiB, and {ATTENTION_BYTES >> 20} MiB are "
+        "allowed; serve the model with smaller images"
+    )
 
 
 def cost(model: LoadedModel, question: Question) -> float:

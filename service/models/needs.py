@@ -1,4 +1,4 @@
-"""What methods need and a model lacks: ReLUs, attention, a head of one linear layer."""
+"""What methods need and a model lacks: ReLUs, a head of one linear layer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
-from service.cam.attention import record_attention, rollout_grid
 from service.cam.formulas import precise
 from service.cam.guided import GuidedReLU
 from service.cam.hooks import record
@@ -36,17 +35,9 @@ def missing_needs(model: LoadedModel, image: Tensor) -> Mapping[str, str]:
 
 def _missing(model: LoadedModel, module: nn.Module, image: Tensor) -> dict[str, str]:
     paths = [] if model.target_layer is None else [model.target_layer]
-    with (
-        record(module, outputs=paths) as seen,
-        record_attention(module) as attentions,
-        GuidedReLU() as guided,
-    ):
+    with record(module, outputs=paths) as seen, GuidedReLU() as guided:
         logits = model.logits(module(image.clone()))[0].float().cpu()
     missing = {} if guided.count else {"relu": "it has no ReLU to guide"}
-    try:
-        rollout_grid(attentions, (image.shape[2], image.shape[3]))
-    except ValueError as error:
-        missing["attention"] = str(error)
     for path in paths:
         layout = model.layer(path).layout
         assert layout is not None

@@ -1,4 +1,4 @@
-"""CAM, guided backpropagation, input gradients, integrated gradients, attention rollout."""
+"""CAM, guided backpropagation, input gradients, integrated gradients."""
 
 from __future__ import annotations
 
@@ -273,51 +273,3 @@ def test_several_targets_of_an_input_level_method_equal_one_at_a_time() -> None:
         for explanation in answer.explanations:
             alone = ask(model, method, explanation.class_id, steps=9, **options)
             assert oracles.distance(explanation, alone) < 1e-5, method
-
-
-@pytest.mark.parametrize("layers", [3, 1])
-def test_attention_rollout_equals_one_from_the_attention_modules_own_weights(layers: int) -> None:
-    """Abnar and Zuidema 2020: from q and k by hand, layer upon layer, the class token's row."""
-    model = tiny_vit(layers)
-    net, inputs = model.replicate(), []
-    for block in net.encoder.layers:
-        block.self_attention.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    with torch.no_grad():
-        net(oracles.input_of(model, PIXELS))
-    flow = torch.eye(17, dtype=torch.float64)
-    for block, x in zip(net.encoder.layers, inputs, strict=True):
-        weight, bias = block.self_attention.in_proj_weight, block.self_attention.in_proj_bias
-        q, k, _ = (x[0] @ weight.T + bias).double().chunk(3, dim=1)
-        heads = [
-            (q[:, head] @ k[:, head].T / 8**0.5).softmax(dim=1)
-            for head in (slice(8 * index, 8 * index + 8) for index in range(4))
-        ]
-        flow = (torch.stack(heads).mean(dim=0) / 2 + torch.eye(17) / 2) @ flow
-    ours = ask(model, "attention_rollout", 0)
-    assert ours.shape == (4, 4)
-    assert oracles.distance(ours, flow[0, 1:].reshape(4, 4)) < 1e-5
-
-
-@pytest.mark.parametrize("build", [small, tiny_convnext, tiny_swin])
-def test_attention_rollout_is_refused_without_attention(build) -> None:
-    assert "MultiheadAttention" in refusal(build(), "attention_rollout").detail
-
-
-class Pooled(nn.Module):
-    """A CNN whose pooling is attention from one query to all places."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 16, stride=16)
-        self.query = nn.Parameter(torch.zeros(1, 1, 8))
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.head = nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        places = self.stem(x).flatten(2).transpose(1, 2)
-        query = self.query.expand(len(x), 1, 8)
-        return self.head(self.attention(query, places, places)[0][:, 0])
-
-
-def test_attention_rollout_is_refused_where_attention_is_not_among_the_same_tokens() -> None:
-    assert "rolled out" in refusal(loaded(Pooled(), side=64), "attention_rollout").detail

@@ -33,8 +33,8 @@ ADDRESS = re.compile(r"(127\.0\.0\.1|localhost):8000")
 NUMBER = re.compile(r"-?\d+(\.\d+)?")
 
 # A reader has none of what is set for tests: with PYTHONSAFEPATH a script's own folder is not
-# searched, MAKEFLAGS would hand on ARGS=… to the reader's own `make run`, and the sensitivity to the
-# weights, which tests leave out to save time, adds flags to what a reader sees.
+# searched, MAKEFLAGS would hand on ARGS=… to the reader's own `make run`, and the sensitivity to
+# the weights, which tests leave out to save time, adds flags to what a reader sees.
 SET_FOR_TESTS = {
     *("PYTHONSAFEPATH", "MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "MFLAGS", "ARGS"),
     "CAMSERVE_SENSITIVITY",

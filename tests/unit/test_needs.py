@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from misbehaving import Tokens
 from tiny import SmallNet, loaded
 from torch import Tensor, nn
 
@@ -16,7 +15,7 @@ from service.models.catalog import ModelSpec
 from service.models.loaded import LoadedModel
 from service.models.needs import missing_needs
 
-NO_ATTENTION = "it has no torch.nn.MultiheadAttention, so no attention to roll out"
+NO_ATTENTION = "it has no attention between tokens"
 
 
 class Smooth(nn.Module):
@@ -53,8 +52,14 @@ def refused(model: LoadedModel) -> dict[str, str | None]:
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
+def without_attention(reasons: dict[str, str | None]) -> dict[str, str | None]:
+    """The reasons of methods that attention has no part in."""
+    return {name: why for name, why in reasons.items() if "attention" not in METHODS[name].needs}
+
+
 def test_a_convolutional_net_lacks_attention_alone() -> None:
-    assert refused(with_needs(SmallNet())) == {"attention_rollout": NO_ATTENTION}
+    reasons = refused(with_needs(SmallNet()))
+    assert reasons == {"attention_rollout": NO_ATTENTION, "gae": NO_ATTENTION}
 
 
 def test_a_net_without_relus_and_with_two_linear_layers_lacks_three_methods_more() -> None:
@@ -63,23 +68,15 @@ def test_a_net_without_relus_and_with_two_linear_layers_lacks_three_methods_more
         "guided_backprop": "it has no ReLU to guide",
         "guided_gradcam": "it has no ReLU to guide",
         "attention_rollout": NO_ATTENTION,
+        "gae": NO_ATTENTION,
     }
-
-
-def test_a_transformer_has_attention_to_roll_out() -> None:
-    assert "attention_rollout" not in refused(with_needs(Tokens(1, 1)))
-
-
-def test_patches_that_form_no_grid_are_no_map() -> None:
-    reason = refused(with_needs(Tokens(2, 1)))["attention_rollout"]
-    assert reason == "its 65 patches form no grid"
 
 
 @pytest.mark.parametrize("lack", ["no_layers", "no_gradients"])
 def test_a_scripted_model_lacks_what_its_reason_says(lack: str) -> None:
     model = replace(loaded(SmallNet()), **{lack: "it is scripted"})
     assert missing_needs(model, torch.rand(1, 3, 32, 32)) == {}
-    reasons = refused(model)
+    reasons = without_attention(refused(model))
     assert set(reasons.values()) == {"it is scripted"}
     assert {"gradcam", "input_gradient"} & reasons.keys()
     assert not {"rise", "occlusion"} & reasons.keys()
@@ -88,7 +85,7 @@ def test_a_scripted_model_lacks_what_its_reason_says(lack: str) -> None:
 def test_a_model_without_a_feature_map_has_no_method_of_layers() -> None:
     model = loaded(SmallNet())
     layers = tuple(replace(layer, layout=None) for layer in model.layers)
-    reasons = refused(replace(model, layers=layers, target_layer=None))
+    reasons = without_attention(refused(replace(model, layers=layers, target_layer=None)))
     assert set(reasons.values()) == {"none of its layers returns a feature map"}
     assert reasons.keys() == {name for name, record in METHODS.items() if record.has_layer}
 
