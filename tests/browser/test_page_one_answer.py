@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,16 +14,20 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from browsing import SAMPLE, Watched, experiment_answer
+from browsing import SAMPLE, Watched, experiment_answer, explain_sample, until
 from PIL import Image, ImageOps
 from playwright.sync_api import Error, Page, Route
+
+from api_schemas.methods import METHODS as METHOD_RECORDS
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
 
 MODELS = ["builtin", "small"]
-METHODS = ["gradcam", "layercam", "input_gradient", "integrated_gradients"]
+METHODS = ["gradcam", "layercam", "input_gradient", "integrated_gradients", "rise"]
+FEW = "/?samples=24&steps=4"
+"""So that the slow methods, of which the predictions come first, take little time."""
 
-SEEN = {"pane", "verdict", "failure", "experiments"}
+SEEN = {"pane", "verdict", "failure", "experiments", "channels", "travelled", "undone", "saved"}
 
 ON_SCREEN = """() => {
     const text = (selector) => document.querySelector(selector).textContent;
@@ -41,7 +46,13 @@ ON_SCREEN = """() => {
         described: document.querySelector(".pane .stage").getAttribute("aria-label"),
         labels: all("#predictions .label", (each) => each.textContent),
         experiments: all(".experiment", (each) => each.dataset.request),
-        thumbnails: all("#photos button", (each) => [each.title.split(":")[0], each.textContent]),
+        thumbnails: all("#photos button", (each) => [each.title, each.textContent]),
+        method: document.querySelector("#method").value,
+        address: new URLSearchParams(location.search).get("method") ?? "gradcam",
+        facts: text(".facts"),
+        waits: !document.querySelector(".progress").hidden,
+        channels: document.querySelector("#channels").dataset.request,
+        channelsAreShown: !document.querySelector("#channels").hidden,
         savable: !document.querySelector("#save-json").disabled,
         labIsOpen: !document.querySelector("#lab").hidden,
     };
@@ -126,15 +137,23 @@ def check(page: Page) -> dict[str, Any]:
         assert shown["caption"].startswith(words)
         assert shown["heat"] > 0
         assert words in shown["verdict"] or not shown["verdict"]
+        explained = re.split(", | rather than ", shown["caption"].removeprefix(words))[0]
+        assert shown["facts"].startswith(METHOD_RECORDS[explained].title)
+        assert shown["waits"] or explained == shown["method"]
     else:
         assert shown["caption"] == shown["image"]
         assert shown["verdict"] == ""
         assert shown["heat"] == 0
+    assert shown["method"] == shown["address"]
+    assert bool(shown["channels"]) == shown["channelsAreShown"]
+    assert shown["channels"] == "" or shown["channels"].startswith(own)
     assert shown["predictions"] == "" or shown["predictions"].startswith(own)
     assert bool(shown["labels"]) == bool(shown["predictions"])
     assert all(label.startswith(words) for label in shown["labels"])
     assert all(each.startswith(f"{shown['image']}|") for each in shown["experiments"])
-    for name, label in shown["thumbnails"]:
+    for title, label in shown["thumbnails"]:
+        name = title.split(":")[0]
+        assert f"failed for {name}|{shown['model']}" in title or "failed for" not in title
         assert label in (name, "⚠ failed") or label.startswith(f"{name}/{shown['model']}/")
     said = f"failed for {shown['image']}|{shown['model']}"
     assert said in shown["failure"] or "failed for" not in shown["failure"]
@@ -160,7 +179,7 @@ def images(tmp_path: Path) -> list[Path]:
 @pytest.fixture
 def held(open_page: Callable[..., Watched], images: list[Path]) -> tuple[Watched, Held]:
     """The page with four images, whose answers are held back."""
-    watched = open_page()
+    watched = open_page(path=FEW)
     watched.page.wait_for_selector("#layer option", state="attached")
     names = {hashlib.sha256(image.read_bytes()).hexdigest(): image.name for image in images}
     held = Held(names)
@@ -177,19 +196,63 @@ class Visitor:
     page: Page
     answers: Held
     chance: random.Random
+    done: set[str] = field(default_factory=set)
 
     def steps(self) -> list[Callable[[], None]]:
         changes = [
             self.choose_image,
             self.choose_model,
             self.choose_method,
+            self.choose_layer,
+            self.choose_class,
             self.verify,
             self.experiment,
+            self.look_inside,
+            self.travel,
+            self.remove,
+            self.undo,
+            self.save,
         ]
-        return [*changes, self.fail, self.fail, *[self.answer] * 10]
+        return [*changes, self.choose_image, self.fail, self.fail, *[self.answer] * 16]
 
     def choose_image(self) -> None:
-        self.page.locator("#photos button").nth(self.chance.randrange(4)).click()
+        photos = self.page.locator("#photos button")
+        photos.nth(self.chance.randrange(photos.count())).click()
+
+    def choose_layer(self) -> None:
+        if self.page.locator("#layer").is_enabled():
+            self._select("#layer", ["layer2", "layer3", "features"])
+
+    def choose_class(self) -> None:
+        buttons = self.page.locator("#predictions button:enabled")
+        if (count := min(4, buttons.count())) and not self._is_inert():
+            buttons.nth(self.chance.randrange(count)).click()
+
+    def look_inside(self) -> None:
+        if not self._is_inert():
+            self.page.locator("#inside-show").click()
+
+    def travel(self) -> None:
+        """Back or forward, as far as this page goes."""
+        way = self.chance.choice(["Back", "Back", "Forward"])
+        if self.page.evaluate(f"navigation.canGo{way}"):
+            self.page.evaluate(f"history.{way.lower()}()")
+            self.done.add("travelled")
+
+    def remove(self) -> None:
+        if self.page.locator("#photos button").count() > 2:
+            self.page.locator("[data-do=remove]").click()
+
+    def undo(self) -> None:
+        if self.page.locator("#undo").is_visible():
+            self.page.get_by_role("button", name="Undo").click()
+            self.done.add("undone")
+
+    def save(self) -> None:
+        """The export is of the map on screen."""
+        if self.page.locator("#save-json").is_enabled():
+            assert saved_id(self.page) == check(self.page)["pane"]
+            self.done.add("saved")
 
     def choose_model(self) -> None:
         self.page.locator("#model").select_option(self.chance.choice(MODELS))
@@ -201,9 +264,14 @@ class Visitor:
         self._select("#verify", ["", "true", "search"])
 
     def _select(self, control: str, values: list[str]) -> None:
-        """Nothing can be chosen while there is no model."""
-        if not self.page.evaluate("document.querySelector('.ask').inert"):
-            self.page.locator(control).select_option(self.chance.choice(values))
+        """One of the values that the control has; none while there is no model."""
+        options = f"[...document.querySelector('{control}').options].map(each => each.value)"
+        known = [value for value in values if value in self.page.evaluate(options)]
+        if known and not self._is_inert():
+            self.page.locator(control).select_option(self.chance.choice(known))
+
+    def _is_inert(self) -> bool:
+        return bool(self.page.evaluate("document.querySelector('#question').inert"))
 
     def experiment(self) -> None:
         if self.page.locator("#lab").is_visible():
@@ -235,7 +303,7 @@ def test_all_that_is_on_screen_is_of_one_request_whatever_is_late_or_fails(
     for step in range(1500):
         visitor.chance.choice(visitor.steps())()
         shown = check(watched.page)
-        seen.update(name for name in SEEN if shown[name])
+        seen.update(visitor.done, (name for name in SEEN if shown.get(name)))
         if step >= 150 and seen == SEEN:
             break
     assert seen == SEEN
@@ -256,10 +324,15 @@ def settle(watched: Watched, answers: Held) -> None:
             page.evaluate("new Promise(requestAnimationFrame)")
     shown = check(page)
     assert shown["pane"].startswith(f"{shown['image']}|{MODELS[-1]}|")
+    assert saved_id(page) == shown["pane"]
+    watched.messages = [each for each in watched.messages if "Failed to load" not in each]
+
+
+def saved_id(page: Page) -> str:
+    """The request whose answer is saved as JSON."""
     with page.expect_download() as download:
         page.locator("#save-json").click()
-    assert json.loads(download.value.path().read_text())["id"] == shown["pane"]
-    watched.messages = [each for each in watched.messages if "Failed to load" not in each]
+    return str(json.loads(download.value.path().read_text())["id"])
 
 
 def test_a_failure_is_shown_at_its_image_and_nowhere_else(held: tuple[Watched, Held]) -> None:
@@ -297,6 +370,41 @@ def test_predictions_come_before_a_slow_map(held: tuple[Watched, Held]) -> None:
     page.locator(".failure .notice").wait_for()
     assert check(page)["labels"] != []
     watched.messages = [each for each in watched.messages if "Failed to load" not in each]
+
+
+def test_progress_is_measured_and_no_estimate_is_kept_that_was_wrong(
+    open_page: Callable[..., Watched],
+) -> None:
+    """One pass took 16 ms: 1,001 are estimated at 16 s; 101 passes at 1.6 s, and that passes."""
+    watched = open_page()
+    page = watched.page
+
+    def answer(route: Route) -> None:
+        if "rise" in route.request.url:
+            return  # it never comes
+        body = route.fetch().json()
+        body["timing_ms"]["inference"] = 16.0
+        route.fulfill(json=body)
+
+    page.route("**/explain?*", answer)
+    explain_sample(watched)
+    page.locator("#method").select_option("rise")
+    words = page.locator(".progress-words")
+    words.get_by_text(re.compile(r"1,001 forward passes · \d\.\d of about 16 s$")).wait_for()
+    until(page, f"{SHARE} > 0.02")
+    share, text = page.evaluate(f"[{SHARE}, document.querySelector('.progress-words').textContent]")
+    elapsed = float(text.rsplit("· ", 1)[1].split(" ")[0])
+    assert share == pytest.approx(elapsed / 16.016, abs=0.051 / 16)
+    assert page.locator(".progress-bar.fills").count() == 1
+    page.locator("#samples").fill("100")
+    page.keyboard.press("Enter")
+    words.get_by_text(re.compile(r"101 forward passes · \d\.\d of about 1\.6 s$")).wait_for()
+    words.get_by_text(re.compile(r"\d\.\d s, estimated 1\.6 s$")).wait_for()
+    assert page.locator(".progress-bar.fills").count() == 0
+    page.locator(".cancel").click()
+
+
+SHARE = "+document.querySelector('.progress-bar').style.getPropertyValue('--done')"
 
 
 def wait_for(page: Page, answers: Held, part: str) -> Route:

@@ -2,17 +2,17 @@
 
 const KEY = "camserve-key";
 
-/** A refusal of the server, with its own text. */
+/** A refusal of the server, with its text; `sentenceOf` of problems.js says it to a visitor. */
 export class Problem extends Error {
   /**
    * @param {number} status 0 where the server was not reached
    * @param {string} code  the stable code of the problem body, or ""
-   * @param {string} detail a sentence
+   * @param {string} detail a sentence, or ""
+   * @param {{retryAfter?: number, request?: string}} more  seconds until another try, and the request's id
    */
-  constructor(status, code, detail) {
+  constructor(status, code, detail, { retryAfter = 0, request = "" } = {}) {
     super(detail);
-    this.status = status;
-    this.code = code;
+    Object.assign(this, { status, code, retryAfter, request });
   }
 }
 
@@ -58,17 +58,29 @@ async function sent(read, path, options) {
     if (response.ok) return await read(response);
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Problem(0, "", "The server cannot be reached. Is it still running?");
+    throw await unsent(options?.body);
   }
   throw await problemOf(response);
 }
 
-async function problemOf(response) {
+/** Why nothing came back: the file cannot be read any more, or the server cannot be reached. */
+async function unsent(body) {
+  const files = body instanceof FormData ? [...body.values()] : [body];
   try {
-    const { code, detail } = await response.json();
-    return new Problem(response.status, code, detail);
+    await Promise.all(files.filter((file) => file instanceof Blob).map((file) => file.slice(0, 1).arrayBuffer()));
   } catch {
-    return new Problem(response.status, "", `The server returned ${response.status}.`);
+    return new Problem(0, "unreadable_file", "The file cannot be read any more: it was changed, moved or deleted. Choose it again.");
+  }
+  return new Problem(0, "", "The server cannot be reached. Is it still running?");
+}
+
+async function problemOf(response) {
+  const retryAfter = Number(response.headers.get("retry-after")) || 0;
+  try {
+    const { code, detail, request_id: request } = await response.json();
+    return new Problem(response.status, code, detail, { retryAfter, request });
+  } catch {
+    return new Problem(response.status, "", "", { retryAfter });
   }
 }
 

@@ -1,28 +1,34 @@
 /** The page: one image, one question, one map; all else depends on them. */
 
+import { onTravel, readAddress, writeAddress } from "./address.js";
 import { Problem, query, request } from "./api.js";
 import { Comparison } from "./comparison.js";
-import { listModel, listImages, listPredictions, syncQuestion, wireQuestion } from "./controls.js";
+import { listModel, listPredictions, syncQuestion, wireQuestion } from "./controls.js";
+import { listImages, sayKept, takeOut, wireGallery } from "./gallery.js";
 import { Inside } from "./inside.js";
+import { methodFor, reasonAgainst } from "./knows.js";
 import { Lab } from "./lab.js";
 import { method } from "./methods.js";
-import { announce, complain, failed, settle } from "./notices.js";
-import { newImage, sample, take, watch } from "./images.js";
-import { answerTo, isKnown, predictionsOf, priceOf } from "./question.js";
-import { Pane, captionOf } from "./stage.js";
+import { announce, complain, complainOfFiles, failed, offerUndo, settle } from "./notices.js";
+import { newImage, notAnImage, sample, take, watch } from "./images.js";
+import { sentenceOf } from "./problems.js";
+import { SLOW, answerTo, classOf, isKnown, predictionsOf, priceOf } from "./question.js";
 import { note } from "./report.js";
+import { forget, keep, kept as keptImages } from "./session.js";
+import { Pane, captionOf } from "./stage.js";
 import { $, state } from "./state.js";
 import { syncExport, wireExport } from "./export.js";
 import { verdictWords } from "./verdict.js";
-import { wireTheme, wireView } from "./view.js";
+import { syncView, wireOrder, wireTheme, wireView } from "./view.js";
 
 const POLL_MS = 1000;
 const NOTE_MS = 300; // without a change of the view until the map is drawn for the report
-const SLOW = 5; // forward passes; longer waits are announced
+const MOST_IMAGES = 100; // of a session
 
 const live = new Pane($("panes"));
 const comparison = new Comparison(live, (change) => put(change));
-let last = null; // the image whose map was shown last
+let loading = null; // the newest load of a model
+let opened = null; // the address that the page was opened with, until its model is there
 
 const inside = new Inside();
 const lab = new Lab();
@@ -36,7 +42,7 @@ async function loadModels() {
     failed(error, loadModels);
     return;
   }
-  const chosen = $("model").value;
+  const chosen = opened?.model ?? $("model").value;
   const preset = state.models.find((candidate) => candidate.default) ?? state.models[0];
   const model = state.models.find((candidate) => candidate.name === chosen) ?? preset;
   const named = ({ name, state: is }) => (is === "ready" ? name : `${name} (${is})`);
@@ -44,53 +50,103 @@ async function loadModels() {
   $("model").disabled = state.models.length === 0;
   if (!model) return;
   $("model").value = model.name;
-  if (state.model?.name !== model.name) await useModel(model.name);
+  if (state.model?.name !== model.name) await useModel(model.name, opened?.question, false);
   if (state.models.some((entry) => entry.state === "loading")) setTimeout(loadModels, POLL_MS);
 }
 
-async function useModel(name) {
+/** Loads what is known of a model; the question goes on with what `question` changes. */
+async function useModel(name, question = { target: null, contrast: null, layer: null }, isStep = true) {
   settle();
+  const own = {};
+  loading = own;
   state.model = null;
-  document.querySelector(".ask").inert = true;
+  for (const image of state.images) image.failure = "";
+  allow(false);
   clear();
-  const known = state.models.find((entry) => entry.name === name);
-  if (known.state === "failed") return complain(`The model ${name} could not be loaded: ${known.reason}`);
-  if (known.state === "loading") return announce(`The model ${name} is loading: ${known.progress ?? "one moment"}.`);
+  const entry = state.models.find((candidate) => candidate.name === name);
+  if (entry.state === "failed") return complain(`The model ${name} could not be loaded: ${entry.reason}`);
+  if (entry.state === "loading") return announce(`The model ${name} is loading: ${entry.progress ?? "one moment"}.`);
   const path = `models/${encodeURIComponent(name)}`;
   try {
     const [details, { layers }] = await Promise.all([request(path), request(`${path}/layers`)]);
-    if ($("model").value !== name) return; // another one was chosen meanwhile
+    if (loading !== own) return; // another one was chosen meanwhile
     const labels = details.labels ?? [];
     const shared = new Set(labels.filter((label, id) => labels.indexOf(label) !== id));
     state.model = { ...details, layers, labels, shared };
   } catch (error) {
-    return $("model").value === name && failed(error, () => useModel(name));
+    return loading === own && failed(error, () => useModel(name, question, isStep));
   }
-  Object.assign(state.question, { target: null, contrast: null, layer: null });
-  document.querySelector(".ask").inert = false;
+  Object.assign(state.question, question);
+  fitQuestion(opened);
+  opened = null;
+  allow(true);
   listModel(state.model);
   inside.use(state.model);
-  for (const image of state.images) image.failure = "";
+  if (isStep || state.image) writeAddress(isStep);
   ask();
   return classify();
 }
 
-// ---- images ------------------------------------------------------------------------------
-
-function add(files) {
-  settle();
-  const images = files.map((file) => newImage(file));
-  state.images.push(...images);
-  choose(images[0]);
-  classify();
+/** Whether the model can be asked; images can be chosen and removed at any time. */
+function allow(isAllowed) {
+  for (const id of ["answer", "question", "export"]) $(id).inert = !isAllowed;
 }
 
-function choose(image) {
+/** Leaves out of the question what this model does not have, and says so with what the address `link` names in vain. */
+function fitQuestion(link) {
+  const { model, question } = state;
+  const refused = [...(link?.refused ?? [])];
+  if (link?.model && link.model !== model.name) refused.push(`model ${link.model}`);
+  if (question.layer !== null && !model.layers.some(({ path, target }) => target && path === question.layer)) {
+    refused.push(`layer ${question.layer}`);
+    question.layer = null;
+  }
+  const against = reasonAgainst(model, question.method);
+  if (against && link) refused.push(`method ${question.method} (${against})`);
+  question.method = methodFor(model, question.method);
+  for (const name of ["target", "contrast"]) {
+    const wanted = typeof question[name] === "string" ? classOf(model, question[name]) : question[name];
+    const isKnown = wanted === null || typeof wanted === "string" ? wanted === null : wanted < model.classes;
+    if (!isKnown) refused.push(`${name === "target" ? "class" : name} ${question[name]}`);
+    question[name] = isKnown ? wanted : null;
+  }
+  if (refused.length) complain(`This link names what is not available here: ${refused.join(", ")}. The defaults are shown instead.`);
+}
+
+// ---- images ------------------------------------------------------------------------------
+
+/** Adds the files that may be images, and says why the others are not used. */
+function add(files, others = []) {
   settle();
+  $("strip-files").replaceChildren();
+  $("welcome-files").replaceChildren();
+  const usable = files.filter((file) => !notAnImage(file));
+  const images = usable.slice(0, Math.max(0, MOST_IMAGES - state.images.length)).map((file) => newImage(file));
+  const refused = [...others, ...files.map(notAnImage).filter(Boolean)];
+  if (images.length < usable.length) refused.push(`${usable.length - images.length} images are not added: this page holds ${MOST_IMAGES}. Remove some first.`);
+  if (images.length) {
+    state.images.push(...images);
+    choose(images[0]);
+    classify();
+    keep(images).then(sayKept);
+  }
+  if (refused.length) complainOfFiles(refused);
+}
+
+/** Another image, by the visitor. */
+function choose(image) {
+  const isStep = state.image !== null && state.image !== image;
+  settle();
+  look(image, state.image === image || state.image === null ? {} : { target: null, contrast: null });
+  writeAddress(isStep);
+}
+
+/** Shows an image, and asks the question with what is changed in it. */
+function look(image, question) {
   $("welcome").hidden = true;
   $("work").hidden = false;
+  Object.assign(state.question, question);
   if (state.image !== image) {
-    Object.assign(state.question, { target: null, contrast: null });
     state.image = image;
     clear();
   }
@@ -99,6 +155,26 @@ function choose(image) {
     listImages(choose);
   });
   ask();
+}
+
+/** Removes images at the visitor's wish, and offers to take that back. */
+function remove(images) {
+  const { image } = state;
+  const next = state.images.slice(state.images.indexOf(image)).find((other) => !images.includes(other));
+  const putBack = takeOut(images);
+  forget(images);
+  comparison.follow(state.images);
+  if (images.includes(image)) leave(next);
+  else lab.sync();
+  listImages(choose);
+  offerUndo(images.length === 1 ? `${images[0].name} is removed.` : `${images.length} images are removed.`, () => {
+    putBack();
+    keep(images);
+    choose(images.includes(image) ? image : state.image);
+    classify();
+    document.querySelector("[data-do=remove]").focus({ preventScroll: true });
+  });
+  if (!state.images.length) $("undo").querySelector("button").focus();
 }
 
 /** Nothing of another image or model stays beside the chosen ones: all is empty until their answer. */
@@ -129,7 +205,7 @@ async function classify() {
       const answer = await request(`predict?${options}`, { body: image.file });
       name(image, model, answer.results[0].predictions);
     } catch (error) {
-      if (state.model === model && !refuse(image, error)) image.failure = error.message;
+      if (state.model === model && !refuse(image, error)) image.failure = sentenceOf(error);
     }
     if (classifying !== loop) return; // a newer loop goes through all of them
     listImages(choose);
@@ -143,20 +219,25 @@ function name(image, model, predictions) {
 
 /** Removes a file that is not a readable image, with the reason; false for any other error. */
 function refuse(image, error) {
-  if (!(error instanceof Problem) || ![400, 413, 415].includes(error.status)) return false;
-  state.images = state.images.filter((other) => other !== image);
+  const isFault = [400, 413, 415].includes(error.status) || error.code === "unreadable_file";
+  if (!isFault || !(error instanceof Problem)) return false;
+  const next = state.images[state.images.indexOf(image) + 1];
+  takeOut([image]);
+  forget([image]);
   comparison.follow(state.images);
-  if (state.image === image) leave();
+  if (state.image === image) leave(next);
   listImages(choose);
-  complain(`${image.name}: ${error.message}`);
+  complainOfFiles([`${image.name}: ${sentenceOf(error)}`]);
   return true;
 }
 
-/** Returns to the image that was shown before, or to the start. */
-function leave() {
+/** Goes on to another image, or to the start if there is none. */
+function leave(next = state.images.at(-1)) {
   state.image = null;
-  if (state.images.length) return choose(state.images.includes(last) ? last : state.images[0]);
+  Object.assign(state.question, { target: null, contrast: null });
+  if (next) return choose(next);
   clear();
+  writeAddress(false);
   $("work").hidden = true;
   $("welcome").hidden = false;
 }
@@ -167,10 +248,15 @@ function leave() {
 function put(change) {
   settle();
   Object.assign(state.question, change);
-  ask();
+  writeAddress(true);
+  ask(boxOf(change));
 }
 
-async function ask() {
+/** Where a refusal of a change is said: beside its control. */
+const boxOf = (change) => $("target" in change || "contrast" in change ? "class-failure" : "method-failure");
+
+/** Asks the question; `box` is where it says that the service refuses it. */
+async function ask(box) {
   const { image, model } = state;
   const question = { ...state.question };
   state.pending?.abort();
@@ -179,23 +265,33 @@ async function ask() {
   syncQuestion();
   const pending = new AbortController();
   state.pending = pending;
-  const done = live.wait(...waitFor(question, model), () => pending.abort());
   try {
-    if (!state.shown && !isKnown(image, model, question)) await predictFirst(image, model, question, pending);
-    const shown = await answerTo(image, model, question, pending.signal);
+    if (isSlow(question, model) && !state.shown && !isKnown(image, model, question)) await predictFirst(image, model, question, pending);
+    if (state.pending !== pending) return;
+    const shown = await during(waitFor(question, model), pending, () => answerTo(image, model, question, pending.signal));
     if (state.pending === pending) show(shown);
   } catch (error) {
-    if (state.pending === pending) refused(error, image);
+    if (state.pending === pending) refused(error, image, box);
+  }
+}
+
+/** Shows the progress of some work, which Cancel ends. */
+async function during([words, seconds], pending, work) {
+  const done = live.wait(words, seconds, () => pending.abort());
+  try {
+    return await work();
   } finally {
     done();
   }
 }
 
+const isSlow = (question, model) => priceOf(question, model).passes > SLOW;
+
 /** What to say while a question is pending, and how many seconds it may take. */
 function waitFor(question, model) {
   const { passes, seconds } = priceOf(question, model);
   const work = `${method(question.method).title}${question.verify ? " and its verdict" : ""}`;
-  if (passes <= SLOW) return [work, seconds];
+  if (!isSlow(question, model)) return [work, seconds];
   const words = `${work} · up to ${Math.round(passes).toLocaleString("en")} forward passes`;
   announce(`${words}. Cancel stops it.`);
   return [words, seconds];
@@ -203,8 +299,7 @@ function waitFor(question, model) {
 
 /** While a slow map is computed, the predictions are already there. */
 async function predictFirst(image, model, question, pending) {
-  if (priceOf(question, model).passes <= SLOW) return;
-  const found = await predictionsOf(image, model, question, pending.signal);
+  const found = await during(["Predictions", 0], pending, () => predictionsOf(image, model, question, pending.signal));
   if (state.pending !== pending) return;
   name(image, model, found.predictions);
   listImages(choose);
@@ -213,7 +308,6 @@ async function predictFirst(image, model, question, pending) {
 
 function show(shown) {
   state.shown = shown;
-  last = shown.image;
   name(shown.image, shown.model, shown.predictions);
   live.showMap(shown, state.view, put);
   listImages(choose);
@@ -228,15 +322,17 @@ function show(shown) {
 }
 
 /** After an error the map of this image stays, if there is one, with its question; the error is beside it. */
-function refused(error, image) {
+function refused(error, image, box) {
+  const isOfChoice = box && [404, 422].includes(error.status);
   if (error.name === "AbortError") announce("Cancelled.");
   else if (refuse(image, error)) return;
-  else failed(error, ask, live.find(".failure"));
+  else failed(error, ask, isOfChoice ? box : live.find(".failure"));
   if (state.shown && error.status !== 401) {
     Object.assign(state.question, state.shown.question);
     syncQuestion();
+    writeAddress(false);
   } else if (error.status !== undefined) {
-    image.failure = error.message;
+    image.failure = sentenceOf(error);
     listImages(choose);
   }
 }
@@ -264,22 +360,64 @@ const DO = {
       failed(error, DO.sample);
     }
   },
+  remove: () => remove([state.image]),
+  clear: () => remove(state.images),
 };
+
+/** A step back or forward in the history. */
+function travel({ model, question, view }, id) {
+  settle();
+  Object.assign(state.view, view);
+  syncView();
+  redraw();
+  const image = state.images.find((other) => other.id === id) ?? state.image;
+  const name = model ?? state.models.find((entry) => entry.default)?.name;
+  if (state.models.some((entry) => entry.name === name) && name !== state.model?.name) {
+    state.image = image;
+    $("model").value = name;
+    useModel(name, question, false);
+  } else if (image) look(image, question);
+  else Object.assign(state.question, question);
+}
+
+function redraw() {
+  comparison.draw(state.view);
+  noteSoon();
+  lab.follow();
+}
+
+/** The images that this tab had before a reload, and the address that it was opened with. */
+async function restore() {
+  opened = readAddress(location.search);
+  Object.assign(state.view, opened.view);
+  Object.assign(state.question, opened.question);
+  syncView();
+  const images = (await keptImages()).map(({ file, name, id }) => newImage(file, name, id));
+  if (!images.length) return;
+  const { image: id } = history.state ?? {};
+  state.images.unshift(...images);
+  sayKept(true);
+  if (!state.image) choose(images.find((image) => image.id === id) ?? images[0]);
+  else listImages(choose);
+}
 
 document.addEventListener("click", (event) => {
   const element = event.target.closest("[data-do], [data-close]");
   if (element?.dataset.do) DO[element.dataset.do]();
   else element?.closest("dialog").close();
 });
-$("model").addEventListener("change", () => useModel($("model").value));
+$("model").addEventListener("change", () => {
+  opened = null;
+  useModel($("model").value);
+});
 $("compare").addEventListener("click", () => comparison.keep(state.view));
 wireTheme();
+wireOrder();
 wireQuestion(put);
-wireView(() => {
-  comparison.draw(state.view);
-  noteSoon();
-  lab.follow();
-});
+wireView(redraw, () => writeAddress(true));
 wireExport(comparison);
+wireGallery((image) => remove([image]));
 watch({ input: $("file"), drop: $("drop"), onFiles: add });
+onTravel(travel);
+restore();
 loadModels();

@@ -1,6 +1,6 @@
 /** The controls beside the image: predictions, method, layer and model input. */
 
-import { fitOptions, methodFor, syncModel, warnOfLimits } from "./knows.js";
+import { fitOptions, syncModel, warnOfLimits } from "./knows.js";
 import { hasLayer, methodOptions, method } from "./methods.js";
 import { classOf, nameOf } from "./question.js";
 import { percent, shapeWords } from "./stage.js";
@@ -38,7 +38,6 @@ export function listModel(model) {
   $("fit").replaceChildren(...fitOptions(model));
   if (state.question.fit === model.input.fit) state.question.fit = "";
   syncModel(model);
-  state.question.method = methodFor(model, state.question.method);
   $("labels").replaceChildren(...model.labels.map((_label, id) => new Option(nameOf(model, id))));
 }
 
@@ -104,33 +103,4 @@ function versus(id, label, explanation, put) {
   element.setAttribute("aria-pressed", id === explanation?.contrast);
   element.setAttribute("aria-label", `vs: explain ${explanation?.label ?? "the class"} rather than ${label}`);
   return element;
-}
-
-/** The images as thumbnails, if there are several. */
-export function listImages(choose) {
-  const focused = document.activeElement?.dataset?.photo;
-  $("photos").hidden = state.images.length < 2;
-  $("photos").replaceChildren(...state.images.map((image) => thumbnail(image, choose)));
-  if (focused) $("photos").querySelector(`[data-photo="${focused}"]`)?.focus();
-}
-
-function thumbnail(image, choose) {
-  const item = document.createElement("li");
-  const element = button("", () => choose(image));
-  element.dataset.photo = image.id;
-  element.title = image.name;
-  element.setAttribute("aria-pressed", image === state.image);
-  const canvas = Object.assign(document.createElement("canvas"), { width: 112, height: 112 });
-  if (image.bitmap) {
-    const { width, height } = image.bitmap;
-    const side = Math.min(width, height);
-    canvas.getContext("2d").drawImage(image.bitmap, (width - side) / 2, (height - side) / 2, side, side, 0, 0, 112, 112);
-  }
-  const name = document.createElement("span");
-  const label = image.labels.get(state.model?.name);
-  name.textContent = label ?? (image.failure ? "⚠ failed" : image.name);
-  if (image.failure) element.title = `${image.name}: ${image.failure}`;
-  element.append(canvas, name);
-  item.append(element);
-  return item;
 }

@@ -1,21 +1,22 @@
 /** Images: picked, dropped, pasted, from the camera, or the sample. */
 
 import { download } from "./api.js";
+import { newId } from "./session.js";
 
 const MAX_SIDE = 2048; // of the drawn bitmap; the server gets the original file
 
-let count = 0;
+let unnamed = 0;
 
 /**
  * A file with its bitmap.
  *
- * @returns {{id: number, name: string, file: Blob, bitmap: ImageBitmap | null, labels: Map, failure: string, ready: Promise}}
+ * @returns {{id: string, name: string, file: Blob, bitmap: ImageBitmap | null, labels: Map, failure: string, ready: Promise}}
  *   `labels` has its class by the name of each model; `failure` says why there is none for the
  *   current model. `bitmap` is upright and at most MAX_SIDE long; null until `ready`, and for files that
  *   browsers cannot read, such as TIFF.
  */
-export function newImage(file, name = file.name) {
-  const image = { id: (count += 1), name: name || `photo-${count}.png`, file, bitmap: null, labels: new Map(), failure: "" };
+export function newImage(file, name = file.name, id = newId()) {
+  const image = { id, name: name || `image-${(unnamed += 1)}.png`, file, bitmap: null, labels: new Map(), failure: "" };
   image.ready = bitmapOf(file).then((bitmap) => {
     image.bitmap = bitmap;
   });
@@ -42,31 +43,65 @@ export async function bitmapOf(blob) {
   return small;
 }
 
-/** Passes on files that are picked, dropped on the page or pasted into it. */
+/**
+ * Passes on the files that are picked, dropped on the page or pasted into it.
+ *
+ * @param {(files: File[], others: string[]) => void} onFiles  `others` says why the rest is not used
+ */
 export function watch({ input, drop, onFiles }) {
-  const take = (files) => {
-    if (files?.length) onFiles([...files]);
-  };
   input.addEventListener("change", () => {
-    take(input.files);
+    if (input.files.length) onFiles([...input.files], []);
     input.value = "";
   });
-  document.addEventListener("paste", (event) => take(event.clipboardData?.files));
+  const take = (transfer, way) => {
+    const folders = [...transfer.items].map((item) => item.webkitGetAsEntry?.()).filter((entry) => entry?.isDirectory);
+    const files = [...transfer.files].filter(({ name }) => !folders.some((folder) => folder.name === name));
+    const others = folders.map(({ name }) => `${name} is a folder. ${way} the images in it.`);
+    onFiles(files, files.length || others.length ? others : [otherThanFiles(transfer, way)]);
+  };
+  document.addEventListener("paste", (event) => {
+    if (!isField(event.target)) take(event.clipboardData, "Paste");
+  });
+  watchDrops(drop, take);
+}
+
+const isField = (element) => element instanceof HTMLInputElement && element.type !== "file";
+
+function watchDrops(drop, take) {
   let depth = 0; // `dragenter` and `dragleave` come for every element on the way
   const show = (change) => {
     depth = change === 0 ? 0 : Math.max(0, depth + change);
     drop.hidden = depth === 0;
   };
+  const isText = ({ target, dataTransfer }) => isField(target) && !dataTransfer?.types.includes("Files");
   document.addEventListener("dragenter", (event) => {
     if (event.dataTransfer?.types.includes("Files")) show(1);
   });
   document.addEventListener("dragleave", () => show(-1));
-  document.addEventListener("dragover", (event) => event.preventDefault());
+  document.addEventListener("dragover", (event) => isText(event) || event.preventDefault());
   document.addEventListener("drop", (event) => {
+    if (isText(event)) return;
     event.preventDefault();
     show(0);
-    take(event.dataTransfer?.files);
+    take(event.dataTransfer, "Drop");
   });
+}
+
+/** Why a drop or a paste without a file is not used. */
+function otherThanFiles(transfer, way) {
+  const text = transfer.getData("text/uri-list") || transfer.getData("text/plain").trim();
+  if (!text) return `There is no image in this. ${way} an image file.`;
+  if (!/^(https?|data|file|blob|ftp):\S+$/i.test(text)) return `This is text, not an image. ${way} an image file.`;
+  return `This is a link, and this page opens no links. Save the image, then ${way.toLowerCase()} its file.`;
+}
+
+const OTHER_KINDS = { text: "text", audio: "a sound", video: "a video", font: "a font", application: "a document or program" };
+
+/** Why a file cannot be an image, from its type and size; "" if it may be one. */
+export function notAnImage({ name, type, size }) {
+  const kind = type === "application/octet-stream" ? undefined : OTHER_KINDS[type.split("/")[0]];
+  if (kind) return `${name} is ${type === "application/pdf" ? "a PDF document" : kind}, not an image. Choose an image, such as a JPEG or PNG file.`;
+  return size === 0 ? `${name} is empty. Choose another file.` : "";
 }
 
 /** The sunflower that the server provides. Throws Problem. */

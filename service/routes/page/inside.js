@@ -71,6 +71,7 @@ export class Inside {
     $("inside-failure").replaceChildren();
     $("channels").hidden = true;
     $("kernels").hidden = true;
+    $("channels").dataset.request = "";
     $("channel-view").close();
   }
 
@@ -99,6 +100,7 @@ export class Inside {
       const path = `predict?${query([["model", model.name], ...fitOf(state.question), ["activations", layer], ...forms])}`;
       const answer = await request(path, { body: image.file, signal });
       await this.show(answer.results[0].activations[0], signal);
+      if (!signal.aborted) $("channels").dataset.request = answer.id;
     });
   }
 

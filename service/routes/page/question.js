@@ -9,8 +9,10 @@ import { DEFAULTS } from "./state.js";
 const KEPT_ANSWERS = 24;
 const HIDINGS = 40; // forward passes of a verdict
 
+export const SLOW = 5; // forward passes; of longer questions the predictions come first
+
 const answers = new Map();
-const pace = new Map(); // the fewest milliseconds a forward pass has taken, by model
+const paces = new Map(); // measured milliseconds of a forward pass, by model, and by model, method and layer
 
 /** The options of a question as pairs, without the server's defaults. */
 export function optionsOf({ question, model }) {
@@ -44,11 +46,26 @@ export function viewOptions({ opacity, threshold, colormap }, name) {
 
 const layerOf = (model, path) => model.layers.find((layer) => layer.path === path);
 
-/** The cost of a question at most: forward passes, and seconds if the model's pace is known. */
+const paceKey = (model, { method, layer }) => JSON.stringify([model.name, model.version, method, layer]);
+
+/**
+ * The cost of a question: forward passes at most, and seconds as the service has measured them.
+ *
+ * The seconds are from the last answer of this method at this layer, else from the last prediction of this
+ * model; 0 where there is neither.
+ */
 export function priceOf(question, model) {
   const map = forwards(question, model.input, layerOf(model, question.layer ?? model.target_layer)?.shape);
   const passes = map + (question.verify ? HIDINGS : 0);
-  return { passes, seconds: (passes * (pace.get(model.name) ?? 0)) / 1000 };
+  const pace = paces.get(paceKey(model, question)) ?? paces.get(model.name) ?? 0;
+  return { passes, seconds: (passes * pace) / 1000 };
+}
+
+/** Keeps what an answer took for the next estimate, by the passes that the page counts itself. */
+function notePace(question, model, milliseconds) {
+  const { passes } = priceOf(question, model);
+  paces.set(paceKey(model, question), milliseconds / passes);
+  if (passes <= SLOW) paces.set(model.name, milliseconds / passes);
 }
 
 /** The name of a class: its label, with the id if two classes share the label. */
@@ -74,6 +91,7 @@ export const isKnown = (image, model, question) => answers.has(keyOf(image, mode
 export async function predictionsOf(image, model, { fit }, signal) {
   const options = query([["model", model.name], ...(fit ? [["fit", fit]] : [])]);
   const answer = await request(`predict?${options}`, { body: image.file, signal });
+  paces.set(model.name, answer.timing_ms.inference);
   return { image, model, answer, predictions: answer.results[0].predictions, explanation: null };
 }
 
@@ -104,8 +122,7 @@ async function fetchAnswer(image, model, question, signal) {
     image.bitmap ??= await bitmapOf(new Blob([bytes(explanation.overlay.data)]));
     delete explanation.overlay;
   }
-  const milliseconds = answer.timing_ms.inference / explanation.cost.forwards;
-  pace.set(model.name, Math.min(milliseconds, pace.get(model.name) ?? Infinity));
+  notePace(question, model, answer.timing_ms.inference);
   return {
     image,
     model,

@@ -50,6 +50,15 @@ export function factsOf({ explanation, answer, layerShape }) {
   ].join(" · ");
 }
 
+/** Whether a wait is as long as was estimated, so that a bar can show its share. */
+const isEstimated = (elapsed, seconds) => seconds > 1 && elapsed <= seconds;
+
+function elapsedOf(elapsed, seconds) {
+  if (seconds <= 1) return `${elapsed.toFixed(1)} s`;
+  const about = `${seconds.toFixed(seconds < 10 ? 1 : 0)} s`;
+  return isEstimated(elapsed, seconds) ? `${elapsed.toFixed(1)} of about ${about}` : `${elapsed.toFixed(1)} s, estimated ${about}`;
+}
+
 export class Pane {
   /** Puts an empty figure into `parent`. */
   constructor(parent) {
@@ -202,18 +211,17 @@ export class Pane {
    * Shows the progress of a request; returns a function that ends that.
    *
    * @param {string} words  what is being done
-   * @param {number} seconds  how long it may take, or 0
+   * @param {number} seconds  how long it takes by what was measured before, or 0
    * @param {() => void} cancel
    */
   wait(words, seconds, cancel) {
     const started = performance.now();
     const progress = this.find(".progress");
     const bar = this.find(".progress-bar");
-    bar.classList.toggle("fills", seconds > 1);
     const tick = () => {
       const elapsed = (performance.now() - started) / 1000;
-      const of = seconds > 1 ? ` of about ${Math.ceil(seconds)} s` : "";
-      this.find(".progress-words").textContent = `${words} · ${elapsed.toFixed(1)} s${of}`;
+      this.find(".progress-words").textContent = `${words} · ${elapsedOf(elapsed, seconds)}`;
+      bar.classList.toggle("fills", isEstimated(elapsed, seconds));
       bar.style.setProperty("--done", Math.min(1, elapsed / seconds));
     };
     tick();

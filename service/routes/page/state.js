@@ -2,6 +2,8 @@
 
 export const DEFAULTS = { target: null, contrast: null, method: "gradcam", layer: null, fit: "", samples: 1000, steps: 50, verify: "" };
 
+export const VIEW = { opacity: 0.5, threshold: 0, colormap: "turbo", regions: false };
+
 export const state = {
   models: [],
   model: null, // from GET models/{name}, with its `layers`, `labels`, and the labels that are `shared`
@@ -10,7 +12,7 @@ export const state = {
   experiments: [], // of this session, the newest first; see lab.js
   image: null,
   question: { ...DEFAULTS },
-  view: { opacity: 0.5, threshold: 0, colormap: "turbo", regions: false },
+  view: { ...VIEW },
   shown: null, // the answer whose map is visible
   pending: null, // the AbortController of the pending question
 };

@@ -3,8 +3,12 @@
 import { COLORMAPS } from "./heat.js";
 import { $, state } from "./state.js";
 
-/** Fills the controls of the view, and calls `redraw` at most once a frame, however fast they move. */
-export function wireView(redraw) {
+/**
+ * Fills the controls of the view.
+ *
+ * Calls `redraw` at most once a frame, however fast they move, and `settled` when a control has been let go.
+ */
+export function wireView(redraw, settled) {
   let frame = 0;
   const look = (change) => {
     Object.assign(state.view, change);
@@ -21,10 +25,12 @@ export function wireView(redraw) {
     // A region of everything is useless: start at the server's default.
     look({ regions, threshold: regions ? state.view.threshold || 0.5 : state.view.threshold });
   });
+  for (const name of ["opacity", "threshold", "colormap", "regions"]) $(name).addEventListener("change", settled);
   syncView();
 }
 
-function syncView() {
+/** Sets the controls to the current view. */
+export function syncView() {
   const { opacity, threshold, colormap, regions } = state.view;
   for (const [name, value] of [["opacity", opacity], ["threshold", threshold]]) {
     const percents = Math.round(100 * value);
@@ -34,6 +40,14 @@ function syncView() {
   }
   $("colormap").value = colormap;
   $("regions").checked = regions;
+}
+
+/** On a narrow screen the predictions come right after the image, also for the keyboard and screen readers. */
+export function wireOrder() {
+  const narrow = matchMedia("(max-width: 800px)");
+  const order = () => (narrow.matches ? $("answer") : $("panes")).after($("view"), $("strip"));
+  narrow.addEventListener("change", order);
+  order();
 }
 
 /** The button that turns the page dark or light; until it is pressed the system decides. */
