@@ -6,15 +6,16 @@ import { Comparison } from "./comparison.js";
 import { listModel, listPredictions, syncQuestion, wireQuestion } from "./controls.js";
 import { listImages, sayKept, takeOut, wireGallery } from "./gallery.js";
 import { Inside } from "./inside.js";
+import { methodFor, reasonAgainst } from "./knows.js";
 import { Lab } from "./lab.js";
 import { method } from "./methods.js";
 import { announce, complain, complainOfFiles, failed, offerUndo, settle } from "./notices.js";
 import { newImage, notAnImage, sample, take, watch } from "./images.js";
 import { sentenceOf } from "./problems.js";
 import { SLOW, answerTo, classOf, isKnown, predictionsOf, priceOf } from "./question.js";
+import { note } from "./report.js";
 import { forget, keep, kept as keptImages } from "./session.js";
 import { Pane, captionOf } from "./stage.js";
-import { note } from "./report.js";
 import { $, state } from "./state.js";
 import { syncExport, wireExport } from "./export.js";
 import { verdictWords } from "./verdict.js";
@@ -100,6 +101,9 @@ function fitQuestion(link) {
     refused.push(`layer ${question.layer}`);
     question.layer = null;
   }
+  const against = reasonAgainst(model, question.method);
+  if (against && link) refused.push(`method ${question.method} (${against})`);
+  question.method = methodFor(model, question.method);
   for (const name of ["target", "contrast"]) {
     const wanted = typeof question[name] === "string" ? classOf(model, question[name]) : question[name];
     const isKnown = wanted === null || typeof wanted === "string" ? wanted === null : wanted < model.classes;

@@ -1,6 +1,6 @@
 /** The controls beside the image: predictions, method, layer and model input. */
 
-import { fitOptions, methodFor, syncModel, warnOfLimits } from "./knows.js";
+import { fitOptions, syncModel, warnOfLimits } from "./knows.js";
 import { hasLayer, methodOptions, method } from "./methods.js";
 import { classOf, nameOf } from "./question.js";
 import { percent, shapeWords } from "./stage.js";
@@ -38,7 +38,6 @@ export function listModel(model) {
   $("fit").replaceChildren(...fitOptions(model));
   if (state.question.fit === model.input.fit) state.question.fit = "";
   syncModel(model);
-  state.question.method = methodFor(model, state.question.method);
   $("labels").replaceChildren(...model.labels.map((_label, id) => new Option(nameOf(model, id))));
 }
 

@@ -18,6 +18,10 @@ export function wireExport(comparison) {
     save(new Blob([text], { type: "application/json" }), fileName(state.shown, "json"));
   });
   $("show-code").addEventListener("click", showCode);
+  $("copy-link").addEventListener("click", async () => {
+    $("code-link").textContent = location.href;
+    if (!(await copied($("code-link")))) showCode(); // where the clipboard is forbidden
+  });
   $("save-report").addEventListener("click", async () => {
     const report = await sessionReport(new URL(".", document.baseURI).href);
     save(new Blob([report], { type: "text/html" }), "camserve-report.html");
@@ -32,7 +36,7 @@ export function wireExport(comparison) {
 /** The buttons of the shown map and of the session's experiments work where there are some. */
 export function syncExport() {
   $("export").dataset.request = state.shown?.answer.id ?? "";
-  for (const name of ["save-overlay", "save-json", "show-code"]) $(name).disabled = !state.shown;
+  for (const name of ["save-overlay", "save-json", "show-code", "copy-link"]) $(name).disabled = !state.shown;
   if (!state.shown) $("code").close();
   $("save-report").disabled = state.maps.length + state.experiments.length === 0;
 }
@@ -60,6 +64,7 @@ function showCode() {
   $("code-curl").textContent = curl(base, image.name, query(all), { key });
   $("code-picture").textContent = curl(base, image.name, query(options), { key, accept: "image/jpeg", out: "why.jpg" });
   $("code-python").textContent = python(base, image.name, all, { key });
+  $("code-link").textContent = location.href;
   $("code-key").hidden = !key;
   for (const copy of document.querySelectorAll("[data-copy]")) copy.textContent = "Copy";
   $("code").showModal();

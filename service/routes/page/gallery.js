@@ -66,14 +66,17 @@ export function wireGallery(remove) {
   });
 }
 
-/** Takes images and their experiments out of the session; returns a function that puts them back. */
+/** Takes images, their maps and their experiments out of the session; returns a function that puts them back. */
 export function takeOut(images) {
   const experiments = state.experiments.filter(({ image }) => images.includes(image));
+  const maps = state.maps.filter(({ shown }) => images.includes(shown.image));
+  state.maps = state.maps.filter((map) => !maps.includes(map));
   state.images = state.images.filter((image) => !images.includes(image));
   state.experiments = state.experiments.filter(({ image }) => !images.includes(image));
   return () => {
     state.images = [...state.images, ...images].sort((one, other) => (one.id < other.id ? -1 : 1));
     state.experiments.push(...experiments);
+    state.maps.push(...maps);
   };
 }
 

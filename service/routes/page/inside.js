@@ -70,8 +70,8 @@ export class Inside {
     this.pending?.abort();
     $("inside-failure").replaceChildren();
     $("channels").hidden = true;
-    $("channels").dataset.request = "";
     $("kernels").hidden = true;
+    $("channels").dataset.request = "";
     $("channel-view").close();
   }
 
