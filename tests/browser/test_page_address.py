@@ -36,8 +36,9 @@ def controls(watched: Watched) -> dict[str, Any]:
     """What the controls say, and what is shown."""
     found: dict[str, Any] = watched.page.evaluate(
         """() => ({
-            ...Object.fromEntries(["model", "method", "layer", "fit", "verify", "contrast", "opacity",
-                "threshold", "colormap"].map((id) => [id, document.getElementById(id).value])),
+            ...Object.fromEntries(["model", "method", "layer", "fit", "verify", "contrast",
+                "opacity", "threshold", "colormap"]
+                .map((id) => [id, document.getElementById(id).value])),
             regions: document.querySelector("#regions").checked,
             caption: document.querySelector(".caption").textContent,
             heat: getComputedStyle(document.querySelector(".heat")).opacity,
@@ -72,9 +73,7 @@ def test_every_choice_is_in_the_address_and_the_image_is_not(desk: Watched) -> N
     assert "sunflower" not in page.url
 
 
-def test_an_address_gives_another_visitor_the_same_view(
-    desk: Watched, open_page: OpenPage
-) -> None:
+def test_an_address_gives_another_visitor_the_same_view(desk: Watched, open_page: OpenPage) -> None:
     page = desk.page
     page.locator("#model").select_option("small")
     settled(desk, "at features")
