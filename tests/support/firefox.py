@@ -1,7 +1,8 @@
 """Debian's Firefox, driven by Marionette, the protocol that is built into it.
 
-Playwright drives only its own build of Firefox, and Debian has no geckodriver. The protocol is small: a
-message is `length:[0, id, command, parameters]`, its answer `length:[1, id, error, result]`.
+Playwright drives only its own build of Firefox, and Debian has no geckodriver. The protocol is
+small: a message is `length:[0, id, command, parameters]`, its answer `length:[1, id, error,
+result]`.
 """
 
 from __future__ import annotations
