@@ -108,6 +108,7 @@ WORKDIR /src
 COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY api_schemas api_schemas
 COPY service service
+COPY camserve camserve
 RUN python -m pip wheel --quiet --no-build-isolation --no-deps --no-index --wheel-dir /wheels . \
     && python -m pip --python /opt/camserve/bin/python install \
         --no-compile --no-deps --no-index /wheels/*.whl \

@@ -12,6 +12,8 @@ PYTHON =
 HOST =
 PORT =
 ARGS =
+# More arguments of pip for each installation: an index with the CPU build of torch, a proxy …
+PIP_ARGS =
 # For `make image`: the base image, for a release with its digest: python:3.11-slim-bookworm@sha256:…
 BASE =
 # For `make load`: a server that runs; without it one is started.
@@ -19,7 +21,7 @@ URL =
 
 # Installs with pip, which talks during the first, long installation and is quiet afterwards.
 PIP_INSTALL = quiet=; [ ! -e .venv/.installed ] || quiet=--quiet; \
-	.venv/bin/python -m pip install --disable-pip-version-check $$quiet -c constraints.txt
+	.venv/bin/python -m pip install --disable-pip-version-check $$quiet $(PIP_ARGS) -c constraints.txt
 SAFE = PYTHONSAFEPATH=1
 CLIENTS = sh tests/protocols/install.sh
 # The service's tests that `make gpu` runs a second time, with the models on the GPU.
@@ -101,7 +103,7 @@ bench: .venv/.installed-dev ## compare with other libraries, write docs/referenc
 clean: ## remove .venv, caches and build outputs
 	rm -rf .venv .venv-deploy .venv-docs .venv-protocols .venv-x-anylabeling .venv-cvat .venv-fiftyone .venv-labelbox .venv-label-studio .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist
 	rm -rf tests/browser/node_modules
-	find api_schemas benchmarks examples service tests -type d -name __pycache__ -prune \
+	find api_schemas benchmarks camserve examples service tests -type d -name __pycache__ -prune \
 		-exec rm -rf {} + 2>/dev/null || true
 
 # A stamp says what .venv holds. Each extra contains the one before it, so the larger installation
@@ -164,7 +166,7 @@ tests/browser/node_modules/.installed: tests/browser/package.json tests/browser/
 		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 			echo "camserve: making .venv with $$("$$python" -V)"; \
 			echo 'camserve: the first installation downloads about 5 GB (the CUDA build of torch,' \
-				'which also runs on a CPU)'; \
+				'which also runs on a CPU; README.md: PIP_ARGS for the CPU build)'; \
 			"$$python" -m venv --clear .venv && exit 0; \
 			echo "camserve: $$python cannot make virtual environments;" \
 				'on Debian and Ubuntu: apt install python3-venv' >&2; \

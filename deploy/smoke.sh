@@ -193,7 +193,7 @@ proves_what_kserve_appends_is_ignored() {
 proves_a_quick_rebuild() {
   local begun
   mkdir "$work/changed"
-  cp -R Dockerfile .dockerignore LICENSE NOTICE README.md pyproject.toml api_schemas service \
+  cp -R Dockerfile .dockerignore LICENSE NOTICE README.md pyproject.toml api_schemas camserve service \
     "$work/changed"
   mkdir "$work/changed/deploy"
   cp -R deploy/image "$work/changed/deploy"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import importlib.resources
 import signal
-import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import fastapi_offline
@@ -25,7 +25,7 @@ from service.images.budget import DecodeBudget
 from service.integrations.label_studio.host import LabelStudio, LabelStudioHost
 from service.integrations.registry import INTEGRATIONS
 from service.metrics import Metrics, Readings
-from service.models.catalog import ModelSpec, check_names, parse_models, with_int8
+from service.models.catalog import ModelSpec, parse_models, with_int8
 from service.models.compiled.lane import Compiler
 from service.models.library import Library
 from service.models.loaded import LoadedModel
@@ -266,15 +266,10 @@ def _fetcher(settings: Settings) -> Fetcher:
 
 def model_specs(settings: Settings) -> tuple[ModelSpec, ...]:
     """The models that the settings name. Raises ConfigurationError."""
-    if settings.app_dir is not None and str(settings.app_dir) not in sys.path:
-        sys.path.insert(0, str(settings.app_dir))
-    specs: tuple[ModelSpec, ...] = ()
-    if settings.config is not None:
-        specs = read_config(settings.config)
-    if settings.config is None or settings.models or settings.weights:
-        specs += parse_models(settings.models, settings.weights)
-    check_names(specs)
-    return with_int8(specs, settings.int8)
+    configured = () if settings.config is None else read_config(settings.config)
+    specs = parse_models(settings.models, settings.weights, configured)
+    placed = [replace(spec, app_dir=settings.app_dir) for spec in specs]
+    return with_int8(placed, settings.int8)
 
 
 def model_loader(settings: Settings) -> Callable[[ModelSpec], LoadedModel]:

@@ -275,6 +275,14 @@ class ConfigurationError(CamserveError):
     longest = 100_000  # it lists keys of the operator's files
 
 
+def install_hint(extra: str) -> str:
+    """How to install an extra. From the checkout or the wheel: no index has this project."""
+    return (
+        f"in the checkout run .venv/bin/pip install -e '.[{extra}]', or beside the wheel "
+        f"pip install './camserve-VERSION-py3-none-any.whl[{extra}]'"
+    )
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, 200 characters at most; without one its class."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")

@@ -44,6 +44,7 @@ def configure(
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     if log_format == "json":
+        logging.captureWarnings(capture=True)  # so that every line is JSON
         shared.append(structlog.processors.format_exc_info)
         last: structlog.typing.Processor = structlog.processors.JSONRenderer()
     else:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from service.errors import nearest
 
 MEBIBYTE = 1 << 20
 Format = Literal["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]
@@ -36,10 +40,41 @@ def _quota(cgroup: Path) -> int:
     return unbounded
 
 
+PREFIX = "CAMSERVE_"
+OTHER_VARIABLES = frozenset(
+    {
+        *("ADDRESS", "ADMIN_KEYS", "API_KEYS", "CPUS", "EXTRAS", "GPU_CPUS", "GPU_MEMORY"),
+        *("GPU_PORT", "MEMORY"),  # of docker-compose.yml and deploy/compose
+        *("API_KEY", "KEY", "URL"),  # of clients
+        "FUZZ_CASES",
+    }
+)
+"""Variables with the prefix that are no settings: other programs of this project read them."""
+
+_LINK_VALUE = re.compile(r"(tcp|udp|sctp)://")
+_SERVICE_LINK = re.compile(
+    r"(.+_)?(SERVICE_(HOST|PORT)(_.+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
+"""Variables that Kubernetes sets in every pod for a Service whose name begins with `camserve`."""
+
+
+def unknown_variables(environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Yield each `CAMSERVE_` variable that no setting has, and a sentence with the nearest one."""
+    known = [name.upper() for name in Settings.model_fields]
+    for variable, value in sorted(environment.items()):
+        prefix, name = variable[: len(PREFIX)].upper(), variable[len(PREFIX) :].upper()
+        if prefix != PREFIX or name in OTHER_VARIABLES or name.startswith("TEST_"):
+            continue
+        if name in known or _SERVICE_LINK.fullmatch(name) or _LINK_VALUE.match(value):
+            continue
+        close = nearest(name, known, 1).replace("'", f"'{PREFIX}", 1)
+        yield variable, f"{variable} is not a setting, and has no effect.{close}"
+
+
 class Settings(BaseSettings):
     """Every setting; each is also the flag `--name-with-dashes` of `camserve serve`."""
 
-    model_config = SettingsConfigDict(env_prefix="CAMSERVE_", extra="ignore")
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore")
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0: a free one.")
@@ -52,8 +87,8 @@ class Settings(BaseSettings):
         None, description="models.toml: the models to serve, with their configuration."
     )
     weights: Path | None = Field(None, description="Weights file, if there is only one model.")
-    app_dir: Path | None = Field(
-        None, description="Folder from which package.module:function builders are imported."
+    app_dir: Path = Field(
+        Path(), description="Folder from which package.module:function builders are imported."
     )
     allow_random_weights: bool = Field(
         False,
@@ -277,6 +312,11 @@ class Settings(BaseSettings):
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
+
+    @field_validator("port", mode="before")
+    @classmethod
+    def _without_service_link(cls, value: object) -> object:
+        return 8000 if isinstance(value, str) and _LINK_VALUE.match(value) else value
 
     @field_validator("label_studio_token", "overlay_secret", mode="after")
     @classmethod

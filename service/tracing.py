@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from service.errors import install_hint
 from service.metrics import STAGES
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def traces_from_environment() -> Traces | None:
         )
         from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
     except ImportError:
-        _log.warning("no_traces", detail="Install the extra: pip install 'camserve[otel]'.")
+        _log.warning("no_traces", detail=f"The extra otel is missing: {install_hint('otel')}.")
         return None
     return Traces(BatchSpanProcessor(OTLPSpanExporter()))
 

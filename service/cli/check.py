@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -68,19 +69,23 @@ def check_models(
             yield CheckResult(spec, problem=f"{type(error).__name__}: {error}")
 
 
+WARM_RUNS = 5
+"""Explanations whose median is the time per image, after a first one that is not counted."""
+
+
 def _seconds(model: LoadedModel) -> float:
-    """Return the seconds of a warm explanation, or of a prediction if it has no maps."""
+    """Return the median seconds of warm explanations, or of predictions if it has no maps."""
     module = model.replicate()
     replica = Replica(model, module, Condition.of(module))
     shape = (model.preprocessing.channels, *model.preprocessing.crop)
     noise = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0))
     layers = () if model.target_layer is None or model.no_gradients else (model.target_layer,)
     question = Question(noise.to(torch.uint8), method="gradcam" if layers else None, layers=layers)
-    seconds = 0.0
-    for _ in range(2):
+    seconds = []
+    for _ in range(1 + WARM_RUNS):
         started = time.perf_counter()
         (outcome,) = run(replica, [question])
-        seconds = time.perf_counter() - started
+        seconds.append(time.perf_counter() - started)
         if isinstance(outcome, CamserveError):
             raise outcome
-    return seconds
+    return statistics.median(seconds[1:])

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from api_schemas.answers import Explanation, verdict_summary
 from api_schemas.options import ExplainOptions
@@ -25,7 +24,7 @@ from service.cli.explain_files import (
     into_folder,
     onto_board,
 )
-from service.cli.flags import ERR, OUT, print_left_out
+from service.cli.flags import ERR, print_left_out, print_tables, table
 from service.cli.report.contact_sheet import ContactSheet
 from service.cli.report.page import HtmlReport
 from service.cli.tensorboard import open_board
@@ -70,24 +69,24 @@ def run(
     with ExitStack() as stack:
         sinks = _sinks(service, options, destinations, stack)
         outcomes = stack.enter_context(explain_files(service, images, options, sinks, ERR))
-        table = _ResultTable(options)
+        rows = _ResultTable(options)
         for outcome in outcomes:
-            table.add(outcome)
+            rows.add(outcome)
             if destinations.lines:
                 sys.stdout.buffer.write(as_json(outcome, service))
                 sys.stdout.buffer.flush()
     if not destinations.lines:
-        OUT.print(table.rows)
+        print_tables(rows.rows)
     print_left_out(given)
-    for failed in table.failed:
+    for failed in rows.failed:
         sentence = f"[red]failed:[/] {escape(text_of(failed.path))}: {escape(failed.detail)}"
         ERR.print(sentence, soft_wrap=True)
-    counts = f"{table.explained} explained, {len(table.failed)} failed"
+    counts = f"{rows.explained} explained, {len(rows.failed)} failed"
     paths = ", ".join(map(text_of, destinations.paths()))
     ERR.print(f"{counts} → {escape(paths)}" if paths else counts, soft_wrap=True)
-    if destinations.browser and table.explained:
+    if destinations.browser and rows.explained:
         _open_browser(destinations, images[0][1] if len(images) == 1 else None, options.format)
-    if table.failed:
+    if rows.failed:
         raise typer.Exit(1)
 
 
@@ -132,14 +131,9 @@ class _ResultTable:
     def __init__(self, options: ExplainOptions) -> None:
         self.explained = 0
         self.failed: list[Failed] = []
-        self.rows = Table(box=None)
-        self.rows.add_column("image", overflow="fold")
-        self.rows.add_column("prediction", overflow="fold")
-        self.rows.add_column("score", justify="right")
-        if options.verify != "false":
-            self.rows.add_column("verdict", overflow="fold")
-        if options.mask is not None:
-            self.rows.add_column("with the part hidden", overflow="fold")
+        more = ["verdict"] if options.verify != "false" else []
+        more += ["with the part hidden"] if options.mask is not None else []
+        self.rows = table("image", "prediction", "score", *more, right=("score",))
 
     def add(self, outcome: Outcome) -> None:
         if isinstance(outcome, Failed):

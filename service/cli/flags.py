@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pydantic
+import structlog
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from api_schemas.options import ExplainOptions
+from service import logs
 from service.errors import CamserveError, InvalidOption
 from service.images.image_files import skipped_files
-from service.settings import Settings
+from service.settings import PREFIX, Settings, unknown_variables
+
+_log = structlog.get_logger(__name__)
 
 OUT = Console()
 ERR = Console(stderr=True)
@@ -34,9 +40,18 @@ def with_settings(names: Sequence[str]) -> Callable[[Command], Command]:
     """
 
     def decorate(command: Command) -> Command:
-        return _with_flags(command, [_flag(name) for name in names], Settings)
+        return _with_flags(command, [_flag(name) for name in names], _read_settings)
 
     return decorate
+
+
+def _read_settings(**given: Any) -> Settings:
+    """Return the settings of flags and environment; logs variables that are none of them."""
+    settings = Settings(**given)
+    logs.configure(settings.log_format)
+    for variable, detail in unknown_variables(os.environ):
+        _log.warning("unknown_variable", variable=variable, detail=detail)
+    return settings
 
 
 def with_options(command: Command) -> Command:
@@ -88,11 +103,11 @@ def _flag(name: str) -> inspect.Parameter:
     flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
     if name in ("models", "int8"):
         kind = list[str]
-    if kind is bool and default:
+    if kind is bool:
         flag += f"/--no-{flag.removeprefix('--')}"
     shown = ", ".join(default) if isinstance(default, tuple) else default
     text = (
-        f"{field.description} [env: CAMSERVE_{name.upper()}; "
+        f"{field.description} [env: {PREFIX}{name.upper()}; "
         f"default: {'none' if shown in (None, '') else str(shown)}]"
     )
     return inspect.Parameter(
@@ -156,6 +171,31 @@ def errors_as_sentences() -> Iterator[None]:
         raise typer.Exit(2) from None
     except pydantic.ValidationError as error:
         for issue in error.errors():
-            setting = "_".join(map(str, issue["loc"])).upper()
-            ERR.print(f"[red]error:[/] CAMSERVE_{setting}: {escape(issue['msg'])}")
+            ERR.print(f"[red]error:[/] {escape(_of_setting(issue))}", soft_wrap=True)
         raise typer.Exit(2) from None
+
+
+def _of_setting(issue: Any) -> str:
+    """Return the sentence of an invalid setting: its flag and variable, the value, the problem."""
+    name, message = str(issue["loc"][0]), issue["msg"].removeprefix("Value error, ")
+    flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
+    if issue["type"] != "value_error":
+        message = f"{message[:1].lower()}{message[1:]}, not {issue['input']!r}"
+    return f"{flag} ({PREFIX}{name.upper()}): {message}."
+
+
+def table(*columns: str, right: Sequence[str] = (), **options: Any) -> Table:
+    """Return a table without lines, whose cells are folded and never cut off.
+
+    right: headings of columns of numbers.
+    """
+    made = Table(box=None, **options)
+    for heading in columns:
+        made.add_column(heading, overflow="fold", justify="right" if heading in right else "left")
+    return made
+
+
+def print_tables(*tables: Table) -> None:
+    """Print to standard output; where that is no terminal, lines are as long as they need to be."""
+    for each in tables:
+        OUT.print(each, width=None if OUT.is_terminal else max(OUT.width, 1000))

@@ -13,10 +13,12 @@ from typing import Annotated
 import typer
 
 from api_schemas.options import ExplainOptions
+from service import __version__
 from service.cli.bulk.bulk_command import bulk
 from service.cli.export.export_command import export
 from service.cli.flags import OF_MODELS, with_options, with_settings
-from service.cli.model_commands import calibrate, check, layers, models
+from service.cli.layers_command import layers
+from service.cli.model_commands import calibrate, check, models
 from service.cli.token import overlay_token
 from service.settings import Settings
 
@@ -30,16 +32,38 @@ app = typer.Typer(
     help="Image classification with the evidence for it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"camserve {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _of_all_commands(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Image classification with the evidence for it."""
 
 
 @app.command()
 @with_settings(tuple(Settings.model_fields))
 def serve(settings: Settings) -> None:
     """Serve models over HTTP."""
-    from service.cli.serve_http import run
+    from service.cli.listening import listening
 
-    run(settings)
+    with listening(settings.host, settings.port) as sockets:
+        from service.cli.serve_http import run
+
+        run(settings, sockets)
 
 
 @app.command(epilog=EXIT_CODES)
@@ -65,7 +89,9 @@ def explain(  # noqa: PLR0913, PLR0917 - a command's parameters are its flags
     ] = None,
     as_json: Annotated[
         bool,
-        typer.Option("--json", help="Only results on standard output: one line of JSON per image."),
+        typer.Option(
+            "--json/--no-json", help="Only results on standard output: one line of JSON per image."
+        ),
     ] = False,
     sheet: Annotated[
         Path | None,
@@ -76,10 +102,15 @@ def explain(  # noqa: PLR0913, PLR0917 - a command's parameters are its flags
     ] = None,
     browser: Annotated[
         bool,
-        typer.Option("--open", help="Open the result: the report, the sheet, or the files."),
+        typer.Option(
+            "--open/--no-open", help="Open the result: the report, the sheet, or the files."
+        ),
     ] = False,
     regions: Annotated[
-        bool, typer.Option("--regions", help="Add mask, boxes, polygons and peak to the JSON.")
+        bool,
+        typer.Option(
+            "--regions/--no-regions", help="Add mask, boxes, polygons and peak to the JSON."
+        ),
     ] = False,
     tensorboard: Annotated[
         Path | None,

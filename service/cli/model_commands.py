@@ -1,4 +1,4 @@
-"""`camserve models`, `layers`, `check` and `calibrate`: inspect models before they are served.
+"""`camserve models`, `check` and `calibrate`: inspect models before they are served.
 
 Functions import the modules that load torch, as in `cli.main`.
 """
@@ -15,10 +15,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from service import logs
-from service.cli.flags import ERR, OF_MODELS, OUT, with_settings
+from service.cli.flags import ERR, OF_MODELS, OUT, print_tables, table, with_settings
 from service.errors import CamserveError, ConfigurationError
 from service.images.image_files import find_images, text_of
-from service.models.catalog import BUILTIN, ModelSpec, parse_model
+from service.models.catalog import BUILTIN, ModelSpec
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 def models(
     settings: Settings,
     available: Annotated[
-        bool, typer.Option("--available", help="List all available builders instead.")
+        bool,
+        typer.Option("--available/--no-available", help="List all available builders instead."),
     ] = False,
 ) -> None:
     """Show the models that would be served, or all available builders."""
@@ -43,10 +44,10 @@ def models(
         for name in (BUILTIN, *_torchvision_builders(), "timm/NAME", "package.module:function"):
             OUT.print(name, markup=False, highlight=False)
         return
-    table = Table("name", "builder", "classes", "input", "target layer", "version", box=None)
+    rows = table("name", "builder", "classes", "input", "target layer", "version")
     for model in build_service(settings.uncompiled()).pool.models.values():
         height, width = model.preprocessing.crop
-        table.add_row(
+        rows.add_row(
             model.name,
             model.spec.builder,
             str(len(model.labels)),
@@ -54,7 +55,7 @@ def models(
             model.target_layer or "none",
             model.version,
         )
-    OUT.print(table)
+    print_tables(rows)
 
 
 def _torchvision_builders() -> list[str]:
@@ -63,58 +64,27 @@ def _torchvision_builders() -> list[str]:
     return [f"torchvision/{name}" for name in torchvision.models.list_models(torchvision.models)]
 
 
-@with_settings(("config", "app_dir", "allow_random_weights", "device"))
-def layers(
-    settings: Settings,
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="[NAME=]BUILDER[@WEIGHTS], as for serve --model; or a name in --config."
-        ),
-    ],
-    targets: Annotated[
-        bool, typer.Option("--targets", help="Only layers that a map can be drawn from.")
-    ] = False,
-    measure: Annotated[
-        Path | None,
-        typer.Option(help="Folder of images: rank layers by the faithfulness of their maps."),
-    ] = None,
-) -> None:
-    """List a model's layers: path, type, output shape, parameters; * marks the default target."""
-    from service.app import model_loader
+def one_model(settings: Settings, name: str | None) -> ModelSpec:
+    """Return the model of a command for one: its argument, else --model, else the only one.
 
-    logs.configure_command()
-    # Shapes do not depend on the weights, so a list of layers does not download them.
-    without_weights = settings.model_copy(update={"allow_random_weights": True}).uncompiled()
-    loaded = model_loader(settings if measure else without_weights)(_named(settings, model))
-    if measure is not None:
-        _print_ranking(loaded, measure, settings)
-        return
-    table = Table("", "layer", "type", "output", "parameters", "target", box=None)
-    for layer in loaded.layers:
-        if targets and not layer.target:
-            continue
-        table.add_row(
-            "*" if layer.path == loaded.target_layer else "",
-            layer.path,
-            layer.type,
-            "×".join(map(str, layer.shape)) if layer.shape else "-",
-            f"{layer.parameters:,}",
-            "yes" if layer.target else "no",
-        )
-    OUT.print(table)
-
-
-def _named(settings: Settings, model: str) -> ModelSpec:
-    """Return the model of that name in --config, or else parse it like --model."""
+    Raises ConfigurationError if there are several, or as `model_specs`.
+    """
     from service.app import model_specs
 
-    specs = model_specs(settings)
-    configured = [spec for spec in specs if spec.name == model] if settings.config else []
-    return configured[0] if configured else parse_model(model)
+    wanted = (name,) if name else settings.models
+    specs = model_specs(settings.model_copy(update={"models": wanted}))
+    if len(wanted) == 1:
+        return specs[-1]  # behind those of the file, if it is not one of them
+    if len(specs) != 1:
+        names = ", ".join(spec.name for spec in specs)
+        raise ConfigurationError(
+            f"this command takes one model, and there are {len(specs)} ({names}); name one: "
+            f"--model {specs[0].name}."
+        )
+    return specs[0]
 
 
-def _read_images(model: LoadedModel, folder: Path, settings: Settings) -> list[Tensor]:
+def read_images(model: LoadedModel, folder: Path, settings: Settings) -> list[Tensor]:
     """Return every image of a folder at the model's input size, uint8 (C, h, w).
 
     Raises ConfigurationError for the first one that cannot be read.
@@ -138,36 +108,6 @@ def _read_images(model: LoadedModel, folder: Path, settings: Settings) -> list[T
             raise ConfigurationError(f"{text_of(path)}: {error.detail}") from error
         pixels.append(upload.model_input.pixels)
     return pixels
-
-
-def _print_ranking(model: LoadedModel, folder: Path, settings: Settings) -> None:
-    from service.evaluation.faithfulness import candidates, rank
-
-    if model.no_layers or model.no_gradients:
-        raise ConfigurationError(
-            f"no layer of model {model.name!r} can be measured: "
-            f"{model.no_layers or model.no_gradients}."
-        )
-    images = _read_images(model, folder, settings)
-    table = Table(
-        *("", "layer", "output", "faithfulness", "insertion", "deletion"),
-        *("ms per image", "per ms"),
-        box=None,
-    )
-    for measured in rank(model, images, candidates(model)):
-        shape = model.layer(measured.layer).shape
-        table.add_row(
-            "*" if measured.layer == model.target_layer else "",
-            measured.layer,
-            "×".join(map(str, shape or ())),
-            f"{measured.faithfulness:+.3f}",
-            f"{measured.insertion:.3f}",
-            f"{measured.deletion:.3f}",
-            f"{measured.milliseconds:.1f}",
-            f"{measured.per_millisecond:+.5f}",
-        )
-    OUT.print(table)
-    ERR.print(f"{len(images)} images; the best layer first, * is the default target.")
 
 
 def _lanes(model: LoadedModel) -> str:
@@ -206,18 +146,16 @@ def _notes(result: CheckResult, model: LoadedModel, settings: Settings) -> Itera
 
 
 def _sensitivity_table(result: CheckResult) -> Table:
-    table = Table(f"{result.spec.name}: method", box=None)
-    for heading in ("head", "half", "all weights"):
-        table.add_column(heading, justify="right")
-    table.add_column("")
+    weights = ("head", "half", "all weights")
+    rows = table(f"{result.spec.name}: method", *weights, "", right=weights)
     if not result.sensitivity:
-        table.add_row("not measured: its copies or maps vary, or it cannot be copied")
+        rows.add_row("not measured: its copies or maps vary, or it cannot be copied")
     for one in result.sensitivity:
         values = (
             "-" if value is None else f"{value:+.2f}" for value in (one.head, one.half, one.all)
         )
-        table.add_row(one.method, *values, "hardly" if one.weights_hardly_matter else "")
-    return table
+        rows.add_row(one.method, *values, "hardly" if one.weights_hardly_matter else "")
+    return rows
 
 
 @with_settings((*OF_MODELS, "precision"))
@@ -226,7 +164,7 @@ def check(
     sensitivity: Annotated[
         bool,
         typer.Option(
-            "--sensitivity",
+            "--sensitivity/--no-sensitivity",
             help="Compare the maps of every method with those of randomised weights (minutes).",
         ),
     ] = False,
@@ -239,21 +177,24 @@ def check(
     from service.cli.check import check_models
 
     logs.configure_command()
-    table = Table("name", "classes", "parameters", "target layer", "lanes", "probes", box=None)
-    for heading in ("ms per image", "MiB"):
-        table.add_column(heading, justify="right")
+    numbers = ("ms per image (median)", "MiB")
+    rows = table(
+        *("name", "classes", "parameters", "target layer", "lanes", "probes"),
+        *numbers,
+        right=numbers,
+    )
     failed: list[CheckResult] = []
     notes: list[str] = []
     checked = 0
-    tables = [table]
+    tables = [rows]
     loader = model_loader(settings)
     for result in check_models(model_specs(settings), loader, all_methods=sensitivity):
         checked += 1
         if result.model is None:
             failed.append(result)
-            table.add_row(result.spec.name, *("-",) * 3, "failed", *("-",) * 3, style="red")
+            rows.add_row(result.spec.name, *("-",) * 3, "failed", *("-",) * 3, style="red")
             continue
-        table.add_row(
+        rows.add_row(
             result.model.name,
             str(len(result.model.labels)),
             f"{result.parameters:,}",
@@ -265,7 +206,7 @@ def check(
         )
         notes += [f"{result.model.name}: {note}" for note in _notes(result, result.model, settings)]
         tables += [_sensitivity_table(result)] if sensitivity else []
-    OUT.print(*tables, sep="\n")
+    print_tables(*tables)
     for note in notes:
         ERR.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
     for result in failed:
@@ -276,15 +217,16 @@ def check(
         raise typer.Exit(1)
 
 
-@with_settings(("config", "app_dir", "allow_random_weights", "cache_dir"))
+@with_settings(("config", "models", "app_dir", "allow_random_weights", "cache_dir"))
 def calibrate(
     settings: Settings,
-    model: Annotated[
-        str,
-        typer.Argument(help="A model of the configuration, or [NAME=]BUILDER[@WEIGHTS]."),
-    ],
-    folder: Annotated[
-        Path, typer.Argument(help="Folder of images like those that the model will receive.")
+    given: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[MODEL] FOLDER",
+            help="A model of the configuration, or [NAME=]BUILDER[@WEIGHTS], unless --model gives "
+            "it; and a folder of images like those that the model will receive.",
+        ),
     ],
     out: Annotated[
         Path | None, typer.Option(help="Folder for the result. [default: NAME.int8]")
@@ -299,14 +241,19 @@ def calibrate(
     from service.evaluation.calibration import calibrate as calibrate_front
 
     logs.configure_command()
-    spec = replace(_named(settings, model), int8=None, precision="float32")
+    *names, folder = given
+    if len(names) > 1:
+        raise ConfigurationError(f"calibrate takes [MODEL] FOLDER, not {' '.join(given)}.")
+    named = one_model(settings, names[0] if names else None)
+    spec = replace(named, int8=None, precision="float32")
     loaded = model_loader(settings)(spec)
     target = out or Path(f"{spec.name}.int8")
-    measured = calibrate_front(loaded, _read_images(loaded, folder, settings), target)
+    measured = calibrate_front(loaded, read_images(loaded, Path(folder), settings), target)
     OUT.print(
         f"On {measured.images} held-out images: {measured.same_class:.1%} of the "
         f"predictions and {measured.same_peak:.1%} of the peaks are the same; rank correlation of "
         f"the maps {measured.median:.3f} in the median, {measured.tenth:.3f} in the worst tenth.",
         highlight=False,
     )
-    ERR.print(f"camserve serve --model {escape(model)} --int8 {spec.name}={escape(str(target))}")
+    model = escape(" ".join(names) or spec.name)
+    ERR.print(f"camserve serve --model {model} --int8 {spec.name}={escape(str(target))}")

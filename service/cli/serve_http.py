@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import structlog
 import typer
 import uvicorn
 from fastapi import FastAPI
@@ -15,28 +19,41 @@ from fastapi import FastAPI
 from service import logs
 from service.app import create_app
 from service.cli.flags import ERR
-from service.errors import ConfigurationError
+from service.errors import CamserveError, ConfigurationError
 from service.resources import spare_collector, tune_allocator
 from service.routes.server.draining import SWITCH_SECONDS, DrainingServer
 from service.settings import Settings
 
+_log = structlog.get_logger(__name__)
 
-def run(settings: Settings) -> None:
-    """Serve until a signal. Raises ConfigurationError if no model could be loaded."""
+
+def run(settings: Settings, sockets: Sequence[socket.socket]) -> None:
+    """Serve on open sockets until a signal. Raises ConfigurationError if no model was loaded."""
     logs.configure(settings.log_format)
+    with _error_as_event() if settings.log_format == "json" else nullcontext():
+        _serve(settings, sockets)
+
+
+@contextmanager
+def _error_as_event() -> Iterator[None]:
+    """Log an error that ends the service, so that all of standard error is JSON."""
+    try:
+        yield
+    except CamserveError as error:
+        _log.error("not_started", code=error.code, detail=error.detail)
+        raise typer.Exit(2) from error
+
+
+def _serve(settings: Settings, sockets: Sequence[socket.socket]) -> None:
     tune_allocator()
     sys.setswitchinterval(SWITCH_SECONDS)
     served = create_app(settings, background=True)
     spare_collector()
-    server = DrainingServer(
-        served,
-        grace=settings.drain_timeout,
-        delay=settings.drain_delay,
-        host=settings.host,
-        port=settings.port,
-    )
-    _announce_when_ready(server, served)
-    server.run()
+    server = DrainingServer(served, grace=settings.drain_timeout, delay=settings.drain_delay)
+    url = _url(settings.host, sockets[0].getsockname()[1])
+    announce = _log_url if settings.log_format == "json" else _print_url
+    _when_ready(server, served, lambda: announce(url))
+    server.run(list(sockets))
     service = served.state.service
     entries = service.library.entries.values()
     if not service.pool.models and all(entry.state == "failed" for entry in entries):
@@ -45,29 +62,36 @@ def run(settings: Settings) -> None:
         raise typer.Exit(1)
 
 
-def _announce_when_ready(server: uvicorn.Server, served: FastAPI) -> None:
-    """Print the URL once models are loaded; stop the server if none could be."""
+def _when_ready(server: uvicorn.Server, served: FastAPI, announce: Callable[[], None]) -> None:
+    """Announce the service once models are loaded; stop the server if none could be."""
     start = server.startup
 
-    async def announce() -> None:
+    async def wait() -> None:
         loading = [asyncio.wrap_future(future) for future in served.state.loading]
         await asyncio.gather(*loading, return_exceptions=True)
         if served.state.service.pool.models:
-            _announce(server.config.host, server.servers[0].sockets[0].getsockname()[1])
+            announce()
         else:
             server.should_exit = True
 
     async def startup(sockets: Any = None) -> None:
         await start(sockets)
         if server.started:
-            served.state.announcing = asyncio.create_task(announce())
+            served.state.announcing = asyncio.create_task(wait())
 
     server.startup = startup  # type: ignore[method-assign]
 
 
-def _announce(host: str, port: int) -> None:
+def _url(host: str, port: int) -> str:
     shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104 - only compared
-    url = f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
+    return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
+
+
+def _log_url(url: str) -> None:
+    _log.info("serving", url=url, docs=f"{url}/docs")
+
+
+def _print_url(url: str) -> None:
     sample = _sample()
     ERR.print(f"\n[bold]camserve[/] serves on [bold]{url}[/]\n", highlight=False)
     ERR.print("  explain an image:")

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from service.cam.encoding import EncodedImage
-from service.errors import ConfigurationError
+from service.errors import ConfigurationError, install_hint
 
 
 class Board:
@@ -42,7 +42,7 @@ def open_board(folder: Path) -> Iterator[Board]:
     except ImportError as error:
         raise ConfigurationError(
             "--tensorboard needs the extra `tensorboard`, which is not installed: "
-            "pip install -e '.[tensorboard]' in the checkout."
+            f"{install_hint('tensorboard')}."
         ) from error
     try:
         writer = SummaryWriter(folder)

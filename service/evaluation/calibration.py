@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from service.cam.rank_correlation import rank_correlation
-from service.errors import CamserveError, ConfigurationError
+from service.errors import CamserveError, ConfigurationError, install_hint
 from service.inference.batch import run_compiled
 from service.inference.questions import InferenceResult, Question
 from service.models.compiled import openvino_front
@@ -85,7 +85,7 @@ def _quantised(graph: openvino_front.Graph, images: Sequence[Tensor]) -> openvin
         import nncf  # noqa: PLC0415 - an extra
     except ImportError as error:
         raise ConfigurationError(
-            "calibrating needs the extra int8: pip install 'camserve[int8]'."
+            f"calibrating needs the extra int8: {install_hint('int8')}."
         ) from error
     nncf.set_log_level(logging.ERROR)
     return nncf.quantize(

@@ -11,7 +11,7 @@ Petsiuk et al., "RISE: Randomized Input Sampling for Explanation of Black-box Mo
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,19 +70,31 @@ def candidates(model: LoadedModel, most: int = MAX_LAYERS) -> tuple[str, ...]:
 
 
 def rank(
-    model: LoadedModel, images: Sequence[Tensor], layers: Sequence[str], steps: int = STEPS
+    model: LoadedModel,
+    images: Sequence[Tensor],
+    layers: Sequence[str],
+    steps: int = STEPS,
+    on_image: Callable[[], None] = lambda: None,
 ) -> list[LayerScore]:
     """Measure layers on images, uint8 (C, h, w) at the model's input size; the best first.
+
+    on_image: called after each image of each layer.
 
     Raises the error of an image that cannot be explained.
     """
     module = model.replicate()
     replica = Replica(model, module, Condition.of(module))
-    scores = [_score(replica, images, layer, steps) for layer in layers]
+    scores = [_score(replica, images, layer, steps, on_image) for layer in layers]
     return sorted(scores, key=lambda score: -score.faithfulness)
 
 
-def _score(replica: Replica, images: Sequence[Tensor], layer: str, steps: int) -> LayerScore:
+def _score(
+    replica: Replica,
+    images: Sequence[Tensor],
+    layer: str,
+    steps: int,
+    on_image: Callable[[], None],
+) -> LayerScore:
     insertion = deletion = seconds = 0.0
     for pixels in images:
         started = time.perf_counter()
@@ -93,6 +105,7 @@ def _score(replica: Replica, images: Sequence[Tensor], layer: str, steps: int) -
         assert isinstance(result, InferenceResult)
         areas = _areas(replica, pixels, result, steps)
         insertion, deletion = insertion + areas[0], deletion + areas[1]
+        on_image()
     count = len(images)
     return LayerScore(layer, insertion / count, deletion / count, 1000 * seconds / count)
 

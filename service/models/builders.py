@@ -19,11 +19,13 @@ import torchvision
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from service.errors import ConfigurationError, nearest
+from service.errors import ConfigurationError, install_hint, nearest
 from service.images.decode import Preprocessing
+from service.models.builder_names import meant
 from service.models.builtin.network import FlowerNet
 from service.models.capabilities import unwrap_compiled
 from service.models.catalog import BUILTIN, ENTRY, Fit, Interpolation, ModelSpec, Output
+from service.models.functions import imported_function, signature_mismatch
 from service.models.weights.metadata import PREPROCESSING_KEYS, output_in, preprocessing_in
 from service.models.weights.shapes import classes_in, has_positions, image_size_in
 from service.models.weights.weights_file import (
@@ -65,12 +67,20 @@ def build(spec: ModelSpec, allow_random_weights: bool) -> Built:
         return _build_torchvision(spec, name, allow_random_weights)
     if separator and library == "timm":
         return _build_timm(spec, name, allow_random_weights)
-    if not separator and ":" in spec.builder:
+    if not separator and _FUNCTION.fullmatch(spec.builder):
         return _build_function(spec)
     raise ConfigurationError(
         f"{spec.at('builder')}: unknown builder {spec.builder!r}; use builtin, torchvision/NAME, "
-        "timm/NAME or package.module:function."
+        f"timm/NAME or package.module:function.{meant(spec.builder, _classifiers)}"
     )
+
+
+_FUNCTION = re.compile(r"(?!.*\.py:)[\w.-]+:\w+")
+"""The form of `package.module:function`, without those of files such as `nets.py:build`."""
+
+
+def _classifiers() -> list[str]:
+    return torchvision.models.list_models(module=torchvision.models)
 
 
 def _build_builtin(spec: ModelSpec) -> Built:
@@ -85,10 +95,10 @@ def _build_builtin(spec: ModelSpec) -> Built:
 
 
 def _build_torchvision(spec: ModelSpec, name: str, allow_random_weights: bool) -> Built:
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
+    if name not in _classifiers():
         raise ConfigurationError(
-            f"{spec.at('builder')}: torchvision has no classifier {name!r}.{nearest(name, known)}"
+            f"{spec.at('builder')}: torchvision has no classifier {name!r}."
+            f"{meant(name, _classifiers)}"
         )
     entry = _entry(spec, name)
     preprocessing, categories = _from_entry(entry)
@@ -193,7 +203,7 @@ def _build_timm(spec: ModelSpec, name: str, allow_random_weights: bool) -> Built
         timm = importlib.import_module("timm")
     except ImportError as error:
         raise ConfigurationError(
-            f"{spec.at('builder')}: timm is not installed; install camserve[timm]."
+            f"{spec.at('builder')}: timm is not installed; {install_hint('timm')}."
         ) from error
     if not timm.is_model(name):
         known = [*timm.list_models(), *timm.list_pretrained()]
@@ -270,14 +280,7 @@ _TIMM_FITS: Mapping[str, Fit] = {"center": "crop", "squash": "squash", "border":
 
 
 def _build_function(spec: ModelSpec) -> Built:
-    module_name, _, function_name = spec.builder.partition(":")
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:  # an import runs user code
-        raise ConfigurationError(
-            f"{spec.at('builder')}: cannot import {spec.builder!r} ({error}); set --app-dir to "
-            "the folder to import from."
-        ) from error
+    function = imported_function(spec)
     weights = None if spec.weights is None else _weights(spec)
     base = preprocessing_in({} if weights is None else weights.metadata, Preprocessing())
 
@@ -360,6 +363,7 @@ def _called(spec: ModelSpec, function: Callable[..., Any], /, *names: str, **arg
     except Exception as error:
         raise ConfigurationError(
             f"{spec.at('builder')}: {spec.builder}() raised {type(error).__name__}: {error}"
+            f"{'' if names else signature_mismatch(function, arguments)}"
         ) from error
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from service.errors import ConfigurationError
+from service.errors import ConfigurationError, nearest
+from service.models.builder_names import meant
 
 BUILTIN = "builtin"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -72,6 +73,8 @@ class ModelSpec:
     precision: of its front; None: that of the service.
     int8:      a folder that `camserve calibrate` wrote for this model: its front is read from it.
     source:    where the model is configured, such as `models.toml: model[1]`; for errors.
+    app_dir:   the folder that `package.module:function` is imported from; None: only
+               from `sys.path`.
     """
 
     name: str
@@ -90,6 +93,7 @@ class ModelSpec:
     precision: Floating | None = None
     int8: Path | None = None
     source: str | None = None
+    app_dir: Path | None = None
 
     def at(self, key: str) -> str:
         """The beginning of an error about one of the keys."""
@@ -113,28 +117,53 @@ def parse_model(argument: str) -> ModelSpec:
         raise ConfigurationError(
             f"--model {argument!r} is not [NAME=]BUILDER[@WEIGHTS], for instance "
             "torchvision/resnet50 or cats=torchvision/resnet18@cats.safetensors; a name "
-            "consists of letters, digits, '.', '_' and '-'."
+            f"consists of letters, digits, '.', '_' and '-'.{meant(argument, tuple)}"
         )
     return ModelSpec(name, builder, Path(weights) if weights else None)
 
 
-def parse_models(arguments: Sequence[str], weights: Path | None = None) -> tuple[ModelSpec, ...]:
-    """Read every `--model`; without any, the built-in model.
+def parse_models(
+    arguments: Sequence[str], weights: Path | None = None, configured: Sequence[ModelSpec] = ()
+) -> tuple[ModelSpec, ...]:
+    """Read every `--model`; without any, and without a file, the built-in model.
 
     weights: the file of `--weights`, allowed if exactly one model is named.
+    configured: the models of models.toml. An argument that is the name of one of them selects it:
+    of the file, only selected models are served. Without such an argument all of them are.
 
-    Raises ConfigurationError for a duplicate name, or for `weights` with several models.
+    Raises ConfigurationError for a duplicate name, for `weights` with several models, and for an
+    argument that is neither the name of a model nor a builder.
     """
-    specs = [parse_model(argument) for argument in arguments or (BUILTIN,)]
+    by_name = {spec.name: spec for spec in configured}
+    given = arguments or (() if configured else (BUILTIN,))
+    named = [by_name.get(argument) or _parsed(argument, by_name) for argument in given]
+    named = _with_weights(named or configured, weights)
+    selects = not given or any(argument in by_name for argument in given)
+    specs = named if selects else [*configured, *named]
     check_names(specs)
-    if weights is not None:
-        if len(specs) != 1 or specs[0].weights is not None:
-            raise ConfigurationError(
-                "--weights needs exactly one --model without '@'; with several models write "
-                "--model BUILDER@WEIGHTS for each."
-            )
-        specs = [replace(specs[0], weights=weights)]
     return tuple(specs)
+
+
+def _parsed(argument: str, names: Collection[str]) -> ModelSpec:
+    """Read one `--model` that is not one of the configured names."""
+    if names and argument != BUILTIN and not re.search(r"[/:=@.]", argument):
+        raise ConfigurationError(
+            f"--model {argument!r} is neither a model of the configuration ({', '.join(names)}) "
+            f"nor [NAME=]BUILDER[@WEIGHTS].{nearest(argument, names)}"
+        )
+    return parse_model(argument)
+
+
+def _with_weights(specs: Sequence[ModelSpec], weights: Path | None) -> Sequence[ModelSpec]:
+    if weights is None:
+        return specs
+    if len(specs) != 1 or specs[0].weights is not None:
+        raise ConfigurationError(
+            f"--weights {weights} needs exactly one --model without weights, and there are "
+            f"{', '.join(spec.name for spec in specs)}; with several models write "
+            "--model BUILDER@WEIGHTS for each."
+        )
+    return [replace(specs[0], weights=weights)]
 
 
 def with_int8(specs: Sequence[ModelSpec], arguments: Sequence[str]) -> tuple[ModelSpec, ...]:

@@ -39,7 +39,11 @@ def read_config(path: Path) -> tuple[ModelSpec, ...]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigurationError(f"cannot read {path}: {error.strerror}.") from error
+        beside = [each.name for each in path.parent.glob("*.toml")]
+        raise ConfigurationError(
+            f"--config {path}: {error.strerror}. It takes a file that has [[model]] for each "
+            f"model.{nearest(path.name, beside, 1)}"
+        ) from error
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise ConfigurationError(f"{path}, line {line}: the file is not UTF-8.") from error
@@ -290,6 +294,8 @@ def _sentence(issue: Any) -> str:
         table = _TABLES.get(str(last), _File if last is None else ModelTable)
         known = tuple(table.model_fields)
         return f"{where}: unknown key.{nearest(str(key), known) or _all(known)}"
+    if issue["loc"] == ("model",) and kind != "missing":
+        return f"{where}: holds no model; write [[model]] with double brackets for each model."
     if kind == "missing":
         return f"{where}: is missing." + ("" if issue["loc"][1:] else " Begin with [[model]].")
     message = str(issue["msg"]).removeprefix("Value error, ")

@@ -107,7 +107,7 @@ def test_files_of_one_name_do_not_overwrite_each_other(tmp_path: Path) -> None:
         (["explain", __file__, "--layer", "featurs", *TINY], "Did you mean 'features'"),
         (["explain", __file__, "--fit", "stretch", *TINY], "'crop', 'squash' or 'pad'"),
         (["explain", __file__, "--colormap", "rainbow", *TINY], "turbo"),
-        (["layers", "torchvision/resnet5"], "Did you mean 'resnet"),
+        (["layers", "torchvision/resnet5"], "Did you mean 'torchvision/resnet"),
         (["layers", "keras/resnet"], "torchvision/NAME"),
         (["models", "--model", "tiny:small", "--model", "tiny:small"], "two models are called"),
         (["models", "--workers", "-1"], "WORKERS"),

@@ -433,7 +433,7 @@ def test_a_slip_is_answered_with_what_was_probably_meant(
 def test_a_mistyped_command_or_model_is_answered_with_the_nearest() -> None:
     for arguments, meant in (
         (["explian", "a.png"], "explain"),
-        (["layers", "torchvision/resnet5"], "'resnet50'"),
+        (["layers", "torchvision/resnet5"], "'torchvision/resnet50'"),
     ):
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 2

@@ -18,7 +18,7 @@ from PIL import Image
 import service
 
 ROOT = Path(__file__).parent.parent.parent
-PACKAGES = ("api_schemas", "service")
+PACKAGES = ("api_schemas", "camserve", "service")
 
 pytestmark = pytest.mark.timeout(120)
 

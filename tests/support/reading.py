@@ -102,7 +102,7 @@ class Reader:
     def __post_init__(self) -> None:
         binaries = self.folder / ".venv" / "bin"
         binaries.mkdir(parents=True)
-        for name, module in (("python", ""), ("camserve", "-m service ")):
+        for name, module in (("python", ""), ("camserve", "-m camserve ")):
             (binaries / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {module}"$@"\n')
             (binaries / name).chmod(0o755)
         (self.folder / "examples").symlink_to(ROOT / "examples")

@@ -9,7 +9,7 @@ import typer
 
 from api_schemas.options import ExplainOptions
 from service.cli.flags import OF_MODELS, with_options, with_settings
-from service.errors import ConfigurationError
+from service.errors import ConfigurationError, install_hint
 from service.settings import Settings
 
 
@@ -35,7 +35,10 @@ def bulk(  # noqa: PLR0913, PLR0917 - a command's parameters are its flags
         bool, typer.Option("--images/--no-images", help="Also write overlays and heatmaps.")
     ] = True,
     regions: Annotated[
-        bool, typer.Option("--regions", help="Add mask, boxes, polygons and peak to `answer`.")
+        bool,
+        typer.Option(
+            "--regions/--no-regions", help="Add mask, boxes, polygons and peak to `answer`."
+        ),
     ] = False,
     ray: Annotated[
         str | None,
@@ -57,8 +60,7 @@ def bulk(  # noqa: PLR0913, PLR0917 - a command's parameters are its flags
         from service.cli.bulk.job import BulkJob, RayResources  # noqa: PLC0415 - loads torch, and extras
     except ModuleNotFoundError as error:
         raise ConfigurationError(
-            f"camserve bulk needs {error.name}, which is not installed: pip install -e '.[bulk]' "
-            "in the checkout."
+            f"camserve bulk needs {error.name}, which is not installed: {install_hint('bulk')}."
         ) from error
     if regions:
         options = options.model_copy(update={"include": ["grid", "regions"]})

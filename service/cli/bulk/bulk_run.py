@@ -16,7 +16,7 @@ from service.cli.bulk.job import BulkJob, RayResources, Stopped
 from service.cli.bulk.result_folder import ResultFolder, Row, open_results
 from service.cli.bulk.shards import Shard, split_into_shards
 from service.cli.flags import ERR, print_left_out
-from service.errors import ConfigurationError
+from service.errors import ConfigurationError, install_hint
 from service.images.image_files import text_of
 
 
@@ -63,8 +63,7 @@ def _finished(
         from service.cli.bulk.on_ray import explain_on_ray  # noqa: PLC0415 - an extra
     except ModuleNotFoundError as error:
         raise ConfigurationError(
-            f"--ray needs {error.name}, which is not installed: pip install -e '.[ray]' in the "
-            "checkout."
+            f"--ray needs {error.name}, which is not installed: {install_hint('ray')}."
         ) from error
     return explain_on_ray(job, shards, results, cluster, stopped)
 

@@ -66,7 +66,9 @@ def absolute_source(source: str) -> str:
 def _listed(source: str, column: str) -> Iterator[Input]:
     kind = _kind(source)
     if kind == fs.FileType.NotFound:
-        raise ConfigurationError(f"there is no {text_of(source)}.")
+        raise ConfigurationError(
+            f"SRC {text_of(source)}: there is no such folder, text file or Parquet file."
+        )
     if kind == fs.FileType.Directory:
         yield from _in_bucket(source) if "://" in source else _in_folder(Path(source))
         return

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from service.errors import ConfigurationError
+from service.errors import ConfigurationError, nearest
 from service.models.weights.checkpoints import (
     CheckpointTensor,
     SelectedWeights,
@@ -67,8 +67,10 @@ def read_weights(
     try:
         file_sha256 = _sha256(path)
     except OSError as error:
+        beside = [each.name for each in path.parent.glob("*")]
         raise ConfigurationError(
             f"{where + ': ' if where else ''}cannot read the weights file {path}: {error.strerror}."
+            f"{nearest(path.name, beside, 1)}"
         ) from error
     if sha256 is not None and file_sha256 != sha256.lower():
         raise ConfigurationError(
