@@ -52,7 +52,7 @@ test-all: .venv/.installed-test ## run every test; a test whose tool is missing 
 browser: .venv/.installed-test tests/browser/node_modules/.installed ## test the page in Chromium (ARGS= for pytest)
 	@$(SAFE) .venv/bin/python -m pytest -m browser $(ARGS)
 
-protocols: .venv/.installed-test .venv-protocols/.installed .venv-x-anylabeling/.installed .venv-cvat/.installed .venv-fiftyone/.installed .venv-labelbox/.installed ## test the service with the clients of KServe, Triton, X-AnyLabeling, CVAT, FiftyOne and Labelbox, Java, curl and node
+protocols: .venv/.installed-test .venv-protocols/.installed .venv-x-anylabeling/.installed .venv-cvat/.installed .venv-fiftyone/.installed .venv-labelbox/.installed .venv-openapi/.installed ## test the service with the clients of KServe, Triton, X-AnyLabeling, CVAT, FiftyOne and Labelbox, a generated one, Java, curl and node
 	@$(SAFE) .venv/bin/python -m pytest -o testpaths='tests/protocols tests/integration/test_client_alone.py' -m protocols $(ARGS)
 
 labeling: .venv/.installed-test .venv-label-studio/.installed ## test the backend of a real Label Studio, in Chromium (ARGS= for pytest)
@@ -101,7 +101,7 @@ bench: .venv/.installed-dev ## compare with other libraries, write docs/referenc
 	@$(SAFE) PYTHONPATH=benchmarks .venv/bin/python benchmarks/bench.py $(ARGS)
 
 clean: ## remove .venv, caches and build outputs
-	rm -rf .venv .venv-deploy .venv-docs .venv-protocols .venv-x-anylabeling .venv-cvat .venv-fiftyone .venv-labelbox .venv-label-studio .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-deploy .venv-docs .venv-protocols .venv-x-anylabeling .venv-cvat .venv-fiftyone .venv-labelbox .venv-label-studio .venv-openapi .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist
 	rm -rf tests/browser/node_modules
 	find api_schemas benchmarks camserve examples service tests -type d -name __pycache__ -prune \
 		-exec rm -rf {} + 2>/dev/null || true
@@ -160,6 +160,9 @@ tests/browser/node_modules/.installed: tests/browser/package.json tests/browser/
 
 .venv-labelbox/.installed: .venv/bin/python tests/protocols/constraints-labelbox.txt
 	@$(CLIENTS) tests/protocols/constraints-labelbox.txt .venv-labelbox
+
+.venv-openapi/.installed: .venv/bin/python tests/protocols/constraints-openapi.txt
+	@$(CLIENTS) tests/protocols/constraints-openapi.txt .venv-openapi
 
 .venv/bin/python:
 	@for python in $(PYTHON) python3.11 python3.12 python3.13 python3; do \

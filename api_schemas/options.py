@@ -56,6 +56,7 @@ Colormap = Literal[
     "bwr",
 ]
 ActivationForm = Literal["stats", "channels", "image", "array"]
+ActivationKind = Literal["output", "input", "grad_output", "grad_input"]
 LayerPath = Annotated[str, Field(min_length=1, max_length=500)]
 Box = tuple[float, float, float, float]
 
@@ -176,7 +177,7 @@ class PredictOptions(CommonOptions):
 class ExplainOptions(CommonOptions):
     """Options of `/explain`."""
 
-    activation_kind: Literal["output", "input", "grad_output", "grad_input"] = Field(
+    activation_kind: ActivationKind = Field(
         "output",
         description="What is captured of a layer; gradients are those of the target's logit.",
     )

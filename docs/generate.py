@@ -26,6 +26,7 @@ from service import errors
 from service.app import build_service, create_app
 from service.cli import main
 from service.inference.perturbation import windows
+from service.routes.docs import ENUMS
 from service.routes.problems import STATUS, status_of
 from service.settings import Settings
 
@@ -115,10 +116,15 @@ def _metric_rows(registry: CollectorRegistry) -> Iterator[str]:
         labels = {
             "camserve_device_memory_bytes": "device",
             "camserve_replicas_replaced": "model",
+            "camserve_build_info": "version, python, torch",
+            "camserve_models": "state",
+            "camserve_refusals": "key, status",
+            "camserve_request_duration_seconds": "route, model, method",
             "camserve_requests": "route, status",
+            "camserve_stage_duration_seconds": "stage",
             "camserve_verdicts": "model, method, verdict",
         }
-        label = labels.get(metric.name, "stage" if "stage" in metric.name else "")
+        label = labels.get(metric.name, "")
         yield f"| `{name}` | {metric.type} | {label} | {metric.documentation} |"
 
 
@@ -280,7 +286,11 @@ def _kinds(answer: dict[str, Any]) -> str:
 
 def _takes(schema: dict[str, Any]) -> str:
     """The values of a parameter, in a few words."""
-    schema = next((each for each in schema.get("anyOf", []) if each.get("type") != "null"), schema)
+    if "$ref" in schema:
+        schema = {"enum": NAMED[schema["$ref"].rpartition("/")[2]]}
+    kinds = [each for each in schema.get("anyOf", []) if each.get("type") != "null"]
+    if kinds:
+        return _takes(kinds[0])
     if "items" in schema:
         return f"{_takes(schema['items'])}, repeated"
     if "enum" in schema:
@@ -288,6 +298,10 @@ def _takes(schema: dict[str, Any]) -> str:
     least, most = schema.get("minimum"), schema.get("maximum")
     bounds = f" {least:g}–{most:g}" if least is not None and most is not None else ""
     return f"{schema.get('type', 'anything')}{bounds}"
+
+
+NAMED = {name: values for values, name in ENUMS.items()}
+"""The values of the options that schemas refer to by name."""
 
 
 def cli_page() -> str:

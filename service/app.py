@@ -24,7 +24,7 @@ from service.errors import ConfigurationError, ShuttingDown
 from service.images.budget import DecodeBudget
 from service.integrations.label_studio.host import LabelStudio, LabelStudioHost
 from service.integrations.registry import INTEGRATIONS
-from service.metrics import Metrics, Readings
+from service.metrics import Metrics, Reading, Readings
 from service.models.catalog import ModelSpec, parse_models, with_int8
 from service.models.compiled.lane import Compiler
 from service.models.library import Library
@@ -72,6 +72,12 @@ _log = structlog.get_logger(__name__)
 GRACE_SECONDS = 30.0
 """How long the service waits at its end for accepted requests."""
 
+_MODULES = (classify, experiments, served_models, kernel_images, health)
+_ROUTERS = (
+    *(module.router for module in _MODULES),
+    *(router for integration in INTEGRATIONS for router in integration.routers),
+)
+
 _DOCS_FILES = importlib.resources.files(fastapi_offline) / "static"
 
 
@@ -113,15 +119,13 @@ def create_app(settings: Settings, *, background: bool = False, only: str | None
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        generate_unique_id_function=docs.operation_id,
     )
     app.state.service = service
     app.state.label_studio = label_studio
     app.state.integrations = INTEGRATIONS
-    for module in (classify, experiments, served_models, kernel_images, health):
-        app.include_router(module.router)
-    for integration in INTEGRATIONS:
-        for router in integration.routers:
-            app.include_router(router)
+    for router in _ROUTERS:
+        app.include_router(router)
     _serve_page(app)
     problems.install(app)
     _add_middleware(app, service, settings, traces)
@@ -150,7 +154,8 @@ def _add_middleware(
     if settings.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **CORS)
     app.add_middleware(BoundedHeaders)
-    app.add_middleware(RequestContext, metrics=service.metrics, traces=traces)
+    every = tuple(route for router in _ROUTERS for route in router.routes)
+    app.add_middleware(RequestContext, metrics=service.metrics, traces=traces, routes=every)
     app.add_middleware(HeadAsGet)
     prefix = settings.root_path.rstrip("/")
     if prefix:
@@ -188,32 +193,6 @@ def build_service(settings: Settings, *, load: bool = True, only: str | None = N
         threads_per_worker=settings.torch_threads,
         hang_seconds=settings.hang_timeout,
     )
-    gauges: dict[str, tuple[str, Callable[[], float]]] = {
-        "queue_size": ("Images waiting for a worker.", lambda: scheduler.waiting),
-        "images_held": ("Images admitted, without a response yet.", lambda: admission.images),
-        "answer_bytes_held": (
-            "Bytes of responses being built or sent.",
-            lambda: admission.answer_bytes,
-        ),
-        "requests_arriving": (
-            "Partially received requests.",
-            lambda: transfers.arriving,
-        ),
-        "answers_leaving": (
-            "Responses that clients have not read completely.",
-            lambda: transfers.leaving,
-        ),
-        "workers_hanging": (
-            "Abandoned worker threads that have not returned.",
-            lambda: scheduler.workers.abandoned,
-        ),
-        "hooks_live": ("Hooks on all replicas, except the models' own.", pool.hooks_live),
-        "memory_limit_bytes": (
-            "Memory limit of this process: that of its container, or of the machine.",
-            memory_limit,
-        ),
-    }
-    metrics.watch(Readings(gauges, lambda: pool.replaced, device_memory))
     limits = Limits(
         images=settings.max_images,
         body_bytes=settings.max_body_bytes,
@@ -225,7 +204,7 @@ def build_service(settings: Settings, *, load: bool = True, only: str | None = N
         timeout=settings.request_timeout,
         formats=settings.image_formats,
     )
-    return Service(
+    service = Service(
         pool,
         library,
         scheduler,
@@ -239,6 +218,50 @@ def build_service(settings: Settings, *, load: bool = True, only: str | None = N
         decoding=DecodeBudget(settings.max_decode_bytes),
         is_near=is_loopback(settings.host),
     )
+    metrics.watch(Readings(_readings(service)))
+    return service
+
+
+def _readings(service: Service) -> dict[str, Reading]:
+    """The metrics that are read when they are scraped."""
+    pool, library, admission = service.pool, service.library, service.admission
+    scheduler, transfers = service.scheduler, service.transfers
+    key_files = [keys for keys in (service.api_keys, service.admin_keys) if keys is not None]
+    return {
+        "queue_size": Reading("Images waiting for a worker.", lambda: scheduler.waiting),
+        "images_held": Reading(
+            "Images admitted, without a response yet.", lambda: admission.images
+        ),
+        "answer_bytes_held": Reading(
+            "Bytes of responses being built or sent.", lambda: admission.answer_bytes
+        ),
+        "requests_arriving": Reading("Partially received requests.", lambda: transfers.arriving),
+        "answers_leaving": Reading(
+            "Responses that clients have not read completely.", lambda: transfers.leaving
+        ),
+        "workers_hanging": Reading(
+            "Abandoned worker threads that have not returned.", lambda: scheduler.workers.abandoned
+        ),
+        "hooks_live": Reading("Hooks on all replicas, except the models' own.", pool.hooks_live),
+        "memory_limit_bytes": Reading(
+            "Memory limit of this process: that of its container, or of the machine.",
+            memory_limit,
+        ),
+        "models": Reading("Configured models by state.", library.count_by_state, "state"),
+        "last_reload_successful": Reading(
+            "1 if the files of models and keys could be read when last tried, and no newest "
+            "version of a model failed to load; otherwise 0.",
+            lambda: library.is_current and all(keys.is_current for keys in key_files),
+        ),
+        "replicas_replaced": Reading(
+            "Replicas that were returned dirty and replaced.", lambda: pool.replaced, "model", True
+        ),
+        "device_memory_bytes": Reading(
+            "GPU memory that this process holds for tensors, free or in use.",
+            device_memory,
+            "device",
+        ),
+    }
 
 
 def _label_studio(settings: Settings) -> LabelStudio:
@@ -307,7 +330,9 @@ def _reload_on_sighup(service: Service, settings: Settings) -> None:
                     keys.reread()
             try:
                 service.library.replace_all(model_specs(settings))
+                service.library.has_read_config = True
             except (ConfigurationError, ShuttingDown) as error:
+                service.library.has_read_config = False
                 _log.error("reread_failed", detail=error.detail)
 
     loop = asyncio.get_running_loop()

@@ -297,6 +297,7 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """Suggest the `known` names that are closest to a mistyped one.
 
     Returns a sentence such as " Did you mean 'layer4' or 'layer3'?" with a leading space, or "".
+    Names that differ in case and punctuation only take precedence.
     Of more than NEAREST_NAMES known names, those with the nearest length are compared; a name with
     more than NEAREST_LENGTH characters gets no suggestion.
     """
@@ -304,7 +305,13 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
         return ""
     comparable = (candidate for candidate in known if len(candidate) <= NEAREST_LENGTH)
     alike = heapq.nsmallest(NEAREST_NAMES, comparable, key=lambda each: abs(len(each) - len(name)))
-    close = difflib.get_close_matches(name, alike, n=count, cutoff=0.5)
+    same = [each for each in alike if _bare(each) == _bare(name)][:count]
+    close = same or difflib.get_close_matches(name, alike, n=count, cutoff=0.5)
     if not close:
         return ""
     return f" Did you mean {' or '.join(repr(match) for match in close)}?"
+
+
+def _bare(name: str) -> str:
+    """A name without case and punctuation: `gradcampp` for "Grad-CAM++"."""
+    return "".join(filter(str.isalnum, name.lower().replace("+", "p")))

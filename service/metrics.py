@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import platform
 from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 from prometheus_client import (
     CollectorRegistry,
     Counter,
+    Gauge,
     Histogram,
     ProcessCollector,
     generate_latest,
@@ -14,10 +18,28 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from service import __version__
+
 STAGES = ("decode", "queue", "inference", "render", "total")
 """The stages of a request, in order; `total` includes the time between them."""
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_REQUEST_SECONDS = _SECONDS[2:]
+"""Fewer than of stages: there is one series a bucket for each route, model and method."""
+
+REFUSALS = (401, 429, 503)
+"""Statuses of requests that were refused before any work."""
+
+
+class RequestLabels(NamedTuple):
+    """What a request is counted under; each is one of few names, or "".
+
+    model:  a served model. method: of `/explain`. key: the name of the API key.
+    """
+
+    model: str = ""
+    method: str = ""
+    key: str = ""
 
 
 class Metrics:
@@ -39,6 +61,21 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
+        self.request_seconds = Histogram(
+            "camserve_request_duration_seconds",
+            "Seconds of a whole request with a status below 400, by route template, served model "
+            "and method of explanation (empty where there is none).",
+            ("route", "model", "method"),
+            buckets=_REQUEST_SECONDS,
+            registry=self.registry,
+        )
+        self.refusals = Counter(
+            "camserve_refusals",
+            "Requests answered 401, 429 or 503, by the name of their key (empty without a valid "
+            "one).",
+            ("key", "status"),
+            registry=self.registry,
+        )
         for stage in STAGES:
             self.stage_seconds.labels(stage)
         self.batch_size = Histogram(
@@ -53,6 +90,20 @@ class Metrics:
             ("model", "method", "verdict"),
             registry=self.registry,
         )
+        Gauge(
+            "camserve_build_info",
+            "1, with the versions of the service, Python and torch as labels.",
+            ("version", "python", "torch"),
+            registry=self.registry,
+        ).labels(__version__, platform.python_version(), importlib.metadata.version("torch")).set(1)
+
+    def count_request(self, route: str, status: int, seconds: float, labels: RequestLabels) -> None:
+        """Count one request that has ended."""
+        self.requests.labels(route, str(status)).inc()
+        if status < 400:
+            self.request_seconds.labels(route, labels.model, labels.method).observe(seconds)
+        if status in REFUSALS:
+            self.refusals.labels(labels.key, str(status)).inc()
 
     def watch(self, collector: Collector) -> None:
         """Add a collector that is read at each scrape."""
@@ -63,40 +114,33 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-class Readings(Collector):
-    """Values of other objects, read at each scrape.
+class Reading(NamedTuple):
+    """A value of another object, or one for each value of a label.
 
-    gauges:        name → (help, function).
-    replaced:      number of dirty replicas of each model.
-    device_memory: bytes held on each GPU.
+    label:  its name, if `read` returns a mapping. counts: whether the value only grows.
     """
 
-    def __init__(
-        self,
-        gauges: Mapping[str, tuple[str, Callable[[], float]]],
-        replaced: Callable[[], Mapping[str, int]],
-        device_memory: Callable[[], Mapping[str, int]],
-    ) -> None:
-        self._gauges = gauges
-        self._replaced = replaced
-        self._device_memory = device_memory
+    text: str
+    read: Callable[[], float | Mapping[str, float]]
+    label: str = ""
+    counts: bool = False
+
+    def family(self, name: str) -> Metric:
+        """The metric `name`, without the prefix, with the present values."""
+        family = CounterMetricFamily if self.counts else GaugeMetricFamily
+        metric = family(f"camserve_{name}", self.text, labels=[self.label] if self.label else [])
+        values = self.read()
+        for label, value in values.items() if isinstance(values, Mapping) else [("", values)]:
+            metric.add_metric([label] if self.label else [], value)
+        return metric
+
+
+class Readings(Collector):
+    """Values of other objects by the name of their metric, read at each scrape."""
+
+    def __init__(self, readings: Mapping[str, Reading]) -> None:
+        self._readings = readings
 
     def collect(self) -> Iterable[Metric]:
-        for name, (text, read) in self._gauges.items():
-            yield GaugeMetricFamily(f"camserve_{name}", text, value=read())
-        replaced = CounterMetricFamily(
-            "camserve_replicas_replaced",
-            "Replicas that were returned dirty and replaced.",
-            labels=["model"],
-        )
-        for model, count in self._replaced().items():
-            replaced.add_metric([model], count)
-        yield replaced
-        memory = GaugeMetricFamily(
-            "camserve_device_memory_bytes",
-            "GPU memory that this process holds for tensors, free or in use.",
-            labels=["device"],
-        )
-        for device, held in self._device_memory().items():
-            memory.add_metric([device], held)
-        yield memory
+        for name, reading in self._readings.items():
+            yield reading.family(name)

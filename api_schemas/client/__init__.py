@@ -15,5 +15,6 @@ retries are written once, in `calls` and `requests`; the two classes only send a
 from __future__ import annotations
 
 from api_schemas.client.client import URL, AsyncClient, Client
+from api_schemas.client.pixel_arrays import pixels
 
-__all__ = ["URL", "AsyncClient", "Client"]
+__all__ = ["URL", "AsyncClient", "Client", "pixels"]

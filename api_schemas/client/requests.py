@@ -20,10 +20,8 @@ from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlencode
 
 import httpx
-import numpy as np
 import PIL.Image
 import pydantic
-from numpy.typing import NDArray
 from PIL import ImageOps
 from pydantic.fields import FieldInfo
 
@@ -34,13 +32,14 @@ from api_schemas.client.errors import (
     UnreadableImage,
     failure,
 )
+from api_schemas.client.pixel_arrays import Pixels, to_uint8
 from api_schemas.options import CommonOptions
 
 T = TypeVar("T")
 Options = TypeVar("Options", bound=pydantic.BaseModel)
 
-Image = str | os.PathLike[str] | bytes | PIL.Image.Image | NDArray[np.uint8] | BinaryIO
-"""An image: path, URL (http or https), bytes of a file, open file, PIL image, or RGB array HWC."""
+Image = str | os.PathLike[str] | bytes | PIL.Image.Image | BinaryIO | Pixels
+"""An image: path, URL (http or https), bytes of a file, open file, PIL image, or pixels."""
 
 Images = Image | Sequence[Image]
 
@@ -202,8 +201,8 @@ def _sources(images: Sequence[bytes | str]) -> list[dict[str, str]]:
 def image_file(image: Image) -> bytes | str:
     """Return the bytes of an image file, or its URL.
 
-    Arrays and PIL images become PNG; EXIF orientation is applied. Raises UnreadableImage, and
-    TypeError for another type.
+    Pixels (`to_uint8` says which) and PIL images become PNG; EXIF orientation is applied. Raises
+    UnreadableImage, and TypeError for another type.
     """
     if isinstance(image, str) and image.lower().startswith(("http://", "https://")):
         return image
@@ -216,10 +215,10 @@ def image_file(image: Image) -> bytes | str:
             ) from error
     if isinstance(image, bytes | bytearray | memoryview):
         return bytes(image)
-    if isinstance(image, np.ndarray):
-        return _png(_from_pixels(image))
     if isinstance(image, PIL.Image.Image):
         return _png(image)
+    if hasattr(image, "__array__"):
+        return _png(PIL.Image.fromarray(to_uint8(image)))
     return _read(image)
 
 
@@ -235,18 +234,6 @@ def _read(file: Any) -> bytes:
     if not isinstance(data, bytes):
         raise TypeError("the file is open in text mode; open it with 'rb'")
     return data
-
-
-def _from_pixels(pixels: NDArray[Any]) -> PIL.Image.Image:
-    is_image = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4))
-    if pixels.dtype != np.uint8 or not is_image or not pixels.size:
-        raise UnreadableImage(
-            f"An array of {pixels.dtype} {pixels.shape} is not an image; give uint8 (height, "
-            "width, 3), RGB, and a list of arrays for several images."
-        )
-    return PIL.Image.fromarray(
-        pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
-    )
 
 
 def _png(image: PIL.Image.Image) -> bytes:

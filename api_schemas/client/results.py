@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +18,31 @@ from numpy.typing import NDArray
 
 from api_schemas import answers
 from api_schemas.client.errors import ClientError, service_error
+from api_schemas.client.notebook import explanation_html, result_html
 
 Floats = NDArray[np.float16] | NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The decoded form of the wire's `Prediction`; a DataFrame of a list has named columns."""
+
+    class_id: int
+    label: str
+    score: float
+    logit: float
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """The decoded form of the wire's `Change`: the value with the part hidden minus without."""
+
+    class_id: int
+    label: str
+    score: float
+    logit: float
+    score_change: float
+    logit_change: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,6 +90,10 @@ class Explanation:
     verify: answers.Verification | None = field(default=None, repr=False)
     logit_difference: float | None = None
 
+    def _repr_html_(self) -> str:
+        """The map in a notebook, with its caption."""
+        return explanation_html(self)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Activation:
@@ -93,8 +120,8 @@ class Activation:
 class Masked:
     """The decoded form of the wire's `Masked`: the result for the image with a part hidden."""
 
-    predictions: list[answers.Prediction]
-    changes: list[answers.Change]
+    predictions: list[Prediction]
+    changes: list[Change]
     explanations: list[Explanation]
 
 
@@ -107,12 +134,16 @@ class Result:
 
     image: answers.ImageInfo | None = None
     seen: answers.Rect | None = None
-    predictions: list[answers.Prediction] = field(default_factory=list)
+    predictions: list[Prediction] = field(default_factory=list)
     explanations: list[Explanation] = field(default_factory=list)
     activations: list[Activation] = field(default_factory=list)
     masked: Masked | None = None
     precision: str | None = None
     error: ClientError | None = None
+
+    def _repr_html_(self) -> str:
+        """The result in a notebook: the maps as images, and the predictions."""
+        return result_html(self)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -136,6 +167,10 @@ class Answer:
 
     def __len__(self) -> int:
         return len(self.results)
+
+    def _repr_html_(self) -> str:
+        """The answer in a notebook: its results, one below the other."""
+        return "".join(map(result_html, self.results))
 
 
 def read_answer(body: bytes) -> Answer:
@@ -192,7 +227,7 @@ def read_result(wire: answers.Result, request_id: str | None = None) -> Result:
     return Result(
         image=wire.image,
         seen=wire.seen,
-        predictions=wire.predictions or [],
+        predictions=_predictions(wire.predictions or []),
         explanations=[_explanation(item) for item in wire.explanations or []],
         activations=[_activation(item) for item in wire.activations or []],
         masked=None if wire.masked is None else _masked(wire.masked),
@@ -200,9 +235,14 @@ def read_result(wire: answers.Result, request_id: str | None = None) -> Result:
     )
 
 
+def _predictions(wire: Sequence[answers.Prediction]) -> list[Prediction]:
+    return [Prediction(**dict(prediction)) for prediction in wire]
+
+
 def _masked(wire: answers.Masked) -> Masked:
     explanations = [_explanation(item) for item in wire.explanations]
-    return Masked(wire.predictions, wire.changes, explanations)
+    changes = [Change(**dict(change)) for change in wire.changes]
+    return Masked(_predictions(wire.predictions), changes, explanations)
 
 
 def _explanation(wire: answers.Explanation) -> Explanation:

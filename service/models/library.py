@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import structlog
 
@@ -80,6 +81,8 @@ class Library:
     max_bytes: limit of all loaded models; 0: no limit. The least recently used model is evicted,
                and reloaded when a request needs it.
     clock:     seconds, for the delays.
+
+    `has_read_config` is for whoever reads the specs again: whether that succeeded.
     """
 
     def __init__(
@@ -102,6 +105,7 @@ class Library:
         self._queued: set[str] = set()
         self._thread: ThreadPoolExecutor | None = None
         self._is_open = True
+        self.has_read_config = True
 
     @property
     def entries(self) -> Mapping[str, Entry]:
@@ -115,6 +119,17 @@ class Library:
         for name in entries.keys() & lost.keys():
             entries[name] = replace(entries[name], state="failed", reason=lost[name])
         return entries
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the configuration could be read, and no newest version of a model failed."""
+        failed = (each.reason and each.state != "unloaded" for each in self.entries.values())
+        return self.has_read_config and not any(failed)
+
+    def count_by_state(self) -> dict[str, int]:
+        """The number of models in each state."""
+        found = Counter(entry.state for entry in self.entries.values())
+        return {state: found[state] for state in get_args(State)}
 
     @property
     def default(self) -> str:

@@ -148,6 +148,16 @@ def overlay(upload: Upload, explanation: Explanation, style: Style) -> EncodedIm
         raise RenderFailed("The overlay could not be drawn; the server's log says why.") from error
 
 
+def picture(
+    upload: Upload, explanation: Explanation, options: ExplainOptions, render_side: int
+) -> EncodedImage:
+    """The one image that the options include: the heatmap or the overlay."""
+    style = style_of(options)
+    if "overlay" in options.include:
+        return overlay(upload, explanation, style)
+    return render_heatmap(explanation.grid, upload.model_input.geometry, style, render_side)
+
+
 def style_of(options: ExplainOptions) -> Style:
     """The drawing options."""
     return Style(options.size, options.colormap, options.format, options.opacity)

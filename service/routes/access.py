@@ -54,6 +54,19 @@ def sent_key(headers: Headers) -> str:
     return headers.get("x-api-key") or headers.get("token", "")
 
 
+def why_unauthorized(headers: Headers) -> str:
+    """Why the key of a request is not accepted, and how to send one; never the key itself."""
+    how = "Authorization: Bearer KEY, X-API-Key: KEY, or as the password of Basic"
+    if sent_key(headers):
+        return (
+            "The API key that was sent is not one of this service: it is incomplete, or was "
+            f"replaced. Ask the operator for a valid key, and send it as {how}."
+        )
+    if "authorization" in headers:
+        return f"The Authorization header contains no API key; send one of this service: {how}."
+    return f"No API key was sent; send one of this service: {how}."
+
+
 def is_admin(headers: Headers, keys: KeyFile | None) -> bool:
     """Whether a request carries an admin key.
 

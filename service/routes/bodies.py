@@ -6,9 +6,9 @@ import asyncio
 import binascii
 import codecs
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import pydantic
 from fastapi import Request
@@ -23,7 +23,7 @@ from service.errors import (
     SlowUpload,
     UnsupportedMediaType,
 )
-from service.images.formats import format_of
+from service.images.formats import format_of, reference_in
 from service.routes.problems import describe
 from service.routes.state import service_of
 from service.scheduling.admission import Permit
@@ -157,6 +157,19 @@ def raw_image(kind: str, body: bytes) -> list[bytes]:
     )
 
 
+def refuse_query(options: pydantic.BaseModel) -> None:
+    """Refuse options in the query of a JSON request. Raises InvalidOption.
+
+    Defaults pass, because generated clients send them.
+    """
+    named = ", ".join(options.model_dump(exclude_defaults=True))
+    if named:
+        raise InvalidOption(
+            f"The query of this JSON request names {named}; a JSON request carries its options as "
+            "fields beside `images`, so move them there and leave the query empty."
+        )
+
+
 def check_json(body: bytes, max_values: int, max_lists: int, advice: str) -> None:
     """Bound the values of a JSON body before parsing. Raises MalformedRequest with the advice."""
     names = max(body.count(b":"), body.count(b"{"))
@@ -235,13 +248,24 @@ def json_request(body: bytes, form: type[Options], max_images: int) -> tuple[lis
                 'The body is JSON but not an object; send {"images": [{"data": "<base64>"}]} and '
                 "options beside `images`."
             ) from error
-        raise InvalidOption(describe(issues, form.model_fields)) from error
+        raise InvalidOption(
+            f"{describe(issues, form.model_fields)}{_shape(form, issues)}"
+        ) from error
     sources: list[ImageSource] = request.images  # type: ignore[attr-defined]
     if len(sources) > max_images:
         raise BodyTooLarge(
             f"The request has more than {max_images} images; send them in several requests."
         )
     return [_image(source) for source in sources], request
+
+
+def _shape(form: type[pydantic.BaseModel], issues: Sequence[Any]) -> str:
+    """The form of a request as a further sentence, if its images or nesting are wrong."""
+    nested = (issue["type"] == "extra_forbidden" for issue in issues if len(issue["loc"]) == 1)
+    if not any(issue["loc"][:1] == ("images",) for issue in issues) and not any(nested):
+        return ""
+    more = '"edits": […]' if "edits" in form.model_fields else '"top_k": 3'
+    return f' The form is {{"images": [{{"data": "<base64 of the file>"}}], {more}}}.'
 
 
 async def image_bytes(image: Image, fetcher: Fetcher | None, take: Callable[[int], None]) -> bytes:
@@ -299,7 +323,12 @@ def image_file(text: str) -> bytes | InvalidImageData:
     try:
         return from_base64(text.encode("ascii"))
     except ValueError:  # includes UnicodeEncodeError
-        return InvalidImageData("`data` is not standard base64 (RFC 4648 §4) of an image file.")
+        sent = reference_in(text[:1000].encode())
+        what = f"`data` is {sent!r}, which" if sent else "`data`"
+        return InvalidImageData(
+            f"{what} is not standard base64 (RFC 4648 §4) of an image file; send the content of "
+            "the file, as `base64 -w0 cat.jpg` prints it."
+        )
 
 
 def from_base64(text: bytes | bytearray) -> bytes:

@@ -19,18 +19,16 @@ from api_schemas.options import (
     PredictOptions,
     PredictRequest,
 )
-from service.errors import InvalidOption, NotAcceptable
 from service.pipeline import response
 from service.pipeline.answer_size import Quote, quote_image
 from service.pipeline.process import as_error, render, render_result, result_of
 from service.routes import bodies, docs, forms, lifecycle
 from service.routes.lifecycle import Billed, RequestWork
+from service.routes.negotiation import as_image
 from service.routes.state import service_of
 from service.scheduling.admission import Permit
 
 router = APIRouter(tags=["classify"])
-
-_FORMATS = {"image/jpeg": "jpeg", "image/png": "png", "image/webp": "webp"}
 
 _Make = Callable[[Billed], Awaitable[wire.Result | Response]]
 """Turns an answered image into its entry of the response, or into the whole response."""
@@ -65,19 +63,20 @@ async def _classify(
 ) -> Response:
     uploads, options = await _take_apart(request, body, options, form)
     permit.grow(len(uploads) - 1)
-    image_format = _image_format(request, options, len(uploads))
-    if image_format and isinstance(options, ExplainOptions):
-        options = options.model_copy(update={"format": image_format, "include": ["overlay"]})
+    drawn = as_image(request.headers.get("accept", ""), options, len(uploads))
+    options = drawn or options
     async with lifecycle.model_in_use(request, options.model) as model:
         work = await lifecycle.prepare(request, model, options, len(uploads), permit)
-        if image_format:
-            work = replace(work, price=work.sizes.overlay)
+        if drawn:
+            sizes = work.sizes
+            price = sizes.heatmap if "heatmap" in drawn.include else sizes.overlay
+            work = replace(work, price=price)
         quotes = [quote_image(upload, work.service.limits.pixels, work.price) for upload in uploads]
         work.bill.add(sum(quote.price for quote in quotes))
         take = bodies.bounded(permit, work.service.limits.body_bytes)
         make: _Make = functools.partial(render_result, work)
-        if image_format:
-            make = functools.partial(_overlay, work)
+        if drawn:
+            make = functools.partial(_image, work)
         elif len(uploads) == 1:
             make = functools.partial(_alone, request, work)
         results = await asyncio.gather(
@@ -102,64 +101,11 @@ async def _take_apart(
         )
         return await result_of(call), options
     if bodies.is_json(kind):
-        if request.scope["query_string"]:
-            raise InvalidOption(
-                "A JSON request carries its options as fields beside `images`; leave the query "
-                "empty."
-            )
+        bodies.refuse_query(options)
         return await result_of(
             service.scheduler.call(bodies.json_request, body, form, service.limits.images)
         )
     return bodies.raw_image(kind, body), options
-
-
-def _image_format(request: Request, options: CommonOptions, images: int) -> str | None:
-    """The overlay format if `Accept` prefers an image to JSON, else None. Raises NotAcceptable."""
-    if not isinstance(options, ExplainOptions):
-        return None
-    image_format = preferred_image(request.headers.get("accept", ""), options.format)
-    if image_format and images > 1:
-        raise NotAcceptable(
-            f"{images} images cannot be answered with one image; accept application/json, or "
-            "send one image per request."
-        )
-    if image_format and options.verify != "false":
-        raise NotAcceptable(
-            "An image has no place for a verdict; accept application/json, or leave out `verify`."
-        )
-    return image_format
-
-
-def preferred_image(accept: str, default: str) -> str | None:
-    """The overlay format that an `Accept` header asks for, or None for JSON.
-
-    The most preferred type counts (RFC 9110 §12.5.1); `image/*` takes `default`. Types that the
-    service cannot produce are ignored.
-    """
-    best, best_quality = None, 0.0
-    for item in accept.split(","):
-        kind, *parameters = (part.strip().lower() for part in item.split(";"))
-        quality = _quality(parameters)
-        if quality > best_quality and _makes(kind):
-            best, best_quality = kind, quality
-    if best == "image/*":
-        return default
-    return _FORMATS.get(best or "")
-
-
-def _makes(kind: str) -> bool:
-    return kind in _FORMATS or kind in ("image/*", "*/*", "application/*", "application/json")
-
-
-def _quality(parameters: list[str]) -> float:
-    for parameter in parameters:
-        name, _, value = parameter.partition("=")
-        if name.strip() == "q":
-            try:
-                return float(value)
-            except ValueError:
-                return 0.0
-    return 1.0
 
 
 async def _one(
@@ -170,12 +116,12 @@ async def _one(
     return await make(await lifecycle.infer(work, data, quote))
 
 
-async def _overlay(work: RequestWork, answered: Billed) -> Response:
-    """The first overlay as the whole response."""
+async def _image(work: RequestWork, answered: Billed) -> Response:
+    """The overlay, or the heatmap, as the whole response."""
     assert isinstance(work.options, ExplainOptions)
-    first = answered.inference.explanations[0]
-    style = response.style_of(work.options)
-    image = await render(work, response.overlay, answered.upload, first, style)
+    side = work.service.limits.render_side
+    explanation = answered.inference.explanations[0]
+    image = await render(work, response.picture, answered.upload, explanation, work.options, side)
     return Response(image.data, media_type=image.media_type)
 
 

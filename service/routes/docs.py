@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
+from api_schemas import options
 from api_schemas.answers import Answer, ExperimentAnswer, Problem
 from api_schemas.options import ExperimentRequest, ExplainRequest, PredictRequest
 from service.routes import examples
+from service.routes.access import OPEN
 from service.routes.integration import ErrorBody, Integration
 from service.routes.problems import PROBLEM_MEDIA_TYPE
 
@@ -53,6 +57,17 @@ _CODES = {
     504: "deadline_exceeded",
 }
 """One of the codes of each status."""
+
+_SECURITY = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "An API key of this service."},
+    "api_key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+    "basic": {
+        "type": "http",
+        "scheme": "basic",
+        "description": "Any user name, with an API key as the password.",
+    },
+}
+"""The ways to send an API key; a service without keys accepts requests without one."""
 
 _TAGS = {
     "classify": "Predictions for images, and the evidence for them.",
@@ -153,17 +168,56 @@ def complete(document: dict[str, Any], integrations: Sequence[Integration]) -> d
         str(integration.routers[0].tags[0]): integration.description for integration in integrations
     }
     document["tags"] = [{"name": name, "description": text} for name, text in tags.items()]
-    for operations in document["paths"].values():
+    document["security"] = [{}, *({name: []} for name in _SECURITY)]
+    components = document.setdefault("components", {})
+    components["securitySchemes"] = _SECURITY
+    for path, operations in document["paths"].items():
         for operation in operations.values():
             _complete_operation(operation)
-    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+            is_open = path in OPEN or any(each.is_open(path) for each in integrations)
+            if is_open and "401" not in operation["responses"]:
+                operation["security"] = []
+    schemas = components.setdefault("schemas", {})
     for name in ("HTTPValidationError", "ValidationError"):  # of FastAPI's own errors
         schemas.pop(name, None)
     for name, schema in _components(integrations):
         schemas.setdefault(name, schema)
+    _name_enums(document)
+    schemas.update(
+        {name: {"type": "string", "enum": list(values)} for values, name in ENUMS.items()}
+    )
     text = json.dumps(document).replace(json.dumps(examples.NULL), "null")
     whole: dict[str, Any] = json.loads(text)
     return whole
+
+
+def operation_id(route: APIRoute) -> str:
+    """A stable name of an operation for generated clients, such as `explain` or `kserve_v1_model`.
+
+    That of its function, with the protocol before it and `_version` behind it where it has those.
+    """
+    tag = str(route.tags[0]) if route.tags else ""
+    protocol = "" if tag in ("", *_TAGS) else f"{re.sub('[^a-z0-9]+', '_', tag.lower())}_"
+    return f"{protocol}{route.name}{'_version' if '{version}' in route.path else ''}"
+
+
+ENUMS = {
+    get_args(each): name
+    for name, each in vars(options).items()
+    if get_origin(each) is Literal and len(get_args(each)) > 1
+}
+"""The values of each option that has a name, by which schemas share one definition."""
+
+
+def _name_enums(node: Any) -> None:
+    """Replace each enumeration that has a name by a reference to it, wherever it is."""
+    for key, inner in list(node.items() if isinstance(node, dict) else enumerate(node)):
+        name = ENUMS.get(tuple(inner.get("enum", ()))) if isinstance(inner, dict) else None
+        if name:
+            more = {k: v for k, v in inner.items() if k not in ("enum", "type", "title")}
+            node[key] = {"$ref": f"#/components/schemas/{name}", **more}
+        elif isinstance(inner, dict | list):
+            _name_enums(inner)
 
 
 def _complete_operation(operation: dict[str, Any]) -> None:
@@ -172,11 +226,19 @@ def _complete_operation(operation: dict[str, Any]) -> None:
         operation["summary"] = " ".join(first.split()).rstrip(".")
     if rest:
         operation["description"] = " ".join(rest.split())
+    for parameter in operation.get("parameters", []):
+        if parameter["in"] == "path":  # is never null, though its function may be called without
+            parameter["schema"] = _not_null(parameter["schema"])
     responses = operation["responses"]
     if "4XX" not in responses:  # any route may get too long a head, or a wrong host
         responses |= {str(status): of for status, of in problems(421, 431).items()}
     if "HTTPValidationError" in str(responses.get("422")):
         del responses["422"]
+
+
+def _not_null(schema: dict[str, Any]) -> dict[str, Any]:
+    kinds = [each for each in schema.get("anyOf", []) if each.get("type") != "null"]
+    return {**kinds[0], "title": schema["title"]} if kinds else schema
 
 
 def _components(integrations: Sequence[Integration]) -> Iterator[tuple[str, Any]]:

@@ -95,10 +95,7 @@ async def _take_apart(
             f"{said if kind else 'No content type was sent'}; send application/json, or a form: "
             "curl -F image=@cat.jpg -F 'edits=[…]'."
         )
-    if request.scope["query_string"]:
-        raise InvalidOption(
-            "A JSON request carries its options as fields beside `images`; leave the query empty."
-        )
+    bodies.refuse_query(options)
     read = functools.partial(bodies.json_request, form=wire.ExperimentRequest)
     images, asked = await result_of(
         service.scheduler.call(read, body, max_images=service.limits.images)

@@ -198,6 +198,8 @@ async def prepare(
         resolution = await result_of(service.scheduler.call(resolve))
     (charge or functools.partial(access.reserve, request))(resolution.price)
     request.scope["log"] = {"model": model.name}
+    if isinstance(options, ExplainOptions):
+        request.scope["log"]["explained_by"] = options.method
     sizes = AnswerSizes(
         model, options, resolution.question(torch.empty(0)), service.limits.render_side
     )

@@ -6,7 +6,7 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
-from starlette.routing import BaseRoute
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import (
@@ -26,8 +26,8 @@ from service.errors import (
     ShuttingDown,
     Unauthorized,
 )
-from service.metrics import Metrics
-from service.routes.access import is_open, path_of, sent_key
+from service.metrics import Metrics, RequestLabels
+from service.routes.access import is_open, path_of, sent_key, why_unauthorized
 from service.routes.hosts import HostRule
 from service.routes.problems import problem, unexpected
 from service.scheduling.admission import Admission, RequestPermits
@@ -57,11 +57,21 @@ SECURITY_HEADERS = {
 
 CORS: Mapping[str, Any] = {
     "allow_methods": ["GET", "HEAD", "POST"],
-    "allow_headers": ["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
-    "expose_headers": ["Retry-After", "Server-Timing", "X-Request-ID"],
+    "allow_headers": [
+        *("Accept", "Authorization", "Content-Encoding", "Content-Type"),
+        *("Inference-Header-Content-Length", "Token", "traceparent", "tracestate"),
+        *("X-API-Key", "X-Request-ID", "X-Request-Timeout"),
+    ],
+    "expose_headers": [
+        *("Inference-Header-Content-Length", "Retry-After", "Server-Timing", "WWW-Authenticate"),
+        *("X-Kernels", "X-Kernels-Left-Out", "X-Request-ID"),
+    ],
     "max_age": 600,
 }
 """What pages of other origins may send and read, if any are allowed. Cookies are ignored."""
+
+MAX_PATH = 4 << 10
+"""Characters of a path."""
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,100}")
 
@@ -73,11 +83,14 @@ class RequestContext:
     What the request holds is released once its response is sent: `send` returns from the last
     message when the socket has taken it (`service.routes.server.outbox`).
     An unhandled exception becomes a 500 problem body here, without its text.
+
+    routes: those that a request is counted under if it was refused before it reached its own.
     """
 
     app: ASGIApp
     metrics: Metrics
     traces: Traces | None = None
+    routes: Sequence[BaseRoute] = ()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -117,16 +130,30 @@ class RequestContext:
             self._report(scope, status, (answered or time.monotonic()) - started)
 
     def _report(self, scope: Scope, status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", "unmatched")
-        self.metrics.requests.labels(route, str(status)).inc()
+        route, noted = self._route_of(scope), scope.get("log", {})
+        labels = RequestLabels(
+            noted.get("model", ""), noted.get("explained_by", ""), scope.get("key_name", "")
+        )
+        self.metrics.count_request(route, status, seconds, labels)
         is_probe = route.startswith(("/health", "/metrics"))
         method = scope.get("sent_method", scope["method"])
-        fields = {"method": method, "route": route, **scope.get("log", {})}
+        fields = {"method": method, "route": route, **noted}
         log = _log.debug if is_probe else _log.info
         log("request", status=status, ms=round(seconds * 1000, 1), **fields)
         if self.traces is not None and not is_probe:
             fields["request_id"] = scope["request_id"]
             self.traces.record(Headers(scope=scope), seconds, fields, status)
+
+    def _route_of(self, scope: Scope) -> str:
+        """The path template of the route that a request is for, or "unmatched".
+
+        A request that the middleware refused has not reached its route, which is looked up here.
+        """
+        route = scope.get("route")
+        if route is None and len(scope["path"]) <= MAX_PATH:
+            fitting = (each for each in self.routes if each.matches(scope)[0] == Match.FULL)
+            route = next(fitting, None)
+        return getattr(route, "path", "unmatched")
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +216,7 @@ class BoundedHeaders:
     app: ASGIApp
     fields: int = 100
     characters: int = 16 << 10
-    path: int = 4 << 10
+    path: int = MAX_PATH
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -249,15 +276,14 @@ class Access:
         if self.keys is None or scope["type"] != "http" or self._is_open(scope):
             await self.app(scope, receive, send)
             return
-        key = self.keys.owner(sent_key(Headers(scope=scope)))
+        headers = Headers(scope=scope)
+        key = self.keys.owner(sent_key(headers))
         if key is None:
-            refusal = Unauthorized(
-                "Send an API key of this service: Authorization: Bearer KEY, X-API-Key: KEY, or as "
-                "the password of Basic."
-            )
+            refusal = Unauthorized(why_unauthorized(headers))
             await problem(Request(scope), refusal)(scope, receive, send)
             return
         structlog.contextvars.bind_contextvars(key=key.name)
+        scope["key_name"] = key.name
         try:
             with self.quotas.visit(key) as visit:
                 scope["visit"] = visit

@@ -5,6 +5,7 @@ On the paths of an integration the body is that of its protocol (`service.routes
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from http import HTTPStatus
@@ -198,6 +199,8 @@ def _sentence(issue: Any, known: Sequence[str]) -> str:
             repeated = "&".join(f"{around[0]}={value}" for value in several)
             return f"{around[0]}: repeat the parameter: {repeated}, or send a list in JSON"
         message += f".{nearest(given, choices)}".rstrip(".")
+    if issue["type"] == "list_type" and isinstance(issue["input"], str | int):
+        message += f"; send [{json.dumps(_shown(issue['input']))}]"
     return f"{location}: {message}" if location else message
 
 

@@ -51,7 +51,8 @@ class Key:
 class KeyFile:
     """The keys of a file, reloaded when the file changes.
 
-    If the file becomes unreadable or invalid, the keys do not change, and an error is logged.
+    If the file becomes unreadable or invalid, the keys do not change, an error is logged, and
+    `is_current` is false until it can be read again.
 
     Raises ConfigurationError if it is invalid at the start.
     """
@@ -61,6 +62,7 @@ class KeyFile:
         self._stamp = _stamp(path)
         self._keys = read_keys(path)
         self._looked = time.monotonic()
+        self.is_current = True
 
     def owner(self, key: str) -> Key | None:
         """The entry of a key, or None, in constant time.
@@ -83,8 +85,10 @@ class KeyFile:
         try:
             self._keys = read_keys(self._path)
         except ConfigurationError as error:
+            self.is_current = False
             _log.error("keys_not_reread", detail=error.detail)
         else:
+            self.is_current = True
             _log.info("keys_reread", path=str(self._path), keys=len(self._keys))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import re
@@ -26,6 +27,7 @@ pytestmark = [pytest.mark.container, pytest.mark.timeout(500)]
 
 SAMPLE = (ROOT / "examples" / "sunflower.jpg").read_bytes()
 PATIENCE = 180.0
+KEY = "of-the-load"
 
 
 @pytest.fixture(scope="session")
@@ -91,6 +93,9 @@ def serving(folder: Path) -> Iterator[str]:
     log = folder / "service.log"
     command = [sys.executable, "-m", "service", "serve", "--port", "0", "--device", "cpu"]
     command += ["--workers", "1", "--max-queue", "6"]
+    keys = folder / "keys"
+    keys.write_text(f"load:{hashlib.sha256(KEY.encode()).hexdigest()}\n")
+    command += ["--api-keys-file", str(keys)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     with process(command, log, env=environment) as served:
         address = awaited(
@@ -152,13 +157,15 @@ def loaded(url: str) -> Iterator[None]:
         ("/explain", b"no picture"),
         ("/explain?no_such_option=1", SAMPLE),
         ("/explain?verify=true&include=none", SAMPLE),
+        ("/predict", b"with a wrong key"),
     ]
 
     def client(number: int) -> None:
         with httpx.Client(base_url=url, trust_env=False, timeout=60) as http:
             while not over.is_set():
                 path, body = asks[number % len(asks)]
-                headers = {"content-type": "image/jpeg"}
+                key = "wrong" if body.endswith(b"wrong key") else KEY
+                headers = {"content-type": "image/jpeg", "x-api-key": key}
                 assert http.post(path, content=body, headers=headers).status_code < 500
                 assert http.get("/health/ready").is_success
                 number += 1

@@ -13,6 +13,7 @@ import select
 import subprocess
 import sys
 import webbrowser
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from typer.testing import CliRunner, Result
 from api_schemas.answers import Verification, verdict_sentence
 from service.cli.main import app
 from service.cli.report.contact_sheet import MARGIN, VERDICT, draw_verdict
+from service.cli.report.page import FLAGS
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -348,6 +350,20 @@ def test_a_report_is_one_file_that_asks_nothing_of_anybody() -> None:
     assert photo is not None
     with Image.open(io.BytesIO(base64.b64decode(photo[1]))) as shown, Image.open("a.png") as source:
         assert shown.size == source.size
+
+
+def test_a_report_has_the_flags_of_each_explanation_below_its_own_map() -> None:
+    photos("a.png")
+    classes = ("--targets", "0", "--targets", "1", "--targets", "2")
+    explain("a.png", "--report", "why.html", "--out", "out", *classes)
+    figures = re.findall(r"<figure>.*?</figure>", Path("why.html").read_text(), re.DOTALL)
+    found = json.loads(Path("out/a.json").read_text())["explanations"]
+    assert len(figures) == len(found) == 3
+    assert len({tuple(each["flags"]) for each in found}) > 1
+    for figure, each in zip(figures, found, strict=True):
+        notes = re.findall(r'<p class="note">(.*?)</p>', figure)
+        assert notes == [escape(FLAGS.get(flag, flag.replace("_", " "))) for flag in each["flags"]]
+        assert f"<figcaption>{each['label']} " in figure
 
 
 def test_a_report_tells_each_verdict_in_a_sentence_with_its_numbers_in_a_fold() -> None:

@@ -266,12 +266,54 @@ def test_any_image_takes_the_format_option(client: TestClient) -> None:
 
 
 def test_the_image_that_answers_is_the_overlay_of_the_json_answer(client: TestClient) -> None:
-    """Of several explanations, the first."""
-    options = {"targets": [4, 2], "opacity": 0.7, "colormap": "viridis", "fit": "pad"}
+    options = {"targets": [4], "opacity": 0.7, "colormap": "viridis", "fit": "pad"}
     asked = {"content": pictures.png(), "params": options}
     direct = client.post("/explain", headers={**PNG, "accept": "image/png"}, **asked)
     told = ask(client, pictures.png(), include="overlay", format="png", **options)
     assert direct.content == base64.b64decode(told["explanations"][0]["overlay"]["data"])
+
+
+@pytest.mark.parametrize("size", ["source", "model", "native"])
+def test_the_heatmap_alone_answers_if_it_is_included(client: TestClient, size: str) -> None:
+    options = {"targets": [4], "include": "heatmap", "size": size}
+    for accept in ("image/png", "image/*", "image/jpeg, image/png;q=0.1"):
+        headers = {**PNG, "accept": accept}
+        direct = client.post("/explain", content=pictures.png(), params=options, headers=headers)
+        assert direct.headers["content-type"] == "image/png"
+        told = ask(client, pictures.png(), **options)["explanations"][0]["heatmap"]
+        assert direct.content == base64.b64decode(told["data"])
+
+
+@pytest.mark.parametrize(
+    ("accept", "query", "named"),
+    [
+        ("image/jpeg", "include=heatmap", ["'image/jpeg'", "include=heatmap", "image/png"]),
+        ("image/png", "format=jpeg", ["'image/png'", "format=jpeg", "image/jpeg"]),
+        ("image/png", "include=heatmap&include=overlay", ["include=heatmap,overlay", "alone"]),
+        ("image/png", "include=grid", ["include=grid", "include=overlay"]),
+        ("image/png", "include=none", ["include=none", "include=heatmap"]),
+        ("image/png", "targets=1&targets=2", ["2 explanations", "one target"]),
+        ("image/png", "explain_top=3", ["3 explanations", "one target"]),
+        ("image/png", "top_k=3&activations=head", ["`top_k` and `activations`", "leave out"]),
+        ("image/png", 'mask={"boxes":[[1,1,9,9]]}', ["`mask`", "leave out"]),
+        ("image/png", "threshold=0.2", ["`threshold`", "leave out"]),
+        ("image/png", "verify=true", ["`verify`", "leave out"]),
+    ],
+)
+def test_options_that_one_image_cannot_honour_are_refused(
+    client: TestClient, accept: str, query: str, named: list[str]
+) -> None:
+    headers = {**PNG, "accept": accept}
+    response = client.post(f"/explain?{query}", content=pictures.png(), headers=headers)
+    assert (response.status_code, response.json()["code"]) == (406, "not_acceptable")
+    detail = response.json()["detail"]
+    assert all(word in detail for word in (*named, "application/json")), detail
+
+
+def test_a_format_that_is_also_accepted_is_honoured(client: TestClient) -> None:
+    headers = {**PNG, "accept": "image/png, image/*;q=0.5"}
+    response = client.post("/explain?format=webp", content=pictures.png(), headers=headers)
+    assert response.headers["content-type"] == "image/webp"
 
 
 def test_several_images_cannot_be_one_picture(client: TestClient) -> None:

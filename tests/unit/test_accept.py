@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from service.routes.classify import preferred_image
+from service.routes.negotiation import preferred_image
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import dataclasses
 import io
 import json
 import socket
@@ -18,19 +19,22 @@ import httpx
 import numpy as np
 import pictures
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
 from pycocotools import mask as coco
 
+from api_schemas import answers
 from api_schemas.answers import MaskRLE
-from api_schemas.client import AsyncClient, Client, errors
+from api_schemas.client import AsyncClient, Client, errors, pixels, results
 from api_schemas.client.arguments import (
     ExperimentArguments,
     ExplainArguments,
     PredictArguments,
 )
+from api_schemas.client.pixel_arrays import to_uint8
 from api_schemas.client.requests import (
     ApiCall,
     RetryPolicy,
@@ -41,7 +45,7 @@ from api_schemas.client.requests import (
     image_file,
     read_options,
 )
-from api_schemas.client.results import decode_mask, read_answer
+from api_schemas.client.results import Explanation, Prediction, Result, decode_mask, read_answer
 from api_schemas.options import ExperimentOptions, ExplainOptions, Mask, PredictOptions
 
 CALL = ApiCall("GET", "/models")
@@ -321,13 +325,106 @@ def test_pixels_become_a_file_of_the_same_pixels(shape: tuple[int, ...]) -> None
     assert np.array_equal(np.asarray(found), pixels.squeeze())
 
 
+BYTES = np.random.default_rng(1).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+
+
 @pytest.mark.parametrize(
-    "pixels",
-    [np.zeros((3, 8, 8), np.float32), np.zeros((2, 8, 8, 3), np.uint8), np.zeros((0, 4), np.uint8)],
+    "image",
+    [
+        BYTES.astype(np.float32) / 255,
+        BYTES.astype(np.float64) / 255,
+        np.moveaxis(BYTES, -1, 0),
+        np.moveaxis(BYTES, -1, 0).astype(np.float32) / 255,
+        torch.from_numpy(BYTES),
+        torch.from_numpy(BYTES).permute(2, 0, 1),
+        (torch.from_numpy(BYTES).permute(2, 0, 1) / 255).requires_grad_(),
+    ],
+    ids=["HWC 32", "HWC 64", "CHW bytes", "CHW 32", "tensor HWC", "tensor CHW", "with gradient"],
 )
-def test_what_is_no_image_is_refused(pixels: Any) -> None:
-    with pytest.raises(errors.UnreadableImage, match=r"give uint8 \(height, width"):
-        image_file(pixels)
+def test_floats_channels_first_and_tensors_become_a_file_of_the_same_pixels(image: Any) -> None:
+    assert np.array_equal(np.asarray(pictures.opened(image_file(image))), BYTES)
+
+
+def test_half_precision_is_within_a_level() -> None:
+    half = (torch.from_numpy(BYTES).permute(2, 0, 1) / 255).to(torch.bfloat16)
+    found = np.asarray(pictures.opened(image_file(half))).astype(int)
+    assert np.abs(found - BYTES).max() <= 1
+
+
+def test_a_stated_range_is_black_to_white() -> None:
+    ramp = np.linspace(-1, 1, 256, dtype=np.float32).reshape(16, 16)
+    assert np.array_equal(pixels(ramp, -1, 1), np.arange(256).reshape(16, 16))
+
+
+def test_where_both_places_could_be_channels_tensors_are_read_with_them_first() -> None:
+    both = np.arange(3 * 5 * 3, dtype=np.uint8).reshape(3, 5, 3)
+    assert to_uint8(both).shape == (3, 5, 3)
+    assert np.array_equal(to_uint8(torch.from_numpy(both)), np.moveaxis(both, 0, 2))
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (np.zeros((2, 8, 8, 3), np.uint8), ["(2, 8, 8, 3)", "list(batch)"]),
+        (torch.zeros((2, 3, 8, 8)), ["(2, 3, 8, 8)", "list(batch)"]),
+        (np.zeros((0, 4), np.uint8), ["(0, 4)", "(height, width, 3)"]),
+        (np.zeros((8, 8, 5), np.uint8), ["(8, 8, 5)", "(3, height, width)"]),
+        (np.zeros((8, 8, 3), np.int64), ["int64", "uint8", "0 to 1"]),
+        (np.full((8, 8), 255.0, np.float32), ["255", "0 to 1", "pixels(image, low, high)"]),
+        (torch.full((3, 8, 8), -2.1), ["-2.1", "normalization"]),
+        (np.full((8, 8), np.nan, np.float32), ["nan", "0 to 1"]),
+    ],
+)
+def test_what_is_no_image_is_refused_with_what_is_accepted(image: Any, words: list[str]) -> None:
+    with pytest.raises(errors.UnreadableImage) as caught:
+        image_file(image)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+# ---- results in notebooks and data frames
+
+
+def a_result() -> Result:
+    heatmap = Image.new("P", (4, 3))
+    explanation = Explanation(
+        *(2, "<b>tench</b>", 0.75, None, "gradcam", "layer4", (0.0, 1.0), ["saturated"]),
+        cost=answers.Cost(forwards=1.0),
+        grid=None,
+        heatmap=heatmap,
+        overlay=None,
+        regions=None,
+    )
+    prediction = Prediction(class_id=2, label="<b>tench</b>", score=0.75, logit=3.0)
+    return Result(predictions=[prediction], explanations=[explanation])
+
+
+def test_a_notebook_shows_map_and_predictions_and_text_is_escaped() -> None:
+    html = a_result()._repr_html_()
+    assert "<b>tench" not in html
+    assert html.count("&lt;b&gt;tench&lt;/b&gt;") == 3  # caption, alternative text, table
+    assert "75.0%" in html
+    assert "gradcam at layer4<br>saturated" in html
+    data = html.split("data:image/png;base64,")[1].split('"')[0]
+    assert pictures.opened(base64.b64decode(data)).size == (4, 3)
+
+
+def test_a_notebook_shows_the_error_of_a_failed_image() -> None:
+    failed = Result(error=errors.service_error(415, "unsupported_image", "It is <text>.", "id"))
+    assert failed._repr_html_() == "<p><b>unsupported_image</b>: It is &lt;text&gt;.</p>"
+
+
+def test_a_data_frame_of_predictions_has_the_names_of_their_fields_as_columns() -> None:
+    pandas = pytest.importorskip("pandas", reason="pandas comes with the extra `ray`")
+    frame = pandas.DataFrame(a_result().predictions)
+    assert list(frame.columns) == ["class_id", "label", "score", "logit"]
+    assert frame.loc[0].tolist() == [2, "<b>tench</b>", 0.75, 3.0]
+
+
+@pytest.mark.parametrize("name", ["Prediction", "Change"])
+def test_what_a_data_frame_reads_has_the_fields_of_the_wire(name: str) -> None:
+    decoded = getattr(results, name)
+    fields = [each.name for each in dataclasses.fields(decoded)]
+    assert fields == list(getattr(answers, name).model_fields)
 
 
 def test_what_is_read_from_where(tmp_path) -> None:

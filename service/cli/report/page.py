@@ -159,17 +159,18 @@ def _card(outcome: Explained) -> str:
             zip(outcome.answer.explanations, outcome.result.explanations or [], strict=True)
         )
     )
-    flags = dict.fromkeys(
-        flag for explanation in outcome.answer.explanations for flag in explanation.flags
-    )
-    notes = [FLAGS.get(flag, flag.replace("_", " ")) for flag in flags] + _hidden(outcome.result)
+    notes = "".join(map(_note, _hidden(outcome.result)))
     return f"""<article data-label="{escape(best.label)}" data-score="{best.score:.6f}">
 {figures}
 <h2>{escape(best.label)} <b>{best.score:.1%}</b></h2>
 <p class="name">{escape(text_of(outcome.path))}</p>
 <ol>{_others(outcome.result.predictions or [])}</ol>
-{"".join(f'<p class="note">{escape(note)}</p>' for note in notes)}
+{notes}
 </article>"""
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{escape(text)}</p>'
 
 
 def _figure(
@@ -200,7 +201,10 @@ def _figure(
     label = outcome.model.labels[explanation.class_id]
     clip = f"seen-{mark}-{explanation.class_id}"
     alternative = f"{text_of(outcome.path)}: evidence for {label}"
-    caption = "" if first else f"{escape(label)} {explanation.score:.1%}"
+    flags = [FLAGS.get(flag, flag.replace("_", " ")) for flag in explanation.flags]
+    is_named = flags or len(outcome.answer.explanations) > 1
+    caption = f"{escape(label)} {explanation.score:.1%}" if is_named else ""
+    caption += "".join(map(_note, flags))
     caption += "" if verdict is None else _verdict(verdict)
     return f"""<figure><button type="button" aria-label="Enlarge {escape(text_of(outcome.path))}">
 <svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(alternative)}">
