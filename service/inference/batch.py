@@ -231,15 +231,18 @@ def _targets(question: Question, logits: Tensor) -> tuple[int, ...]:
 
 
 def _logit_weights(forward_pass: ForwardPass, logits: Tensor) -> Tensor:
-    """What is differentiated, (K, B, classes): each image's targets, minus its contrast."""
+    """What is differentiated, (K, B, classes): the slope of each explained value by the logits."""
     most = max(1, *(len(ids) for ids in forward_pass.targets))
-    weights = torch.zeros((most, *logits.shape), dtype=logits.dtype)
+    weights, rows = torch.zeros((most, *logits.shape), dtype=logits.dtype), None
     pairs = zip(forward_pass.questions, forward_pass.targets, strict=True)
     for image, (question, ids) in enumerate(pairs):
         for position, class_id in enumerate(ids):
-            weights[position, image, class_id] += 1
-            if question.contrast is not None:
-                weights[position, image, question.contrast] -= 1
+            if question.contrast is None:
+                weights[position, image, class_id] = 1
+                continue
+            rows = logits.detach().cpu() if rows is None else rows
+            contrast = question.contrast.at(rows[image], class_id)
+            weights[position, image] = contrast.slope(rows[image], class_id)
     return weights.to(logits.device)
 
 
@@ -327,7 +330,7 @@ def _image_pass(
 
 def _explanation(image_pass: ImagePass, class_id: int, score: float, cam: Tensor) -> Explanation:
     question, model, scaled = image_pass.question, image_pass.model, scale(cam)
-    method = question.method_record
+    method, contrast = question.method_record, image_pass.contrast(class_id)
     assert method is not None
     flags = {
         "all_zero": not bool(scaled.grid.any()),
@@ -346,7 +349,7 @@ def _explanation(image_pass: ImagePass, class_id: int, score: float, cam: Tensor
         class_id=class_id,
         score=score,
         logit=float(image_pass.logits[class_id]),
-        contrast=question.contrast,
+        contrast=contrast.as_mapping(image_pass.logits) if contrast else {},
         method=method.name,
         layers=question.layers if method.has_layer else (),
         grid=read_only_array(scaled.grid),
