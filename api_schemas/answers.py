@@ -225,10 +225,18 @@ def verdict_sentence(found: AnyVerdict) -> str:
     return VERDICT_SENTENCES[found.reason or found.verdict]
 
 
+class Contrast(BaseModel):
+    """A class that the target is compared with, and the weight of its logit."""
+
+    class_id: int
+    label: str
+    weight: float
+
+
 class Explanation(BaseModel):
     """One map with its metadata.
 
-    `logit_difference` is the logit of the class minus that of `contrast`, null without one. `range`
+    `logit_difference` is the logit of the class minus those of the contrast, weighted; null without one. `range`
     is [min, max] of the map before it was divided by its largest absolute value; `flags` are its
     limitations: all_zero, target_not_predicted, saturated, low_resolution,
     random_weights, module_called_n_times and others.
@@ -237,8 +245,13 @@ class Explanation(BaseModel):
     class_id: int
     label: str
     score: float
-    contrast: int | None = None
-    logit_difference: float | None = None
+    contrast: int | None = Field(None, description="The class of a contrast with one class.")
+    contrasts: list[Contrast] | None = Field(
+        None, description="The classes of a contrast with several or with a weight."
+    )
+    logit_difference: float | None = Field(
+        None, description="The logit minus the weighted logits of the contrast."
+    )
     method: str
     layer: str | list[str] | None
     range: tuple[float, float]

@@ -96,6 +96,14 @@ def _text(value: object) -> object:
 Target = Annotated[str, Field(min_length=1, max_length=200), BeforeValidator(_text)]
 
 
+ContrastWeight = Annotated[float, Field(ge=0, le=100)]
+
+
+def _listed(value: object) -> object:
+    """Return one value as a list: a JSON request may give it alone."""
+    return value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+
+
 class RunLengths(BaseModel):
     """A mask as COCO run-length encoding: size is [height, width], counts compressed or plain."""
 
@@ -188,8 +196,18 @@ class ExplainOptions(CommonOptions):
         "`label:3` are explicit. Default: the top-1 prediction.",
     )
     explain_top: int = Field(1, ge=1, le=100, description="Explain the top n predictions.")
-    contrast: Target | None = Field(
-        None, description="Explain each target minus this class: why A rather than B."
+    contrast: Annotated[list[Target], BeforeValidator(_listed)] = Field(
+        [],
+        max_length=16,
+        description="Explain each target minus this class: why A rather than B. Several classes, "
+        "or `nearest:3` for the three with the nearest logits, are weighted by their "
+        "probabilities (Finer-CAM).",
+    )
+    contrast_weight: Annotated[list[ContrastWeight], BeforeValidator(_listed)] = Field(
+        [],
+        max_length=16,
+        description="The weight of each class of `contrast`; default: their probabilities among "
+        "each other, 1 for one class.",
     )
     method: Method = Field("gradcam", description="How the map is computed.")
     layer: list[LayerPath] = Field(
@@ -238,6 +256,11 @@ class ExplainOptions(CommonOptions):
     def _no_contradictions(self) -> Self:
         if self.targets and self.explain_top > 1:
             raise ValueError("`targets` and `explain_top` exclude each other; give one of them")
+        if self.contrast_weight and len(self.contrast_weight) != len(self.contrast):
+            raise ValueError(
+                f"`contrast_weight` has {len(self.contrast_weight)} numbers and `contrast` "
+                f"{len(self.contrast)} classes; give one number for each class, or none"
+            )
         if "none" in self.include and len(self.include) > 1:
             raise ValueError("`include=none` stands alone; leave out the other values or `none`")
         several = len(self.targets) > 1 or self.explain_top > 1

@@ -40,7 +40,8 @@ class ExplainArguments(_Common, total=False):
     activation_kind: Literal["output", "input", "grad_output", "grad_input"]
     targets: int | str | list[int | str]
     explain_top: int
-    contrast: int | str
+    contrast: int | str | list[int | str]
+    contrast_weight: float | list[float]
     method: Method
     layer: str | list[str]
     include: Include | list[Include]

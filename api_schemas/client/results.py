@@ -69,6 +69,7 @@ class Explanation:
     heatmap: mode P, the pixel value is 255·|map| (`bwr`: 127.5 + 127.5·map), the palette the
              colormap.
     overlay: the image under the colored map.
+    contrasts: the classes that the target is compared with, if several or with a weight.
     These and `regions` are None if `include` does not name them.
     verify:  the verdict on the map with its numbers; None without the option `verify`.
     logit_difference: the logit of the class minus that of `contrast`; None without one.
@@ -88,6 +89,7 @@ class Explanation:
     overlay: PIL.Image.Image | None = field(repr=False)
     regions: Regions | None = field(repr=False)
     verify: answers.Verification | None = field(default=None, repr=False)
+    contrasts: tuple[answers.Contrast, ...] = ()
     logit_difference: float | None = None
 
     def _repr_html_(self) -> str:
@@ -252,6 +254,7 @@ def _explanation(wire: answers.Explanation) -> Explanation:
         label=wire.label,
         score=wire.score,
         contrast=wire.contrast,
+        contrasts=tuple(wire.contrasts or ()),
         method=wire.method,
         layer=wire.layer,
         range=wire.range,

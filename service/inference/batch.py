@@ -231,15 +231,18 @@ def _targets(question: Question, logits: Tensor) -> tuple[int, ...]:
 
 
 def _logit_weights(forward_pass: ForwardPass, logits: Tensor) -> Tensor:
-    """What is differentiated, (K, B, classes): each image's targets, minus its contrast."""
+    """What is differentiated, (K, B, classes): the slope of each explained value by the logits."""
     most = max(1, *(len(ids) for ids in forward_pass.targets))
-    weights = torch.zeros((most, *logits.shape), dtype=logits.dtype)
+    weights, rows = torch.zeros((most, *logits.shape), dtype=logits.dtype), None
     pairs = zip(forward_pass.questions, forward_pass.targets, strict=True)
     for image, (question, ids) in enumerate(pairs):
         for position, class_id in enumerate(ids):
-            weights[position, image, class_id] += 1
-            if question.contrast is not None:
-                weights[position, image, question.contrast] -= 1
+            if question.contrast is None:
+                weights[position, image, class_id] = 1
+                continue
+            rows = logits.detach().cpu() if rows is None else rows
+            contrast = question.contrast.at(rows[image], class_id)
+            weights[position, image] = contrast.slope(rows[image], class_id)
     return weights.to(logits.device)
 
 
@@ -327,8 +330,10 @@ def _image_pass(
 
 def _explanation(image_pass: ImagePass, class_id: int, score: float, cam: Tensor) -> Explanation:
     question, model, scaled = image_pass.question, image_pass.model, scale(cam)
-    method = question.method_record
+    method, contrast = question.method_record, image_pass.contrast(class_id)
     assert method is not None
+    weights = contrast.as_mapping(image_pass.logits) if contrast else {}
+    logit = float(image_pass.logits[class_id])
     flags = {
         "all_zero": not bool(scaled.grid.any()),
         "target_not_predicted": class_id != int(image_pass.logits.argmax()),
@@ -342,13 +347,12 @@ def _explanation(image_pass: ImagePass, class_id: int, score: float, cam: Tensor
         "class_blind": method.class_blind,
         "places_unclear": not model.unclear.isdisjoint(question.layers),
     }
-    logit, contrast = float(image_pass.logits[class_id]), question.contrast
     return Explanation(
         class_id=class_id,
         score=score,
         logit=logit,
-        contrast=contrast,
-        logit_difference=None if contrast is None else logit - float(image_pass.logits[contrast]),
+        contrast=weights,
+        logit_difference=_difference(logit, weights, image_pass.logits),
         method=method.name,
         layers=question.layers if method.has_layer else (),
         grid=read_only_array(scaled.grid),
@@ -357,3 +361,9 @@ def _explanation(image_pass: ImagePass, class_id: int, score: float, cam: Tensor
         flags=tuple(flag for flag, is_set in flags.items() if is_set),
         cost=cost(model, question),
     )
+
+
+def _difference(logit: float, contrast: Mapping[int, float], logits: Tensor) -> float | None:
+    """The logit minus the weighted logits of the classes it is compared with, if there are any."""
+    against = sum(weight * float(logits[class_id]) for class_id, weight in contrast.items())
+    return logit - against if contrast else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -146,9 +147,7 @@ def rise(image_pass: ImagePass) -> Steps:
         image_pass.model, len(grids), lambda chunk: _dimmed(image_pass, masks(chunk))
     )
     scores = image_pass.model.scores(logits)
-    values = torch.stack(
-        [image_pass.target_value(scores, position) for position in range(len(image_pass.targets))]
-    )
+    values = torch.stack([_of_scores(image_pass, scores, target) for target in image_pass.targets])
     leads = values - values.mean(dim=1, keepdim=True)
     total, kept = torch.zeros(len(values), *size), torch.zeros(size)
     for start in range(0, len(grids), CHUNK):
@@ -158,6 +157,15 @@ def rise(image_pass: ImagePass) -> Steps:
         kept += drawn.sum(dim=0)
     # A pixel that no mask keeps, as with few samples, has no score.
     return list(torch.where(kept > 0, total / kept, 0))
+
+
+def _of_scores(image_pass: ImagePass, scores: Tensor, target: int) -> Tensor:
+    """What is explained, of scores (n, classes) in place of logits; the weights are the image's."""
+    contrast = image_pass.contrast(target)
+    if contrast is None:
+        return scores[:, target]
+    weights = contrast.as_mapping(image_pass.logits)
+    return replace(contrast, weights=tuple(weights.values())).lead(scores, target)
 
 
 def normalised_image(image_pass: ImagePass) -> Tensor:

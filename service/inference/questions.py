@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +14,7 @@ from api_schemas.methods import METHODS, MethodRecord
 from service.cam.verdict import WHOLE, Evidence, Verdict
 from service.errors import CamserveError
 from service.images.decode import Rect
+from service.inference.contrast import Contrast
 from service.models.compiled.front import Precision
 from service.models.loaded import LoadedModel
 
@@ -109,7 +110,7 @@ class Question:
     pixels:      uint8 (3, h, w), at the model's input size.
     top_k:       how many predictions to list.
     targets:     the class ids to explain; empty explains the `explain_top` best predictions.
-    contrast:    explain the target's logit minus this class's.
+    contrast:    what each target's logit is compared with.
     method:      None for predictions alone.
     layers:      the target layers; several are fused.
     activations: the layers to capture, in each of `kinds`; gradients are of the first target.
@@ -124,7 +125,7 @@ class Question:
     top_k: int = 5
     targets: tuple[int, ...] = ()
     explain_top: int = 1
-    contrast: int | None = None
+    contrast: Contrast | None = None
     method: str | None = "gradcam"
     layers: tuple[str, ...] = ()
     activations: tuple[str, ...] = ()
@@ -182,8 +183,9 @@ class Explanation:
     """One map: `grid` float32 (h, w) in −1..1, `low` and `high` its range before the division.
 
     The CAM family is not negative and has the shape of its layer; input-level methods have the
-    shape of the model input and no layer. `cost` is in forward passes. `logit_difference`: the
-    logit minus that of `contrast`. `tried`: the verdicts on maps of earlier layers, if its own is
+    shape of the model input and no layer. `contrast`: the weight of each class that the target is
+    compared with, at the image's logits; `logit_difference`: the logit minus theirs, weighted.
+    `cost` is in forward passes. `tried`: the verdicts on maps of earlier layers, if its own is
     inconclusive. The wire's form is
     `api_schemas.answers.Explanation`.
     """
@@ -191,7 +193,7 @@ class Explanation:
     class_id: int
     score: float
     logit: float
-    contrast: int | None
+    contrast: Mapping[int, float]
     method: str
     layers: tuple[str, ...]
     grid: NDArray[np.float32]

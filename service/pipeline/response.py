@@ -163,6 +163,21 @@ def style_of(options: ExplainOptions) -> Style:
     return Style(options.size, options.colormap, options.format, options.opacity)
 
 
+def _contrast(model: LoadedModel, explanation: Explanation) -> dict[str, Any]:
+    """The only class of a contrast, or all with their weights, and the difference of logits."""
+    contrast = explanation.contrast
+    if not contrast:
+        return {"contrast": None}
+    difference = {"logit_difference": explanation.logit_difference}
+    if len(contrast) == 1 and set(contrast.values()) == {1.0}:
+        return {"contrast": next(iter(contrast)), **difference}
+    entries = [
+        wire.Contrast(class_id=class_id, label=model.labels[class_id], weight=weight)
+        for class_id, weight in contrast.items()
+    ]
+    return {"contrast": None, "contrasts": entries, **difference}
+
+
 def explanation_entry(
     model: LoadedModel,
     upload: Upload,
@@ -176,8 +191,7 @@ def explanation_entry(
         "class_id": explanation.class_id,
         "label": model.labels[explanation.class_id],
         "score": explanation.score,
-        "contrast": explanation.contrast,
-        "logit_difference": explanation.logit_difference,
+        **_contrast(model, explanation),
         "method": explanation.method,
         "layer": (layers[0] if len(layers) == 1 else list(layers)) if layers else None,
         "range": (explanation.low, explanation.high),

@@ -19,6 +19,7 @@ from torch.nn import functional
 from service.cam.attention import AttentionMode, Differentiable, Rollout, attention_weights
 from service.errors import InvalidOption
 from service.inference import method_table
+from service.inference.contrast import Contrast
 from service.inference.method_table import check_method
 from service.inference.questions import Question
 from service.models.catalog import InputSpec, ModelSpec
@@ -267,7 +268,8 @@ def test_gae_is_the_papers_sum_of_positive_gradient_times_attention(name: str, c
         cam = (each.grad * each.detach())[0].clamp(min=0).mean(dim=0)
         relevance = relevance + cam @ relevance
     expected = relevance[list(rows)].mean(dim=0)[prefix:].reshape(4, 4)
-    ours = explained(served(name), "gae", contrast=contrast)
+    compared = None if contrast is None else Contrast((contrast,))
+    ours = explained(served(name), "gae", contrast=compared)
     assert oracles.distance(ours, expected.double()) < 1e-4
 
 

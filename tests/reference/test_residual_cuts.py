@@ -12,6 +12,7 @@ import oracles
 import pytest
 
 from service.inference.batch import Unfinished, run, run_compiled
+from service.inference.contrast import Contrast
 from service.inference.questions import Question, lane_of
 from service.models.catalog import ModelSpec
 from service.models.compiled.lane import Compiler
@@ -47,7 +48,12 @@ def test_the_compiled_lane_answers_as_the_hooked_one_in_batches_of_any_size(name
     layers = model.target_layers(())
     for count in (1, 3, 5):
         asked = [
-            Question(oracles.picture(seed, SIDE, SIDE), targets=(2, 7), contrast=5, layers=layers)
+            Question(
+                oracles.picture(seed, SIDE, SIDE),
+                targets=(2, 7),
+                contrast=Contrast((5,)),
+                layers=layers,
+            )
             for seed in range(count)
         ]
         assert {lane_of(model, each) for each in asked} == {"compiled"}

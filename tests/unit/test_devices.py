@@ -15,6 +15,7 @@ from torch import nn
 
 from api_schemas.methods import METHODS
 from service.inference.batch import Unfinished, run
+from service.inference.contrast import Contrast
 from service.inference.questions import InferenceResult, Question
 from service.models.catalog import ModelSpec
 from service.models.loaded import LoadedModel
@@ -128,7 +129,7 @@ def test_every_method_answers_as_on_the_cpu(device: Device, function: str) -> No
     methods = sorted(METHODS.keys() - REFUSED[function])
     for method in methods:
         layers = here.target_layers(())
-        few = {"targets": (3, 7), "contrast": 5, "samples": 8, "steps": 3}
+        few = {"targets": (3, 7), "contrast": Contrast((5,)), "samples": 8, "steps": 3}
         asked = [Question(picture(0), method=method, layers=layers, **few)]
         assert_same(answers(there, asked), answers(here, asked), device.tolerance)
 
@@ -149,7 +150,7 @@ def test_a_mixed_batch_answers_as_on_the_cpu(device: Device) -> None:
         Question(picture(0), layers=("layer4",)),
         Question(picture(1), layers=("layer4", "layer3"), method="layercam", explain_top=3),
         Question(picture(2), method=None),
-        Question(picture(3), layers=("layer3",), targets=(1,), contrast=2),
+        Question(picture(3), layers=("layer3",), targets=(1,), contrast=Contrast((2,))),
     ]
     assert_same(
         answers(there, asked, folded=True), answers(here, asked, folded=True), device.tolerance

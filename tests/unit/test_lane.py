@@ -19,6 +19,7 @@ from torch import nn
 
 from service.errors import ConfigurationError
 from service.inference.batch import run, run_compiled
+from service.inference.contrast import Contrast
 from service.inference.questions import Question, lane_of
 from service.models.catalog import ModelSpec
 from service.models.compiled import lane as lanes
@@ -133,7 +134,7 @@ METHODS = ("gradcam", "gradcampp", "hirescam", "layercam", "xgradcam", "eigencam
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_it_answers_as_the_hooked_lane_does(model, method: str, wide: bool) -> None:
-    asked = questions(3, method=method, targets=(0, 7), contrast=3)
+    asked = questions(3, method=method, targets=(0, 7), contrast=Contrast((3,)))
     for one, other in zip(run_compiled(model, asked, wide=wide), hooked(model, asked), strict=True):
         for mine, theirs in zip(one.explanations, other.explanations, strict=True):
             np.testing.assert_allclose(mine.grid, theirs.grid, atol=1e-4)
