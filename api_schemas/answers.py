@@ -236,9 +236,9 @@ class Contrast(BaseModel):
 class Explanation(BaseModel):
     """One map with its metadata.
 
-    `logit_difference` is the logit of the class minus those of the contrast, weighted; null without one. `range`
-    is [min, max] of the map before it was divided by its largest absolute value; `flags` are its
-    limitations: all_zero, target_not_predicted, saturated, low_resolution,
+    `logit_difference` is the logit of the class minus those of the contrast, weighted; null without
+    one. `range` is [min, max] of the map before it was divided by its largest absolute value;
+    `flags` are its limitations: all_zero, target_not_predicted, saturated, low_resolution,
     random_weights, module_called_n_times and others.
     """
 

@@ -309,8 +309,8 @@ def cli_page() -> str:
     lines = [
         "# Command line",
         "",
-        "`make` installs it as `.venv/bin/camserve`; `python -m service` is the same. Every",
-        "command has `--help`. [How to use it](../how-to/use-the-command-line.md).",
+        "`make` installs it as `.venv/bin/camserve`; `python -m camserve` is the same. Every",
+        "command has `-h`, and `camserve --version` shows the version. [How to use it](../how-to/use-the-command-line.md).",
         "",
         "A missing flag is taken from its environment variable, then from its default. Tables",
         "and `--json` go to standard output; progress (on a terminal only), notes and errors to",

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import subprocess
 import sys
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import torch
 import torchvision
 from PIL import Image
-from reading import ROOT, Block, blocks, differences, reader
+from reading import ROOT, Block, Reader, blocks, differences, reader
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
-EGYPTIAN_CAT = 285
+DANDELION = 1
 SAMPLE = ROOT / "examples" / "sunflower.jpg"
 DATA = ROOT.parent / "shared" / "data"
 
@@ -101,91 +106,100 @@ def test_the_examples_of_the_command_line(tmp_path: Path) -> None:
 
 # ---- README
 
+SHELLS = ("sh", "console", "bash", "shell", "")
 
-def test_readme_from_clone_to_the_first_heatmap(tmp_path: Path) -> None:
-    """Each step of a newcomer; what `make run` installs is here already."""
-    page = blocks(README)
-    (clone,) = [each for each in page if "git clone" in each.text]
+
+def test_a_newcomer_runs_readme_from_top_to_bottom_in_a_fresh_clone(tmp_path: Path) -> None:
+    """Every command and its output. What `make run` and pip install is here already.
+
+    Without the network torchvision's weights are random ones.
+    """
     if not (ROOT / ".git").exists():
         pytest.skip("this is no clone, so there is nothing to clone from")
-    with reader(tmp_path, REPOSITORY=str(ROOT)) as reading:
-        get, make = clone.commands
-        reading.shell(get)
-        assert (tmp_path / "camserve" / "Makefile").exists()
+    shells = [block for block in blocks(README) if block.kind in SHELLS]
+    first, clone, cpu, look, own, alone, options = shells
+    get, make = clone.commands
+    bash = ["/bin/bash", "-euc", get]
+    subprocess.run(bash, cwd=tmp_path, env=os.environ | {"REPOSITORY": str(ROOT)}, check=True)
+    home = tmp_path / "camserve"
+    quick = {"CAMSERVE_ALLOW_RANDOM_WEIGHTS": "true", "CAMSERVE_COMPILE": "false"}
+    with reader(home, INDEX="https://index.example/cpu", **quick) as reading:
         reading.serve(make)
-        (look,) = [each for each in page if each.text.startswith("curl") and "why.jpg" in each.text]
-        reading.shell(look.text)
-        first = next(each for each in page if each.kind == "console")
         assert first.commands[0].split("#")[0].strip() == make
-        said = json.loads(reading.shell("\n".join(first.commands[1:])))
-    with Image.open(tmp_path / "why.jpg") as picture:
-        assert (picture.format, picture.size) == ("JPEG", (640, 480))
+        check_first_answer(json.loads(reading.shell(first.commands[1])))
+        installing = cpu.commands[0].replace("make run", "make --dry-run --always-make install")
+        assert "--extra-index-url https://index.example/cpu -c constr" in reading.shell(installing)
+        reading.shell(look.text)
+        with Image.open(home / "why.jpg") as picture:
+            assert (picture.format, picture.size) == ("JPEG", (640, 480))
+        check_own_models(reading, own)
+        check_alone(reading, alone)
+        reading.serve(make)
+        check_options([json.loads(reading.shell(line)) for line in options.commands])
+
+
+def check_first_answer(said: dict[str, Any]) -> None:
+    """What the page prints below the first command, and what it says of the built-in model."""
+    page = blocks(README)
     shown = next(each.text for each in page if each.kind == "json")
     (result,) = said["results"]
     best = result["predictions"][0]
     assert f'"version": "{said["model"]["version"]}"' in shown
     assert f'"label": "{best["label"]}", "score": {best["score"]:.2f}' in shown
     assert f'"seen": {[round(each, 1) for each in result["seen"]]}' in shown
-    start = {line for each in page for line in each.commands}
+    labels = ", ".join(sorted(each["label"] for each in result["predictions"]))
+    assert f"five flowers ({labels})" in README.read_text()
+    start = {line.split("#")[0].strip() for each in page for line in each.commands}
     for block in blocks(DOCS / "index.md"):
-        assert {line.split("#")[0].strip() for line in block.commands} <= start | {make}
+        assert {line.split("#")[0].strip() for line in block.commands} <= start
 
 
-def test_readme_serves_models_of_ones_own(tmp_path: Path) -> None:
-    """Each line; without the network torchvision's weights are random ones."""
-    (block,) = [each for each in blocks(README) if "camserve serve --model" in each.text]
+def check_own_models(reading: Reader, block: Block) -> None:
+    """Each line serves its models, from files that a user would have."""
+    home = reading.folder
     torch.manual_seed(0)
-    save_file(
-        torchvision.models.mobilenet_v2(weights=None).state_dict(), tmp_path / "my.safetensors"
-    )
-    torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "cats.pt")
-    (tmp_path / "mypackage").mkdir()
-    shutil.copy(ROOT / "tests" / "support" / "tiny.py", tmp_path / "mypackage" / "models.py")
-    with (tmp_path / "mypackage" / "models.py").open("a") as file:
+    save_file(torchvision.models.mobilenet_v2(weights=None).state_dict(), home / "my.safetensors")
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), home / "cats.pt")
+    (home / "mypackage").mkdir()
+    shutil.copy(ROOT / "tests" / "support" / "tiny.py", home / "mypackage" / "models.py")
+    with (home / "mypackage" / "models.py").open("a") as file:
         file.write("\n\nbuild = SmallNet\n")
     served = []
-    quick = {"CAMSERVE_ALLOW_RANDOM_WEIGHTS": "true", "CAMSERVE_COMPILE": "false"}
-    with reader(tmp_path, **quick) as reading:
-        for line in block.commands:
-            reading.serve(line)
-            models = httpx.get(f"{reading.url}/models", trust_env=False).json()["models"]
-            served.append([model["name"] for model in models if model["state"] == "ready"])
+    for line in block.commands:
+        reading.serve(line)
+        models = httpx.get(f"{reading.url}/models", trust_env=False).json()["models"]
+        served.append([model["name"] for model in models if model["state"] == "ready"])
     assert served == [["resnet50"], ["mobilenet_v2"], ["cats", "builtin"], ["build"]]
 
 
-def test_readme_explains_without_a_server(tmp_path: Path) -> None:
-    (block,) = [each for each in blocks(README) if "camserve explain photos/" in each.text]
-    (tmp_path / "photos").mkdir()
-    shutil.copy(SAMPLE, tmp_path / "photos")
-    with reader(tmp_path) as reading:
-        said = "".join(map(reading.camserve, block.commands))
-    assert "sunflower" in said
-    assert "layer4.2.conv3" in said
-    assert {each.name for each in tmp_path.iterdir()} >= {"explained", "why.html", "runs"}
+def check_alone(reading: Reader, block: Block) -> None:
+    """Each line without a server, in order; an extra is installed before the line that needs it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    said = []
+    for line in block.commands:
+        if found := re.match(r"\.venv/bin/pip install -e '\.\[(\w+)\]'", line):
+            assert found[1] in project["optional-dependencies"]
+            said.append(found[1])
+        else:
+            said.append(reading.camserve(line))
+    assert said[2] == "tensorboard"
+    assert "--tensorboard" in block.commands[3]
+    assert all("sunflower" in said[place] for place in (0, 1, 3))
+    assert "layer4.2.conv3" in said[4]
+    assert (reading.folder / "explained" / "sunflower.overlay.jpeg").exists()
+    assert {each.name for each in reading.folder.iterdir()} >= {"explained", "why.html", "runs"}
 
 
-def test_readme_asks_what_can_be_asked(tmp_path: Path) -> None:
-    """With ImageNet's thousand classes, whose weights are random here."""
-    (block,) = [each for each in blocks(README) if "targets=tabby" in each.text]
-    for name in ("cat.jpg", "plane.jpg", "a.jpg", "b.jpg"):
-        shutil.copy(SAMPLE, tmp_path / name)
-    quick = {"CAMSERVE_ALLOW_RANDOM_WEIGHTS": "true", "CAMSERVE_COMPILE": "false"}
-    with reader(tmp_path, **quick) as reading:
-        reading.serve("camserve serve --model torchvision/resnet18")
-        answers = [json.loads(reading.shell(line)) for line in block.commands]
+def check_options(answers: list[dict[str, Any]]) -> None:
     contrast, several, masked, activations, predicted = (each["results"] for each in answers)
-    assert contrast[0]["explanations"][0]["contrast"] == EGYPTIAN_CAT
+    (explained,) = contrast[0]["explanations"]
+    assert (explained["label"], explained["contrast"]) == ("sunflower", DANDELION)
     assert len(several[0]["explanations"]) == 3
-    assert several[0]["explanations"][0]["layer"] == ["layer4", "layer3"]
-    assert len(masked[0]["masked"]["changes"]) == 1
-    assert len(activations[0]["activations"]) == 20
-    assert len(predicted) == 2
-
-
-def test_every_command_of_readme_is_run_by_one_of_these_tests() -> None:
-    marks = ("make run", "git clone", "why.jpg", "camserve serve", "camserve explain", "targets=")
-    shells = [
-        each for each in blocks(README) if each.kind in ("sh", "console", "bash", "shell", "")
-    ]
-    assert len(shells) == 6
-    assert all(any(mark in each.text for mark in marks) for each in shells)
+    assert several[0]["explanations"][0]["layer"] == ["layer3", "layer2"]
+    assert several[0]["explanations"][0]["overlay"]["media_type"] == "image/png"
+    (change,) = masked[0]["masked"]["changes"]
+    assert change["label"] == "sunflower"
+    assert change["score_change"] < 0
+    assert len(activations[0]["activations"]) > 10
+    assert all("image" in each for each in activations[0]["activations"])
+    assert [len(each["predictions"]) for each in predicted] == [3, 3]

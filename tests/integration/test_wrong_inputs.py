@@ -1,5 +1,7 @@
-"""Wrong inputs at the command line and in models.toml: the error names what was received, what is
-accepted and the next step."""
+"""Wrong inputs at the command line and in models.toml.
+
+The error names what was received, what is accepted and the next step.
+"""
 
 from __future__ import annotations
 

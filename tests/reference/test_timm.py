@@ -17,7 +17,7 @@ from service.models.loading import load_model
 from service.models.pool import Replica
 from service.models.probes.condition import Condition
 
-timm = pytest.importorskip("timm", reason="timm is not installed: pip install camserve[timm]")
+timm = pytest.importorskip("timm", reason="timm is not installed: pip install -e '.[timm]'")
 
 pytestmark = [pytest.mark.reference, pytest.mark.timeout(60)]
 

@@ -105,17 +105,23 @@ class Reader:
         for name, module in (("python", ""), ("camserve", "-m camserve ")):
             (binaries / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {module}"$@"\n')
             (binaries / name).chmod(0o755)
-        (self.folder / "examples").symlink_to(ROOT / "examples")
+        if self.root == ROOT:
+            (self.folder / "examples").symlink_to(ROOT / "examples")
         inherited = {k: v for k, v in os.environ.items() if k not in SET_FOR_TESTS}
         self.environment = inherited | {
             "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": str(self.root),
             "OMP_NUM_THREADS": "1",
             "COLUMNS": "200",
             "NO_PROXY": "127.0.0.1,localhost",
             "CAMSERVE_WORKERS": "1",
             **self.environment,
         }
+
+    @property
+    def root(self) -> Path:
+        """The checkout whose code runs: the folder itself, if it is one."""
+        return self.folder if (self.folder / "Makefile").exists() else ROOT
 
     def do(self, block: Block) -> str:
         """A block as its language and its words say; returns what it prints."""
@@ -188,7 +194,7 @@ class Reader:
         self.stop()
         command = re.sub(r"\s+#.*$", "", command)
         if command.startswith("make run"):
-            made = f"make --no-print-directory -C {ROOT} -o .venv/.installed"
+            made = f"make --no-print-directory -C {self.root} -o .venv/.installed"
             command = f"{made} {command[5:]} PORT={self._port}"
         else:
             command = f"exec {command.removeprefix('.venv/bin/')} --port {self._port}"
