@@ -228,7 +228,7 @@ def verdict_sentence(found: AnyVerdict) -> str:
 class Explanation(BaseModel):
     """One map with its metadata.
 
-    `logit_difference` is the logit of the class minus that of `contrast`, null without one. `range`
+    `logit_difference` is the logit of the class minus that of `contrast`, if there is one. `range`
     is [min, max] of the map before it was divided by its largest absolute value; `flags` are its
     limitations: all_zero, target_not_predicted, saturated, low_resolution,
     random_weights, module_called_n_times and others.

@@ -167,13 +167,14 @@ def explanation_entry(
         "label": model.labels[explanation.class_id],
         "score": explanation.score,
         "contrast": explanation.contrast,
-        "logit_difference": explanation.logit_difference,
         "method": explanation.method,
         "layer": (layers[0] if len(layers) == 1 else list(layers)) if layers else None,
         "range": (explanation.low, explanation.high),
         "flags": list(explanation.flags),
         "cost": wire.Cost(forwards=explanation.cost),
     }
+    if explanation.contrast is not None:
+        fields["logit_difference"] = explanation.logit_difference
     style = style_of(options)
     if "heatmap" in options.include:
         geometry = upload.model_input.geometry
@@ -250,8 +251,8 @@ def _by_channel(model: LoadedModel, activation: Activation) -> NDArray[np.float3
         values = values.reshape(-1, *(1, 1, *values.shape)[-2:])
     if not values.size or not np.isfinite(values).all():
         raise RenderFailed(
-            f"The activation of layer {activation.layer!r} has no channels to draw or compare: it "
-            "is empty, or contains NaN or infinity. Use activation_as=array."
+            f"The activation of layer {activation.layer!r} cannot be drawn or summarized by "
+            "channel: it is empty, or contains NaN or infinity. Use activation_as=array."
         )
     return values
 

@@ -72,9 +72,7 @@ def test_every_choice_is_in_the_address_and_the_image_is_not(desk: Watched) -> N
     assert "sunflower" not in page.url
 
 
-def test_an_address_gives_another_visitor_the_same_view(
-    desk: Watched, open_page: OpenPage
-) -> None:
+def test_an_address_gives_another_visitor_the_same_view(desk: Watched, open_page: OpenPage) -> None:
     page = desk.page
     page.locator("#model").select_option("small")
     settled(desk, "at features")
