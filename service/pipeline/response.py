@@ -274,8 +274,8 @@ def _by_channel(model: LoadedModel, activation: Activation) -> NDArray[np.float3
         values = values.reshape(-1, *(1, 1, *values.shape)[-2:])
     if not values.size or not np.isfinite(values).all():
         raise RenderFailed(
-            f"The activation of layer {activation.layer!r} has no channels to draw or compare: it "
-            "is empty, or contains NaN or infinity. Use activation_as=array."
+            f"The activation of layer {activation.layer!r} cannot be drawn or summarized by "
+            "channel: it is empty, or contains NaN or infinity. Use activation_as=array."
         )
     return values
 

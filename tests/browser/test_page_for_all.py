@@ -49,8 +49,18 @@ def test_axe_finds_nothing_serious_in_any_state_of_the_page(window: Watched, axe
     page.locator("#predictions .versus:enabled").first.click()
     wait_for_caption(page, "rather than")
     page.locator("#compare").click()
+    page.locator("#method").select_option("input_gradient")
+    page.get_by_role("img", name="Evidence, from against to for").wait_for()
+    page.locator("#compare").click()
+    page.locator("#method").select_option("gradcam")
+    wait_for_caption(page, "rather than")
+    page.locator("#missing-count").click()
     page.locator("#inside-show").click()
     page.locator("#channels").wait_for()
+    page.locator("#order").select_option("weight")
+    page.locator("#top-channels").wait_for()
+    page.locator("#kernels-show").click()
+    page.locator("#kernels").wait_for()
     page.set_input_files("#file", SAMPLE)
     page.locator("#photos button").first.wait_for()
     wait_for_caption(page, "sunflower, ")
@@ -99,10 +109,22 @@ def test_nothing_is_wider_than_the_window(window: Watched) -> None:
 
     assert overflow() <= 0
     experimented(window)
-    window.page.locator("#compare").click()
+    for method in ("layercam", "input_gradient", "eigencam"):
+        window.page.locator("#compare").click()
+        window.page.locator("#method").select_option(method)
+        wait_for_method(window)
     window.page.locator("#inside-show").click()
     window.page.locator("#channels").wait_for()
+    window.page.locator("#order").select_option("activation")
+    window.page.locator("#kernels-show").click()
+    window.page.locator("#kernels").wait_for()
     assert overflow() <= 0
+
+
+def wait_for_method(window: Watched) -> None:
+    """Until the live map is of the chosen method."""
+    title = window.page.locator("#method option:checked").inner_text()
+    window.page.locator(".pane:last-child .facts", has_text=title).wait_for()
 
 
 def test_what_is_shown_is_said(window: Watched) -> None:

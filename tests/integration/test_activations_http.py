@@ -206,6 +206,17 @@ def test_values_beyond_float16_are_sent_as_float32(odd: TestClient) -> None:
     assert float(numbers(activation).max()) == activation["stats"]["max"] > 65504
 
 
+@pytest.mark.parametrize("kind", ["output", "grad_output"])
+def test_the_statistics_of_channels_are_those_of_the_array(odd: TestClient, kind: str) -> None:
+    """The mean of a gradient is the weight of the channel in Grad-CAM."""
+    options = {"activations": "layer2", "activation_kind": kind, "include": "none"}
+    (found,) = ask(odd, activation_as=["channels", "array"], **options)
+    values = numbers(found).astype(np.float64)
+    assert len(found["channels"]["mean"]) == len(values)
+    np.testing.assert_allclose(found["channels"]["mean"], values.mean(axis=(1, 2)), atol=2e-3)
+    np.testing.assert_allclose(found["channels"]["max"], values.max(axis=(1, 2)), rtol=2e-3)
+
+
 def test_channels_that_find_no_place_in_the_picture_are_counted(odd: TestClient) -> None:
     """Nine maps of 224 pixels lie side by side in 2,048, so that 81 of 90 are shown."""
     asked = {"model": "loud", "activation_as": "image"}

@@ -228,7 +228,7 @@ ROUTES: dict[str, Callable[[TestClient], Any]] = {
     "explain of the model's size": lambda client: upload(client, 3, **WIDE, size="model"),
     "explain native": lambda client: upload(client, 3, **WIDE, size="native"),
     "explain with captures": lambda client: upload(
-        client, 2, activations="**", activation_as=["stats", "image", "array"]
+        client, 2, activations="**", activation_as=["stats", "channels", "image", "array"]
     ),
     "explain with gradients": lambda client: upload(
         client, 2, activations="features", activation_as="array", activation_kind="grad_output"

@@ -702,3 +702,12 @@ def test_a_request_id_that_is_no_plain_word_is_replaced(client: TestClient, sent
     ids = [client.get("/health/live", headers=headers).headers["x-request-id"] for _ in range(2)]
     assert ids[0] != ids[1]
     assert all(re.fullmatch("[0-9a-f]{32}", each) for each in ids)
+
+
+def test_a_contrast_has_the_difference_of_the_two_logits(client: TestClient) -> None:
+    result = ask(client, pictures.png(), contrast="2", top_k=7, include="none")
+    logits = {each["class_id"]: each["logit"] for each in result["predictions"]}
+    (explanation,) = result["explanations"]
+    assert set(explanation) == EXPLANATION | {"logit_difference"}
+    difference = logits[explanation["class_id"]] - logits[2]
+    assert explanation["logit_difference"] == pytest.approx(difference, abs=1e-5)

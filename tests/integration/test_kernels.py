@@ -44,6 +44,11 @@ def test_a_first_convolution_is_in_colour(serve: Any) -> None:
     assert colours[GAP, -GAP - 1].tolist() == [0, 255, 0]
 
 
+def test_the_list_of_layers_says_which_have_kernels(client: TestClient) -> None:
+    layers = get(client, "/models/small/layers").json()["layers"]
+    assert [layer["path"] for layer in layers if layer["kernels"]] == KERNELS
+
+
 def test_paths_have_dots_and_other_layers_are_grey(client: TestClient) -> None:
     response = get(client, "/models/small/kernels/features.3")
     assert counts(response) == (16 * 8, 0)
