@@ -34,6 +34,7 @@ class MethodRecord(NamedTuple):
     runs:     what runs after the predicting pass: nothing, forward passes, forward passes with the
               gradient at the input, or the part of the model after the layer.
     times:    how often that runs; `squares` are those of occlusion.
+    samples:  the default of the option.
     grid:     the shape of the map: that of the layer, the model input, or the patches.
     signed:   whether the map is −1..1, negative for evidence against the class, or 0..1.
     class_blind: whether the map is the same for every class; its explanations carry this flag.
@@ -48,6 +49,7 @@ class MethodRecord(NamedTuple):
     needs: tuple[Need, ...] = ()
     runs: Literal["", "forward", "gradient", "tail"] = ""
     times: Literal["once", "channels", "squares", "samples", "steps"] = "once"
+    samples: int = 1000
     grid: Literal["layer", "input", "patches"] = "layer"
     signed: bool = False
     class_blind: bool = False
@@ -184,6 +186,22 @@ METHODS: Mapping[str, MethodRecord] = {
             needs=("gradients",),
             runs="gradient",
             times="steps",
+            grid="input",
+            signed=True,
+        ),
+        MethodRecord(
+            "expected_gradients",
+            "Expected gradients",
+            "At the pixels",
+            "Gradients times the difference from baselines, the mean over random baselines and "
+            "places on the way to the image.",
+            "depends on the baselines, which are noise with the spectrum of photographs and not "
+            "images of the training; noise falls with the square root of the samples",
+            "Erion et al., Nature Machine Intelligence 2021",
+            needs=("gradients",),
+            runs="gradient",
+            times="samples",
+            samples=100,
             grid="input",
             signed=True,
         ),

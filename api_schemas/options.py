@@ -32,6 +32,7 @@ Method = Literal[
     "guided_gradcam",
     "input_gradient",
     "integrated_gradients",
+    "expected_gradients",
     "occlusion",
     "rise",
     "attention_rollout",
@@ -225,7 +226,13 @@ class ExplainOptions(CommonOptions):
         "only.",
     )
     threshold: float = Field(0.5, ge=0, le=1, description="Map level at which `regions` are cut.")
-    samples: int = Field(1000, ge=1, le=100_000, description="Number of masks of `rise`.")
+    samples: int | None = Field(
+        None,
+        ge=1,
+        le=100_000,
+        description="Number of masks of `rise` (default 1,000) or of baselines of "
+        "`expected_gradients` (default 100).",
+    )
     steps: int = Field(50, ge=1, le=1000, description="Number of steps of `integrated_gradients`.")
     seed: int = Field(0, ge=0, lt=1 << 63, description="Random seed; it determines the map.")
     verify: Annotated[Verify, BeforeValidator(_switch)] = Field(

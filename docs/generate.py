@@ -180,7 +180,7 @@ def _method_cost(method: MethodRecord) -> str:
     options, walk = ExplainOptions.model_fields, f"{BACKWARD:g} × targets"
     times = {
         "squares": f"squares ({len(windows(224)) ** 2} at 224 px)",
-        "samples": f"samples ({options['samples'].default:,})",
+        "samples": f"samples ({method.samples:,})",
         "steps": f"steps ({options['steps'].default})",
     }.get(method.times, method.times)
     passes = {

@@ -5,6 +5,9 @@ Generators like those in `perturbation`: they yield where they need a replica.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,6 +18,7 @@ from service.errors import InvalidOption
 from service.inference.forward_pass import ImagePass
 from service.inference.perturbation import Steps, chunk_size, normalised_image
 from service.models.pool import Replica
+from service.models.probes.sensitivity import natural_noise
 
 
 def integrated_gradients(image_pass: ImagePass) -> Steps:
@@ -39,6 +43,41 @@ def integrated_gradients(image_pass: ImagePass) -> Steps:
         ):
             total.add_((gradient * shares[chunk, None, None, None]).sum(dim=0))
     return [(image[0] * total).sum(dim=0).cpu() for total in sums]
+
+
+def expected_gradients(image_pass: ImagePass) -> Steps:
+    """Expected gradients: the mean of `(x − x') · ∂y/∂x (x' + α(x − x'))`, over channels; signed.
+
+    Over random baselines x' and α uniform in 0..1; the baselines are noise with the spectrum of
+    photographs (`natural_noise`), where the paper draws images of the training set.
+
+    Erion et al., "Improving performance of deep learning models with axiomatic attribution priors
+    and expected gradients", Nature Machine Intelligence 2021, equation 3.
+    """
+    model, question = image_pass.model, image_pass.question
+    image = normalised_image(image_pass).float()
+    draws = random_baselines(question.pixels, question.samples, question.seed)
+    sums = [torch.zeros_like(image[0]) for _ in image_pass.targets]
+    size = chunk_size(model)
+    for start in range(0, question.samples, size):
+        replica = yield
+        drawn, alphas = zip(*islice(draws, min(size, question.samples - start)), strict=True)
+        baselines = model.normalised(torch.stack(drawn)).float()
+        shares = torch.tensor(alphas, device=image.device)[:, None, None, None]
+        points = baselines + shares * (image - baselines)
+        gradients = _input_gradients(replica, image_pass, points)
+        for total, gradient in zip(sums, gradients, strict=True):
+            total.add_((gradient * (image - baselines)).sum(dim=0))
+    return [(total / question.samples).sum(dim=0).cpu() for total in sums]
+
+
+def random_baselines(pixels: Tensor, count: int, seed: int) -> Iterator[tuple[Tensor, float]]:
+    """Some baselines, uint8 in the shape of an image (C, h, w), each with an α in 0..1."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (pixels.shape[0], pixels.shape[1], pixels.shape[2])
+    for _ in range(count):
+        alpha = float(torch.rand((), generator=generator))
+        yield natural_noise(shape, 1, generator)[0], alpha
 
 
 def input_gradient(image_pass: ImagePass) -> Steps:

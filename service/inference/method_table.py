@@ -20,6 +20,7 @@ MULTI_PASS_METHODS: Mapping[str, Callable[[ImagePass], Steps]] = {
     "occlusion": perturbation.occlusion,
     "rise": perturbation.rise,
     "integrated_gradients": input_gradients.integrated_gradients,
+    "expected_gradients": input_gradients.expected_gradients,
     "input_gradient": input_gradients.input_gradient,
     "guided_backprop": input_gradients.guided_backprop,
     "guided_gradcam": input_gradients.guided_gradcam,

@@ -114,7 +114,8 @@ class Question:
     method:      None for predictions alone.
     layers:      the target layers; several are fused.
     activations: the layers to capture, in each of `kinds`; gradients are of the first target.
-    samples:     masks of RISE. steps: of integrated gradients. seed: of what is random.
+    samples:     masks of RISE, baselines of expected gradients. steps: of integrated gradients.
+    seed:        of what is random.
     verify:      whether each map gets a verdict, from further forward passes; `evidence`: what
                  these gave for the same image, if they have run.
     seen:        the part of `pixels`, x, y, w, h as fractions, that shows the image.

@@ -172,7 +172,7 @@ def _with_explanation(model: LoadedModel, options: ExplainOptions, question: Que
         contrast=contrast,
         method=options.method,
         layers=layers,
-        samples=options.samples,
+        samples=options.samples or METHODS[options.method].samples,
         steps=options.steps,
         seed=options.seed,
         verify=options.verify != "false",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
+import numpy as np
 import oracles
 import pytest
 import torch
-from captum.attr import GuidedBackprop, GuidedGradCam, IntegratedGradients, Saliency
+from captum.attr import GradientShap, GuidedBackprop, GuidedGradCam, IntegratedGradients, Saliency
 from tiny import PaperNet, SmallNet, loaded
 from torch import Tensor, nn
 from torch.nn import functional
@@ -17,6 +19,7 @@ from torchvision.models.convnext import CNBlockConfig
 
 from service.cam.guided import GuidedReLU
 from service.errors import InvalidOption
+from service.inference import input_gradients
 from service.inference.questions import Question
 from service.models.loaded import LoadedModel
 
@@ -273,3 +276,38 @@ def test_several_targets_of_an_input_level_method_equal_one_at_a_time() -> None:
         for explanation in answer.explanations:
             alone = ask(model, method, explanation.class_id, steps=9, **options)
             assert oracles.distance(explanation, alone) < 1e-5, method
+
+
+@pytest.mark.parametrize("build", [small, tiny_vit])
+def test_expected_gradients_equal_captums_gradient_shap_on_the_same_draws(
+    build: Callable[[], LoadedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build()
+    draws = list(input_gradients.random_baselines(PIXELS, 21, 4))
+    baselines = model.normalised(torch.stack([drawn for drawn, _ in draws]))
+    alphas = np.array([alpha for _, alpha in draws])
+    monkeypatch.setattr(np.random, "choice", lambda many, size: np.arange(many)[:size])
+    monkeypatch.setattr(np.random, "uniform", lambda _low, _high, _count: alphas)
+    peer = GradientShap(model.replicate()).attribute(
+        oracles.input_of(model, PIXELS), baselines, n_samples=21, stdevs=0.0, target=2
+    )
+    ours = ask(model, "expected_gradients", 2, samples=21, seed=4)
+    assert oracles.distance(ours, peer[0].sum(dim=0).detach().double()) < 1e-5
+    assert oracles.distance(ask(model, "expected_gradients", 2, samples=21, seed=5), ours) > 1e-2
+
+
+def test_expected_gradients_sum_to_the_difference_from_the_mean_of_the_baselines() -> None:
+    """On a linear model with any α: y(x) minus the mean of y(x'), exactly."""
+    model = loaded(PaperNet(), side=64)
+    ours = ask(model, "expected_gradients", 1, samples=5)
+    drawn = torch.stack([each for each, _ in input_gradients.random_baselines(PIXELS, 5, 0)])
+    with torch.no_grad():
+        logits = model.replicate()(model.normalised(torch.cat([PIXELS[None], drawn])))[:, 1]
+    assert float(ours.sum()) == pytest.approx(float(logits[0] - logits[1:].mean()), rel=1e-4)
+
+
+def test_expected_gradients_do_not_depend_on_how_many_run_at_once(monkeypatch) -> None:
+    model = small()
+    whole = ask(model, "expected_gradients", 2, samples=9)
+    monkeypatch.setattr(input_gradients, "chunk_size", lambda _model: 1)
+    assert oracles.distance(ask(model, "expected_gradients", 2, samples=9), whole) < 1e-5
