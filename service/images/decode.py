@@ -58,6 +58,7 @@ from service.images.headers.tiff_header import JPEG, TiffHeader
 from service.images.headers.webp_header import WebpHeader
 
 Fit = Literal["crop", "squash", "pad"]
+Rounding = Literal["even", "down"]
 Rect = tuple[float, float, float, float]
 """x, y, width, height, in source pixels."""
 
@@ -81,7 +82,7 @@ TOO_LARGE = "Scale it down to at most {} pixels (width x height) and send it aga
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """The preprocessing of a model: torchvision's evaluation transform, or one of timm's.
+    """The preprocessing of a model: the evaluation transform of torchvision, timm or Hugging Face.
 
     crop:    (height, width) of the model input, in pixels.
     resize:  the length of the shorter side before the crop, in pixels; or a (height, width) that
@@ -89,6 +90,8 @@ class Preprocessing:
              before the center crop.
     mean, std: one number per channel, for values in 0..1.
     fit:     how the model was trained to see whole images; a request may override it.
+    rounding: of a crop that begins between two pixels: `even` as torchvision and timm do, `down` as
+             Hugging Face does.
     covers:  the part of the model input (x, y, w, h as fractions of it) that a model with a crop
              of its own sees; None: all of it.
     """
@@ -99,6 +102,7 @@ class Preprocessing:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
     fit: Fit = "crop"
+    rounding: Rounding = "even"
     covers: Rect | None = None
 
     def __str__(self) -> str:
@@ -145,6 +149,17 @@ class Preprocessing:
         height, width = self.crop
         longer = max(self.crop)
         return self.resize * height // longer, self.resize * width // longer
+
+    def crop_start(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The first (row, column) of the center crop of a resized (height, width) image.
+
+        Negative where the image is smaller than the crop, which is padded.
+        """
+        top, left = (
+            _crop_start(length, crop, self.rounding)
+            for length, crop in zip(size, self.crop, strict=True)
+        )
+        return top, left
 
     @property
     def channels(self) -> int:
@@ -466,12 +481,14 @@ def _crop(
     new_width, new_height = preprocessing.resized((old_width, old_height))
     resized = transforms.resize(cut, [new_height, new_width], interpolation=mode)
     scale_x, scale_y = old_width / new_width, old_height / new_height
+    top, left = preprocessing.crop_start((new_height, new_width))
     window = (
-        cut_x + _crop_start(new_width, width) * scale_x,
-        cut_y + _crop_start(new_height, height) * scale_y,
+        cut_x + left * scale_x,
+        cut_y + top * scale_y,
         *(width * scale_x, height * scale_y),
     )
-    return transforms.center_crop(resized, [height, width]), window
+    # Beyond its border the image is black.
+    return transforms.crop(resized, top, left, height, width), window
 
 
 def _within(
@@ -494,7 +511,7 @@ def _centred(
     size: (w, h) of the whole image before it was resized.
     """
     (height, width), (new_height, new_width) = preprocessing.crop, image.shape[-2:]
-    top, left = _crop_start(new_height, height), _crop_start(new_width, width)
+    top, left = preprocessing.crop_start((new_height, new_width))
     scale_x, scale_y = size[0] / new_width, size[1] / new_height
     window = (left * scale_x, top * scale_y, width * scale_x, height * scale_y)
     kept = image[..., max(top, 0) : top + height, max(left, 0) : left + width]
@@ -507,11 +524,11 @@ def _centred(
     return pixels, window
 
 
-def _crop_start(length: int, crop: int) -> int:
-    """The start of torchvision's center_crop; negative if it pads."""
+def _crop_start(length: int, crop: int, rounding: Rounding) -> int:
+    """The start of a center crop along one side; negative if it pads."""
     if crop > length:
         return -((crop - length) // 2)
-    return round((length - crop) / 2.0)
+    return round((length - crop) / 2.0) if rounding == "even" else (length - crop) // 2
 
 
 def _cut_extreme(image: Tensor, preprocessing: Preprocessing) -> tuple[Tensor, tuple[int, int]]:

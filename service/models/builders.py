@@ -24,8 +24,9 @@ from service.images.decode import Preprocessing
 from service.models.builder_names import meant
 from service.models.builtin.network import FlowerNet
 from service.models.capabilities import unwrap_compiled
-from service.models.catalog import BUILTIN, ENTRY, Fit, Interpolation, ModelSpec, Output
+from service.models.catalog import BUILTIN, ENTRY, Fit, Interpolation, ModelSpec, Output, Select
 from service.models.functions import imported_function, signature_mismatch
+from service.models.huggingface import read_pretrained
 from service.models.weights.metadata import PREPROCESSING_KEYS, output_in, preprocessing_in
 from service.models.weights.shapes import classes_in, has_positions, image_size_in
 from service.models.weights.weights_file import (
@@ -55,6 +56,7 @@ class Built:
     target_layer: str | None = None
     random_weights: bool = False
     output: Output = "softmax"
+    select: Select = None
     source: str = "the service's defaults"
 
 
@@ -67,11 +69,14 @@ def build(spec: ModelSpec, allow_random_weights: bool) -> Built:
         return _build_torchvision(spec, name, allow_random_weights)
     if separator and library == "timm":
         return _build_timm(spec, name, allow_random_weights)
+    if separator and library == "hf":
+        return _build_huggingface(spec, allow_random_weights)
     if not separator and _FUNCTION.fullmatch(spec.builder):
         return _build_function(spec)
     raise ConfigurationError(
         f"{spec.at('builder')}: unknown builder {spec.builder!r}; use builtin, torchvision/NAME, "
-        f"timm/NAME or package.module:function.{meant(spec.builder, _classifiers)}"
+        "timm/NAME, hf/ORG/NAME, hf/FOLDER or package.module:function."
+        f"{meant(spec.builder, _classifiers)}"
     )
 
 
@@ -277,6 +282,20 @@ def preprocessing_of_timm(config: Mapping[str, Any]) -> Preprocessing:
 
 
 _TIMM_FITS: Mapping[str, Fit] = {"center": "crop", "squash": "squash", "border": "pad"}
+
+
+def _build_huggingface(spec: ModelSpec, allow_random_weights: bool) -> Built:
+    read = read_pretrained(spec, random_weights=allow_random_weights)
+    return Built(
+        read.module,
+        digest(read.module.state_dict()),
+        read.labels,
+        read.preprocessing,
+        random_weights=allow_random_weights,
+        output=read.output,
+        select="logits",
+        source=read.source,
+    )
 
 
 def _build_function(spec: ModelSpec) -> Built:

@@ -60,8 +60,9 @@ class ModelSpec:
     """The configuration of one model. None: as in the weights file, then as in the builder.
 
     name:      the name in requests.
-    builder:   `builtin`, `torchvision/<name>`, `timm/<name>`, or `package.module:function` that
-               returns a module and is called with `arguments`.
+    builder:   `builtin`, `torchvision/<name>`, `timm/<name>`, `hf/<repository or folder>`, or
+               `package.module:function` that returns a module and is called with `arguments`.
+    revision:  commit, tag or branch of a repository of the Hugging Face Hub; None: its newest.
     weights:   a safetensors file, a state dict, or the name of a torchvision weights entry; None:
                those of the builder (torchvision: its default weights, from its cache or the
                network).
@@ -81,6 +82,7 @@ class ModelSpec:
     builder: str
     weights: Path | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    revision: str | None = None
     sha256: str | None = None
     weights_key: str | None = None
     labels: tuple[str, ...] | None = None
@@ -109,10 +111,10 @@ def parse_model(argument: str) -> ModelSpec:
     Raises ConfigurationError if the form or the name is invalid.
     """
     name, separator, rest = argument.partition("=")
-    if not separator or "@" in name:  # the path of the weights may contain a "=", too
+    if not separator or "@" in name or "/" in name:  # paths may contain a "=", too
         name, rest = "", argument
     builder, at, weights = rest.partition("@")
-    name = name or re.split(r"[/:]", builder)[-1]
+    name = name or re.split(r"[/:]", builder.rstrip("/"))[-1]
     if not builder or not NAME.fullmatch(name) or (at and not weights):
         raise ConfigurationError(
             f"--model {argument!r} is not [NAME=]BUILDER[@WEIGHTS], for instance "

@@ -81,6 +81,7 @@ def load_model(
         # The response promises float32: by default torch's convolutions round to TF32.
         torch.backends.cudnn.allow_tf32 = False
     built = build(spec, allow_random_weights)
+    spec = spec if spec.select is not None else replace(spec, select=built.select)
     module = _in_eval_mode(spec, _outside_inference_mode(built.module)).to(device)
     if spec.dtype is not None:
         module = module.to(getattr(torch, spec.dtype))
@@ -414,7 +415,8 @@ def _preprocessing(spec: ModelSpec, base: Preprocessing, module: nn.Module) -> P
         key: _per_channel(spec, key, values, channels)
         for key, values in (("mean", mean or base.mean), ("std", std or base.std))
     }
-    return Preprocessing(
+    return replace(
+        base,
         resize=resize,
         crop=size,
         mean=fitted["mean"],

@@ -24,6 +24,7 @@ from service.models.catalog import (
     Output,
     check_names,
 )
+from service.models.huggingface import PREFIX, local_folder
 from service.models.weights.labels import labels_of_text
 from service.models.weights.metadata import check_unit
 
@@ -186,6 +187,7 @@ class ModelTable(_Table):
     builder: str
     arguments: dict[str, Any] = Field(default_factory=dict)
     weights: str | None = None
+    revision: str | None = None
     sha256: Annotated[str | None, BeforeValidator(_digest)] = None
     weights_key: Annotated[str | None, BeforeValidator(_key)] = None
     labels: Annotated[str | tuple[str, ...] | None, BeforeValidator(_labels)] = None
@@ -206,7 +208,7 @@ _TABLES: Mapping[str, type[_Table]] = {"input": InputTable, "output": OutputTabl
 
 
 def _spec(table: ModelTable, source: str, folder: Path) -> ModelSpec:
-    input_table = table.input
+    input_table, local = table.input, local_folder(table.builder, folder)
     weights = None if table.weights is None else _weights(table, source, folder)
     if table.sha256 is not None and (weights is None or ENTRY.fullmatch(str(weights))):
         raise ConfigurationError(
@@ -216,10 +218,15 @@ def _spec(table: ModelTable, source: str, folder: Path) -> ModelSpec:
         raise ConfigurationError(
             f"{source}.weights_key: needs a weights file, and `weights` names none."
         )
+    if table.revision is not None and not table.builder.startswith(PREFIX):
+        raise ConfigurationError(
+            f"{source}.revision: only {PREFIX}ORG/NAME has revisions, not {table.builder!r}."
+        )
     return ModelSpec(
         name=table.name,
-        builder=table.builder,
+        builder=table.builder if local is None else f"{PREFIX}{local}",
         weights=weights,
+        revision=table.revision,
         arguments=table.arguments,
         sha256=table.sha256,
         weights_key=table.weights_key,

@@ -1,0 +1,315 @@
+"""Load an image classifier in Hugging Face's format: from a folder, or from the Hub's cache.
+
+Weights are read from safetensors files alone, in float32, and no code of a repository runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+import torch
+from torch import nn
+
+from service.errors import ConfigurationError, first_line
+from service.images.decode import Preprocessing
+from service.models.catalog import ModelSpec, Output
+from service.models.processors import UnsupportedProcessor, preprocessing_of
+
+_log = structlog.get_logger(__name__)
+
+PREFIX = "hf/"
+"""The beginning of builders of this kind."""
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[\w.-]{1,96})?")
+
+_FILES = (
+    "config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+)
+"""What is fetched of a repository: no pickles, and no code."""
+
+_OUTPUTS: dict[str, Output] = {"multi_label_classification": "sigmoid", "regression": "none"}
+
+SHOWN = 5
+"""Number of keys that an error lists."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pretrained:
+    """A classifier with what its configuration and its image processor say.
+
+    labels:        one per class; None: the configuration has no names.
+    preprocessing: None: the transform is set in models.toml.
+    source:        where the preprocessing comes from, as shown to users.
+    """
+
+    module: nn.Module
+    labels: tuple[str, ...] | None
+    output: Output
+    preprocessing: Preprocessing | None
+    source: str
+
+
+def read_pretrained(spec: ModelSpec, *, random_weights: bool) -> Pretrained:
+    """The classifier of a builder `hf/ORG/NAME` or `hf/FOLDER`.
+
+    random_weights: whether it is built from its configuration alone, seeded; nothing is fetched.
+
+    Raises ConfigurationError.
+    """
+    _check_keys(spec)
+    try:
+        library = importlib.import_module("transformers")
+    except ImportError as error:
+        raise ConfigurationError(
+            f"{spec.at('builder')}: transformers is not installed; install camserve[hf]."
+        ) from error
+    folder = _folder(spec, fetch=not random_weights)
+    with _quietly(library):
+        config = _config(spec, library, folder)
+        module = (_random if random_weights else _loaded)(spec, library, folder, config)
+        preprocessing, source = _preprocessing(spec, library, folder, module)
+    return Pretrained(
+        module,
+        _labels(config),
+        _OUTPUTS.get(config.problem_type or "", "softmax"),
+        preprocessing,
+        source,
+    )
+
+
+def local_folder(builder: str, base: Path = Path()) -> Path | None:
+    """The folder of a builder; None if there is none. base: where a relative path starts."""
+    if not builder.startswith(PREFIX):
+        return None
+    folder = base / Path(builder.removeprefix(PREFIX)).expanduser()
+    return folder if folder.is_dir() else None
+
+
+def _check_keys(spec: ModelSpec) -> None:
+    """Refuse keys that have no meaning for these models."""
+    for key in ("weights", "arguments"):
+        if getattr(spec, key):
+            raise ConfigurationError(
+                f"{spec.at(key)}: {PREFIX}… takes no `{key}`; its weights and its configuration "
+                "are the files of its folder or repository."
+            )
+    if spec.revision is not None and local_folder(spec.builder):
+        raise ConfigurationError(
+            f"{spec.at('revision')}: {spec.builder} is a folder, which has no revisions; remove "
+            "`revision`."
+        )
+
+
+def _folder(spec: ModelSpec, *, fetch: bool) -> Path:
+    """The folder with the model's files: the user's own, or a snapshot in the cache of the Hub."""
+    folder = local_folder(spec.builder)
+    if folder is not None:
+        return folder
+    name = spec.builder.removeprefix(PREFIX)
+    if not _REPOSITORY.fullmatch(name):
+        raise ConfigurationError(
+            f"{spec.at('builder')}: there is no folder {name!r}, and it is no name of a model on "
+            "the Hugging Face Hub (ORG/NAME). Give a folder with config.json, "
+            "preprocessor_config.json and model.safetensors, as save_pretrained() writes it."
+        )
+    hub = importlib.import_module("huggingface_hub")
+    try:
+        snapshot = hub.snapshot_download(
+            name, revision=spec.revision, allow_patterns=list(_FILES), local_files_only=not fetch
+        )
+    except Exception as error:  # errors of HTTP, of the file system and of the Hub's client
+        raise ConfigurationError(_not_available(spec, name, hub.constants, error, fetch)) from error
+    return Path(snapshot)
+
+
+def _not_available(
+    spec: ModelSpec, name: str, constants: Any, error: Exception, fetch: bool
+) -> str:
+    at = f"revision {spec.revision!r} of {name}" if spec.revision else name
+    why = f"it cannot be fetched from the Hugging Face Hub ({first_line(error)})"
+    if constants.HF_HUB_OFFLINE:
+        why = "HF_HUB_OFFLINE is set, so nothing is fetched"
+    elif not fetch:
+        why = "with CAMSERVE_ALLOW_RANDOM_WEIGHTS nothing is fetched"
+    return (
+        f"{spec.at('builder')}: there is no folder {name!r}, {at} is not in the cache "
+        f"{constants.HF_HUB_CACHE}, and {why}. Copy the cache of another machine and set HF_HOME "
+        "or HF_HUB_CACHE, or give a folder that save_pretrained() wrote: --model hf/FOLDER."
+    )
+
+
+@contextmanager
+def _quietly(library: Any) -> Iterator[None]:
+    """Without transformers' progress bars and warnings: what matters becomes an error."""
+    logging = library.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _config(spec: ModelSpec, library: Any, folder: Path) -> Any:
+    """The configuration of a classifier. Raises ConfigurationError."""
+    config = _read(spec, folder, library.AutoConfig.from_pretrained)
+    known = library.models.auto.modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    if config.model_type not in known:
+        raise ConfigurationError(
+            f"{spec.at('builder')}: {folder} holds a model of type {config.model_type!r}, which is "
+            "no image classifier of transformers."
+        )
+    if getattr(config, "quantization_config", None) or (folder / "adapter_config.json").exists():
+        raise ConfigurationError(
+            f"{spec.at('builder')}: {folder} holds quantized weights or an adapter; save the "
+            "whole model in float32 (an adapter: merge_and_unload() first)."
+        )
+    # Models return a mapping with `logits`, whatever a configuration asks for beside it.
+    config.return_dict, config.output_hidden_states = True, False
+    config.output_attentions = False
+    return config
+
+
+def _read(spec: ModelSpec, folder: Path, read: Any, **more: Any) -> Any:
+    """Call one of transformers' `from_pretrained` on a folder. Raises ConfigurationError."""
+    try:
+        return read(folder, local_files_only=True, trust_remote_code=False, **more)
+    except Exception as error:  # it raises many types for files it cannot use
+        raise ConfigurationError(
+            f"{spec.at('builder')}: {folder} cannot be loaded ({_reason(folder, error)}). "
+            "Code of a repository never runs, and weights are read from safetensors alone."
+        ) from error
+
+
+def _reason(folder: Path, error: Exception) -> str:
+    """Why a folder cannot be loaded."""
+    pickles = sorted(file.name for file in folder.glob("*.bin"))
+    if pickles and not any(folder.glob("*.safetensors")):
+        return (
+            f"it has {pickles[0]} and no safetensors file; convert it with "
+            "from_pretrained(…).save_pretrained(…)"
+        )
+    if not (folder / "config.json").exists():
+        return "it has no config.json"
+    return first_line(error)
+
+
+def _loaded(spec: ModelSpec, library: Any, folder: Path, config: Any) -> nn.Module:
+    """The module with the weights of a folder. Raises ConfigurationError if any is missing."""
+    module, report = _read(
+        spec,
+        folder,
+        library.AutoModelForImageClassification.from_pretrained,
+        config=config,
+        use_safetensors=True,
+        dtype=torch.float32,
+        output_loading_info=True,
+    )
+    missing = sorted([*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])])
+    if missing or report["error_msgs"]:
+        raise ConfigurationError(
+            f"{spec.at('builder')}: the weights in {folder} do not fill the classifier; missing: "
+            f"{_first(missing or report['error_msgs'])}. It may be a backbone without a head, "
+            "which needs fine-tuning before it can be served."
+        )
+    if report["unexpected_keys"]:
+        _log.info(
+            "weights_dropped", model=spec.name, keys=_first(sorted(report["unexpected_keys"]))
+        )
+    assert isinstance(module, nn.Module)
+    return module
+
+
+def _first(keys: Sequence[str]) -> str:
+    more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
+    return f"{', '.join(keys[:SHOWN])}{more}"
+
+
+def _random(spec: ModelSpec, library: Any, folder: Path, config: Any) -> nn.Module:
+    """The module of a configuration with seeded random weights."""
+    config.dtype = "float32"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            module = library.AutoModelForImageClassification.from_config(config)
+        except Exception as error:
+            raise ConfigurationError(
+                f"{spec.at('builder')}: {folder} cannot be built ({first_line(error)})."
+            ) from error
+    assert isinstance(module, nn.Module)
+    return module
+
+
+def _labels(config: Any) -> tuple[str, ...] | None:
+    """The names of the classes; None for the names that transformers makes up."""
+    names = dict(config.id2label or {})
+    labels = tuple(str(names.get(index, f"LABEL_{index}")) for index in range(len(names)))
+    return None if all(re.fullmatch(r"LABEL_\d+", label) for label in labels) else labels
+
+
+def _preprocessing(
+    spec: ModelSpec, library: Any, folder: Path, module: nn.Module
+) -> tuple[Preprocessing | None, str]:
+    """The transform of the image processor, and where it comes from.
+
+    If models.toml sets the whole transform, the processor may be missing or unsupported. Raises
+    ConfigurationError otherwise.
+    """
+    try:
+        processor = _processor(library, folder)
+        preprocessing, swapped = preprocessing_of(processor)
+        if swapped:
+            _swap_colors(module, preprocessing.crop)
+    except UnsupportedProcessor as error:
+        if spec.input.size and spec.input.mean and spec.input.std:
+            return None, "the service's defaults"
+        raise ConfigurationError(
+            f"{spec.at('builder')}: {error}. Set the transform in models.toml: input = {{ size = …, "
+            "resize = …, fit = …, mean = …, std = … }."
+        ) from error
+    return preprocessing, f"the {type(processor).__name__} of {spec.builder}"
+
+
+def _processor(library: Any, folder: Path) -> Any:
+    try:
+        return library.AutoImageProcessor.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, backend="torchvision"
+        )
+    except Exception as error:  # it raises many types for files it cannot use
+        raise UnsupportedProcessor(
+            f"the image processor in {folder} cannot be read ({first_line(error)})"
+        ) from error
+
+
+def _swap_colors(module: nn.Module, size: tuple[int, int]) -> None:
+    """Have a model for BGR images take RGB: its first convolution reads the channels in reverse.
+
+    Raises UnsupportedProcessor if that is not the same model.
+    """
+    first = next((part for part in module.modules() if isinstance(part, nn.Conv2d)), None)
+    image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    module.eval()
+    with torch.no_grad():
+        expected = module(image).logits
+        if first is not None and first.in_channels == 3 and first.groups == 1:
+            first.weight.copy_(first.weight.flip(1))
+        if not torch.allclose(module(image.flip(1)).logits, expected, atol=1e-4):
+            raise UnsupportedProcessor(
+                "the image processor has BGR channels, and the model does not begin with a "
+                "convolution whose channels could be swapped"
+            )
