@@ -197,5 +197,6 @@ def table(*columns: str, right: Sequence[str] = (), **options: Any) -> Table:
 
 def print_tables(*tables: Table) -> None:
     """Print to standard output; where that is no terminal, lines are as long as they need to be."""
+    console = OUT if OUT.is_terminal else Console(width=1000)
     for each in tables:
-        OUT.print(each, width=None if OUT.is_terminal else max(OUT.width, 1000))
+        console.print(each)
