@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -18,7 +18,12 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from api_schemas.answers import Problem
-from api_schemas.options import ExperimentOptions, ExplainOptions, PredictOptions
+from api_schemas.options import (
+    CommonOptions,
+    ExperimentOptions,
+    ExplainOptions,
+    PredictOptions,
+)
 from service import errors
 from service.errors import CamserveError, Refused, nearest
 from service.routes.integration import integrations_of
@@ -63,7 +68,7 @@ STATUS: dict[type[CamserveError], int] = {
 _SHOWN = 200
 """Characters of the client's text that an error repeats at most."""
 
-_OPTIONS = {
+_OPTIONS: Mapping[str, type[CommonOptions | ExperimentOptions]] = {
     "/explain": ExplainOptions,
     "/predict": PredictOptions,
     "/experiments": ExperimentOptions,
