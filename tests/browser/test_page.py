@@ -397,7 +397,8 @@ def test_a_slow_method_says_what_it_costs_and_can_be_cancelled(
     words.get_by_text("RISE · up to 1,001 forward passes · ").wait_for()
     until(
         explained.page,
-        "/· [0-9]+[.][1-9] of about [0-9.]+ s$/.test(document.querySelector('.progress-words').textContent)",
+        "/· [0-9]+[.][1-9] of about [0-9.]+ s$/.test("
+        "document.querySelector('.progress-words').textContent)",
     )
     hand.press(".cancel")
     explained.page.locator("#status", has_text="Cancelled.").wait_for(state="attached")

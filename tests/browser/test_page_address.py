@@ -36,8 +36,9 @@ def controls(watched: Watched) -> dict[str, Any]:
     """What the controls say, and what is shown."""
     found: dict[str, Any] = watched.page.evaluate(
         """() => ({
-            ...Object.fromEntries(["model", "method", "layer", "fit", "verify", "contrast", "opacity",
-                "threshold", "colormap"].map((id) => [id, document.getElementById(id).value])),
+            ...Object.fromEntries(["model", "method", "layer", "fit", "verify", "contrast",
+                "opacity", "threshold", "colormap"]
+                .map((id) => [id, document.getElementById(id).value])),
             regions: document.querySelector("#regions").checked,
             caption: document.querySelector(".caption").textContent,
             heat: getComputedStyle(document.querySelector(".heat")).opacity,

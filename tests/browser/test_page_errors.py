@@ -1,11 +1,10 @@
-"""Errors in the words of a visitor: where they arose, all of them, and nothing that is for programs."""
+"""Errors in the words of a visitor: where they arose, all of them, nothing for programs."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from browsing import SAMPLE, Watched, explain_sample, until, wait_for_caption
@@ -88,8 +87,8 @@ def test_text_is_pasted_and_dropped_into_fields_as_ever(desk: Watched) -> None:
     desk.page.keyboard.press("Enter")
     wait_for_caption(desk.page, "tulip, ")
     assert notices(desk.page, "[role=alert]") == []
-    is_free = """element => element.dispatchEvent(
-        new DragEvent("dragover", { bubbles: true, cancelable: true, dataTransfer: new DataTransfer() }))"""
+    is_free = """element => element.dispatchEvent(new DragEvent("dragover",
+        { bubbles: true, cancelable: true, dataTransfer: new DataTransfer() }))"""
     assert desk.page.locator("#contrast").evaluate(is_free)
     assert not desk.page.locator("#photos").evaluate(is_free)
 
@@ -144,13 +143,15 @@ def test_a_folder_is_named_and_the_images_beside_it_are_used(desk: Watched) -> N
     """The drop of a folder, as browsers describe it."""
     desk.page.evaluate(
         """async () => {
-            const photo = new File([await (await fetch("page/sunflower.jpg")).blob()], "a.jpg", { type: "image/jpeg" });
+            const content = await (await fetch("page/sunflower.jpg")).blob();
+            const photo = new File([content], "a.jpg", { type: "image/jpeg" });
             const folder = new File([], "holiday");
-            const item = (entry) => ({ webkitGetAsEntry: () => entry });
+            const item = (name, isDirectory) =>
+                ({ webkitGetAsEntry: () => ({ name, isDirectory }) });
             const event = new DragEvent("drop", { bubbles: true, cancelable: true });
             Object.defineProperty(event, "dataTransfer", { value: {
                 files: [folder, photo], types: ["Files"], getData: () => "",
-                items: [item({ isDirectory: true, name: "holiday" }), item({ isDirectory: false, name: "a.jpg" })],
+                items: [item("holiday", true), item("a.jpg", false)],
             } });
             document.body.dispatchEvent(event);
         }"""
@@ -178,10 +179,11 @@ def test_a_file_that_was_deleted_after_it_was_chosen_is_named(
     photo.unlink()
     held.pop().continue_()
     until(desk.page, "document.querySelectorAll('.files .notice').length === 1")
-    assert notices(desk.page, "#welcome-files") == [
+    (sentence,) = notices(desk.page, "#welcome-files")
+    assert sentence == (
         "gone.jpg: The file cannot be read any more: it was changed, moved or deleted. "
         "Choose it again."
-    ]
+    )
     desk.messages = [each for each in desk.messages if "ERR_" not in each]
 
 
@@ -209,8 +211,8 @@ def test_a_choice_that_is_refused_says_so_beside_its_control(
     assert not FOR_PROGRAMS.search(sentence), sentence
     gap = desk.page.evaluate(
         """([control, box]) => {
-            const [one, other] = [control, box].map((each) => document.querySelector(each).getBoundingClientRect());
-            return other.top - one.bottom;
+            const frame = (each) => document.querySelector(each).getBoundingClientRect();
+            return frame(box).top - frame(control).bottom;
         }""",
         [control, box],
     )
@@ -219,75 +221,84 @@ def test_a_choice_that_is_refused_says_so_beside_its_control(
     forgive_all(desk)
 
 
-REFUSALS: list[tuple[int, dict[str, Any], dict[str, str], str]] = [
+REFUSALS = [
     (
         429,
-        {
-            "code": "queue_full",
-            "detail": "64 images are waiting or running, which is the maximum of this service; try again after the seconds in Retry-After.",
-        },
-        {"retry-after": "7"},
+        "queue_full",
+        (
+            "64 images are waiting or running, which is the maximum of this service; try again "
+            "after the seconds in Retry-After."
+        ),
         "The service is busy. Try again in 7 s.",
     ),
     (
         429,
-        {
-            "code": "key_limit",
-            "detail": "The key 'anna' may make 60 requests per minute; try again after the seconds in Retry-After.",
-        },
-        {},
+        "key_limit",
+        (
+            "The key 'anna' may make 60 requests per minute; try again after the seconds in "
+            "Retry-After."
+        ),
         "The key 'anna' may make 60 requests per minute.",
     ),
     (
         503,
-        {"code": "shutting_down", "detail": "The service is shutting down; ask another instance."},
-        {},
-        "The service is restarting. Try again in a moment.",
+        "shutting_down",
+        "The service is shutting down; ask another instance.",
+        "The service is restarting. Try again in 7 s.",
     ),
     (
         504,
-        {
-            "code": "deadline_exceeded",
-            "detail": "The response was not ready within 60 seconds; retry, or request less.",
-        },
-        {},
+        "deadline_exceeded",
+        "The response was not ready within 60 seconds; retry, or request less.",
         "The response was not ready within 60 seconds. Try again, or choose a faster method.",
     ),
     (
         500,
-        {
-            "code": "inference_failed",
-            "detail": "The model failed on this image. Try the image again; if it fails again, the server's log has the cause under this request id.",
-            "request_id": "4f2a",
-        },
-        {},
-        "The model failed on this image. Try the image again. The service's log has the cause under 4f2a.",
+        "inference_failed",
+        (
+            "The model failed on this image. Try the image again; if it fails again, the server's "
+            "log has the cause under this request id."
+        ),
+        (
+            "The model failed on this image. Try the image again. "
+            "The service's log has the cause under 4f2a."
+        ),
     ),
     (
         500,
-        {
-            "code": "render_failed",
-            "detail": "The answer was computed and could not be drawn; use include=none for the numbers alone. The server's log has the cause.",
-        },
-        {},
-        "The answer was computed and could not be drawn. The server's log has the cause.",
+        "render_failed",
+        "The answer was computed and could not be drawn; use include=none for the numbers alone.",
+        (
+            "The answer was computed and could not be drawn. "
+            "The service's log has the cause under 4f2a."
+        ),
     ),
     (
         422,
-        {"code": "invalid_option", "detail": "use -F image=@cat.jpg"},
-        {},
+        "invalid_option",
+        "use -F image=@cat.jpg",
         "The service cannot do this with this image and model.",
+    ),
+    (
+        422,
+        "invalid_option",
+        "Model 'm' cannot be explained by `gradcam`: it has no layers. Take rise or occlusion.",
+        "Model 'm' cannot be explained by Grad-CAM: it has no layers. Take RISE or Occlusion.",
     ),
 ]
 
 
-@pytest.mark.parametrize(("status", "body", "headers", "words"), REFUSALS)
+@pytest.mark.parametrize(("status", "code", "detail", "words"), REFUSALS)
 def test_a_failure_of_the_service_stands_under_its_image_in_words(
-    desk: Watched, status: int, body: dict[str, Any], headers: dict[str, str], words: str
+    desk: Watched, status: int, code: str, detail: str, words: str
 ) -> None:
-    desk.page.route(
-        "**/explain?*", lambda route: route.fulfill(status=status, json=body, headers=headers)
-    )
+    body = {"code": code, "detail": detail, "request_id": "4f2a"}
+    headers = {"retry-after": "7"} if status in (429, 503) else {}
+
+    def refuse(route: Route) -> None:
+        route.fulfill(status=status, json=body, headers=headers)
+
+    desk.page.route("**/explain?*", refuse)
     desk.page.locator("#welcome [data-do=sample]").click()
     desk.page.locator(".pane .failure .notice").wait_for()
     assert notices(desk.page, ".pane .failure") == [words]

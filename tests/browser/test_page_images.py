@@ -96,7 +96,8 @@ def test_the_strip_scrolls_to_the_chosen_image_and_the_page_stays(
         page.page.locator("#photos button").last.evaluate("each => each.click()")
         inside = page.page.locator("#photos button").last.evaluate(
             """each => {
-                const [one, list] = [each, each.closest("ul")].map((x) => x.getBoundingClientRect());
+                const frame = (element) => element.getBoundingClientRect();
+                const [one, list] = [frame(each), frame(each.closest("ul"))];
                 return one.left >= list.left && one.right <= list.right
                     && one.top >= list.top && one.bottom <= list.bottom;
             }"""
@@ -226,6 +227,34 @@ def test_without_storage_the_page_works_and_says_that_a_reload_loses_the_images(
     watched.page.wait_for_selector("#layer option", state="attached")
     explain_sample(watched)
     until(watched.page, "document.querySelector('#kept').textContent.includes('gone after')")
+
+
+def test_only_images_that_were_shown_lately_take_much_memory(page: Watched, tmp_path: Path) -> None:
+    """The one on screen is always in full detail, also where its answer was kept."""
+    for place in range(10):
+        Image.new("RGB", (1000, 20), (25 * place, 0, 0)).save(tmp_path / f"{place:03}.png")
+    page.page.evaluate(
+        """() => {
+            const open = new Set();
+            const create = window.createImageBitmap;
+            window.createImageBitmap = async (...args) => {
+                const bitmap = await create(...args);
+                open.add(bitmap);
+                return bitmap;
+            };
+            const close = ImageBitmap.prototype.close;
+            ImageBitmap.prototype.close = function () { open.delete(this); close.call(this); };
+            window.wide = () => [...open].filter(({ width, height }) => width / height > 40);
+        }"""
+    )
+    add(page, sorted(tmp_path.iterdir()))
+    for place in [*range(10), 0, 9]:
+        page.page.locator("#photos button").nth(place).click()
+        until(page.page, "document.querySelector('.stage').ariaLabel.includes('.png with')")
+        assert page.page.locator(".photo").evaluate("canvas => canvas.width") == 1000
+    until(page.page, "window.wide().length === 10")
+    widths = page.page.evaluate("window.wide().map(({ width }) => width).sort()")
+    assert widths == [1000] * 8 + [512] * 2
 
 
 @pytest.mark.parametrize("width", [320, 390, 800])

@@ -10,7 +10,7 @@ import { methodFor, reasonAgainst } from "./knows.js";
 import { Lab } from "./lab.js";
 import { method } from "./methods.js";
 import { announce, complain, complainOfFiles, failed, offerUndo, settle } from "./notices.js";
-import { newImage, notAnImage, sample, take, watch } from "./images.js";
+import { enlarge, newImage, notAnImage, sample, take, watch } from "./images.js";
 import { sentenceOf } from "./problems.js";
 import { SLOW, answerTo, classOf, isKnown, predictionsOf, priceOf } from "./question.js";
 import { note } from "./report.js";
@@ -149,9 +149,10 @@ function look(image, question) {
   if (state.image !== image) {
     state.image = image;
     clear();
+    enlarge(image);
   }
   image.ready.then(() => {
-    if (state.image === image && live.shown?.image !== image) live.drawImage(image);
+    if (state.image === image) live.drawImage(image);
     listImages(choose);
   });
   ask();

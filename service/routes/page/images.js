@@ -4,6 +4,10 @@ import { download } from "./api.js";
 import { newId } from "./session.js";
 
 const MAX_SIDE = 2048; // of the drawn bitmap; the server gets the original file
+const SMALL_SIDE = 512; // of the bitmaps of images that were not shown lately
+const LARGE_KEPT = 8; // large bitmaps: 100 would take more than 1 GB
+
+const large = []; // the images with large bitmaps, the one shown last at the end
 
 let unnamed = 0;
 
@@ -12,26 +16,43 @@ let unnamed = 0;
  *
  * @returns {{id: string, name: string, file: Blob, bitmap: ImageBitmap | null, labels: Map, failure: string, ready: Promise}}
  *   `labels` has its class by the name of each model; `failure` says why there is none for the
- *   current model. `bitmap` is upright and at most MAX_SIDE long; null until `ready`, and for files that
- *   browsers cannot read, such as TIFF.
+ *   current model. `bitmap` is upright and at most SMALL_SIDE long, or MAX_SIDE after `enlarge`; null until
+ *   `ready`, and for files that browsers cannot read, such as TIFF.
  */
 export function newImage(file, name = file.name, id = newId()) {
   const image = { id, name: name || `image-${(unnamed += 1)}.png`, file, bitmap: null, labels: new Map(), failure: "" };
-  image.ready = bitmapOf(file).then((bitmap) => {
-    image.bitmap = bitmap;
-  });
+  image.ready = redraw(image, SMALL_SIDE);
   return image;
 }
 
+/** Gives an image its large bitmap, and takes one from the image that was not shown for the longest time. */
+export function enlarge(image) {
+  const place = large.indexOf(image);
+  if (place >= 0) large.splice(place, 1);
+  else image.ready = redraw(image, MAX_SIDE);
+  large.push(image);
+  if (large.length > LARGE_KEPT) redraw(large.shift(), SMALL_SIDE);
+}
+
+/** Decodes the bitmap of an image again; a later call wins. */
+async function redraw(image, side) {
+  image.side = side;
+  const bitmap = await bitmapOf(image.file, side);
+  if (image.side !== side) return bitmap?.close();
+  if (!bitmap && image.bitmap) return; // the server's drawing of a file that browsers cannot read
+  image.bitmap?.close();
+  image.bitmap = bitmap;
+}
+
 /** The bitmap of an image file; null if the browser cannot read it. */
-export async function bitmapOf(blob) {
+export async function bitmapOf(blob, side = MAX_SIDE) {
   let whole;
   try {
     whole = await createImageBitmap(blob);
   } catch {
     return null;
   }
-  const scale = Math.min(1, MAX_SIDE / Math.max(whole.width, whole.height));
+  const scale = Math.min(1, side / Math.max(whole.width, whole.height));
   if (scale === 1) return whole;
   const size = {
     resizeWidth: Math.max(1, Math.round(whole.width * scale)),

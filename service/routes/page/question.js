@@ -102,6 +102,7 @@ export async function predictionsOf(image, model, { fit }, signal) {
  */
 export async function answerTo(image, model, question, signal) {
   const key = keyOf(image, model, question);
+  await image.ready;
   if (!answers.has(key)) answers.set(key, await fetchAnswer(image, model, question, signal));
   if (answers.size > KEPT_ANSWERS) answers.delete(answers.keys().next().value);
   return answers.get(key);
@@ -111,7 +112,6 @@ async function fetchAnswer(image, model, question, signal) {
   // In grey a pixel of the heatmap is its level, in SIGNED its sign, too; the colours are put on here.
   const { signed } = method(question.method);
   const drawing = [["include", "heatmap"], ["include", "regions"], ["colormap", signed ? SIGNED : "gray"]];
-  await image.ready;
   // If the browser cannot read the image, the server sends it, without colours.
   if (!image.bitmap) drawing.push(["include", "overlay"], ["opacity", 0]);
   const options = query([...optionsOf({ question, model }), ...drawing]);
