@@ -77,10 +77,11 @@ function sheetOf(images, captions) {
   const width = Math.min(800, Math.max(...images.map((image) => image.width)));
   const heights = images.map((image) => Math.round((image.height * width) / image.width));
   const text = 1.5 * TEXT * Math.max(...captions.map((lines) => lines.length)) + TEXT;
-  const rows = Math.ceil(images.length / 2);
-  const heightOf = (row) => Math.max(...heights.slice(2 * row, 2 * row + 2)) + text;
-  const tops = Array.from({ length: rows + 1 }, (_, row) => GAP + Array.from({ length: row }, (_each, above) => heightOf(above)).reduce((sum, height) => sum + height, 0));
-  const canvas = new OffscreenCanvas(2 * width + 3 * GAP, tops[rows] + GAP);
+  const tops = [GAP]; // of each row, and the end of the last one
+  for (let index = 0; index < images.length; index += 2) {
+    tops.push(tops.at(-1) + Math.max(...heights.slice(index, index + 2)) + text);
+  }
+  const canvas = new OffscreenCanvas(2 * width + 3 * GAP, tops.at(-1) + GAP);
   const context = canvas.getContext("2d");
   context.fillStyle = "#fff";
   context.fillRect(0, 0, canvas.width, canvas.height);
