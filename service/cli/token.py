@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from api_schemas.options import ExplainOptions
-from service.cli.flags import ERR, with_settings
+from service.cli.flags import ERR, explain_options, with_settings
 from service.errors import ConfigurationError
 from service.security.overlay_tokens import Grant, sign
 from service.settings import Settings
@@ -42,7 +41,7 @@ def overlay_token(  # noqa: PLR0917 - a command's parameters are its flags
             "`openssl rand -hex 32`."
         )
     options = {"method": method} if method else {}
-    ExplainOptions.model_validate(options)  # raises for an unknown method
+    explain_options(**options)  # raises for an unknown method
     expires = None if days is None else round(time.time() + days * 86_400)
     grant = Grant(tuple(prefix), origin.rstrip("/"), model, method, expires)
     token = sign(grant, settings.overlay_secret.get_secret_value())

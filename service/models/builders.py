@@ -85,7 +85,7 @@ _FUNCTION = re.compile(r"(?!.*\.py:)[\w.-]+:\w+")
 
 
 def _classifiers() -> list[str]:
-    return torchvision.models.list_models(module=torchvision.models)
+    return list(torchvision.models.list_models(module=torchvision.models))
 
 
 def _build_builtin(spec: ModelSpec) -> Built:

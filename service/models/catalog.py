@@ -138,8 +138,8 @@ def parse_models(
     """
     by_name = {spec.name: spec for spec in configured}
     given = arguments or (() if configured else (BUILTIN,))
-    named = [by_name.get(argument) or _parsed(argument, by_name) for argument in given]
-    named = _with_weights(named or configured, weights)
+    read = [by_name.get(argument) or _parsed(argument, by_name) for argument in given]
+    named = _with_weights(read or configured, weights)
     selects = not given or any(argument in by_name for argument in given)
     specs = named if selects else [*configured, *named]
     check_names(specs)

@@ -73,7 +73,7 @@ def _draw(model: LoadedModel, path: str, max_side: int) -> KernelGrid:
 
     Raises UnknownLayer, and InvalidOption for a layer without kernels.
     """
-    module = model.module.get_submodule(model.layer(path).path)
+    module = dict(model.module.named_modules())[model.layer(path).path]
     weight = kernel_weight(module)
     if weight is None:
         raise InvalidOption(_refusal(model, path))
@@ -82,9 +82,9 @@ def _draw(model: LoadedModel, path: str, max_side: int) -> KernelGrid:
 
 def _refusal(model: LoadedModel, path: str) -> str:
     having = [
-        layer.path
-        for layer in model.layers
-        if kernel_weight(model.module.get_submodule(layer.path)) is not None
+        part
+        for part, module in model.module.named_modules()
+        if part and kernel_weight(module) is not None
     ]
     inside = [other for other in having if other.startswith(f"{path}.")]
     if inside:

@@ -13,7 +13,7 @@ from tiny import SmallNet
 from torch import Tensor, nn
 
 from service.cli.check import check_models
-from service.errors import ConfigurationError
+from service.errors import ConfigurationError, InvalidOption
 from service.inference.batch import run
 from service.inference.questions import InferenceResult, Question
 from service.models.catalog import InputSpec, ModelSpec
@@ -21,6 +21,7 @@ from service.models.loaded import LoadedModel
 from service.models.loading import load_model
 from service.models.pool import Replica
 from service.models.probes.condition import Condition
+from service.routes import kernel_images
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -181,6 +182,12 @@ def exported(net: nn.Module, count: int, tmp_path: Path, *, dynamic: bool) -> nn
         return torch.export.load(tmp_path / "net.pt2").module()
 
 
+def reloaded(module: Any, tmp_path: Path) -> nn.Module:
+    """A TorchScript module as a user has it: loaded from a file, which renames its classes."""
+    torch.jit.save(module, tmp_path / "scripted.pt")
+    return torch.jit.load(tmp_path / "scripted.pt")
+
+
 def forms(tmp_path: Path) -> dict[str, Callable[[], nn.Module]]:
     net = SmallNet(seed=3).eval()
 
@@ -194,13 +201,23 @@ def forms(tmp_path: Path) -> dict[str, Callable[[], nn.Module]]:
         "traced": lambda: quiet(
             lambda: torch.jit.freeze(torch.jit.trace(net, torch.zeros(1, 3, 32, 32)))
         ),
+        "scripted in a file": lambda: quiet(lambda: reloaded(torch.jit.script(net), tmp_path)),
+        "traced in a file": lambda: quiet(
+            lambda: reloaded(torch.jit.trace(net, torch.zeros(1, 3, 32, 32)), tmp_path)
+        ),
         "optimised": lambda: quiet(lambda: torch.jit.optimize_for_inference(torch.jit.script(net))),
         "exported": lambda: exported(net, 2, tmp_path, dynamic=True),
         "one at a time": lambda: exported(net, 1, tmp_path, dynamic=False),
     }
 
 
-@pytest.mark.parametrize("form", ["frozen", "traced", "optimised", "exported", "one at a time"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        *("frozen", "traced", "optimised", "scripted in a file", "traced in a file"),
+        *("exported", "one at a time"),
+    ],
+)
 def test_exported_and_frozen_modules_predict(tmp_path: Path, builder, form: str) -> None:
     model = load(builder(forms(tmp_path)[form]))
     assert model.no_layers is not None
@@ -217,6 +234,31 @@ def test_exported_and_frozen_modules_predict(tmp_path: Path, builder, form: str)
     found = torch.tensor([scores[index] for index in range(7)])
     torch.testing.assert_close(found, expected[0].softmax(0), rtol=1e-4, atol=1e-5)
     assert replica.condition.faults() == []
+
+
+@pytest.mark.parametrize(
+    ("form", "call"),
+    [
+        ("scripted in a file", "torch.jit.load('scripted.pt')"),
+        ("exported", "torch.export.load('net.pt2').module()"),
+    ],
+)
+def test_a_file_that_is_a_program_is_named_with_the_call_that_loads_it(
+    tmp_path: Path, form: str, call: str
+) -> None:
+    forms(tmp_path)[form]()
+    (file,) = tmp_path.iterdir()
+    with pytest.raises(ConfigurationError) as error:
+        load("torchvision/resnet18", file)
+    assert f"def build(): return {call}" in error.value.detail
+
+
+def test_layers_and_kernels_of_a_scripted_file_are_shown(tmp_path: Path, builder) -> None:
+    model = load(builder(forms(tmp_path)["scripted in a file"]))
+    assert model.layer("features.0").type == "Conv2d"
+    assert kernel_images._draw(model, "features.0", 64).kernels == 8 * 3
+    with pytest.raises(InvalidOption, match="has no kernels; inside it"):
+        kernel_images._draw(model, "features", 64)
 
 
 def test_check_says_that_they_predict_only(tmp_path: Path, builder) -> None:

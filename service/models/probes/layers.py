@@ -92,13 +92,19 @@ class _Operations(TorchDispatchMode):
         return output
 
 
+def _type_name(module: nn.Module) -> str:
+    """The name of its class; of a TorchScript module that of the class that it was made from."""
+    return str(getattr(module, "original_name", type(module).__name__))
+
+
 def trace_layers(model: nn.Module, image: Tensor, select: Select = None) -> LayerTrace:
     """Run `model` once on `image` (1, C, H, W), with temporary hooks on every module.
 
     select: where the logits are in the model's output. Raises the exceptions of the model, and
     TypeError if there are no logits (1, classes).
     """
-    seen = {path: _LayerCalls() for path, _ in model.named_modules() if path}
+    parts = {path: part for path, part in model.named_modules() if path}
+    seen = {path: _LayerCalls() for path in parts}
     clock = iter(range(1 << 62))
 
     def watch(path: str) -> Any:
@@ -125,8 +131,7 @@ def trace_layers(model: nn.Module, image: Tensor, select: Select = None) -> Laye
 
     counter = _Operations()
     with ExitStack() as hooks, torch.no_grad(), counter:
-        for path in seen:
-            module = model.get_submodule(path)
+        for path, module in parts.items():
             if isinstance(module, ScriptModule):  # accepts no hooks
                 continue
             handle = module.register_forward_hook(watch(path), with_kwargs=True)
@@ -140,9 +145,9 @@ def trace_layers(model: nn.Module, image: Tensor, select: Select = None) -> Laye
     layers = tuple(
         Layer(
             path=path,
-            type=type(model.get_submodule(path)).__name__,
+            type=_type_name(parts[path]),
             shape=now.shape,
-            parameters=sum(p.numel() for p in model.get_submodule(path).parameters()),
+            parameters=sum(p.numel() for p in parts[path].parameters()),
             layout=layout_of(now.shape, size) if now.whole and now.real else None,
             calls=now.calls,
             taken=now.taken,

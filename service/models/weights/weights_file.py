@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 import re
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,12 +105,31 @@ def _unpickled(path: Path, name: str) -> Any:
     try:
         return read_inert(path)
     except Exception as error:  # torch.load raises many types for other files
+        program = _program_in(path)
+        if program:
+            raise ConfigurationError(
+                f"{name} is {program[0]}, a program and not weights: serve it by a function, "
+                f"def build(): return {program[1]}, with --model MODULE:build."
+            ) from error
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f" It tries to run {wanted[1]}, which was refused." if wanted else ""
         raise ConfigurationError(
             f"{name} is not a state dict that can be read without running code.{what} Save it "
             "again with torch.save(model.state_dict(), …) or as safetensors."
         ) from error
+
+
+def _program_in(path: Path) -> tuple[str, str] | None:
+    """What a file of TorchScript or torch.export is, and the call that loads it; else None."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        names = [name.partition("/")[2] for name in archive.namelist()]
+    if "constants.pkl" in names:
+        return "a TorchScript file", f"torch.jit.load({path.name!r})"
+    if "archive_format" in names or any("exported_program" in name for name in names):
+        return "an exported program", f"torch.export.load({path.name!r}).module()"
+    return None
 
 
 def _state_dicts(checkpoint: Any, name: str) -> list[CheckpointTensor]:
