@@ -100,7 +100,7 @@ class Metrics:
     def count_request(self, route: str, status: int, seconds: float, labels: RequestLabels) -> None:
         """Count one request that has ended."""
         self.requests.labels(route, str(status)).inc()
-        if status < 400:
+        if 0 < status < 400:
             self.request_seconds.labels(route, labels.model, labels.method).observe(seconds)
         if status in REFUSALS:
             self.refusals.labels(labels.key, str(status)).inc()

@@ -204,7 +204,7 @@ def _sentence(issue: Any, known: Sequence[str]) -> str:
             repeated = "&".join(f"{around[0]}={value}" for value in several)
             return f"{around[0]}: repeat the parameter: {repeated}, or send a list in JSON"
         message += f".{nearest(given, choices)}".rstrip(".")
-    if issue["type"] == "list_type" and isinstance(issue["input"], str | int):
+    if issue["type"] == "list_type" and isinstance(issue["input"], str | int) and name != "images":
         message += f"; send [{json.dumps(_shown(issue['input']))}]"
     return f"{location}: {message}" if location else message
 

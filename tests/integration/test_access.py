@@ -108,6 +108,28 @@ def test_without_a_key_it_is_401_with_a_challenge(
     assert response.headers["x-request-id"] == response.json()["request_id"]
 
 
+@pytest.mark.parametrize(
+    ("headers", "said"),
+    [
+        ({}, "No API key was sent; send one"),
+        ({"x-api-key": ""}, "No API key was sent; send one"),
+        ({"authorization": "Digest secret-of-it"}, "The Authorization header contains no API key"),
+        ({"authorization": "secret-of-it"}, "The Authorization header contains no API key"),
+        ({"authorization": "Basic secret-of-it"}, "The Authorization header contains no API key"),
+        (bearer("secret-of-it"), "The API key that was sent is not one of this service"),
+        (basic("me", "secret-of-it"), "The API key that was sent is not one of this service"),
+        ({"x-api-key": "secret-of-it"}, "The API key that was sent is not one of this service"),
+    ],
+)
+def test_no_key_a_wrong_key_and_a_wrong_header_are_told_apart(
+    guarded: TestClient, headers: dict[str, str], said: str
+) -> None:
+    detail = predict(guarded, headers).json()["detail"]
+    assert detail.startswith(said)
+    assert "Authorization: Bearer KEY, X-API-Key: KEY" in detail
+    assert "secret-of-it" not in detail
+
+
 NOBODY = {
     "no header": {},
     "an empty bearer": {"authorization": "Bearer "},
@@ -427,6 +449,27 @@ def test_other_origins_are_told_nothing_until_they_are_allowed(client: TestClien
         assert allowing.options("/explain", headers=preflight).status_code == 200
         other = {"origin": "https://evil.example"}
         assert "access-control-allow-origin" not in allowing.get("/models", headers=other).headers
+
+
+SENT = (
+    ["accept", "authorization", "content-encoding", "content-type"],
+    ["inference-header-content-length", "token", "traceparent", "tracestate"],
+    ["x-api-key", "x-request-id", "x-request-timeout"],
+)
+
+
+def test_another_origin_may_send_and_read_every_header_that_is_documented(serve) -> None:
+    origin = "https://label.example.org"
+    with serve(cors_origins=(origin,)) as client:
+        for name in (name for names in SENT for name in names):
+            asked = {"access-control-request-method": "POST"}
+            asked |= {"origin": origin, "access-control-request-headers": name}
+            assert client.options("/explain", headers=asked).status_code == 200, name
+        read = client.get("/models", headers={"origin": origin}).headers
+    assert {each.strip() for each in read["access-control-expose-headers"].split(",")} == {
+        *("Inference-Header-Content-Length", "Retry-After", "Server-Timing", "WWW-Authenticate"),
+        *("X-Kernels", "X-Kernels-Left-Out", "X-Request-ID"),
+    }
 
 
 def test_a_preflight_needs_no_key_and_a_refusal_can_be_read(serve, files) -> None:

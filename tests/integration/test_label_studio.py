@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,29 @@ CONFIG = """<View>
   <KeyPointLabels name="peak" toName="image"><Label value="peak" smart="true"/>
     <Label value="class 5" smart="true"/></KeyPointLabels>
 </View>"""
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "how-to" / "label-studio.md").read_text()
+
+
+@pytest.mark.timeout(120)
+def test_the_example_of_the_page_is_filled_by_the_model_that_the_page_starts(serve) -> None:
+    (command,) = re.findall(r"^camserve serve.*$", PAGE, re.MULTILINE)
+    (config,) = re.findall(r"```xml\n(.*?)```", PAGE, re.DOTALL)
+    (extra,) = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
+    assert command == "camserve serve", "so it is the built-in model"
+    file = Path(__file__).parents[2] / "examples" / "sunflower.jpg"
+    with serve(models=()) as client:
+        known = client.get("/models/builtin").json()["labels"]
+        assert re.findall(r'<Choice value="(\w+)"', config) == known
+        assert setup(client, json.loads(extra), config).status_code == 200
+        photo = [{"image": data_uri(file.read_bytes())}]
+        (found,) = results(predict(client, photo, config))
+    kinds = {each["type"]: each["value"] for each in found["result"]}
+    assert kinds["choices"]["choices"] == ["sunflower"]
+    assert set(kinds) == {
+        *("choices", "brushlabels", "rectanglelabels", "polygonlabels", "keypointlabels")
+    }
 
 
 def data_uri(data: bytes) -> str:

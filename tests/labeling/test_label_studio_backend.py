@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import base64
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -57,6 +59,22 @@ def project(studio: LabelStudio, backend, photos) -> int:
     assert attached["state"] == "CO", attached
     studio.retrieve(project)
     return project
+
+
+def test_the_interface_that_the_page_prints_is_filled(studio: LabelStudio, backend, photos) -> None:
+    """With the built-in model, which the page starts."""
+    page = Path(__file__).parents[2] / "docs" / "how-to" / "label-studio.md"
+    (config,) = re.findall(r"```xml\n(.*?)```", page.read_text(), re.DOTALL)
+    project = studio.project(config)
+    studio.upload(project, photos)
+    studio.attach(project, backend.url, backend.key)
+    studio.retrieve(project)
+    (prediction,) = studio.predictions(project)
+    (choice,) = of_type(prediction, "choices")
+    assert choice["value"]["choices"] == ["sunflower"]
+    for kind in ("brushlabels", "rectanglelabels", "polygonlabels", "keypointlabels"):
+        assert of_type(prediction, kind), kind
+    assert [said["errors"] for said in studio.judge(config, [prediction])] == [[]]
 
 
 def test_it_connects_and_shows_the_version(studio: LabelStudio, project: int) -> None:
