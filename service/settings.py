@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
+import structlog
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
@@ -69,6 +70,12 @@ def unknown_variables(environment: Mapping[str, str]) -> Iterator[tuple[str, str
             continue
         close = nearest(name, known, 1).replace("'", f"'{PREFIX}", 1)
         yield variable, f"{variable} is not a setting, and has no effect.{close}"
+
+
+def warn_of_unknown_variables() -> None:
+    """Log each `CAMSERVE_` variable of this process that no setting has."""
+    for variable, detail in unknown_variables(os.environ):
+        structlog.get_logger(__name__).warning("unknown_variable", variable=variable, detail=detail)
 
 
 class Settings(BaseSettings):
