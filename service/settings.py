@@ -87,8 +87,9 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0: a free one.")
     models: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="Models to serve, each [NAME=]BUILDER[@WEIGHTS]; comma-separated in the "
-        "environment. Unset: the built-in model.",
+        description="Models to serve, each [NAME=]BUILDER[@WEIGHTS], or the name of a model in "
+        "--config, which selects it; comma-separated in the environment. Unset: those of --config, "
+        "else the built-in model.",
     )
     config: Path | None = Field(
         None, description="models.toml: the models to serve, with their configuration."
