@@ -36,7 +36,7 @@ from service.routes.hosts import host_rule
 from service.routes.middleware import BehindPrefix
 from service.routes.problems import problem
 from service.routes.server.draining import SWITCH_SECONDS
-from service.settings import Settings
+from service.settings import Settings, warn_of_unknown_variables
 
 DEPLOYMENT: dict[str, Any] = {
     "name": "camserve",
@@ -67,6 +67,7 @@ def replica_settings(arguments: dict[str, Any]) -> Settings:
     given = {"host": "0.0.0.0", **workers, "single_request_threads": cores, **arguments}  # noqa: S104
     settings = Settings(**given)
     logs.configure(settings.log_format)
+    warn_of_unknown_variables()
     tune_allocator()
     spare_collector()
     sys.setswitchinterval(SWITCH_SECONDS)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
+import structlog
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
@@ -71,6 +72,12 @@ def unknown_variables(environment: Mapping[str, str]) -> Iterator[tuple[str, str
         yield variable, f"{variable} is not a setting, and has no effect.{close}"
 
 
+def warn_of_unknown_variables() -> None:
+    """Log each `CAMSERVE_` variable of this process that no setting has."""
+    for variable, detail in unknown_variables(os.environ):
+        structlog.get_logger(__name__).warning("unknown_variable", variable=variable, detail=detail)
+
+
 class Settings(BaseSettings):
     """Every setting; each is also the flag `--name-with-dashes` of `camserve serve`."""
 
@@ -80,8 +87,9 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0: a free one.")
     models: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="Models to serve, each [NAME=]BUILDER[@WEIGHTS]; comma-separated in the "
-        "environment. Unset: the built-in model.",
+        description="Models to serve, each [NAME=]BUILDER[@WEIGHTS], or the name of a model in "
+        "--config, which selects it; comma-separated in the environment. Unset: those of --config, "
+        "else the built-in model.",
     )
     config: Path | None = Field(
         None, description="models.toml: the models to serve, with their configuration."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -19,7 +18,7 @@ from api_schemas.options import ExplainOptions
 from service import logs
 from service.errors import CamserveError, InvalidOption
 from service.images.image_files import skipped_files
-from service.settings import PREFIX, Settings, unknown_variables
+from service.settings import PREFIX, Settings, warn_of_unknown_variables
 
 _log = structlog.get_logger(__name__)
 
@@ -49,8 +48,7 @@ def _read_settings(**given: Any) -> Settings:
     """Return the settings of flags and environment; logs variables that are none of them."""
     settings = Settings(**given)
     logs.configure(settings.log_format)
-    for variable, detail in unknown_variables(os.environ):
-        _log.warning("unknown_variable", variable=variable, detail=detail)
+    warn_of_unknown_variables()
     return settings
 
 
@@ -172,6 +170,16 @@ def errors_as_sentences() -> Iterator[None]:
     except pydantic.ValidationError as error:
         for issue in error.errors():
             ERR.print(f"[red]error:[/] {escape(_of_setting(issue))}", soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
+@contextmanager
+def errors_as_events() -> Iterator[None]:
+    """Log an error that ends the command, and exit with code 2: all of standard error is JSON."""
+    try:
+        yield
+    except CamserveError as error:
+        _log.error("not_started", code=error.code, detail=error.detail)
         raise typer.Exit(2) from None
 
 

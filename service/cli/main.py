@@ -7,6 +7,7 @@ torch, which takes seconds to import.
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,7 @@ from api_schemas.options import ExplainOptions
 from service import __version__
 from service.cli.bulk.bulk_command import bulk
 from service.cli.export.export_command import export
-from service.cli.flags import OF_MODELS, with_options, with_settings
+from service.cli.flags import OF_MODELS, errors_as_events, with_options, with_settings
 from service.cli.layers_command import layers
 from service.cli.model_commands import calibrate, check, models
 from service.cli.token import overlay_token
@@ -60,7 +61,8 @@ def serve(settings: Settings) -> None:
     """Serve models over HTTP."""
     from service.cli.listening import listening
 
-    with listening(settings.host, settings.port) as sockets:
+    as_events = errors_as_events() if settings.log_format == "json" else nullcontext()
+    with as_events, listening(settings.host, settings.port) as sockets:
         from service.cli.serve_http import run
 
         run(settings, sockets)

@@ -6,8 +6,7 @@ import asyncio
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from fastapi import FastAPI
 from service import logs
 from service.app import create_app
 from service.cli.flags import ERR
-from service.errors import CamserveError, ConfigurationError
+from service.errors import ConfigurationError
 from service.resources import spare_collector, tune_allocator
 from service.routes.server.draining import SWITCH_SECONDS, DrainingServer
 from service.settings import Settings
@@ -30,21 +29,6 @@ _log = structlog.get_logger(__name__)
 def run(settings: Settings, sockets: Sequence[socket.socket]) -> None:
     """Serve on open sockets until a signal. Raises ConfigurationError if no model was loaded."""
     logs.configure(settings.log_format)
-    with _error_as_event() if settings.log_format == "json" else nullcontext():
-        _serve(settings, sockets)
-
-
-@contextmanager
-def _error_as_event() -> Iterator[None]:
-    """Log an error that ends the service, so that all of standard error is JSON."""
-    try:
-        yield
-    except CamserveError as error:
-        _log.error("not_started", code=error.code, detail=error.detail)
-        raise typer.Exit(2) from error
-
-
-def _serve(settings: Settings, sockets: Sequence[socket.socket]) -> None:
     tune_allocator()
     sys.setswitchinterval(SWITCH_SECONDS)
     served = create_app(settings, background=True)

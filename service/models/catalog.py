@@ -148,7 +148,7 @@ def parse_models(
 
 def _parsed(argument: str, names: Collection[str]) -> ModelSpec:
     """Read one `--model` that is not one of the configured names."""
-    if names and argument != BUILTIN and not re.search(r"[/:=@.]", argument):
+    if names and argument != BUILTIN and not set("/:=@.") & set(argument):
         raise ConfigurationError(
             f"--model {argument!r} is neither a model of the configuration ({', '.join(names)}) "
             f"nor [NAME=]BUILDER[@WEIGHTS].{nearest(argument, names)}"

@@ -18,13 +18,13 @@ ROOT = Path(__file__).parent.parent.parent
 
 IMPORTED = """
 import json, sys
-import api_schemas.client
+from {} import Client
 print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 """
 
 ASKS = """
 import json, sys
-from api_schemas.client import Client
+from camserve import Client
 with Client(sys.argv[1], trust_env=False) as client:
     result = client.explain(sys.argv[2], include=["grid", "overlay", "regions"])[0]
 found = result.explanations[0]
@@ -48,8 +48,10 @@ def run(*command: str | Path, **environment: str) -> str:
     return ran.stdout
 
 
-def test_the_client_imports_no_torch_and_no_service() -> None:
-    modules = json.loads(run(sys.executable, "-c", IMPORTED, PYTHONPATH=str(ROOT)))
+@pytest.mark.parametrize("package", ["camserve", "api_schemas.client"])
+def test_the_client_imports_no_torch_and_no_service(package: str) -> None:
+    code = IMPORTED.replace("{}", package, 1)
+    modules = json.loads(run(sys.executable, "-c", code, PYTHONPATH=str(ROOT)))
     assert "httpx" in modules
     assert not HEAVY & set(modules)
 

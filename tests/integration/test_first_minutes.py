@@ -292,6 +292,16 @@ def test_a_port_in_use_is_one_sentence_and_exit_code_2(host: str) -> None:
     assert f"--port {int(port) + 1}" in result.output
 
 
+def test_a_port_in_use_is_one_event_where_logs_are_json() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        result = run.invoke(app, ["serve", "--port", port, "--log-format", "json"])
+    assert result.exit_code == 2
+    event = json.loads(result.output)
+    assert event["event"] == "not_started"
+    assert f"port {port}" in event["detail"]
+
+
 def test_sockets_listen_on_every_address_and_are_closed_at_the_end() -> None:
     with listening("localhost", 0) as sockets:
         port = sockets[0].getsockname()[1]

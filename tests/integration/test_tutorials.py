@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -109,13 +110,16 @@ def test_the_examples_of_the_command_line(tmp_path: Path) -> None:
 SHELLS = ("sh", "console", "bash", "shell", "")
 
 
-def test_a_newcomer_runs_readme_from_top_to_bottom_in_a_fresh_clone(tmp_path: Path) -> None:
+def test_a_newcomer_runs_readme_from_top_to_bottom_in_a_fresh_clone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every command and its output. What `make run` and pip install is here already.
 
     Without the network torchvision's weights are random ones.
     """
     if not (ROOT / ".git").exists():
         pytest.skip("this is no clone, so there is nothing to clone from")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     shells = [block for block in blocks(README) if block.kind in SHELLS]
     first, clone, cpu, look, own, alone, options = shells
     get, make = clone.commands
@@ -136,6 +140,11 @@ def test_a_newcomer_runs_readme_from_top_to_bottom_in_a_fresh_clone(tmp_path: Pa
         check_alone(reading, alone)
         reading.serve(make)
         check_options([json.loads(reading.shell(line)) for line in options.commands])
+        (program,) = [block for block in blocks(README) if block.kind == "python"]
+        with contextlib.chdir(home):
+            assert reading.python(program.text) == "sunflower\n"
+        with Image.open(home / "why-from-python.jpg") as picture:
+            assert picture.size == (640, 480)
 
 
 def check_first_answer(said: dict[str, Any]) -> None:

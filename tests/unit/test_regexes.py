@@ -76,6 +76,11 @@ LISTED: dict[str, tuple[Mode, list[Hostile]]] = {
         [("", "a", ":/"), ("s3://", "a", "\n")],
     ),
     "service.integrations.label_studio.host._exchange": ("fullmatch", [("", "a", " ")]),
+    "service.models.builder_names._of_library": ("scan", [("", "'", ""), ("'", "a", "")]),
+    "service.models.builders._FUNCTION": (
+        "fullmatch",
+        [("", "a", ""), ("", ".py", ""), ("", "a:", ""), ("a:", "a", "-")],
+    ),
     "service.models.builders._OF_AUX": ("match", [("", "aux1", ""), ("", "AuxLogits", "")]),
     "service.models.builders._is_of_url": (
         "scan",
@@ -116,6 +121,11 @@ LISTED: dict[str, tuple[Mode, list[Hostile]]] = {
     "service.routes.hosts._NAME": ("fullmatch", [("", "a", "/"), ("", "a.", ""), ("", "a.", "/")]),
     "service.routes.hosts._PORT": ("fullmatch", [(":", "1", ""), ("", ":", "")]),
     "service.routes.middleware._ID": ("fullmatch", [("", "a", "/")]),
+    "service.settings._LINK_VALUE": ("match", [("", "tcp", ""), ("tcp:", "/", "")]),
+    "service.settings._SERVICE_LINK": (
+        "fullmatch",
+        [("", "_", ""), ("", "A_PORT_1", ""), ("PORT_", "1", ""), ("SERVICE_HOST", "_", "")],
+    ),
     "service.routes.problems._sentence": ("scan", [("", "'", ""), ("'", "a", "")]),
 }
 
