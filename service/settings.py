@@ -15,7 +15,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from service.errors import nearest
 
 MEBIBYTE = 1 << 20
-Format = Literal["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]
+Format = Literal["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"]
 
 
 def available_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
@@ -204,7 +204,7 @@ class Settings(BaseSettings):
     max_images: int = Field(32, ge=1, description="Images in one request.")
     max_body_bytes: int = Field(32 * MEBIBYTE, ge=1, description="Bytes in one request's body.")
     image_formats: Annotated[tuple[Format, ...], NoDecode] = Field(
-        ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"),
+        ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"),
         min_length=1,
         description="Accepted image formats, comma-separated; the decoders of other formats are "
         "never run.",

@@ -16,12 +16,15 @@ Size = tuple[int, int]
 MAX_SEGMENTS = 64
 """Segments of a JPEG before its frame header, or entries of a TIFF's first directory."""
 
+AVIF_SEARCHED = 4096
+"""First bytes of an AVIF among which its size is searched."""
+
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _WIDTH, _HEIGHT, _SHORT, _LONG = 256, 257, 3, 4
 
 
 def size_of(data: bytes) -> Size | None:
-    """The size that a JPEG, PNG, WebP, GIF, BMP or TIFF declares; None if it is not found."""
+    """The size that a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF declares; None if it is not found."""
     try:
         size = _declared(data)
     except (struct.error, IndexError):  # the file ends too early
@@ -33,7 +36,13 @@ def _declared(data: bytes) -> Size | None:
     for start, read in _READERS.items():
         if data.startswith(start):
             return read(data)
-    return None
+    return _avif(data) if data[4:8] == b"ftyp" else None
+
+
+def _avif(data: bytes) -> Size | None:
+    """The first size among the properties, which is the image's or that of a part of it."""
+    at = data.find(b"ispe", 0, AVIF_SEARCHED)
+    return None if at < 0 else _unpacked(">II", data, at + 8)
 
 
 def _png(data: bytes) -> Size:

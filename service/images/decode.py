@@ -28,6 +28,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from service.errors import CorruptImage, EmptyImage, ImageError, ImageTooLarge, UnsupportedImage
+from service.images.decoders.avif_decoder import decode_avif
 from service.images.decoders.bmp_decoder import decode_bmp
 from service.images.decoders.jpeg_decoder import (
     MAX_ASPECT,
@@ -43,6 +44,7 @@ from service.images.decoders.tiff_decoder import decode_tiff
 from service.images.decoders.webp_decoder import decode_webp
 from service.images.formats import format_of, unsupported_format
 from service.images.headers import (
+    avif_header,
     bmp_header,
     gif_header,
     jpeg_header,
@@ -50,6 +52,7 @@ from service.images.headers import (
     tiff_header,
     webp_header,
 )
+from service.images.headers.avif_header import AvifHeader
 from service.images.headers.bmp_header import BmpHeader
 from service.images.headers.header import SPARE_BYTES, Header, corrupt
 from service.images.headers.jpeg_header import JpegHeader
@@ -74,8 +77,14 @@ _READERS: Mapping[str, Callable[[bytes], Header]] = MappingProxyType(
         "GIF": gif_header.read,
         "BMP": bmp_header.read,
         "TIFF": tiff_header.read,
+        "AVIF": avif_header.read,
     }
 )
+
+_DECODERS: Mapping[type[Header], Callable[..., NDArray[np.uint8]]] = MappingProxyType(
+    {WebpHeader: decode_webp, BmpHeader: decode_bmp, AvifHeader: decode_avif}
+)
+"""Decoders that take every file of a kind."""
 
 TOO_LARGE = "Scale it down to at most {} pixels (width x height) and send it again."
 
@@ -264,7 +273,7 @@ def decode(
     keep: tuple[int, int] | None = None,
     header: Header | None = None,
 ) -> Source:
-    """Decode an uploaded JPEG, PNG, WebP, GIF, BMP or TIFF; only the first of several frames.
+    """Decode an uploaded JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF; only the first of several frames.
 
     The EXIF orientation is applied, transparency is composited over white, samples of other depths
     are scaled to 8 bits, floats are read as 0..1 if none is above 1, otherwise as 0..255. Colour
@@ -305,7 +314,7 @@ def open_header(data: bytes, max_pixels: int) -> Header:
 
 
 def read_header(data: bytes) -> Header:
-    """The header of a JPEG, PNG, WebP, GIF, BMP or TIFF.
+    """The header of a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF.
 
     Raises UnsupportedImage for other bytes and unsupported kinds, CorruptImage for a truncated
     header, ImageTooLarge beyond the limits of `headers.header`.
@@ -313,7 +322,7 @@ def read_header(data: bytes) -> Header:
     name = format_of(data)
     if name is None or (name == "BMP" and data[15:18] != b"\0\0\0"):
         raise UnsupportedImage(
-            f"{unsupported_format(data)}; send JPEG, PNG, WebP, GIF, BMP or TIFF."
+            f"{unsupported_format(data)}; send JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF."
         )
     return _READERS[name](data)
 
@@ -385,10 +394,9 @@ def decode_stored(
         return pixels
     if isinstance(header, PngHeader) and header.depth == 16:
         return decode_png16(header, data)
-    if isinstance(header, WebpHeader):
-        return decode_webp(header, data)
-    if isinstance(header, BmpHeader):
-        return decode_bmp(header, data)
+    decoder = _DECODERS.get(type(header))
+    if decoder is not None:
+        return decoder(header, data)
     if isinstance(header, TiffHeader) and header.packed:
         return decode_tiff(header, data)
     return _by_pillow(header, data)

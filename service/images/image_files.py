@@ -15,7 +15,7 @@ from service.errors import ConfigurationError, nearest
 SUFFIXES = frozenset(
     {
         *(".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".pjpeg", ".pjp"),
-        *(".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
+        *(".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif"),
     }
 )
 """Suffixes of images in a folder; a file that is named explicitly needs none of them."""

@@ -35,7 +35,7 @@ class Limits:
     cost: float
     timeout: float
     answer_bytes: int = 64 << 20
-    formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+    formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from http import HTTPStatus
 from typing import Any, Literal, get_args, get_origin
@@ -197,7 +196,8 @@ def operation_id(route: APIRoute) -> str:
     That of its function, with the protocol before it and `_version` behind it where it has those.
     """
     tag = str(route.tags[0]) if route.tags else ""
-    protocol = "" if tag in ("", *_TAGS) else f"{re.sub('[^a-z0-9]+', '_', tag.lower())}_"
+    words = tag.lower().replace("-", " ").split()
+    protocol = "" if tag in ("", *_TAGS) else "_".join((*words, ""))
     return f"{protocol}{route.name}{'_version' if '{version}' in route.path else ''}"
 
 

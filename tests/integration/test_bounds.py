@@ -352,7 +352,7 @@ def picky(serve) -> Iterator[TestClient]:
         yield client
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
 def test_only_allowed_formats_are_read(picky: TestClient, client: TestClient, kind: str) -> None:
     data = pictures.file(pictures.noise(), kind)
     assert format_of(data) == kind

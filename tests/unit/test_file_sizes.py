@@ -115,7 +115,7 @@ def test_regions_and_brushes_of_noise_are_within_their_bounds(
 
 # ---- sizes by the first bytes
 
-FORMATS = ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP"]
+FORMATS = ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF"]
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])

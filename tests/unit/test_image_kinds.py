@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import tiffs
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from tiffs import DEFLATE, LZW, NONE, PACKBITS
 
 from service.errors import CorruptImage, ImageTooLarge, UnsupportedImage
 from service.images.decode import decode
+from service.images.headers import avif_header
 from service.images.upload import decode_channels
 
 LIMIT = 1_000_000
@@ -630,3 +631,96 @@ def test_a_gif_may_have_its_first_image_beside_its_screen() -> None:
     assert read(bytes(data)).shape == (8, 12, 3)
     with pytest.raises(ImageTooLarge, match="12 x 8"):
         decode(bytes(data), max_pixels=95)
+
+
+# ---- AVIF
+
+COLOURS = {
+    "red": (255, 0, 0),
+    "olive": (128, 128, 0),
+    "white": (255, 255, 255),
+    "navy": (0, 0, 128),
+}
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("name", COLOURS)
+def test_an_avif_of_one_colour_has_it_to_two_levels(name: str, subsampling: str) -> None:
+    data = saved(Image.new("RGB", (40, 30), name), "AVIF", quality=100, subsampling=subsampling)
+    assert read(data).shape == (30, 40, 3)
+    assert np.abs(read(data) - COLOURS[name]).max() <= 2
+
+
+@pytest.mark.parametrize("depth", [8, 10, 12])
+def test_an_avif_of_more_bits_is_scaled_to_eight(depth: int) -> None:
+    ramp = np.repeat(np.arange(16) * 17, 8)[None, :].repeat(32, 0)
+    stored = (ramp * ((1 << depth) - 1) // 255).astype(np.uint16 if depth > 8 else np.uint8)
+    flags = [cv2.IMWRITE_AVIF_DEPTH, depth, cv2.IMWRITE_AVIF_QUALITY, 100]
+    found = read(cv2.imencode(".avif", np.dstack([stored] * 3), flags)[1].tobytes())
+    assert np.abs(found - ramp[..., None]).max() <= 2
+
+
+def test_a_transparent_avif_is_over_white() -> None:
+    image = Image.new("RGBA", (16, 16), (255, 0, 0, 128))
+    found = read(saved(image, "AVIF", quality=100, subsampling="4:4:4"))
+    assert np.abs(found - [255, 127, 127]).max() <= 2
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_avif_is_turned_as_pillow_turns_it(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = saved(smooth(), "AVIF", exif=exif)
+    with Image.open(io.BytesIO(data)) as opened:
+        wanted = np.asarray(ImageOps.exif_transpose(opened).convert("RGB")).astype(int)
+    assert read(data).shape == wanted.shape
+    assert np.abs(read(data) - wanted).max() <= 1
+
+
+def test_an_animated_avif_is_refused_by_its_name() -> None:
+    image = smooth()
+    assert "an animated AVIF" in refusal(
+        saved(image, "AVIF", save_all=True, append_images=[image.transpose(0)])
+    )
+
+
+def stream_of(data: bytes) -> bytes:
+    """The AV1 stream of a file with one item."""
+    return data[data.index(b"mdat") + 4 :]
+
+
+def test_several_frames_in_an_avif_are_refused_before_one_is_decoded() -> None:
+    stream = stream_of(saved(smooth(), "AVIF"))
+    with pytest.raises(UnsupportedImage, match="several frames or layers"):
+        avif_header._coded_pixels(stream * 3, [(0, 3 * len(stream))])
+
+
+def test_an_avif_is_counted_by_its_frames_and_not_by_what_it_claims() -> None:
+    data = saved(Image.new("RGB", (320, 240)), "AVIF")
+    claims = data.replace(struct.pack(">II", 320, 240), struct.pack(">II", 3, 2), 1)
+    header = avif_header.read(claims)
+    assert (header.width, header.height) == (3, 2)
+    assert header.fixed_bytes >= 8 * 320 * 240
+    huge = data.replace(struct.pack(">II", 320, 240), struct.pack(">II", 50_000, 50_000), 1)
+    with pytest.raises(ImageTooLarge, match="50000 x 50000"):
+        decode(huge, max_pixels=LIMIT)
+
+
+def test_extents_that_repeat_the_file_are_refused() -> None:
+    data = bytearray(saved(smooth(), "AVIF"))
+    at = data.index(b"iloc") + 4
+    struct.pack_into(">I", data, len(data) and at + 4 + 2 + 2 + 2 + 2 + 2 + 4, len(data))
+    with pytest.raises(CorruptImage):
+        decode(bytes(data), max_pixels=LIMIT)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_broken_avif_is_one_of_the_four_errors_or_an_image(seed: int) -> None:
+    rng, data = np.random.default_rng(seed), bytearray(saved(smooth(), "AVIF"))
+    for _ in range(3):
+        data[int(rng.integers(12, min(len(data), 400)))] = int(rng.integers(256))
+    try:
+        pixels = decode(bytes(data), max_pixels=LIMIT).pixels
+    except (CorruptImage, ImageTooLarge, UnsupportedImage):
+        return
+    assert pixels.dtype == np.uint8

@@ -35,7 +35,7 @@ from service.images.decode import (
 
 LIMIT = 1_000_000
 ORIENTATION = 0x0112
-FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]
+FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"]
 
 
 def encode(image: Image.Image, name: str = "PNG", **options: object) -> bytes:

@@ -39,6 +39,11 @@ LISTED: dict[str, tuple[Mode, list[Hostile]]] = {
     "service.security.addresses._PRINTABLE": ("fullmatch", [("", "a", " ")]),
     "service.security.addresses._URL": ("match", [("http://", "a", "@"), ("http://", "a:", "\\")]),
     "service.security.addresses._is_host": ("fullmatch", [("0x", "f", "g")]),
+    "service.images.formats._NAME": (
+        "fullmatch",
+        [("", "a.jpg", "!"), ("", ".jp", ""), ("", " ", ".jpx")],
+    ),
+    "service.images.formats._ADDRESS": ("fullmatch", [("http", "s", ""), ("https://", "a", " ")]),
     "service.images.headers.jpeg_header._MARKER": (
         "scan",
         [("", "\xff", ""), ("", "\xff\x00", "")],

@@ -27,7 +27,7 @@ SPARE_BYTES = 6 << 20
 class Header:
     """The properties of the first image of a file, known before decoding.
 
-    format:        "JPEG", "PNG", "WEBP", "GIF", "BMP" or "TIFF".
+    format:        "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF" or "AVIF".
     width, height: as stored, in pixels, before the orientation.
     orientation:   1 to 8, as EXIF numbers it.
     pixel_bytes:   memory of the decoder per pixel, in addition to the RGB result.
