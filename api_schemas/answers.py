@@ -254,6 +254,9 @@ class Explanation(BaseModel):
     )
     method: str
     layer: str | list[str] | None
+    correction: Literal["libra"] | None = Field(
+        None, description="The rules of the gradients, if not the model's own."
+    )
     range: tuple[float, float]
     flags: list[str]
     cost: Cost

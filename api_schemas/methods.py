@@ -65,6 +65,11 @@ class MethodRecord(NamedTuple):
         return self.runs in {"", "forward"} and "attention" not in self.needs
 
     @property
+    def is_correctable(self) -> bool:
+        """Whether `correction` changes its map: one from one gradient at a layer or the input."""
+        return self.name == "input_gradient" or (self.walks and not self.runs)
+
+    @property
     def walks(self) -> bool:
         """Whether it needs a backward pass to the target layers per target."""
         return {"layer", "gradients"} <= {*self.needs}

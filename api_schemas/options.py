@@ -40,6 +40,7 @@ Method = Literal[
 ]
 Fit = Literal["crop", "squash", "pad"]
 Verify = Literal["false", "true", "search"]
+Correction = Literal["none", "libra"]
 Include = Literal["heatmap", "overlay", "grid", "regions", "none"]
 Size = Literal["source", "model", "native"]
 OverlayFormat = Literal["jpeg", "png", "webp"]
@@ -235,6 +236,11 @@ class ExplainOptions(CommonOptions):
     )
     steps: int = Field(50, ge=1, le=1000, description="Number of steps of `integrated_gradients`.")
     seed: int = Field(0, ge=0, lt=1 << 63, description="Random seed; it determines the map.")
+    correction: Correction = Field(
+        "none",
+        description="`libra`: gradients of a transformer by the rules of LibraGrad, for "
+        "`input_gradient` and the methods from gradients at a layer; experimental.",
+    )
     verify: Annotated[Verify, BeforeValidator(_switch)] = Field(
         "false",
         description="`true`: test each map with 40 further forward passes and add the verdict; "

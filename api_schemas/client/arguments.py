@@ -10,6 +10,7 @@ from typing import Any, Literal, TypedDict
 from api_schemas.options import (
     ActivationForm,
     Colormap,
+    Correction,
     Fit,
     Include,
     Mask,
@@ -49,6 +50,7 @@ class ExplainArguments(_Common, total=False):
     samples: int
     steps: int
     seed: int
+    correction: Correction
     verify: Verify | bool
     size: Size
     colormap: Colormap

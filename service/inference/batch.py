@@ -12,6 +12,7 @@ from torch import Tensor
 
 from service.cam.formulas import scale
 from service.cam.hooks import Calls, Recording, calls_of, gradients, record
+from service.cam.libra import LibraMode
 from service.errors import CamserveError, InvalidOption, NonFiniteOutput
 from service.inference.edit_effects import measured_effects
 from service.inference.forward_pass import (
@@ -21,6 +22,7 @@ from service.inference.forward_pass import (
     activations_of,
     read_only_array,
 )
+from service.inference.input_gradients import correction, without_rules
 from service.inference.maps import fuse_layers, head_map, maps_at_layers, target_activation
 from service.inference.method_table import MULTI_PASS_METHODS, cost
 from service.inference.questions import (
@@ -139,9 +141,10 @@ def forward(replica: Replica, questions: Sequence[Question]) -> list[ImagePass |
             inputs=kinds["input"],
             input_targets=kinds["grad_input"],
         ) as recording,
+        correction(questions[0]) as rules,
     ):
         logits = model.logits(replica.module(pixels))
-    return _image_passes(model, questions, logits, recording)
+    return _image_passes(model, questions, logits, recording, rules)
 
 
 def forward_compiled(
@@ -158,7 +161,7 @@ def forward_compiled(
     activation, *beside = lane.front(pixels, wide=wide)
     explains = any(question.explains for question in questions)
     graph = any(question.needs_graph for question in questions)
-    with nullcontext() if graph else torch.no_grad():
+    with nullcontext() if graph else torch.no_grad(), correction(questions[0]) as rules:
         activation.requires_grad_(graph)
         # A clone: the tail may overwrite the very activation that is to be explained.
         kept = activation.clone() if explains else activation
@@ -168,14 +171,20 @@ def forward_compiled(
         image_pass
         if isinstance(image_pass, CamserveError)
         else replace(image_pass, precision=lane.precision)
-        for image_pass in _image_passes(model, questions, logits, recording)
+        for image_pass in _image_passes(model, questions, logits, recording, rules)
     ]
 
 
 def _image_passes(
-    model: LoadedModel, questions: Sequence[Question], logits: Tensor, recording: Recording
+    model: LoadedModel,
+    questions: Sequence[Question],
+    logits: Tensor,
+    recording: Recording,
+    rules: LibraMode | None,
 ) -> list[ImagePass | CamserveError]:
-    """What one forward pass gave each image."""
+    """What one forward pass, with the rules of a correction, gave each image."""
+    if rules is not None and questions[0].needs_gradients and not rules.count:
+        return [without_rules(model) for _ in questions]
     # Once for the batch: each read of a value on a GPU waits until all work before it is done.
     rows = logits.detach().cpu()
     finite = rows.isfinite().all(dim=1).tolist()
@@ -344,6 +353,7 @@ def _explanation(image_pass: ImagePass, class_id: int, score: float, cam: Tensor
         "not_deterministic": not model.behaviour.deterministic,
         "activation_in_model": model.behaviour.output_activation is not None,
         "weights_hardly_matter": model.weights_hardly_matter(method.name, question.layers),
+        "experimental": question.libra,
         "class_blind": method.class_blind,
         "places_unclear": not model.unclear.isdisjoint(question.layers),
     }
@@ -355,6 +365,7 @@ def _explanation(image_pass: ImagePass, class_id: int, score: float, cam: Tensor
         logit_difference=_difference(logit, weights, image_pass.logits),
         method=method.name,
         layers=question.layers if method.has_layer else (),
+        libra=question.libra,
         grid=read_only_array(scaled.grid),
         low=scaled.low,
         high=scaled.high,

@@ -6,6 +6,7 @@ Generators like those in `perturbation`: they yield where they need a replica.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 
 import numpy as np
@@ -14,9 +15,12 @@ from torch import Tensor
 
 from service.cam.formulas import over_input
 from service.cam.guided import GuidedReLU
+from service.cam.libra import LibraMode
 from service.errors import InvalidOption
 from service.inference.forward_pass import ImagePass
 from service.inference.perturbation import Steps, chunk_size, normalised_image
+from service.inference.questions import Question
+from service.models.loaded import LoadedModel
 from service.models.pool import Replica
 from service.models.probes.sensitivity import natural_noise
 
@@ -87,8 +91,25 @@ def input_gradient(image_pass: ImagePass) -> Steps:
     and Saliency Maps", 2013.
     """
     replica = yield
-    gradients = _input_gradients(replica, image_pass, normalised_image(image_pass))
+    with correction(image_pass.question) as rules:
+        gradients = _input_gradients(replica, image_pass, normalised_image(image_pass))
+    if rules is not None and not rules.count:
+        raise without_rules(image_pass.model)
     return [gradient[0].sum(dim=0).cpu() for gradient in gradients]
+
+
+def correction(question: Question) -> AbstractContextManager[LibraMode | None]:
+    """The rules that a question's gradients follow, if not autograd's."""
+    return LibraMode() if question.libra else nullcontext()
+
+
+def without_rules(model: LoadedModel) -> InvalidOption:
+    """The error where no rule of a correction changed a gradient."""
+    return InvalidOption(
+        f"Model {model.name!r} has nothing that `correction=libra` changes here: no attention, "
+        "layer norm, GELU or SiLU on the way from the output; leave it out, or name an earlier "
+        "layer."
+    )
 
 
 def guided_backprop(image_pass: ImagePass) -> Steps:

@@ -116,6 +116,7 @@ class Question:
     activations: the layers to capture, in each of `kinds`; gradients are of the first target.
     samples:     masks of RISE, baselines of expected gradients. steps: of integrated gradients.
     seed:        of what is random.
+    libra:       whether gradients follow the rules of LibraGrad.
     verify:      whether each map gets a verdict, from further forward passes; `evidence`: what
                  these gave for the same image, if they have run.
     seen:        the part of `pixels`, x, y, w, h as fractions, that shows the image.
@@ -134,6 +135,7 @@ class Question:
     samples: int = 1000
     steps: int = 50
     seed: int = 0
+    libra: bool = False
     verify: bool = False
     evidence: Evidence | None = None
     seen: Rect = WHOLE
@@ -204,6 +206,7 @@ class Explanation:
     cost: float
     logit_difference: float | None = None
     verdict: Verdict | None = None
+    libra: bool = False
     tried: tuple[tuple[str, Verdict], ...] = ()
 
 

@@ -89,6 +89,23 @@ def _contrast(model: LoadedModel, options: ExplainOptions) -> Contrast | None:
     return Contrast(nearest=counts[0])
 
 
+def _libra(options: ExplainOptions) -> bool:
+    """Whether gradients are corrected. Raises InvalidOption where that changes nothing."""
+    if options.correction == "none":
+        return False
+    if not METHODS[options.method].is_correctable:
+        *others, last = [name for name, record in METHODS.items() if record.is_correctable]
+        raise InvalidOption(
+            f"`correction={options.correction}` does not change `{options.method}`; it is for "
+            f"{', '.join(others)} and {last}."
+        )
+    if options.activations and options.activation_kind.startswith("grad"):
+        raise InvalidOption(
+            "Captured gradients are the model's own; leave out `activations` or `correction`."
+        )
+    return True
+
+
 def _nearest(model: LoadedModel, name: str) -> int:
     """The number of `nearest:3`; 0 for the name of a class. Raises InvalidOption."""
     word, _, count = name.partition(":")
@@ -175,5 +192,6 @@ def _with_explanation(model: LoadedModel, options: ExplainOptions, question: Que
         samples=options.samples or METHODS[options.method].samples,
         steps=options.steps,
         seed=options.seed,
+        libra=_libra(options),
         verify=options.verify != "false",
     )

@@ -198,6 +198,8 @@ def explanation_entry(
         "flags": list(explanation.flags),
         "cost": wire.Cost(forwards=explanation.cost),
     }
+    if explanation.libra:
+        fields["correction"] = "libra"
     style = style_of(options)
     if "heatmap" in options.include:
         geometry = upload.model_input.geometry
