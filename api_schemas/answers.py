@@ -217,6 +217,14 @@ def verdict_sentence(found: AnyVerdict) -> str:
     return VERDICT_SENTENCES[found.reason or found.verdict]
 
 
+class Contrast(BaseModel):
+    """A class that the target is compared with, and the weight of its logit."""
+
+    class_id: int
+    label: str
+    weight: float
+
+
 class Explanation(BaseModel):
     """One map with its metadata.
 
@@ -228,9 +236,15 @@ class Explanation(BaseModel):
     class_id: int
     label: str
     score: float
-    contrast: int | None = None
+    contrast: int | None = Field(None, description="The class of a contrast with one class.")
+    contrasts: list[Contrast] | None = Field(
+        None, description="The classes of a contrast with several or with a weight."
+    )
     method: str
     layer: str | list[str] | None
+    correction: Literal["libra"] | None = Field(
+        None, description="The rules of the gradients, if not the model's own."
+    )
     range: tuple[float, float]
     flags: list[str]
     cost: Cost

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 from api_schemas.options import Method
 
-Need = Literal["layer", "gradients", "head", "relu", "attention"]
+Need = Literal["layer", "gradients", "head", "relu", "attention", "class token"]
 
 BACKWARD = 1.5
 """The cost of a backward pass through the whole model per target, in forward passes.
@@ -30,12 +30,14 @@ class MethodRecord(NamedTuple):
     shows:    what the map shows, in one line. misleads: when it misleads, or "".
     paper:    authors, venue, year.
     needs:    what the model must have: a target layer, gradients, a single linear layer after the
-              target layer, ReLUs, attention.
+              target layer, ReLUs, attention between tokens, a class token.
     runs:     what runs after the predicting pass: nothing, forward passes, forward passes with the
               gradient at the input, or the part of the model after the layer.
     times:    how often that runs; `squares` are those of occlusion.
+    samples:  the default of the option.
     grid:     the shape of the map: that of the layer, the model input, or the patches.
     signed:   whether the map is −1..1, negative for evidence against the class, or 0..1.
+    class_blind: whether the map is the same for every class; its explanations carry this flag.
     """
 
     name: Method
@@ -47,8 +49,10 @@ class MethodRecord(NamedTuple):
     needs: tuple[Need, ...] = ()
     runs: Literal["", "forward", "gradient", "tail"] = ""
     times: Literal["once", "channels", "squares", "samples", "steps"] = "once"
+    samples: int = 1000
     grid: Literal["layer", "input", "patches"] = "layer"
     signed: bool = False
+    class_blind: bool = False
 
     @property
     def has_layer(self) -> bool:
@@ -59,6 +63,11 @@ class MethodRecord(NamedTuple):
     def is_forward_only(self) -> bool:
         """Whether all that it runs behind the pass that predicts are whole forward passes."""
         return self.runs in {"", "forward"} and "attention" not in self.needs
+
+    @property
+    def is_correctable(self) -> bool:
+        """Whether `correction` changes its map: one from one gradient at a layer or the input."""
+        return self.name == "input_gradient" or (self.walks and not self.runs)
 
     @property
     def walks(self) -> bool:
@@ -125,6 +134,7 @@ METHODS: Mapping[str, MethodRecord] = {
             "has the same map for every target",
             "Muhammad and Yeasin, IJCNN 2020",
             needs=("layer",),
+            class_blind=True,
         ),
         MethodRecord(
             "cam",
@@ -185,6 +195,22 @@ METHODS: Mapping[str, MethodRecord] = {
             signed=True,
         ),
         MethodRecord(
+            "expected_gradients",
+            "Expected gradients",
+            "At the pixels",
+            "Gradients times the difference from baselines, the mean over random baselines and "
+            "places on the way to the image.",
+            "depends on the baselines, which are noise with the spectrum of photographs and not "
+            "images of the training; noise falls with the square root of the samples",
+            "Erion et al., Nature Machine Intelligence 2021",
+            needs=("gradients",),
+            runs="gradient",
+            times="samples",
+            samples=100,
+            grid="input",
+            signed=True,
+        ),
+        MethodRecord(
             "guided_backprop",
             "Guided backprop",
             "At the pixels",
@@ -237,11 +263,25 @@ METHODS: Mapping[str, MethodRecord] = {
             "attention_rollout",
             "Attention rollout",
             "Of transformers",
-            "What the class token draws from each patch through all layers, whatever the class.",
-            "attention is not importance",
+            "What the class token, or what the head reads in its place, draws from each patch "
+            "through all layers, whatever the class.",
+            "attention is not importance; the map is the same for every class",
             "Abnar and Zuidema, ACL 2020",
             needs=("attention",),
             runs="forward",
+            grid="patches",
+            class_blind=True,
+        ),
+        MethodRecord(
+            "gae",
+            "Generic attention explainability",
+            "Of transformers",
+            "Attention times its positive gradient, through all layers to the class token.",
+            "only positive gradients count: evidence against the class is not shown; coarser than "
+            "Grad-CAM on the one backbone where both were measured",
+            "Chefer et al., ICCV 2021",
+            needs=("gradients", "attention", "class token"),
+            runs="gradient",
             grid="patches",
         ),
     )

@@ -32,12 +32,15 @@ Method = Literal[
     "guided_gradcam",
     "input_gradient",
     "integrated_gradients",
+    "expected_gradients",
     "occlusion",
     "rise",
     "attention_rollout",
+    "gae",
 ]
 Fit = Literal["crop", "squash", "pad"]
 Verify = Literal["false", "true", "search"]
+Correction = Literal["none", "libra"]
 Include = Literal["heatmap", "overlay", "grid", "regions", "none"]
 Size = Literal["source", "model", "native"]
 OverlayFormat = Literal["jpeg", "png", "webp"]
@@ -82,6 +85,14 @@ def _text(value: object) -> object:
 
 
 Target = Annotated[str, Field(min_length=1, max_length=200), BeforeValidator(_text)]
+
+
+ContrastWeight = Annotated[float, Field(ge=0, le=100)]
+
+
+def _listed(value: object) -> object:
+    """Return one value as a list: a JSON request may give it alone."""
+    return value if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
 
 class RunLengths(BaseModel):
@@ -176,8 +187,18 @@ class ExplainOptions(CommonOptions):
         "`label:3` are explicit. Default: the top-1 prediction.",
     )
     explain_top: int = Field(1, ge=1, le=100, description="Explain the top n predictions.")
-    contrast: Target | None = Field(
-        None, description="Explain each target minus this class: why A rather than B."
+    contrast: Annotated[list[Target], BeforeValidator(_listed)] = Field(
+        [],
+        max_length=16,
+        description="Explain each target minus this class: why A rather than B. Several classes, "
+        "or `nearest:3` for the three with the nearest logits, are weighted by their "
+        "probabilities (Finer-CAM).",
+    )
+    contrast_weight: Annotated[list[ContrastWeight], BeforeValidator(_listed)] = Field(
+        [],
+        max_length=16,
+        description="The weight of each class of `contrast`; default: their probabilities among "
+        "each other, 1 for one class.",
     )
     method: Method = Field("gradcam", description="How the map is computed.")
     layer: list[LayerPath] = Field(
@@ -195,9 +216,20 @@ class ExplainOptions(CommonOptions):
         "only.",
     )
     threshold: float = Field(0.5, ge=0, le=1, description="Map level at which `regions` are cut.")
-    samples: int = Field(1000, ge=1, le=100_000, description="Number of masks of `rise`.")
+    samples: int | None = Field(
+        None,
+        ge=1,
+        le=100_000,
+        description="Number of masks of `rise` (default 1,000) or of baselines of "
+        "`expected_gradients` (default 100).",
+    )
     steps: int = Field(50, ge=1, le=1000, description="Number of steps of `integrated_gradients`.")
     seed: int = Field(0, ge=0, lt=1 << 63, description="Random seed; it determines the map.")
+    correction: Correction = Field(
+        "none",
+        description="`libra`: gradients of a transformer by the rules of LibraGrad, for "
+        "`input_gradient` and the methods from gradients at a layer; experimental.",
+    )
     verify: Annotated[Verify, BeforeValidator(_switch)] = Field(
         "false",
         description="`true`: test each map with 40 further forward passes and add the verdict; "
@@ -222,6 +254,11 @@ class ExplainOptions(CommonOptions):
     def _no_contradictions(self) -> Self:
         if self.targets and self.explain_top > 1:
             raise ValueError("`targets` and `explain_top` exclude each other; give one of them")
+        if self.contrast_weight and len(self.contrast_weight) != len(self.contrast):
+            raise ValueError(
+                f"`contrast_weight` has {len(self.contrast_weight)} numbers and `contrast` "
+                f"{len(self.contrast)} classes; give one number for each class, or none"
+            )
         if "none" in self.include and len(self.include) > 1:
             raise ValueError("`include=none` stands alone; leave out the other values or `none`")
         several = len(self.targets) > 1 or self.explain_top > 1

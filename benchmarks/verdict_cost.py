@@ -56,7 +56,7 @@ def of_model(replica: Replica, seconds: float, least: int) -> dict[str, Any]:
 
     def forward() -> None:
         with torch.no_grad():
-            model.logits(lane.tail(lane.front(batch)))
+            model.logits(lane.tail(*lane.front(batch)))
 
     def asked(question: Question) -> Callable[[], None]:
         def once() -> None:

@@ -40,7 +40,8 @@ NEEDS = {
     "layer": "a layer",
     "head": "global average pooling and one linear layer behind it",
     "relu": "ReLU or ReLU6",
-    "attention": "a transformer of `torch.nn.MultiheadAttention`",
+    "attention": "attention between the same tokens in all layers",
+    "class token": "a class token",
 }
 
 
@@ -153,7 +154,7 @@ def _method_cost(method: MethodRecord) -> str:
     options, walk = ExplainOptions.model_fields, f"{BACKWARD:g} × targets"
     times = {
         "squares": f"squares ({len(windows(224)) ** 2} at 224 px)",
-        "samples": f"samples ({options['samples'].default:,})",
+        "samples": f"samples ({method.samples:,})",
         "steps": f"steps ({options['steps'].default})",
     }.get(method.times, method.times)
     passes = {

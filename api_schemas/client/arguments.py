@@ -10,6 +10,7 @@ from typing import Any, Literal, TypedDict
 from api_schemas.options import (
     ActivationForm,
     Colormap,
+    Correction,
     Fit,
     Include,
     Mask,
@@ -40,7 +41,8 @@ class ExplainArguments(_Common, total=False):
     activation_kind: Literal["output", "input", "grad_output", "grad_input"]
     targets: int | str | list[int | str]
     explain_top: int
-    contrast: int | str
+    contrast: int | str | list[int | str]
+    contrast_weight: float | list[float]
     method: Method
     layer: str | list[str]
     include: Include | list[Include]
@@ -48,6 +50,7 @@ class ExplainArguments(_Common, total=False):
     samples: int
     steps: int
     seed: int
+    correction: Correction
     verify: Verify | bool
     size: Size
     colormap: Colormap

@@ -45,6 +45,7 @@ class Explanation:
     grid:    float32, 0..1 (signed methods -1..1), in the layer's or the model input's shape.
     heatmap: mode P, the pixel value is 255·|map|, the palette the colormap.
     overlay: the image under the colored map.
+    contrasts: the classes that the target is compared with, if several or with a weight.
     These and `regions` are None if `include` does not name them.
     verify:  the verdict on the map with its numbers; None without the option `verify`.
     """
@@ -63,6 +64,7 @@ class Explanation:
     overlay: PIL.Image.Image | None = field(repr=False)
     regions: Regions | None = field(repr=False)
     verify: answers.Verification | None = field(default=None, repr=False)
+    contrasts: tuple[answers.Contrast, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -207,6 +209,7 @@ def _explanation(wire: answers.Explanation) -> Explanation:
         label=wire.label,
         score=wire.score,
         contrast=wire.contrast,
+        contrasts=tuple(wire.contrasts or ()),
         method=wire.method,
         layer=wire.layer,
         range=wire.range,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -245,17 +246,21 @@ class Evidence:
     rounding: float = 0.0
 
 
-def judge(evidence: Evidence, grid: Tensor, class_id: int, contrast: int | None = None) -> Verdict:
-    """The verdict on a map (h, w) of a class, or of its lead over the class `contrast`.
+def judge(
+    evidence: Evidence, grid: Tensor, class_id: int, contrast: Mapping[int, float] | None = None
+) -> Verdict:
+    """The verdict on a map (h, w) of a class, or of its lead over the classes of `contrast`.
 
+    contrast: the weight of each of these classes.
     grid: signed where its method is; of the model input's size, or over the part that layers cover.
     """
     plan = evidence.plan
     is_of_input = tuple(grid.shape) == plan.size
     compared = plan.compared(grid, WHOLE if is_of_input else evidence.covers)
     hides, falls = plan.hides(), evidence.falls.double()
-    if contrast is not None:
-        falls = falls - falls[:, contrast, None]
+    if contrast:
+        weights_of = torch.tensor(list(contrast.values()), dtype=falls.dtype)
+        falls = falls - (falls[:, list(contrast)] * weights_of).sum(dim=1, keepdim=True)
     own = _Falls(hides, falls[:, class_id, None])
     if float(compared.max() - compared.min()) <= FLAT * float(compared.abs().max()):
         return _undecided("flat_map")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from service.cam.formulas import scale
 from service.cam.hooks import Calls, Recording, calls_of, gradients, record
+from service.cam.libra import LibraMode
 from service.errors import CamserveError, InvalidOption, NonFiniteOutput
 from service.inference.edit_effects import measured_effects
 from service.inference.forward_pass import (
@@ -21,6 +22,7 @@ from service.inference.forward_pass import (
     activations_of,
     read_only_array,
 )
+from service.inference.input_gradients import correction, without_rules
 from service.inference.maps import fuse_layers, head_map, maps_at_layers, target_activation
 from service.inference.method_table import MULTI_PASS_METHODS, cost
 from service.inference.questions import (
@@ -139,9 +141,10 @@ def forward(replica: Replica, questions: Sequence[Question]) -> list[ImagePass |
             inputs=kinds["input"],
             input_targets=kinds["grad_input"],
         ) as recording,
+        correction(questions[0]) as rules,
     ):
         logits = model.logits(replica.module(pixels))
-    return _image_passes(model, questions, logits, recording)
+    return _image_passes(model, questions, logits, recording, rules)
 
 
 def forward_compiled(
@@ -154,26 +157,34 @@ def forward_compiled(
     """
     lane = model.compiled
     assert lane is not None
-    activation = lane.front(model.batch([question.pixels for question in questions]), wide=wide)
+    pixels = model.batch([question.pixels for question in questions])
+    activation, *beside = lane.front(pixels, wide=wide)
     explains = any(question.explains for question in questions)
     graph = any(question.needs_graph for question in questions)
-    with nullcontext() if graph else torch.no_grad():
+    with nullcontext() if graph else torch.no_grad(), correction(questions[0]) as rules:
         activation.requires_grad_(graph)
         # A clone: the tail may overwrite the very activation that is to be explained.
-        logits = model.logits(lane.tail(activation.clone() if explains else activation))
+        kept = activation.clone() if explains else activation
+        logits = model.logits(lane.tail(kept, *beside))
     recording = Recording(targets={lane.layer: [activation]})
     return [
         image_pass
         if isinstance(image_pass, CamserveError)
         else replace(image_pass, precision=lane.precision)
-        for image_pass in _image_passes(model, questions, logits, recording)
+        for image_pass in _image_passes(model, questions, logits, recording, rules)
     ]
 
 
 def _image_passes(
-    model: LoadedModel, questions: Sequence[Question], logits: Tensor, recording: Recording
+    model: LoadedModel,
+    questions: Sequence[Question],
+    logits: Tensor,
+    recording: Recording,
+    rules: LibraMode | None,
 ) -> list[ImagePass | CamserveError]:
-    """What one forward pass gave each image."""
+    """What one forward pass, with the rules of a correction, gave each image."""
+    if rules is not None and questions[0].needs_gradients and not rules.count:
+        return [without_rules(model) for _ in questions]
     # Once for the batch: each read of a value on a GPU waits until all work before it is done.
     rows = logits.detach().cpu()
     finite = rows.isfinite().all(dim=1).tolist()
@@ -229,15 +240,18 @@ def _targets(question: Question, logits: Tensor) -> tuple[int, ...]:
 
 
 def _logit_weights(forward_pass: ForwardPass, logits: Tensor) -> Tensor:
-    """What is differentiated, (K, B, classes): each image's targets, minus its contrast."""
+    """What is differentiated, (K, B, classes): the slope of each explained value by the logits."""
     most = max(1, *(len(ids) for ids in forward_pass.targets))
-    weights = torch.zeros((most, *logits.shape), dtype=logits.dtype)
+    weights, rows = torch.zeros((most, *logits.shape), dtype=logits.dtype), None
     pairs = zip(forward_pass.questions, forward_pass.targets, strict=True)
     for image, (question, ids) in enumerate(pairs):
         for position, class_id in enumerate(ids):
-            weights[position, image, class_id] += 1
-            if question.contrast is not None:
-                weights[position, image, question.contrast] -= 1
+            if question.contrast is None:
+                weights[position, image, class_id] = 1
+                continue
+            rows = logits.detach().cpu() if rows is None else rows
+            contrast = question.contrast.at(rows[image], class_id)
+            weights[position, image] = contrast.slope(rows[image], class_id)
     return weights.to(logits.device)
 
 
@@ -325,7 +339,7 @@ def _image_pass(
 
 def _explanation(image_pass: ImagePass, class_id: int, score: float, cam: Tensor) -> Explanation:
     question, model, scaled = image_pass.question, image_pass.model, scale(cam)
-    method = question.method_record
+    method, contrast = question.method_record, image_pass.contrast(class_id)
     assert method is not None
     flags = {
         "all_zero": not bool(scaled.grid.any()),
@@ -337,15 +351,18 @@ def _explanation(image_pass: ImagePass, class_id: int, score: float, cam: Tensor
         "not_deterministic": not model.behaviour.deterministic,
         "activation_in_model": model.behaviour.output_activation is not None,
         "weights_hardly_matter": model.weights_hardly_matter(method.name, question.layers),
+        "experimental": question.libra,
+        "class_blind": method.class_blind,
         "places_unclear": not model.unclear.isdisjoint(question.layers),
     }
     return Explanation(
         class_id=class_id,
         score=score,
         logit=float(image_pass.logits[class_id]),
-        contrast=question.contrast,
+        contrast=contrast.as_mapping(image_pass.logits) if contrast else {},
         method=method.name,
         layers=question.layers if method.has_layer else (),
+        libra=question.libra,
         grid=read_only_array(scaled.grid),
         low=scaled.low,
         high=scaled.high,

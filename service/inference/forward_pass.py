@@ -12,6 +12,7 @@ from torch import Tensor
 
 from service.cam.hooks import Calls, Recording, calls_of
 from service.cam.layouts import Layout
+from service.inference.contrast import Contrast
 from service.inference.questions import Activation, ActivationKind, Question
 from service.models.compiled.front import Precision
 from service.models.loaded import LoadedModel
@@ -55,13 +56,15 @@ class ImagePass:
     precision: Precision = "float32"
 
     def target_value(self, logits: Tensor, position: int) -> Tensor:
-        """What is explained for the target at a position, of any logits (..., classes).
+        """What is explained for the target at a position, of any logits (..., classes)."""
+        target = self.targets[position]
+        contrast = self.contrast(target)
+        return logits[..., target] if contrast is None else contrast.lead(logits, target)
 
-        Its logit, minus the logit of the contrast where there is one.
-        """
-        value = logits[..., self.targets[position]]
+    def contrast(self, target: int) -> Contrast | None:
+        """What a target's logit is compared with in this image."""
         contrast = self.question.contrast
-        return value if contrast is None else value - logits[..., contrast]
+        return None if contrast is None else contrast.at(self.logits, target)
 
 
 def activations_of(forward_pass: ForwardPass, image: int) -> Iterator[Activation]:

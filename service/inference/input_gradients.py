@@ -1,21 +1,28 @@
-"""Methods that differentiate down to the input, and attention rollout.
+"""Methods that differentiate down to the input.
 
 Generators like those in `perturbation`: they yield where they need a replica.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from service.cam.attention import record_attention, rollout
 from service.cam.formulas import over_input
 from service.cam.guided import GuidedReLU
+from service.cam.libra import LibraMode
 from service.errors import InvalidOption
 from service.inference.forward_pass import ImagePass
 from service.inference.perturbation import Steps, chunk_size, normalised_image
+from service.inference.questions import Question
+from service.models.loaded import LoadedModel
 from service.models.pool import Replica
+from service.models.probes.sensitivity import natural_noise
 
 
 def integrated_gradients(image_pass: ImagePass) -> Steps:
@@ -42,6 +49,41 @@ def integrated_gradients(image_pass: ImagePass) -> Steps:
     return [(image[0] * total).sum(dim=0).cpu() for total in sums]
 
 
+def expected_gradients(image_pass: ImagePass) -> Steps:
+    """Expected gradients: the mean of `(x − x') · ∂y/∂x (x' + α(x − x'))`, over channels; signed.
+
+    Over random baselines x' and α uniform in 0..1; the baselines are noise with the spectrum of
+    photographs (`natural_noise`), where the paper draws images of the training set.
+
+    Erion et al., "Improving performance of deep learning models with axiomatic attribution priors
+    and expected gradients", Nature Machine Intelligence 2021, equation 3.
+    """
+    model, question = image_pass.model, image_pass.question
+    image = normalised_image(image_pass).float()
+    draws = random_baselines(question.pixels, question.samples, question.seed)
+    sums = [torch.zeros_like(image[0]) for _ in image_pass.targets]
+    size = chunk_size(model)
+    for start in range(0, question.samples, size):
+        replica = yield
+        drawn, alphas = zip(*islice(draws, min(size, question.samples - start)), strict=True)
+        baselines = model.normalised(torch.stack(drawn)).float()
+        shares = torch.tensor(alphas, device=image.device)[:, None, None, None]
+        points = baselines + shares * (image - baselines)
+        gradients = _input_gradients(replica, image_pass, points)
+        for total, gradient in zip(sums, gradients, strict=True):
+            total.add_((gradient * (image - baselines)).sum(dim=0))
+    return [(total / question.samples).sum(dim=0).cpu() for total in sums]
+
+
+def random_baselines(pixels: Tensor, count: int, seed: int) -> Iterator[tuple[Tensor, float]]:
+    """Some baselines, uint8 in the shape of an image (C, h, w), each with an α in 0..1."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (pixels.shape[0], pixels.shape[1], pixels.shape[2])
+    for _ in range(count):
+        alpha = float(torch.rand((), generator=generator))
+        yield natural_noise(shape, 1, generator)[0], alpha
+
+
 def input_gradient(image_pass: ImagePass) -> Steps:
     """The gradient of the logit at the normalised input, summed over channels; signed.
 
@@ -49,8 +91,25 @@ def input_gradient(image_pass: ImagePass) -> Steps:
     and Saliency Maps", 2013.
     """
     replica = yield
-    gradients = _input_gradients(replica, image_pass, normalised_image(image_pass))
+    with correction(image_pass.question) as rules:
+        gradients = _input_gradients(replica, image_pass, normalised_image(image_pass))
+    if rules is not None and not rules.count:
+        raise without_rules(image_pass.model)
     return [gradient[0].sum(dim=0).cpu() for gradient in gradients]
+
+
+def correction(question: Question) -> AbstractContextManager[LibraMode | None]:
+    """The rules that a question's gradients follow, if not autograd's."""
+    return LibraMode() if question.libra else nullcontext()
+
+
+def without_rules(model: LoadedModel) -> InvalidOption:
+    """The error where no rule of a correction changed a gradient."""
+    return InvalidOption(
+        f"Model {model.name!r} has nothing that `correction=libra` changes here: no attention, "
+        "layer norm, GELU or SiLU on the way from the output; leave it out, or name an earlier "
+        "layer."
+    )
 
 
 def guided_backprop(image_pass: ImagePass) -> Steps:
@@ -77,36 +136,6 @@ def guided_gradcam(image_pass: ImagePass) -> Steps:
         covers = image_pass.model.preprocessing.covers
         maps.append((guided * over_input(cam[None], size, covers)).sum(dim=0))
     return maps
-
-
-def attention_rollout(image_pass: ImagePass) -> Steps:
-    """Attention rollout of a vision transformer; the same map whatever the class.
-
-    Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020.
-    """
-    replica = yield
-    with torch.no_grad(), record_attention(replica.module) as attentions:
-        replica.module(normalised_image(image_pass))
-    if not attentions:
-        raise InvalidOption(
-            f"Model {image_pass.model.name!r} has no torch.nn.MultiheadAttention, so there is no "
-            "attention to roll out; use another method."
-        )
-    shapes = {tuple(attention.shape) for attention in attentions}
-    if len(shapes) > 1 or len(attentions[0]) != 1 or len({*attentions[0].shape[2:]}) > 1:
-        raise InvalidOption(
-            f"The attention of model {image_pass.model.name!r} is not from the same tokens to the "
-            "same tokens in all layers, so it cannot be rolled out; use another method."
-        )
-    patches = rollout(attentions)[0]
-    height, width = image_pass.model.preprocessing.crop
-    rows = round((len(patches) * height / width) ** 0.5)
-    if rows * (len(patches) // max(rows, 1)) != len(patches):
-        raise InvalidOption(
-            f"The {len(patches)} patches of model {image_pass.model.name!r} form no grid; use "
-            "another method."
-        )
-    return [patches.reshape(rows, -1).cpu().float()] * len(image_pass.targets)
 
 
 def _input_gradients(replica: Replica, image_pass: ImagePass, images: Tensor) -> list[Tensor]:

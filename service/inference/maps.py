@@ -109,13 +109,16 @@ def head_map(
     activations: of one image, (1, ...), by target layer. logits: (classes,) of that image.
     """
     question, model = forward_pass.questions[image], forward_pass.model
-    contrast, function = question.contrast, LAYER_METHODS[question.method or ""]
+    function, row = LAYER_METHODS[question.method or ""], torch.zeros_like(logits)
+    row[class_id] = 1
+    if question.contrast is not None:
+        row = question.contrast.at(logits, class_id).slope(logits, class_id)
     cams = []
     for path, values in activations.items():
         activation = precise(feature_layout(model, path).as_map(values))
         weights = head_weights(model, path, activation, logits)
-        row = weights[class_id] if contrast is None else weights[class_id] - weights[contrast]
-        cams.append(function(activation, row[None].to(activation))[0].cpu())
+        channels = row.to(weights) @ weights
+        cams.append(function(activation, channels[None].to(activation))[0].cpu())
     return fuse(cams)
 
 

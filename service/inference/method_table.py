@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping
 from api_schemas.methods import BACKWARD, METHODS, MethodRecord
 from service.cam.verdict import RUNS
 from service.errors import InvalidOption
-from service.inference import input_gradients, perturbation
+from service.inference import attention_maps, input_gradients, perturbation
 from service.inference.forward_pass import ImagePass
 from service.inference.perturbation import Steps, windows
 from service.inference.questions import Question
 from service.models.loaded import LoadedModel
+from service.models.probes.attention import TokenAttention
 
 MULTI_PASS_METHODS: Mapping[str, Callable[[ImagePass], Steps]] = {
     "scorecam": perturbation.scorecam,
@@ -19,26 +20,67 @@ MULTI_PASS_METHODS: Mapping[str, Callable[[ImagePass], Steps]] = {
     "occlusion": perturbation.occlusion,
     "rise": perturbation.rise,
     "integrated_gradients": input_gradients.integrated_gradients,
+    "expected_gradients": input_gradients.expected_gradients,
     "input_gradient": input_gradients.input_gradient,
     "guided_backprop": input_gradients.guided_backprop,
     "guided_gradcam": input_gradients.guided_gradcam,
-    "attention_rollout": input_gradients.attention_rollout,
+    "attention_rollout": attention_maps.attention_rollout,
+    "gae": attention_maps.gae,
 }
 """The methods that need more passes than the shared forward pass; that one is enough for others."""
 
 
+ATTENTION_BYTES = 1 << 30
+"""Bytes that a method may take for the attention of one image."""
+
+
 def check_method(model: LoadedModel, method: str) -> None:
-    """Raise InvalidOption where the model, compiled or quantised, does not allow the method."""
+    """Raise InvalidOption where the model does not allow the method: by what it is, by its memory.
+
+    Models that are compiled or quantised lack layers or gradients; attention has a map where it is
+    between the same tokens in all layers.
+    """
     needs = {*METHODS[method].needs}
     reason = model.no_layers if needs & {"layer", "attention"} else None
     if reason is None and needs & {"layer", "gradients"}:
         reason = model.no_gradients
+    if reason is None and "attention" in needs:
+        _check_attention(model, method)
     if reason is None:
         return
     *others, last = [name for name, record in METHODS.items() if not record.needs]
     raise InvalidOption(
         f"Model {model.name!r} cannot be explained by `{method}`: {reason}. It predicts, and can "
         f"be explained by {', '.join(others)} and {last}."
+    )
+
+
+def _check_attention(model: LoadedModel, method: str) -> None:
+    reason = _why_no_attention(model.attention, METHODS[method])
+    if reason is not None:
+        raise InvalidOption(
+            f"Model {model.name!r} cannot be explained by `{method}`: {reason}. Use another "
+            "method, such as gradcam or occlusion."
+        )
+
+
+def _why_no_attention(attention: TokenAttention | str, record: MethodRecord) -> str | None:
+    """Why a method that follows attention is refused; None if it is not."""
+    if isinstance(attention, str):
+        return attention
+    if "class token" in record.needs and not attention.class_token:
+        return (
+            "its head reads the mean of all tokens or pools them, and the method is defined for a "
+            "class token"
+        )
+    # Attention, its gradient and their product; without gradients one layer at a time.
+    layers = len(attention.calls) if "gradients" in record.needs else 1
+    size = 3 * layers * attention.layer_bytes
+    if size <= ATTENTION_BYTES:
+        return None
+    return (
+        f"the attention of an image takes {size >> 20} MiB, and {ATTENTION_BYTES >> 20} MiB are "
+        "allowed; serve the model with smaller images"
     )
 
 

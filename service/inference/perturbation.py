@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -18,7 +19,7 @@ from api_schemas.methods import STRIDE, WINDOW
 from service.cam.formulas import fuse, over_input, upsample, weighted
 from service.cam.hooks import replace_output
 from service.inference.forward_pass import ImagePass, feature_layout
-from service.models.compiled.cut import Uncuttable, tail
+from service.models.compiled.cut import Uncuttable, split
 from service.models.loaded import LoadedModel
 from service.models.pool import Replica
 
@@ -146,9 +147,7 @@ def rise(image_pass: ImagePass) -> Steps:
         image_pass.model, len(grids), lambda chunk: _dimmed(image_pass, masks(chunk))
     )
     scores = image_pass.model.scores(logits)
-    values = torch.stack(
-        [image_pass.target_value(scores, position) for position in range(len(image_pass.targets))]
-    )
+    values = torch.stack([_of_scores(image_pass, scores, target) for target in image_pass.targets])
     leads = values - values.mean(dim=1, keepdim=True)
     total, kept = torch.zeros(len(values), *size), torch.zeros(size)
     for start in range(0, len(grids), CHUNK):
@@ -158,6 +157,15 @@ def rise(image_pass: ImagePass) -> Steps:
         kept += drawn.sum(dim=0)
     # A pixel that no mask keeps, as with few samples, has no score.
     return list(torch.where(kept > 0, total / kept, 0))
+
+
+def _of_scores(image_pass: ImagePass, scores: Tensor, target: int) -> Tensor:
+    """What is explained, of scores (n, classes) in place of logits; the weights are the image's."""
+    contrast = image_pass.contrast(target)
+    if contrast is None:
+        return scores[:, target]
+    weights = contrast.as_mapping(image_pass.logits)
+    return replace(contrast, weights=tuple(weights.values())).lead(scores, target)
 
 
 def normalised_image(image_pass: ImagePass) -> Tensor:
@@ -188,7 +196,7 @@ def logits_of(model: LoadedModel, replica: Replica, pixels: Tensor) -> Tensor:
     """
     lane = model.compiled
     if lane is not None and tuple(pixels.shape[2:]) == model.preprocessing.crop:
-        return model.logits(lane.tail(lane.front(pixels))).cpu()
+        return model.logits(lane.tail(*lane.front(pixels))).cpu()
     return model.logits(replica.module(model.normalised(pixels))).cpu()
 
 
@@ -262,9 +270,9 @@ def _logits_from_layer(
 ) -> tuple[Callable[[Tensor], Tensor], int]:
     """A function from a layer's outputs (n, ...) to logits (n, classes), and its largest n.
 
-    The cheapest one that is correct: the model's graph cut at the layer; else the whole model run
-    on one image, its layer's output replaced by n others, which works where everything beside it
-    is broadcast; else on n images.
+    The cheapest one that is correct: the model's graph cut at the layer, with what goes beside it
+    repeated; else the whole model run on one image, its layer's output replaced by n others, which
+    works where everything beside it is broadcast; else on n images.
     """
     layout = feature_layout(image_pass.model, path)
 
@@ -280,13 +288,16 @@ def _logits_from_layer(
         return logits_with(outputs, normalised_image(image_pass).repeat(len(outputs), 1, 1, 1))
 
     def by_tail(outputs: Tensor) -> Tensor:
-        return image_pass.model.logits(cut(layout.as_given(outputs)))
+        others = (each.expand(len(outputs), *each.shape[1:]) for each in beside)
+        return image_pass.model.logits(tail(layout.as_given(outputs), *others))
 
     if not image_pass.model.behaviour.batchable:
         return in_full, 1
     candidates = [by_broadcast]
-    with suppress(Uncuttable):
-        cut = tail(replica.module, path)
+    with suppress(Uncuttable, RuntimeError, TypeError):
+        front, tail = split(replica.module, path)
+        with torch.no_grad():
+            beside = front(normalised_image(image_pass))[1:]
         candidates.insert(0, by_tail)
     twice = values.repeat(2, *[1] * (values.ndim - 1))
     for candidate in candidates:

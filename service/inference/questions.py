@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +14,7 @@ from api_schemas.methods import METHODS, MethodRecord
 from service.cam.verdict import WHOLE, Evidence, Verdict
 from service.errors import CamserveError
 from service.images.decode import Rect
+from service.inference.contrast import Contrast
 from service.models.compiled.front import Precision
 from service.models.loaded import LoadedModel
 
@@ -109,11 +110,13 @@ class Question:
     pixels:      uint8 (3, h, w), at the model's input size.
     top_k:       how many predictions to list.
     targets:     the class ids to explain; empty explains the `explain_top` best predictions.
-    contrast:    explain the target's logit minus this class's.
+    contrast:    what each target's logit is compared with.
     method:      None for predictions alone.
     layers:      the target layers; several are fused.
     activations: the layers to capture, in each of `kinds`; gradients are of the first target.
-    samples:     masks of RISE. steps: of integrated gradients. seed: of what is random.
+    samples:     masks of RISE, baselines of expected gradients. steps: of integrated gradients.
+    seed:        of what is random.
+    libra:       whether gradients follow the rules of LibraGrad.
     verify:      whether each map gets a verdict, from further forward passes; `evidence`: what
                  these gave for the same image, if they have run.
     seen:        the part of `pixels`, x, y, w, h as fractions, that shows the image.
@@ -124,7 +127,7 @@ class Question:
     top_k: int = 5
     targets: tuple[int, ...] = ()
     explain_top: int = 1
-    contrast: int | None = None
+    contrast: Contrast | None = None
     method: str | None = "gradcam"
     layers: tuple[str, ...] = ()
     activations: tuple[str, ...] = ()
@@ -132,6 +135,7 @@ class Question:
     samples: int = 1000
     steps: int = 50
     seed: int = 0
+    libra: bool = False
     verify: bool = False
     evidence: Evidence | None = None
     seen: Rect = WHOLE
@@ -182,7 +186,8 @@ class Explanation:
     """One map: `grid` float32 (h, w) in −1..1, `low` and `high` its range before the division.
 
     The CAM family is not negative and has the shape of its layer; input-level methods have the
-    shape of the model input and no layer. `cost` is in forward passes. `tried`: the verdicts on
+    shape of the model input and no layer. `contrast`: the weight of each class that the target is
+    compared with, at the image's logits. `cost` is in forward passes. `tried`: the verdicts on
     maps of earlier layers, if its own is inconclusive. The wire's form is
     `api_schemas.answers.Explanation`.
     """
@@ -190,7 +195,7 @@ class Explanation:
     class_id: int
     score: float
     logit: float
-    contrast: int | None
+    contrast: Mapping[int, float]
     method: str
     layers: tuple[str, ...]
     grid: NDArray[np.float32]
@@ -199,6 +204,7 @@ class Explanation:
     flags: tuple[str, ...]
     cost: float
     verdict: Verdict | None = None
+    libra: bool = False
     tried: tuple[tuple[str, Verdict], ...] = ()
 
 

@@ -18,6 +18,7 @@ from service.models.catalog import ModelSpec, Output, Select
 from service.models.compiled.folding import Folded
 from service.models.compiled.front import CompiledLane
 from service.models.patterns import PathMatcher, is_pattern
+from service.models.probes.attention import TokenAttention
 from service.models.probes.behaviour import Behaviour, Finding
 from service.models.probes.layers import Layer
 from service.models.probes.logits import as_logits, logits_in
@@ -55,6 +56,7 @@ class LoadedModel:
     sensitivity:  how much the maps of each method depend on the weights, at the default target
                   layer; methods that were not measured are missing.
     transform:    its preprocessing in one line, with the source of each part.
+    attention:    the attention between its tokens, or why that has no map.
     insensitive:  the methods of `sensitivity` whose maps hardly depend on the weights.
     binary:       whether the module returns one logit, that of the second of two labels; the logit
                   of the first is its negative.
@@ -84,6 +86,7 @@ class LoadedModel:
     binary: bool = False
     transform: str = ""
     sensitivity: tuple[Sensitivity, ...] = ()
+    attention: TokenAttention | str = "it has no attention between tokens"
     insensitive: frozenset[str] = field(init=False, repr=False, compare=False)
     _by_path: Mapping[str, Layer] = field(init=False, repr=False, compare=False)
 

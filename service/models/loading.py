@@ -5,6 +5,7 @@ The spec takes precedence over the weights file, which takes precedence over the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -25,6 +26,7 @@ from service.models.catalog import TARGET_LAYERS, InputSpec, ModelSpec, Output
 from service.models.compiled.folding import fold
 from service.models.compiled.lane import Compiler
 from service.models.loaded import LoadedModel
+from service.models.probes.attention import NoTokenAttention, TokenAttention, token_attention
 from service.models.probes.behaviour import (
     Behaviour,
     Finding,
@@ -40,7 +42,7 @@ from service.models.probes.cell_positions import (
     measure_cell_positions,
 )
 from service.models.probes.condition import Condition, parts_of
-from service.models.probes.layers import LayerTrace, default_target, trace_layers
+from service.models.probes.layers import Layer, LayerTrace, default_target, trace_layers
 from service.models.probes.lazy_state import resolve_lazy_state
 from service.models.probes.sensitivity import (
     IMAGES,
@@ -208,7 +210,17 @@ def _measured(model: LoadedModel, built: Built, images: Tensor) -> LoadedModel:
         unclear=positions.of("unclear"),
         scattered=positions.of("scattered"),
         no_gradients=no_gradients,
+        attention=_attention(trial, positions.layers, target),
     )
+
+
+def _attention(trial: Trial, layers: Sequence[Layer], target: str | None) -> TokenAttention | str:
+    """The attention between a model's tokens, or why it has no map."""
+    try:
+        with preserved(trial.served):
+            return token_attention(trial.served, trial.images[:1], layers, target, trial.select)
+    except NoTokenAttention as error:
+        return str(error)
 
 
 def _tried(model: LoadedModel, images: Tensor) -> tuple[Trial, LayerTrace]:

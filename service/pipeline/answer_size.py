@@ -45,9 +45,6 @@ NUMBER_BYTES = 16
 _RESULT, _PREDICTION, _EXPLANATION, _ACTIVATION, _VERDICT, _TRIED = 1024, 160, 1024, 512, 1024, 128
 """The names and numbers beside the parts that are priced by their size."""
 
-_SMALLEST_PATCH = 4
-"""The smallest side of a transformer's patch in pixels, for the size of attention rollout's map."""
-
 
 @dataclass(frozen=True, slots=True)
 class AnswerSizes:
@@ -84,8 +81,8 @@ class AnswerSizes:
         record = self.question.method_record
         if record is None or record.grid == "input":
             return height, width
-        if record.grid == "patches":
-            return -(-height // _SMALLEST_PATCH), -(-width // _SMALLEST_PATCH)
+        if record.grid == "patches" and not isinstance(self.model.attention, str):
+            return self.model.attention.layout.grid
         layouts = (self.model.layer(path).layout for path in self._layers)
         return max(
             (layout.grid for layout in layouts if layout is not None),

@@ -12,10 +12,14 @@ from api_schemas.methods import METHODS
 from api_schemas.options import CommonOptions, ExplainOptions, PredictOptions
 from service.errors import InvalidOption
 from service.images.upload import Hiding
+from service.inference.contrast import Contrast
 from service.inference.method_table import check_method, cost
 from service.inference.questions import ActivationKind, Question
 from service.models.loaded import LoadedModel
 from service.pipeline.service import Limits
+
+MAX_NEAREST = 16
+"""Classes of `contrast=nearest:16`."""
 
 COST_PER_MEGAPIXEL = 0.05
 COST_PER_MEBIBYTE = 0.02
@@ -65,6 +69,54 @@ def resolve_options(
     passes += mebibytes * COST_PER_MEBIBYTE
     return ResolvedOptions(
         lambda pixels: replace(question, pixels=pixels), _hiding(options), passes * images
+    )
+
+
+def _contrast(model: LoadedModel, options: ExplainOptions) -> Contrast | None:
+    """What the targets are compared with. Raises UnknownClass and InvalidOption."""
+    names, weights = options.contrast, tuple(options.contrast_weight)
+    counts = [_nearest(model, name) for name in names]
+    if not any(counts):
+        classes = tuple(model.class_id(name) for name in names)
+        if len(set(classes)) < len(classes):
+            raise InvalidOption(f"`contrast` names a class twice: {', '.join(names)}.")
+        return Contrast(classes, weights=weights) if classes else None
+    if len(names) > 1 or weights:
+        raise InvalidOption(
+            "`contrast=nearest:…` stands alone, without other classes and without weights; or "
+            "name the classes."
+        )
+    return Contrast(nearest=counts[0])
+
+
+def _libra(options: ExplainOptions) -> bool:
+    """Whether gradients are corrected. Raises InvalidOption where that changes nothing."""
+    if options.correction == "none":
+        return False
+    if not METHODS[options.method].is_correctable:
+        *others, last = [name for name, record in METHODS.items() if record.is_correctable]
+        raise InvalidOption(
+            f"`correction={options.correction}` does not change `{options.method}`; it is for "
+            f"{', '.join(others)} and {last}."
+        )
+    if options.activations and options.activation_kind.startswith("grad"):
+        raise InvalidOption(
+            "Captured gradients are the model's own; leave out `activations` or `correction`."
+        )
+    return True
+
+
+def _nearest(model: LoadedModel, name: str) -> int:
+    """The number of `nearest:3`; 0 for the name of a class. Raises InvalidOption."""
+    word, _, count = name.partition(":")
+    if word != "nearest" or name in model.labels:
+        return 0
+    most = min(MAX_NEAREST, len(model.labels) - 1)
+    if count.isascii() and count.isdecimal() and len(count) < 4 and 1 <= int(count) <= most:
+        return int(count)
+    raise InvalidOption(
+        f"`contrast={name}` is no number of classes: give nearest:1 to nearest:{most}, or the id "
+        "or label of a class."
     )
 
 
@@ -119,11 +171,12 @@ def _activation_paths(
 
 def _with_explanation(model: LoadedModel, options: ExplainOptions, question: Question) -> Question:
     targets = tuple(dict.fromkeys(map(model.class_id, options.targets)))
-    contrast = None if options.contrast is None else model.class_id(options.contrast)
-    if contrast is not None and contrast in targets:
-        raise InvalidOption(
-            f"The class {contrast} is both a target and `contrast`; their difference is zero."
-        )
+    contrast = _contrast(model, options)
+    for class_id in () if contrast is None else contrast.classes:
+        if class_id in targets:
+            raise InvalidOption(
+                f"The class {class_id} is both a target and `contrast`; their difference is zero."
+            )
     check_method(model, options.method)
     has_layer = METHODS[options.method].has_layer
     if options.layer and not has_layer:
@@ -136,8 +189,9 @@ def _with_explanation(model: LoadedModel, options: ExplainOptions, question: Que
         contrast=contrast,
         method=options.method,
         layers=layers,
-        samples=options.samples,
+        samples=options.samples or METHODS[options.method].samples,
         steps=options.steps,
         seed=options.seed,
+        libra=_libra(options),
         verify=options.verify != "false",
     )

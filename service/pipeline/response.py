@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -153,6 +153,19 @@ def style_of(options: ExplainOptions) -> Style:
     return Style(options.size, options.colormap, options.format, options.opacity)
 
 
+def _contrast(model: LoadedModel, contrast: Mapping[int, float]) -> dict[str, Any]:
+    """The only class of a contrast, or all with their weights."""
+    if len(contrast) == 1 and set(contrast.values()) == {1.0}:
+        return {"contrast": next(iter(contrast))}
+    if not contrast:
+        return {"contrast": None}
+    entries = [
+        wire.Contrast(class_id=class_id, label=model.labels[class_id], weight=weight)
+        for class_id, weight in contrast.items()
+    ]
+    return {"contrast": None, "contrasts": entries}
+
+
 def explanation_entry(
     model: LoadedModel,
     upload: Upload,
@@ -166,13 +179,15 @@ def explanation_entry(
         "class_id": explanation.class_id,
         "label": model.labels[explanation.class_id],
         "score": explanation.score,
-        "contrast": explanation.contrast,
+        **_contrast(model, explanation.contrast),
         "method": explanation.method,
         "layer": (layers[0] if len(layers) == 1 else list(layers)) if layers else None,
         "range": (explanation.low, explanation.high),
         "flags": list(explanation.flags),
         "cost": wire.Cost(forwards=explanation.cost),
     }
+    if explanation.libra:
+        fields["correction"] = "libra"
     style = style_of(options)
     if "heatmap" in options.include:
         geometry = upload.model_input.geometry

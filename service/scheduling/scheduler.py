@@ -112,7 +112,8 @@ class InferenceJob:
         same_size = self.question.pixels.shape == other.question.pixels.shape
         # The backward pass for a target of one image goes through the graph of the whole batch.
         counts = {job.question.target_count for job in jobs if job.question.needs_gradients}
-        return self.lane == other.lane and same_size and len(counts) < 2
+        same_rules = self.question.libra == other.question.libra
+        return self.lane == other.lane and same_size and same_rules and len(counts) < 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)

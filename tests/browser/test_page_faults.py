@@ -102,7 +102,7 @@ def test_an_unknown_class_is_answered_with_the_nearest_and_the_map_stays(
 
 def test_a_method_that_the_model_refuses_says_why(explained: Watched) -> None:
     explained.page.locator("#method").select_option("attention_rollout")
-    assert "no attention to roll out" in alert(explained)
+    assert "no attention between tokens" in alert(explained)
     assert explained.page.locator("#method").input_value() == "gradcam"
     explained.forgive(422)
 

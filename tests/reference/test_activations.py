@@ -18,6 +18,7 @@ from torch.nn import functional
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from service.inference.batch import run
+from service.inference.contrast import Contrast
 from service.inference.questions import Activation, ActivationKind, InferenceResult, Question
 from service.models.loaded import LoadedModel
 from service.models.pool import ModelPool
@@ -366,7 +367,7 @@ def test_gradients_of_an_activation_are_the_first_target_s_beside_many_targets()
     """In one batch with a request for five maps, and with a contrast."""
     model = healthy("resnet18")
     first, second = pictures(2)
-    capturing = asking(first, ["layer4", "fc"], contrast=3)
+    capturing = asking(first, ["layer4", "fc"], contrast=Contrast((3,)))
     many = Question(second, targets=(0, 2, 4, 6, 8), layers=("layer4",))
     together, explained = answers(model, [capturing, many])
     (alone,) = answers(model, [capturing])

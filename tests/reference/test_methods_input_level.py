@@ -1,13 +1,15 @@
-"""CAM, guided backpropagation, input gradients, integrated gradients, attention rollout."""
+"""CAM, guided backpropagation, input gradients, integrated gradients."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
+import numpy as np
 import oracles
 import pytest
 import torch
-from captum.attr import GuidedBackprop, GuidedGradCam, IntegratedGradients, Saliency
+from captum.attr import GradientShap, GuidedBackprop, GuidedGradCam, IntegratedGradients, Saliency
 from tiny import PaperNet, SmallNet, loaded
 from torch import Tensor, nn
 from torch.nn import functional
@@ -17,6 +19,7 @@ from torchvision.models.convnext import CNBlockConfig
 
 from service.cam.guided import GuidedReLU
 from service.errors import InvalidOption
+from service.inference import input_gradients
 from service.inference.questions import Question
 from service.models.loaded import LoadedModel
 
@@ -275,49 +278,36 @@ def test_several_targets_of_an_input_level_method_equal_one_at_a_time() -> None:
             assert oracles.distance(explanation, alone) < 1e-5, method
 
 
-@pytest.mark.parametrize("layers", [3, 1])
-def test_attention_rollout_equals_one_from_the_attention_modules_own_weights(layers: int) -> None:
-    """Abnar and Zuidema 2020: from q and k by hand, layer upon layer, the class token's row."""
-    model = tiny_vit(layers)
-    net, inputs = model.replicate(), []
-    for block in net.encoder.layers:
-        block.self_attention.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+@pytest.mark.parametrize("build", [small, tiny_vit])
+def test_expected_gradients_equal_captums_gradient_shap_on_the_same_draws(
+    build: Callable[[], LoadedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build()
+    draws = list(input_gradients.random_baselines(PIXELS, 21, 4))
+    baselines = model.normalised(torch.stack([drawn for drawn, _ in draws]))
+    alphas = np.array([alpha for _, alpha in draws])
+    monkeypatch.setattr(np.random, "choice", lambda many, size: np.arange(many)[:size])
+    monkeypatch.setattr(np.random, "uniform", lambda _low, _high, _count: alphas)
+    peer = GradientShap(model.replicate()).attribute(
+        oracles.input_of(model, PIXELS), baselines, n_samples=21, stdevs=0.0, target=2
+    )
+    ours = ask(model, "expected_gradients", 2, samples=21, seed=4)
+    assert oracles.distance(ours, peer[0].sum(dim=0).detach().double()) < 1e-5
+    assert oracles.distance(ask(model, "expected_gradients", 2, samples=21, seed=5), ours) > 1e-2
+
+
+def test_expected_gradients_sum_to_the_difference_from_the_mean_of_the_baselines() -> None:
+    """On a linear model with any α: y(x) minus the mean of y(x'), exactly."""
+    model = loaded(PaperNet(), side=64)
+    ours = ask(model, "expected_gradients", 1, samples=5)
+    drawn = torch.stack([each for each, _ in input_gradients.random_baselines(PIXELS, 5, 0)])
     with torch.no_grad():
-        net(oracles.input_of(model, PIXELS))
-    flow = torch.eye(17, dtype=torch.float64)
-    for block, x in zip(net.encoder.layers, inputs, strict=True):
-        weight, bias = block.self_attention.in_proj_weight, block.self_attention.in_proj_bias
-        q, k, _ = (x[0] @ weight.T + bias).double().chunk(3, dim=1)
-        heads = [
-            (q[:, head] @ k[:, head].T / 8**0.5).softmax(dim=1)
-            for head in (slice(8 * index, 8 * index + 8) for index in range(4))
-        ]
-        flow = (torch.stack(heads).mean(dim=0) / 2 + torch.eye(17) / 2) @ flow
-    ours = ask(model, "attention_rollout", 0)
-    assert ours.shape == (4, 4)
-    assert oracles.distance(ours, flow[0, 1:].reshape(4, 4)) < 1e-5
+        logits = model.replicate()(model.normalised(torch.cat([PIXELS[None], drawn])))[:, 1]
+    assert float(ours.sum()) == pytest.approx(float(logits[0] - logits[1:].mean()), rel=1e-4)
 
 
-@pytest.mark.parametrize("build", [small, tiny_convnext, tiny_swin])
-def test_attention_rollout_is_refused_without_attention(build) -> None:
-    assert "MultiheadAttention" in refusal(build(), "attention_rollout").detail
-
-
-class Pooled(nn.Module):
-    """A CNN whose pooling is attention from one query to all places."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 16, stride=16)
-        self.query = nn.Parameter(torch.zeros(1, 1, 8))
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.head = nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        places = self.stem(x).flatten(2).transpose(1, 2)
-        query = self.query.expand(len(x), 1, 8)
-        return self.head(self.attention(query, places, places)[0][:, 0])
-
-
-def test_attention_rollout_is_refused_where_attention_is_not_among_the_same_tokens() -> None:
-    assert "rolled out" in refusal(loaded(Pooled(), side=64), "attention_rollout").detail
+def test_expected_gradients_do_not_depend_on_how_many_run_at_once(monkeypatch) -> None:
+    model = small()
+    whole = ask(model, "expected_gradients", 2, samples=9)
+    monkeypatch.setattr(input_gradients, "chunk_size", lambda _model: 1)
+    assert oracles.distance(ask(model, "expected_gradients", 2, samples=9), whole) < 1e-5

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from service.errors import NonFiniteOutput
+from service.inference.contrast import Contrast
 from service.inference.questions import Explanation, InferenceResult, Question
 from service.models.loaded import LoadedModel
 
@@ -47,7 +48,7 @@ def only(answer: InferenceResult) -> Explanation:
 def test_contrast_is_the_map_of_the_difference_of_two_logits(layer: str) -> None:
     """By full backward of y₂ − y₅; being linear, it is also the difference before the ReLU."""
     model = small()
-    found = only(ask(model, targets=(2,), contrast=5, layers=(layer,)))
+    found = only(ask(model, targets=(2,), contrast=Contrast((5,)), layers=(layer,)))
     maps = []
     for value in (lambda y: y[2] - y[5], lambda y: y[2], lambda y: y[5]):
         activation, gradient = oracles.full_backward(model, layer, PIXELS, value)
@@ -55,7 +56,7 @@ def test_contrast_is_the_map_of_the_difference_of_two_logits(layer: str) -> None
     difference, two, five = maps
     assert oracles.distance(found, difference.relu()) < 1e-5
     assert oracles.distance(found, (two - five).relu()) < 1e-4
-    assert found.contrast == 5
+    assert found.contrast == {5: 1.0}
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_contrast_is_taken_by_every_method_that_knows_a_class(method: str) -> No
     lead = replace(loaded(net, side=64), output="none")
     model = replace(model, output="none")
     options = {"method": method, "targets": (2,), "samples": 20, "steps": 5}
-    found = only(ask(model, contrast=5, **options))
+    found = only(ask(model, contrast=Contrast((5,)), **options))
     expected = only(ask(lead, **options))
     assert oracles.distance(found, oracles.raw(expected)) < 1e-4
 
@@ -120,7 +121,7 @@ def test_class_0_is_a_class_and_not_the_absence_of_one() -> None:
     expected = (gradient.mean(dim=(1, 2), keepdim=True) * activation).sum(dim=0).relu()
     assert found.class_id == 0
     assert oracles.distance(found, expected) < 1e-5
-    against_zero = only(ask(model, targets=(2,), contrast=0))
+    against_zero = only(ask(model, targets=(2,), contrast=Contrast((0,))))
     assert oracles.distance(against_zero, oracles.raw(only(ask(model, targets=(2,))))) > 1e-2
 
 
@@ -155,7 +156,11 @@ MIXED = [
     Question(oracles.picture(21, 64, 64), layers=(INNER,), targets=(1, 4)),
     Question(oracles.picture(22, 64, 64), layers=(LAST, INNER), method="layercam", targets=(3,)),
     Question(
-        oracles.picture(23, 64, 64), layers=(LAST,), method="gradcampp", contrast=6, targets=(0,)
+        oracles.picture(23, 64, 64),
+        layers=(LAST,),
+        method="gradcampp",
+        contrast=Contrast((6,)),
+        targets=(0,),
     ),
     Question(oracles.picture(24, 64, 64), layers=(LAST,), method="scorecam"),
     Question(

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from service.images.decode import Preprocessing
 from service.models.catalog import ModelSpec
 from service.models.loaded import LoadedModel
-from service.models.probes.layers import trace_layers
+from service.models.probes.attention import NoTokenAttention, TokenAttention, token_attention
+from service.models.probes.layers import LayerTrace, trace_layers
 
 
 class PaperNet(nn.Module):
@@ -157,7 +158,17 @@ def loaded(module: nn.Module, name: str = "tiny", side: int = 32) -> LoadedModel
         tried.target_layer,
         tried.layers,
         version="0" * 12,
+        attention=attention_of(module, side, tried),
     )
+
+
+def attention_of(module: nn.Module, side: int, tried: LayerTrace) -> TokenAttention | str:
+    """The attention of a module, or why it has no map, as it is measured at load."""
+    image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    try:
+        return token_attention(module, image, tried.layers, tried.target_layer, None)
+    except NoTokenAttention as error:
+        return str(error)
 
 
 CORNER = (0, 0, 12, 12)

@@ -14,6 +14,7 @@ from api_schemas.methods import BACKWARD, METHODS
 from api_schemas.options import ExplainOptions, PredictOptions
 from service.errors import InvalidOption
 from service.inference import batch
+from service.inference.contrast import Contrast
 from service.inference.method_table import cost
 from service.inference.questions import InferenceResult, Question
 from service.models.loaded import LoadedModel
@@ -80,7 +81,7 @@ def test_fused_layers_share_the_walk_to_the_earliest(model: LoadedModel) -> None
 
 def test_a_contrast_rides_along(model: LoadedModel) -> None:
     asked = question(layers=(FIRST,), targets=(1,))
-    assert cost(model, replace(asked, contrast=2)) == cost(model, asked)
+    assert cost(model, replace(asked, contrast=Contrast((2,)))) == cost(model, asked)
 
 
 def test_guided_gradcam_pays_for_its_map_and_for_the_input(model: LoadedModel) -> None:
@@ -156,7 +157,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_targets_that_do_not_fit_one_walk_have_the_same_maps(
     model: LoadedModel, monkeypatch: pytest.MonkeyPatch, method: str, layers: tuple[str, ...]
 ) -> None:
-    asked = question(method=method, layers=layers, explain_top=100, contrast=3)
+    asked = question(method=method, layers=layers, explain_top=100, contrast=Contrast((3,)))
     at_once = answer_of(model, asked)
     floats = sum(model.activation_bytes([path], inputs=False) for path in layers)
     monkeypatch.setattr(batch, "BACKWARD_BYTES", 7 * floats)

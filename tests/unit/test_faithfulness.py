@@ -93,7 +93,7 @@ def test_what_needs_no_gradient_runs_in_the_compiled_lane_with_the_same_figures(
     assert model.target_layer is not None
     sizes: list[int] = []
 
-    def front(pixels: Tensor, *, wide: bool = False) -> Tensor:
+    def front(pixels: Tensor, *, wide: bool = False) -> tuple[Tensor, ...]:
         sizes.append(len(pixels))
         assert compiled.compiled is not None
         return compiled.compiled.front(pixels, wide=wide)

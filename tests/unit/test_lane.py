@@ -19,6 +19,7 @@ from torch import nn
 
 from service.errors import ConfigurationError
 from service.inference.batch import run, run_compiled
+from service.inference.contrast import Contrast
 from service.inference.questions import Question, lane_of
 from service.models.catalog import ModelSpec
 from service.models.compiled import lane as lanes
@@ -73,16 +74,6 @@ def traced_otherwise() -> nn.Module:
             return super().forward(x if isinstance(x, torch.Tensor) else x + 1)
 
     return TracedOtherwise()
-
-
-def two_roads() -> nn.Module:
-    """What lies behind `features` also sees the picture."""
-
-    class TwoRoads(SmallNet):
-        def forward(self, x):
-            return super().forward(x) + x.mean(dim=(1, 2, 3))[:, None]
-
-    return TwoRoads()
 
 
 def thrice() -> nn.Module:
@@ -143,7 +134,7 @@ METHODS = ("gradcam", "gradcampp", "hirescam", "layercam", "xgradcam", "eigencam
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_it_answers_as_the_hooked_lane_does(model, method: str, wide: bool) -> None:
-    asked = questions(3, method=method, targets=(0, 7), contrast=3)
+    asked = questions(3, method=method, targets=(0, 7), contrast=Contrast((3,)))
     for one, other in zip(run_compiled(model, asked, wide=wide), hooked(model, asked), strict=True):
         for mine, theirs in zip(one.explanations, other.explanations, strict=True):
             np.testing.assert_allclose(mine.grid, theirs.grid, atol=1e-4)
@@ -243,13 +234,13 @@ def test_four_threads_disturb_neither_each_other_nor_their_inputs(model) -> None
     lane = model.compiled
     batches = [torch.stack([picture(10 * n + i) for i in range(1 + n % 3)]) for n in range(12)]
     copies = [batch.clone() for batch in batches]
-    alone = [lane.front(batch) for batch in batches]
+    alone = [lane.front(batch)[0] for batch in batches]
     kept = [activation.clone() for activation in alone]
     start = threading.Barrier(4)
 
     def work(first: int) -> list[tuple[int, torch.Tensor]]:
         start.wait(10)
-        return [(n, lane.front(batches[n])) for _ in range(10) for n in range(first, 12, 4)]
+        return [(n, lane.front(batches[n])[0]) for _ in range(10) for n in range(first, 12, 4)]
 
     with ThreadPoolExecutor(4) as threads:
         results = [each for found in threads.map(work, range(4)) for each in found]
@@ -307,8 +298,8 @@ def test_the_picture_that_is_not_finite_fails_alone() -> None:
     model = load_model_of("make", Compiler())
     tail = model.compiled.tail
 
-    def spoiled(activation: torch.Tensor) -> torch.Tensor:
-        logits = tail(activation)
+    def spoiled(*crossing: torch.Tensor) -> torch.Tensor:
+        logits = tail(*crossing)
         return torch.where(torch.arange(len(logits))[:, None] == 1, torch.nan, logits)
 
     broken = replace(model, compiled=replace(model.compiled, tail=spoiled))
@@ -322,7 +313,6 @@ def test_the_picture_that_is_not_finite_fails_alone() -> None:
     ("function", "reason"),
     [
         ("branching", "cannot be traced"),
-        ("two_roads", "crosses the cut"),
         ("thrice", "runs several times"),
         ("stateful", "logits vary"),
         ("traced_otherwise", "differ from the hooked lane's"),

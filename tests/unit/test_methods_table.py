@@ -16,6 +16,7 @@ from tiny import SmallNet, loaded
 from api_schemas.methods import METHODS, MethodRecord
 from api_schemas.options import ExplainOptions, Method
 from service.cam.formulas import LAYER_METHODS
+from service.cam.layouts import Layout
 from service.errors import InvalidOption
 from service.inference import method_table
 from service.inference.forward_pass import ImagePass
@@ -23,6 +24,7 @@ from service.inference.method_table import MULTI_PASS_METHODS, check_method, cos
 from service.inference.perturbation import Steps
 from service.inference.questions import Question
 from service.models.loaded import LoadedModel
+from service.models.probes.attention import TokenAttention
 from service.pipeline.answer_size import AnswerSizes
 from service.pipeline.resolve import resolve_options
 from service.pipeline.service import Limits
@@ -80,6 +82,8 @@ def test_a_method_is_refused_where_the_model_lacks_what_it_needs(
     model: LoadedModel, name: str
 ) -> None:
     needs = set(METHODS[name].needs)
+    tokens = TokenAttention((0,), 1, (0,), 10, Layout("tokens", (3, 3), 1), class_token=True)
+    model = replace(model, attention=tokens)
     for lack, others in (
         ("no_layers", {"layer", "attention"}),
         ("no_gradients", {"layer", "gradients"}),

@@ -189,7 +189,7 @@ def test_the_tail_of_the_compiled_lane_leaves_torch_as_it_was() -> None:
             return x.mean(dim=(2, 3))[:, :7]
 
     def front(pixels: Any, *, wide: bool = False) -> Any:
-        return torch.zeros(len(pixels), 16, 8, 8)
+        return (torch.zeros(len(pixels), 16, 8, 8),)
 
     model = loaded(SmallNet())
     lane = CompiledLane("features", front, Tail())  # type: ignore[arg-type]

@@ -285,8 +285,10 @@ def test_a_contrast_is_judged_by_the_lead_over_the_other_class() -> None:
         return torch.stack([common + lead, common], dim=1)
 
     evidence = evidence_of(image, plan, logits)
-    assert judge(evidence, mask, 0, contrast=1).verdict == "supported"
-    assert judge(evidence, mask, 0, contrast=1).agreement > judge(evidence, mask, 0).agreement
+    assert judge(evidence, mask, 0, contrast={1: 1.0}).verdict == "supported"
+    assert (
+        judge(evidence, mask, 0, contrast={1: 1.0}).agreement > judge(evidence, mask, 0).agreement
+    )
 
 
 @pytest.mark.parametrize("bins", [3, 14])

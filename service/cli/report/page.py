@@ -121,8 +121,8 @@ where the model found evidence for the named class, not whether the prediction i
             "layer": ", ".join(self._options.layer) or self._model.target_layer or "none",
             "images": str(len(self._cards)),
         }
-        if self._options.contrast is not None:
-            facts["contrast"] = self._options.contrast
+        if self._options.contrast:
+            facts["contrast"] = ", ".join(self._options.contrast)
         if self._failed:
             facts["failed"] = str(len(self._failed))
         terms = "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items())

@@ -15,13 +15,14 @@ Precision = Floating | Literal["int8"]
 
 
 class Front(Protocol):
-    """Maps pixels, uint8 (B, C, h, w) on the CPU, to the target layer's output.
+    """Maps pixels, uint8 (B, C, h, w) on the CPU, to what crosses the cut; see `cut.split`.
 
-    The output is float32 (B, ...) on the model's device, in new memory; any number of threads may
-    call it concurrently. wide: whether no other batch runs, so that it may use all cores.
+    The first tensor is the target layer's output, float32 (B, ...). All are on the model's device,
+    in new memory; any number of threads may call it concurrently. wide: whether no other batch
+    runs, so that it may use all cores.
     """
 
-    def __call__(self, pixels: Tensor, *, wide: bool = False) -> Tensor: ...
+    def __call__(self, pixels: Tensor, *, wide: bool = False) -> tuple[Tensor, ...]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +60,8 @@ class Parity:
 class CompiledLane:
     """The lane for the common request: predictions, and maps at `layer` from its gradient.
 
-    tail:      from the layer's output to the model's output. It has no hooks, so that all worker
-               threads share it.
+    tail:      from what the front returns to the model's output. It has no hooks, so that all
+               worker threads share it.
     parity:    with the hooked lane; None for an int8 front, which `camserve calibrate` measured.
     precision: of the front: `float32`, or the configured one: `bf16`, `int8`.
     instead:   why the front does not have the configured precision.

@@ -128,9 +128,8 @@ class Compiler:
         if precision == "bf16" and not openvino_front.has_bf16():
             raise NotCompiled("this processor cannot compute: it has no AVX512-BF16 and no AMX.")
         front, tail = split(model.module, layer)
-        graph = openvino_front.graph_of(
-            model, front, self.cache, identity(model), reconvert=reconvert
-        )
+        key = f"{identity(model)} {front.code}"
+        graph = openvino_front.graph_of(model, front, self.cache, key, reconvert=reconvert)
         compiled_front = openvino_front.OpenVinoFront(
             graph, self.streams, self.single_request_threads, precision, self.largest
         )
@@ -199,9 +198,10 @@ def parity_on(model: LoadedModel, lane: CompiledLane, batches: Iterable[Tensor])
             logits = model.logits(module(model.normalised(pixels)))
         expected = seen.targets[lane.layer][-1]
         gradient = torch.autograd.grad(logits.amax(dim=1).sum(), expected)[0]
-        lane_activation = lane.front(pixels, wide=number % 2 == 1).requires_grad_()
+        lane_activation, *beside = lane.front(pixels, wide=number % 2 == 1)
+        lane_activation.requires_grad_()
         with kept_torch_state(random=False):
-            lane_logits = model.logits(lane.tail(lane_activation.clone()))
+            lane_logits = model.logits(lane.tail(lane_activation.clone(), *beside))
         same = lane_logits.gather(1, logits.argmax(dim=1, keepdim=True)).sum()
         slope = torch.autograd.grad(same, lane_activation)[0]
         maps = [

@@ -39,7 +39,7 @@ on every stream."""
 
 
 class OpenVinoFront:
-    """Maps pixels to the output of the layer where the model was cut; see `Front`.
+    """Maps pixels to what crosses the cut; see `Front`.
 
     Two programs of one graph: the narrow one runs `streams` concurrent requests on one thread each,
     for maximum throughput; the wide one runs one request on `single_request_threads` threads, for
@@ -51,7 +51,8 @@ class OpenVinoFront:
     precision:    `bf16` if the processor supports it (`has_bf16`); an int8 graph does not change.
     largest:      images in the largest batch.
 
-    trials: batch sizes that run every program once, if every second batch is wide.
+    trials: batch sizes that run every program once, if every second batch is wide: 1, 3, and the
+            largest up to FIXED_BATCH.
     """
 
     def __init__(
@@ -71,9 +72,9 @@ class OpenVinoFront:
             self._wide = _Programs(graph, 1, single_request_threads, hint, alone)
         else:
             self._narrow = self._wide = _Programs(graph, streams, streams, hint, together | alone)
-        self.trials = [1, 1, 3, 2, *together]
+        self.trials = [1, 1, 3, 2, min(largest, FIXED_BATCH)]
 
-    def __call__(self, pixels: Tensor, *, wide: bool = False) -> Tensor:
+    def __call__(self, pixels: Tensor, *, wide: bool = False) -> tuple[Tensor, ...]:
         return (self._wide if wide else self._narrow)(pixels)
 
 
@@ -93,7 +94,7 @@ class _Programs:
             for _ in range(streams):
                 program(torch.zeros(*of_size.inputs[0].shape, dtype=torch.uint8))
 
-    def __call__(self, pixels: Tensor) -> Tensor:
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, ...]:
         return self._fixed.get(len(pixels), self._any)(pixels)
 
 
@@ -115,7 +116,7 @@ class _Program:
         self._lock = threading.Lock()
         self._idle: list[Any] = []
 
-    def __call__(self, pixels: Tensor) -> Tensor:
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, ...]:
         with self._request() as request:
             # Into the request's own memory: with shared inputs OpenVINO 2026.4 writes into the
             # array of an earlier caller, and its own copying takes longer.
@@ -124,7 +125,8 @@ class _Program:
             input_tensor.data[:] = pixels.numpy()
             request.infer(share_outputs=True)
             # Copied: the next user of the request overwrites its memory.
-            return torch.from_numpy(request.get_output_tensor(0).data.copy())
+            outputs = (request.get_output_tensor(i) for i in range(len(self._compiled.outputs)))
+            return tuple(torch.from_numpy(output.data.copy()) for output in outputs)
 
     @contextmanager
     def _request(self) -> Iterator[Any]:

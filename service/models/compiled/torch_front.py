@@ -23,15 +23,15 @@ from service.models.replicas import replicate
 
 _log = structlog.get_logger(__name__)
 
-Run = Callable[[Tensor], Tensor]
-"""Pixels (B, C, h, w) on the device to float32 (B, ...) there."""
+Run = Callable[[Tensor], tuple[Tensor, ...]]
+"""Pixels (B, C, h, w) on the device to tensors (B, ...) there, float32 where not integers."""
 
-Recorded = tuple[Callable[[], None], Tensor]
-"""A function that replays a recording on the current pixels, and its output."""
+Recorded = tuple[Callable[[], None], tuple[Tensor, ...]]
+"""A function that replays a recording on the current pixels, and its outputs."""
 
 
 class TorchFront:
-    """Maps pixels to the output of the layer where the model was cut; see `Front`.
+    """Maps pixels to what crosses the cut; see `Front`.
 
     On CUDA a batch is one CUDA graph, so that the CPU launches a graph instead of each kernel. The
     module in the graphs is compiled by `torch.compile` if possible (it needs a C compiler). On
@@ -73,15 +73,16 @@ class TorchFront:
                 self._compile(pixels[:2], cache)
             self._graphs = Graphs(self._run, pixels, cuda_graph())
 
-    def __call__(self, pixels: Tensor, *, wide: bool = False) -> Tensor:  # noqa: ARG002
+    def __call__(self, pixels: Tensor, *, wide: bool = False) -> tuple[Tensor, ...]:  # noqa: ARG002
         if self._graphs is not None and len(pixels) <= self._graphs.largest:
             with torch.cuda.device(self._device):
                 return self._graphs(pixels)
         return self._run(pixels.to(self._device, non_blocking=True))
 
-    def _run(self, pixels: Tensor) -> Tensor:
+    def _run(self, pixels: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad(), self._autocast():
-            return self._module(pixels).float()
+            # Copies: the layer may return its own input, which crosses beside its output then.
+            return tuple(_in_float32(output).clone() for output in self._module(pixels))
 
     def _compile(self, pixels: Tensor, cache: Path | None) -> None:
         """Compile the module for any batch size; it does not change if torch cannot."""
@@ -100,6 +101,10 @@ class TorchFront:
             return nullcontext()
         # Its cache of cast weights is not valid beyond a recording.
         return torch.autocast(self._device.type, torch.bfloat16, cache_enabled=False)
+
+
+def _in_float32(output: Tensor) -> Tensor:
+    return output.float() if output.is_floating_point() else output
 
 
 class Graphs:
@@ -121,14 +126,14 @@ class Graphs:
             size: record(run, pixels[:size]) for size in reversed(sizes(self.largest))
         }
 
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, C, h, w), at most `largest`, to float32 (B, ...) in new memory."""
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """Pixels (B, C, h, w), at most `largest`, to tensors (B, ...) in new memory."""
         count = len(pixels)
-        replay, output = self._recorded[min(size for size in self._recorded if size >= count)]
+        replay, outputs = self._recorded[min(size for size in self._recorded if size >= count)]
         with self._lock:
             self._pixels[:count].copy_(pixels, non_blocking=True)
             replay()
-            return output[:count].clone()
+            return tuple(output[:count].clone() for output in outputs)
 
 
 def sizes(largest: int) -> list[int]:
@@ -153,8 +158,8 @@ def cuda_graph() -> Callable[[Run, Tensor], Recorded]:
         graph = torch.cuda.CUDAGraph()
         # Not "global": other threads run batches meanwhile.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            output = run(pixels)
-        return graph.replay, output
+            outputs = run(pixels)
+        return graph.replay, outputs
 
     return record
 

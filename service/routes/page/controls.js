@@ -40,7 +40,7 @@ export function listModel(model) {
 /** Sets the controls to the current question. */
 export function syncQuestion() {
   const { question, model, shown } = state;
-  const { shows, times } = method(question.method);
+  const { shows, times, samples } = method(question.method);
   $("method").value = question.method;
   $("method-words").textContent = shows;
   $("layer").value = question.layer ?? model.target_layer;
@@ -50,7 +50,7 @@ export function syncQuestion() {
   $("samples-field").hidden = times !== "samples";
   $("steps-field").hidden = times !== "steps";
   $("amounts").hidden = $("samples-field").hidden && $("steps-field").hidden;
-  $("samples").value = question.samples;
+  $("samples").value = question.samples ?? samples;
   $("steps").value = question.steps;
   const listed = shown?.predictions.some((entry) => entry.class_id === question.target);
   const text = (wanted) => (typeof wanted === "number" ? nameOf(model, wanted) : (wanted ?? ""));

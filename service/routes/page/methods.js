@@ -21,18 +21,18 @@ export function methodOptions() {
 /**
  * Forward passes that a question will cost at most, as the server will count them.
  *
- * @param {{method: string, samples: number, steps: number}} question
+ * @param {{method: string, samples: number | null, steps: number}} question
  * @param {{width: number, height: number}} input  of the model, in pixels
  * @param {number[] | null} shape  of the layer, channels first
  */
 export function forwards(question, input, shape) {
-  const { runs, times } = method(question.method);
+  const { runs, times, samples } = method(question.method);
   const squares = (length) => Math.ceil(Math.max(length - WINDOW, 0) / STRIDE) + 1;
   const count = {
     once: 1,
     channels: shape?.[0] ?? 0,
     squares: squares(input.width) * squares(input.height),
-    samples: question.samples,
+    samples: question.samples ?? samples,
     steps: question.steps,
   };
   const passes = { forward: 1, gradient: 1 + BACKWARD, tail: 1 };

@@ -1,6 +1,6 @@
 /** The state of the page, and two functions that every module uses. */
 
-export const DEFAULTS = { target: null, contrast: null, method: "gradcam", layer: null, fit: "", samples: 1000, steps: 50, verify: "" };
+export const DEFAULTS = { target: null, contrast: null, method: "gradcam", layer: null, fit: "", samples: null, steps: 50, verify: "" };
 
 export const state = {
   models: [],
