@@ -41,7 +41,8 @@ def models(
 
     logs.configure_command()
     if available:
-        for name in (BUILTIN, *_torchvision_builders(), "timm/NAME", "package.module:function"):
+        others = ("timm/NAME", "hf/ORG/NAME", "hf/FOLDER", "package.module:function")
+        for name in (BUILTIN, *_torchvision_builders(), *others):
             OUT.print(name, markup=False, highlight=False)
         return
     rows = table("name", "builder", "classes", "input", "target layer", "version")

@@ -29,6 +29,9 @@ PREFIX = "hf/"
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[\w.-]{1,96})?")
 
+_MADE_UP = re.compile(r"LABEL_\d+")
+"""Names of classes that nobody named."""
+
 _FILES = (
     "config.json",
     "preprocessor_config.json",
@@ -93,8 +96,9 @@ def local_folder(builder: str, base: Path = Path()) -> Path | None:
     """The folder of a builder; None if there is none. base: where a relative path starts."""
     if not builder.startswith(PREFIX):
         return None
-    folder = base / Path(builder.removeprefix(PREFIX)).expanduser()
-    return folder if folder.is_dir() else None
+    name = builder.removeprefix(PREFIX)
+    folder = base / Path(name).expanduser()
+    return folder if name and folder.is_dir() else None
 
 
 def _check_keys(spec: ModelSpec) -> None:
@@ -182,6 +186,7 @@ def _config(spec: ModelSpec, library: Any, folder: Path) -> Any:
     # Models return a mapping with `logits`, whatever a configuration asks for beside it.
     config.return_dict, config.output_hidden_states = True, False
     config.output_attentions = False
+    config._attn_implementation = None  # a configuration may name code on the Hub
     return config
 
 
@@ -218,6 +223,7 @@ def _loaded(spec: ModelSpec, library: Any, folder: Path, config: Any) -> nn.Modu
         config=config,
         use_safetensors=True,
         dtype=torch.float32,
+        ignore_mismatched_sizes=True,  # all of them are in the report
         output_loading_info=True,
     )
     missing = sorted([*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])])
@@ -259,7 +265,7 @@ def _labels(config: Any) -> tuple[str, ...] | None:
     """The names of the classes; None for the names that transformers makes up."""
     names = dict(config.id2label or {})
     labels = tuple(str(names.get(index, f"LABEL_{index}")) for index in range(len(names)))
-    return None if all(re.fullmatch(r"LABEL_\d+", label) for label in labels) else labels
+    return None if all(map(_MADE_UP.fullmatch, labels)) else labels
 
 
 def _preprocessing(
@@ -279,8 +285,8 @@ def _preprocessing(
         if spec.input.size and spec.input.mean and spec.input.std:
             return None, "the service's defaults"
         raise ConfigurationError(
-            f"{spec.at('builder')}: {error}. Set the transform in models.toml: input = {{ size = …, "
-            "resize = …, fit = …, mean = …, std = … }."
+            f"{spec.at('builder')}: {error}. Set the transform in models.toml: "
+            "input = { size = …, resize = …, fit = …, mean = …, std = … }."
         ) from error
     return preprocessing, f"the {type(processor).__name__} of {spec.builder}"
 

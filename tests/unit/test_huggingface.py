@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -122,22 +123,15 @@ def test_weights_in_float16_are_served_in_float32(folder: Path) -> None:
     assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
 
 
-def test_old_names_of_weights_are_renamed(folder: Path, saved: Path) -> None:
-    tensors = load_file(saved / "model.safetensors")
-    old = {
-        key.replace("vit.layers.", "vit.encoder.layer.")
-        .replace("attention.q_proj", "attention.attention.query")
-        .replace("attention.k_proj", "attention.attention.key")
-        .replace("attention.v_proj", "attention.attention.value")
-        .replace("attention.o_proj", "attention.output.dense")
-        .replace("mlp.fc1", "intermediate.dense")
-        .replace("mlp.fc2", "output.dense"): value
-        for key, value in tensors.items()
-    }
-    assert old.keys() != tensors.keys()
-    save_file(old, folder / "model.safetensors", {"format": "pt"})
-    image = torch.rand(1, 3, 32, 32)
-    torch.testing.assert_close(logits_of(folder, image), logits_of(saved, image))
+def test_old_names_of_weights_are_renamed(folder: Path) -> None:
+    image, names = torch.rand(1, 3, 32, 32), small_vit().state_dict().keys()
+    assert (
+        load_file(folder / "model.safetensors").keys() != names
+    )  # `save_pretrained` keeps the old
+    old = logits_of(folder, image)
+    save_file(small_vit().state_dict(), folder / "model.safetensors", {"format": "pt"})
+    assert load_file(folder / "model.safetensors").keys() == names
+    torch.testing.assert_close(old, logits_of(folder, image))
 
 
 def test_a_backbone_without_a_head_is_refused(folder: Path) -> None:
@@ -300,7 +294,7 @@ CHILD = (
     "from service.errors import ConfigurationError\n"
     "from service.models.builders import build\n"
     "from service.models.catalog import ModelSpec\n"
-    "for revision in (None, 'c' * 40, 'v2'):\n"
+    "for revision in (None, 'v2'):\n"
     "    try:\n"
     "        print(build(ModelSpec('m', 'hf/org/pets', revision=revision), False).labels)\n"
     "    except ConfigurationError as error:\n"
@@ -308,6 +302,7 @@ CHILD = (
 )
 
 
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
@@ -324,26 +319,22 @@ def test_the_cache_of_the_hub_is_used_offline(saved: Path, tmp_path, environment
         text=True,
         check=True,
     )
-    main, commit, absent = child.stdout.splitlines()
-    assert main == commit == "('cat', 'dog', 'owl')"
+    main, absent = child.stdout.splitlines()
+    assert main == "('cat', 'dog', 'owl')"
     assert words in absent
     assert "revision 'v2' of org/pets is not in the cache" in absent
     assert str(tmp_path / "hub") in absent
 
 
+@pytest.mark.timeout(180)
 def test_the_commands_take_a_folder(saved: Path, tmp_path: Path) -> None:
-    from PIL import Image
-
     Image.new("RGB", (60, 40), (9, 99, 200)).save(tmp_path / "a.png")
-    model = ["--model", f"hf/{saved}", "--allow-random-weights"]
-    run = CliRunner().invoke
-    checked = run(app, ["check", *model[:2]])
-    assert checked.exit_code == 0, checked.output
-    assert "pets" in checked.output
-    layers = run(app, ["layers", "pets", *model[:2]])
-    assert "vit.layers.1.layernorm_before" in layers.output
-    explained = run(
-        app, ["explain", str(tmp_path / "a.png"), *model[:2], "--out", str(tmp_path / "why")]
-    )
-    assert explained.exit_code == 0, explained.output
-    assert (tmp_path / "why").is_dir()
+    builder, image, out = f"hf/{saved}", str(tmp_path / "a.png"), tmp_path / "why"
+    for command in (
+        ["check", "--model", builder],
+        ["layers", builder],
+        ["explain", image, "--model", builder, "--out", str(out)],
+    ):
+        ran = CliRunner().invoke(app, command)
+        assert ran.exit_code == 0, ran.output
+    assert any(out.iterdir())

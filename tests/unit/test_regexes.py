@@ -31,6 +31,8 @@ Hostile = tuple[str, str, str]
 """What a text begins with, what is repeated, and what it ends with."""
 
 LISTED: dict[str, tuple[Mode, list[Hostile]]] = {
+    "service.models.huggingface._REPOSITORY": ("fullmatch", [("a", "a", "!"), ("a", "a/", "")]),
+    "service.models.huggingface._MADE_UP": ("fullmatch", [("LABEL_", "1", "!")]),
     "service.security.addresses._ENTRY": ("fullmatch", [("*.", "a", ":"), ("[", "a", "")]),
     "service.security.addresses._NAME": (
         "fullmatch",
