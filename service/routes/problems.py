@@ -75,6 +75,9 @@ _OPTIONS: Mapping[str, type[CommonOptions | ExperimentOptions]] = {
 }
 """The options of the routes that have some, for suggestions."""
 
+_WITH_INPUT = {"value_error", "missing", "list_type", "json_invalid"}
+"""Errors of pydantic whose message names what was sent, or that are about something else."""
+
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
@@ -194,23 +197,24 @@ def _sentence(issue: Any, known: Sequence[str]) -> str:
         if route is not None:
             return f"{name!r} is an option of {route}, which this route does not accept"
         return f"there is no option {name!r}.{nearest(name, known)}".rstrip(".")
-    message = str(issue["msg"]).removeprefix("Value error, ")
+    message, given = str(issue["msg"]).removeprefix("Value error, "), _shown(issue["input"])
     message = message[:1].lower() + message[1:]
+    if given and issue["type"] not in _WITH_INPUT:
+        message += f", not {given!r}" if isinstance(issue["input"], str) else f", not {given}"
     if issue["type"] == "literal_error":
         choices = re.findall("'([^']*)'", issue["ctx"]["expected"])
-        given = _shown(issue["input"])
         several = given.split(",")
         if around and len(several) > 1 and set(several) <= set(choices):
             repeated = "&".join(f"{around[0]}={value}" for value in several)
             return f"{around[0]}: repeat the parameter: {repeated}, or send a list in JSON"
         message += f".{nearest(given, choices)}".rstrip(".")
     if issue["type"] == "list_type" and isinstance(issue["input"], str | int) and name != "images":
-        message += f"; send [{json.dumps(_shown(issue['input']))}]"
+        message += f"; send [{json.dumps(given)}]"
     return f"{location}: {message}" if location else message
 
 
 def _shown(value: object) -> str:
     """A name or value that a client sent, shortened."""
-    if isinstance(value, int) and value.bit_length() < 64:
+    if isinstance(value, float) or (isinstance(value, int) and value.bit_length() < 64):
         return str(value)
     return value[:_SHOWN] if isinstance(value, str) else ""
