@@ -74,7 +74,7 @@ def test_axe_finds_nothing_serious_in_any_state_of_the_page(window: Watched, axe
     page.keyboard.press("Escape")
     page.locator("#target").fill("nobody")
     page.keyboard.press("Enter")
-    page.locator(".failure .notice").wait_for()
+    page.locator("#class-failure .notice").wait_for()
     assert faults(window, axe) == []
     window.forgive(404)
 
