@@ -86,7 +86,7 @@ def test_a_file_that_is_no_image_and_an_unknown_class_are_said(
     notes = tmp_path / "notes.txt"
     notes.write_text("a cat")
     page.keys("#file", f"{broken}\n{notes}")
-    page.until("document.querySelectorAll('#strip-files .notice').length === 2")
+    page.until("document.querySelectorAll('#strip .files .notice').length === 2")
     page.until(f"{CAPTION}.startsWith('sunflower, ')")
     page.keys("#target", "tullip\ue007")  # Enter
     page.until("document.querySelector('#class-failure').textContent.includes('tulip')")

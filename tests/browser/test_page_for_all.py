@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,6 +78,24 @@ def test_axe_finds_nothing_serious_in_any_state_of_the_page(window: Watched, axe
     page.locator("#class-failure .notice").wait_for()
     assert faults(window, axe) == []
     window.forgive(404)
+
+
+def test_axe_finds_nothing_serious_in_the_images_of_a_session(
+    window: Watched, axe: str, tmp_path: Path
+) -> None:
+    (tmp_path / "notes.txt").write_text("a cat")
+    window.page.set_input_files("#file", tmp_path / "notes.txt")
+    window.page.locator("#welcome .notice").wait_for()
+    assert faults(window, axe) == []
+    window.page.set_input_files("#file", [SAMPLE, SAMPLE, SAMPLE, tmp_path / "notes.txt"])
+    wait_for_caption(window.page, "sunflower, ")
+    window.page.locator("#strip .notice").wait_for()
+    window.page.locator("[data-do=remove]").click()
+    window.page.locator("#undo").wait_for()
+    wait_for_caption(window.page, "sunflower, ")
+    assert faults(window, axe) == []
+    window.page.locator("[data-do=clear]").click()
+    assert faults(window, axe) == []
 
 
 def experimented(window: Watched) -> None:

@@ -113,7 +113,7 @@ def test_more_than_a_hundred_images_are_not_added_and_it_says_so(
     Image.new("RGB", (8, 8)).save(more)
     add(page, [*images, more, more])
     assert page.page.locator("#photos button").count() == 100
-    notice = page.page.locator("#strip-files .notice p").first
+    notice = page.page.locator("#strip .files .notice p").first
     assert notice.inner_text() == (
         "2 images are not added: this page holds 100. Remove some first."
     )

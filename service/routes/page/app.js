@@ -9,7 +9,7 @@ import { Inside } from "./inside.js";
 import { methodFor, reasonAgainst } from "./knows.js";
 import { Lab } from "./lab.js";
 import { method } from "./methods.js";
-import { announce, complain, complainOfFiles, failed, offerUndo, settle } from "./notices.js";
+import { announce, complain, complainOfFiles, failed, offerUndo, settle, showWork } from "./notices.js";
 import { enlarge, newImage, notAnImage, sample, take, watch } from "./images.js";
 import { sentenceOf } from "./problems.js";
 import { SLOW, answerTo, classOf, isKnown, predictionsOf, priceOf } from "./question.js";
@@ -118,8 +118,7 @@ function fitQuestion(link) {
 /** Adds the files that may be images, and says why the others are not used. */
 function add(files, others = []) {
   settle();
-  $("strip-files").replaceChildren();
-  $("welcome-files").replaceChildren();
+  $("files-failure").replaceChildren();
   const usable = files.filter((file) => !notAnImage(file));
   const images = usable.slice(0, Math.max(0, MOST_IMAGES - state.images.length)).map((file) => newImage(file));
   const refused = [...others, ...files.map(notAnImage).filter(Boolean)];
@@ -143,8 +142,7 @@ function choose(image) {
 
 /** Shows an image, and asks the question with what is changed in it. */
 function look(image, question) {
-  $("welcome").hidden = true;
-  $("work").hidden = false;
+  showWork(true);
   Object.assign(state.question, question);
   if (state.image !== image) {
     state.image = image;
@@ -239,8 +237,7 @@ function leave(next = state.images.at(-1)) {
   if (next) return choose(next);
   clear();
   writeAddress(false);
-  $("work").hidden = true;
-  $("welcome").hidden = false;
+  showWork(false);
 }
 
 // ---- the question and its answer --------------------------------------------------------------

@@ -41,9 +41,16 @@ export function settle() {
 
 /** Says of files why they are not used, where files are added. */
 export function complainOfFiles(sentences) {
-  const box = document.querySelector("#work[hidden]") ? $("welcome-files") : $("strip-files");
-  for (const sentence of sentences) complain(sentence, null, box);
-  box.scrollIntoView({ block: "nearest" });
+  for (const sentence of sentences) complain(sentence, null, $("files-failure"));
+  $("files-failure").scrollIntoView({ block: "nearest" });
+}
+
+/** Shows the images and their answer, or the start; what is said of files goes along. */
+export function showWork(isShown) {
+  $("welcome").hidden = isShown;
+  $("work").hidden = !isShown;
+  const home = isShown ? $("strip") : document.querySelector(".welcome-words");
+  if ($("files-failure").parentElement !== home) home.append($("files-failure"));
 }
 
 /** Shows an error in `box`; if the key is missing, prompts for it and continues with `again`. */

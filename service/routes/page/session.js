@@ -5,6 +5,7 @@ const SESSION = "camserve-session";
 const KEPT_MS = 86_400_000; // a closed tab's images are deleted by the first page that opens a day later
 
 let opening = null;
+let latest = 0; // microseconds of the last id: the clock may be coarser
 
 /** The id of this tab; null where the browser forbids storage. */
 function session() {
@@ -20,8 +21,8 @@ function session() {
 /** An id that no other tab has; later ids sort behind earlier ones. */
 export const newId = () => {
   const [low] = crypto.getRandomValues(new Uint32Array(1));
-  const time = performance.timeOrigin + performance.now();
-  return `${Math.round(1000 * time).toString(36).padStart(11, "0")}-${low.toString(36)}`;
+  latest = Math.max(latest + 1, Math.round(1000 * (performance.timeOrigin + performance.now())));
+  return `${latest.toString(36).padStart(11, "0")}-${low.toString(36)}`;
 };
 
 /** Keeps images; false if the browser does not store them. */
