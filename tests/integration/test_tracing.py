@@ -80,7 +80,7 @@ def test_without_the_extra_the_service_says_so_and_goes_on(
     monkeypatch.setenv(ENDPOINT, "http://127.0.0.1:1")
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     assert traces_from_environment() is None
-    assert "camserve[otel]" in told[0]
+    assert "install -e '.[otel]'" in told[0]
 
 
 def test_opentelemetry_is_not_imported_unless_it_is_asked_for() -> None:
