@@ -71,8 +71,8 @@ class Metrics:
         )
         self.refusals = Counter(
             "camserve_refusals",
-            "Requests answered 401, 429 or 503, by the name of their key (empty without a valid "
-            "one).",
+            "Requests answered 401, 429 or 503, probes excepted, by the name of their key (empty "
+            "without a valid one).",
             ("key", "status"),
             registry=self.registry,
         )
@@ -102,7 +102,7 @@ class Metrics:
         self.requests.labels(route, str(status)).inc()
         if 0 < status < 400:
             self.request_seconds.labels(route, labels.model, labels.method).observe(seconds)
-        if status in REFUSALS:
+        if status in REFUSALS and not route.startswith("/health/"):
             self.refusals.labels(labels.key, str(status)).inc()
 
     def watch(self, collector: Collector) -> None:

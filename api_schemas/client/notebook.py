@@ -1,4 +1,7 @@
-"""Results as HTML, which notebooks show (`_repr_html_`). Text from the service is escaped."""
+"""Results as HTML, which notebooks show (`_repr_html_`). Text from the service is escaped.
+
+The results are those of `api_schemas.client.results`, which imports this module.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,11 @@ import base64
 import io
 from collections.abc import Iterator
 from html import escape
-from typing import TYPE_CHECKING
+from typing import Any
+
+import PIL.Image
 
 from api_schemas.answers import verdict_summary
-
-if TYPE_CHECKING:
-    import PIL.Image
-
-    from api_schemas.client.results import Explanation, Result
 
 SIDE = 360
 """Longer side of an image on the page, in CSS pixels."""
@@ -22,7 +22,7 @@ SHOWN = 8
 """Number of explanations of one image that are shown at most."""
 
 
-def result_html(result: Result) -> str:
+def result_html(result: Any) -> str:
     """The maps of a result beside its predictions; of a failed one the error."""
     if result.error is not None:
         return f"<p><b>{escape(result.error.code)}</b>: {escape(result.error.detail)}</p>"
@@ -36,7 +36,7 @@ def result_html(result: Result) -> str:
     return f'<div style="{style}">{figures}<table>{head}{rows}</table></div>'
 
 
-def explanation_html(explanation: Explanation) -> str:
+def explanation_html(explanation: Any) -> str:
     """One map, as overlay or heatmap if it was requested, with its caption."""
     image = explanation.overlay or explanation.heatmap
     shown = "" if image is None else _image_html(image, explanation.label)
@@ -45,7 +45,7 @@ def explanation_html(explanation: Explanation) -> str:
     return f'<figure style="margin:0;max-width:{SIDE}px">{shown}{caption}</figure>'
 
 
-def _caption(explanation: Explanation) -> Iterator[str]:
+def _caption(explanation: Any) -> Iterator[str]:
     yield f"{explanation.label} {explanation.score:.1%}"
     layer = explanation.layer
     layers = layer if isinstance(layer, str) else ", ".join(layer or [])

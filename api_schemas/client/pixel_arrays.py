@@ -19,7 +19,7 @@ _CHANNELS = (1, 3, 4)
 class Pixels(Protocol):
     """An array or tensor: numpy, torch (on any device, with or without a gradient), and others."""
 
-    def __array__(self, dtype: Any = None, copy: Any = None) -> NDArray[Any]: ...
+    def __array__(self) -> NDArray[Any]: ...
 
 
 def pixels(image: Pixels, low: float = 0.0, high: float = 1.0) -> NDArray[np.uint8]:

@@ -41,6 +41,8 @@ RUN_BY = {
 NOT_RUN = {
     "docs/how-to/cvat.md": "wants a CVAT server; test_cvat has its client and a stand-in",
     "docs/how-to/deploy.md": "wants containers or a cluster; test_smoke runs the image",
+    "docs/how-to/generate-a-client.md": "wants its tool; test_generated_client runs it",
+    "docs/how-to/trace-requests.md": "wants a collector; test_tracing plays one",
     "docs/how-to/explain-many-images.md": "wants many images; test_bulk runs it on few",
     "docs/how-to/fiftyone.md": "wants FiftyOne; test_fiftyone runs its steps there",
     "docs/how-to/label-studio.md": "wants Label Studio; test_labeling_page goes its way",
