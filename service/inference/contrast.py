@@ -42,7 +42,8 @@ class Contrast:
 
     def as_mapping(self, logits: Tensor) -> Mapping[int, float]:
         """The weight of each class, for an image's logits (classes,)."""
-        return dict(zip(self.classes, self.weights_at(logits).tolist(), strict=True))
+        weights = self.weights or self.weights_at(logits).tolist()
+        return dict(zip(self.classes, weights, strict=True))
 
     def lead(self, logits: Tensor, target: int) -> Tensor:
         """The explained value of logits (..., classes), as (...)."""

@@ -100,6 +100,22 @@ def test_an_answer_has_every_field_of_the_contract(client: TestClient) -> None:
     assert set(activation["stats"]) == {"min", "max", "mean", "std", "zero_fraction"}
 
 
+def test_a_contrast_with_several_classes_is_named_with_its_weights(client: TestClient) -> None:
+    def contrast(**options: Any) -> tuple[Any, Any]:
+        params = {"targets": "0", "include": "none"} | options
+        response = client.post("/explain", content=pictures.png(), headers=PNG, params=params)
+        (explanation,) = response.json()["results"][0]["explanations"]
+        return explanation["contrast"], explanation.get("contrasts")
+
+    assert contrast(contrast="2") == (2, None)
+    named = [{"class_id": 2, "label": "class 2", "weight": 0.6}]
+    assert contrast(contrast="2", contrast_weight="0.6") == (None, named)
+    (_, several), (_, nearest) = contrast(contrast=["2", "4"]), contrast(contrast="nearest:3")
+    assert [each["class_id"] for each in several] == [2, 4]
+    assert sum(each["weight"] for each in several) == pytest.approx(1)
+    assert len({each["class_id"] for each in nearest} - {0}) == 3
+
+
 def test_predictions_are_those_of_a_plain_forward_pass(client: TestClient) -> None:
     with torch.no_grad():
         logits = tiny.small().eval()(model_input(pictures.noise()))[0]

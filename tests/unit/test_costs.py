@@ -221,3 +221,4 @@ def test_images_with_other_numbers_of_targets_share_no_walk(model: LoadedModel) 
     assert not many.can_share_batch(one)
     assert many.can_share_batch(none)
     assert one.can_share_batch(none)
+    assert not one.can_share_batch(job(targets=(3,), libra=True)), "other rules for gradients"
