@@ -409,3 +409,36 @@ def test_the_wording_is_that_of_the_docs(desk: Watched) -> None:
         "whole image, padded",
         "whole image, stretched",
     ]
+
+
+def test_a_copied_link_opens_the_same_view(
+    desk: Watched, open_page: Callable[..., Watched]
+) -> None:
+    page = desk.page
+    page.locator("#method").select_option("layercam")
+    live(page, "LayerCAM")
+    page.locator("#predictions .why", has_text="tulip").click()
+    page.locator(".caption", has_text="tulip, ").wait_for()
+    page.locator("#copy-link").click()
+    page.locator("#status", has_text="Copied.").wait_for(state="attached")
+    link = page.evaluate("navigator.clipboard.readText()")
+    assert "sunflower" not in link
+    again = open_page(path=link.removeprefix(desk.url)).page
+    again.wait_for_selector("#layer option", state="attached")
+    again.locator("#welcome [data-do=sample]").click()
+    again.locator(".caption", has_text="tulip, ").wait_for()
+    live(again, "LayerCAM at layer3")
+
+
+def test_removed_images_leave_the_report_and_the_comparison(desk: Watched) -> None:
+    page = desk.page
+    page.locator("#compare").click()
+    assert page.locator(".pane").count() == 2
+    page.locator("[data-do=clear]").click()
+    assert page.locator(".pane").count() == 1
+    assert page.evaluate("document.querySelector('#save-report').disabled")
+    page.locator("#undo button").first.click()
+    page.locator(".caption", has_text="sunflower, ").wait_for()
+    with page.expect_download() as download:
+        page.locator("#save-report").click()
+    assert download.value.path().read_text(encoding="utf-8").count("<article") == 1
