@@ -150,10 +150,10 @@ def test_a_function_builds_a_model_that_is_frozen_and_in_eval_mode() -> None:
     [
         ("no.such.module:make", ["'no.such.module:make'", "--app-dir"]),
         ("tiny:smal", ["'tiny:smal'", "smal"]),
-        ("tiny:RED", ["tiny:RED() raised TypeError"]),
+        ("tiny:RED", ["it is int, not a function"]),
         ("resnet50", ["'resnet50'", "torchvision/NAME", "package.module:function"]),
         ("unheard/of", ["'unheard/of'"]),
-        ("torchvision/resnet51", ["Did you mean 'resnet50'", "'resnet51'"]),
+        ("torchvision/resnet51", ["Did you mean 'torchvision/resnet50'", "'resnet51'"]),
         ("torchvision/fcn_resnet50", ["no classifier 'fcn_resnet50'"]),
     ],
 )
