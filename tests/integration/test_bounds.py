@@ -91,7 +91,7 @@ def test_who_sends_too_long_a_head_reads_what_to_do(run_server, earlier: int) ->
 def test_header_fields_without_end_are_refused_before_one_is_parsed(
     client: TestClient, monkeypatch: pytest.MonkeyPatch, headers: dict[str, str], route: str
 ) -> None:
-    monkeypatch.setattr(classify, "preferred_image", lambda *_: pytest.fail("it was parsed"))
+    monkeypatch.setattr(classify, "as_image", lambda *_: pytest.fail("it was parsed"))
     response = client.post(route, headers=headers)
     assert refused(response) == (431, "head_too_large")
     assert "100 header fields" in response.json()["detail"]
