@@ -5,11 +5,14 @@ Small networks of the families' own code, with random weights.
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import oracles
 import pytest
+import torch
 
 from service.inference.batch import Unfinished, run, run_compiled
 from service.inference.contrast import Contrast
@@ -85,3 +88,25 @@ def test_methods_of_forward_passes_and_verdicts_run_through_a_residual_cut(metho
     np.testing.assert_allclose(ours.grid, theirs.grid, atol=1e-3)
     assert ours.verdict.verdict == theirs.verdict.verdict
     assert ours.verdict.agreement == pytest.approx(theirs.verdict.agreement, abs=1e-3)
+
+
+def test_four_threads_get_what_crosses_their_own_cut() -> None:
+    model = compiled("timm_vit")
+    front = model.compiled.front
+    batches = [
+        torch.stack([oracles.picture(10 * n + i, SIDE, SIDE) for i in range(1 + n % 3)])
+        for n in range(8)
+    ]
+    alone = [front(batch) for batch in batches]
+    assert [len(each) for each in alone] == [2] * 8, "the norm's output and its residual"
+    start = threading.Barrier(4)
+
+    def work(first: int) -> list[tuple[int, tuple[torch.Tensor, ...]]]:
+        start.wait(10)
+        return [(n, front(batches[n])) for _ in range(10) for n in range(first, 8, 4)]
+
+    with ThreadPoolExecutor(4) as threads:
+        results = [each for found in threads.map(work, range(4)) for each in found]
+    assert len(results) == 80
+    for number, found in results:
+        torch.testing.assert_close(found, alone[number], rtol=0, atol=1e-4)
