@@ -12,7 +12,7 @@ from torch import fx, nn
 from service.models.probes.condition import Condition
 from service.models.probes.torch_state import kept_torch_state
 
-_tracing = threading.Lock()
+tracing = threading.Lock()
 """torch.fx patches `nn.Module` itself while it traces; two traces at once would undo each other."""
 
 
@@ -41,13 +41,23 @@ def split(model: nn.Module, layer: str) -> tuple[fx.GraphModule, fx.GraphModule]
             raise Uncuttable(
                 f"the traced graph does not call {layer!r} with one tensor as its output"
             )
-        behind = _depending_on(graph, crossing)
-        if not any(node.op == "output" for node in behind):
-            raise Uncuttable("the model's output does not depend on the layer")
-        again, beside = _used_by(graph, behind, crossing)
-        points = (crossing, *beside)
-        front, back = _before(graph, points), _behind(graph, points, behind | again)
-        return fx.GraphModule(model, front), fx.GraphModule(model, back)
+        return parts(model, graph, crossing)
+
+
+def parts(
+    root: nn.Module, graph: fx.Graph, crossing: fx.Node
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Front and tail of a graph, cut at one of its nodes; see `split`.
+
+    root: has what the graph refers to. Raises Uncuttable if the output does not depend on the node.
+    """
+    behind = depending_on(graph, crossing)
+    if not any(node.op == "output" for node in behind):
+        raise Uncuttable("the model's output does not depend on the layer")
+    again, beside = _used_by(graph, behind, crossing)
+    points = (crossing, *beside)
+    front, back = _before(graph, points), _behind(graph, points, behind | again)
+    return fx.GraphModule(root, front), fx.GraphModule(root, back)
 
 
 def traced(model: nn.Module) -> fx.Graph:
@@ -62,7 +72,7 @@ def _graph_of(model: nn.Module, tracer: _Tracer) -> Iterator[fx.Graph]:
     before = Condition.of(model)
     try:
         try:
-            with _tracing, kept_torch_state(random=False):
+            with tracing, kept_torch_state(random=False):
                 graph = tracer.trace(model)
         except Exception as error:
             raise Uncuttable(f"the graph of the model cannot be traced: {error}") from error
@@ -121,7 +131,7 @@ def _default(argument: fx.Proxy) -> Any:
     return argument.node.args[0] if argument.node.args else argument
 
 
-def _depending_on(graph: fx.Graph, root: fx.Node) -> set[fx.Node]:
+def depending_on(graph: fx.Graph, root: fx.Node) -> set[fx.Node]:
     """All nodes that depend on one, without itself."""
     found = {root}
     for node in graph.nodes:
@@ -140,7 +150,7 @@ def _reads_size(node: fx.Node) -> bool:
     return node.target is getattr and node.args[1] in _SIZES
 
 
-def _light(graph: fx.Graph) -> set[fx.Node]:
+def light_nodes(graph: fx.Graph) -> set[fx.Node]:
     """The nodes that follow from constants and the sizes of tensors alone."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
@@ -154,7 +164,7 @@ def _used_by(
     graph: fx.Graph, behind: set[fx.Node], crossing: fx.Node
 ) -> tuple[set[fx.Node], list[fx.Node]]:
     """What the nodes behind a cut use from before it: to be computed again, and to cross it."""
-    light, used, beside = _light(graph), set[fx.Node](), list[fx.Node]()
+    light, used, beside = light_nodes(graph), set[fx.Node](), list[fx.Node]()
     for node in reversed(graph.nodes):
         if node in behind or (node in used and node in light):
             used.update(node.all_input_nodes)

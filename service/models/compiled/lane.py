@@ -13,12 +13,13 @@ from pathlib import Path
 
 import structlog
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from service.cam.hooks import record
 from service.errors import first_line
 from service.models.catalog import Floating
 from service.models.compiled.cut import Uncuttable, split
+from service.models.compiled.exported import split_exported
 from service.models.compiled.front import CompiledLane, Front, Parity, Tolerance
 from service.models.loaded import LoadedModel
 from service.models.probes.sensitivity import natural_noise
@@ -127,7 +128,7 @@ class Compiler:
 
         if precision == "bf16" and not openvino_front.has_bf16():
             raise NotCompiled("this processor cannot compute: it has no AVX512-BF16 and no AMX.")
-        front, tail = split(model.module, layer)
+        front, tail = _split(model, model.module, layer)
         key = f"{identity(model)} {front.code}"
         graph = openvino_front.graph_of(model, front, self.cache, key, reconvert=reconvert)
         compiled_front = openvino_front.OpenVinoFront(
@@ -142,7 +143,7 @@ class Compiler:
 
         folded = model.folded
         whole = folded.module if folded and layer not in folded.layers else model.module
-        front, tail = split(whole, layer)
+        front, tail = _split(model, whole, layer)
         compiled_front = TorchFront(
             model, front, precision=precision, largest=self.largest, cache=self.cache
         )
@@ -154,7 +155,7 @@ class Compiler:
         if model.device.type != "cpu":
             raise NotCompiled(f"its int8 front is for the CPU, and it is on {model.device}.")
         try:
-            _, tail = split(model.module, layer)
+            _, tail = _split(model, model.module, layer)
         except Uncuttable as error:
             raise NotCompiled(f"{error}.") from error
         graph = openvino_front.read(folder, identity(model))
@@ -163,6 +164,21 @@ class Compiler:
         )
         _log.info("front_int8", model=model.name, layer=layer, folder=str(folder))
         return CompiledLane(layer, compiled, tail, precision="int8")
+
+
+def _split(
+    model: LoadedModel, module: nn.Module, layer: str
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """A form of the model cut at a layer, by torch.fx, otherwise by export. Raises Uncuttable."""
+    try:
+        return split(module, layer)
+    except Uncuttable as error:
+        shape = (1, model.preprocessing.channels, *model.preprocessing.crop)
+        image = model.normalised(torch.zeros(shape, dtype=torch.uint8))
+        try:
+            return split_exported(module, layer, image, model.select)
+        except Uncuttable as second:
+            raise Uncuttable(f"{error}; {second}") from second
 
 
 def identity(model: LoadedModel) -> str:
