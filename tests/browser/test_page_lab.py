@@ -242,7 +242,7 @@ def test_experiments_stay_with_their_image_and_are_saved(
     (kept,) = json.loads(data)
     assert kept["image"] == "sunflower.jpg"
     assert kept["answer"]["results"][0]["edits"][0]["changes"][0]["label"] == "sunflower"
-    hand.press(lab.page.get_by_role("button", name="Remove"))
+    hand.press(lab.page.get_by_role("button", name="Remove", exact=True))
     assert experiments(lab) == 0
     assert lab.page.locator("#save-experiments").is_hidden()
 
