@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import inspect
 import json
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ from starlette.testclient import TestClient
 from api_schemas.methods import BACKWARD, METHODS, STRIDE, WINDOW
 from api_schemas.options import Colormap
 from service.cam.heatmap import COLORMAPS
+from service.inference import batch
 from service.routes.page.router import read_files
 
 WEB = Path(__file__).parent.parent.parent / "service" / "routes" / "page"
@@ -102,3 +104,12 @@ def test_the_methods_are_those_of_the_table() -> None:
 def test_the_sample_is_the_one_of_the_examples() -> None:
     example = WEB.parents[2] / "examples" / "sunflower.jpg"
     assert (WEB / "sunflower.jpg").read_bytes() == example.read_bytes()
+
+
+def test_every_flag_of_a_map_has_words_for_visitors() -> None:
+    flags = re.findall(r'^ {8}"(\w+)": ', inspect.getsource(batch._explanation), re.MULTILINE)
+    assert {"all_zero", "weights_hardly_matter"} < {*flags}
+    words = (
+        (WEB / "stage.js").read_text(encoding="utf-8").split("const FLAGS = {")[1].split("};")[0]
+    )
+    assert [flag for flag in flags if f"\n  {flag}: " not in words] == []

@@ -13,6 +13,12 @@ const FLAGS = {
   low_resolution: "The layer has few cells; an earlier layer has a finer grid.",
   random_weights: "The model has random weights: the results are meaningless.",
   module_called_n_times: "The layer runs several times; the map is of its last call.",
+  not_deterministic: "The model draws random numbers: the same image gives other results next time.",
+  activation_in_model: "The model returns probabilities; the map explains log p − log(1 − p).",
+  weights_hardly_matter: "With random weights the map would be much the same: it shows the image more than what the model has learned.",
+  experimental: "This correction is experimental.",
+  class_blind: "The map is the same for every class.",
+  places_unclear: "The cells of this layer could not be matched to places: the map may be at the wrong place.",
 };
 
 export const percent = (score) => {
