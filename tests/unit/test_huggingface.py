@@ -338,3 +338,30 @@ def test_the_commands_take_a_folder(saved: Path, tmp_path: Path) -> None:
         ran = CliRunner().invoke(app, command)
         assert ran.exit_code == 0, ran.output
     assert any(out.iterdir())
+
+
+def test_hiera_has_a_map_whose_cells_are_where_they_seem(folder: Path) -> None:
+    """Its tokens are scrambled inside mask units until the last stage, which `places` detects."""
+    torch.manual_seed(0)
+    small = transformers.HieraConfig(
+        embed_dim=16, depths=[1, 1, 2, 1], num_heads=[1, 2, 2, 2], image_size=[224, 224]
+    )
+    transformers.HieraForImageClassification(small).save_pretrained(folder)
+    change(folder, "preprocessor_config.json", size={"height": 224, "width": 224})
+    model = load_model(spec_of(folder))
+    assert "hiera.encoder.stages.2.layers.1.layernorm_before" in model.scattered
+    assert model.target_layer is not None
+    layout = model.layer(model.target_layer).layout
+    assert layout is not None
+    module, seen = model.replicate(), []
+    module.get_submodule(model.target_layer).register_forward_hook(
+        lambda _module, _args, output: seen.append(layout.as_map(output))
+    )
+    image, side = torch.randn(1, 3, 224, 224), 224 // layout.grid[0]
+    for row, column in ((0, 0), (1, 4), (3, 2), (6, 6)):
+        changed = image.clone()
+        changed[..., row * side : (row + 1) * side, column * side : (column + 1) * side] *= -1
+        with torch.no_grad():
+            module(image), module(changed)
+        change_of = (seen[-1] - seen[-2]).abs().sum(dim=1)[0]
+        assert divmod(int(change_of.argmax()), layout.grid[1]) == (row, column)
