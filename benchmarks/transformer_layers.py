@@ -72,7 +72,7 @@ HUGGING_FACE: dict[str, dict[str, Any]] = {
     "CLIP": VISION,
     "ConvNext": STAGES,
     "ConvNextV2": STAGES,
-    "Cvt": {"depth": [1, 1, 2]},
+    "Cvt": {"depth": [1, 2, 3]},
     "Data2VecVision": SMALL,
     "DeiT": SMALL,
     "DeiT WithTeacher": SMALL,
