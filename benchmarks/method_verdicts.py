@@ -23,7 +23,7 @@ from verdict_cases import SUBJECTS, Case, Data, Subject, loaded
 from verdict_maps import Bench, Tally, answer, predicted
 
 from api_schemas.methods import METHODS
-from service.errors import CamserveError
+from service.inference.method_table import why_not
 from service.inference.questions import Question
 from service.models.pool import Replica
 
@@ -40,14 +40,11 @@ def judge_methods(replica: Replica, case: Case, tally: Tally, *, slow: bool) -> 
     plain = Question(case.pixels, top_k=1, targets=(best.class_id,), verify=True, seen=case.seen)
     first = answer(replica, replace(plain, layers=(model.target_layer,)))
     for record in METHODS.values():
-        if record.times != "once" and not slow:
+        if why_not(model, record.name) or (record.times != "once" and not slow):
             continue
         layers = (model.target_layer,) if record.has_layer else ()
         question = replace(plain, method=record.name, layers=layers, evidence=first.evidence)
-        try:
-            (explanation,) = answer(replica, question).explanations
-        except CamserveError:  # a method that this model lacks something for
-            continue
+        (explanation,) = answer(replica, question).explanations
         assert explanation.verdict is not None
         tally.add(record.name, explanation.verdict)
 

@@ -31,6 +31,7 @@ from verdict_maps import predicted
 
 from api_schemas.methods import METHODS
 from service.errors import CamserveError
+from service.inference.method_table import why_not
 from service.models.pool import Replica
 
 PAGE = ROOT / "docs" / "reference" / "localisation.md"
@@ -91,11 +92,13 @@ class Bench:
         for record in METHODS.values():
             if record.times != "once" and not slow:
                 continue
+            reason = why_not(self.replica.model, record.name)
+            if reason is not None:
+                self.refused[record.name] = reason
+                continue
             found = ours(self.replica, pixels, record.name, targets)
-            if isinstance(found, CamserveError):
-                self.refused[record.name] = found.detail
-            else:
-                yield record.name, found
+            assert not isinstance(found, CamserveError), found
+            yield record.name, found
 
     def look_at_mosaic(self, number: int, pixels: Tensor, targets: Sequence[int]) -> None:
         """Where the map of each of the four classes lies."""

@@ -62,6 +62,7 @@ def layers(
     if measure is not None:
         show(loaded, [_score_row(loaded, score) for score in _ranked(loaded, measure, settings)])
         return
+    with_kernels = loaded.with_kernels
     show(
         loaded,
         [
@@ -71,6 +72,7 @@ def layers(
                 "shape": layer.shape,
                 "parameters": layer.parameters,
                 "target": layer.target,
+                "kernels": layer.path in with_kernels,
             }
             for layer in loaded.layers
             if layer.target or not targets

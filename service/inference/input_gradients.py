@@ -67,7 +67,7 @@ def expected_gradients(image_pass: ImagePass) -> Steps:
         replica = yield
         drawn, alphas = zip(*islice(draws, min(size, question.samples - start)), strict=True)
         baselines = model.normalised(torch.stack(drawn)).float()
-        shares = torch.tensor(alphas, device=image.device)[:, None, None, None]
+        shares = torch.tensor(alphas)[:, None, None, None].to(image.device)
         points = baselines + shares * (image - baselines)
         gradients = _input_gradients(replica, image_pass, points)
         for total, gradient in zip(sums, gradients, strict=True):

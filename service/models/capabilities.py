@@ -8,7 +8,7 @@ the methods that use only outputs.
 from __future__ import annotations
 
 import re
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 
 import structlog
@@ -19,6 +19,7 @@ from torch.jit import ScriptModule
 from service.cam.hooks import record
 from service.errors import first_line
 from service.models.catalog import Select
+from service.models.probes.attention import WatchedAttention, may_attend
 from service.models.probes.behaviour import Trial
 from service.models.probes.layers import LayerTrace, default_target
 from service.models.probes.logits import logits_in
@@ -129,7 +130,7 @@ def why_no_gradients(
 def differentiable_layer(trial: Trial, tried: LayerTrace, likely: str | None) -> str | None:
     """The likely layer if the logits depend on it, else the last mappable one with a gradient.
 
-    likely: a mappable layer. Costs a forward and a backward pass.
+    likely: a mappable layer. Costs a forward and a backward pass, which follow the attention, too.
 
     Another layer needs a gradient at more than half of its cells, because behind the last attention
     only the class token reaches the head. `default_target` selects among them; if it selects none,
@@ -138,17 +139,25 @@ def differentiable_layer(trial: Trial, tried: LayerTrace, likely: str | None) ->
     known = {layer.path: layer for layer in tried.layers if layer.layout is not None}
     paths = [path for path in tried.order if path in known][-MAX_CANDIDATES:]
     paths += [likely] if likely and likely not in paths else []
+    watched = WatchedAttention()
     try:
-        with kept_torch_state(random=False), record(trial.served, targets=paths) as seen:
+        with (
+            kept_torch_state(random=False),
+            record(trial.served, targets=paths) as seen,
+            watched if may_attend(tried.layers) else nullcontext(),
+        ):
             logits = trial.logits(trial.served(trial.images[:1].clone()))
         at = {path: calls[-1] for path, calls in seen.targets.items() if path in known}
-        layer_gradients = torch.autograd.grad(logits.max(), list(at.values()), allow_unused=True)
+        points = [*at.values(), *watched.zeros]
+        layer_gradients = torch.autograd.grad(logits.max(), points, allow_unused=True)
     except Exception:  # noqa: BLE001 - a backward pass may raise anything
         # Several layers at once may fail where a single one does not.
         image = trial.images[:1]
         works = likely and not why_no_gradients(trial.served, image, likely, trial.select)
         return likely if works else None
-    gradients = dict(zip(at, layer_gradients, strict=True))
+    gradients = dict(zip(at, layer_gradients, strict=False))
+    if watched.points and not watched.too_large:
+        trial.attention = watched.followed(layer_gradients[len(at) :])
     if likely and gradients.get(likely) is not None:
         return likely
     usable = []

@@ -17,7 +17,7 @@ import structlog
 import torch
 from torch import nn
 
-from service.errors import ConfigurationError, first_line
+from service.errors import ConfigurationError, first_line, install_hint
 from service.images.decode import Preprocessing
 from service.models.catalog import ModelSpec, Output
 from service.models.processors import UnsupportedProcessor, preprocessing_of
@@ -76,7 +76,7 @@ def read_pretrained(spec: ModelSpec, *, random_weights: bool) -> Pretrained:
         library = importlib.import_module("transformers")
     except ImportError as error:
         raise ConfigurationError(
-            f"{spec.at('builder')}: transformers is not installed; install camserve[hf]."
+            f"{spec.at('builder')}: transformers is not installed; {install_hint('hf')}."
         ) from error
     folder = _folder(spec, fetch=not random_weights)
     with _quietly(library):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from service.cam.tiles import kernel_weight
 from service.errors import InvalidOption, UnknownClass, UnknownLayer, nearest
 from service.images.decode import Preprocessing
 from service.models.catalog import BUILTIN, ModelSpec, Output, Select
@@ -169,6 +170,13 @@ class LoadedModel:
         if self.output == "softmax":
             return logits.softmax(dim=-1)
         return logits.sigmoid() if self.output == "sigmoid" else logits
+
+    @property
+    def with_kernels(self) -> Mapping[str, Tensor]:
+        """The kernels (out, in, …) of each layer that has some, by path."""
+        parts = self.module.named_modules(remove_duplicate=False)
+        weights = {path: kernel_weight(part) for path, part in parts if path}
+        return {path: weight for path, weight in weights.items() if weight is not None}
 
     def layer(self, path: str) -> Layer:
         """The layer at a dotted path. Raises UnknownLayer with the nearest paths."""

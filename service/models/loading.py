@@ -220,7 +220,9 @@ def _attention(trial: Trial, layers: Sequence[Layer], target: str | None) -> Tok
     """The attention between a model's tokens, or why it has no map."""
     try:
         with preserved(trial.served):
-            return token_attention(trial.served, trial.images[:1], layers, target, trial.select)
+            return token_attention(
+                trial.served, trial.images[:1], layers, target, trial.select, trial.attention
+            )
     except NoTokenAttention as error:
         return str(error)
 

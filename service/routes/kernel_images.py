@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from service.cam.file_sizes import image_bytes
-from service.cam.tiles import KernelGrid, draw_kernels, has_rgb_input, kernel_weight
+from service.cam.tiles import KernelGrid, draw_kernels, has_rgb_input
 from service.errors import InvalidOption
 from service.models.loaded import LoadedModel
 from service.pipeline.process import result_of
@@ -73,19 +73,15 @@ def _draw(model: LoadedModel, path: str, max_side: int) -> KernelGrid:
 
     Raises UnknownLayer, and InvalidOption for a layer without kernels.
     """
-    module = dict(model.module.named_modules())[model.layer(path).path]
-    weight = kernel_weight(module)
+    weight = model.with_kernels.get(model.layer(path).path)
     if weight is None:
         raise InvalidOption(_refusal(model, path))
+    module = dict(model.module.named_modules(remove_duplicate=False))[path]
     return draw_kernels(weight, colour=has_rgb_input(module), max_side=max_side)
 
 
 def _refusal(model: LoadedModel, path: str) -> str:
-    having = [
-        part
-        for part, module in model.module.named_modules()
-        if part and kernel_weight(module) is not None
-    ]
+    having = list(model.with_kernels)
     inside = [other for other in having if other.startswith(f"{path}.")]
     if inside:
         return f"Layer {path!r} has no kernels; inside it {_listed(inside)}."

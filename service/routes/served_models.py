@@ -8,7 +8,6 @@ from fastapi import APIRouter, Request
 
 from api_schemas import models as wire
 from api_schemas.methods import METHODS
-from service.cam.tiles import kernel_weight
 from service.inference.method_table import why_not
 from service.models.library import Entry
 from service.models.loaded import LoadedModel
@@ -107,6 +106,7 @@ async def model(request: Request, name: str) -> wire.ModelDetails:
 async def layers(request: Request, name: str) -> wire.Layers:
     """Every module of a model: its path, type, output shape, and whether it can be a target."""
     loaded = service_of(request).pool.model(name)
+    with_kernels = loaded.with_kernels
     return wire.Layers(
         layers=[
             wire.Layer(
@@ -115,7 +115,7 @@ async def layers(request: Request, name: str) -> wire.Layers:
                 shape=None if layer.shape is None else list(layer.shape),
                 parameters=layer.parameters,
                 target=layer.target,
-                kernels=kernel_weight(loaded.module.get_submodule(layer.path)) is not None,
+                kernels=layer.path in with_kernels,
             )
             for layer in loaded.layers
         ]

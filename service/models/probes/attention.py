@@ -51,19 +51,34 @@ class NoTokenAttention(Exception):
     """Why attention has no map; completes the sentence "it cannot be explained by it: …"."""
 
 
+Followed = dict[int, tuple[tuple[int, ...], Tensor]]
+"""By number, the shape and the gradient of each attention that the logits depend on."""
+
+
+def may_attend(layers: Sequence[Layer]) -> bool:
+    """Whether layers look as if the model had attention between tokens."""
+    tokens = any(layer.layout is not None and layer.layout.kind == "tokens" for layer in layers)
+    return tokens or any("Att" in layer.type for layer in layers)
+
+
 def token_attention(
-    module: nn.Module, image: Tensor, layers: Sequence[Layer], target: str | None, select: Select
+    module: nn.Module,
+    image: Tensor,
+    layers: Sequence[Layer],
+    target: str | None,
+    select: Select,
+    used: Followed | None = None,
 ) -> TokenAttention:
     """Run a model on one image, normalised (1, C, h, w), and follow its attention back.
 
     layers: those of the model. target: the one whose layout is used if it has one of these tokens.
+    used: what another pass has followed already.
 
     Raises NoTokenAttention.
     """
-    tokens = any(layer.layout is not None and layer.layout.kind == "tokens" for layer in layers)
-    if not tokens and not any("Att" in layer.type for layer in layers):
+    if not may_attend(layers):
         raise NoTokenAttention("it has no attention between tokens")
-    used = _followed(module, image, select)
+    used = _followed(module, image, select) if used is None else used
     if not used:
         raise NoTokenAttention(
             "it has no attention between tokens that its logits depend on, neither "
@@ -85,39 +100,47 @@ def token_attention(
     )
 
 
-def _followed(
-    module: nn.Module, image: Tensor, select: Select
-) -> dict[int, tuple[tuple[int, ...], Tensor]]:
-    """By number, the shape and the gradient of each attention that the logits depend on."""
-    watched = _Watched()
+def _followed(module: nn.Module, image: Tensor, select: Select) -> Followed:
+    watched = WatchedAttention()
     try:
         with kept_torch_state(random=False), torch.enable_grad():
             with watched:
                 output = module(image.clone())
-            zeros = [zero for zero, _ in watched.points]
+            zeros = watched.zeros
             best = logits_in(output, select).max()
             values = torch.autograd.grad(best, zeros, allow_unused=True) if zeros else ()
-    except NoTokenAttention:
-        raise
     except Exception as error:
         raise NoTokenAttention(f"its attention cannot be followed ({first_line(error)})") from error
-    return {
-        call: (shape, value)
-        for call, ((_, shape), value) in enumerate(zip(watched.points, values, strict=True))
-        if value is not None and bool(value.any())
-    }
+    if watched.too_large:
+        raise NoTokenAttention("its attention takes too much memory to be recorded")
+    return watched.followed(values)
 
 
-class _Watched(AttentionMode):
+class WatchedAttention(AttentionMode):
     """Adds a zero to each attention, or to its output, whose gradient tells what depends on it.
 
     points: that zero, its queries in the last but one dimension, and the attention's shape.
+    too_large: whether attention takes so much memory that the rest was left out.
     """
 
     def __init__(self) -> None:
         super().__init__(lambda attention: self._watch(attention, attention.shape))
         self.points: list[tuple[Tensor, tuple[int, ...]]] = []
+        self.too_large = False
         self._bytes = 0
+
+    @property
+    def zeros(self) -> list[Tensor]:
+        """What the gradients are taken at."""
+        return [zero for zero, _ in self.points]
+
+    def followed(self, gradients: Sequence[Tensor | None]) -> Followed:
+        """What the logits depend on. gradients: those at `zeros`."""
+        return {
+            call: (shape, value)
+            for call, ((_, shape), value) in enumerate(zip(self.points, gradients, strict=True))
+            if value is not None and bool(value.any())
+        }
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> Any:
         output = functional.scaled_dot_product_attention(query, key, value, *rest, **named)
@@ -126,8 +149,9 @@ class _Watched(AttentionMode):
     def _watch(self, values: Tensor, shape: tuple[int, ...]) -> Tensor:
         if values.shape == shape:
             self._bytes += 8 * values.numel()
-        if self._bytes > PROBE_BYTES:
-            raise NoTokenAttention("its attention takes too much memory to be recorded")
+        self.too_large = self.too_large or self._bytes > PROBE_BYTES
+        if self.too_large:
+            return values
         zero = torch.zeros_like(values, requires_grad=True)
         self.points.append((zero, tuple(shape)))
         return values + zero

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from service.cam.hooks import gradients
 from service.errors import first_line
 from service.models.catalog import Select
+from service.models.probes.attention import Followed
 from service.models.probes.condition import Condition
 from service.models.probes.logits import OutputActivation, as_logits, logits_in, output_activation
 from service.models.probes.torch_state import kept_torch_state
@@ -80,6 +81,7 @@ class Trial:
     served: the module that requests run: a replica, or the master if replicas are not independent.
     uncopied: why the master cannot be copied, or its copy fails; None if it works.
     alone:  the logits (1, classes) of the first two images.
+    attention: what the logits depend on of it, if another pass has followed that.
     """
 
     def __init__(self, master: nn.Module, images: Tensor, select: Select) -> None:
@@ -88,6 +90,7 @@ class Trial:
         self.select = select
         self._until = time.monotonic() + MAX_SECONDS
         self.uncopied: str | None = None
+        self.attention: Followed | None = None
         self._graph: tuple[Tensor, Tensor] | None = None
         try:
             self.served = replicate(master)
