@@ -37,8 +37,8 @@ class Contrast:
     def weights_at(self, logits: Tensor) -> Tensor:
         """The weights (..., number of classes) for logits (..., classes)."""
         if self.weights:
-            return torch.tensor(self.weights, dtype=logits.dtype, device=logits.device)
-        return logits[..., list(self.classes)].softmax(dim=-1)
+            return torch.tensor(self.weights).to(logits)
+        return self._of(logits).softmax(dim=-1)
 
     def as_mapping(self, logits: Tensor) -> Mapping[int, float]:
         """The weight of each class, for an image's logits (classes,)."""
@@ -47,8 +47,11 @@ class Contrast:
 
     def lead(self, logits: Tensor, target: int) -> Tensor:
         """The explained value of logits (..., classes), as (...)."""
-        others = logits[..., list(self.classes)]
-        return logits[..., target] - (self.weights_at(logits) * others).sum(dim=-1)
+        return logits[..., target] - (self.weights_at(logits) * self._of(logits)).sum(dim=-1)
+
+    def _of(self, logits: Tensor) -> Tensor:
+        """The logits of the classes, without an index tensor, which would have to be sent along."""
+        return torch.stack([logits[..., each] for each in self.classes], dim=-1)
 
     def slope(self, logits: Tensor, target: int) -> Tensor:
         """The gradient of `lead` at an image's logits (classes,), (classes,)."""

@@ -221,7 +221,12 @@ def _attention(trial: Trial, layers: Sequence[Layer], target: str | None) -> Tok
     try:
         with preserved(trial.served):
             return token_attention(
-                trial.served, trial.images[:1], layers, target, trial.select, trial.attention
+                trial.served,
+                trial.images[:1],
+                layers,
+                target,
+                trial.select,
+                used=trial.attention,
             )
     except NoTokenAttention as error:
         return str(error)

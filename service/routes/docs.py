@@ -191,7 +191,7 @@ def complete(document: dict[str, Any], integrations: Sequence[Integration]) -> d
 
 
 def operation_id(route: APIRoute) -> str:
-    """A stable name of an operation for generated clients, such as `explain` or `model_repository_load`.
+    """A stable name of an operation for generated clients, such as `explain` or `kernels`.
 
     That of its function, with the protocol before it and `_version` behind it where it has those.
     """

@@ -354,7 +354,7 @@ def test_a_report_is_one_file_that_asks_nothing_of_anybody() -> None:
 
 def test_a_report_has_the_flags_of_each_explanation_below_its_own_map() -> None:
     photos("a.png")
-    classes = ("--target", "0", "--target", "1", "--target", "2")
+    classes = ("--explain-top", "3")
     explain("a.png", "--report", "why.html", "--out", "out", *classes)
     figures = re.findall(r"<figure>.*?</figure>", Path("why.html").read_text(), re.DOTALL)
     found = json.loads(Path("out/a.json").read_text())["explanations"]

@@ -67,6 +67,7 @@ def token_attention(
     layers: Sequence[Layer],
     target: str | None,
     select: Select,
+    *,
     used: Followed | None = None,
 ) -> TokenAttention:
     """Run a model on one image, normalised (1, C, h, w), and follow its attention back.
