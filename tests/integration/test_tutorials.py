@@ -200,12 +200,14 @@ def check_alone(reading: Reader, block: Block) -> None:
 
 
 def check_options(answers: list[dict[str, Any]]) -> None:
-    contrast, several, masked, activations, predicted = (each["results"] for each in answers)
+    results = [each["results"] for each in answers]
+    contrast, several, verified, masked, activations, predicted = results
     (explained,) = contrast[0]["explanations"]
     assert (explained["label"], explained["contrast"]) == ("sunflower", DANDELION)
     assert len(several[0]["explanations"]) == 3
     assert several[0]["explanations"][0]["layer"] == ["layer3", "layer2"]
     assert several[0]["explanations"][0]["overlay"]["media_type"] == "image/png"
+    assert verified[0]["explanations"][0]["verify"]["forwards"] == 40
     (change,) = masked[0]["masked"]["changes"]
     assert change["label"] == "sunflower"
     assert change["score_change"] < 0
