@@ -19,6 +19,7 @@ from browsing import SAMPLE, Hand, Watched, answer_of, canvas_pixels, explain_sa
 from PIL import Image
 from playwright.sync_api import Browser, Locator, Page
 
+from api_schemas.methods import METHODS
 from service.cam.heatmap import COLORMAPS
 from service.images.decode import decode, fit_to_model
 from service.models.catalog import ModelSpec
@@ -218,17 +219,17 @@ def test_a_method_that_cannot_run_is_not_offered_and_says_why(
     explained: Watched, hand: Hand
 ) -> None:
     page = explained.page
-    option = page.locator("#method option[value=attention_rollout]")
-    assert option.is_disabled()
-    reason = "it has no torch.nn.MultiheadAttention, so no attention to roll out"
-    assert option.get_attribute("title") == reason
+    reason = "it has no attention between tokens"
+    for name in ("attention_rollout", "gae"):
+        option = page.locator(f"#method option[value={name}]")
+        assert option.is_disabled()
+        assert option.get_attribute("title") == reason
     enabled = page.locator("#method option:enabled").count()
-    assert enabled == page.locator("#method option").count() - 1
+    assert enabled == page.locator("#method option").count() - 2
     hand.press("#missing-count")
-    assert page.locator("#missing-reasons").inner_text().split("\n") == [
-        "Attention rollout",
-        reason,
-    ]
+    titles = [METHODS[name].title for name in ("attention_rollout", "gae")]
+    listed = page.locator("#missing-reasons").inner_text().split("\n")
+    assert listed == [titles[0], reason, titles[1], reason]
 
 
 def test_a_method_that_the_next_model_lacks_gives_way(desk: Watched) -> None:

@@ -154,12 +154,12 @@ def test_the_page_works_behind_a_prefix_with_or_without_its_slash(
             page.page.wait_for_selector("#layer option", state="attached")
             explain_sample(page)
         page = open_page(url, "/vision/cam/docs")
-        page.page.locator("#operations-classify-explain_explain_post").wait_for()
+        page.page.locator("#operations-classify-explain").wait_for()
 
 
 def test_the_routes_are_listed_without_a_word_in_the_console(
     open_page: Callable[..., Watched], site: str
 ) -> None:
     page = open_page(site, "/docs")
-    page.page.locator("#operations-classify-explain_explain_post").click()
+    page.page.locator("#operations-classify-explain").click()
     page.page.locator(".opblock-body .btn", has_text="Try it out").wait_for()

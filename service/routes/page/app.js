@@ -373,6 +373,7 @@ function travel({ model, question, view }, id) {
   if (state.models.some((entry) => entry.name === name) && name !== state.model?.name) {
     state.image = image;
     $("model").value = name;
+    $("method").value = question.method; // as the address says, while the model is awaited
     useModel(name, question, false);
   } else if (image) look(image, question);
   else Object.assign(state.question, question);
