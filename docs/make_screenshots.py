@@ -59,6 +59,7 @@ def main() -> None:
             page.wait_for_selector("#layer option", state="attached")
             explain_sample(Watched(page, url))
             arrange(page)
+            page.evaluate("scrollTo(0, 0)")
             target = IMAGES / f"{name}.webp"
             with Image.open(io.BytesIO(page.screenshot())) as shot:
                 shot.convert("RGB").save(target, quality=80, method=6)
