@@ -377,6 +377,8 @@ def _target_layer(
             f"{spec.at('target_layer')}: {whose}, {configured!r}, is not a layer that a map can "
             f"be drawn from{why}.{nearest(configured, mappable)}"
         )
+    if differentiable_layer(trial, tried, configured) == configured:
+        return configured, None
     return configured, _why_no_gradients(trial, configured)
 
 

@@ -190,6 +190,13 @@ def test_a_layer_in_no_known_order_says_so_when_it_is_named() -> None:
         load("Rolled").target_layers(("features",))
 
 
+def test_a_configured_target_layer_costs_no_more(monkeypatch) -> None:
+    cost = count_forwards(monkeypatch)
+    model = load("ClassTokens", target_layer="blocks.1.norm1")
+    assert model.target_layer == "blocks.1.norm1"
+    assert cost.total <= 25
+
+
 @pytest.mark.parametrize(
     "builder",
     [
