@@ -255,6 +255,7 @@ def lane_of(model: LoadedModel, question: Question) -> Lane:
     if lane is not None and right_size and not question.activations:
         record = question.method_record
         at_the_cut = question.layers in ((), (lane.layer,))
+        at_the_cut = at_the_cut and (not question.libra or lane.calls_functions)
         if record is None or (record.is_forward_only and at_the_cut):
             return "compiled"
     edited = (layer for edit in question.edits for layer in edit.layers)

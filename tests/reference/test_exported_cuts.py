@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import oracles
 import pytest
 import torch
 from torch import Tensor, nn
 
+from service.inference.batch import run
+from service.inference.questions import InferenceResult, Question, lane_of
 from service.models.catalog import ModelSpec
 from service.models.compiled.cut import Uncuttable, split
 from service.models.compiled.exported import split_exported
@@ -146,3 +150,21 @@ def test_a_model_of_hugging_face_has_a_compiled_lane(tmp_path: Path) -> None:
     assert model.compiled.layer == MODELS["Dinov2"][2]
     assert model.compiled.parity is not None
     assert max(model.compiled.parity.activation, model.compiled.parity.map) < 1e-4
+
+
+def test_a_correction_runs_hooked_where_the_tail_calls_operators(tmp_path: Path) -> None:
+    """The rules of a correction change functions, of which an exported tail has none."""
+    model_of("Dinov2").save_pretrained(tmp_path)
+    transformers.ViTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path)
+    model = load_model(ModelSpec("m", f"hf/{tmp_path}"), compiler=Compiler(largest=5))
+    layers = model.target_layers(())
+    plain = Question(oracles.picture(0, 64, 64), targets=(1,), layers=layers)
+    corrected = replace(plain, libra=True)
+    assert lane_of(model, plain) == "compiled"
+    assert lane_of(model, corrected) != "compiled"
+    with oracles.leased(model) as replica:
+        one, other = (run(replica, [each])[0] for each in (plain, corrected))
+    assert isinstance(one, InferenceResult)
+    assert isinstance(other, InferenceResult)
+    grids = [each.explanations[0].grid for each in (one, other)]
+    assert abs(grids[0] - grids[1]).max() > 1e-3

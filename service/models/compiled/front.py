@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 
 from service.models.catalog import Floating
 
@@ -73,6 +74,11 @@ class CompiledLane:
     parity: Parity | None = None
     precision: Precision = "float32"
     instead: str | None = None
+
+    @property
+    def calls_functions(self) -> bool:
+        """Whether the tail calls functions, which modes can see; exported graphs call operators."""
+        return not any(isinstance(node.target, OpOverload) for node in self.tail.graph.nodes)
 
 
 class Normalised(nn.Module):
