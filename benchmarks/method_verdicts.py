@@ -73,14 +73,6 @@ def table(parts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write(page: Path, found: str) -> None:
-    """Put the table between its markers."""
-    text = page.read_text(encoding="utf-8")
-    before, rest = text.split(MARKS[0])
-    _, after = rest.split(MARKS[1])
-    page.write_text(f"{before}{MARKS[0]}\n\n{found}\n\n{MARKS[1]}{after}", encoding="utf-8")
-
-
 def main(arguments: list[str] | None = None) -> str:
     """Measure what is not kept with the same settings, and return the table."""
     parser = argparse.ArgumentParser(
@@ -105,7 +97,7 @@ def main(arguments: list[str] | None = None) -> str:
             results.keep(subject.name, settings, found)
     made = table(results.parts)
     if options.write:
-        write(PAGE, made)
+        verdict_tables.write(PAGE, made, MARKS)
     return made
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import verdict_tables
 from localisation_cases import quarter
 from localisation_maps import ours, trivial
 from localisation_measures import Curves, Table, energy
@@ -171,14 +172,6 @@ def tables(parts: dict[str, Any]) -> str:
     return "\n".join(lines).strip()
 
 
-def write(page: Path, found: str) -> None:
-    """Put the tables between their markers."""
-    text = page.read_text(encoding="utf-8")
-    before, rest = text.split(MARKS[0])
-    _, after = rest.split(MARKS[1])
-    page.write_text(f"{before}{MARKS[0]}\n\n{found}\n\n{MARKS[1]}{after}", encoding="utf-8")
-
-
 def main(arguments: list[str] | None = None) -> str:
     """Measure what is not kept with the same settings, and return the tables."""
     parser = argparse.ArgumentParser(
@@ -207,7 +200,7 @@ def main(arguments: list[str] | None = None) -> str:
             results.keep(name, settings, measured(name, data, options))
     made = tables(results.parts)
     if options.write:
-        write(PAGE, made)
+        verdict_tables.write(PAGE, made, MARKS)
     return made
 
 

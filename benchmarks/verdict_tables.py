@@ -212,11 +212,12 @@ def tables(parts: Mapping[str, Any]) -> str:
     )
 
 
-def write(page: Path, made: str) -> None:
-    """Put the tables between the markers of a page."""
-    before, rest = page.read_text(encoding="utf-8").split(BEGIN, 1)
-    after = rest.split(END, 1)[1]
-    page.write_text(f"{before}{BEGIN}\n\n{made}\n\n{END}{after}", encoding="utf-8")
+def write(page: Path, made: str, marks: tuple[str, str] = (BEGIN, END)) -> None:
+    """Put tables between two markers of a page."""
+    begin, end = marks
+    before, rest = page.read_text(encoding="utf-8").split(begin, 1)
+    after = rest.split(end, 1)[1]
+    page.write_text(f"{before}{begin}\n\n{made}\n\n{end}{after}", encoding="utf-8")
 
 
 def _table(heads: Sequence[str], rows: Sequence[str]) -> str:
