@@ -68,9 +68,7 @@ def explain_options(**values: Any) -> ExplainOptions:
     except pydantic.ValidationError as error:
         from service.routes.problems import describe  # noqa: PLC0415 - loads a web framework
 
-        issues = error.errors(include_url=False)
-        given = (f"{issue['loc'][0]} = {issue['input']!r}" for issue in issues if issue["loc"])
-        raise InvalidOption(f"{describe(issues)} Received: {', '.join(given)}.") from error
+        raise InvalidOption(describe(error.errors(include_url=False))) from error
 
 
 def _with_flags(
