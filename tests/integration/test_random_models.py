@@ -62,12 +62,16 @@ def uncounted(model: LoadedModel) -> LoadedModel:
     return model
 
 
-def own_maps(model: LoadedModel, image: Tensor) -> dict[int, tuple[Tensor, float]]:
-    """Grad-CAM of every class by one hook and `autograd.grad` on that module, and its rounding.
+def in_double_precision(model: LoadedModel) -> LoadedModel:
+    """The model with weights of 64 bits, those of modules that it hides in a list included."""
+    for module in list(model.module.double().modules()):
+        for hidden in getattr(module, "hidden", ()):
+            hidden.double()
+    return model
 
-    Behind a batch norm that uses the statistics of one image the mean gradient of each channel is
-    zero: such a map is rounding, and only its size can be compared.
-    """
+
+def own_maps(model: LoadedModel, image: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
+    """Grad-CAM of every class by one hook and `autograd.grad` on that module."""
     if model.target_layer is None or model.no_gradients:
         return {}
     kept: list[Tensor] = []
@@ -80,7 +84,7 @@ def own_maps(model: LoadedModel, image: Tensor) -> dict[int, tuple[Tensor, float
 
     handle = model.module.get_submodule(layer.path).register_forward_hook(keep, prepend=True)
     try:
-        logits = model.logits(model.module(model.normalised(image[None])))[0]
+        logits = model.logits(model.module(model.normalised(image[None]).to(dtype)))[0]
     finally:
         handle.remove()
     found = {}
@@ -89,9 +93,7 @@ def own_maps(model: LoadedModel, image: Tensor) -> dict[int, tuple[Tensor, float
         maps, slopes = (
             layer.layout.as_map(layer.layout.by_image(each.detach())) for each in (kept[-1], slope)
         )
-        cam = (maps * slopes.mean(dim=(2, 3), keepdim=True)).sum(dim=1)[0].relu()
-        terms = maps.abs() * slopes.abs().mean(dim=(2, 3), keepdim=True)
-        found[class_id] = cam, 1e-5 * float(terms.sum(dim=1).max())
+        found[class_id] = (maps * slopes.mean(dim=(2, 3), keepdim=True)).sum(dim=1)[0].relu()
     return found
 
 
@@ -127,11 +129,11 @@ def test_a_random_model_is_served_right_or_refused_or_flagged(plan: Plan) -> Non
     sent = images()
     private = load_model(spec)
     alone = [own_logits(uncounted(private), image) for image in sent]
-    maps = (
-        [own_maps(uncounted(private), image) for image in sent]
-        if model.behaviour.deterministic
-        else []
-    )
+    maps = exact = []
+    if model.behaviour.deterministic:
+        maps = [own_maps(uncounted(private), image, torch.float32) for image in sent]
+        in_double_precision(private)
+        exact = [own_maps(uncounted(private), image, torch.float64) for image in sent]
     found = answered(model, sent)
     if not model.behaviour.deterministic:
         assert plan.noise != "no"
@@ -141,15 +143,20 @@ def test_a_random_model_is_served_right_or_refused_or_flagged(plan: Plan) -> Non
             for each in timed.result.explanations
         )
         return
-    for expected, cams, timed in zip(alone * 2, maps * 2, found, strict=True):
+    for expected, cams, exact_cams, timed in zip(
+        alone * 2, maps * 2, exact * 2, found, strict=True
+    ):
         answer = timed.result
         assert {each.class_id for each in answer.predictions} == set(range(len(expected)))
         for each in answer.predictions:
             assert each.logit == pytest.approx(float(expected[each.class_id]), abs=2e-3)
         for each in answer.explanations:
-            cam, rounding = cams[each.class_id]
+            cam = cams[each.class_id]
             difference = np.abs(each.grid * each.high - cam.numpy()).max()
-            assert difference < 2e-3 * float(cam.max()) + rounding
+            # Behind a batch norm that uses the statistics of one image the gradient is zero: its
+            # map in 32 bits is rounding, of which only the size can be compared.
+            rounding = float((cam - exact_cams[each.class_id]).abs().max())
+            assert difference <= 2e-3 * float(cam.max()) + 10 * rounding
             assert ("activation_in_model" in each.flags) == (
                 plan.output in ("softmax", "log_softmax", "sigmoid", "one_sigmoid")
             )
@@ -164,6 +171,9 @@ FOUND = {
     | {"shared": True, "function": True, "complex": True},
     "a count in a module that is served itself, which the probes ran before": USUAL
     | {"seed": 0, "stem": "map", "stored": "closure", "noise": "count"},
+    "a batch norm of one image, behind which the gradient itself is rounding": USUAL
+    | {"seed": 1, "stem": "rows", "stored": "global", "batch": "hidden", "output": "sigmoid"}
+    | {"shared": True, "function": True},
     "a batch norm of one image, behind which Grad-CAM is rounding": USUAL
     | {"seed": 0, "stem": "rows", "stored": "closure", "batch": "hidden", "input": "corner"}
     | {"output": "sigmoid", "shared": True, "function": True, "complex": True},
