@@ -6,6 +6,7 @@ come at once is compared, image by image, with plain torch on another module of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import Future
 
@@ -149,7 +150,8 @@ def test_a_random_model_is_served_right_or_refused_or_flagged(plan: Plan) -> Non
         answer = timed.result
         assert {each.class_id for each in answer.predictions} == set(range(len(expected)))
         for each in answer.predictions:
-            assert each.logit == pytest.approx(float(expected[each.class_id]), abs=2e-3)
+            logit = float(expected[each.class_id])
+            assert each.logit == pytest.approx(logit, abs=2e-3 + unknown(logit, plan))
         for each in answer.explanations:
             cam = cams[each.class_id]
             difference = np.abs(each.grid * each.high - cam.numpy()).max()
@@ -162,6 +164,13 @@ def test_a_random_model_is_served_right_or_refused_or_flagged(plan: Plan) -> Non
             )
 
 
+def unknown(logit: float, plan: Plan) -> float:
+    """How far a logit may be off that is read from a rounded probability: four of its steps."""
+    if not plan.output.endswith(("softmax", "sigmoid")):
+        return 0.0
+    return 4 * float(np.finfo(np.float32).eps) * (1 + math.exp(logit))
+
+
 USUAL = {"stored": "no", "batch": "no", "noise": "no", "input": "whole", "output": "logits"}
 USUAL |= {"shared": False, "patched": False, "function": False, "complex": False, "labels": None}
 
@@ -171,6 +180,9 @@ FOUND = {
     | {"shared": True, "function": True, "complex": True},
     "a count in a module that is served itself, which the probes ran before": USUAL
     | {"seed": 0, "stem": "map", "stored": "closure", "noise": "count"},
+    "a count in a model whose probabilities are all near one": USUAL
+    | {"seed": 1, "stem": "start", "noise": "count", "output": "one_sigmoid"}
+    | {"function": True, "complex": True},
     "a batch norm of one image, behind which the gradient itself is rounding": USUAL
     | {"seed": 1, "stem": "rows", "stored": "global", "batch": "hidden", "output": "sigmoid"}
     | {"shared": True, "function": True},

@@ -251,17 +251,20 @@ def differ(expected: Tensor, actual: Tensor, spread: float) -> bool:
 
 
 def _differ_before_activation(expected: Tensor, actual: Tensor, rounding: float) -> bool:
-    """Whether the logits of two probabilities differ: near 0 and 1 they differ by far more."""
+    """Whether the logits of two probabilities differ: near 0 and 1 they differ by far more.
+
+    rounding: the largest change of a logit, relative to the largest logit, that is no difference.
+              Near 1 the logit is known only to the resolution of the probability, of which four
+              steps are none either.
+    """
     kind = output_activation(expected)
     if kind is None or output_activation(actual) != kind:
         return False
     before, after = as_logits(expected, kind), as_logits(actual, kind)
-    sure = before.abs() < 11  # where a rounded probability still tells its logit
-    if not bool(sure.any()):
-        return False
-    return float((before - after)[sure].abs().max()) > rounding * max(
-        1.0, float(before.abs().max())
-    )
+    chances = before.sigmoid()
+    steps = 4 * torch.finfo(chances.dtype).eps * chances
+    allowed = rounding * max(1.0, float(before.abs().max())) * chances * (1 - chances)
+    return bool(((after.sigmoid() - chances).abs() > allowed + steps).any())
 
 
 def _determinism(trial: Trial) -> tuple[Finding, bool]:
@@ -271,8 +274,11 @@ def _determinism(trial: Trial) -> tuple[Finding, bool]:
         with torch.no_grad(), kept_torch_state(random=False), preserved(trial.served):
             again = trial.logits(trial.served(trial.images[:1].clone())).detach()
         draws = _random_states() != before
-    same = not differ(trial.alone[0], again, trial.spread) and torch.allclose(
-        trial.alone[0], again, rtol=1e-5, atol=1e-6, equal_nan=True
+    first = trial.alone[0]
+    same = (
+        not differ(first, again, trial.spread)
+        and torch.allclose(first, again, rtol=1e-5, atol=1e-6, equal_nan=True)
+        and not _differ_before_activation(first, again, 1e-5)
     )
     if same and not draws:
         return Finding("determinism", True, "The same image gets the same logits twice."), True
