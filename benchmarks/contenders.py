@@ -178,6 +178,8 @@ class Peers:
 
     def _copy(self, *, tuned: bool) -> tuple[nn.Module, Tensor]:
         net = plain(self._model)
+        if self._model.select is not None:  # peers and limits take a tensor alone
+            net.register_forward_hook(lambda _net, _args, output: self._model.logits(output))
         if not tuned:
             return net, self.batch
         net.requires_grad_(requires_grad=False).to(memory_format=torch.channels_last)
