@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 import structlog
 from pydantic import Field, SecretStr, field_validator
@@ -320,6 +321,22 @@ class Settings(BaseSettings):
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
+
+    @field_validator("cors_origins", mode="after")
+    @classmethod
+    def _as_browsers_send_them(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        """Origins as the header `Origin` has them (RFC 6454): any other would match no page."""
+        for origin in origins:
+            parts = urlsplit(origin)
+            bare = f"{parts.scheme}://{parts.netloc}"
+            if origin == "*" or (parts.netloc and origin == bare.lower()):
+                continue
+            meant = bare.lower() if parts.netloc else f"https://{origin.lower()}"
+            raise ValueError(
+                f"{origin!r} is no origin (SCHEME://HOST[:PORT] in lower case, without a path, "
+                f"or *); write {meant}"
+            )
+        return origins
 
     @field_validator("port", mode="before")
     @classmethod

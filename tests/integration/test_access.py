@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import pictures
 import pytest
 from gates import Gate
+from pydantic import ValidationError
 from starlette.testclient import TestClient
 
 from api_schemas.options import PredictOptions
@@ -449,6 +451,27 @@ def test_other_origins_are_told_nothing_until_they_are_allowed(client: TestClien
         assert allowing.options("/explain", headers=preflight).status_code == 200
         other = {"origin": "https://evil.example"}
         assert "access-control-allow-origin" not in allowing.get("/models", headers=other).headers
+
+
+@pytest.mark.parametrize(
+    ("given", "write"),
+    [
+        ("label.example.org", "https://label.example.org"),
+        ("https://label.example.org/", "https://label.example.org"),
+        ("https://Label.example.org", "https://label.example.org"),
+        ("http://localhost:8080/tasks?page=1", "http://localhost:8080"),
+    ],
+)
+def test_an_origin_that_no_browser_sends_is_refused_with_the_one_that_it_does(
+    given: str, write: str
+) -> None:
+    with pytest.raises(ValidationError, match=f"write {re.escape(write)}"):
+        Settings(cors_origins=f"https://other.example.org,{given}")
+
+
+@pytest.mark.parametrize("given", ["*", "http://[::1]:8080", "moz-extension://1a2b", "https://a.b"])
+def test_an_origin_of_any_scheme_is_taken(given: str) -> None:
+    assert Settings(cors_origins=given).cors_origins == (given,)
 
 
 SENT = (
