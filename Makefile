@@ -30,7 +30,7 @@ LOAD = $(SAFE) PYTHONPATH=benchmarks:deploy/load .venv/bin/python
 TEST = $(SAFE) .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
 	-m 'not browser and not labeling and not container and not protocols and not ray and not gpu and not large'
 
-.PHONY: help install run test coverage test-all browser protocols labeling ray gpu load capacity check mutants docs bench image lock container clean
+.PHONY: help install run test coverage test-all large browser protocols labeling ray gpu load capacity check mutants docs bench image lock container clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +48,9 @@ coverage: .venv/.installed-test ## make test, and measure the lines and branches
 
 test-all: .venv/.installed-test ## run every test; a test whose tool is missing is skipped with a reason
 	@$(SAFE) .venv/bin/python -m pytest $(ARGS)
+
+large: .venv/.installed-test ## run the tests with large models, which `make test` leaves out (ARGS= for pytest)
+	@$(SAFE) .venv/bin/python -m pytest -n 2 -m large $(ARGS)
 
 browser: .venv/.installed-test tests/browser/node_modules/.installed ## test the page in Chromium (ARGS= for pytest)
 	@$(SAFE) .venv/bin/python -m pytest -m browser $(ARGS)

@@ -17,8 +17,16 @@ from service.models.loading import load_model
 from service.models.pool import Replica
 from service.models.probes.condition import Condition
 
-LARGE = {"regnet_y_128gf", "vit_h_14", "vit_l_16", "vit_l_32"}
-"""More than 4 GB, or about 20 seconds on one core."""
+OF_EACH_FAMILY = {
+    *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s"),
+    *("googlenet", "inception_v3", "maxvit_t", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small"),
+    *("regnet_x_400mf", "regnet_y_400mf", "resnet18", "resnet50", "resnext50_32x4d"),
+    *("shufflenet_v2_x0_5", "squeezenet1_1", "swin_t", "swin_v2_t", "vgg11", "vgg11_bn"),
+    *("vit_b_32", "wide_resnet50_2"),
+}
+"""One model for each class and kind of block; the others, built from the same, are `large`."""
+
+LARGE = [pytest.mark.large, pytest.mark.timeout(300)]
 
 GRIDS = {
     "alexnet": 16,  # cells of 16 pixels: the pooling behind the last convolution is not explained
@@ -55,7 +63,7 @@ def cell_of(name: str) -> int:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.large] * (name in LARGE)) for name in NAMES],
+    [pytest.param(name, marks=[] if name in OF_EACH_FAMILY else LARGE) for name in NAMES],
 )
 def test_it_is_served_and_explained_at_its_smallest_input(name: str, monkeypatch) -> None:
     monkeypatch.setattr(builders, "_randomised", cheaply)
