@@ -3,7 +3,9 @@
     python benchmarks/transformer_layers.py [--only NAME …] [--lanes]
 
 Names of timm have their own architecture and random weights; classes of Hugging Face a small
-configuration with random weights, saved to a folder and loaded as `hf/FOLDER`.
+configuration with random weights, saved to a folder and loaded as `hf/FOLDER`. --lanes compiles
+each model, too. What is finished stands in build/transformer_layers.jsonl; a second run measures
+what is missing there.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ import timm
 import torch
 import transformers
 
+from api_schemas.methods import METHODS
+from service.inference.method_table import why_not
 from service.models.catalog import ModelSpec
 from service.models.compiled.lane import Compiler
 from service.models.loaded import LoadedModel
@@ -144,7 +148,10 @@ def row_of(library: str, name: str, compiler: Compiler | None) -> dict[str, Any]
         with tempfile.TemporaryDirectory() as folder:
             spec = make(name, Path(folder))
             model = load_model(spec, allow_random_weights=library == "timm", compiler=compiler)
-        row |= described(model) | ({"lane": model.not_compiled or "yes"} if compiler else {})
+        row |= described(model)
+        row["refused"] = [name for name in METHODS if why_not(model, name) is not None]
+        if compiler:
+            row["lane"] = model.not_compiled or "yes"
     except Exception as error:  # noqa: BLE001 - a row of the table says which
         row["error"] = f"{type(error).__name__}: {error}"[:200]
     return row | {"seconds": round(time.monotonic() - began, 1)}
@@ -181,6 +188,8 @@ def rows() -> Iterator[dict[str, Any]]:
     yield from (newest[key] for key in sorted(newest, key=lambda key: (key[0], key[1].lower())))
 
 
+NOT_MEASURED = "not measured"
+
 HEAD = """# Default layers of transformers
 
 Written by `benchmarks/transformer_layers.py` from what camserve measures when it loads a model:
@@ -192,36 +201,47 @@ that positions which are *unclear* here may be clear with trained weights.
 without a position in the image, before and after the cells. *Positions*: what the
 [probe](../explanation/measured-at-load.md) of cell positions found at this layer. A layer whose
 cells have no known order, such as those inside the windows of Hugging Face's Hiera, is never a
-default: a map drawn from it would be scrambled.
+default: a map drawn from it would be scrambled. *Methods*: which of the {methods} run on the model.
+*Lane*: whether it is compiled, or why not; of the {lanes} models that were tried, {compiled} are.
 
-| library | model | input | default layer | grid | other tokens | positions |{lane}
-|---|---|---|---|---|---|---|{rule}
+| library | model | input | default layer | grid | other tokens | positions | methods | lane |
+|---|---|---|---|---|---|---|---|---|
 """
 
 
 def page(table: list[dict[str, Any]]) -> str:
     """The page with one line per model."""
-    lanes = any("lane" in row for row in table)
     ours = sum(row["library"] == "timm" for row in table)
+    lanes = [row["lane"] for row in table if "lane" in row]
     head = HEAD.format(
         ours=ours,
         theirs=len(table) - ours,
-        lane=" compiled lane |" if lanes else "",
-        rule="---|" if lanes else "",
+        methods=len(METHODS),
+        lanes=len(lanes),
+        compiled=lanes.count("yes"),
     )
-    return head + "".join(f"{line_of(row, lanes=lanes)}\n" for row in table)
+    return head + "".join(f"{line_of(row)}\n" for row in table)
 
 
-def line_of(row: dict[str, Any], *, lanes: bool) -> str:
+def line_of(row: dict[str, Any]) -> str:
     """One line of the table."""
     if "error" in row:
-        cells = ["", row["error"].replace("|", "/").partition(": ")[2], "", "", "not loaded"]
+        reason = row["error"].replace("|", "/").partition(": ")[2]
+        cells = ["", reason, "", "", "not loaded", "", ""]
     else:
         layer = f"`{row['layer']}`" if row["layer"] else f"none: {row['reason'] or 'no such layer'}"
         grid = "×".join(map(str, row.get("grid", ())))
         cells = ["×".join(map(str, row["input"])), layer, grid, tokens_of(row), positions_of(row)]
-    cells += [row.get("lane", "")] if lanes else []
+        cells += [methods_of(row), row.get("lane", NOT_MEASURED)]
     return f"| {row['library']} | {row['name']} | " + " | ".join(cells) + " |"
+
+
+def methods_of(row: dict[str, Any]) -> str:
+    """The methods that run."""
+    if "refused" not in row:
+        return NOT_MEASURED
+    refused = ", ".join(f"`{name}`" for name in row["refused"])
+    return f"all but {refused}" if refused else "all"
 
 
 def tokens_of(row: dict[str, Any]) -> str:
@@ -243,12 +263,16 @@ def positions_of(row: dict[str, Any]) -> str:
 def main() -> None:
     """Measure what is missing, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="*", default=[])
-    parser.add_argument("--lanes", action="store_true")
+    parser.add_argument("--only", nargs="*", default=[], help="these names, measured again")
+    parser.add_argument("--lanes", action="store_true", help="compile each model, too")
     options = parser.parse_args()
     torch.set_num_threads(1)
     ROWS.parent.mkdir(exist_ok=True)
-    done = {(row["library"], row["name"]) for row in rows()}
+    done = {
+        (row["library"], row["name"])
+        for row in rows()
+        if "error" in row or "lane" in row or ("refused" in row and not options.lanes)
+    }
     names = [("Hugging Face", name) for name in HUGGING_FACE]
     names += [("timm", name) for name in TIMM if timm.is_model(name)]
     for library, name in names:

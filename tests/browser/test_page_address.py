@@ -160,6 +160,7 @@ WRONG = {
     "target=99": "class 99",
     "target=tullip": "class tullip",
     "contrast=99": "contrast 99",
+    "contrast=nearest:5": "contrast nearest:5",
     "opacity=7": "opacity 7",
     "colormap=mauve": "colormap mauve",
     "samples=1e9": "samples 1e9",
@@ -190,3 +191,11 @@ def test_an_address_takes_a_class_by_its_label(open_page: OpenPage) -> None:
     watched.page.locator("#welcome [data-do=sample]").click()
     wait_for_caption(watched.page, "tulip rather than daisy, ")
     assert address(watched) == {"model": "builtin", "target": "4", "contrast": "0"}
+
+
+def test_an_address_takes_the_nearest_classes_as_a_contrast(open_page: OpenPage) -> None:
+    watched = open_page(path="/?contrast=nearest%3A2")
+    watched.page.wait_for_selector("#layer option", state="attached")
+    watched.page.locator("#welcome [data-do=sample]").click()
+    wait_for_caption(watched.page, "sunflower rather than ")
+    assert address(watched) == {"model": "builtin", "contrast": "nearest:2"}

@@ -135,6 +135,18 @@ def test_a_contrast_shows_the_difference_of_logits(
     desk.page.locator(".pane .caption", has_text=less).wait_for()
 
 
+def test_a_contrast_with_the_nearest_classes_names_them(
+    desk: Watched, site: str, http: httpx.Client
+) -> None:
+    answer = answer_of(http, site, SAMPLE, contrast="nearest:2", include="none")
+    (found,) = answer["explanations"]
+    desk.page.locator("#contrast").fill("nearest:2")
+    desk.page.keyboard.press("Enter")
+    labels = ", ".join(each["label"] for each in found["contrasts"])
+    expected = f"sunflower rather than {labels}, logit difference +{found['logit_difference']:.2f}"
+    desk.page.locator(".pane .caption", has_text=expected).wait_for()
+
+
 def test_a_map_without_a_sign_goes_from_none_to_most(desk: Watched) -> None:
     bar = desk.page.get_by_role("img", name="Evidence, from none to most")
     assert bar.is_visible()

@@ -46,6 +46,11 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "Beit": ("BeitForImageClassification", PLAIN, "beit.layers.1.layernorm_before"),
     "DeiT": ("DeiTForImageClassification", PLAIN, "deit.layers.1.layernorm_before"),
     "Dinov2": ("Dinov2ForImageClassification", PLAIN, "dinov2.encoder.layer.1.norm1"),
+    "Siglip": (  # its head attends from a learned query, one for each image
+        "SiglipForImageClassification",
+        {"vision_config": PLAIN, "num_labels": 4},
+        "vision_model.post_layernorm",
+    ),
     "Swin": (
         "SwinForImageClassification",
         WINDOWS,

@@ -101,10 +101,14 @@ def _size_from(graph: fx.Graph, crossing: fx.Node) -> None:
     with graph.inserting_after(crossing):
         last = graph.call_method("size", (crossing, 0))
     copies = {node: last for node in image.users if node.args == (image, 0)}
+    is_past = False
     for node in list(graph.nodes):
+        is_past = is_past or node is crossing
         if node in again and copies.keys() & set(node.all_input_nodes):
-            with graph.inserting_after(last):
-                last = copies[node] = graph.node_copy(node, lambda each: copies.get(each, each))
+            # Past the cut what else the node takes, such as parts of a weight, may come late.
+            with graph.inserting_after(node if is_past else last):
+                copies[node] = graph.node_copy(node, lambda each: copies.get(each, each))
+            last = last if is_past else copies[node]
     for node in behind:
         for used in copies.keys() & set(node.all_input_nodes):
             node.replace_input_with(used, copies[used])

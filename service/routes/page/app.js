@@ -12,7 +12,7 @@ import { method } from "./methods.js";
 import { announce, complain, complainOfFiles, failed, offerUndo, settle, showWork } from "./notices.js";
 import { enlarge, newImage, notAnImage, sample, take, watch } from "./images.js";
 import { sentenceOf } from "./problems.js";
-import { SLOW, answerTo, classOf, isKnown, predictionsOf, priceOf } from "./question.js";
+import { SLOW, answerTo, classOf, isKnown, isNearest, predictionsOf, priceOf } from "./question.js";
 import { note } from "./report.js";
 import { forget, keep, kept as keptImages } from "./session.js";
 import { Pane, captionOf } from "./stage.js";
@@ -105,6 +105,7 @@ function fitQuestion(link) {
   if (against && link) refused.push(`method ${question.method} (${against})`);
   question.method = methodFor(model, question.method);
   for (const name of ["target", "contrast"]) {
+    if (name === "contrast" && isNearest(model, question.contrast)) continue;
     const wanted = typeof question[name] === "string" ? classOf(model, question[name]) : question[name];
     const isKnown = wanted === null || typeof wanted === "string" ? wanted === null : wanted < model.classes;
     if (!isKnown) refused.push(`${name === "target" ? "class" : name} ${question[name]}`);

@@ -5,7 +5,7 @@ import { Sheet } from "./channels.js";
 import { bitmapOf } from "./images.js";
 import { reasonAgainst } from "./knows.js";
 import { announce, failed } from "./notices.js";
-import { nameOf, targetOption } from "./question.js";
+import { contrastsOf, nameOf, targetOption } from "./question.js";
 import { shapeWords } from "./stage.js";
 import { $, button, state } from "./state.js";
 
@@ -126,14 +126,15 @@ export class Inside {
     if (order !== "weight" || this.values.weight) return this.arrange(order);
     const { layer } = this;
     return this.busy($("order"), async (image, model, signal) => {
-      const { class_id: id = null, contrast = null } = state.shown?.explanation ?? {};
-      const pairs = [["targets", id], ["contrast", contrast]].filter(([, value]) => value !== null);
+      const { explanation = null, contrastLabel } = state.shown ?? {};
+      const contrasts = explanation ? contrastsOf(explanation).map((id) => ["contrast", id]) : [];
+      const pairs = explanation ? [["targets", explanation.class_id], ...contrasts] : [];
       const target = pairs.map(([name, value]) => [name, targetOption(model, value)]);
       const gradient = [["activations", layer], ["activation_kind", "grad_output"], ["activation_as", "channels"]];
       const path = `explain?${query([["model", model.name], ...fitOf(state.question), ...target, ...gradient, ["include", "none"]])}`;
       const [{ explanations, activations }] = (await request(path, { body: image.file, signal })).results;
       if (signal.aborted || layer !== this.layer) return;
-      const than = contrast === null ? "" : ` rather than ${nameOf(model, contrast)}`;
+      const than = contrastLabel ? ` rather than ${contrastLabel}` : "";
       this.target = `${nameOf(model, explanations[0].class_id)}${than}`;
       this.values.weight = activations[0].channels.mean;
       this.arrange(order);

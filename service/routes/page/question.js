@@ -82,6 +82,16 @@ export function classOf(model, text) {
   return id === -1 ? text.trim() : id;
 }
 
+/** Whether a text is a contrast with the classes of the nearest logits, as `nearest:3`, that this model has. */
+export function isNearest(model, text) {
+  const [, count = "0"] = /^nearest:(\d{1,6})$/.exec(text) ?? [];
+  return Number(count) > 0 && Number(count) < model.classes;
+}
+
+/** The classes that an explanation contrasts its class with. */
+export const contrastsOf = ({ contrast = null, contrasts = null }) =>
+  contrasts?.map(({ class_id: id }) => id) ?? (contrast === null ? [] : [contrast]);
+
 const keyOf = (image, model, question) => JSON.stringify([image.id, model.name, model.version, question]);
 
 /** Whether a question was answered before. */
@@ -133,7 +143,7 @@ async function fetchAnswer(image, model, question, signal) {
     seen: result.seen,
     source: { width: result.image.width, height: result.image.height },
     map: await levelsOf(explanation.heatmap, signed),
-    contrastLabel: explanation.contrast === null ? "" : model.labels[explanation.contrast],
+    contrastLabel: contrastsOf(explanation).map((id) => model.labels[id]).join(", "),
     layerShape: typeof explanation.layer === "string" ? layerOf(model, explanation.layer)?.shape : null,
   };
 }
