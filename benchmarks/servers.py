@@ -50,12 +50,14 @@ class Kind:
     """How a server is started; `{port}` in its arguments is replaced.
 
     ready: the path that answers 200 when it is. prefix: a command that runs the rest.
+    folder: the checkout that `-m service` is taken from.
     """
 
     arguments: tuple[str, ...]
     ready: str = "/health"
     environment: Mapping[str, str] = field(default_factory=dict)
     prefix: tuple[str, ...] = ()
+    folder: Path = ROOT
 
 
 def camserve(model: Model, *more: str) -> Kind:
@@ -154,7 +156,7 @@ def serving(
         _on_cores(cores),
         subprocess.Popen(  # noqa: S603 - our own command
             command,
-            cwd=ROOT,
+            cwd=kind.folder,
             env=environment,
             stdout=log,
             stderr=log,

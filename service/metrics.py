@@ -76,8 +76,7 @@ class Metrics:
             ("key", "status"),
             registry=self.registry,
         )
-        for stage in STAGES:
-            self.stage_seconds.labels(stage)
+        self._stages = {stage: self.stage_seconds.labels(stage) for stage in STAGES}
         self.batch_size = Histogram(
             "camserve_batch_size",
             "Images in one forward pass.",
@@ -96,6 +95,11 @@ class Metrics:
             ("version", "python", "torch"),
             registry=self.registry,
         ).labels(__version__, platform.python_version(), importlib.metadata.version("torch")).set(1)
+
+    def observe_stages(self, seconds: Mapping[str, float]) -> None:
+        """Count the seconds that one request spent in each stage."""
+        for stage, value in seconds.items():
+            self._stages[stage].observe(value)
 
     def count_request(self, route: str, status: int, seconds: float, labels: RequestLabels) -> None:
         """Count one request that has ended."""

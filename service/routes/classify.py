@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
+from fastapi.routing import APIRoute
 
 from api_schemas import answers as wire
 from api_schemas.options import (
@@ -28,7 +30,37 @@ from service.routes.negotiation import as_image
 from service.routes.state import service_of
 from service.scheduling.admission import Permit
 
-router = APIRouter(tags=["classify"])
+MAX_QUERY = 512
+"""Bytes of a query whose options are kept."""
+
+MAX_QUERIES = 256
+"""Queries whose options are kept, by route."""
+
+
+class _KnownQueries(APIRoute):
+    """Validates a short query once: clients repeat the same one, and the options are immutable."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        validated = super().get_route_handler()
+        known: OrderedDict[bytes, CommonOptions] = OrderedDict()
+
+        async def handle(request: Request) -> Response:
+            query = request.scope["query_string"]
+            options = known.get(query)
+            if options is not None:
+                response: Response = await self.endpoint(request, options)
+                return response
+            response = await validated(request)
+            if len(query) <= MAX_QUERY:  # it was valid: its request was answered
+                known[query] = request.scope["options"]
+                if len(known) > MAX_QUERIES:
+                    known.popitem(last=False)
+            return response
+
+        return handle
+
+
+router = APIRouter(tags=["classify"], route_class=_KnownQueries)
 
 _Make = Callable[[Billed], Awaitable[wire.Result | Response]]
 """Turns an answered image into its entry of the response, or into the whole response."""
@@ -49,6 +81,7 @@ async def predict(request: Request, options: Annotated[PredictOptions, Query()])
 async def _answer_in_time(
     request: Request, options: CommonOptions, form: type[CommonOptions]
 ) -> Response:
+    request.scope["options"] = options
     return await lifecycle.in_time(
         request, lambda body, permit: _classify(request, body, permit, options, form)
     )
@@ -79,14 +112,11 @@ async def _classify(
             make = functools.partial(_image, work)
         elif len(uploads) == 1:
             make = functools.partial(_alone, request, work)
-        results = await asyncio.gather(
-            *(
-                _one(work, upload, quote, take, make)
-                for upload, quote in zip(uploads, quotes, strict=True)
-            ),
-            return_exceptions=True,
-        )
-        return await _respond(request, work, results)
+        entries = [
+            _one(work, upload, quote, take, make)
+            for upload, quote in zip(uploads, quotes, strict=True)
+        ]
+        return await _respond(request, work, await _all_of(entries))
 
 
 async def _take_apart(
@@ -96,6 +126,9 @@ async def _take_apart(
     service, kind = service_of(request), bodies.media_type(request)
     if kind == "multipart/form-data":
         content_type = request.headers["content-type"]
+        alone = forms.single_image(content_type, body)
+        if alone is not None:
+            return [alone], options
         call = service.scheduler.call(
             forms.multipart_images, content_type, body, service.limits.images
         )
@@ -114,6 +147,20 @@ async def _one(
     """Process one image from its bytes or URL to its entry, or to the whole response."""
     data = await bodies.image_bytes(image, work.service.fetcher, take)
     return await make(await lifecycle.infer(work, data, quote))
+
+
+async def _all_of(
+    entries: Sequence[Coroutine[Any, Any, wire.Result | Response]],
+) -> Sequence[wire.Result | Response | BaseException]:
+    """The entries of all images, each with its result or its error; a single one without a task."""
+    if len(entries) > 1:
+        several: list[wire.Result | Response | BaseException]
+        several = await asyncio.gather(*entries, return_exceptions=True)
+        return several
+    try:
+        return [await entries[0]]
+    except Exception as error:  # noqa: BLE001 - as gather returns it
+        return [error]
 
 
 async def _image(work: RequestWork, answered: Billed) -> Response:

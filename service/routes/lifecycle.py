@@ -252,8 +252,7 @@ async def infer(work: RequestWork, data: Sent, quote: Quote) -> Billed:
 def report(request: Request, work: Recipe, images: int) -> dict[str, str]:
     """Record the times of the stages in metrics and log; return the header `Server-Timing`."""
     work.clock.stop()
-    for stage, value in work.clock.seconds.items():
-        work.service.metrics.stage_seconds.labels(stage).observe(value)
+    work.service.metrics.observe_stages(work.clock.seconds)
     timing = work.clock.milliseconds()
     request.scope["log"] |= {"images": images, **timing}
     return {"Server-Timing": ", ".join(f"{stage};dur={ms}" for stage, ms in timing.items())}

@@ -55,6 +55,11 @@ SECURITY_HEADERS = {
 }
 """Headers of every response."""
 
+_SECURITY_HEADERS = tuple(
+    (name.lower().encode("latin-1"), value.encode("latin-1"))
+    for name, value in SECURITY_HEADERS.items()
+)
+
 CORS: Mapping[str, Any] = {
     "allow_methods": ["GET", "HEAD", "POST"],
     "allow_headers": [
@@ -108,9 +113,7 @@ class RequestContext:
             nonlocal status, answered
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["X-Request-ID"] = scope["request_id"]
-                headers.update(SECURITY_HEADERS)
+                _add_headers(message, scope["request_id"])
             answered = time.monotonic()
             await send(message)
             if message["type"] == "http.response.body" and not message.get("more_body", False):
@@ -154,6 +157,14 @@ class RequestContext:
             fitting = (each for each in self.routes if each.matches(scope)[0] == Match.FULL)
             route = next(fitting, None)
         return getattr(route, "path", "unmatched")
+
+
+def _add_headers(message: Message, request_id: str) -> None:
+    """Set the headers of every response."""
+    added = ((b"x-request-id", request_id.encode("latin-1")), *_SECURITY_HEADERS)
+    replaced = {name for name, _ in added}
+    kept = (header for header in message.get("headers", ()) if header[0].lower() not in replaced)
+    message["headers"] = [*kept, *added]
 
 
 @dataclass(frozen=True, slots=True)

@@ -437,7 +437,8 @@ class Scheduler:
             if call.request is not None:
                 with self._wake:
                     self._calls.end(call)
-                    self._wake.notify()
+                    if self._calls:  # else a thread would wake for nothing
+                        self._wake.notify()
 
     def _run_batch(self, batch: Batch) -> None:
         """Run the jobs of a batch, and allow another batch."""
@@ -493,7 +494,8 @@ class Scheduler:
         """Allow another batch in place of this one; a second call does nothing."""
         with self._wake:
             self._running.discard(batch)
-            self._wake.notify_all()
+            if self._jobs or not self._open:
+                self._wake.notify_all()
 
     def _give_up(self, batch: Batch) -> None:
         """Drop a batch that hangs, and retire its replica.

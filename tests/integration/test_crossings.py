@@ -16,7 +16,7 @@ def test_a_warm_explain_in_the_hooked_lane_crosses_between_files_as_seldom_as_pr
     calls = tool["traced"]()
     seen = {f"{call.file} {call.function}" for call in calls if call.leads_on}
     for step in (
-        "routes/classify.py explain",
+        "routes/classify.py _KnownQueries.get_route_handler.handle",
         "images/upload.py open_upload",
         "inference/batch.py run",
         "models/pool.py ModelPool.lease",

@@ -20,6 +20,7 @@ from torch.nn import functional
 from torchvision.transforms.v2 import functional as transforms
 
 from service.cam.heatmap import COLORMAPS
+from service.routes import classify
 
 PNG = {"content-type": "image/png"}
 CAPTURABLE = ["features", *(f"features.{index}" for index in range(5)), "head"]
@@ -727,3 +728,27 @@ def test_a_contrast_has_the_difference_of_the_two_logits(client: TestClient) -> 
     assert set(explanation) == EXPLANATION | {"logit_difference"}
     difference = logits[explanation["class_id"]] - logits[2]
     assert explanation["logit_difference"] == pytest.approx(difference, abs=1e-5)
+
+
+def test_a_repeated_query_has_the_options_of_its_first_request(client: TestClient) -> None:
+    """Options of a query are validated once; another query, and another route, has its own."""
+    first, again = (ask(client, pictures.png(), top_k=1, include="grid") for _ in range(2))
+    other = ask(client, pictures.png(), top_k=2)
+    assert first == again
+    assert len(first["predictions"]) == 1
+    assert len(other["predictions"]) == 2
+    for _ in range(2):
+        assert "explanations" not in ask(client, pictures.png(), "/predict", top_k=1)
+        wrong = client.post("/predict?top_k=0", content=pictures.png(), headers=PNG)
+        assert wrong.status_code == 422
+
+
+def test_options_of_few_short_queries_are_kept(client: TestClient) -> None:
+    """More queries than are kept, and a longer one than is kept, are answered by their options."""
+    for number in range(1, 4):
+        query = f"top_k={number}"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(classify, "MAX_QUERIES", 1)
+            patch.setattr(classify, "MAX_QUERY", 7)
+            response = client.post(f"/predict?{query}", content=pictures.png(), headers=PNG)
+        assert len(response.json()["results"][0]["predictions"]) == number

@@ -60,7 +60,8 @@ REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
             }
         },
     ),
-    "a form": ("/explain", {"files": {"image": PNG}}),
+    "a form": ("/explain", {"files": [("image", PNG), ("image", PNG)]}),
+    "a long form": ("/explain", {"files": {"image": PNG + bytes(256 << 10)}}),
     "JSON that is wrong": ("/predict", {"json": {"images": [1] * 1000}}),
     "a coding": (
         "/predict",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
+import random
 import tracemalloc
 
 import pytest
 
 from service.errors import MalformedRequest
 from service.routes.bodies import utf8_json
-from service.routes.forms import form_parts
+from service.routes.forms import form_parts, multipart_images, single_image
 
 KIND = "multipart/form-data; boundary=cut"
 HEAD = b'content-disposition: form-data; name="%b"\r\n%b\r\n'
@@ -76,3 +77,69 @@ def test_json_is_checked_without_a_copy_as_text() -> None:
         assert tracemalloc.get_traced_memory()[1] < 1_000_000
     finally:
         tracemalloc.stop()
+
+
+JPEG = b"\xff\xd8" + bytes(range(256)) * 20 + b"\r\n-\n-"
+
+WHOLE = (
+    b'--cut\r\nContent-Disposition: form-data; name="image"; filename="a b.jpg"\r\n'
+    b"Content-Type: image/jpeg\r\n\r\n" + JPEG + b"\r\n--cut--\r\n"
+)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        WHOLE,
+        WHOLE.removesuffix(b"\r\n"),
+        WHOLE.replace(b"Content-Type: image/jpeg\r\n", b""),
+        WHOLE.replace(b'; filename="a b.jpg"', b""),
+    ],
+)
+def test_a_form_with_one_image_is_read_at_once(body: bytes) -> None:
+    assert single_image(KIND, body) == JPEG
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        WHOLE.replace(b"image/jpeg", b"multipart/mixed"),
+        WHOLE.replace(b"image/jpeg\r\n", b"image/jpeg\r\nContent-Transfer-Encoding: base64\r\n"),
+        WHOLE.replace(b'name="image"', b'name="file"'),
+        WHOLE.replace(b"\r\n--cut--", b"\r\n--cut\r\n\r\n--cut--"),
+        WHOLE.replace(b"-\n-", b"\n--cut--\r\n"),
+        WHOLE.replace(b"-\n-", b"\r\n--cut\r\n"),
+        WHOLE.replace(b"\r\n", b"\n"),
+        b"preamble\r\n" + WHOLE,
+        WHOLE + b"epilogue",
+        WHOLE.replace(JPEG, b""),
+        WHOLE.replace(JPEG, b"\0" * (256 << 10)),
+        WHOLE[:-6],
+        WHOLE[:40],
+        b"--cut--\r\n",
+        b"",
+    ],
+)
+def test_any_other_form_is_left_to_the_parser(body: bytes) -> None:
+    assert single_image(KIND, body) is None
+
+
+def test_a_form_that_is_read_at_once_is_what_the_parser_reads() -> None:
+    """Bytes of a form are deleted, doubled or exchanged for pieces of its syntax."""
+    draw = random.Random(0)
+    pieces = [b"\r\n", b"\n", b"--", b"--cut", b"\r\n--cut--", b'"', b";", b":", b"", b"\0"]
+    short, read = WHOLE.replace(JPEG, JPEG[:64]), 0
+    for _ in range(2000):
+        start = draw.randrange(len(short))
+        end = start + draw.choice([0, 1, 1, 2, 7])
+        body = short[:start] + draw.choice(pieces) + short[end:]
+        quick = single_image(KIND, body)
+        if quick is not None:
+            read += 1
+            assert multipart_images(KIND, body, 10) == [quick]
+    assert read > 200
+
+
+def test_a_content_type_with_more_than_a_plain_boundary_is_left_to_the_parser() -> None:
+    for kind in ('multipart/form-data; boundary="cut"', KIND + "; charset=utf-8", "text/plain"):
+        assert single_image(kind, WHOLE) is None

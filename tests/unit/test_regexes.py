@@ -41,6 +41,17 @@ LISTED: dict[str, tuple[Mode, list[Hostile]]] = {
     "service.security.addresses._PRINTABLE": ("fullmatch", [("", "a", " ")]),
     "service.security.addresses._URL": ("match", [("http://", "a", "@"), ("http://", "a:", "\\")]),
     "service.security.addresses._is_host": ("fullmatch", [("0x", "f", "g")]),
+    "service.routes.forms._BOUNDARY": (
+        "fullmatch",
+        [("multipart/form-data; boundary=", "a", "!")],
+    ),
+    "service.routes.forms._IMAGE_HEAD": (
+        "fullmatch",
+        [
+            ('content-disposition: form-data; name="image"; filename="', "a", "\n"),
+            ('content-disposition: form-data; name="image"\r\ncontent-type: image/', "a", " "),
+        ],
+    ),
     "service.images.formats._NAME": (
         "fullmatch",
         [("", "a.jpg", "!"), ("", ".jp", ""), ("", " ", ".jpx")],
