@@ -22,23 +22,30 @@ class Audit:
     nothing: the class that strongly blurred images mostly become, and the share of them that do.
     """
 
-    model: str
-    version: str
+    model: LoadedModel
     images: int
     classes: Sequence[ClassAudit]
     nothing: tuple[str, float] | None
 
     def as_json(self) -> dict[str, Any]:
         """All figures as JSON, without images."""
-        nothing = None
-        if self.nothing is not None:
-            nothing = {"label": self.nothing[0], "share": self.nothing[1]}
-        return {
-            "model": {"name": self.model, "version": self.version},
-            "images": self.images,
-            "nothing": nothing,
-            "classes": [one.as_json() for one in self.classes],
-        }
+        classes = [one.as_json() for one in self.classes]
+        return as_json(self.model, self.images, self.nothing, classes)
+
+
+def as_json(
+    model: LoadedModel,
+    images: int,
+    nothing: tuple[str, float] | None,
+    classes: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    """The audit of a model as JSON, of its classes as JSON."""
+    return {
+        "model": {"name": model.name, "version": model.version},
+        "images": images,
+        "nothing": None if nothing is None else {"label": nothing[0], "share": nothing[1]},
+        "classes": list(classes),
+    }
 
 
 def audit(
@@ -89,4 +96,4 @@ def concluded(
 ) -> Audit:
     """The audit of a model, of those of its classes."""
     nothing = None if casts is None else (model.labels[casts.nothing[0]], casts.nothing[1])
-    return Audit(model.name, model.version, len(scanned.names), classes, nothing)
+    return Audit(model, len(scanned.names), classes, nothing)

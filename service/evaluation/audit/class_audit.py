@@ -112,7 +112,7 @@ def audit_class(
         (trial, flips) for trial, flips in searched if trial.rule.holds(flips.flips, flips.control)
     ]
     findings = list[Finding]()
-    for trial, flips in sorted(hits, key=lambda hit: -hit[1].net):
+    for trial, flips in _in_order(hits):
         used = shared + passes.forwards - before
         findings.append(_finding(passes, scanned, trial, flips, class_id, MOST_FORWARDS - used))
     return ClassAudit(
@@ -169,6 +169,16 @@ def _searched(passes: Passes, trial: Trial, casts: Casts, class_id: int) -> Flip
     after = dict(zip(casts.chosen, casts.classes[trial.name], strict=True))
     turned = [after[pair.recipient] == class_id for pair, _ in trial.pairs]
     return Flips(Proportion(sum(turned), len(turned)), None, tuple(turned))
+
+
+def _in_order(hits: Sequence[tuple[Trial, Flips]]) -> list[tuple[Trial, Flips]]:
+    """The best of each kind first: the bound on forward passes may not allow to confirm all."""
+    ranked, ranks = sorted(hits, key=lambda hit: -hit[1].net), Counter[str]()
+    order = []
+    for trial, flips in ranked:
+        ranks[trial.kind] += 1
+        order.append((ranks[trial.kind], trial, flips))
+    return [(trial, flips) for _, trial, flips in sorted(order, key=lambda one: one[0])]
 
 
 def _finding(  # noqa: PLR0917 - what was found, and what is left to spend
