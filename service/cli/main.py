@@ -15,6 +15,7 @@ import typer
 
 from api_schemas.options import ExplainOptions
 from service import __version__
+from service.cli.audit.audit_command import audit
 from service.cli.bulk.bulk_command import bulk
 from service.cli.export.export_command import export
 from service.cli.flags import OF_MODELS, errors_as_events, with_options, with_settings
@@ -146,6 +147,7 @@ def explain(  # noqa: PLR0913, PLR0917 - a command's parameters are its flags
 for command in (models, layers, check, calibrate, overlay_token):
     app.command()(command)
 app.command(epilog=EXIT_CODES)(bulk)
+app.command()(audit)
 app.command(epilog=EXIT_CODES)(export)
 
 

@@ -85,8 +85,8 @@ class HtmlReport:
         style += f":root {{ --opacity: {self._options.opacity:g}; }}\n"
         script = files.joinpath("report.js").read_text(encoding="utf-8")
         policy = (
-            f"default-src 'none'; img-src data:; style-src {_hash(style)}; "
-            f"script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
+            f"default-src 'none'; img-src data:; style-src {csp_hash(style)}; "
+            f"script-src {csp_hash(script)}; base-uri 'none'; form-action 'none'"
         )
         cards = "\n".join(card for _, card in sorted(self._cards.items()))
         return f"""<!doctype html>
@@ -286,5 +286,6 @@ def _data(media_type: str, data: bytes) -> str:
     return f"data:{media_type};base64,{base64.b64encode(data).decode('ascii')}"
 
 
-def _hash(text: str) -> str:
+def csp_hash(text: str) -> str:
+    """Return the source of an inline style or script for a Content-Security-Policy."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode('ascii')}'"

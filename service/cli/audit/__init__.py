@@ -1,0 +1,1 @@
+"""`camserve audit`: what a model depends on over a folder of images."""
