@@ -16,6 +16,7 @@ import typer
 from api_schemas.options import ExplainOptions
 from service import __version__
 from service.cli.bulk.bulk_command import bulk
+from service.cli.compare.compare_command import compare
 from service.cli.export.export_command import export
 from service.cli.flags import OF_MODELS, errors_as_events, with_options, with_settings
 from service.cli.layers_command import layers
@@ -147,6 +148,7 @@ for command in (models, layers, check, calibrate, overlay_token):
     app.command()(command)
 app.command(epilog=EXIT_CODES)(bulk)
 app.command(epilog=EXIT_CODES)(export)
+app.command()(compare)
 
 
 def main() -> None:
