@@ -17,6 +17,7 @@ from api_schemas.options import ExplainOptions
 from service import __version__
 from service.cli.audit.audit_command import audit
 from service.cli.bulk.bulk_command import bulk
+from service.cli.compare.compare_command import compare
 from service.cli.export.export_command import export
 from service.cli.flags import OF_MODELS, errors_as_events, with_options, with_settings
 from service.cli.layers_command import layers
@@ -149,6 +150,7 @@ for command in (models, layers, check, calibrate, overlay_token):
 app.command(epilog=EXIT_CODES)(bulk)
 app.command()(audit)
 app.command(epilog=EXIT_CODES)(export)
+app.command()(compare)
 
 
 def main() -> None:

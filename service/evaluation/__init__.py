@@ -1,1 +1,1 @@
-"""Measurements of a model on many images: layers compared, int8 calibrated."""
+"""Measurements of models on many images: layers, int8, and two versions compared."""

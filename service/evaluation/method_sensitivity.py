@@ -11,9 +11,9 @@ from torch import Tensor
 
 from service.cam.formulas import LAYER_METHODS
 from service.errors import CamserveError, InvalidOption
-from service.inference.batch import Unfinished, run
+from service.evaluation.single_runs import result_of
 from service.inference.method_table import MULTI_PASS_METHODS, check_method
-from service.inference.questions import InferenceResult, Question
+from service.inference.questions import Question
 from service.models.loaded import LoadedModel
 from service.models.pool import Replica
 from service.models.probes.condition import Condition
@@ -60,7 +60,7 @@ def maps_by_depth(model: LoadedModel, images: Sequence[Tensor], methods: Sequenc
         module = private_copy(model.module)
         changeable = replace(model, module=module, folded=None, compiled=None)
         replica = Replica(changeable, module, Condition.of(module))
-        best = _result(replica, Question(image, method=None))
+        best = result_of(replica, Question(image, method=None))
         if isinstance(best, CamserveError):
             raise best
         for depth in cascade(module, model.layers, seed):
@@ -84,17 +84,7 @@ def _map(replica: Replica, image: Tensor, class_id: int, method: str) -> Tensor 
     question = Question(
         image, targets=(class_id,), method=method, layers=layers, samples=SAMPLES, steps=STEPS
     )
-    result = _result(replica, question)
+    result = result_of(replica, question)
     if isinstance(result, CamserveError) or not result.explanations:
         return None
     return torch.tensor(result.explanations[0].grid)
-
-
-def _result(replica: Replica, question: Question) -> InferenceResult | CamserveError:
-    (outcome,) = run(replica, [question])
-    try:
-        while isinstance(outcome, Unfinished):
-            outcome = outcome.step(replica) or outcome
-    except CamserveError as error:
-        return error
-    return outcome
