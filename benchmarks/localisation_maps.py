@@ -59,19 +59,18 @@ SCALE = 1e6
 
 
 def ours(
-    replica: Replica, pixels: Tensor, method: str, targets: Sequence[int]
+    replica: Replica, pixels: Tensor, method: str, targets: Sequence[int], *, libra: bool = False
 ) -> list[Map] | CamserveError:
     """The service's maps (h, w) at the size of the image, as drawn: not negative.
 
-    Computed by `service.inference.batch.run`, on whatever size `pixels` has. The error where the
-    service refuses the method for this model.
+    Computed by `service.inference.batch.run`, on whatever size `pixels` has. libra: with corrected
+    gradients. The error where the service refuses the method for this model.
     """
     layer = replica.model.target_layer
     assert layer is not None
     layers = (layer,) if METHODS[method].has_layer else ()
-    (answer,) = run(
-        replica, [Question(pixels, targets=tuple(targets), method=method, layers=layers)]
-    )
+    question = Question(pixels, targets=tuple(targets), method=method, layers=layers, libra=libra)
+    (answer,) = run(replica, [question])
     while isinstance(answer, Unfinished):
         finished = answer.step(replica)
         answer = answer if finished is None else finished

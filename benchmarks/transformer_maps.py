@@ -7,7 +7,8 @@ A DINOv2-S names flowers by its class token, or by the mean of its patches. Mosa
 photographs of four classes, each named with a score over 0.8 on its own: the share of a map in the
 quarter of its class, and whether its maximum lies there. Single photographs: insertion minus
 deletion. Each beside Grad-CAM at the default layer, with the 95 % interval of the paired difference
-over mosaics or photographs. --write puts the tables into docs/reference/localisation.md.
+over mosaics or photographs. Methods from one gradient are also measured with `correction=libra`.
+--write puts the tables into docs/reference/localisation.md.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ MODELS = {"dinov2_token": "class token", "dinov2_mean": "mean of the patches"}
 MEASURES = ("energy in the right quarter", "maximum in the right quarter", "insertion − deletion")
 SURE = 0.8
 TRIVIAL = ("centre", "random")
+LIBRA = ", libra"
+"""Behind a method's name: with corrected gradients."""
 
 
 def sure(replica: Replica, data: Data, count: int) -> list[tuple[Tensor, int]]:
@@ -97,9 +100,10 @@ class Bench:
             if reason is not None:
                 self.refused[record.name] = reason
                 continue
-            found = ours(self.replica, pixels, record.name, targets)
-            assert not isinstance(found, CamserveError), found
-            yield record.name, found
+            for libra in (False, True) if record.is_correctable else (False,):
+                found = ours(self.replica, pixels, record.name, targets, libra=libra)
+                assert not isinstance(found, CamserveError), found
+                yield record.name + (LIBRA if libra else ""), found
 
     def look_at_mosaic(self, number: int, pixels: Tensor, targets: Sequence[int]) -> None:
         """Where the map of each of the four classes lies."""
@@ -121,7 +125,10 @@ class Bench:
 
     def rows(self) -> dict[str, list[str]]:
         """A cell a measure for each method: the mean, and its difference from Grad-CAM."""
-        methods = [*TRIVIAL, *(name for name in METHODS if name not in self.refused)]
+        methods = [*TRIVIAL]
+        for name, record in METHODS.items():
+            if name not in self.refused:
+                methods += [name, name + LIBRA] if record.is_correctable else [name]
         return {
             name: [self._cell(table, name) for table in self.tables.values()] for name in methods
         }
