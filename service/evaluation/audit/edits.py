@@ -38,28 +38,37 @@ LARGEST_SIGMA = 0.06
 
 
 def places(height: int, width: int) -> dict[str, Tensor]:
-    """The fixed places that are pasted from a donor: bool (h, w) by name."""
+    """The fixed places that are pasted from a donor: bool (h, w) by name, the smallest first."""
     ring = torch.ones(height, width, dtype=torch.bool)
     rows, columns = max(1, round(RING * height)), max(1, round(RING * width))
     ring[rows : height - rows, columns : width - columns] = False
-    found = {"ring": ring}
     third = max(1, round(height / 3))
     down, across = max(1, round(CORNER * height)), max(1, round(CORNER * width))
     top, bottom = slice(0, down), slice(height - down, height)
     left, right = slice(0, across), slice(width - across, width)
     everything = slice(None)
     parts = {
-        "top third": (slice(0, third), everything),
-        "bottom third": (slice(height - third, height), everything),
         "top left corner": (top, left),
         "top right corner": (top, right),
         "bottom left corner": (bottom, left),
         "bottom right corner": (bottom, right),
     }
-    for name, part in parts.items():
-        found[name] = torch.zeros(height, width, dtype=torch.bool)
-        found[name][part] = True
-    return found
+    thirds = {
+        "top third": (slice(0, third), everything),
+        "bottom third": (slice(height - third, height), everything),
+    }
+    corners = {name: _filled(height, width, part) for name, part in parts.items()}
+    return {
+        **corners,
+        "ring": ring,
+        **{name: _filled(height, width, part) for name, part in thirds.items()},
+    }
+
+
+def _filled(height: int, width: int, part: tuple[slice, slice]) -> Tensor:
+    mask = torch.zeros(height, width, dtype=torch.bool)
+    mask[part] = True
+    return mask
 
 
 def pasted(recipient: Tensor, donor: Tensor, mask: Tensor) -> Tensor:

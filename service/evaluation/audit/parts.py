@@ -124,5 +124,6 @@ def region(
     """
     heat = over_input(part.maps[at][None], size, model.preprocessing.covers)[0]
     most = max(1, round(largest * heat.numel()))
-    border = torch.maximum(heat.max() / 2, heat.flatten().topk(most).values[-1])
-    return heat >= border
+    chosen = torch.zeros(heat.numel(), dtype=torch.bool)
+    chosen[heat.flatten().argsort(descending=True, stable=True)[:most]] = True
+    return chosen.reshape(heat.shape) & (heat >= heat.max() / 2)
