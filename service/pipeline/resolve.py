@@ -169,7 +169,23 @@ def _activation_paths(
     return paths, kind
 
 
+def _check_targets(model: LoadedModel, options: ExplainOptions) -> None:
+    """Raise InvalidOption for targets that a classifier does not have."""
+    if options.targets and options.explain_top > 1:
+        raise InvalidOption(
+            f"`targets` and `explain_top` exclude each other for model {model.name!r}, which "
+            "classifies; give one of them."
+        )
+    for name in ("at", "of", "min_score"):
+        if getattr(options, name) != type(options).model_fields[name].get_default():
+            raise InvalidOption(
+                f"`{name}` is for models that detect or segment, and model {model.name!r} "
+                "classifies; leave it out."
+            )
+
+
 def _with_explanation(model: LoadedModel, options: ExplainOptions, question: Question) -> Question:
+    _check_targets(model, options)
     targets = tuple(dict.fromkeys(map(model.class_id, options.targets)))
     contrast = _contrast(model, options)
     for class_id in () if contrast is None else contrast.classes:

@@ -285,8 +285,8 @@ def test_options_are_read_as_the_service_does() -> None:
         read_options(PredictOptions, {"layer": "a"})
     with pytest.raises(ValueError, match=r"opacity: .*less than or equal to 1"):
         read_options(ExplainOptions, {"opacity": 2})
-    with pytest.raises(ValueError, match="exclude each other"):
-        read_options(ExplainOptions, {"targets": [1], "explain_top": 2})
+    with pytest.raises(ValueError, match="stands alone"):
+        read_options(ExplainOptions, {"include": ["none", "grid"]})
 
 
 def test_the_arguments_of_the_calls_are_the_options_of_the_service() -> None:
