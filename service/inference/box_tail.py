@@ -22,11 +22,15 @@ RADIUS = 8
 last one reach 5."""
 
 
+EMPTY = 2
+"""Cells a side of the levels that a row does not depend on: norms need more than one."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LevelRow:
     """One row of the head, computed from one level.
 
-    level:   its path. start: the level's values for the image, a leaf (1, C, h, w) or a part of it.
+    level:   its path. values: of the whole level for the image, (1, C, h, w).
     logits, offsets: the row, with a graph to `leaf`.
     leaf, corner: the part (1, C, r, s) of the level that the row is computed from, and its first
              (row, column).
@@ -139,16 +143,15 @@ def _anchor_rows(
         top, left = max(0, y - RADIUS), max(0, x - RADIUS)
         leaf = _leaf(values[:, :, top : y + RADIUS + 1, left : x + RADIUS + 1])
         logits, offsets = _of_level(module.head, head, levels, level, leaf)
-        number = sum(anchors[:level]) + (
-            ((y - top) * leaf.shape[3] + x - left) * anchors[level] + anchor
-        )
+        before = EMPTY**2 * sum(anchors[:level])
+        number = before + (((y - top) * leaf.shape[3] + x - left) * anchors[level] + anchor)
         if not _same(logits[number], expected):  # a head that sees the whole level
             key = image, level
             if key not in whole:
                 leaf = _leaf(values)
                 whole[key] = (leaf, *_of_level(module.head, head, levels, level, leaf))
             (leaf, logits, offsets), (top, left) = whole[key], (0, 0)
-            number = sum(anchors[:level]) + position - ends[level] + counts[level]
+            number = before + position - ends[level] + counts[level]
         found[row] = LevelRow(
             head.levels[level], values, leaf, (top, left), logits[number], offsets[number]
         )
@@ -158,8 +161,8 @@ def _anchor_rows(
 def _of_level(
     part: nn.Module, head: BoxHead, levels: Sequence[Tensor], level: int, leaf: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The rows (n, C) and (n, 4) of a head on one level; the other levels have one empty cell."""
-    empty = [leaf.new_zeros(1, each.shape[1], 1, 1) for each in levels]
+    """The rows (n, C) and (n, 4) of a head on one level; the other levels are empty."""
+    empty = [leaf.new_zeros(1, each.shape[1], EMPTY, EMPTY) for each in levels]
     empty[level] = leaf
     outputs = dict(tensors_in(part(empty)))
     return outputs[head.logits][0], outputs[head.offsets][0]

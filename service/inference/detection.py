@@ -67,6 +67,7 @@ class BoxMap:
     logits: Tensor | None = None
     not_used: bool = False
     clipped: bool = False
+    saturated: bool = False
 
 
 def detect(replica: Replica, questions: Sequence[Question]) -> list[Steps | CamserveError]:
@@ -275,10 +276,32 @@ def _maps(
     again: Mapping[int, Any] = {}
     if not _named_layers(scene.model, question):
         again = level_rows(scene.module, head, scene.seen[_reads(scene.model)][0], asked)
+    if any(row is None for row in rows) and not _named_layers(scene.model, question):
+        return _with_lost_rows(scene, question, image, found, targets, rows, again)
     return [
         _without_head(scene, question, image, found, number)
         if row is None
         else _of_row(scene, question, image, found, number, row, again.get(row))
+        for number, row in zip(targets, rows, strict=True)
+    ]
+
+
+def _with_lost_rows(  # noqa: PLR0917 - one call
+    scene: Scene,
+    question: Question,
+    image: int,
+    found: Detections,
+    targets: Sequence[int],
+    rows: Sequence[int | None],
+    again: Mapping[int, Any],
+) -> list[BoxMap]:
+    """The maps where a box has no row: its edges are at the border, its score saturated."""
+    level = scene.model.default_layers[0]
+    grid = scene.model.layer(level).layout
+    assert grid is not None
+    lost = BoxMap(torch.zeros(grid.grid), (level,), _window(scene, image), saturated=True)
+    return [
+        lost if row is None else _of_row(scene, question, image, found, number, row, again.get(row))
         for number, row in zip(targets, rows, strict=True)
     ]
 
@@ -401,7 +424,7 @@ def _explanation(
     logit = as_logits(found.scores[number : number + 1], "sigmoid")[0]
     flags = {
         "all_zero": not bool(scaled.grid.any()),
-        "saturated": model.head is None and score > SATURATED,
+        "saturated": one.saturated or (model.head is None and score > SATURATED),
         "low_resolution": min(scaled.grid.shape) < LOW_RESOLUTION,
         "random_weights": model.random_weights,
         "not_deterministic": not model.behaviour.deterministic,

@@ -3,51 +3,20 @@
 from __future__ import annotations
 
 import copy
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from detectors import answer, image, loaded
 from torch import Tensor
 
-from service.errors import CamserveError
-from service.inference.batch import Unfinished, run
-from service.inference.questions import InferenceResult, Question
-from service.models.catalog import ModelSpec
+from service.inference.contrast import Contrast
+from service.inference.questions import Question
 from service.models.loaded import LoadedModel
-from service.models.loading import load_model
-from service.models.pool import Replica
-from service.models.probes.condition import Condition
 
 pytestmark = pytest.mark.timeout(120)
 
 KINDS = ("faster_rcnn", "mask_rcnn", "retinanet", "fcos", "ssd")
-
-
-@cache
-def loaded(kind: str) -> LoadedModel:
-    import detectors
-
-    return load_model(ModelSpec(kind, f"detectors:{kind}", labels=detectors.LABELS))
-
-
-def answer(model: LoadedModel, question: Question, *others: Question) -> list[InferenceResult]:
-    module = model.replicate()
-    replica = Replica(model, module, Condition.of(module))
-    results = []
-    for outcome in run(replica, [question, *others]):
-        while isinstance(outcome, Unfinished):
-            outcome = outcome.step(replica) or outcome  # noqa: PLW2901 - step by step
-        assert not isinstance(outcome, CamserveError), outcome
-        results.append(outcome)
-    return results
-
-
-def image(seed: int, size: tuple[int, int] = (70, 90)) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(1, 3, 5, 6, generator=generator)
-    smooth = torch.nn.functional.interpolate(coarse, size, mode="bilinear")
-    return (255 * smooth[0]).to(torch.uint8)
 
 
 def question(model: LoadedModel, pixels: Tensor, **more: Any) -> Question:
@@ -161,8 +130,6 @@ def test_the_window_of_a_map_is_the_padded_tensor_in_source_pixels() -> None:
 
 def test_a_contrast_is_of_the_same_row() -> None:
     """The gradient of z_a − z_b is the difference of the gradients of both logits of the row."""
-    from service.inference.contrast import Contrast
-
     model, pixels = loaded("retinanet"), image(1)
     (result,) = answer(model, question(model, pixels))
     label = result.explanations[0].class_id

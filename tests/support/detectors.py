@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -14,7 +14,16 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.ssd import SSD
 from torchvision.ops import MultiScaleRoIAlign
 
-CHANNELS = 16
+from service.errors import CamserveError
+from service.inference.batch import Unfinished, run
+from service.inference.questions import InferenceResult, Question
+from service.models.catalog import ModelSpec
+from service.models.loaded import LoadedModel
+from service.models.loading import load_model
+from service.models.pool import Replica
+from service.models.probes.condition import Condition
+
+CHANNELS = 32
 CLASSES = 4
 LABELS = ("__background__", "disc", "square", "ring")
 SIZES: dict[str, Any] = {"min_size": 64, "max_size": 96}
@@ -23,14 +32,13 @@ SIZES: dict[str, Any] = {"min_size": 64, "max_size": 96}
 class Pyramid(nn.Module):
     """Two levels, strides 8 and 16."""
 
-    def __init__(self, *, named: bool = True) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.named = named
         self.stem = nn.Sequential(
             nn.Conv2d(3, 8, 3, 4, 1), nn.ReLU(), nn.Conv2d(8, CHANNELS, 3, 2, 1), nn.ReLU()
         )
         self.next = nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 3, 2, 1), nn.ReLU())
-        self.out_channels = CHANNELS
+        self.out_channels: Any = CHANNELS
 
     def forward(self, images: Tensor) -> Any:
         first = self.stem(images)
@@ -43,17 +51,18 @@ def _seeded(make: Any) -> nn.Module:
         torch.manual_seed(3)
         module: nn.Module = make()
         for path, parameter in module.named_parameters():
-            if parameter.ndim == 4 or path.endswith("weight"):
-                gain = 6.0 if any(word in path for word in _LAST) else 1.5
-                nn.init.kaiming_normal_(parameter) if parameter.ndim > 1 else None
+            if parameter.ndim > 1:
+                nn.init.kaiming_normal_(parameter)
+                gain = next((value for word, value in _GAINS.items() if word in path), 1.0)
                 with torch.no_grad():
-                    parameter.mul_(gain if parameter.ndim > 1 else 1.0)
+                    parameter.mul_(gain)
             elif "cls_logits" in path:
                 nn.init.zeros_(parameter)
     return module.eval()
 
 
-_LAST = ("cls_score", "cls_logits.weight", "classification_head.module_list")
+_GAINS = {"cls": 2.0, "classification_head": 1.0, "bbox": 0.1, "regression_head": 0.2}
+"""Scores that differ, and boxes near their anchors."""
 
 
 def _anchors() -> AnchorGenerator:
@@ -106,8 +115,9 @@ def fcos() -> nn.Module:
 
 def ssd() -> nn.Module:
     boxes = DefaultBoxGenerator([[2], [2, 3]], scales=[0.2, 0.5, 0.8])
-    make = partial(SSD, Pyramid(), boxes, (64, 64), CLASSES, detections_per_img=12)
-    return _seeded(make)
+    backbone = Pyramid()
+    backbone.out_channels = [CHANNELS, CHANNELS]
+    return _seeded(partial(SSD, backbone, boxes, (64, 64), CLASSES, detections_per_img=12))
 
 
 class Segmenter(nn.Module):
@@ -154,3 +164,27 @@ class OwnDetector(nn.Module):
 
 def own() -> nn.Module:
     return _seeded(OwnDetector)
+
+
+@cache
+def loaded(kind: str) -> LoadedModel:
+    return load_model(ModelSpec(kind, f"detectors:{kind}", labels=LABELS))
+
+
+def answer(model: LoadedModel, question: Question, *others: Question) -> list[InferenceResult]:
+    module = model.replicate()
+    replica = Replica(model, module, Condition.of(module))
+    results = []
+    for outcome in run(replica, [question, *others]):
+        while isinstance(outcome, Unfinished):
+            outcome = outcome.step(replica) or outcome  # noqa: PLW2901 - step by step
+        assert not isinstance(outcome, CamserveError), outcome
+        results.append(outcome)
+    return results
+
+
+def image(seed: int, size: tuple[int, int] = (70, 90)) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(1, 3, 5, 6, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, size, mode="bilinear")
+    return (255 * smooth[0]).to(torch.uint8)
