@@ -12,6 +12,8 @@ from typing import Literal, Protocol
 from pydantic import BaseModel, Field
 
 Rect = tuple[float, float, float, float]
+Of = Literal["class", "x1", "y1", "x2", "y2"]
+"""What of a detection is explained: its class, or the position of an edge of its box."""
 
 
 class Encoded(BaseModel):
@@ -78,26 +80,39 @@ class Activation(BaseModel):
     array: Array | None = None
 
 
+class MaskRLE(BaseModel):
+    """A mask as compressed COCO RLE; size is [height, width] of the source."""
+
+    size: tuple[int, int]
+    counts: str
+
+
 class Prediction(BaseModel):
-    """One class: its softmax score and the logit behind it."""
+    """One class: its score and the logit behind it; of a detector, one box.
+
+    A detection has `detection`, `box` and, if the model gives one, `mask`; its `logit` is that of
+    the class where the head gives one, and otherwise log s − log(1 − s) of the score. A region has
+    `mask` and `area`; its `score` and `logit` are means over the region.
+    """
 
     class_id: int
     label: str
     score: float
     logit: float
+    detection: int | None = Field(
+        None, description="Position among the detections of the image, best score first, from 0."
+    )
+    box: Rect | None = Field(None, description="x, y, w, h in upright source pixels.")
+    mask: MaskRLE | None = Field(None, description="The pixels of the detection, or of the class.")
+    area: float | None = Field(
+        None, description="Source pixels in which the class is the most probable one."
+    )
 
 
 class Cost(BaseModel):
     """The cost of the explanation, in forward passes of the model for one image."""
 
     forwards: float
-
-
-class MaskRLE(BaseModel):
-    """A mask as compressed COCO RLE; size is [height, width] of the source."""
-
-    size: tuple[int, int]
-    counts: str
 
 
 class Regions(BaseModel):
@@ -239,12 +254,23 @@ class Explanation(BaseModel):
     `logit_difference` is the logit of the class minus those of the contrast, weighted; null without
     one. `range` is [min, max] of the map before it was divided by its largest absolute value;
     `flags` are its limitations: all_zero, target_not_predicted, saturated, low_resolution,
-    random_weights, module_called_n_times and others.
+    random_weights, module_called_n_times and others. Of a detector an explanation is of one box,
+    of a segmenter of one region.
     """
 
     class_id: int
     label: str
     score: float
+    detection: int | None = Field(
+        None, description="The position of the explained detection in `predictions`."
+    )
+    box: Rect | None = Field(
+        None, description="The explained box, x, y, w, h in upright source pixels."
+    )
+    of: Of | None = Field(None, description="What of the detection is explained.")
+    region: MaskRLE | None = Field(
+        None, description="The explained region of a segmenter: the target is its mean logit."
+    )
     contrast: int | None = Field(None, description="The class of a contrast with one class.")
     contrasts: list[Contrast] | None = Field(
         None, description="The classes of a contrast with several or with a weight."

@@ -7,9 +7,17 @@ A new method is a record here, its name in `options.Method`, and a function in
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
-from api_schemas.options import Method
+from api_schemas.options import Method, Task
+
+DEFAULTS: Mapping[Task, Method] = MappingProxyType(
+    {"classification": "gradcam", "detection": "hirescam", "segmentation": "hirescam"}
+)
+"""The method of a request that names none."""
+
+ALL_TASKS: tuple[Task, ...] = ("classification", "detection", "segmentation")
 
 Need = Literal["layer", "gradients", "head", "relu", "attention", "class token"]
 
@@ -38,6 +46,8 @@ class MethodRecord(NamedTuple):
     grid:     the shape of the map: that of the layer, the model input, or the patches.
     signed:   whether the map is −1..1, negative for evidence against the class, or 0..1.
     class_blind: whether the map is the same for every class; its explanations carry this flag.
+    tasks:    the tasks that it is for. per_box: whether its map tells one box from another; if not,
+              explanations of detections carry the flag `not_per_box`.
     """
 
     name: Method
@@ -53,6 +63,8 @@ class MethodRecord(NamedTuple):
     grid: Literal["layer", "input", "patches"] = "layer"
     signed: bool = False
     class_blind: bool = False
+    tasks: tuple[Task, ...] = ("classification",)
+    per_box: bool = True
 
     @property
     def has_layer(self) -> bool:
@@ -87,6 +99,8 @@ METHODS: Mapping[str, MethodRecord] = {
             "opposes it there cancels out; weak for small or several objects",
             "Selvaraju et al., ICCV 2017",
             needs=("layer", "gradients"),
+            tasks=ALL_TASKS,
+            per_box=False,
         ),
         MethodRecord(
             "gradcampp",
@@ -97,6 +111,8 @@ METHODS: Mapping[str, MethodRecord] = {
             "implementations add a constant",
             "Chattopadhay et al., WACV 2018",
             needs=("layer", "gradients"),
+            tasks=ALL_TASKS,
+            per_box=False,
         ),
         MethodRecord(
             "hirescam",
@@ -107,6 +123,7 @@ METHODS: Mapping[str, MethodRecord] = {
             "before a LayerNorm (ConvNeXt's stages), where gradient times activation sums to zero",
             "Draelos and Carin, arXiv 2011.08891, 2020",
             needs=("layer", "gradients"),
+            tasks=ALL_TASKS,
         ),
         MethodRecord(
             "layercam",
@@ -116,6 +133,7 @@ METHODS: Mapping[str, MethodRecord] = {
             "drops evidence against the class",
             "Jiang et al., IEEE TIP 2021",
             needs=("layer", "gradients"),
+            tasks=ALL_TASKS,
         ),
         MethodRecord(
             "xgradcam",
@@ -125,6 +143,8 @@ METHODS: Mapping[str, MethodRecord] = {
             "as Grad-CAM; equals it for ReLU features with a linear head",
             "Fu et al., BMVC 2020",
             needs=("layer", "gradients"),
+            tasks=ALL_TASKS,
+            per_box=False,
         ),
         MethodRecord(
             "eigencam",
@@ -246,6 +266,7 @@ METHODS: Mapping[str, MethodRecord] = {
             times="squares",
             grid="input",
             signed=True,
+            tasks=ALL_TASKS,
         ),
         MethodRecord(
             "rise",
@@ -258,6 +279,7 @@ METHODS: Mapping[str, MethodRecord] = {
             times="samples",
             grid="input",
             signed=True,
+            tasks=ALL_TASKS,
         ),
         MethodRecord(
             "attention_rollout",

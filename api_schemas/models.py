@@ -5,6 +5,8 @@ A class that shares its name with one of `service` is its wire form.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, Field
 
 
@@ -80,6 +82,9 @@ class Model(BaseModel):
     classes: int | None = None
     input: InputSize | None = None
     transform: str | None = Field(None, description="How images are preprocessed, and the source.")
+    task: Literal["classification", "detection", "segmentation"] | None = Field(
+        None, description="What the model predicts: classes, boxes, or a class for each pixel."
+    )
     target_layer: str | None = None
     lanes: list[Lane] | None = None
     random_weights: bool | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -38,6 +39,8 @@ Method = Literal[
     "attention_rollout",
     "gae",
 ]
+Task = Literal["classification", "detection", "segmentation"]
+Of = Literal["class", "x1", "y1", "x2", "y2"]
 Fit = Literal["crop", "squash", "pad"]
 Verify = Literal["false", "true", "search"]
 Correction = Literal["none", "libra"]
@@ -98,12 +101,33 @@ def _text(value: object) -> object:
 Target = Annotated[str, Field(min_length=1, max_length=200), BeforeValidator(_text)]
 
 
+Place = Annotated[str, Field(min_length=1, max_length=1_000_000)]
+"""A point, a box or a mask in `at`, as text."""
+
 ContrastWeight = Annotated[float, Field(ge=0, le=100)]
 
 
 def _listed(value: object) -> object:
     """Return one value as a list: a JSON request may give it alone."""
     return value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+
+
+def _place_text(value: object) -> object:
+    """A place that a JSON request gives as numbers or an object as text."""
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
+    return json.dumps(value) if isinstance(value, dict) else value
+
+
+def _places(value: object) -> object:
+    """Several places as a list of texts; a JSON request may give one alone, as numbers."""
+    if isinstance(value, (list, tuple)) and any(isinstance(each, (int, float)) for each in value):
+        value = [value]
+    return (
+        [_place_text(each) for each in value]
+        if isinstance(value, (list, tuple))
+        else ([] if value is None else [_place_text(value)])
+    )
 
 
 class RunLengths(BaseModel):
@@ -113,6 +137,26 @@ class RunLengths(BaseModel):
 
     size: tuple[int, int]
     counts: str | Annotated[list[int], Field(fail_fast=True)]
+
+
+def _place(text: str) -> tuple[float, ...] | RunLengths:
+    """A point, a box or a mask. Raises ValueError for anything else."""
+    if text.lstrip().startswith("{"):
+        try:
+            return RunLengths.model_validate_json(text)
+        except ValueError as error:
+            raise ValueError('a mask in `at` is {"size": [h, w], "counts": …}') from error
+    try:
+        numbers = tuple(float(number) for number in text.split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) not in {2, 4} or not all(map(math.isfinite, numbers)):
+        raise ValueError(
+            f"`at` is a point x,y or a box x,y,w,h in source pixels, not {text[:80]!r}"
+        )
+    if len(numbers) == 4 and min(numbers[2:]) <= 0:
+        raise ValueError(f"the box {text[:80]!r} in `at` has no width or no height")
+    return numbers
 
 
 class Mask(BaseModel):
@@ -145,18 +189,30 @@ def _json_text(value: object) -> object:
 
 
 class CommonOptions(BaseModel):
-    """Options of both `/explain` and `/predict`. An unknown option is an error."""
+    """Options of both `/explain` and `/predict`. An unknown option is an error.
+
+    `min_score` is for models that detect; others refuse it.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str | None = Field(
         None, max_length=200, description="A name from /models; default: the first model."
     )
-    top_k: int = Field(5, ge=1, le=1000, description="Number of predictions to list.")
+    top_k: int = Field(
+        5,
+        ge=1,
+        le=1000,
+        description="Number of predictions to list; of detections, the default is 100.",
+    )
+    min_score: float | None = Field(
+        None, ge=0, le=1, description="Lowest score of a detection that is listed; default 0.5."
+    )
     fit: Fit | None = Field(
         None,
         description="How the image is fitted to the model input: `crop` is a center crop, `squash` "
-        "ignores the aspect ratio, `pad` keeps the whole image; default: as in training.",
+        "ignores the aspect ratio, `pad` keeps the whole image; default: as in training. Detectors "
+        "take the whole image and refuse it.",
     )
     activations: Annotated[
         list[LayerPath], Field(fail_fast=True), AfterValidator(_few_wildcards)
@@ -197,7 +253,25 @@ class ExplainOptions(CommonOptions):
         description="Classes to explain, by id or exact label; only digits is an id. `id:3` and "
         "`label:3` are explicit. Default: the top-1 prediction.",
     )
-    explain_top: int = Field(1, ge=1, le=100, description="Explain the top n predictions.")
+    explain_top: int = Field(
+        1,
+        ge=1,
+        le=100,
+        description="Explain the top n predictions. Of a detector: the n best boxes, of `targets` "
+        "if there are any; of a segmenter: the n largest regions but the background.",
+    )
+    at: Annotated[list[Place], BeforeValidator(_places)] = Field(
+        [],
+        max_length=100,
+        description="Boxes to explain, each as x,y,w,h or a point x,y in source pixels: the "
+        "detection with the largest overlap (IoU of .5 at least), or the best one around the "
+        "point. Of a segmenter: the region at the point, or the box or RLE to sum over.",
+    )
+    of: Of = Field(
+        "class",
+        description="What of a detection is explained: its `class`, or the position of an edge "
+        "of its box in the image, `x1`, `y1`, `x2` or `y2`.",
+    )
     contrast: Annotated[list[Target], BeforeValidator(_listed)] = Field(
         [],
         max_length=16,
@@ -211,12 +285,17 @@ class ExplainOptions(CommonOptions):
         description="The weight of each class of `contrast`; default: their probabilities among "
         "each other, 1 for one class.",
     )
-    method: Method = Field("gradcam", description="How the map is computed.")
+    method: Method = Field(
+        "gradcam",
+        description="How the map is computed. Default: `gradcam` of classifiers, `hirescam` of "
+        "detectors and segmenters.",
+    )
     layer: list[LayerPath] = Field(
         [],
         max_length=16,
         description="Target layer by dotted path; several are fused. "
-        "Default: the model's target_layer.",
+        "Default: the model's target_layer; of a detector, the level of the feature pyramid that "
+        "the box comes from.",
     )
     include: list[Include] = Field(
         ["heatmap"],
@@ -267,8 +346,6 @@ class ExplainOptions(CommonOptions):
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> Self:
-        if self.targets and self.explain_top > 1:
-            raise ValueError("`targets` and `explain_top` exclude each other; give one of them")
         if self.contrast_weight and len(self.contrast_weight) != len(self.contrast):
             raise ValueError(
                 f"`contrast_weight` has {len(self.contrast_weight)} numbers and `contrast` "
@@ -281,7 +358,12 @@ class ExplainOptions(CommonOptions):
             raise ValueError("gradients are captured for exactly one target; name one")
         if self.mask is not None:
             self.hidden()
+        self.places()
         return self
+
+    def places(self) -> list[tuple[float, ...] | RunLengths]:
+        """Return `at`: points (x, y), boxes (x, y, w, h) and masks. Raises ValueError."""
+        return [_place(text) for text in self.at]
 
     def hidden(self) -> Mask | None:
         """Return the parsed mask. Raises ValueError for an invalid one."""

@@ -15,15 +15,20 @@ from api_schemas.options import (
     Include,
     Mask,
     Method,
+    Of,
     OverlayFormat,
+    RunLengths,
     Size,
     Verify,
 )
+
+Place = tuple[float, float] | tuple[float, float, float, float] | dict[str, Any] | RunLengths
 
 
 class _Common(TypedDict, total=False):
     model: str
     top_k: int
+    min_score: float
     fit: Fit
     activations: str | list[str]
     activation_as: ActivationForm | list[ActivationForm]
@@ -41,6 +46,8 @@ class ExplainArguments(_Common, total=False):
     activation_kind: Literal["output", "input", "grad_output", "grad_input"]
     targets: int | str | list[int | str]
     explain_top: int
+    at: str | Place | list[str | Place]
+    of: Of
     contrast: int | str | list[int | str]
     contrast_weight: float | list[float]
     method: Method

@@ -25,12 +25,20 @@ Floats = NDArray[np.float16] | NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The decoded form of the wire's `Prediction`; a DataFrame of a list has named columns."""
+    """The decoded form of the wire's `Prediction`; a DataFrame of a list has named columns.
+
+    detection, box: of a detector, its position and x, y, w, h. mask: of a detection or a region, as
+    run lengths, see `decode_mask`. area: of a region, in source pixels.
+    """
 
     class_id: int
     label: str
     score: float
     logit: float
+    detection: int | None = None
+    box: answers.Rect | None = None
+    mask: answers.MaskRLE | None = field(default=None, repr=False)
+    area: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +81,8 @@ class Explanation:
     These and `regions` are None if `include` does not name them.
     verify:  the verdict on the map with its numbers; None without the option `verify`.
     logit_difference: the logit of the class minus that of `contrast`; None without one.
+    detection, box, of: of a detector, the explained detection, its box and what of it; region: of a
+    segmenter, the region that the target is the mean of.
     """
 
     class_id: int
@@ -91,6 +101,10 @@ class Explanation:
     verify: answers.Verification | None = field(default=None, repr=False)
     contrasts: tuple[answers.Contrast, ...] = ()
     logit_difference: float | None = None
+    detection: int | None = None
+    box: answers.Rect | None = None
+    of: answers.Of | None = None
+    region: answers.MaskRLE | None = field(default=None, repr=False)
 
     def _repr_html_(self) -> str:
         """The map in a notebook, with its caption."""
@@ -268,6 +282,10 @@ def _explanation(wire: answers.Explanation) -> Explanation:
         else Regions(regions.threshold, regions.peak, regions.boxes, regions.polygons, regions.rle),
         verify=wire.verify,
         logit_difference=wire.logit_difference,
+        detection=wire.detection,
+        box=wire.box,
+        of=wire.of,
+        region=wire.region,
     )
 
 
