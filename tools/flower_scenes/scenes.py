@@ -55,7 +55,7 @@ def scenes(photos: Photos, count: int, seed: int) -> Iterator[Scene]:
 
 
 def draw(photos: Photos, chance: random.Random) -> Scene:
-    """Put two photographs or more, whole or cut to an ellipse, on a blurred one."""
+    """Put up to MOST photographs, whole or cut to an ellipse, on a blurred one."""
     pixels = _canvas(photos.images[chance.randrange(len(photos.images))])
     boxes = torch.zeros(0, 4)
     labels: list[int] = []
