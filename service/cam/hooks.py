@@ -80,6 +80,27 @@ def record(
 
 
 @contextmanager
+def watch(model: nn.Module, paths: Collection[str]) -> Iterator[dict[str, tuple[Any, Any]]]:
+    """The arguments and the output of the last call of some modules inside the `with`, by path.
+
+    They are those of the model itself, not copies. Paths that are not in the model are left out.
+    """
+    seen: dict[str, tuple[Any, Any]] = {}
+
+    def noted(path: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any, output: Any) -> None:
+            seen[path] = args, output
+
+        return hook
+
+    known = {path for path, _ in model.named_modules()}
+    with ExitStack() as hooks:
+        for path in known.intersection(paths):
+            _register(hooks, model, path, noted(path))
+        yield seen
+
+
+@contextmanager
 def replace_output(model: nn.Module, path: str, value: Tensor, *, call: int = 0) -> Iterator[None]:
     """Let one call of a layer return `value` instead of its output, inside the `with`."""
     calls = iter(range(1 << 62))

@@ -72,6 +72,31 @@ def find_regions(
     )
 
 
+def component(mask: NDArray[np.bool_], at: tuple[int, int] | None = None) -> NDArray[np.bool_]:
+    """One 8-connected region of a mask (h, w): that at a (row, column), else the largest one."""
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+    if at is not None:
+        return np.asarray(labels == labels[at], dtype=np.bool_)
+    largest = 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())
+    return np.asarray(labels == largest, dtype=np.bool_)
+
+
+def mask_rle(mask: NDArray[np.bool_], geometry: Geometry) -> tuple[RLE, int]:
+    """A mask (h, w) over the model input as run lengths of the source, and its area there.
+
+    Each source pixel has the value of the input's pixel that its centre lies in.
+    """
+    left, top, width, height = geometry.window
+    columns, rows = (
+        ((np.arange(length) + 0.5 - start) / extent * cells).astype(np.int64).clip(0, cells - 1)
+        for length, start, extent, cells in zip(
+            geometry.source_size, (left, top), (width, height), mask.shape[::-1], strict=True
+        )
+    )
+    found = mask.T[columns][:, rows].T
+    return rle_encode(found), int(np.count_nonzero(found))
+
+
 def _strength(grid: NDArray[np.float32], geometry: Geometry, max_side: int) -> NDArray[np.float32]:
     """|grid| over the source, float32 (h, w), no side over `max_side`; 0 outside `seen`."""
     width, height = geometry.source_size

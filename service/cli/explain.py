@@ -11,7 +11,7 @@ from pathlib import Path
 import typer
 from rich.markup import escape
 
-from api_schemas.answers import Explanation, verdict_summary
+from api_schemas.answers import Explanation, Prediction, verdict_summary
 from api_schemas.options import ExplainOptions
 from service import logs
 from service.app import build_service
@@ -114,6 +114,14 @@ def _sinks(
     """Return the sinks of the results; the stack finishes them."""
     sinks: list[Sink] = []
     model = service.pool.model(None)
+    one_map = {
+        "--sheet": destinations.sheet,
+        "--report": destinations.report,
+        "--tensorboard": destinations.tensorboard,
+    }
+    for flag, path in one_map.items():
+        if path is not None:
+            model.check_classifies(flag)
     if destinations.folder is not None:
         sinks.append(into_folder(destinations.folder, service.limits.render_side))
     if destinations.sheet is not None:
@@ -140,8 +148,7 @@ class _ResultTable:
             self.failed.append(outcome)
             return
         self.explained += 1
-        best = outcome.result.predictions[0]  # type: ignore[index]
-        row = [escape(text_of(outcome.path)), escape(best.label), f"{best.score:.1%}"]
+        row = [escape(text_of(outcome.path)), *_best(outcome.result.predictions or [])]
         if outcome.options.verify != "false":
             row.append(escape(_verdicts(outcome.result.explanations or [])))
         masked = outcome.result.masked
@@ -152,6 +159,15 @@ class _ResultTable:
                 changes.append(f"now {top.label} {top.score:.1%}")
             row.append(escape(", ".join(changes)))
         self.rows.add_row(*row)
+
+
+def _best(predictions: list[Prediction]) -> tuple[str, str]:
+    """The best prediction with its score, and how many more boxes there are."""
+    if not predictions:
+        return "nothing found", ""
+    best, more = predictions[0], len(predictions) - 1
+    is_box = best.box is not None and more > 0
+    return escape(best.label) + (f" and {more} more" if is_box else ""), f"{best.score:.1%}"
 
 
 def _verdicts(explanations: list[Explanation]) -> str:

@@ -17,7 +17,6 @@ from rich.progress import Progress
 
 from api_schemas.answers import Result
 from api_schemas.options import ExplainOptions
-from service.cam.heatmap import render_heatmap
 from service.cli.tensorboard import Board
 from service.durable import write_whole
 from service.errors import CamserveError
@@ -186,10 +185,11 @@ def into_folder(
         stem = out / outcome.name
         stem.parent.mkdir(parents=True, exist_ok=True)
         for index, explanation in enumerate(outcome.answer.explanations):
-            tag = f".{explanation.class_id}" if index else ""
+            of = explanation.class_id if explanation.detection is None else explanation.detection
+            tag = f".{of}" if index else ""
             drawn = response.overlay(upload, explanation, style)
             write(_with_ending(stem, f"{tag}.overlay.{style.format}"), drawn.data)
-            heatmap = render_heatmap(explanation.grid, upload.model_input.geometry, style, side)
+            heatmap = response.heatmap(upload, explanation, style, side)
             write(_with_ending(stem, f"{tag}.heatmap.png"), heatmap.data)
         if json:
             result = outcome.result.model_dump(exclude_unset=True)

@@ -86,6 +86,12 @@ _DECODERS: Mapping[type[Header], Callable[..., NDArray[np.uint8]]] = MappingProx
 )
 """Decoders that take every file of a kind."""
 
+MAX_WHOLE_ASPECT = 4
+"""The longest side of a whole image that is resized, in multiples of the shorter one."""
+
+CANVAS = (224, 224)
+"""Cells (height, width) of maps over a whole image, whatever its size."""
+
 TOO_LARGE = "Scale it down to at most {} pixels (width x height) and send it again."
 
 
@@ -103,6 +109,8 @@ class Preprocessing:
              Hugging Face does.
     covers:  the part of the model input (x, y, w, h as fractions of it) that a model with a crop
              of its own sees; None: all of it.
+    whole:   whether the model takes the whole image in its own shape: with the shorter side
+             `resize`, or at its own size where that is 0. `crop` is the size of images of a trial.
     """
 
     resize: int | tuple[int, int] = 256
@@ -113,9 +121,12 @@ class Preprocessing:
     fit: Fit = "crop"
     rounding: Rounding = "even"
     covers: Rect | None = None
+    whole: bool = False
 
     def __str__(self) -> str:
         """The transform in one line."""
+        if self.resize == 0:
+            return "the upright image, which the model resizes and normalizes"
         (height, width), resize = self.crop, self.resize
         sides = f"{resize[1]}×{resize[0]}" if isinstance(resize, tuple) else str(resize)
         how = {
@@ -125,8 +136,14 @@ class Preprocessing:
             "pad": f"fit into {'×'.join(map(str, self.room('pad')[::-1]))} on the mean color, "
             f"{width}×{height}",
         }[self.fit]
+        how = f"shorter side {resize}, not cropped" if self.whole else how
         mean, std = (", ".join(f"{x:.3g}" for x in values) for values in (self.mean, self.std))
         return f"{how}, {self.interpolation}, mean {mean}, std {std}"
+
+    @property
+    def canvas(self) -> tuple[int, int]:
+        """The (height, width) of maps that are drawn over the image and not at a layer."""
+        return CANVAS if self.whole else self.crop
 
     @property
     def longest(self) -> int:
@@ -462,6 +479,8 @@ def fit_to_model(
     """
     image = torch.from_numpy(source.pixels).permute(2, 0, 1)
     mode = InterpolationMode(preprocessing.interpolation)
+    if preprocessing.whole and fit is None:
+        return _whole(image, source.size, preprocessing, mode)
     fit = fit or preprocessing.fit
     if fit == "crop":
         pixels, window = _crop(image, source.size, preprocessing, mode)
@@ -476,6 +495,20 @@ def fit_to_model(
     height, width = preprocessing.crop
     geometry = Geometry(source.size, (width, height), window, preprocessing.covers)
     # A copy: without resizing, `pixels` may be a view of the source.
+    return ModelInput(pixels.clone(memory_format=torch.contiguous_format), geometry)
+
+
+def _whole(
+    image: Tensor, size: tuple[int, int], preprocessing: Preprocessing, mode: InterpolationMode
+) -> ModelInput:
+    """The whole image in its own shape; one over MAX_WHOLE_ASPECT times longer is compressed."""
+    pixels, shorter = image, preprocessing.resize
+    if isinstance(shorter, int) and shorter > 0:
+        width, height = preprocessing.resized(size)
+        longest = MAX_WHOLE_ASPECT * shorter
+        pixels = _squash(image, (min(height, longest), min(width, longest)), mode)
+    height, width = pixels.shape[-2:]
+    geometry = Geometry(size, (width, height), (0.0, 0.0, float(size[0]), float(size[1])))
     return ModelInput(pixels.clone(memory_format=torch.contiguous_format), geometry)
 
 

@@ -240,6 +240,8 @@ def _needed(preprocessing: Preprocessing, preview_side: int | None) -> tuple[int
     """The pixels of the (shorter, longer) side that decoding must keep; None: all."""
     if preprocessing.interpolation == "nearest":  # samples single pixels, which scaling would mix
         return None
+    if preprocessing.whole:
+        return None
     shorter = SPARE * preprocessing.longest
     return shorter, max(shorter, math.ceil(SHARPNESS * (preview_side or 0)))
 

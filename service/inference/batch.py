@@ -14,6 +14,7 @@ from service.cam.formulas import scale
 from service.cam.hooks import Calls, Recording, calls_of, gradients, record
 from service.cam.libra import LibraMode
 from service.errors import CamserveError, InvalidOption, NonFiniteOutput
+from service.inference.detection import detect
 from service.inference.edit_effects import measured_effects
 from service.inference.forward_pass import (
     ForwardPass,
@@ -32,6 +33,7 @@ from service.inference.questions import (
     Prediction,
     Question,
 )
+from service.inference.segmentation import segment
 from service.inference.verdicts import gather, judged
 from service.models.loaded import LoadedModel
 from service.models.pool import Replica
@@ -76,6 +78,10 @@ def run(
     An image that cannot be computed has its error in its position; a method that needs more passes
     is `Unfinished` and needs a replica for each step.
     """
+    if replica.model.task == "detection":
+        return [_begun(steps) for steps in detect(replica, questions)]
+    if replica.model.task == "segmentation":
+        return [_begun(steps) for steps in segment(replica, questions)]
     return [_finish_or_continue(image_pass) for image_pass in forward(replica, questions)]
 
 
@@ -93,9 +99,16 @@ def run_compiled(
 def _finish_or_continue(
     image_pass: ImagePass | CamserveError,
 ) -> InferenceResult | CamserveError | Unfinished:
-    if isinstance(image_pass, CamserveError):
-        return image_pass
-    steps = _further_passes(image_pass)
+    return _begun(
+        image_pass if isinstance(image_pass, CamserveError) else _further_passes(image_pass)
+    )
+
+
+def _begun(
+    steps: Generator[None, Replica, InferenceResult] | CamserveError,
+) -> InferenceResult | CamserveError | Unfinished:
+    if isinstance(steps, CamserveError):
+        return steps
     try:
         next(steps)
     except StopIteration as end:

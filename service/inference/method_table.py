@@ -37,6 +37,12 @@ ATTENTION_BYTES = 1 << 30
 def check_method(model: LoadedModel, method: str) -> None:
     """Raise InvalidOption where what the model is, or its size, does not allow the method."""
     record = METHODS[method]
+    if model.task not in record.tasks:
+        *others, last = [name for name, each in METHODS.items() if model.task in each.tasks]
+        raise InvalidOption(
+            f"`{method}` is not for models of the task {model.task}, and {model.name!r} is one; "
+            f"use {', '.join(others)} or {last}."
+        )
     reason = _lack(model, record)
     if reason is None and "attention" in record.needs:
         _check_attention(model, method)
@@ -52,6 +58,8 @@ def check_method(model: LoadedModel, method: str) -> None:
 def why_not(model: LoadedModel, method: str) -> str | None:
     """Why a model does not allow a method at its default target layer; None if it does."""
     record = METHODS[method]
+    if model.task not in record.tasks:
+        return f"it is not for the task {model.task}"
     if record.has_layer and not any(layer.target for layer in model.layers):
         return "none of its layers returns a feature map"
     missing = next((model.missing[need] for need in record.needs if need in model.missing), None)
@@ -130,11 +138,11 @@ def _activation_gradients(model: LoadedModel, question: Question) -> float:
 
 def _further_passes(model: LoadedModel, question: Question, record: MethodRecord) -> float:
     """What a method runs after the pass that predicts."""
-    channels = [_channels(model, path) for path in question.layers]
+    channels = [_channels(model, path) for path in question.layers if record.times == "channels"]
     if record.runs == "tail":  # and one pass for each layer that tries how to run it
         shares = (1 - model.layer(path).share for path in question.layers)
         return sum(1 + count * share for count, share in zip(channels, shares, strict=True))
-    height, width = model.preprocessing.crop
+    height, width = model.preprocessing.canvas
     times = {
         "once": 1,
         "channels": sum(channels),

@@ -7,7 +7,7 @@ has disconnected ends. Random numbers come from the question's seed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -316,6 +316,12 @@ def _reproduces(function: Callable[[Tensor], Tensor], outputs: Tensor, logits: T
     return computed.shape == (2, *logits.shape) and torch.allclose(
         computed, expected, rtol=1e-3, atol=1e-3 * float(logits.abs().max())
     )
+
+
+def random_masks(count: int, seed: int, size: tuple[int, int]) -> Iterator[Tensor]:
+    """The masks of RISE, (height, width) of values 0..1, one after the other."""
+    for grid, shift in zip(*_random_grids(count, seed), strict=True):
+        yield _shifted(grid, shift, size)
 
 
 def _random_grids(count: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -11,12 +11,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from api_schemas.methods import METHODS, MethodRecord
+from api_schemas.options import Of
 from service.cam.verdict import WHOLE, Evidence, Verdict
 from service.errors import CamserveError
 from service.images.decode import Rect
 from service.inference.contrast import Contrast
 from service.models.compiled.front import Precision
 from service.models.loaded import LoadedModel
+
+Place = tuple[float, ...] | tuple[tuple[int, int], str | tuple[int, ...]]
+"""A point (x, y), a box (x, y, w, h), or run lengths: a size (height, width) and its counts."""
 
 ActivationKind = Literal["output", "input", "grad_output", "grad_input"]
 Lane = Literal["compiled", "folded", "hooked"]
@@ -120,6 +124,8 @@ class Question:
     verify:      whether each map gets a verdict, from further forward passes; `evidence`: what
                  these gave for the same image, if they have run.
     seen:        the part of `pixels`, x, y, w, h as fractions, that shows the image.
+    places, of, min_score: of detectors and segmenters, see `api_schemas.options`; `source` is the
+                 (width, height) of the upright image that `places` refer to.
     edits:       whose effects are measured, from further forward passes.
     """
 
@@ -140,6 +146,10 @@ class Question:
     evidence: Evidence | None = None
     seen: Rect = WHOLE
     edits: tuple[Edit, ...] = ()
+    places: tuple[Place, ...] = ()
+    of: Of = "class"
+    min_score: float = 0.5
+    source: tuple[int, int] = (0, 0)
 
     @property
     def method_record(self) -> MethodRecord | None:
@@ -165,20 +175,28 @@ class Question:
 
     @property
     def target_count(self) -> int:
-        """How many targets are explained at most; a model of fewer classes explains fewer."""
-        return len(self.targets) or self.explain_top
+        """How many targets are explained at most; a model of fewer classes explains fewer.
+
+        Of a detector, each of `targets` has `explain_top` boxes.
+        """
+        return len(self.places) or max(1, len(self.targets)) * self.explain_top
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """One class: its score by the model's output activation, and the logit behind it.
 
+    detection, box: of a detector, its position and x, y, w, h in pixels of the model input.
+    mask: bool (h, w) over the model input, of a detection or of a segmenter's class.
     The wire's form is `api_schemas.answers.Prediction`.
     """
 
     class_id: int
     score: float
     logit: float
+    detection: int | None = None
+    box: Rect | None = None
+    mask: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +207,9 @@ class Explanation:
     shape of the model input and no layer. `contrast`: the weight of each class that the target is
     compared with, at the image's logits; `logit_difference`: the logit minus theirs, weighted.
     `cost` is in forward passes. `tried`: the verdicts on maps of earlier layers, if its own is
-    inconclusive. The wire's form is
+    inconclusive. detection, box, of: what is explained of a detector, the box in pixels of the
+    model input; region: of a segmenter, bool (h, w) over the model input. window: the part that the
+    map covers, in pixels of the model input, if the model pads it. The wire's form is
     `api_schemas.answers.Explanation`.
     """
 
@@ -208,6 +228,11 @@ class Explanation:
     verdict: Verdict | None = None
     libra: bool = False
     tried: tuple[tuple[str, Verdict], ...] = ()
+    detection: int | None = None
+    box: Rect | None = None
+    of: Of | None = None
+    region: NDArray[np.bool_] | None = None
+    window: Rect | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +275,8 @@ def lane_of(model: LoadedModel, question: Question) -> Lane:
     layer from its activation and gradient; `folded` is the hooked lane on replicas whose batch
     normalisations are folded; `hooked` is the model as it is.
     """
+    if model.task != "classification":
+        return "hooked"
     lane = model.compiled
     right_size = tuple(question.pixels.shape[1:]) == model.preprocessing.crop
     if lane is not None and right_size and not question.activations:

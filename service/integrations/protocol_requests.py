@@ -121,6 +121,7 @@ async def _works(
     if not count:
         raise EmptyBody("The request has no image; send at least one.")
     check_count(count, service_of(request).limits.images)
+    model.check_classifies("This protocol")
     permit.grow(count - 1)
     keys = [image.options.model_dump_json() for image in plan.images]
     alike = Counter(keys)

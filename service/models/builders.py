@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any, get_args
 
@@ -18,13 +19,23 @@ import torch
 import torchvision
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torchvision.transforms import _presets as presets
 
 from service.errors import ConfigurationError, install_hint, nearest
 from service.images.decode import Preprocessing
 from service.models.builder_names import meant
 from service.models.builtin.network import FlowerNet
 from service.models.capabilities import unwrap_compiled
-from service.models.catalog import BUILTIN, ENTRY, Fit, Interpolation, ModelSpec, Output, Select
+from service.models.catalog import (
+    BUILTIN,
+    ENTRY,
+    Fit,
+    Interpolation,
+    ModelSpec,
+    Output,
+    Select,
+    Task,
+)
 from service.models.functions import imported_function, signature_mismatch
 from service.models.huggingface import read_pretrained
 from service.models.weights.metadata import PREPROCESSING_KEYS, output_in, preprocessing_in
@@ -58,6 +69,7 @@ class Built:
     output: Output = "softmax"
     select: Select = None
     source: str = "the service's defaults"
+    task: Task | None = None
 
 
 def build(spec: ModelSpec, allow_random_weights: bool) -> Built:
@@ -76,7 +88,7 @@ def build(spec: ModelSpec, allow_random_weights: bool) -> Built:
     raise ConfigurationError(
         f"{spec.at('builder')}: unknown builder {spec.builder!r}; use builtin, torchvision/NAME, "
         "timm/NAME, hf/ORG/NAME, hf/FOLDER or package.module:function."
-        f"{meant(spec.builder, _classifiers)}"
+        f"{meant(spec.builder, _torchvision_names)}"
     )
 
 
@@ -84,8 +96,9 @@ _FUNCTION = re.compile(r"(?!.*\.py:)[\w.-]+:\w+")
 """The form of `package.module:function`, without those of files such as `nets.py:build`."""
 
 
-def _classifiers() -> list[str]:
-    return list(torchvision.models.list_models(module=torchvision.models))
+def _torchvision_names() -> list[str]:
+    parts = (torchvision.models, torchvision.models.detection, torchvision.models.segmentation)
+    return [name for part in parts for name in torchvision.models.list_models(module=part)]
 
 
 def _build_builtin(spec: ModelSpec) -> Built:
@@ -100,24 +113,25 @@ def _build_builtin(spec: ModelSpec) -> Built:
 
 
 def _build_torchvision(spec: ModelSpec, name: str, allow_random_weights: bool) -> Built:
-    if name not in _classifiers():
+    if name not in _torchvision_names():
         raise ConfigurationError(
-            f"{spec.at('builder')}: torchvision has no classifier {name!r}."
-            f"{meant(name, _classifiers)}"
+            f"{spec.at('builder')}: torchvision has no model {name!r} that classifies, detects or "
+            f"segments.{meant(name, _torchvision_names)}"
         )
     entry = _entry(spec, name)
     preprocessing, categories = _from_entry(entry)
+    task = _task_of(entry)
     labels = None if "num_classes" in spec.arguments else categories
 
     def make(**more: Any) -> Any:
-        arguments = _quiet(name) | dict(spec.arguments) | more
+        arguments = _quiet(name, task) | dict(spec.arguments) | more
         return _called(spec, torchvision.models.get_model, name, **arguments)
 
     if spec.weights and not _names_entry(spec):
         return _torchvision_file(spec, name, make)
     if allow_random_weights:
         # A vision transformer is built for one image size: that of its input.
-        side = (spec.input.size or preprocessing.crop)[0]
+        side = (spec.input.size or (preprocessing or Preprocessing()).crop)[0]
         size = {"image_size": side} if name.startswith("vit_") else {}
         module = _randomised(lambda: make(weights=None, **(size | dict(spec.arguments))))
     else:
@@ -130,6 +144,7 @@ def _build_torchvision(spec: ModelSpec, name: str, allow_random_weights: bool) -
         preprocessing,
         random_weights=allow_random_weights,
         source=_of_entry(entry),
+        task=task,
     )
 
 
@@ -143,6 +158,8 @@ def _torchvision_file(spec: ModelSpec, name: str, make: Callable[..., nn.Module]
     """
     weights = _weights(spec)
     defaults: dict[str, Any] = {"weights": None}
+    if any("aux_classifier." in entry.name for entry in weights.entries):
+        defaults |= {"aux_loss": True}
     if name in _WITH_AUX:  # as torchvision sets it for its pretrained weights
         defaults |= {"aux_logits": False, "transform_input": True}
     defaults = {key: value for key, value in defaults.items() if key not in spec.arguments}
@@ -155,7 +172,7 @@ def _torchvision_file(spec: ModelSpec, name: str, make: Callable[..., nn.Module]
     entry = published or entries.DEFAULT
     preprocessing, labels = _from_entry(entry)
     source = _of_entry(entry)
-    if isinstance(module, torchvision.models.VisionTransformer):
+    if isinstance(module, torchvision.models.VisionTransformer) and preprocessing is not None:
         preprocessing, source = _at_size(module.image_size, preprocessing, source)
     return _filled(
         spec,
@@ -165,7 +182,20 @@ def _torchvision_file(spec: ModelSpec, name: str, make: Callable[..., nn.Module]
         default=preprocessing,
         source=source,
         unused=_OF_AUX if "aux_logits" in defaults else None,
+        task=_task_of(entry),
     )
+
+
+def _task_of(entry: Any) -> Task:
+    """The task of a torchvision weights entry, by its transform."""
+    kind = entry.transforms.func if isinstance(entry.transforms, partial) else entry.transforms
+    return _TASKS.get(kind, "classification")
+
+
+_TASKS: Mapping[Any, Task] = {
+    presets.ObjectDetection: "detection",
+    presets.SemanticSegmentation: "segmentation",
+}
 
 
 def _of_entry(entry: Any) -> str:
@@ -446,6 +476,7 @@ def _filled(
     default: Preprocessing | None = None,
     source: str = "the service's defaults",
     unused: re.Pattern[str] | None = None,
+    task: Task | None = None,
 ) -> Built:
     """Load a weights file; its metadata takes precedence over the given defaults.
 
@@ -461,12 +492,28 @@ def _filled(
         weights.metadata.get("target_layer"),
         output=output_in(weights.metadata),
         source=source if not keys else f"{', '.join(keys)} from the weights file, else {source}",
+        task=task,
     )
 
 
-def _from_entry(entry: Any) -> tuple[Preprocessing, tuple[str, ...]]:
-    """The evaluation transform and the labels of a torchvision weights entry."""
+def _from_entry(entry: Any) -> tuple[Preprocessing | None, tuple[str, ...]]:
+    """The evaluation transform and the labels of a torchvision weights entry.
+
+    A detector resizes and normalizes images itself; its transform is None.
+    """
     transform = entry.transforms()
+    if isinstance(transform, presets.ObjectDetection):
+        return None, tuple(entry.meta["categories"])
+    if isinstance(transform, presets.SemanticSegmentation):
+        (side,) = transform.resize_size
+        preprocessing = Preprocessing(
+            resize=side,
+            crop=(side, side),
+            mean=tuple(transform.mean),
+            std=tuple(transform.std),
+            interpolation=transform.interpolation.value,
+        )
+        return preprocessing, tuple(entry.meta["categories"])
     return (
         Preprocessing(
             resize=transform.resize_size[0],
@@ -479,7 +526,9 @@ def _from_entry(entry: Any) -> tuple[Preprocessing, tuple[str, ...]]:
     )
 
 
-def _quiet(name: str) -> dict[str, Any]:
+def _quiet(name: str, task: Task) -> dict[str, Any]:
+    if task != "classification":  # its backbone's weights are in its own file, or fetched with them
+        return {"weights_backbone": None}
     # Both warn that their initialisation will change; the weights are replaced anyway.
     return {"init_weights": False} if name in {"googlenet", "inception_v3"} else {}
 

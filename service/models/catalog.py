@@ -17,6 +17,7 @@ ENTRY = re.compile(r"[A-Z][A-Z0-9_]*")
 """The form of torchvision's names of weights, such as IMAGENET1K_V1."""
 
 Output = Literal["softmax", "sigmoid", "none"]
+Task = Literal["classification", "detection", "segmentation"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 Floating = Literal["float32", "bf16"]
 """Precision of a front; `bf16` is torch.bfloat16, with 8 significant bits."""
@@ -71,6 +72,7 @@ class ModelSpec:
     labels:    one per class.
     output:    the activation that turns logits into scores. select: where the logits are in the
                output of the model.
+    task:      what the model predicts; None: as its output shows.
     precision: of its front; None: that of the service.
     int8:      a folder that `camserve calibrate` wrote for this model: its front is read from it.
     source:    where the model is configured, such as `models.toml: model[1]`; for errors.
@@ -90,6 +92,7 @@ class ModelSpec:
     output: Output | None = None
     select: Select = None
     target_layer: str | None = None
+    task: Task | None = None
     device: str | None = None
     dtype: Dtype | None = None
     precision: Floating | None = None

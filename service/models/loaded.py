@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from service.cam.tiles import kernel_weight
 from service.errors import InvalidOption, UnknownClass, UnknownLayer, nearest
 from service.images.decode import Preprocessing
-from service.models.catalog import BUILTIN, ModelSpec, Output, Select
+from service.models.catalog import BUILTIN, ModelSpec, Output, Select, Task
 from service.models.compiled.folding import Folded
 from service.models.compiled.front import CompiledLane
 from service.models.patterns import PathMatcher, is_pattern
@@ -25,6 +25,7 @@ from service.models.probes.layers import Layer
 from service.models.probes.logits import as_logits, logits_in
 from service.models.probes.sensitivity import Sensitivity
 from service.models.replicas import replicate
+from service.models.tasks import BoxHead
 
 _TYPE = "type:"
 """Prefix of a pattern for the class of a layer."""
@@ -63,6 +64,9 @@ class LoadedModel:
     missing:      why methods with a need (`relu`, `head`) cannot run, by need.
     attention:    the attention between its tokens, or why that has no map.
     insensitive:  the methods of `sensitivity` whose maps hardly depend on the weights.
+    task:         what the model predicts. takes_list: whether the module takes a list of images.
+    head:         where a detector makes its boxes; None: unknown, its scores are differentiated.
+    default_layers: of a detector, the levels of the feature pyramid: a box is explained at its own.
     binary:       whether the module returns one logit, that of the second of two labels; the logit
                   of the first is its negative.
     """
@@ -92,6 +96,10 @@ class LoadedModel:
     transform: str = ""
     sensitivity: tuple[Sensitivity, ...] = ()
     missing: Mapping[str, str] = field(default_factory=dict, hash=False)
+    task: Task = "classification"
+    takes_list: bool = False
+    head: BoxHead | None = None
+    default_layers: tuple[str, ...] = ()
     attention: TokenAttention | str = "it has no attention between tokens"
     insensitive: frozenset[str] = field(init=False, repr=False, compare=False)
     _by_path: Mapping[str, Layer] = field(init=False, repr=False, compare=False)
@@ -113,6 +121,28 @@ class LoadedModel:
         labels = ", ".join(self.labels[:FEW])
         is_short = len(self.labels) <= FEW and len(labels) <= SHORT
         return f"{count}: {labels}" if is_short and self.labels[0] != "class 0" else count
+
+    @property
+    def gives_masks(self) -> bool:
+        """Whether a detector gives a mask for each box."""
+        heads = getattr(self.module, "roi_heads", None)
+        return getattr(heads, "mask_predictor", None) is not None
+
+    def check_rows(self) -> None:
+        """Raise InvalidOption where the logits behind a box are not known."""
+        if self.head is None:
+            raise InvalidOption(
+                f"Model {self.name!r} does not show the logits behind a box, which `contrast` "
+                "needs; leave it out."
+            )
+
+    def check_classifies(self, what: str) -> None:
+        """Raise InvalidOption where `what` is for classifiers, and this model is none."""
+        if self.task != "classification":
+            raise InvalidOption(
+                f"{what} is for models that classify, and the task of model {self.name!r} is "
+                f"{self.task}; use POST /predict or POST /explain."
+            )
 
     def replicate(self, *, folded: bool = False) -> nn.Module:
         """A copy of the master with shared parameters, and hooks and buffers of its own.
@@ -154,6 +184,10 @@ class LoadedModel:
         batch = pixels.to(self.device, non_blocking=True).to(torch.float32).div_(255)
         batch = batch.sub_(mean).div_(std).to(self.dtype)
         return batch.to(memory_format=torch.channels_last) if self.channels_last else batch
+
+    def outputs(self, module: nn.Module, pixels: Tensor) -> Any:
+        """The output of a form of the module for normalised images (B, C, h, w)."""
+        return module(list(pixels)) if self.takes_list else module(pixels)
 
     def logits(self, output: Any) -> Tensor:
         """The logits (batch, classes), float32, of an output of the module.
@@ -200,6 +234,8 @@ class LoadedModel:
 
         Raises UnknownLayer, and InvalidOption if a layer returns no feature map.
         """
+        if not paths and self.default_layers:
+            return self.default_layers
         if not paths:
             if self.target_layer is None:
                 raise InvalidOption(

@@ -22,7 +22,7 @@ from service.models.capabilities import (
     why_no_gradients,
     why_no_layers,
 )
-from service.models.catalog import TARGET_LAYERS, InputSpec, ModelSpec, Output
+from service.models.catalog import TARGET_LAYERS, InputSpec, ModelSpec, Output, Task
 from service.models.compiled.folding import fold
 from service.models.compiled.lane import Compiler
 from service.models.loaded import LoadedModel
@@ -34,6 +34,7 @@ from service.models.probes.behaviour import (
     Trial,
     behaviour,
     preserved,
+    seeded,
     trial_images,
 )
 from service.models.probes.cell_positions import (
@@ -43,7 +44,13 @@ from service.models.probes.cell_positions import (
     measure_cell_positions,
 )
 from service.models.probes.condition import Condition, parts_of
-from service.models.probes.layers import Layer, LayerTrace, default_target, trace_layers
+from service.models.probes.layers import (
+    Layer,
+    LayerTrace,
+    default_target,
+    trace_layers,
+    with_parts,
+)
 from service.models.probes.lazy_state import resolve_lazy_state
 from service.models.probes.sensitivity import (
     IMAGES,
@@ -53,8 +60,17 @@ from service.models.probes.sensitivity import (
     natural_noise,
     private_copy,
 )
+from service.models.probes.task_behaviour import task_behaviour
 from service.models.probes.torch_state import kept_torch_state
 from service.models.replicas import replicate
+from service.models.tasks import (
+    box_head,
+    class_count,
+    per_image,
+    taken_as_list,
+    task_of,
+    whole_image,
+)
 
 _log = structlog.get_logger(__name__)
 
@@ -85,7 +101,11 @@ def load_model(
     module = _in_eval_mode(spec, _outside_inference_mode(built.module)).to(device)
     if spec.dtype is not None:
         module = module.to(getattr(torch, spec.dtype))
-    preprocessing = _preprocessing(spec, built.preprocessing or Preprocessing(), module)
+    task, takes_list = _task(spec, built, module)
+    base = built.preprocessing
+    if task != "classification":
+        base = whole_image(module, task, base)
+    preprocessing = _preprocessing(spec, base or Preprocessing(), module)
     model = LoadedModel(
         spec=spec,
         module=module,
@@ -98,7 +118,11 @@ def load_model(
         output=spec.output or built.output,
         select=spec.select,
         transform=f"{preprocessing} ({_sources(spec, built)})",
+        task=task,
+        takes_list=takes_list,
     )
+    if task != "classification":
+        return _with_task(model, built)
     images = model.normalised(trial_images((preprocessing.channels, *preprocessing.crop)))
     began = Condition.of(module)
     model = replace(_measured(model, built, images), no_layers=why_no_layers(module))
@@ -109,6 +133,118 @@ def load_model(
     if not model.behaviour.isolated:
         began.restore()  # requests run this very module, and so did the probes
     return model
+
+
+def _task(spec: ModelSpec, built: Built, module: nn.Module) -> tuple[Task, bool]:
+    """The task, and whether images go in as a list: as configured, else by one forward pass.
+
+    Only a user's module needs the pass; one that fails in it is a classifier, whose probes say why.
+    """
+    known = spec.task or built.task
+    if known is None and ":" not in spec.builder:
+        return "classification", False
+    base = _preprocessing(spec, built.preprocessing or Preprocessing(), module)
+    side = base.crop if built.task != "detection" else (64, 64)
+    images = torch.rand(1, base.channels, *side, generator=torch.Generator().manual_seed(0))
+    with suppress(Exception):
+        trial = replicate(module)
+        parameter = next(trial.parameters(), images)
+        with seeded(0), kept_torch_state(random=False), preserved(trial):
+            raw, takes_list = taken_as_list(trial, images.to(parameter))
+        return known or task_of(raw) or "classification", takes_list
+    return known or "classification", False
+
+
+def _with_task(model: LoadedModel, built: Built) -> LoadedModel:
+    """A detector or a segmenter with its layers, labels, default layers and findings.
+
+    Raises ConfigurationError.
+    """
+    spec, preprocessing, module = model.spec, model.preprocessing, model.module
+    if module_reason := why_no_layers(module):
+        raise ConfigurationError(f"{spec.at('builder')} cannot be served: {module_reason}.")
+    shape = (preprocessing.channels, *preprocessing.crop)
+    images = model.normalised(trial_images(shape))[:2]
+    try:
+        behaves, served = task_behaviour(
+            module, images, lambda part, batch: per_image(model.outputs(part, batch))
+        )
+        given = list(images[:1]) if model.takes_list else images[:1]
+        with kept_torch_state(random=False), preserved(served), torch.no_grad():
+            raw = model.outputs(served, images[:1])
+            trace = trace_layers(served, given, classes=0)
+    except Exception as error:
+        raise ConfigurationError(
+            f"{spec.at('builder')} cannot be run on an image of {shape[2]}×{shape[1]} pixels: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if task_of(raw) != model.task:
+        raise ConfigurationError(
+            f"{spec.at('task')}: the task is {model.task}, and the model returns what one of "
+            f"{task_of(raw) or 'no known task'} does."
+        )
+    layers = with_parts(trace.layers)
+    head = box_head(module) if model.task == "detection" else None
+    defaults = _default_layers(spec, built, module, layers, trace)
+    model = replace(
+        model,
+        labels=_task_labels(model, built, class_count(module, raw, model.task)),
+        layers=layers,
+        target_layer=defaults[-1] if defaults else None,
+        default_layers=defaults,
+        head=None if head is None else replace(head, levels=_levels(layers)),
+        behaviour=behaves,
+        findings=behaves.findings,
+        not_compiled=f"Models for {model.task} run in torch.",
+    )
+    return replace(model, stateful=_settled(model, module, images[:1]))
+
+
+def _levels(layers: Sequence[Layer]) -> tuple[str, ...]:
+    """The feature maps of a backbone, in order."""
+    parts = [layer.path for layer in layers if layer.path.startswith("backbone[")]
+    return tuple(parts) or ("backbone",)
+
+
+def _default_layers(
+    spec: ModelSpec, built: Built, module: nn.Module, layers: Sequence[Layer], trace: LayerTrace
+) -> tuple[str, ...]:
+    """The layers of an explanation: the configured one, the backbone's output, or the last map.
+
+    Raises ConfigurationError for a configured layer without a feature map.
+    """
+    mappable = [layer.path for layer in layers if layer.target]
+    configured = spec.target_layer or built.target_layer
+    if configured is not None:
+        if configured not in mappable:
+            raise ConfigurationError(
+                f"{spec.at('target_layer')}: {configured!r} is not a layer that a map can be drawn "
+                f"from.{nearest(configured, mappable)}"
+            )
+        return (configured,)
+    levels = [path for path in _levels(layers) if path in mappable]
+    if box_head(module) is not None:
+        return tuple(levels)
+    if levels:
+        named = [path for path in levels if path.endswith(("[out]", "[high]"))]
+        return tuple((named or levels)[-1:])
+    chosen = default_target(trace, [layer for layer in layers if "[" not in layer.path])
+    return () if chosen is None else (chosen,)
+
+
+def _task_labels(model: LoadedModel, built: Built, classes: int | None) -> tuple[str, ...]:
+    """One label per class; where those of a detector leave out the background, it is the first."""
+    spec, labels = model.spec, model.spec.labels or built.labels
+    if classes is None:
+        if labels is None:
+            raise ConfigurationError(
+                f"{spec.at('labels')}: the output does not show how many classes the model has; "
+                "set `labels`, one per class id, the background included."
+            )
+        return labels
+    if labels is not None and model.task == "detection" and len(labels) == classes - 1:
+        labels = ("__background__", *labels)
+    return _labels(replace(spec, labels=labels), built, classes)
 
 
 def _outside_inference_mode(module: nn.Module) -> nn.Module:

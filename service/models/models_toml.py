@@ -22,6 +22,7 @@ from service.models.catalog import (
     Interpolation,
     ModelSpec,
     Output,
+    Task,
     check_names,
 )
 from service.models.huggingface import PREFIX, local_folder
@@ -194,6 +195,7 @@ class ModelTable(_Table):
     input: InputTable = InputTable()
     output: OutputTable = OutputTable()
     target_layer: str | None = None
+    task: Annotated[Task | None, _one_of(get_args(Task))] = None
     device: str | None = None
     dtype: Annotated[Dtype | None, _one_of(get_args(Dtype))] = None
     precision: Annotated[Floating | None, _one_of(get_args(Floating))] = None
@@ -235,6 +237,7 @@ def _spec(table: ModelTable, source: str, folder: Path) -> ModelSpec:
         output=table.output.activation,
         select=table.output.select,
         target_layer=table.target_layer,
+        task=table.task,
         device=table.device,
         dtype=table.dtype,
         precision=table.precision,

@@ -60,7 +60,7 @@ class AnswerSizes:
 
     def result(self, source: Size) -> int:
         """The image's result in the answer of `/explain` and `/predict`, JSON."""
-        size = _RESULT + self.predictions() + self.activations()
+        size = _RESULT + self.predictions() + self.activations() + self.masks(source)
         if not isinstance(self.options, ExplainOptions):
             return size
         size += self.maps * self.explanation(source)
@@ -77,7 +77,7 @@ class AnswerSizes:
     @property
     def cells(self) -> tuple[int, int]:
         """Rows and columns of a map."""
-        height, width = self.model.preprocessing.crop
+        height, width = self.model.preprocessing.canvas
         record = self.question.method_record
         if record is None or record.grid == "input":
             return height, width
@@ -103,9 +103,20 @@ class AnswerSizes:
         return self.maps * 4 * rows * columns if self.question.explains else 0
 
     def predictions(self, count: int | None = None) -> int:
-        """The best classes with labels and scores, JSON."""
-        listed = min(count or self.options.top_k, len(self.model.labels))
+        """The best classes with labels and scores, or the best boxes, JSON."""
+        listed = count or self.question.top_k
+        if self.model.task != "detection":
+            listed = min(listed, len(self.model.labels))
         return listed * (_PREDICTION + self._label)
+
+    def masks(self, source: Size) -> int:
+        """The masks of predictions and of explained regions, JSON; 0 for a classifier."""
+        if self.model.task == "classification":
+            return 0
+        one = region_bytes(source, self.model.preprocessing.crop, self.render_side)
+        if self.model.task == "segmentation":
+            return one * (min(self.question.top_k, len(self.model.labels)) + self.maps)
+        return one * self.question.top_k if self.model.gives_masks else 0
 
     def explanation(self, source: Size) -> int:
         """One explanation, JSON."""
@@ -132,6 +143,7 @@ class AnswerSizes:
         # Of a crop only the centre of the image is under the map, whose cells are smaller by that.
         of_source = isinstance(self.options, ExplainOptions) and self.options.size == "source"
         part = covered * min(preprocessing.crop) / preprocessing.longest
+        of_source = of_source and not preprocessing.whole
         shown = min(1.0, part) if of_source else 1.0
         return heatmap_bytes(self._raster(source), self.cells, shown)
 
@@ -193,7 +205,7 @@ class AnswerSizes:
     def _raster(self, source: Size) -> Size:
         """The size of what is drawn; the part that the model sees is at most its input."""
         assert isinstance(self.options, ExplainOptions)
-        if self.options.size == "source":
+        if self.options.size == "source" or self.model.preprocessing.whole:
             return preview_size(source, self.render_side)
         native = self.options.size == "native"
         height, width = self.cells if native else self.model.preprocessing.crop

@@ -50,6 +50,7 @@ def plan_edits(
     Raises UnknownLayer, UnknownClass, and InvalidOption for what does not fit this model or these
     images, or costs more than the service allows.
     """
+    model.check_classifies("POST /experiments")
     targets = tuple(dict.fromkeys(map(model.class_id, options.targets)))
     price, marks = 1.0, dict[wire.Region, Question]()
     inside: list[ChannelEdit | GradientEdit | None] = []

@@ -50,7 +50,9 @@ async def process_image(
 
 
 def _question(recipe: Recipe, model_input: ModelInput) -> Question:
-    return replace(recipe.question(model_input.pixels), seen=model_input.geometry.content)
+    geometry = model_input.geometry
+    question = recipe.question(model_input.pixels)
+    return replace(question, seen=geometry.content, source=geometry.source_size)
 
 
 async def render_result(recipe: Recipe, processed: ProcessedImage) -> Result:

@@ -8,15 +8,24 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from api_schemas.methods import METHODS
-from api_schemas.options import CommonOptions, ExplainOptions, PredictOptions
+from api_schemas.methods import DEFAULTS, METHODS
+from api_schemas.options import (
+    CommonOptions,
+    ExplainOptions,
+    Method,
+    PredictOptions,
+    RunLengths,
+)
 from service.errors import InvalidOption
 from service.images.upload import Hiding
 from service.inference.contrast import Contrast
 from service.inference.method_table import check_method, cost
-from service.inference.questions import ActivationKind, Question
+from service.inference.questions import ActivationKind, Place, Question
 from service.models.loaded import LoadedModel
 from service.pipeline.service import Limits
+
+TOP_DETECTIONS = 100
+"""Predictions that are listed of a detector by default."""
 
 MAX_NEAREST = 16
 """Classes of `contrast=nearest:16`."""
@@ -49,10 +58,13 @@ def resolve_options(
     Raises UnknownLayer, UnknownClass, and InvalidOption for options that do not fit this model or
     cost more than the service allows.
     """
+    _check_task(model, options)
     paths, kind = _activation_paths(model, options, limits, images)
     question = Question(
-        torch.empty(0), options.top_k, method=None, activations=paths, kinds=(kind,)
+        torch.empty(0), _listed(model, options), method=None, activations=paths, kinds=(kind,)
     )
+    if options.min_score is not None:
+        question = replace(question, min_score=options.min_score)
     if isinstance(options, ExplainOptions):
         question = _with_explanation(model, options, question)
     passes = _passes(model, options, question)
@@ -87,6 +99,18 @@ def _contrast(model: LoadedModel, options: ExplainOptions) -> Contrast | None:
             "name the classes."
         )
     return Contrast(nearest=counts[0])
+
+
+def _listed(model: LoadedModel, options: CommonOptions) -> int:
+    """How many predictions are listed: by default TOP_DETECTIONS of a detector."""
+    is_default = "top_k" not in options.model_fields_set
+    return TOP_DETECTIONS if model.task == "detection" and is_default else options.top_k
+
+
+def method_of(model: LoadedModel, options: ExplainOptions) -> Method:
+    """The method of a request: the named one, or the default of the model's task."""
+    is_named = "method" in options.model_fields_set
+    return options.method if is_named else DEFAULTS[model.task]
 
 
 def _libra(options: ExplainOptions) -> bool:
@@ -169,6 +193,46 @@ def _activation_paths(
     return paths, kind
 
 
+def _place(place: tuple[float, ...] | RunLengths) -> Place:
+    if not isinstance(place, RunLengths):
+        return place
+    counts = place.counts
+    return place.size, counts if isinstance(counts, str) else tuple(counts)
+
+
+def _check_task(model: LoadedModel, options: CommonOptions) -> None:
+    """Raise InvalidOption for options that the model's task does not have."""
+    if model.task == "classification":
+        given = [] if options.min_score is None else ["min_score"]
+    else:
+        given = _unsupported(model, options)
+    if given:
+        raise InvalidOption(
+            f"`{given[0]}` is not for models of the task {model.task}, and {model.name!r} is one; "
+            "leave it out."
+        )
+    if isinstance(options, ExplainOptions) and model.task == "classification":
+        _check_targets(model, options)
+    if isinstance(options, ExplainOptions) and model.task == "detection" and options.contrast:
+        model.check_rows()
+
+
+def _unsupported(model: LoadedModel, options: CommonOptions) -> list[str]:
+    """The given options that a detector or a segmenter does not have."""
+    given = ["activations"] if options.activations else []
+    is_detector = model.task == "detection"
+    if options.fit is not None and (is_detector or options.fit == "crop"):
+        given.append("fit" if is_detector else "fit=crop")
+    if options.min_score is not None and not is_detector:
+        given.append("min_score")
+    if isinstance(options, ExplainOptions):
+        given += ["of"] if options.of != "class" and not is_detector else []
+        given += ["mask"] if options.mask is not None else []
+        given += ["verify"] if options.verify != "false" else []
+        given += ["correction"] if options.correction != "none" else []
+    return given
+
+
 def _check_targets(model: LoadedModel, options: ExplainOptions) -> None:
     """Raise InvalidOption for targets that a classifier does not have."""
     if options.targets and options.explain_top > 1:
@@ -176,16 +240,15 @@ def _check_targets(model: LoadedModel, options: ExplainOptions) -> None:
             f"`targets` and `explain_top` exclude each other for model {model.name!r}, which "
             "classifies; give one of them."
         )
-    for name in ("at", "of", "min_score"):
-        if getattr(options, name) != type(options).model_fields[name].get_default():
-            raise InvalidOption(
-                f"`{name}` is for models that detect or segment, and model {model.name!r} "
-                "classifies; leave it out."
-            )
+    given = "at" if options.at else "of" if options.of != "class" else None
+    if given is not None:
+        raise InvalidOption(
+            f"`{given}` is for models that detect or segment, and model {model.name!r} "
+            "classifies; leave it out."
+        )
 
 
 def _with_explanation(model: LoadedModel, options: ExplainOptions, question: Question) -> Question:
-    _check_targets(model, options)
     targets = tuple(dict.fromkeys(map(model.class_id, options.targets)))
     contrast = _contrast(model, options)
     for class_id in () if contrast is None else contrast.classes:
@@ -193,21 +256,28 @@ def _with_explanation(model: LoadedModel, options: ExplainOptions, question: Que
             raise InvalidOption(
                 f"The class {class_id} is both a target and `contrast`; their difference is zero."
             )
-    check_method(model, options.method)
-    has_layer = METHODS[options.method].has_layer
+    method = method_of(model, options)
+    check_method(model, method)
+    has_layer = METHODS[method].has_layer
     if options.layer and not has_layer:
-        raise InvalidOption(f"`{options.method}` has no layer; leave out `layer`.")
+        raise InvalidOption(f"`{method}` has no layer; leave out `layer`.")
+    if options.of != "class" and method != "hirescam":
+        raise InvalidOption(
+            f"`of={options.of}` is explained by hirescam, not by `{method}`; leave out `method`."
+        )
     layers = model.target_layers(options.layer) if has_layer else ()
     return replace(
         question,
         targets=targets,
         explain_top=min(options.explain_top, len(model.labels)),
         contrast=contrast,
-        method=options.method,
+        method=method,
         layers=layers,
-        samples=options.samples or METHODS[options.method].samples,
+        samples=options.samples or METHODS[method].samples,
         steps=options.steps,
         seed=options.seed,
         libra=_libra(options),
         verify=options.verify != "false",
+        places=tuple(_place(place) for place in options.places()),
+        of=options.of,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import time
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,11 @@ from api_schemas import answers as wire
 from api_schemas.options import CommonOptions, ExplainOptions
 from service.cam.encoding import EncodedImage
 from service.cam.heatmap import Style, render_heatmap, render_overlay
-from service.cam.regions import find_regions
+from service.cam.regions import find_regions, mask_rle
 from service.cam.tiles import channel_grid
 from service.cam.verdict import DESIGN, RUNS, Verdict
 from service.errors import CamserveError, RenderFailed
+from service.images.decode import Geometry
 from service.images.upload import Upload
 from service.inference.questions import Activation, Explanation, InferenceResult, Prediction
 from service.models.loaded import LoadedModel
@@ -69,7 +71,10 @@ def image_result(
         fields: dict[str, Any] = {
             "image": image_entry(upload),
             "seen": upload.model_input.geometry.seen,
-            "predictions": [prediction_entry(model, one) for one in inference.predictions],
+            "predictions": [
+                prediction_entry(model, one, upload.model_input.geometry)
+                for one in inference.predictions
+            ],
         }
         if isinstance(options, ExplainOptions):
             fields["explanations"] = [
@@ -103,14 +108,29 @@ def image_result(
         ) from error
 
 
-def prediction_entry(model: LoadedModel, prediction: Prediction) -> wire.Prediction:
-    """One class of a model with its label."""
+def prediction_entry(
+    model: LoadedModel, prediction: Prediction, geometry: Geometry | None = None
+) -> wire.Prediction:
+    """One class of a model with its label. geometry: of what has a box or a mask."""
+    fields: dict[str, Any] = {}
+    if prediction.box is not None:
+        fields |= {"detection": prediction.detection, "box": prediction.box}
+    if prediction.mask is not None and geometry is not None:
+        rle, area = mask_rle(prediction.mask, geometry)
+        fields |= {"mask": wire.MaskRLE(size=rle.size, counts=rle.counts), "area": float(area)}
     return wire.Prediction(
         class_id=prediction.class_id,
         label=model.labels[prediction.class_id],
         score=prediction.score,
         logit=prediction.logit,
+        **fields,
     )
+
+
+def geometry_of(upload: Upload, explanation: Explanation) -> Geometry:
+    """Where a map lies in the source: over the model input, or over what the model made of it."""
+    geometry = upload.model_input.geometry
+    return geometry if explanation.window is None else replace(geometry, window=explanation.window)
 
 
 def image_entry(upload: Upload) -> wire.ImageInfo:
@@ -136,13 +156,28 @@ def _changes(
     ]
 
 
+def heatmap(
+    upload: Upload, explanation: Explanation, style: Style, render_side: int
+) -> EncodedImage:
+    """The map alone, as a file."""
+    style = _of_whole(style, explanation)
+    return render_heatmap(explanation.grid, geometry_of(upload, explanation), style, render_side)
+
+
+def _of_whole(style: Style, explanation: Explanation) -> Style:
+    """A detector receives the source itself, so that its input has the size of the source."""
+    is_whole = explanation.box is not None and style.size == "model"
+    return replace(style, size="source") if is_whole else style
+
+
 def overlay(upload: Upload, explanation: Explanation, style: Style) -> EncodedImage:
     """The image with the map over it, as a file."""
     assert upload.preview is not None
+    style = _of_whole(style, explanation)
     pixels = upload.model_input.pixels.permute(1, 2, 0).contiguous().numpy()
     try:
         return render_overlay(
-            explanation.grid, upload.model_input.geometry, style, upload.preview, pixels
+            explanation.grid, geometry_of(upload, explanation), style, upload.preview, pixels
         )
     except ValueError as error:
         raise RenderFailed("The overlay could not be drawn; the server's log says why.") from error
@@ -155,7 +190,7 @@ def picture(
     style = style_of(options)
     if "overlay" in options.include:
         return overlay(upload, explanation, style)
-    return render_heatmap(explanation.grid, upload.model_input.geometry, style, render_side)
+    return heatmap(upload, explanation, style, render_side)
 
 
 def style_of(options: ExplainOptions) -> Style:
@@ -200,10 +235,18 @@ def explanation_entry(
     }
     if explanation.libra:
         fields["correction"] = "libra"
+    if explanation.box is not None:
+        fields |= {
+            "detection": explanation.detection,
+            "box": explanation.box,
+            "of": explanation.of,
+        }
+    if explanation.region is not None:
+        rle, _ = mask_rle(explanation.region, upload.model_input.geometry)
+        fields["region"] = wire.MaskRLE(size=rle.size, counts=rle.counts)
     style = style_of(options)
     if "heatmap" in options.include:
-        geometry = upload.model_input.geometry
-        fields["heatmap"] = _encoded(render_heatmap(explanation.grid, geometry, style, render_side))
+        fields["heatmap"] = _encoded(heatmap(upload, explanation, style, render_side))
     if "overlay" in options.include:
         fields["overlay"] = _encoded(overlay(upload, explanation, style))
     if "grid" in options.include:
@@ -247,7 +290,7 @@ def _verification(
 
 
 def _regions(explanation: Explanation, upload: Upload, threshold: float, side: int) -> wire.Regions:
-    regions = find_regions(explanation.grid, upload.model_input.geometry, threshold, side)
+    regions = find_regions(explanation.grid, geometry_of(upload, explanation), threshold, side)
     return wire.Regions(
         threshold=regions.threshold,
         peak=regions.peak,

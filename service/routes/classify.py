@@ -19,6 +19,7 @@ from api_schemas.options import (
     PredictOptions,
     PredictRequest,
 )
+from service.errors import InvalidOption
 from service.pipeline import response
 from service.pipeline.answer_size import Quote, quote_image
 from service.pipeline.process import as_error, render, render_result, result_of
@@ -120,6 +121,11 @@ async def _image(work: RequestWork, answered: Billed) -> Response:
     """The overlay, or the heatmap, as the whole response."""
     assert isinstance(work.options, ExplainOptions)
     side = work.service.limits.render_side
+    if not answered.inference.explanations:
+        raise InvalidOption(
+            "The model finds nothing to explain in this image, so there is no map to return; lower "
+            "`min_score`, or request JSON, which says what was found."
+        )
     explanation = answered.inference.explanations[0]
     image = await render(work, response.picture, answered.upload, explanation, work.options, side)
     return Response(image.data, media_type=image.media_type)

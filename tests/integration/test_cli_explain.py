@@ -227,14 +227,14 @@ def test_a_folder_without_images_is_refused_with_what_it_has() -> None:
     [
         (
             ["explain", "a.png", "--model", "torchvision/nope"],
-            "torchvision has no classifier 'nope'",
+            "torchvision has no model 'nope'",
         ),
         (
             ["bulk", ".", "out", "--model", "torchvision/nope"],
-            "torchvision has no classifier 'nope'",
+            "torchvision has no model 'nope'",
         ),
         (["export", "coco", ".", "--model", "no:such"], "cannot import 'no:such'"),
-        (["models", "--model", "torchvision/nope"], "torchvision has no classifier 'nope'"),
+        (["models", "--model", "torchvision/nope"], "torchvision has no model 'nope'"),
         (["explain", "a.png", "--layer", "nope", *TINY], "has no layer 'nope'"),
         (["calibrate", "tiny:small", "."], "bad.png: The bytes are not"),
     ],

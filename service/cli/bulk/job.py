@@ -53,7 +53,9 @@ class BulkJob:
         Raises ConfigurationError if the model is not the one of the earlier shards.
         """
         service = build_service(self.settings, only=model_specs(self.settings)[0].name)
-        results.check_model(of_model(service.pool.model(None)))
+        model = service.pool.model(None)
+        model.check_classifies("camserve bulk")
+        results.check_model(of_model(model))
         writer = results.writer()
         service.scheduler.start()
         try:

@@ -130,6 +130,7 @@ async def setup(request: Request) -> Response:
             call = service.scheduler.call(_set_up, body)
             project, extra, parameters = await result_of(call)
             async with lifecycle.model_in_use(request, parameters.options.model) as model:
+                model.check_classifies("The backend of Label Studio")
                 await lifecycle.prepare(request, model, parameters.options, 1, permit)
                 version = model_version(model, parameters.options)
             label_studio_of(request).remember(project, extra)
@@ -170,6 +171,7 @@ async def predict(request: Request) -> Response:
         if not task_request.images and not task_request.is_interactive:
             return _json(_listed([b"[]"] * len(task_request.tasks)))
         async with lifecycle.model_in_use(request, task_request.parameters.options.model) as model:
+            model.check_classifies("The backend of Label Studio")
             window = min(len(task_request.tasks), max(1, service.admission.max_images // 2))
             options = await result_of(service.scheduler.call(task_request.options, model))
             images = max(1, len(task_request.tasks) * len(task_request.images))

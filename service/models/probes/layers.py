@@ -97,11 +97,19 @@ def _type_name(module: nn.Module) -> str:
     return str(getattr(module, "original_name", type(module).__name__))
 
 
-def trace_layers(model: nn.Module, image: Tensor, select: Select = None) -> LayerTrace:
+def trace_layers(
+    model: nn.Module,
+    image: Tensor | list[Tensor],
+    select: Select = None,
+    classes: int | None = None,
+) -> LayerTrace:
     """Run `model` once on `image` (1, C, H, W), with temporary hooks on every module.
 
-    select: where the logits are in the model's output. Raises the exceptions of the model, and
-    TypeError if there are no logits (1, classes).
+    image: or a list of one (C, H, W), for a detector that takes lists.
+    select: where the logits are in the model's output. classes: the number of classes of a model
+    whose output has no logits of a whole image, and is not read.
+
+    Raises the exceptions of the model, and TypeError if there are no logits (1, classes).
     """
     parts = {path: part for path, part in model.named_modules() if path}
     seen = {path: _LayerCalls() for path in parts}
@@ -137,11 +145,9 @@ def trace_layers(model: nn.Module, image: Tensor, select: Select = None) -> Laye
             handle = module.register_forward_hook(watch(path), with_kwargs=True)
             hooks.callback(handle.remove)
             hooks.callback(module.register_forward_pre_hook(begin(path)).remove)
-        logits = logits_in(model(image), select)
-    if logits.ndim != 2 or logits.shape[0] != 1:
-        got = tuple(logits.shape)
-        raise TypeError(f"the model must return logits of shape (batch, classes), not {got}")
-    size, total = (image.shape[2], image.shape[3]), max(1, counter.total)
+        output = model(image)
+    classes = _class_count(output, select) if classes is None else classes
+    size, total = (image[0].shape[1], image[0].shape[2]), max(1, counter.total)
     layers = tuple(
         Layer(
             path=path,
@@ -160,8 +166,36 @@ def trace_layers(model: nn.Module, image: Tensor, select: Select = None) -> Laye
     finished = sorted((now.finished, path) for path, now in seen.items() if now.calls)
     order = tuple(path for _, path in finished)
     unchanged = frozenset(path for path, now in seen.items() if now.unchanged)
-    trace = LayerTrace(layers, None, logits.shape[1], order, unchanged)
+    trace = LayerTrace(layers, None, classes, order, unchanged)
     return replace(trace, target_layer=default_target(trace, layers))
+
+
+def _class_count(output: Any, select: Select) -> int:
+    logits = logits_in(output, select)
+    if logits.ndim != 2 or logits.shape[0] != 1:
+        got = tuple(logits.shape)
+        raise TypeError(f"the model must return logits of shape (batch, classes), not {got}")
+    return logits.shape[1]
+
+
+def with_parts(layers: Sequence[Layer]) -> tuple[Layer, ...]:
+    """The layers, and each feature map that a layer returns in a dict or a tuple as a layer.
+
+    Its path names the part: `backbone[0]`. Only outputs (channels, height, width) are feature maps
+    here, at any aspect ratio: a detector resizes and pads its images itself.
+    """
+    found: list[Layer] = []
+    for layer in layers:
+        shape = layer.shape or ()
+        is_map = layer.layout is not None and len(shape) == 3
+        layout = Layout("chw", (shape[1], shape[2])) if is_map else None
+        found.append(replace(layer, layout=layout))
+        for (part, call), shape in layer.given.items():
+            if part and call == 0 and len(shape) == 4 and shape[0] == 1:
+                layout = Layout("chw", (shape[2], shape[3]))
+                path = f"{layer.path}{part}"
+                found.append(replace(layer, path=path, shape=shape[1:], layout=layout))
+    return tuple(found)
 
 
 def _note(shapes: Shapes, tree: Any) -> None:

@@ -1,0 +1,292 @@
+"""Regions of a segmenter, and the map of each region that a question explains."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from service.cam.formulas import LAYER_METHODS, fuse, precise, scale
+from service.cam.hooks import Recording, record
+from service.cam.regions import component
+from service.errors import CamserveError, InvalidOption, NonFiniteOutput
+from service.images.run_lengths import rle_decode
+from service.inference.forward_pass import read_only_array
+from service.inference.hidden_parts import hidden_part_maps
+from service.inference.method_table import cost
+from service.inference.questions import Explanation, InferenceResult, Prediction, Question
+from service.models.loaded import LoadedModel
+from service.models.pool import Replica
+from service.models.tasks import region_logits
+
+LOW_RESOLUTION = 7
+"""As in `service.inference.batch`."""
+
+BACKGROUND = ("__background__", "background")
+
+Steps = Generator[None, Replica, InferenceResult]
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Region:
+    """One class over a part of the image. mask: bool (h, w) over the model input.
+
+    logits, scores: the means of all classes over it, (classes,).
+    """
+
+    class_id: int
+    mask: Mask
+    logits: Tensor
+    scores: Tensor
+
+
+def segment(replica: Replica, questions: Sequence[Question]) -> list[Steps | CamserveError]:
+    """Run a batch of images of one size once; each image's steps end with its result."""
+    model = replica.model
+    pixels = model.normalised(model.batch([question.pixels for question in questions]))
+    walks = [question for question in questions if question.needs_gradients]
+    modules = {path.partition("[")[0] for question in walks for path in question.layers}
+    points = [layer.path for layer in model.layers if layer.path in modules]
+    with (
+        nullcontext() if walks else torch.no_grad(),
+        record(replica.module, targets=points) as recording,
+    ):
+        logits = region_logits(model.outputs(replica.module, pixels))
+    return [
+        _of_image(model, recording, question, logits, image)
+        for image, question in enumerate(questions)
+    ]
+
+
+def _of_image(
+    model: LoadedModel, recording: Recording, question: Question, batch: Tensor, image: int
+) -> Steps | CamserveError:
+    logits = batch[image].detach().cpu()
+    if not bool(logits.isfinite().all()):
+        return NonFiniteOutput(
+            "The model returned NaN or infinity for this image, so there is nothing to explain; "
+            "check the weights and the precision of the model."
+        )
+    classes = _resized_classes(logits, question)
+    try:
+        targets = _targets(model, question, classes, logits) if question.explains else []
+    except InvalidOption as error:
+        return error
+    maps = None
+    if question.needs_gradients:
+        maps = [_map(recording, question, batch, image, target) for target in targets]
+    return _steps(model, question, logits, classes, targets, maps)
+
+
+def _steps(  # noqa: PLR0917 - one call
+    model: LoadedModel,
+    question: Question,
+    logits: Tensor,
+    classes: Tensor,
+    targets: Sequence[Region],
+    maps: Sequence[tuple[Tensor, bool]] | None,
+) -> Steps:
+    if maps is None and targets:
+        own = torch.stack([target.scores[target.class_id] for target in targets])
+
+        def values(raw: Any) -> Tensor:
+            return torch.stack([_probabilities(each, targets) for each in region_logits(raw)])
+
+        cams = yield from hidden_part_maps(model, question, own, values)
+        maps = [(cam, False) for cam in cams]
+    explanations = tuple(
+        _explanation(model, question, target, cam, not_used=not_used)
+        for target, (cam, not_used) in zip(targets, maps or (), strict=True)
+    )
+    return InferenceResult(_predictions(question, logits, classes), explanations, ())
+
+
+def _resized_classes(logits: Tensor, question: Question) -> Tensor:
+    """The most probable class of each pixel of the model input, (h, w)."""
+    size = (question.pixels.shape[1], question.pixels.shape[2])
+    if logits.shape[1:] != size:
+        logits = functional.interpolate(logits[None], size, mode="bilinear")[0]
+    return logits.argmax(dim=0)
+
+
+def _over(mask: Mask, size: tuple[int, int]) -> Tensor:
+    """The share of each cell (h, w) of the output that a mask of the input covers."""
+    given = torch.from_numpy(mask)[None, None].float()
+    if mask.shape == size:
+        return given[0, 0]
+    return functional.interpolate(given, size, mode="bilinear", antialias=True)[0, 0]
+
+
+def _region(class_id: int, mask: Mask, logits: Tensor) -> Region:
+    share = _over(mask, (logits.shape[1], logits.shape[2]))
+    weight = share / share.sum().clamp_min(1e-9)
+    means = (logits * weight).sum(dim=(1, 2))
+    return Region(class_id, mask, means, (logits.softmax(dim=0) * weight).sum(dim=(1, 2)))
+
+
+def _probabilities(logits: Tensor, targets: Sequence[Region]) -> Tensor:
+    """The mean probability of each target's class over its region, (K,)."""
+    logits = logits.detach().cpu()
+    size = targets[0].mask.shape
+    if logits.shape[1:] != size:
+        logits = functional.interpolate(logits[None], size, mode="bilinear")[0]
+    return torch.stack(
+        [_region(each.class_id, each.mask, logits).scores[each.class_id] for each in targets]
+    )
+
+
+def _predictions(question: Question, logits: Tensor, classes: Tensor) -> tuple[Prediction, ...]:
+    """One for each class that is the most probable one somewhere, the largest first."""
+    ids, counts = classes.unique(return_counts=True)
+    order = counts.argsort(descending=True, stable=True)[: question.top_k]
+    found = []
+    for class_id in ids[order].tolist():
+        region = _region(class_id, (classes == class_id).numpy(), logits)
+        found.append(
+            Prediction(
+                class_id,
+                float(region.scores[class_id]),
+                float(region.logits[class_id]),
+                mask=region.mask,
+            )
+        )
+    return tuple(found)
+
+
+def _targets(
+    model: LoadedModel, question: Question, classes: Tensor, logits: Tensor
+) -> list[Region]:
+    """The regions to explain. Raises InvalidOption for a place that is not in the image."""
+    if question.places:
+        return [_at(question, place, classes, logits) for place in question.places]
+    ids, counts = classes.unique(return_counts=True)
+    largest = [int(ids[number]) for number in counts.argsort(descending=True, stable=True)]
+    shown = [one for one in largest if model.labels[one].lower() not in BACKGROUND]
+    wanted = [one for one in question.targets if one in largest] or (
+        [] if question.targets else shown[: question.explain_top]
+    )
+    return [_region(one, component((classes == one).numpy()), logits) for one in wanted]
+
+
+def _at(question: Question, place: Any, classes: Tensor, logits: Tensor) -> Region:
+    """The region at a point, or the most frequent class within a box or a mask."""
+    inside = _inside(question, place, (classes.shape[0], classes.shape[1]))
+    if not inside.any():
+        raise InvalidOption(
+            "A place in `at` covers nothing of this image; send it in upright source pixels, with "
+            "0, 0 at the upper left."
+        )
+    here = classes[torch.from_numpy(inside)]
+    target = int(here.mode().values) if not question.targets else question.targets[0]
+    if len(place) == 2 and all(isinstance(each, float) for each in place):
+        row, column = np.argwhere(inside)[0]
+        target = int(classes[row, column])
+        inside = component((classes == target).numpy(), (int(row), int(column)))
+    return _region(target, inside, logits)
+
+
+def _inside(question: Question, place: Any, size: tuple[int, int]) -> Mask:
+    """The pixels (h, w) of the model input that a place in source pixels names."""
+    (width, height), (left, top, across, down) = question.source, question.seen
+    if not all(isinstance(each, float) for each in place):
+        rows, counts = place
+        if tuple(rows) != (height, width):
+            raise InvalidOption(
+                f"A mask in `at` is for an image of [height, width] {list(rows)}, and this one is "
+                f"{[height, width]}; send it in upright source pixels."
+            )
+        try:
+            mask = torch.from_numpy(rle_decode((rows[0], rows[1]), counts))[None, None].float()
+        except ValueError as error:
+            raise InvalidOption(f"A mask in `at` cannot be read: {error}.") from error
+        inner = max(1, round(down * size[0])), max(1, round(across * size[1]))
+        shown = functional.interpolate(mask, inner, mode="nearest")[0, 0] > 0
+        found = np.zeros(size, dtype=np.bool_)
+        first, start = round(top * size[0]), round(left * size[1])
+        part = found[first : first + inner[0], start : start + inner[1]]
+        part |= shown.numpy()[: part.shape[0], : part.shape[1]]
+        return found
+    x, y, w, h = (*place, 0.0, 0.0)[:4]
+    xs = [(left + each / width * across) * size[1] for each in (x, x + w)]
+    ys = [(top + each / height * down) * size[0] for each in (y, y + h)]
+    found = np.zeros(size, dtype=np.bool_)
+    if len(place) == 2:
+        row, column = int(np.floor(ys[0])), int(np.floor(xs[0]))
+        if 0 <= row < size[0] and 0 <= column < size[1]:
+            found[row, column] = True
+        return found
+    rows, columns = (slice(max(0, round(ends[0])), max(0, round(ends[1]))) for ends in (ys, xs))
+    found[rows, columns] = True
+    return found
+
+
+def _map(
+    recording: Recording, question: Question, batch: Tensor, image: int, target: Region
+) -> tuple[Tensor, bool]:
+    """The map (h, w) of a region at the question's layers, and whether none of them is used."""
+    logits = batch[image]
+    share = _over(target.mask, (logits.shape[1], logits.shape[2])).to(logits)
+    slope = torch.zeros(len(logits)).to(logits)
+    slope[target.class_id] = 1
+    if question.contrast is not None:
+        contrast = question.contrast.at(target.logits, target.class_id)
+        slope = contrast.slope(target.logits, target.class_id).to(logits)
+    points = [recording.targets[path][-1] for path in question.layers]
+    gradients: Sequence[Tensor | None] = [None] * len(points)
+    if logits.requires_grad:
+        weights = slope[:, None, None] * (share / share.sum().clamp_min(1e-9))
+        gradients = torch.autograd.grad(
+            logits, points, weights, retain_graph=True, allow_unused=True
+        )
+    cams, used = [], False
+    for point, gradient in zip(points, gradients, strict=True):
+        values = precise(point.detach()[image : image + 1])
+        given = torch.zeros_like(values) if gradient is None else gradient[image : image + 1]
+        used = used or bool(given.any())
+        cams.append(LAYER_METHODS[question.method or ""](values, precise(given))[0].cpu())
+    return fuse(cams), not used
+
+
+def _explanation(
+    model: LoadedModel, question: Question, target: Region, cam: Tensor, *, not_used: bool
+) -> Explanation:
+    record, scaled, class_id = question.method_record, scale(cam), target.class_id
+    assert record is not None
+    weights: Mapping[int, float] = {}
+    difference = None
+    if question.contrast is not None:
+        contrast = question.contrast.at(target.logits, class_id)
+        weights = contrast.as_mapping(target.logits)
+        difference = float(contrast.lead(target.logits, class_id))
+    flags = {
+        "all_zero": not bool(scaled.grid.any()),
+        "target_not_predicted": class_id != int(target.scores.argmax()),
+        "low_resolution": min(scaled.grid.shape) < LOW_RESOLUTION,
+        "random_weights": model.random_weights,
+        "not_deterministic": not model.behaviour.deterministic,
+        "layer_not_used": not_used,
+        "not_per_box": not record.per_box,
+    }
+    return Explanation(
+        class_id=class_id,
+        score=float(target.scores[class_id]),
+        logit=float(target.logits[class_id]),
+        contrast=weights,
+        logit_difference=difference,
+        method=record.name,
+        layers=question.layers if record.has_layer else (),
+        grid=read_only_array(scaled.grid),
+        low=scaled.low,
+        high=scaled.high,
+        flags=tuple(flag for flag, is_set in flags.items() if is_set),
+        cost=cost(model, question),
+        region=target.mask,
+    )
