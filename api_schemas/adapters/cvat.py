@@ -1,4 +1,7 @@
-"""An auto-annotation function for CVAT: the top class of a frame as a tag, its evidence as a mask.
+"""An auto-annotation function for CVAT: what a model finds in a frame, and its evidence.
+
+The default of a classifier is the top class as a tag and its evidence as a mask, of a detector its
+boxes, of a segmenter its regions.
 
     cvat-cli task auto-annotate 42 --function-module api_schemas.adapters.cvat
         --allow-unmatched-labels -p url=str:http://127.0.0.1:8000 -p shapes=str:tag,polygon
@@ -11,15 +14,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import PIL.Image
 
+from api_schemas.adapters.objects import Found, found_in, outlines_of
 from api_schemas.client import URL, Client
 from api_schemas.client.errors import DeadlineExceeded, ImageRefused, UnreadableImage
 from api_schemas.client.results import Explanation, Regions
 
-KINDS = ("tag", "mask", "polygon", "rectangle", "points")
+EVIDENCE = ("mask", "polygon", "rectangle", "points")
+"""Kinds of shapes that are drawn from a map."""
+
+KINDS = ("tag", "box", "region", *EVIDENCE)
+"""tag: the class of the explained prediction. box: the box of a detection, a rectangle. region: the
+mask of a detection or of a segmenter's class. These have the label of the class."""
+
+DEFAULTS: Mapping[str, str] = MappingProxyType({"detection": "box", "segmentation": "region"})
+"""The kinds of a task where no others are requested; of a classifier tag and mask."""
+
+_TYPES = MappingProxyType({"box": "rectangle", "region": "mask"})
+"""CVAT's name of a kind where it has another one."""
 
 VERDICT, VERDICT_ID = "verdict", 1
 """Name of the attribute of shapes with `verify`, and its id in the function."""
@@ -32,7 +48,7 @@ _log = logging.getLogger(__name__)
 def create(  # noqa: PLR0913, PLR0917 - CVAT passes each parameter by name
     url: str = URL,
     api_key: str = "",
-    shapes: str = "tag,mask",
+    shapes: str = "",
     evidence_label: str = "evidence",
     model: str = "",
     method: str = "",
@@ -43,22 +59,23 @@ def create(  # noqa: PLR0913, PLR0917 - CVAT passes each parameter by name
 ) -> Function:
     """Return the function that CVAT calls; empty parameters mean the service's defaults.
 
-    shapes:         comma-separated, some of tag, mask, polygon, rectangle, points.
-    evidence_label: label of all shapes except tags; empty: a shape has the label of its class.
+    shapes:         comma-separated, some of KINDS; empty: those of the model's task.
+    evidence_label: label of all shapes of the evidence; empty: a shape has the label of its class.
     threshold:      level at which the map is cut, 0 to 1.
-    explain_top:    number of top classes to return for a frame.
+    explain_top:    number of top classes, boxes or regions with evidence in a frame.
     verify:         true or search: each shape has the verdict on its map as the text attribute
                     VERDICT, which the label of the shapes needs in CVAT, too.
 
     Raises ValueError for an invalid parameter, ClientError if the service does not answer.
     """
-    kinds = _kinds(shapes)
-    if verify not in ("", "false") and kinds == ("tag",):
-        raise ValueError("`verify` is for shapes, not for tags; add mask, or leave it out")
+    client = Client(url, api_key=api_key or None)
+    served = client.model(model or None)
+    kinds = _kinds(shapes or DEFAULTS.get(served.task or "", "tag,mask"))
+    if verify not in ("", "false") and not set(kinds) & set(EVIDENCE):
+        raise ValueError("`verify` is for the evidence; add mask to `shapes`, or leave it out")
     chosen = {"model": model, "method": method, "layer": layer, "verify": verify}
     options = {name: value for name, value in chosen.items() if value}
-    client = Client(url, api_key=api_key or None)
-    labels = client.model(model or None).labels or []
+    labels = served.labels or []
     return Function(
         client,
         kinds,
@@ -88,8 +105,8 @@ def spec_labels(
         raise ValueError(
             f"`evidence_label` is {evidence_label!r}, which is a class; use another name"
         )
-    tags = [kind for kind in kinds if kind == "tag"]
-    others = [kind for kind in kinds if kind != "tag"]
+    tags = [kind for kind in kinds if kind not in EVIDENCE]
+    others = [kind for kind in kinds if kind in EVIDENCE]
     of_class = tags if evidence_label else kinds
     declared: dict[str, tuple[int, str]] = {}
     if of_class:
@@ -101,7 +118,8 @@ def spec_labels(
 
 
 def _type(kinds: Sequence[str]) -> str:
-    return kinds[0] if len(kinds) == 1 else "any"
+    types = {_TYPES.get(kind, kind) for kind in kinds}
+    return types.pop() if len(types) == 1 else "any"
 
 
 def outlines(regions: Regions, kind: str) -> list[list[float]]:
@@ -167,17 +185,41 @@ class Function:
         except _FRAME_ERRORS as error:
             _log.warning("no annotations for %s: %s", context.frame_name, error.detail)
             return []
-        minimum = context.conf_threshold or 0.0
-        return [
+        minimum, to_polygons = context.conf_threshold or 0.0, context.conv_mask_to_poly
+        found = [
+            shape
+            for each in found_in(result)
+            if each.prediction.score >= minimum
+            for shape in self._found(each, to_polygons=to_polygons)
+        ]
+        return found + [
             annotation
             for explanation in result.explanations
             if explanation.score >= minimum
-            for annotation in self._annotations(explanation, to_polygons=context.conv_mask_to_poly)
+            for annotation in self._annotations(explanation, to_polygons=to_polygons)
         ]
+
+    def _found(self, found: Found, *, to_polygons: bool) -> Iterator[Any]:
+        """The box and the mask of a detection, the mask of a region or its outlines."""
+        label, score = self._labels[found.prediction.label][0], found.prediction.score
+        if "box" in self._kinds:
+            x, y, w, h = found.box
+            yield self._cvat.rectangle(label, [x, y, x + w, y + h], score=score)
+        if "region" not in self._kinds or found.mask is None:
+            return
+        if to_polygons:
+            for outline in outlines_of(found.mask):
+                corners = [float(number) for corner in outline for number in corner]
+                yield self._cvat.polygon(label, corners, score=score)
+        elif found.mask.any():
+            from cvat_sdk.masks import encode_mask  # noqa: PLC0415 - as above
+
+            yield self._cvat.mask(label, encode_mask(found.mask), score=score)
 
     def _annotations(self, explanation: Explanation, *, to_polygons: bool) -> Iterator[Any]:
         assert explanation.regions is not None
-        kinds = ["polygon" if kind == "mask" and to_polygons else kind for kind in self._kinds]
+        drawn = [kind for kind in self._kinds if kind not in _TYPES]
+        kinds = ["polygon" if kind == "mask" and to_polygons else kind for kind in drawn]
         for kind in dict.fromkeys(kinds):
             if kind == "tag":
                 yield self._cvat.tag(self._labels[explanation.label][0])

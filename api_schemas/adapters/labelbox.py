@@ -57,8 +57,8 @@ def rows(
 
 def _answers(kind: str, result: Result) -> Iterator[Row]:
     if kind == "classification":
-        best = result.predictions[0]
-        yield {"answer": {"name": best.label, "confidence": best.score}}
+        for best in result.predictions[:1]:
+            yield {"answer": {"name": best.label, "confidence": best.score}}
         return
     for explanation in result.explanations:
         for shape in _shapes(kind, explanation):

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fake_boxes
 import numpy as np
 import pictures
 import pytest
@@ -21,6 +22,7 @@ from running import running
 
 from api_schemas.client import Client
 from api_schemas.client.results import Result
+from api_schemas.options import Task
 
 pytestmark = [pytest.mark.protocols, pytest.mark.timeout(240)]
 
@@ -251,3 +253,38 @@ def test_it_serves_as_a_function_of_an_agent(url: str, cli: Cli, ours: list[Resu
     assert [shape["points"] for shape in made["shapes"]] == [
         np.ravel(polygon).tolist() for polygon in regions.polygons
     ]
+
+
+@pytest.mark.parametrize("to_polygons", [False, True])
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_boxes_and_regions_have_the_label_and_the_score_of_their_class(
+    cli: Cli, environment: Path, task: Task, *, to_polygons: bool
+) -> None:
+    """By default the boxes of a detector and the regions of a segmenter; evidence beside them."""
+    cvat = FakeCVAT(FRAMES, dict.fromkeys(("cat", "dog", "evidence"), "any"))
+    flags = ["--conv-mask-to-poly"] if to_polygons else []
+    flags += ["--allow-unmatched-labels", "--conf-threshold", "0.5"]
+    with fake_boxes.serving_boxes(task) as url, serving(cvat) as port:
+        cli(port, "task", "auto-annotate", str(TASK), *flags, *function(url))
+        alone = cvat.annotations["shapes"]
+        told = function(url, shapes="box,region,points")
+        cli(port, "task", "auto-annotate", str(TASK), *flags, *told)
+    cat, dog, evidence = (cvat.label(name) for name in ("cat", "dog", "evidence"))
+    assert {shape["frame"] for shape in alone} == set(range(len(FRAMES)))
+    drawn = "polygon" if to_polygons else "mask"
+    kind = "rectangle" if task == "detection" else drawn
+    assert [(each["label_id"], each["type"], each["score"]) for each in alone[:2]] == [
+        (cat, kind, 0.875),
+        (dog, kind, 0.75),
+    ]
+    shapes = [each for each in cvat.annotations["shapes"] if each["frame"] == 0]
+    assert shapes[-1]["label_id"] == evidence
+    boxes = {each["label_id"]: each["points"] for each in shapes if each["type"] == "rectangle"}
+    assert boxes[dog] == [60, 30, 84, 60]
+    if task == "detection":
+        assert boxes[cat] == [10.5, 20, 50.5, 50.25]
+    of_dog = [each for each in shapes if each["type"] == drawn and each["label_id"] == dog]
+    if to_polygons:
+        assert of_dog[0]["points"] == [60, 30, 70, 30, 70, 50, 84, 50, 84, 60, 60, 60]
+    else:
+        np.testing.assert_array_equal(masks(environment, of_dog)[0], fake_boxes.mask())

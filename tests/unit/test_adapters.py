@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as reference
 from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from api_schemas import answers
 from api_schemas.adapters import coco, cvat, fiftyone, labelbox
 from api_schemas.client.errors import ImageRefused
-from api_schemas.client.results import Explanation, Regions, Result
+from api_schemas.client.results import Explanation, Prediction, Regions, Result
 from service.cli.export.export_command import KINDS
 from service.images.run_lengths import rle_encode
 
@@ -72,6 +73,7 @@ def result(*explanations: Explanation) -> Result:
     )
 
 
+INFO = answers.ImageInfo(width=WIDTH, height=HEIGHT, format="PNG", sha256="0" * 64)
 LABELS = ["class 0", "class 1", "class 2"]
 NOTHING = np.zeros((HEIGHT, WIDTH), dtype=bool)
 REFUSED = Result(error=ImageRefused("no picture"))
@@ -166,7 +168,97 @@ def vars_of(made: Explanation) -> dict[str, object]:
     return {name: getattr(made, name) for name in Explanation.__slots__}
 
 
+def run_lengths(of: NDArray[np.bool_]) -> answers.MaskRLE:
+    return answers.MaskRLE(size=of.shape, counts=rle_encode(of).counts)
+
+
+def square(left: int, top: int, side: int) -> NDArray[np.bool_]:
+    made = np.zeros((HEIGHT, WIDTH), dtype=bool)
+    made[top : top + side, left : left + side] = True
+    return made
+
+
+def detected(*explanations: Explanation) -> Result:
+    """Two boxes of one class; the second has a mask."""
+    first = Prediction(2, "class 2", 0.9, 2.2, detection=0, box=(4.5, 6.0, 20.0, 12.5))
+    region = run_lengths(square(30, 10, 8))
+    second = Prediction(
+        2, "class 2", 0.6, 0.4, detection=1, box=(29.0, 9.0, 10.0, 10.0), mask=region
+    )
+    return Result(image=INFO, predictions=[first, second], explanations=list(explanations))
+
+
+def segmented(*explanations: Explanation) -> Result:
+    """The regions of two classes, and one without a pixel."""
+    masks = {1: square(0, 0, 20), 2: square(30, 20, 10), 0: NOTHING}
+    predictions = [
+        Prediction(
+            each, f"class {each}", 0.8, 2.0, mask=run_lengths(of), area=float(np.asarray(of).sum())
+        )
+        for each, of in masks.items()
+    ]
+    return Result(image=INFO, predictions=predictions, explanations=list(explanations))
+
+
+def of_second() -> Explanation:
+    fields = vars_of(explanation(mask())) | {"detection": 1, "box": (29.0, 9.0, 10.0, 10.0)}
+    return Explanation(**fields)
+
+
+@reads_with_pycocotools
+def test_each_detection_is_an_annotation_with_its_box_and_the_evidence_beside_it(
+    tmp_path: Path, capsys
+) -> None:
+    data = coco.dataset([("a.png", detected(of_second()))], LABELS)
+    read = loaded(data, tmp_path)
+    first, second = read.loadAnns(read.getAnnIds(imgIds=[1]))
+    assert (first["bbox"], first["area"], first["score"]) == ([4.5, 6.0, 20.0, 12.5], 250.0, 0.9)
+    assert (first["keypoints"], first["num_keypoints"]) == ([0, 0, 0], 0)
+    assert "evidence" not in first
+    assert read.annToMask(first)[6:18, 5:24].all(), "the box, where there is no mask"
+    np.testing.assert_array_equal(read.annToMask(second), square(30, 10, 8))
+    assert (second["bbox"], second["area"]) == ([29.0, 9.0, 10.0, 10.0], 64)
+    assert second["keypoints"] == [22.5, 16.5, 2]
+    np.testing.assert_array_equal(reference.decode(second["evidence"]), mask())
+
+
+@reads_with_pycocotools
+def test_detections_are_results_that_cocoeval_scores(tmp_path: Path, capsys) -> None:
+    """The same boxes as truth: every precision is 1."""
+    data = coco.dataset([("a.png", detected())], LABELS)
+    truth = loaded(data, tmp_path)
+    evaluation = COCOeval(truth, truth.loadRes(data["annotations"]), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    assert evaluation.stats[0] == 1
+
+
+@reads_with_pycocotools
+def test_each_class_of_a_segmenter_is_an_annotation_with_its_region() -> None:
+    data = coco.dataset([("a.png", segmented())], LABELS)
+    first, second = data["annotations"]
+    assert (first["category_id"], second["category_id"]) == (2, 3)
+    assert (first["bbox"], first["area"]) == ([0, 0, 20, 20], 400)
+    np.testing.assert_array_equal(reference.decode(second["segmentation"]), square(30, 20, 10))
+
+
+def test_with_a_background_a_category_has_the_number_of_its_class() -> None:
+    data = coco.dataset([("a.png", detected())], ["__background__", "person", "class 2"])
+    assert [(each["id"], each["name"]) for each in data["categories"]] == [
+        (1, "person"),
+        (2, "class 2"),
+    ]
+    assert {each["category_id"] for each in data["annotations"]} == {2}
+
+
 # Labelbox
+
+
+def test_an_image_without_a_detection_has_no_class() -> None:
+    nothing = Result(image=INFO, predictions=[], explanations=[])
+    assert coco.dataset([("a.png", nothing)], LABELS)["annotations"] == []
+    assert list(labelbox.rows([("a.png", nothing)])) == []
 
 
 def test_labelbox_rows_are_the_class_and_the_evidence_in_pixels() -> None:
