@@ -63,9 +63,14 @@ def region_bytes(source: Size, cells: tuple[int, int], max_side: int) -> int:
     scale = min(1.0, max_side / max(source))
     pixels = math.ceil(width * scale) * math.ceil(height * scale)
     outlines = 100 * min(math.prod(cells), pixels)
+    return outlines + mask_bytes(source, cells[0])
+
+
+def mask_bytes(source: Size, rows: int) -> int:
+    """The run lengths of one mask that was made of so many rows of cells, as JSON."""
+    width, height = source
     # A column of the source has at most a run for every cell that it crosses, and one more.
-    runs = width * min(cells[0] + 2, height)
-    return _HEAD + outlines + 2 * runs
+    return _HEAD + 2 * width * min(rows + 2, height)
 
 
 def brush_bytes(source: Size, cells: tuple[int, int]) -> int:

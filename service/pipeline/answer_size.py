@@ -24,6 +24,7 @@ from service.cam.file_sizes import (
     base64_bytes,
     heatmap_bytes,
     image_bytes,
+    mask_bytes,
     region_bytes,
     tile_grid_bytes,
 )
@@ -44,6 +45,9 @@ NUMBER_BYTES = 16
 
 _RESULT, _PREDICTION, _EXPLANATION, _ACTIVATION, _VERDICT, _TRIED = 1024, 160, 1024, 512, 1024, 128
 """The names and numbers beside the parts that are priced by their size."""
+
+_ROWS_OF_BOX = 56
+"""Rows of the mask of a box, which is drawn into the image; torchvision's has 28."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +115,13 @@ class AnswerSizes:
 
     def masks(self, source: Size) -> int:
         """The masks of predictions and of explained regions, JSON; 0 for a classifier."""
-        if self.model.task == "classification":
-            return 0
-        one = region_bytes(source, self.model.preprocessing.crop, self.render_side)
         if self.model.task == "segmentation":
-            return one * (min(self.question.top_k, len(self.model.labels)) + self.maps)
-        return one * self.question.top_k if self.model.gives_masks else 0
+            classes = min(self.question.top_k, len(self.model.labels))
+            one = mask_bytes(source, self.model.preprocessing.crop[0])
+            # Each pixel is of one class, so all masks together have twice the runs of one.
+            return one * (2 + self.maps) + _PREDICTION * classes
+        of_box = mask_bytes(source, _ROWS_OF_BOX)
+        return of_box * self.question.top_k if self.model.gives_masks else 0
 
     def explanation(self, source: Size) -> int:
         """One explanation, JSON."""

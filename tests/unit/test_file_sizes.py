@@ -16,11 +16,12 @@ from service.cam.file_sizes import (
     brush_bytes,
     heatmap_bytes,
     image_bytes,
+    mask_bytes,
     region_bytes,
     tile_grid_bytes,
 )
 from service.cam.heatmap import Style, render_heatmap
-from service.cam.regions import find_regions
+from service.cam.regions import find_regions, mask_rle
 from service.cam.tiles import channel_grid, channel_tiles
 from service.images.declared_size import size_of
 from service.images.decode import Geometry
@@ -111,6 +112,18 @@ def test_regions_and_brushes_of_noise_are_within_their_bounds(
             assert len(orjson.dumps(parts)) <= region_bytes(size, cells, 2048)
         brush = encode_rle(alpha_of(grid, geometry(*size), 2048))
         assert len(orjson.dumps(brush)) <= brush_bytes(size, cells)
+
+
+@pytest.mark.parametrize("classes", [2, 5, 60])
+@pytest.mark.parametrize("size", [(7, 7), (90, 200), (500, 400), (2600, 700)])
+def test_masks_of_noise_that_share_an_image_are_within_twice_the_bound_of_one(
+    size: tuple[int, int], classes: int
+) -> None:
+    random = np.random.default_rng(2)
+    where = random.integers(0, classes, (224, 224))
+    masks = [mask_rle(where == each, geometry(*size))[0].counts for each in range(classes)]
+    assert len(orjson.dumps(masks)) <= 2 * mask_bytes(size, 224)
+    assert len(orjson.dumps(masks[0])) <= mask_bytes(size, 224)
 
 
 # ---- sizes by the first bytes
