@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from api_schemas.methods import DEFAULTS
 from service.errors import CamserveError
 from service.evaluation.method_sensitivity import measure_all
 from service.inference.batch import run
+from service.inference.method_table import default_method
 from service.inference.questions import Question
 from service.models.catalog import ModelSpec
 from service.models.loaded import LoadedModel
@@ -82,7 +82,7 @@ def _seconds(model: LoadedModel) -> float:
     shape = (model.preprocessing.channels, *model.preprocessing.crop)
     noise = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0))
     layers = () if model.target_layer is None or model.no_gradients else model.target_layers(())
-    method = DEFAULTS[model.task] if layers else None
+    method = default_method(model) if layers else None
     question = Question(noise.to(torch.uint8), method=method, layers=layers)
     seconds = []
     for _ in range(1 + WARM_RUNS):
