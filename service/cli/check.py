@@ -12,6 +12,7 @@ import torch
 from service.errors import CamserveError
 from service.evaluation.method_sensitivity import measure_all
 from service.inference.batch import run
+from service.inference.method_table import default_method
 from service.inference.questions import Question
 from service.models.catalog import ModelSpec
 from service.models.loaded import LoadedModel
@@ -61,7 +62,8 @@ def check_models(
     for spec in specs:
         try:
             model = load(spec)
-            sensitivity = measure_all(model) if all_methods else model.sensitivity
+            measured = all_methods and model.task == "classification"
+            sensitivity = measure_all(model) if measured else model.sensitivity
             yield CheckResult(spec, model, 1000 * _seconds(model), sensitivity=sensitivity)
         except CamserveError as error:
             yield CheckResult(spec, problem=error.detail)
@@ -79,8 +81,9 @@ def _seconds(model: LoadedModel) -> float:
     replica = Replica(model, module, Condition.of(module))
     shape = (model.preprocessing.channels, *model.preprocessing.crop)
     noise = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0))
-    layers = () if model.target_layer is None or model.no_gradients else (model.target_layer,)
-    question = Question(noise.to(torch.uint8), method="gradcam" if layers else None, layers=layers)
+    layers = () if model.target_layer is None or model.no_gradients else model.target_layers(())
+    method = default_method(model) if layers else None
+    question = Question(noise.to(torch.uint8), method=method, layers=layers)
     seconds = []
     for _ in range(1 + WARM_RUNS):
         started = time.perf_counter()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from api_schemas.methods import BACKWARD, METHODS, MethodRecord
+from api_schemas.methods import BACKWARD, DEFAULTS, METHODS, MethodRecord
 from service.cam.verdict import RUNS
 from service.errors import InvalidOption
 from service.inference import attention_maps, input_gradients, perturbation
@@ -32,6 +32,11 @@ MULTI_PASS_METHODS: Mapping[str, Callable[[ImagePass], Steps]] = {
 
 ATTENTION_BYTES = 1 << 30
 """Bytes that a method may take for the attention of one image."""
+
+
+def default_method(model: LoadedModel) -> str:
+    """The method of a request that names none, by the model's task."""
+    return DEFAULTS[model.task]
 
 
 def check_method(model: LoadedModel, method: str) -> None:

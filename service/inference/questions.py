@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from api_schemas.methods import METHODS, MethodRecord
-from api_schemas.options import Of
 from service.cam.verdict import WHOLE, Evidence, Verdict
 from service.errors import CamserveError
 from service.images.decode import Rect
@@ -19,6 +18,7 @@ from service.inference.contrast import Contrast
 from service.models.compiled.front import Precision
 from service.models.loaded import LoadedModel
 
+Of = Literal["class", "x1", "y1", "x2", "y2"]
 Place = tuple[float, ...] | tuple[tuple[int, int], str | tuple[int, ...]]
 """A point (x, y), a box (x, y, w, h), or run lengths: a size (height, width) and its counts."""
 

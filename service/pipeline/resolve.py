@@ -8,18 +8,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from api_schemas.methods import DEFAULTS, METHODS
+from api_schemas.methods import METHODS
 from api_schemas.options import (
     CommonOptions,
     ExplainOptions,
-    Method,
     PredictOptions,
     RunLengths,
 )
 from service.errors import InvalidOption
 from service.images.upload import Hiding
 from service.inference.contrast import Contrast
-from service.inference.method_table import check_method, cost
+from service.inference.method_table import check_method, cost, default_method
 from service.inference.questions import ActivationKind, Place, Question
 from service.models.loaded import LoadedModel
 from service.pipeline.service import Limits
@@ -107,10 +106,10 @@ def _listed(model: LoadedModel, options: CommonOptions) -> int:
     return TOP_DETECTIONS if model.task == "detection" and is_default else options.top_k
 
 
-def method_of(model: LoadedModel, options: ExplainOptions) -> Method:
+def method_of(model: LoadedModel, options: ExplainOptions) -> str:
     """The method of a request: the named one, or the default of the model's task."""
     is_named = "method" in options.model_fields_set
-    return options.method if is_named else DEFAULTS[model.task]
+    return options.method if is_named else default_method(model)
 
 
 def _libra(options: ExplainOptions) -> bool:

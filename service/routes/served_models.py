@@ -158,6 +158,7 @@ def _loaded(service: Service, model: LoadedModel, *, shown: bool) -> dict[str, A
             channels=preprocessing.channels,
         ),
         "transform": model.transform,
+        "task": model.task,
         "target_layer": model.target_layer,
         "lanes": [
             wire.Lane(name="hooked", ready=off is None, reason=off if shown else off and HIDDEN),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from functools import cache, partial
 from typing import Any
@@ -188,3 +189,48 @@ def image(seed: int, size: tuple[int, int] = (70, 90)) -> Tensor:
     coarse = torch.rand(1, 3, 5, 6, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, size, mode="bilinear")
     return (255 * smooth[0]).to(torch.uint8)
+
+
+def question(model: LoadedModel, pixels: Tensor, **more: Any) -> Question:
+    method = more.get("method", "hirescam")
+    layers = () if method in {"rise", "occlusion", None} else model.default_layers
+    return Question(
+        pixels, **{"top_k": 100, "method": method, "layers": layers, "min_score": 0.05, **more}
+    )
+
+
+def plain(model: LoadedModel, pixels: Tensor) -> dict[str, Tensor]:
+    """What torchvision returns for the upright image."""
+    with torch.no_grad():
+        (raw,) = copy.deepcopy(model.module)([pixels.float() / 255])
+    return raw  # type: ignore[no-any-return]
+
+
+def oracle(model: LoadedModel, pixels: Tensor, number: int) -> dict[str, Tensor]:
+    """HiResCAM of a detection at each level with a gradient, by one backward pass through all."""
+    module: Any = copy.deepcopy(model.module)
+    levels: dict[str, Tensor] = {}
+    heads: list[Tensor] = []
+
+    def keep(_module: Any, _args: Any, output: Any) -> None:
+        for name, value in output.items():
+            value.requires_grad_(True)
+            levels[name] = value
+
+    def note(_module: Any, _args: Any, output: Any) -> None:
+        heads.append(output["cls_logits"] if isinstance(output, dict) else output[0])
+
+    module.backbone.register_forward_hook(keep)
+    part = module.roi_heads.box_predictor if hasattr(module, "roi_heads") else module.head
+    part.register_forward_hook(note)
+    (raw,) = module([pixels.float() / 255])
+    (logits,) = heads
+    (slope,) = torch.autograd.grad(raw["scores"][number], logits, retain_graph=True)
+    (row,) = slope.flatten(0, -2).abs().sum(dim=1).nonzero()[:, 0].tolist()
+    value = logits.flatten(0, -2)[row, int(raw["labels"][number])]
+    slopes = torch.autograd.grad(value, list(levels.values()), allow_unused=True)
+    return {
+        f"backbone[{name}]": (level * given).sum(dim=1).relu()[0].detach()
+        for (name, level), given in zip(levels.items(), slopes, strict=True)
+        if given is not None and bool(given.any())
+    }

@@ -18,6 +18,9 @@ const FLAGS = {
   weights_hardly_matter: "With random weights the map would be much the same: it shows the image more than what the model has learned.",
   experimental: "This correction is experimental.",
   class_blind: "The map is the same for every class.",
+  layer_not_used: "The output does not depend on this layer.",
+  edge_clipped: "This edge of the box is at the border of the image: nothing in the image moves it.",
+  not_per_box: "This method averages over the map: it shows other objects as well as this one.",
   places_unclear: "The cells of this layer could not be matched to places: the map may be at the wrong place.",
 };
 

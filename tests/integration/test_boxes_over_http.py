@@ -1,0 +1,201 @@
+"""Detectors and segmenters through `/predict`, `/explain` and the command line."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import detectors
+import numpy as np
+import PIL.Image
+import pytest
+from starlette.testclient import TestClient
+from typer.testing import CliRunner
+
+from api_schemas.client.results import read_answer
+from service.cli.main import app
+
+pytestmark = pytest.mark.timeout(120)
+
+PNG = {"content-type": "image/png"}
+
+
+def png(width: int = 90, height: int = 70, seed: int = 1) -> bytes:
+    pixels = detectors.image(seed, (height, width)).permute(1, 2, 0).numpy()
+    file = io.BytesIO()
+    PIL.Image.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def client(serve, tmp_path_factory) -> Iterator[TestClient]:
+    folder = tmp_path_factory.mktemp("models")
+    labels = json.dumps(detectors.LABELS)
+    tables = [
+        f'[[model]]\nname = "{kind}"\nbuilder = "detectors:{kind}"\nlabels = {labels}\n'
+        for kind in ("faster_rcnn", "segmenter", "own")
+    ]
+    (folder / "models.toml").write_text("\n".join(tables))
+    with serve(models=(), config=str(folder / "models.toml")) as client:
+        yield client
+
+
+def explained(client: TestClient, data: bytes, **options: Any) -> Any:
+    return client.post("/explain", params=options, content=data, headers=PNG)
+
+
+def test_a_prediction_is_a_box_and_an_explanation_names_it(client: TestClient) -> None:
+    response = explained(client, png(), min_score=0.3, explain_top=2, include="grid")
+    assert response.status_code == 200, response.text
+    (result,) = read_answer(response.content).results
+    assert [each.detection for each in result.predictions] == [*range(len(result.predictions))]
+    first = result.explanations[0]
+    assert (first.detection, first.box) == (0, result.predictions[0].box)
+    assert (first.method, first.of) == ("hirescam", "class")
+    assert str(first.layer).startswith("backbone[")
+    assert first.grid is not None
+    assert result.seen == (0, 0, 90, 70)
+
+
+def test_a_box_is_named_by_its_place(client: TestClient) -> None:
+    predicted = client.post("/predict", params={"min_score": 0.3}, content=png(), headers=PNG)
+    second = predicted.json()["results"][0]["predictions"][1]
+    at = ",".join(map(str, second["box"]))
+    (result,) = explained(client, png(), min_score=0.3, at=at).json()["results"]
+    (explanation,) = result["explanations"]
+    assert explanation["box"] == second["box"]
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"at": "1000,1000"}, "No detection is at the point"),
+        ({"at": "0,0,1,1"}, "No detection overlaps"),
+        ({"method": "eigencam"}, "not for models of the task detection"),
+        ({"method": "guided_gradcam"}, "not for models of the task detection"),
+        ({"fit": "squash"}, "`fit`"),
+        ({"verify": "true"}, "`verify`"),
+        ({"mask": '{"boxes": [[0,0,5,5]]}'}, "`mask`"),
+        ({"activations": "backbone"}, "`activations`"),
+        ({"of": "x1", "method": "gradcam"}, "`of=x1`"),
+        ({"model": "own", "contrast": "ring"}, "`contrast`"),
+        ({"model": "segmenter", "of": "x1"}, "`of`"),
+        ({"model": "segmenter", "min_score": "0.5"}, "`min_score`"),
+        ({"model": "segmenter", "at": "1000,1000"}, "covers nothing"),
+    ],
+)
+def test_what_a_task_does_not_have_is_refused_by_name(
+    client: TestClient, options: dict[str, str], word: str
+) -> None:
+    response = explained(client, png(), **options)
+    assert (response.status_code, response.json()["code"]) == (422, "invalid_option")
+    assert word in response.json()["detail"]
+
+
+def test_nothing_found_is_an_answer(client: TestClient) -> None:
+    response = explained(client, png(), min_score=1)
+    (result,) = response.json()["results"]
+    assert (response.status_code, result["predictions"], result["explanations"]) == (200, [], [])
+    image = client.post(
+        "/explain",
+        params={"min_score": 1},
+        content=png(),
+        headers={**PNG, "accept": "image/png"},
+    )
+    assert image.status_code == 422
+    assert "min_score" in image.json()["detail"]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (160, 8), (8, 160)])
+@pytest.mark.parametrize("model", ["faster_rcnn", "own"])
+def test_extreme_images_have_answers(client: TestClient, size: tuple[int, int], model: str) -> None:
+    include = ["heatmap", "overlay", "grid", "regions"]
+    for shown in ("source", "model", "native"):
+        response = explained(
+            client,
+            png(*size),
+            model=model,
+            min_score=0,
+            explain_top=100,
+            include=include,
+            size=shown,
+        )
+        assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize(
+    "path", ["/v2/models/faster_rcnn/infer", "/predictions/faster_rcnn", "/experiments"]
+)
+def test_protocols_without_a_form_for_boxes_refuse_detectors(client: TestClient, path: str) -> None:
+    pixels = np.zeros((1, 16, 16, 3), np.uint8)
+    bodies: dict[str, Any] = {
+        "/experiments": {
+            "files": {"image": png(), "edits": (None, '[{"name": "a", "edit": "flip"}]')}
+        },
+        "/predictions/faster_rcnn": {"content": png(), "headers": PNG},
+    }
+    tensor = {
+        "inputs": [
+            {
+                "name": "images",
+                "shape": list(pixels.shape),
+                "datatype": "UINT8",
+                "data": pixels.flatten().tolist(),
+            }
+        ]
+    }
+    response = client.post(path, **bodies.get(path, {"json": tensor}))
+    assert 400 <= response.status_code < 500, response.text
+    assert "models that classify" in response.text
+
+
+def test_a_region_is_explained(client: TestClient) -> None:
+    response = explained(client, png(), model="segmenter", explain_top=2)
+    (result,) = read_answer(response.content).results
+    areas = [each.area or 0 for each in result.predictions]
+    assert sum(areas) == 70 * 90
+    assert all(each.mask is not None for each in result.predictions)
+    assert all(each.region is not None for each in result.explanations)
+
+
+def test_after_all_that_no_hook_is_left(client: TestClient) -> None:
+    pool = client.app.state.service.pool  # type: ignore[attr-defined]
+    assert pool.hooks_live() == 0
+    assert pool.faults() == []
+
+
+def test_a_model_says_its_task(client: TestClient) -> None:
+    assert client.get("/models/faster_rcnn").json()["task"] == "detection"
+    assert client.get("/models/segmenter").json()["task"] == "segmentation"
+
+
+def test_the_command_line_writes_a_file_per_box(tmp_path: Path) -> None:
+    image, out = tmp_path / "a.png", tmp_path / "out"
+    image.write_bytes(png())
+    options = ["--explain-top", "2", "--min-score", "0.3", "--out", str(out)]
+    model = ["--model", "detectors:faster_rcnn"]
+    done = CliRunner().invoke(app, ["explain", str(image), *model, *options])
+    assert done.exit_code == 0, done.output
+    assert sorted(each.name for each in out.glob("*.overlay.jpeg")) == [
+        "a.1.overlay.jpeg",
+        "a.overlay.jpeg",
+    ]
+
+
+def test_the_check_of_a_detector_explains_noise() -> None:
+    done = CliRunner().invoke(app, ["check", "--model", "detectors:retinanet"])
+    assert done.exit_code == 0, done.output
+
+
+def test_a_report_of_a_detector_is_refused(tmp_path: Path) -> None:
+    image = tmp_path / "a.png"
+    image.write_bytes(png())
+    report = ["--report", str(tmp_path / "a.html")]
+    done = CliRunner().invoke(
+        app, ["explain", str(image), "--model", "detectors:faster_rcnn", *report]
+    )
+    assert done.exit_code == 2
+    assert "--report is for models that classify" in " ".join(done.output.split())
