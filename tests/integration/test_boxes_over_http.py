@@ -161,6 +161,17 @@ def test_a_region_is_explained(client: TestClient) -> None:
     assert all(each.region is not None for each in result.explanations)
 
 
+def test_the_regions_of_a_photograph_of_twelve_megapixels_fit_into_an_answer(
+    client: TestClient,
+) -> None:
+    file = io.BytesIO()
+    PIL.Image.open(io.BytesIO(png())).resize((4000, 3000)).save(file, "JPEG")
+    response = explained(client, file.getvalue(), model="segmenter", explain_top=3)
+    assert response.status_code == 200, response.text
+    (result,) = read_answer(response.content).results
+    assert sum(each.area or 0 for each in result.predictions) == 4000 * 3000
+
+
 def test_after_all_that_no_hook_is_left(client: TestClient) -> None:
     pool = client.app.state.service.pool  # type: ignore[attr-defined]
     assert pool.hooks_live() == 0
