@@ -15,6 +15,7 @@ import typer
 
 from api_schemas.options import ExplainOptions
 from service import __version__
+from service.cli.baseline import baseline
 from service.cli.bulk.bulk_command import bulk
 from service.cli.compare.compare_command import compare
 from service.cli.export.export_command import export
@@ -149,6 +150,7 @@ for command in (models, layers, check, calibrate, overlay_token):
 app.command(epilog=EXIT_CODES)(bulk)
 app.command(epilog=EXIT_CODES)(export)
 app.command()(compare)
+app.command()(baseline)
 
 
 def main() -> None:
