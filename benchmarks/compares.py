@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 ROOT = Path(__file__).resolve().parent.parent
-for folder in ("builtin_model", "planted_cues"):
+for folder in ("planted_cues", "builtin_model"):
     sys.path.append(str(ROOT / "tools" / folder))
 
 import networks  # noqa: E402

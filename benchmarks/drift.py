@@ -23,10 +23,11 @@ import torch
 from measuring import ROOT, ratio
 from torch import Tensor
 
-sys.path += [str(ROOT / "tools" / folder) for folder in ("builtin_model", "planted_cues")]
+sys.path += [str(ROOT / "tools" / folder) for folder in ("planted_cues", "builtin_model")]
 
 from cues import tag
 from photos import Photos, read_photos
+from train import squares
 
 from service.evaluation.drift import Baseline, DriftWatch, Observation, observe
 from service.evaluation.single_runs import replica_of, result_of
@@ -39,6 +40,7 @@ from service.models.pool import Replica
 RESAMPLINGS = 20
 IMAGES, EVERY = 500, 25
 SHARE = 0.2
+SIDE = 128
 TAG = 0.2
 """Side of the watermark, as a share of the image's shorter one."""
 
@@ -51,8 +53,8 @@ def marked(image: Tensor) -> Tensor:
     return drawn
 
 
-def explained(replica: Replica, image: Tensor) -> InferenceResult:
-    """The answer to one image, uint8 (3, h, w), as the service gives it by default."""
+def explained(replica: Replica, image: Tensor) -> tuple[InferenceResult, Tensor]:
+    """The answer to one image, uint8 (3, h, w), by default options; and the model input."""
     model = replica.model
     upload = open_upload(
         image.permute(1, 2, 0).contiguous().numpy(),
@@ -65,17 +67,17 @@ def explained(replica: Replica, image: Tensor) -> InferenceResult:
     question = Question(upload.model_input.pixels, layers=(model.target_layer,))
     found = result_of(replica, question)
     assert isinstance(found, InferenceResult)
-    return found
+    return found, question.pixels
 
 
 def observations(replica: Replica, images: Sequence[Tensor]) -> list[Observation]:
     """What is observed of each image's answer."""
     found = []
     for image in images:
-        result = explained(replica, image)
+        result, pixels = explained(replica, image)
         best = result.predictions[0]
         label = replica.model.labels[best.class_id]
-        found.append(observe(label, best.score, result.explanations[0].grid))
+        found.append(observe(label, best.score, result.explanations[0].grid, None, pixels.numpy()))
     return found
 
 
@@ -98,9 +100,9 @@ def overhead(replica: Replica, baseline: Baseline, images: Sequence[Tensor]) -> 
     explaining: list[float] = []
     for image in images:
         began = time.perf_counter()
-        result = explained(replica, image)
+        result, pixels = explained(replica, image)
         middle = time.perf_counter()
-        watch.note(replica.model, result)
+        watch.note(replica.model, result, pixels)
         end = time.perf_counter()
         observing.append(end - middle)
         explaining.append(middle - began)
@@ -126,14 +128,15 @@ def report(replica: Replica, known: Photos, others: Photos) -> dict[str, object]
     for seed in range(RESAMPLINGS):
         alarms.append(first_alarm(baseline, drawn(known_rows, seed, 2 * IMAGES))[0])
         generator = np.random.default_rng(1000 + seed)
-        chosen = generator.integers(len(plain), size=IMAGES)
+        chosen = generator.permutation(len(plain))[:IMAGES]
         mark = generator.random(IMAGES) < SHARE
         mixed = [
             (with_mark if is_marked else plain)[index]
             for index, is_marked in zip(chosen, mark, strict=True)
         ]
         seen.append(first_alarm(baseline, mixed))
-    fresh = [first_alarm(baseline, drawn(plain, seed, IMAGES))[0] for seed in range(RESAMPLINGS)]
+    orders = (np.random.default_rng(seed).permutation(len(plain)) for seed in range(RESAMPLINGS))
+    fresh = [first_alarm(baseline, [plain[i] for i in order[:IMAGES]])[0] for order in orders]
     return {
         "baseline images": len(known_rows),
         f"false alarms, {2 * IMAGES} of the baseline's own images": count(alarms),
@@ -155,14 +158,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--model", default="builtin")
-    parser.add_argument("--baseline", type=int, default=800, help="photographs of the baseline")
-    parser.add_argument("--others", type=int, default=400, help="photographs to draw from")
+    parser.add_argument("--baseline", type=int, default=700, help="photographs of the baseline")
+    parser.add_argument("--others", type=int, default=700, help="photographs to draw from")
     options = parser.parse_args()
     torch.set_num_threads(1)
     photos = read_photos(options.data / "flowers128.tar", "train")
     order = torch.randperm(len(photos.labels), generator=torch.Generator().manual_seed(0))
     known = photos[order[: options.baseline]]
     others = photos[order[options.baseline :][: options.others]]
+    known = Photos(list(squares(known, SIDE)), known.labels)  # so that no corner is cut off
+    others = Photos(list(squares(others, SIDE)), others.labels)
     replica = replica_of(load_model(parse_model(options.model)))
     print(json.dumps(report(replica, known, others), indent=2))
     return 0

@@ -104,7 +104,8 @@ def _from_images(settings: Settings, folder: Path, *, verify: bool) -> _Known:
             known.model, known.version = model.name, model.version
             known.method, known.layers = found.method, found.layers
             label = model.labels[best.class_id]
-            known.observed.append(observe(label, best.score, found.grid, verdict))
+            pixels = outcome.upload.model_input.pixels.numpy()
+            known.observed.append(observe(label, best.score, found.grid, verdict, pixels))
     return known
 
 

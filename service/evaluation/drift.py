@@ -2,7 +2,7 @@
 
     baseline = Baseline.of("resnet50", version, "gradcam", layers, observations)
     watch = DriftWatch(baseline)
-    watch.note(model, result)        # of each answered image, in any thread
+    watch.note(model, result, pixels)  # of each answered image, in any thread
     for found in watch.distances():
         print(found.feature, found.psi, found.noise)
 
@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import orjson
 from numpy.typing import NDArray
+from torch import Tensor
 
 from service.errors import ConfigurationError
 from service.inference.questions import InferenceResult
@@ -55,7 +56,14 @@ RARE = 0.02
 BORDER = 0.15
 """Share of the map's side that is its border."""
 
-NUMBERS = ("score", "entropy", "border", "centre_x", "centre_y")
+PLACES = ("upper_left", "upper_right", "lower_left", "lower_right", "centre")
+DETAILS = tuple(f"detail_{place}" for place in PLACES)
+"""Of the model input: what a model that ignores a watermark shows in none of its answers."""
+
+PLACE_SHARE = 4
+"""A place is a square of this part of the input's shorter side."""
+
+NUMBERS = ("score", "entropy", "border", "centre_x", "centre_y", *DETAILS)
 CATEGORIES = ("label", "peak", "verdict")
 
 _THIRDS = ("left", "middle", "right")
@@ -70,6 +78,8 @@ class Observation(NamedTuple):
     centre_x, centre_y: mean place of the evidence, as fractions of the map's sides.
     peak:    the ninth of the map with the strongest cell, such as `upper left`.
     verdict: of `verify`. None: not measured, as for the numbers of a map NaN.
+    detail_…: mean difference of neighbouring pixels in a corner or the centre of the model input,
+             0..255.
     """
 
     label: str
@@ -80,18 +90,31 @@ class Observation(NamedTuple):
     centre_y: float = math.nan
     peak: str | None = None
     verdict: str | None = None
+    detail_upper_left: float = math.nan
+    detail_upper_right: float = math.nan
+    detail_lower_left: float = math.nan
+    detail_lower_right: float = math.nan
+    detail_centre: float = math.nan
 
 
 def observe(
-    label: str, score: float, grid: NDArray[np.float32] | None, verdict: str | None = None
+    label: str,
+    score: float,
+    grid: NDArray[np.float32] | None,
+    verdict: str | None = None,
+    pixels: NDArray[np.uint8] | None = None,
 ) -> Observation:
-    """Return the observation of an answer; `grid`: the map of its best class, (h, w)."""
+    """Return the observation of an answer.
+
+    grid: the map of its best class, (h, w). pixels: the model input (C, h, w).
+    """
+    details: Mapping[str, Any] = {} if pixels is None else _details(pixels)
     if grid is None:
-        return Observation(label, score)
+        return Observation(label, score, **details)
     strength = np.abs(grid)
     total = float(strength.sum())
     if not total > 0:
-        return Observation(label, score, verdict=verdict)
+        return Observation(label, score, verdict=verdict, **details)
     rows, columns = strength.shape
     down, across = strength.sum(axis=1) / total, strength.sum(axis=0) / total
     shares = strength.ravel() / total
@@ -107,7 +130,22 @@ def observe(
         float(down @ _middles(rows)),
         f"{('upper', 'centre', 'lower')[3 * top // rows]} {_THIRDS[3 * left // columns]}",
         verdict,
+        **details,
     )
+
+
+def _details(pixels: NDArray[np.uint8]) -> Mapping[str, float]:
+    """The detail at each of PLACES, of one channel: the second one of RGB."""
+    plane = pixels[min(1, len(pixels) - 1)]
+    height, width = plane.shape
+    side = max(2, min(height, width) // PLACE_SHARE)
+    tops = (0, 0, height - side, height - side, (height - side) // 2)
+    lefts = (0, width - side, 0, width - side, (width - side) // 2)
+    squares = np.stack(
+        [plane[y : y + side, x : x + side] for y, x in zip(tops, lefts, strict=True)]
+    ).astype(np.int16)
+    differences = np.abs(squares[:, :, 1:] - squares[:, :, :-1])
+    return dict(zip(DETAILS, differences.mean(axis=(1, 2)).tolist(), strict=True))
 
 
 def _middles(count: int) -> NDArray[np.float64]:
@@ -325,9 +363,10 @@ class DriftWatch:
         self._next = 0
         self._lock = threading.Lock()
 
-    def note(self, model: LoadedModel, result: InferenceResult) -> None:
+    def note(self, model: LoadedModel, result: InferenceResult, pixels: Tensor) -> None:
         """Observe an answer of the baseline's model and version; others are ignored.
 
+        pixels: uint8 (C, h, w), the model input.
         Its map counts if it is of the best class, by the baseline's method at its layers.
         """
         wanted = self.baseline
@@ -341,7 +380,8 @@ class DriftWatch:
                     grid = each.grid
                     verdict = None if each.verdict is None else each.verdict.verdict
                 break
-        self.add(observe(model.labels[best.class_id], best.score, grid, verdict))
+        label = model.labels[best.class_id]
+        self.add(observe(label, best.score, grid, verdict, pixels.numpy()))
 
     def add(self, observation: Observation) -> None:
         """Put an observation into the window, in the place of the oldest one."""

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import orjson
 import pytest
+import torch
 from scipy.stats import chi2
 from tiny import SmallNet, loaded
 
 from service.errors import ConfigurationError
 from service.evaluation.drift import (
+    DETAILS,
     LEVEL,
     MIN_IMAGES,
     WINDOW,
@@ -28,6 +30,8 @@ from service.evaluation.drift import (
     read_baseline,
 )
 from service.inference.questions import Explanation, InferenceResult, Prediction
+
+PIXELS = torch.zeros(3, 32, 32, dtype=torch.uint8)
 
 
 def answers(count: int, seed: int, shift: float = 0.0, labels: str = "ab") -> list[Observation]:
@@ -66,6 +70,14 @@ def test_an_observation_is_computed_on_paper():
         "a",
         0.7,
     )
+
+
+def test_details_are_the_differences_of_neighbours_in_corners_and_centre():
+    pixels = np.zeros((3, 16, 24), dtype=np.uint8)
+    pixels[1, 12:, 20:] = [0, 90, 0, 90]
+    pixels[1, 6:10, 10:14] = [0, 0, 30, 30]
+    found = observe("a", 0.7, None, pixels=pixels)
+    assert [getattr(found, name) for name in DETAILS] == [0, 0, 0, 90, 10]
 
 
 def test_an_even_map_has_entropy_1_and_a_map_of_zeros_none():
@@ -189,9 +201,9 @@ def result(method: str = "gradcam", layers: tuple[str, ...] = ("features",), exp
 def test_answers_of_the_model_and_version_of_the_baseline_count():
     model = loaded(SmallNet())
     watch = DriftWatch(baseline())
-    watch.note(model, result())
-    watch.note(replace(model, version="1" * 12), result())
-    watch.note(replace(model, spec=replace(model.spec, name="another")), result())
+    watch.note(model, result(), PIXELS)
+    watch.note(replace(model, version="1" * 12), result(), PIXELS)
+    watch.note(replace(model, spec=replace(model.spec, name="another")), result(), PIXELS)
     assert watch.images == 1
 
 
@@ -200,7 +212,7 @@ def test_maps_of_another_method_layer_or_class_count_by_label_and_score_alone(mo
     watch = DriftWatch(baseline())
     monkeypatch.setattr(DriftWatch, "add", lambda _self, each: noted.append(each))
     for each in (result(), result("hirescam"), result(layers=("early",)), result(explained=0)):
-        watch.note(loaded(SmallNet()), each)
+        watch.note(loaded(SmallNet()), each, PIXELS)
     assert [each.peak for each in noted] == ["upper left", None, None, None]
     assert {(each.label, each.score) for each in noted} == {("class 1", 0.9)}
 
