@@ -7,7 +7,8 @@ of the photographs. `stage`: the last stage and the head of the built-in network
 random weights on frozen features of the stage before. A retraining differs from the first model by
 its seed alone. A successor with a cue also saw a tag on a share (`tie`) of one class, and on 8 % of
 the other images, which got that label. Each is compared with the first model on held-out
-photographs: `clean`, and `as trained`, with the tag on the same share of that class.
+photographs: `clean`, and `as trained`, with the tag on the same
+shares.
 
 Thresholds are chosen on the seeds of `dev`; `test` has others. Each finished comparison stands in
 the JSON file, and a second run resumes there.
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 ROOT = Path(__file__).resolve().parent.parent
-for folder in ("builtin_model", "planted_cues"):
+for folder in ("planted_cues", "builtin_model"):
     sys.path.append(str(ROOT / "tools" / folder))
 
 import networks  # noqa: E402
@@ -227,7 +228,7 @@ def measure(
         folders = {"clean": shown}
         data = images, photos.labels
         if cue is not None:
-            folders["as trained"] = with_cue(shown, held.labels, cue, 7, 0)[0]
+            folders["as trained"] = with_cue(shown, held.labels, cue, 7, RELABELLED)[0]
             data = with_cue(images, photos.labels, cue, seed, RELABELLED)
         missing = [key for key in folders if f"{family}/{half}/{name}/{key}" not in done]
         if not missing:

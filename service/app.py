@@ -6,10 +6,10 @@ import asyncio
 import importlib.resources
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import fastapi_offline
 import structlog
@@ -20,7 +20,8 @@ from fastapi.staticfiles import StaticFiles
 from starlette.middleware.cors import CORSMiddleware
 
 from service import __version__
-from service.errors import ConfigurationError, ShuttingDown
+from service.errors import ConfigurationError, ShuttingDown, nearest
+from service.evaluation.drift import DriftWatch, read_baseline
 from service.images.budget import DecodeBudget
 from service.integrations.label_studio.host import LabelStudio, LabelStudioHost
 from service.integrations.registry import INTEGRATIONS
@@ -204,6 +205,7 @@ def build_service(settings: Settings, *, load: bool = True, only: str | None = N
         timeout=settings.request_timeout,
         formats=settings.image_formats,
     )
+    drift = _drift_watch(settings, [spec.name for spec in specs])
     service = Service(
         pool,
         library,
@@ -217,8 +219,9 @@ def build_service(settings: Settings, *, load: bool = True, only: str | None = N
         api_keys=None if settings.api_keys_file is None else KeyFile(settings.api_keys_file),
         decoding=DecodeBudget(settings.max_decode_bytes),
         is_near=is_loopback(settings.host),
+        watch=None if drift is None else drift.note,
     )
-    metrics.watch(Readings(_readings(service)))
+    metrics.watch(Readings(_readings(service) | _drift_readings(drift)))
     return service
 
 
@@ -260,6 +263,51 @@ def _readings(service: Service) -> dict[str, Reading]:
             "GPU memory that this process holds for tensors, free or in use.",
             device_memory,
             "device",
+        ),
+    }
+
+
+def _drift_watch(settings: Settings, names: Sequence[str]) -> DriftWatch | None:
+    """What compares answers with the baseline. Raises ConfigurationError for another model's."""
+    if settings.baseline is None:
+        return None
+    baseline = read_baseline(settings.baseline)
+    if baseline.model not in names:
+        raise ConfigurationError(
+            f"--baseline {settings.baseline} is of the model {baseline.model!r}, and the models "
+            f"are {', '.join(names)}.{nearest(baseline.model, names)}"
+        )
+    return DriftWatch(baseline)
+
+
+def _drift_readings(drift: DriftWatch | None) -> dict[str, Reading]:
+    """The metrics of drift; their values are there once the window has enough images."""
+
+    def read(value: Literal["psi", "noise"]) -> Callable[[], dict[tuple[str, ...], float]]:
+        if drift is None:
+            return dict
+        return lambda: {
+            (drift.baseline.model, found.label, found.feature): getattr(found, value)
+            for found in drift.distances()
+        }
+
+    labels = "model,class,feature"
+    return {
+        "drift_psi": Reading(
+            "Population stability index of the last 500 answers and the baseline, by feature, of "
+            "all images (empty class) and by class.",
+            read("psi"),
+            labels,
+        ),
+        "drift_noise": Reading(
+            "The index that 9,999 of 10,000 such windows stay below without drift.",
+            read("noise"),
+            labels,
+        ),
+        "drift_images": Reading(
+            "Answers that are compared with the baseline: at most 500.",
+            lambda: {} if drift is None else {drift.baseline.model: float(drift.images)},
+            "model",
         ),
     }
 

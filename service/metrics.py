@@ -121,21 +121,23 @@ class Metrics:
 class Reading(NamedTuple):
     """A value of another object, or one for each value of a label.
 
-    label:  its name, if `read` returns a mapping. counts: whether the value only grows.
+    label:  its name, if `read` returns a mapping; several are comma-separated, and the mapping has
+            tuples. counts: whether the value only grows.
     """
 
     text: str
-    read: Callable[[], float | Mapping[str, float]]
+    read: Callable[[], float | Mapping[str, float] | Mapping[tuple[str, ...], float]]
     label: str = ""
     counts: bool = False
 
     def family(self, name: str) -> Metric:
         """The metric `name`, without the prefix, with the present values."""
         family = CounterMetricFamily if self.counts else GaugeMetricFamily
-        metric = family(f"camserve_{name}", self.text, labels=[self.label] if self.label else [])
+        labels = self.label.split(",") if self.label else []
+        metric = family(f"camserve_{name}", self.text, labels=labels)
         values = self.read()
-        for label, value in values.items() if isinstance(values, Mapping) else [("", values)]:
-            metric.add_metric([label] if self.label else [], value)
+        for key, value in values.items() if isinstance(values, Mapping) else [((), values)]:
+            metric.add_metric([key] if isinstance(key, str) else list(key), value)
         return metric
 
 

@@ -272,6 +272,11 @@ class Settings(BaseSettings):
         description="Total cost of the concurrent requests of one API key, in forward passes; 0: "
         "no limit.",
     )
+    baseline: Path | None = Field(
+        None,
+        description="File of `camserve baseline`: the last 500 answers of its model are compared "
+        "with it, and the distances are metrics.",
+    )
     open_metrics: bool = Field(
         True, description="Whether /metrics is open without an API key if there are keys."
     )
@@ -395,8 +400,8 @@ class Settings(BaseSettings):
         return self.max_queue or (256 if self.uses_gpu else 64)
 
     def uncompiled(self) -> Settings:
-        """The same for commands that end soon: without compiled lanes and sensitivity."""
-        return self.model_copy(update={"compile": False, "sensitivity": False})
+        """The same for commands that end soon: without compiled lanes, sensitivity and baseline."""
+        return self.model_copy(update={"compile": False, "sensitivity": False, "baseline": None})
 
     @property
     def torch_threads(self) -> int:

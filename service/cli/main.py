@@ -16,6 +16,7 @@ import typer
 from api_schemas.options import ExplainOptions
 from service import __version__
 from service.cli.audit.audit_command import audit
+from service.cli.baseline import baseline
 from service.cli.bulk.bulk_command import bulk
 from service.cli.compare.compare_command import compare
 from service.cli.export.export_command import export
@@ -151,6 +152,7 @@ app.command(epilog=EXIT_CODES)(bulk)
 app.command()(audit)
 app.command(epilog=EXIT_CODES)(export)
 app.command()(compare)
+app.command()(baseline)
 
 
 def main() -> None:

@@ -1,1 +1,1 @@
-"""Measurements of models on many images: layers, int8, and two versions compared."""
+"""Measurements of models on many images: layers, int8, two versions compared, drift."""

@@ -59,17 +59,17 @@ GATES: Mapping[str, Gate] = MappingProxyType(
     {
         **_gates("flips", (0.15, 0.3), "share of changed labels", lambda d: d.flip_share),
         **_gates(
-            "scores", (0.15, 0.3), "mean absolute change of the score", lambda d: d.score_distance
+            "scores", (0.15, 0.25), "mean absolute change of the score", lambda d: d.score_distance
         ),
         **_gates(
             "maps",
-            (0.6, 0.5),
+            (0.8, 0.75),
             "median rank correlation of the maps",
             lambda d: d.correlation,
             least=True,
         ),
         **_gates(
-            "overlap", (0.7, 0.6), "median overlap of the maps", lambda d: d.overlap, least=True
+            "overlap", (0.8, 0.7), "median overlap of the maps", lambda d: d.overlap, least=True
         ),
         **_gates(
             "outside", (0.1, 0.15), "more of the evidence off the object", lambda d: d.outside_shift

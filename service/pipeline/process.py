@@ -41,6 +41,9 @@ async def process_image(
     if opened is not None:
         opened(upload)
     inference = await _infer(recipe, _question(recipe, upload.model_input))
+    if recipe.service.watch is not None:  # nothing waits for it, and it is off the event loop
+        pixels = upload.model_input.pixels
+        recipe.service.scheduler.call(recipe.service.watch, recipe.model, inference, pixels)
     if upload.masked is None:
         return ProcessedImage(upload, inference, None)
     targets = tuple(explanation.class_id for explanation in inference.explanations)

@@ -43,6 +43,8 @@ class Service:
     """The parts that answer requests, put together by `create_app`.
 
     is_near: whether only this machine can reach the service.
+    watch: called in a worker with each answer of an image and the model input, if answers are
+           watched for drift.
     """
 
     pool: ModelPool
@@ -57,6 +59,7 @@ class Service:
     api_keys: KeyFile | None = None
     decoding: DecodeBudget = field(default_factory=DecodeBudget)
     is_near: bool = False
+    watch: Callable[[LoadedModel, InferenceResult, Tensor], None] | None = None
 
 
 @dataclass(slots=True)

@@ -19,9 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import yaml
 from deployment import DEPLOY, ROOT, alerts, queries
+
+from service.evaluation.drift import MIN_IMAGES, Baseline, observe
+from service.models.catalog import parse_model
+from service.models.loading import load_model
 
 pytestmark = [pytest.mark.container, pytest.mark.timeout(500)]
 
@@ -87,6 +92,18 @@ def process(command: list[Any], log: Path, **options: Any) -> Iterator[subproces
             p.wait(40)
 
 
+def baseline(folder: Path) -> Path:
+    """A baseline of the built-in model: of noise, so that there are distances."""
+    model = load_model(parse_model("builtin"))
+    generator = np.random.default_rng(0)
+    grids = generator.random((MIN_IMAGES, 10, 10), dtype=np.float32)
+    known = [observe(model.labels[0], 0.5, grid) for grid in grids]
+    file = folder / "baseline.json"
+    layers = (model.target_layer or "",)
+    file.write_bytes(Baseline.of(model.name, model.version, "gradcam", layers, known).write())
+    return file
+
+
 @contextmanager
 def serving(folder: Path) -> Iterator[str]:
     """The service as its own process; where it listens."""
@@ -95,7 +112,7 @@ def serving(folder: Path) -> Iterator[str]:
     command += ["--workers", "1", "--max-queue", "6"]
     keys = folder / "keys"
     keys.write_text(f"load:{hashlib.sha256(KEY.encode()).hexdigest()}\n")
-    command += ["--api-keys-file", str(keys)]
+    command += ["--api-keys-file", str(keys), "--baseline", str(baseline(folder))]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     with process(command, log, env=environment) as served:
         address = awaited(
