@@ -82,7 +82,19 @@ def component(mask: NDArray[np.bool_], at: tuple[int, int] | None = None) -> NDA
 
 
 def mask_rle(mask: NDArray[np.bool_], geometry: Geometry) -> tuple[RLE, int]:
-    """A mask (h, w) over the model input as run lengths of the source, and its area there.
+    """A mask (h, w) over the model input as run lengths of the source, and its area there."""
+    found = source_mask(mask, geometry)
+    return rle_encode(found), int(np.count_nonzero(found))
+
+
+def mask_polygons(mask: NDArray[np.bool_], geometry: Geometry) -> list[list[Point]]:
+    """The outlines of a mask (h, w) over the model input, as those of `Regions`."""
+    found = source_mask(mask, geometry)
+    return [polygon for _, polygon in _components(found, geometry.source_size)]
+
+
+def source_mask(mask: NDArray[np.bool_], geometry: Geometry) -> NDArray[np.bool_]:
+    """A mask (h, w) over the model input as one over the upright source.
 
     Each source pixel has the value of the input's pixel that its centre lies in.
     """
@@ -93,8 +105,7 @@ def mask_rle(mask: NDArray[np.bool_], geometry: Geometry) -> tuple[RLE, int]:
             geometry.source_size, (left, top), (width, height), mask.shape[::-1], strict=True
         )
     )
-    found = mask.T[columns][:, rows].T
-    return rle_encode(found), int(np.count_nonzero(found))
+    return np.asarray(mask.T[columns][:, rows].T, dtype=np.bool_)
 
 
 def _strength(grid: NDArray[np.float32], geometry: Geometry, max_side: int) -> NDArray[np.float32]:

@@ -68,7 +68,7 @@ class Plan:
     """A parsed request.
 
     respond:     makes the response; like the parsing, it runs in a worker thread.
-    every_class: predict all classes, whatever `top_k` is.
+    every_class: predict all classes of a classifier, whatever `top_k` is.
     price:       bytes of the response per image; None: as in a response of `/explain` or
                  `/predict`.
     """
@@ -121,7 +121,6 @@ async def _works(
     if not count:
         raise EmptyBody("The request has no image; send at least one.")
     check_count(count, service_of(request).limits.images)
-    model.check_classifies("This protocol")
     permit.grow(count - 1)
     keys = [image.options.model_dump_json() for image in plan.images]
     alike = Counter(keys)
@@ -135,7 +134,7 @@ async def _works(
         )
         if plan.price is not None:
             work = replace(work, price=plan.price(work.sizes))
-        if plan.every_class:
+        if plan.every_class and model.task == "classification":
             work = replace(work, question=_of_every_class(work))
         if by_options:
             first = next(iter(by_options.values()))

@@ -1,14 +1,16 @@
 """The remote server of X-AnyLabeling, at `/integrations/x-anylabeling`.
 
 The desktop program appends `/v1/models` and `/v1/predict` to the configured address. A task defines
-the shapes of the evidence for the best class: polygons, rectangles or the peak. "Confidence" is the
-threshold of the map, mask fineness the simplification of outlines, and the class filter selects the
-classes that get shapes. The program's own switch decides whether older shapes stay.
+the shapes: of a detector its boxes, of a segmenter the outlines of its regions, and of every model
+the evidence for the best class, box or region: polygons, rectangles or the peak. "Confidence" is
+the threshold of the map, or the lowest score of a box or region; mask fineness the simplification
+of outlines, and the class filter selects the classes that get shapes. The program's own switch
+decides whether older shapes stay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -19,9 +21,9 @@ from fastapi import APIRouter, Request, Response
 
 from api_schemas import answers as wire
 from api_schemas.answers import verdict_summary
-from api_schemas.options import ExplainOptions
+from api_schemas.options import CommonOptions, ExplainOptions, PredictOptions, Task
 from api_schemas.protocols import LabelingParameters, LabelingRequest
-from service.cam.regions import TOLERANCE_SHARE
+from service.cam.regions import TOLERANCE_SHARE, mask_polygons
 from service.errors import InvalidOption, nearest
 from service.integrations.protocol_requests import (
     ImageRequest,
@@ -86,14 +88,16 @@ _START = {"edit_conf": 0.5, "mask_fineness_slider": 10}
 class _Task:
     """A task as the program lists it: title, widgets, and the shapes that it returns.
 
-    verify: whether the map is tested; the program has no widget for it.
+    outlines: of the evidence's regions; None: the shapes are what was found. verify: whether the
+    map is tested; the program has no widget for it. of: the only task of a model that has it.
     """
 
     title: str
     shape: str
     widgets: tuple[str, ...]
-    outlines: Callable[[wire.Regions, float], list[Points]]
+    outlines: Callable[[wire.Regions, float], list[Points]] | None
     verify: bool = False
+    of: Task | None = None
 
 
 @router.get(
@@ -123,22 +127,36 @@ async def predict(request: Request) -> Response:
         received.append(parsed(LabelingRequest, body))
         return received[0].model
 
-    def read(_model: LoadedModel, _body: bytes) -> Plan:
+    def read(model: LoadedModel, _body: bytes) -> Plan:
         labeling_request = received[0]
-        task = _task(labeling_request.params)
-        chosen = ExplainOptions(
-            include=["regions"],
-            threshold=labeling_request.params.conf_threshold,
-            verify="true" if task.verify else "false",
-        )
+        task = _task(labeling_request.params, model)
+        chosen = _options(task, labeling_request.params)
         image = ImageRequest(file_in(labeling_request.image), chosen)
         return Plan([image], lambda replies: _respond(task, labeling_request.params, replies[0]))
 
     return await answer(request, name_of, read)
 
 
+def _options(task: _Task, params: LabelingParameters) -> CommonOptions:
+    """Those of `/explain`, or of `/predict` where no map is needed."""
+    if task.outlines is None:
+        least = params.conf_threshold if task.of == "detection" else None
+        return PredictOptions(min_score=least)
+    return ExplainOptions(
+        include=["regions"],
+        threshold=params.conf_threshold,
+        verify="true" if task.verify else "false",
+    )
+
+
+def _tasks(model: LoadedModel) -> Mapping[str, _Task]:
+    """The tasks of a model, the first one the program's default."""
+    return {name: task for name, task in _TASKS.items() if task.of in {None, model.task}}
+
+
 def _described(model: LoadedModel) -> dict[str, Any]:
-    widgets = dict.fromkeys(name for task in _TASKS.values() for name in task.widgets)
+    tasks = _tasks(model)
+    widgets = dict.fromkeys(name for task in tasks.values() for name in task.widgets)
     return {
         "display_name": f"{model.name}: class and evidence",
         "batch_processing_mode": "default",
@@ -153,42 +171,90 @@ def _described(model: LoadedModel) -> dict[str, Any]:
                 "batch_processing_mode": "default",
                 "active_widgets": {widget: {} for widget in task.widgets},
             }
-            for name, task in _TASKS.items()
+            for name, task in tasks.items()
         ],
     }
 
 
-def _task(params: LabelingParameters) -> _Task:
-    name = params.current_task or next(iter(_TASKS))
-    if name not in _TASKS:
-        raise InvalidOption(f"There is no task {name!r}.{nearest(name, _TASKS)}")
-    return _TASKS[name]
+def _task(params: LabelingParameters, model: LoadedModel) -> _Task:
+    tasks = _tasks(model)
+    name = params.current_task or next(iter(tasks))
+    if name not in tasks:
+        raise InvalidOption(f"Model {model.name!r} has no task {name!r}.{nearest(name, tasks)}")
+    return tasks[name]
 
 
 def _respond(task: _Task, params: LabelingParameters, reply: Reply) -> Response:
     rendered = image_result(reply.model, reply.options, reply.render_side, reply.answered)
-    assert rendered.explanations
-    (explanation,) = rendered.explanations
+    shapes: list[dict[str, Any]] = []
+    if task.outlines is None:
+        kept = _kept(reply, rendered.predictions or [], params)
+        for number, (prediction, outlines) in enumerate(kept, start=1):
+            kind = "polygon" if prediction.box is None else "rectangle"
+            shapes += [_shape(prediction, kind, points, number) for points in outlines]
+        description = f"{len(kept)} found"
+    elif rendered.explanations:
+        shapes, description = _evidence(task, params, rendered.explanations[0])
+    else:
+        description = "nothing found"
+    return json_response({"success": True, "data": {"shapes": shapes, "description": description}})
+
+
+def _kept(
+    reply: Reply, listed: Sequence[wire.Prediction], params: LabelingParameters
+) -> list[tuple[wire.Prediction, list[Points]]]:
+    """What is found of the wanted classes, sure enough, with its outlines.
+
+    Those are the corners of a box, or the parts of a segmenter's region; its class 0 is the
+    background.
+    """
+    geometry = reply.answered.upload.model_input.geometry
+    found: list[tuple[wire.Prediction, list[Points]]] = []
+    for prediction, each in zip(listed, reply.answered.inference.predictions, strict=True):
+        if params.filter_classes and prediction.label not in params.filter_classes:
+            continue
+        if prediction.score < params.conf_threshold or not (each.box or each.class_id):
+            continue
+        if prediction.box is not None:
+            found.append((prediction, [_corners(prediction.box)]))
+        elif each.mask is not None:
+            polygons = mask_polygons(each.mask, geometry)
+            simple = [_simplified(polygon, params.epsilon_factor) for polygon in polygons]
+            found.append((prediction, simple))
+    return found
+
+
+def _evidence(
+    task: _Task, params: LabelingParameters, explanation: wire.Explanation
+) -> tuple[list[dict[str, Any]], str]:
+    """The shapes of a map, and what the program says of them."""
     assert explanation.regions is not None
+    assert task.outlines is not None
     wanted = not params.filter_classes or explanation.label in params.filter_classes
     outlines = task.outlines(explanation.regions, params.epsilon_factor) if wanted else []
     verdict = "" if explanation.verify is None else f", {verdict_summary(explanation.verify)}"
     attributes = {} if explanation.verify is None else {"verdict": explanation.verify.verdict}
-    shapes: list[dict[str, Any]] = [
-        {
-            "label": explanation.label,
-            "shape_type": task.shape,
-            "points": points,
-            "score": explanation.score,
-            "description": f"{explanation.method}{verdict}",
-            "attributes": attributes,
-            "flags": {},
-            "group_id": 1,
-        }
+    shapes = [
+        _shape(explanation, task.shape, points, 1)
+        | {"description": f"{explanation.method}{verdict}", "attributes": attributes}
         for points in outlines
     ]
-    description = f"{explanation.label} {explanation.score:.2f}{verdict}"
-    return json_response({"success": True, "data": {"shapes": shapes, "description": description}})
+    return shapes, f"{explanation.label} {explanation.score:.2f}{verdict}"
+
+
+def _shape(
+    of: wire.Prediction | wire.Explanation, kind: str, points: Points, group: int
+) -> dict[str, Any]:
+    return {
+        "label": of.label,
+        "shape_type": kind,
+        "points": points,
+        "score": of.score,
+        "description": "",
+        "attributes": {},
+        "flags": {},
+        "group_id": group,
+    }
 
 
 def _polygons(regions: wire.Regions, fineness: float) -> list[Points]:
@@ -206,7 +272,12 @@ def _simplified(polygon: Points, share: float) -> Points:
 
 def _rectangles(regions: wire.Regions, _fineness: float) -> list[Points]:
     """Four corners of each, clockwise, as the program draws them."""
-    return [[(x, y), (x + w, y), (x + w, y + h), (x, y + h)] for x, y, w, h in regions.boxes]
+    return [_corners(box) for box in regions.boxes]
+
+
+def _corners(box: wire.Rect) -> Points:
+    x, y, w, h = box
+    return [(x, y), (x + w, y), (x + w, y + h), (x, y + h)]
 
 
 def _peak(regions: wire.Regions, _fineness: float) -> list[Points]:
@@ -215,6 +286,10 @@ def _peak(regions: wire.Regions, _fineness: float) -> list[Points]:
 
 _TASKS: Mapping[str, _Task] = MappingProxyType(
     {
+        "boxes": _Task("Boxes", "rectangle", _WIDGETS + _CUT, None, of="detection"),
+        "regions": _Task(
+            "Regions", "polygon", _WIDGETS + _CUT + _FINENESS, None, of="segmentation"
+        ),
         "cam_polygon": _Task(
             "Evidence as polygons", "polygon", _WIDGETS + _CUT + _FINENESS, _polygons
         ),

@@ -121,10 +121,15 @@ def new_retinanet() -> RetinaNet:
 
 
 def new_lraspp() -> LRASPP:
-    """An LR-ASPP without its weights: strides 8 and 32."""
-    body = IntermediateLayerGetter(
-        torchvision.models.mobilenet_v2().features, {"6": "low", "18": "high"}
-    )
+    """An LR-ASPP without its weights: strides 8 and 16.
+
+    The last stage is dilated in place of its stride, as in torchvision's own segmenters.
+    """
+    features = torchvision.models.mobilenet_v2().features
+    features[14].conv[1][0].stride = (1, 1)
+    for block in features[15:18]:
+        block.conv[1][0].dilation = block.conv[1][0].padding = (2, 2)
+    body = IntermediateLayerGetter(features, {"6": "low", "18": "high"})
     return LRASPP(body, 32, 1280, len(LABELS))
 
 

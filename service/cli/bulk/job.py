@@ -54,7 +54,6 @@ class BulkJob:
         """
         service = build_service(self.settings, only=model_specs(self.settings)[0].name)
         model = service.pool.model(None)
-        model.check_classifies("camserve bulk")
         results.check_model(of_model(model))
         writer = results.writer()
         service.scheduler.start()

@@ -64,7 +64,7 @@ def _rows_of(finished: Any, advance: Any, stopped: Stopped) -> Iterator[list[Row
         if task["refused"]:
             raise ConfigurationError(task["refused"])
         rows: list[Row] = pickle.loads(task["rows"])  # noqa: S301 - written by our own actor
-        advance(len(rows))
+        advance(len({row["path"] for row in rows}))  # a detector has several rows an image
         yield rows
         if stopped():
             return

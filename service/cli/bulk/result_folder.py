@@ -2,7 +2,7 @@
 
 DST/job.json                      the job of these results: source, model and options
 DST/model.json                    the model that answered, as it was loaded
-DST/part-00000.parquet            rows, one for each image
+DST/part-00000.parquet            rows, one for each image or detection
 DST/pictures/part-00000-WRITER/…  their overlays and heatmaps; the rows name the folder
 DST/.unfinished/WRITER/…          drafts; the next run removes those of a killed one
 DST/.owner                        the run that may add shards; a later run takes over
@@ -41,6 +41,9 @@ SCHEMA = pa.schema(
         ("class_id", pa.int32()),
         ("label", pa.string()),
         ("score", pa.float32()),
+        ("detection", pa.int32()),
+        ("box", pa.list_(pa.float32(), 4)),
+        ("area", pa.float64()),
         ("overlays", pa.list_(pa.string())),
         ("heatmaps", pa.list_(pa.string())),
         ("verdict", pa.string()),
@@ -52,9 +55,13 @@ SCHEMA = pa.schema(
         ("error_detail", pa.string()),
     ]
 )
-"""The columns of a shard. `overlays` and `heatmaps` are paths below DST, one per explained class;
+"""The columns of a shard, whose rows are images; of a detector its detections and of a segmenter
+its regions, the rows of an image together. `detection` and `box` (x, y, w, h in source pixels) are
+of a detection, `area` of a mask. An image in which nothing is found has one row without a class.
+
+`overlays` and `heatmaps` are paths below DST, one per explained class;
 `verdict` and its numbers are of the first one's map, null without `--verify`; `answer` is the JSON
-of /explain for the image. A row has these, or it has the error."""
+of /explain for the image, in its first row. A row has these, or it has the error."""
 
 Row = dict[str, Any]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import orjson
 from rich.console import Console
 
+from api_schemas.answers import Prediction
 from api_schemas.options import ExplainOptions
 from service.cam.verdict import Verdict
 from service.cli.bulk.inputs import Input
@@ -16,6 +17,7 @@ from service.cli.bulk.result_folder import Row, ShardWriter
 from service.cli.explain_files import Explained, Outcome, explain_images, into_folder
 from service.durable import write_synced
 from service.errors import ConfigurationError
+from service.inference.questions import Explanation
 from service.models.loaded import LoadedModel
 from service.pipeline.service import Service
 
@@ -77,12 +79,14 @@ class ShardExplainer:
             lambda name: named[name].read(limits.body_bytes),
         ) as outcomes:
             for shard in shards:
-                rows = []
+                rows: list[Row] = []
+                images = 0
                 for image, outcome in zip(shard.inputs, outcomes, strict=False):
-                    rows.append(self._row(image, outcome, self.writer.images_folder(shard.name)))
+                    rows += self._rows(image, outcome, self.writer.images_folder(shard.name))
+                    images += 1
                     if stopped():
                         break
-                if len(rows) < len(shard.inputs):
+                if images < len(shard.inputs):
                     cut_short = shard, rows
                     break
                 yield self.writer.finish(shard.name, rows)
@@ -90,32 +94,65 @@ class ShardExplainer:
             shard, rows = cut_short
             yield self.writer.finish(shard.name, rows)
 
-    def _row(self, image: Input, outcome: Outcome, folder: str) -> Row:
+    def _rows(self, image: Input, outcome: Outcome, folder: str) -> list[Row]:
+        """The rows of an image: one, or one for each detection or region."""
         model = self.service.pool.model(None)
         row: Row = {"path": image.name, "model": model.name, "version": model.version}
         if isinstance(outcome, Explained):
-            return row | self._answer(model, outcome, folder)
+            answers = self._answers(model, outcome, folder)
+            answers[0]["answer"] = orjson.dumps(
+                outcome.result.model_dump(exclude_unset=True)
+            ).decode()
+            return [row | each for each in answers]
         if outcome.code == "unwritable_file":
             raise ConfigurationError(f"the images cannot be written: {outcome.detail}.")
-        return row | {"error_code": outcome.code, "error_detail": outcome.detail}
+        return [row | {"error_code": outcome.code, "error_detail": outcome.detail}]
 
-    def _answer(self, model: LoadedModel, outcome: Explained, folder: str) -> Row:
-        best = outcome.answer.predictions[0]
-        tags = [
-            f"{folder}/{outcome.name.name}" + (f".{explanation.class_id}" if index else "")
-            for index, explanation in enumerate(outcome.answer.explanations)
-        ]
-        return {
-            "class_id": best.class_id,
-            "label": model.labels[best.class_id],
-            "score": best.score,
-            "overlays": [
-                f"{tag}.overlay.{self.options.format}" for tag in tags * self.write_images
-            ],
-            "heatmaps": [f"{tag}.heatmap.png" for tag in tags * self.write_images],
-            **_verdict(outcome.answer.explanations[0].verdict),
-            "answer": orjson.dumps(outcome.result.model_dump(exclude_unset=True)).decode(),
-        }
+    def _answers(self, model: LoadedModel, outcome: Explained, folder: str) -> list[Row]:
+        """What is found, each with its explanations; a classifier's classes are one row."""
+        drawn = self._drawn(outcome, folder)
+        found = outcome.result.predictions or []
+        if model.task == "classification":
+            return [_listed(found[0]) | _evidence(drawn)]
+        rows = []
+        for each in found:
+            own = [
+                (explanation, files)
+                for explanation, files in drawn
+                if (explanation.detection, explanation.class_id) == (each.detection, each.class_id)
+            ]
+            rows.append(_listed(each) | _evidence(own))
+        return rows or [_evidence([])]
+
+    def _drawn(self, outcome: Explained, folder: str) -> _Drawn:
+        """Each explanation with the paths of its overlay and heatmap below DST, if written."""
+        drawn: _Drawn = []
+        for index, explanation in enumerate(outcome.answer.explanations):
+            of = explanation.class_id if explanation.detection is None else explanation.detection
+            tag = f"{folder}/{outcome.name.name}" + (f".{of}" if index else "")
+            files = (f"{tag}.overlay.{self.options.format}", f"{tag}.heatmap.png")
+            drawn.append((explanation, files if self.write_images else None))
+        return drawn
+
+
+_Drawn = list[tuple[Explanation, tuple[str, str] | None]]
+
+
+def _listed(found: Prediction) -> Row:
+    """The columns of one prediction."""
+    place = {"detection": found.detection, "box": found.box, "area": found.area}
+    named = {"class_id": found.class_id, "label": found.label, "score": found.score}
+    return named | {name: value for name, value in place.items() if value is not None}
+
+
+def _evidence(drawn: _Drawn) -> Row:
+    """The columns of the files of explanations, and of the first one's verdict."""
+    files = [each for _, each in drawn if each is not None]
+    return {
+        "overlays": [overlay for overlay, _ in files],
+        "heatmaps": [heatmap for _, heatmap in files],
+        **_verdict(drawn[0][0].verdict if drawn else None),
+    }
 
 
 def _verdict(found: Verdict | None) -> Row:

@@ -8,7 +8,7 @@ The model repository extension is in `service.integrations.protocols.repository`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,7 +187,7 @@ async def _answer(
         else:
             infer_request, tail = _parts(body, length)
             sent = _sent(model, infer_request, tail, most)
-        wanted = _wanted(infer_request, default)
+        wanted = _wanted(infer_request, outputs.defaults(model, default), outputs.makers(model))
         chosen = _options(infer_request, wanted, default)
         return Plan(
             [ImageRequest(image, chosen) for image in sent],
@@ -229,7 +229,7 @@ def _sent(
     )
 
 
-def _wanted(infer_request: InferRequest, default: Sequence[str]) -> _Wanted:
+def _wanted(infer_request: InferRequest, default: Sequence[str], names: Collection[str]) -> _Wanted:
     binary = bool((infer_request.parameters or {}).get("binary_data_output", False))
     named_outputs = infer_request.outputs or [RequestedOutput(name=name) for name in default]
     wanted: list[tuple[str, int, bool]] = []
@@ -237,9 +237,9 @@ def _wanted(infer_request: InferRequest, default: Sequence[str]) -> _Wanted:
         if any(output.name == name for name, _, _ in wanted):
             raise InvalidOption(f"The output {output.name!r} is named twice; name it once.")
         parameters = output.parameters or {}
-        if output.name not in outputs.NAMES:
+        if output.name not in names:
             raise InvalidOption(
-                f"There is no output {output.name!r}; the outputs are {', '.join(outputs.NAMES)}."
+                f"There is no output {output.name!r}; the outputs are {', '.join(names)}."
             )
         classes = parameters.get("classification", 0)
         if not isinstance(classes, int) or classes < 0:
@@ -273,7 +273,7 @@ def _respond(model: LoadedModel, name: str, wanted: _Wanted, replies: Sequence[R
     described: list[dict[str, Any]] = []
     tails: list[bytes] = []
     for output, classes, binary in wanted.outputs:
-        tensor: Output = outputs.MAKERS[output](replies)
+        tensor: Output = outputs.makers(model)[output](replies)
         if classes:
             tensor = outputs.classification(tensor, model, classes)
         if binary:

@@ -10,6 +10,16 @@ grid        FP32      (n, targets, rows, cols)   their maps, in the layer's shap
 heatmap     BYTES     (n, targets)               their maps in colors, at image size, PNG files
 overlay     BYTES     (n, targets)               the heatmap over the image
 explain     BYTES     (n, targets)               the explanations of `/explain`, JSON
+
+Those of a detector have `num_detections` entries for an image, and zeros or empty texts behind them
+up to the most of an image:
+
+num_detections INT64  (n)                        how many boxes are found
+boxes       FP32      (n, most, 4)               x1, y1, x2, y2 in source pixels, best score first
+class_ids   INT64     (n, most)                  their classes
+labels      BYTES     (n, most)                  the labels of these
+scores      FP32      (n, most)                  their scores
+explain     BYTES     (n, most explained)        the explanations of `/explain`, JSON
 """
 
 from __future__ import annotations
@@ -27,7 +37,7 @@ from service.cam.file_sizes import base64_bytes
 from service.cam.heatmap import render_heatmap
 from service.errors import InvalidOption
 from service.images.declared_size import Size
-from service.inference.questions import Explanation
+from service.inference.questions import Explanation, Prediction
 from service.integrations.protocol_requests import Reply
 from service.integrations.protocols.tensors import Output
 from service.models.loaded import LoadedModel
@@ -39,15 +49,46 @@ OF_EXPLAIN = ("explain", "targets", "grid", "class_ids", "labels", "scores")
 EXPLAINING = frozenset({"targets", "grid", "heatmap", "overlay", "explain"})
 
 
+def makers(model: LoadedModel) -> Mapping[str, Callable[[Sequence[Reply]], Output]]:
+    """The outputs of a model by name. Raises InvalidOption for a segmenter."""
+    if model.task == "segmentation":
+        raise InvalidOption(
+            f"Model {model.name!r} segments, and this protocol has no output for regions; use "
+            "POST /predict or POST /explain."
+        )
+    return OF_DETECTOR if model.task == "detection" else MAKERS
+
+
+def defaults(model: LoadedModel, of_classifier: Sequence[str]) -> Sequence[str]:
+    """The outputs of a request that names none: OF_INFER or OF_EXPLAIN, or a detector's."""
+    if model.task == "classification":
+        return of_classifier
+    found = [name for name in makers(model) if name != "explain"]
+    return ["explain", *found] if "explain" in of_classifier else found
+
+
 def described(model: LoadedModel) -> list[dict[str, Any]]:
-    """Every output as the metadata of a model lists it."""
+    """Every output as the metadata of a model lists it; none of a segmenter."""
+    if model.task == "segmentation":
+        return []
+    if model.task == "detection":
+        kinds = {"boxes": "FP32", "scores": "FP32", "num_detections": "INT64", "class_ids": "INT64"}
+        dimensions = {"num_detections": [-1], "boxes": [-1, -1, 4]}
+        return [
+            {
+                "name": name,
+                "datatype": kinds.get(name, "BYTES"),
+                "shape": dimensions.get(name, [-1, -1]),
+            }
+            for name in OF_DETECTOR
+        ]
     classes = len(model.labels)
     shapes = {"scores": [-1, classes], "logits": [-1, classes], "grid": [-1, -1, -1, -1]}
     types = {"class_ids": "INT64", "targets": "INT64", "scores": "FP32", "logits": "FP32"}
     types["grid"] = "FP32"
     return [
         {"name": name, "datatype": types.get(name, "BYTES"), "shape": shapes.get(name, [-1, -1])}
-        for name in NAMES
+        for name in MAKERS
     ]
 
 
@@ -81,7 +122,9 @@ def price(wanted: Sequence[tuple[str, int, bool]], sizes: AnswerSizes) -> Price:
 
 
 def _bytes_of(name: str, classes: int, sizes: AnswerSizes, source: Size, *, binary: bool) -> int:
-    count, number = len(sizes.model.labels), 8 if binary else NUMBER_BYTES
+    number = 8 if binary else NUMBER_BYTES
+    is_detector = sizes.model.task == "detection"
+    count = 4 * sizes.question.top_k if is_detector else len(sizes.model.labels)
     if classes:
         return sizes.predictions(classes)
     if name in {"heatmap", "overlay"}:
@@ -93,7 +136,7 @@ def _bytes_of(name: str, classes: int, sizes: AnswerSizes, source: Size, *, bina
         return sizes.maps * math.prod(sizes.cells) * number
     if name == "targets":
         return sizes.maps * number
-    return count * number if name in {"scores", "logits"} else sizes.predictions()
+    return count * number if name in {"boxes", "scores", "logits"} else sizes.predictions()
 
 
 def _class_ids(replies: Sequence[Reply]) -> Output:
@@ -171,10 +214,14 @@ def _overlay(replies: Sequence[Reply]) -> Output:
 def _explain(replies: Sequence[Reply]) -> Output:
     texts: list[str] = []
     for reply in replies:
-        rendered = image_result(reply.model, reply.options, reply.render_side, reply.answered)
-        explanations = rendered.model_dump(exclude_unset=True)["explanations"]
-        texts += [orjson.dumps(explanation).decode() for explanation in explanations]
+        texts += _explanations(reply)
     return _files("explain", replies, texts)
+
+
+def _explanations(reply: Reply) -> list[str]:
+    rendered = image_result(reply.model, reply.options, reply.render_side, reply.answered)
+    explanations = rendered.model_dump(exclude_unset=True)["explanations"]
+    return [orjson.dumps(explanation).decode() for explanation in explanations]
 
 
 def _explained(replies: Sequence[Reply]) -> Iterator[tuple[Reply, ExplainOptions, Explanation]]:
@@ -201,4 +248,72 @@ MAKERS: Mapping[str, Callable[[Sequence[Reply]], Output]] = MappingProxyType(
         "explain": _explain,
     }
 )
-NAMES = tuple(MAKERS)
+
+
+def _found(reply: Reply) -> Sequence[Prediction]:
+    return reply.answered.inference.predictions
+
+
+def _num_detections(replies: Sequence[Reply]) -> Output:
+    counts = np.array([len(_found(reply)) for reply in replies], dtype=np.int64)
+    return Output("num_detections", "INT64", counts.shape, counts)
+
+
+def _boxes(replies: Sequence[Reply]) -> Output:
+    values = np.zeros((len(replies), _most(replies), 4), dtype=np.float32)
+    for rows, reply in zip(values, replies, strict=True):
+        for row, found in zip(rows, _found(reply), strict=False):
+            assert found.box is not None
+            x, y, w, h = found.box
+            row[:] = x, y, x + w, y + h
+    return Output("boxes", "FP32", values.shape, values)
+
+
+def _detected_ids(replies: Sequence[Reply]) -> Output:
+    ids = np.array(_padded(replies, lambda found: found.class_id, 0), dtype=np.int64)
+    return Output("class_ids", "INT64", (len(replies), _most(replies)), ids)
+
+
+def _detected_labels(replies: Sequence[Reply]) -> Output:
+    labels = replies[0].model.labels
+    texts = _padded(replies, lambda found: labels[found.class_id], "")
+    return Output(
+        "labels", "BYTES", (len(replies), _most(replies)), [text for row in texts for text in row]
+    )
+
+
+def _detected_scores(replies: Sequence[Reply]) -> Output:
+    scores = np.array(_padded(replies, lambda found: found.score, 0.0), dtype=np.float32)
+    return Output("scores", "FP32", (len(replies), _most(replies)), scores)
+
+
+def _explained_boxes(replies: Sequence[Reply]) -> Output:
+    texts = [_explanations(reply) for reply in replies]
+    most = max(map(len, texts))
+    padded = [text for row in texts for text in [*row, *[""] * (most - len(row))]]
+    return Output("explain", "BYTES", (len(replies), most), padded)
+
+
+def _most(replies: Sequence[Reply]) -> int:
+    return max(len(_found(reply)) for reply in replies)
+
+
+def _padded(
+    replies: Sequence[Reply], value: Callable[[Prediction], Any], nothing: Any
+) -> list[list[Any]]:
+    """A value of each detection, every row as long as the longest."""
+    most = _most(replies)
+    rows = [[value(found) for found in _found(reply)] for reply in replies]
+    return [[*row, *[nothing] * (most - len(row))] for row in rows]
+
+
+OF_DETECTOR: Mapping[str, Callable[[Sequence[Reply]], Output]] = MappingProxyType(
+    {
+        "num_detections": _num_detections,
+        "boxes": _boxes,
+        "class_ids": _detected_ids,
+        "labels": _detected_labels,
+        "scores": _detected_scores,
+        "explain": _explained_boxes,
+    }
+)

@@ -2,8 +2,10 @@
 
 https://pytorch.org/serve/inference_api.html. The image is the body, the part `data` (or `body`)
 of a form, or base64 in JSON; the form's `target`, its other fields and the query are options of
-`/explain`. A prediction is {label: score}; an explanation is the map as (1, rows, columns) nested
-lists, in the layer's shape, where TorchServe's default handler gave (channels, height, width).
+`/explain`. A prediction is {label: score}, of a detector a list of {label: [x1, y1, x2, y2],
+"score": score}, as TorchServe's object detector; an explanation is the map as (1, rows, columns)
+nested lists, in the layer's shape, where TorchServe's default handler gave (channels, height,
+width).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from fastapi import APIRouter, Request, Response
 from api_schemas.options import CommonOptions, ExplainOptions, PredictOptions
 from service.errors import CamserveError, EmptyBody, InvalidOption
 from service.images.upload import Sent
+from service.inference.questions import Prediction
 from service.integrations.protocol_requests import (
     ImageRequest,
     Plan,
@@ -167,10 +170,19 @@ def _price(sizes: AnswerSizes) -> Price:
     return lambda _: 256 + sizes.predictions()
 
 
-def _prediction(reply: Reply) -> dict[str, float]:
+def _prediction(reply: Reply) -> Any:
+    """{label: score}; of a detector, for each box {label: [x1, y1, x2, y2], "score": score}."""
     labels = reply.model.labels
     best = reply.answered.inference.predictions
+    if reply.model.task == "detection":
+        return [_detection(labels, each) for each in best]
     return {_key(labels, prediction.class_id): prediction.score for prediction in best}
+
+
+def _detection(labels: Sequence[str], found: Prediction) -> dict[str, Any]:
+    assert found.box is not None
+    x, y, w, h = found.box
+    return {_key(labels, found.class_id): [x, y, x + w, y + h], "score": found.score}
 
 
 def _key(labels: Sequence[str], class_id: int) -> str:
@@ -180,4 +192,11 @@ def _key(labels: Sequence[str], class_id: int) -> str:
 
 
 def _explanation(reply: Reply) -> Any:
-    return np.stack([explanation.grid for explanation in reply.answered.inference.explanations])
+    """The maps (n, rows, columns). Raises InvalidOption if they differ in shape, or are none."""
+    grids = [explanation.grid for explanation in reply.answered.inference.explanations]
+    if len({grid.shape for grid in grids}) != 1:
+        raise InvalidOption(
+            f"An answer of this protocol is one array of maps, and there are {len(grids)} of "
+            f"{len({grid.shape for grid in grids})} shapes; use POST /explain."
+        )
+    return np.stack(grids)
