@@ -226,7 +226,8 @@ def page(table: list[dict[str, Any]]) -> str:
 def line_of(row: dict[str, Any]) -> str:
     """One line of the table."""
     if "error" in row:
-        reason = row["error"].replace("|", "/").partition(": ")[2]
+        marks = str.maketrans("|`", "/'")
+        reason = row["error"].translate(marks).partition(": ")[2]
         cells = ["", reason, "", "", "not loaded", "", ""]
     else:
         layer = f"`{row['layer']}`" if row["layer"] else f"none: {row['reason'] or 'no such layer'}"

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import oracles
 import pytest
 import torch
 from torch import Tensor, nn
 
-from service.inference.batch import run
+from service.inference.batch import run, run_compiled
 from service.inference.questions import InferenceResult, Question, lane_of
 from service.models.catalog import ModelSpec
+from service.models.compiled import exported
 from service.models.compiled.cut import Uncuttable, split
 from service.models.compiled.exported import split_exported
 from service.models.compiled.lane import Compiler
+from service.models.loaded import LoadedModel
 from service.models.loading import load_model
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -46,7 +50,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "Beit": ("BeitForImageClassification", PLAIN, "beit.layers.1.layernorm_before"),
     "DeiT": ("DeiTForImageClassification", PLAIN, "deit.layers.1.layernorm_before"),
     "Dinov2": ("Dinov2ForImageClassification", PLAIN, "dinov2.encoder.layer.1.norm1"),
-    "Siglip": (  # its head attends from a learned query, one for each image
+    "Siglip": (  # a head beside the logits attends from a learned query, one for each image
         "SiglipForImageClassification",
         {"vision_config": PLAIN, "num_labels": 4},
         "vision_model.post_layernorm",
@@ -148,28 +152,54 @@ def test_other_threads_run_the_same_weights_undisturbed() -> None:
 
 
 def test_a_model_of_hugging_face_has_a_compiled_lane(tmp_path: Path) -> None:
-    model_of("Dinov2").save_pretrained(tmp_path)
-    transformers.ViTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path)
-    model = load_model(ModelSpec("m", f"hf/{tmp_path}"), compiler=Compiler(largest=5))
+    model = served("Dinov2", tmp_path)
     assert model.compiled is not None, model.not_compiled
     assert model.compiled.layer == MODELS["Dinov2"][2]
     assert model.compiled.parity is not None
     assert max(model.compiled.parity.activation, model.compiled.parity.map) < 1e-4
 
 
-def test_a_correction_runs_hooked_where_the_tail_calls_operators(tmp_path: Path) -> None:
-    """The rules of a correction change functions, of which an exported tail has none."""
-    model_of("Dinov2").save_pretrained(tmp_path)
-    transformers.ViTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path)
-    model = load_model(ModelSpec("m", f"hf/{tmp_path}"), compiler=Compiler(largest=5))
+def served(name: str, folder: Path) -> LoadedModel:
+    model_of(name).save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
+    return load_model(ModelSpec("m", f"hf/{folder}"), compiler=Compiler(largest=5))
+
+
+def questions(model: LoadedModel, seed: int) -> tuple[Question, Question]:
+    """A map by plain gradients, and the same by corrected ones."""
     layers = model.target_layers(())
-    plain = Question(oracles.picture(0, 64, 64), targets=(1,), layers=layers)
-    corrected = replace(plain, libra=True)
+    plain = Question(oracles.picture(seed, 64, 64), targets=(1,), layers=layers)
+    return plain, replace(plain, libra=True)
+
+
+def grids(answers: Sequence[object]) -> list[np.ndarray]:
+    assert all(isinstance(each, InferenceResult) for each in answers), answers
+    return [each.explanations[0].grid for each in answers]
+
+
+@pytest.mark.parametrize("name", ["Dinov2", "Swin", "ViT"])
+def test_a_correction_of_an_exported_tail_is_that_of_the_hooked_lane(name, tmp_path) -> None:
+    """Export calls operators, which the rules do not see; the tail calls functions again."""
+    model = served(name, tmp_path)
+    pairs = [questions(model, seed) for seed in range(3)]
+    corrected = [each for _, each in pairs]
+    assert {lane_of(model, each) for each in corrected} == {"compiled"}
+    with oracles.leased(model) as replica:
+        expected = grids(run(replica, corrected))
+    plain = grids(run_compiled(model, [each for each, _ in pairs]))
+    for one, other, bare in zip(
+        grids(run_compiled(model, corrected)), expected, plain, strict=True
+    ):
+        np.testing.assert_allclose(one, other, atol=5e-4)
+        assert np.abs(one - bare).max() > 1e-3
+
+
+def test_a_correction_runs_hooked_where_the_tail_calls_operators(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(exported, "_FUNCTIONS", {})
+    model = served("Dinov2", tmp_path)
+    plain, corrected = questions(model, 0)
     assert lane_of(model, plain) == "compiled"
     assert lane_of(model, corrected) != "compiled"
     with oracles.leased(model) as replica:
-        one, other = (run(replica, [each])[0] for each in (plain, corrected))
-    assert isinstance(one, InferenceResult)
-    assert isinstance(other, InferenceResult)
-    grids = [each.explanations[0].grid for each in (one, other)]
-    assert abs(grids[0] - grids[1]).max() > 1e-3
+        one, other = (grids(run(replica, [each]))[0] for each in (plain, corrected))
+    assert np.abs(one - other).max() > 1e-3

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional
 
 from service.errors import first_line
 from service.models.catalog import Select
@@ -28,6 +29,18 @@ _METHODS = {
 constants, and batches of another size would be wrong."""
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+
+_FUNCTIONS = {
+    _ATTENTION: (functional.scaled_dot_product_attention, 6),
+    torch.ops.aten.softmax.int: (torch.softmax, 3),
+    torch.ops.aten.layer_norm.default: (functional.layer_norm, 5),
+    torch.ops.aten.rms_norm.default: (functional.rms_norm, 4),
+    torch.ops.aten.gelu.default: (functional.gelu, 1),
+    torch.ops.aten.silu.default: (functional.silu, 1),
+    torch.ops.aten.hardswish.default: (functional.hardswish, 1),
+}
+"""Operators as functions, with the number of positional arguments that these take: a correction of
+gradients sees functions alone."""
 
 MOST_IMAGES = 1 << 16
 """Largest batch of an exported graph."""
@@ -66,7 +79,9 @@ def split_exported(
     _size_from(graph, crossing)
     _select(graph, select)
     graph.eliminate_dead_code()
-    return parts(module, graph, crossing)
+    front, tail = parts(module, graph, crossing)
+    _call_functions(tail)
+    return front, tail
 
 
 class _Logits(nn.Module):
@@ -119,6 +134,15 @@ def _select(graph: fx.Graph, select: Select) -> None:
     output = next(iter(reversed(graph.nodes)))
     (logits,) = output.all_input_nodes
     output.args = (logits if select is None else {select: logits},)
+
+
+def _call_functions(tail: fx.GraphModule) -> None:
+    """Call functions in place of operators, where there is one."""
+    for node in tail.graph.nodes:
+        if node.target in _FUNCTIONS:
+            node.target, most = _FUNCTIONS[node.target]
+            node.args = node.args[:most]
+    tail.recompile()
 
 
 def _without_masks(graph: fx.Graph) -> None:

@@ -14,6 +14,9 @@ from service.models.catalog import Floating
 Precision = Floating | Literal["int8"]
 """Precision of a front; `camserve calibrate` creates `int8`."""
 
+_CORRECTED = ("norm", "softmax", "attention", "gelu", "silu", "hardswish")
+"""In the names of operators for which a correction of gradients may have a rule."""
+
 
 class Front(Protocol):
     """Maps pixels, uint8 (B, C, h, w) on the CPU, to what crosses the cut; see `cut.split`.
@@ -77,8 +80,10 @@ class CompiledLane:
 
     @property
     def calls_functions(self) -> bool:
-        """Whether the tail calls functions, which modes can see; exported graphs call operators."""
-        return not any(isinstance(node.target, OpOverload) for node in self.tail.graph.nodes)
+        """Whether a correction sees all that it may change in the tail; not as operators."""
+        operators = (each.target for each in self.tail.graph.nodes)
+        names = [each.name() for each in operators if isinstance(each, OpOverload)]
+        return not any(part in name for name in names for part in _CORRECTED)
 
 
 class Normalised(nn.Module):
