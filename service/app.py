@@ -25,7 +25,7 @@ from service.evaluation.drift import DriftWatch, read_baseline
 from service.images.budget import DecodeBudget
 from service.integrations.label_studio.host import LabelStudio, LabelStudioHost
 from service.integrations.registry import INTEGRATIONS
-from service.metrics import Metrics, Reading, Readings
+from service.metrics import Metrics, Reading
 from service.models.catalog import ModelSpec, parse_models, with_int8
 from service.models.compiled.lane import Compiler
 from service.models.library import Library
@@ -73,6 +73,9 @@ _log = structlog.get_logger(__name__)
 GRACE_SECONDS = 30.0
 """How long the service waits at its end for accepted requests."""
 
+PUBLISH_SECONDS = 2.0
+"""How old a gauge of another server process may be in `/metrics`."""
+
 _MODULES = (classify, experiments, served_models, kernel_images, health)
 _ROUTERS = (
     *(module.router for module in _MODULES),
@@ -101,9 +104,11 @@ def create_app(settings: Settings, *, background: bool = False, only: str | None
         app.state.loading = service.library.load_in_background() if background else []
         _reload_on_sighup(service, settings)
         _warn_without_authentication(settings)
+        publishing = asyncio.create_task(_publish(service.metrics))
         try:
             yield
         finally:
+            publishing.cancel()
             service.admission.close()
             await _in_thread(lambda: service.scheduler.close(GRACE_SECONDS))
             await _in_thread(service.library.close)
@@ -221,7 +226,7 @@ def build_service(settings: Settings, *, load: bool = True, only: str | None = N
         is_near=is_loopback(settings.host),
         watch=None if drift is None else drift.note,
     )
-    metrics.watch(Readings(_readings(service) | _drift_readings(drift)))
+    metrics.watch(_readings(service) | _drift_readings(drift))
     return service
 
 
@@ -249,15 +254,23 @@ def _readings(service: Service) -> dict[str, Reading]:
         "memory_limit_bytes": Reading(
             "Memory limit of this process: that of its container, or of the machine.",
             memory_limit,
+            across="livemin",
         ),
-        "models": Reading("Configured models by state.", library.count_by_state, "state"),
+        "models": Reading(
+            "Configured models by state.", library.count_by_state, "state", across="livemax"
+        ),
         "last_reload_successful": Reading(
             "1 if the files of models and keys could be read when last tried, and no newest "
             "version of a model failed to load; otherwise 0.",
             lambda: library.is_current and all(keys.is_current for keys in key_files),
+            across="livemin",
         ),
         "replicas_replaced": Reading(
-            "Replicas that were returned dirty and replaced.", lambda: pool.replaced, "model", True
+            "Replicas that were returned dirty and replaced.",
+            lambda: pool.replaced,
+            "model",
+            True,
+            "sum",
         ),
         "device_memory_bytes": Reading(
             "GPU memory that this process holds for tensors, free or in use.",
@@ -298,11 +311,13 @@ def _drift_readings(drift: DriftWatch | None) -> dict[str, Reading]:
             "all images (empty class) and by class.",
             read("psi"),
             labels,
+            across="livemax",
         ),
         "drift_noise": Reading(
             "The index that 9,999 of 10,000 such windows stay below without drift.",
             read("noise"),
             labels,
+            across="livemax",
         ),
         "drift_images": Reading(
             "Answers that are compared with the baseline: at most 500.",
@@ -426,6 +441,13 @@ def _serve_page(app: FastAPI) -> None:
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+async def _publish(metrics: Metrics) -> None:
+    """Keep what other processes read of this one up to date, where there are others."""
+    while metrics.is_shared:
+        await _in_thread(metrics.publish)
+        await asyncio.sleep(PUBLISH_SECONDS)
 
 
 async def _in_thread(function: Callable[[], None]) -> None:

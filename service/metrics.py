@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from prometheus_client import (
     CollectorRegistry,
@@ -14,9 +15,11 @@ from prometheus_client import (
     Histogram,
     ProcessCollector,
     generate_latest,
+    multiprocess,
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 
 from service import __version__
 
@@ -29,6 +32,16 @@ _REQUEST_SECONDS = _SECONDS[2:]
 
 REFUSALS = (401, 429, 503)
 """Statuses of requests that were refused before any work."""
+
+
+Across = Literal["livesum", "livemin", "livemax", "sum"]
+
+_ACROSS: dict[str, Across] = {
+    "process_cpu_seconds_total": "sum",
+    "process_max_fds": "livemin",
+    "process_start_time_seconds": "livemin",
+}
+"""What a value of the process is of several ones; others are added up."""
 
 
 class RequestLabels(NamedTuple):
@@ -47,7 +60,11 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)  # memory, CPU seconds, files, start
+        self._of_process = ProcessCollector(registry=None)  # memory, CPU seconds, files, start
+        self._gauges: dict[str, Gauge] = {}
+        self._readings: Mapping[str, Reading] = {}
+        if not self.is_shared:
+            self.registry.register(self._of_process)
         self.requests = Counter(
             "camserve_requests",
             "Requests with a response, by route template and status.",
@@ -94,6 +111,7 @@ class Metrics:
             "1, with the versions of the service, Python and torch as labels.",
             ("version", "python", "torch"),
             registry=self.registry,
+            multiprocess_mode="livemax",
         ).labels(__version__, platform.python_version(), importlib.metadata.version("torch")).set(1)
 
     def observe_stages(self, seconds: Mapping[str, float]) -> None:
@@ -109,13 +127,47 @@ class Metrics:
         if status in REFUSALS and not route.startswith("/health/"):
             self.refusals.labels(labels.key, str(status)).inc()
 
-    def watch(self, collector: Collector) -> None:
-        """Add a collector that is read at each scrape."""
-        self.registry.register(collector)
+    @property
+    def is_shared(self) -> bool:
+        """Whether several processes count together, in files (prometheus_client's multiprocess)."""
+        return "PROMETHEUS_MULTIPROC_DIR" in os.environ
+
+    def watch(self, readings: Mapping[str, Reading]) -> None:
+        """Add values of other objects, by the name of their metric, read at each scrape."""
+        self._readings = readings
+        if not self.is_shared:
+            self.registry.register(Readings(readings))
+
+    def publish(self) -> None:
+        """Write the present values of other objects where the other processes read them."""
+        for name, reading in self._readings.items():
+            for sample in reading.family(name).samples:
+                self._set(sample, reading.text, reading.across)
+        for metric in self._of_process.collect():
+            for sample in metric.samples:
+                self._set(sample, metric.documentation, _ACROSS.get(sample.name, "livesum"))
+
+    def _set(self, sample: Sample, text: str, across: Across) -> None:
+        gauge = self._gauges.get(sample.name)
+        if gauge is None:
+            gauge = Gauge(
+                sample.name,
+                text,
+                tuple(sample.labels),
+                registry=self.registry,
+                multiprocess_mode=across,
+            )
+            self._gauges[sample.name] = gauge
+        (gauge.labels(**sample.labels) if sample.labels else gauge).set(sample.value)
 
     def render(self) -> bytes:
-        """The text exposition format of Prometheus."""
-        return generate_latest(self.registry)
+        """The text exposition format of Prometheus, of all processes that count together."""
+        if not self.is_shared:
+            return generate_latest(self.registry)
+        self.publish()
+        registry = CollectorRegistry()
+        multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return generate_latest(registry)
 
 
 class Reading(NamedTuple):
@@ -123,12 +175,14 @@ class Reading(NamedTuple):
 
     label:  its name, if `read` returns a mapping; several are comma-separated, and the mapping has
             tuples. counts: whether the value only grows.
+    across: what it is of several processes, as prometheus_client names it.
     """
 
     text: str
     read: Callable[[], float | Mapping[str, float] | Mapping[tuple[str, ...], float]]
     label: str = ""
     counts: bool = False
+    across: Across = "livesum"
 
     def family(self, name: str) -> Metric:
         """The metric `name`, without the prefix, with the present values."""

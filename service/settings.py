@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -105,6 +106,12 @@ class Settings(BaseSettings):
         "Every result then has the flag random_weights.",
     )
     device: str = Field("auto", description="cpu, cuda, cuda:1 …; auto: a GPU if there is one.")
+    processes: str = Field(
+        "1",
+        pattern=r"^(auto|[1-9][0-9]?)$",
+        description="Server processes on the port, 1 to 99; auto: one per 8 cores, rounded up, and "
+        "on a GPU 2. Workers, queues and the limits of keys are divided among them.",
+    )
     workers: int = Field(
         0,
         ge=0,
@@ -374,6 +381,43 @@ class Settings(BaseSettings):
         import torch  # noqa: PLC0415 - takes seconds, which `camserve --help` need not wait for
 
         return torch.cuda.is_available()
+
+    @property
+    def process_count(self) -> int:
+        """`processes`, with `auto` resolved."""
+        if self.processes != "auto":
+            return int(self.processes)
+        return max(math.ceil(available_cores() / 8), 2 if self.uses_gpu else 1)
+
+    def share_of(self, processes: int) -> Settings:
+        """The settings of each of several processes: what bounds all of them is divided.
+
+        Rounded up, so that each has at least one of each; 0 stays "no limit".
+        """
+
+        def part(whole: int) -> int:
+            return math.ceil(whole / processes)
+
+        cores = max(1, available_cores() // processes)
+        own = 2 if self.uses_gpu else min(16, cores)
+        workers = part(self.workers) or own
+        return self.model_copy(
+            update={
+                "workers": workers,
+                "threads_per_worker": self.threads_per_worker or max(1, cores // workers),
+                "single_request_threads": self.single_request_threads or cores,
+                "max_queue": part(self.queue_limit),
+                "max_queue_bytes": part(self.max_queue_bytes),
+                "max_uploads": part(self.max_uploads),
+                "max_uploads_per_client": part(self.max_uploads_per_client),
+                "max_held_answer_bytes": part(self.max_held_answer_bytes),
+                "max_decode_bytes": part(self.max_decode_bytes),
+                "max_model_bytes": part(self.max_model_bytes),
+                "key_rate": part(self.key_rate),
+                "key_concurrency": part(self.key_concurrency),
+                "key_cost": self.key_cost / processes,
+            }
+        )
 
     @property
     def worker_count(self) -> int:

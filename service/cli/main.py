@@ -66,6 +66,11 @@ def serve(settings: Settings) -> None:
 
     as_events = errors_as_events() if settings.log_format == "json" else nullcontext()
     with as_events, listening(settings.host, settings.port) as sockets:
+        if settings.process_count > 1:
+            from service.cli.serve_processes import run_processes
+
+            run_processes(settings, sockets)
+            return
         from service.cli.serve_http import run
 
         run(settings, sockets)

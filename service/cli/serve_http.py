@@ -1,42 +1,57 @@
-"""`camserve serve`: run the service in uvicorn, and print its URL once models are loaded."""
+"""`camserve serve` in one process: run the service in uvicorn, and say when it is ready."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-import structlog
 import typer
 import uvicorn
 from fastapi import FastAPI
 
 from service import logs
 from service.app import create_app
-from service.cli.flags import ERR
+from service.cli.announcing import announce
 from service.errors import ConfigurationError
-from service.resources import spare_collector, tune_allocator
+from service.resources import memory_limit, spare_collector, tune_allocator
 from service.routes.server.draining import SWITCH_SECONDS, DrainingServer
 from service.settings import Settings
-
-_log = structlog.get_logger(__name__)
 
 
 def run(settings: Settings, sockets: Sequence[socket.socket]) -> None:
     """Serve on open sockets until a signal. Raises ConfigurationError if no model was loaded."""
+
+    def server_of(served: FastAPI) -> uvicorn.Server:
+        return DrainingServer(served, grace=settings.drain_timeout, delay=settings.drain_delay)
+
+    run_server(
+        settings,
+        sockets,
+        server_of,
+        lambda: announce(settings, sockets[0].getsockname()[1]),
+    )
+
+
+def run_server(
+    settings: Settings,
+    sockets: Sequence[socket.socket],
+    server_of: Callable[[FastAPI], uvicorn.Server],
+    ready: Callable[[], None],
+) -> None:
+    """Build the app and serve it; `ready` is called once models are loaded.
+
+    Raises ConfigurationError if no model was loaded.
+    """
     logs.configure(settings.log_format)
     tune_allocator()
     sys.setswitchinterval(SWITCH_SECONDS)
     served = create_app(settings, background=True)
     spare_collector()
-    server = DrainingServer(served, grace=settings.drain_timeout, delay=settings.drain_delay)
-    url = _url(settings.host, sockets[0].getsockname()[1])
-    announce = _log_url if settings.log_format == "json" else _print_url
-    _when_ready(server, served, lambda: announce(url))
+    server = server_of(served)
+    _when_ready(server, served, ready)
     server.run(list(sockets))
     service = served.state.service
     entries = service.library.entries.values()
@@ -46,15 +61,27 @@ def run(settings: Settings, sockets: Sequence[socket.socket]) -> None:
         raise typer.Exit(1)
 
 
-def _when_ready(server: uvicorn.Server, served: FastAPI, announce: Callable[[], None]) -> None:
-    """Announce the service once models are loaded; stop the server if none could be."""
+def share_of(settings: Settings, processes: int) -> Settings:
+    """The settings of each of several processes; also what is a part of the memory is divided."""
+    memory = memory_limit() // processes
+    share = settings.share_of(processes)
+    return share.model_copy(
+        update={
+            "max_held_answer_bytes": share.max_held_answer_bytes or memory // 8,
+            "max_decode_bytes": share.max_decode_bytes or memory // 4,
+        }
+    )
+
+
+def _when_ready(server: uvicorn.Server, served: FastAPI, ready: Callable[[], None]) -> None:
+    """Call `ready` once models are loaded; stop the server if none could be."""
     start = server.startup
 
     async def wait() -> None:
         loading = [asyncio.wrap_future(future) for future in served.state.loading]
         await asyncio.gather(*loading, return_exceptions=True)
         if served.state.service.pool.models:
-            announce()
+            ready()
         else:
             server.should_exit = True
 
@@ -64,36 +91,3 @@ def _when_ready(server: uvicorn.Server, served: FastAPI, announce: Callable[[], 
             served.state.announcing = asyncio.create_task(wait())
 
     server.startup = startup  # type: ignore[method-assign]
-
-
-def _url(host: str, port: int) -> str:
-    shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104 - only compared
-    return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
-
-
-def _log_url(url: str) -> None:
-    _log.info("serving", url=url, docs=f"{url}/docs")
-
-
-def _print_url(url: str) -> None:
-    sample = _sample()
-    ERR.print(f"\n[bold]camserve[/] serves on [bold]{url}[/]\n", highlight=False)
-    ERR.print("  explain an image:")
-    ERR.print(
-        f"    curl -F image=@{sample} '{url}/explain?include=overlay'",
-        soft_wrap=True,
-        highlight=False,
-    )
-    ERR.print(
-        f"    curl -F image=@{sample} {url}/explain -H 'accept: image/jpeg' -o why.jpg",
-        soft_wrap=True,
-        highlight=False,
-    )
-    ERR.print(f"  try every route:          {url}/docs", highlight=False)
-    ERR.print("  how-to and reference:     README.md and docs/\n", highlight=False)
-
-
-def _sample() -> str:
-    """Return the path of the sample image in a checkout, else a placeholder."""
-    sample = Path(__file__).parents[2] / "examples" / "sunflower.jpg"
-    return os.path.relpath(sample) if sample.exists() else "YOUR.jpg"

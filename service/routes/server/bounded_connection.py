@@ -251,6 +251,8 @@ class BoundedConnection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
+        if getattr(self.config.app.state, "is_retiring", False):  # type: ignore[union-attr]
+            cycle.keep_alive = False  # the next request goes to another process
 
         async def answer(scope: Any, receive: Any, send: Any) -> None:
             async def put(message: Message) -> None:
