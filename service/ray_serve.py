@@ -29,13 +29,13 @@ from service.app import create_app, model_specs
 from service.errors import CamserveError, UnknownModel, nearest
 from service.integrations.label_studio import overlay
 from service.integrations.protocols import repository
-from service.pipeline.service import Service
 from service.resources import spare_collector, tune_allocator
 from service.routes.access import is_admin, path_of, sent_key
 from service.routes.hosts import host_rule
 from service.routes.middleware import BehindPrefix
 from service.routes.problems import problem
 from service.routes.server.draining import SWITCH_SECONDS
+from service.routes.state import service_in
 from service.settings import Settings, warn_of_unknown_variables
 
 DEPLOYMENT: dict[str, Any] = {
@@ -105,7 +105,7 @@ class ManyModels:
         self._names = [spec.name for spec in model_specs(self._settings)]
         self._loaded: list[_ModelApp] = []
         self._front = create_app(self._settings, background=True)
-        self._service: Service = self._front.state.service
+        self._service = service_in(self._front)
         self._service.library.load_on_demand()
         self._hosts = host_rule(
             self._settings.host,
@@ -221,8 +221,7 @@ class _ModelApp:
 
 
 def _check_workers(app: FastAPI) -> None:
-    service: Service = app.state.service
-    if not service.scheduler.workers.healthy:
+    if not service_in(app).scheduler.workers.healthy:
         raise RuntimeError("Too many worker threads hang.")
 
 

@@ -6,14 +6,14 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import orjson
 import typer
 from rich.markup import escape
 from rich.progress import track
 
-from api_schemas.methods import METHODS
+from api_schemas.options import Method
 from service import logs
 from service.app import model_loader
 from service.cli.compare.comparison_page import (
@@ -103,9 +103,10 @@ def run(  # noqa: PLR0917 - what the command takes
 
 def _check(method: str, outputs: Destinations) -> None:
     """Raises ConfigurationError before any work."""
-    if method not in METHODS:
+    methods = get_args(Method)
+    if method not in methods:
         raise ConfigurationError(
-            f"--method {method}: the methods are {', '.join(METHODS)}.{nearest(method, METHODS)}"
+            f"--method {method}: the methods are {', '.join(methods)}.{nearest(method, methods)}"
         )
     for flag, path in (("--report", outputs.report), ("--junit", outputs.junit)):
         if path is not None and not path.absolute().parent.is_dir():

@@ -17,7 +17,6 @@ from fastapi import APIRouter, Request, Response
 
 from api_schemas.options import CommonOptions, ExplainOptions, PredictOptions
 from api_schemas.protocols import InferInput, InferRequest, RequestedOutput
-from service import __version__
 from service.errors import InvalidOption, MalformedRequest, ModelNotReady
 from service.images.upload import Sent
 from service.integrations.protocol_requests import (
@@ -60,7 +59,7 @@ _DIGITS = 15
 
 _SERVER = {
     "name": "camserve",
-    "version": __version__,
+    "version": "0.1.0",
     "extensions": ["binary_tensor_data", "classification", "model_repository"],
 }
 _LIVE = docs.example({"live": True, "ready": True})
@@ -97,9 +96,9 @@ _EXPLAIN = _described([_MAP, *_TENSORS], targets=["sunflower"])
 
 
 @router.get("", responses=docs.example(_SERVER))
-async def server() -> dict[str, Any]:
+async def server(request: Request) -> dict[str, Any]:
     """Name, version and extensions."""
-    return _SERVER
+    return _SERVER | {"version": request.app.version}
 
 
 @router.get("/health/live", responses=_LIVE)
