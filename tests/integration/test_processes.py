@@ -63,6 +63,17 @@ def test_all_processes_count_in_one_metrics_and_end_with_their_parent(
     assert psutil.wait_procs(children, timeout=20)[1] == []
 
 
+@pytest.mark.timeout(240)
+def test_processes_end_when_their_parent_is_killed(processes, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with processes.serving(kind_of(processes), log_file=log) as server:
+        processes.Watched(log).wait("process_ready", 1)
+        parent = psutil.Process(server.pid)
+        children = parent.children()
+        parent.kill()
+        assert psutil.wait_procs(children, timeout=60)[1] == []
+
+
 @pytest.mark.timeout(120)
 def test_a_model_that_cannot_be_loaded_is_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "service", "serve", "--port", "0", "--processes", "2"]
