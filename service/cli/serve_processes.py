@@ -123,7 +123,7 @@ class ServerProcess(Process):
         try:
             self.child_conn.recv()
             self.child_conn.send(self._is_ready)
-        except EOFError:  # the parent was killed: nobody would end this process
+        except (EOFError, OSError):  # the parent was killed: nobody would end this process
             os.kill(os.getpid(), signal.SIGTERM)
             raise SystemExit from None  # of this thread
 
