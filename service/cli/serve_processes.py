@@ -42,8 +42,11 @@ LOADING_SECONDS = 600.0
 NOT_SERVING = -1
 """As `service.routes.server.shared_sockets` has it, which imports the framework."""
 
-STEADY_SECONDS = 60.0
+STEADY_SECONDS = 10.0
 """A process that was ready for so long is replaced at once when it ends."""
+
+END_SECONDS = 15.0
+"""Beyond the time to drain, after which a process that does not end is killed."""
 
 BACKOFF_SECONDS = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Before a process is replaced that ended after a shorter time, by how often that happened."""
@@ -87,8 +90,8 @@ class ServerProcess(Process):
         self._settings = settings
         self._counts = counts
         self.place = place
-        self.started_at = time.monotonic()
         self.was_ready = False
+        self._ready_at = 0.0
         self._is_ready = False
         super().__init__(config, sockets)
 
@@ -97,6 +100,7 @@ class ServerProcess(Process):
         from service.cli.serve_http import run_server, share_of  # noqa: PLC0415 - torch is for the children
         from service.routes.server.shared_sockets import SharingServer  # noqa: PLC0415
 
+        self.parent_conn.close()  # the parent's end, so that this one is told if the parent dies
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the parent
         threading.Thread(target=self.always_pong, daemon=True).start()
         settings = share_of(self._settings, self.config.workers)
@@ -119,19 +123,23 @@ class ServerProcess(Process):
         try:
             self.child_conn.recv()
             self.child_conn.send(self._is_ready)
-        except EOFError:  # the parent was killed: nobody would end this process
+        except (EOFError, OSError):  # the parent was killed: nobody would end this process
             os.kill(os.getpid(), signal.SIGTERM)
             raise SystemExit from None  # of this thread
 
     def is_ready(self, timeout: float = 5) -> bool:
         if not self.was_ready and super().is_ready(timeout):
-            self.was_ready = True
+            self.was_ready, self._ready_at = True, time.monotonic()
             _log.info("process_ready", process=self.pid)
         return self.was_ready
 
     def is_well(self) -> bool:
         """Whether it runs, and answers a ping if it is ready; while it loads it need not."""
         return self.process.is_alive() and (not self.was_ready or self.ping(HEALTH_SECONDS))
+
+    def was_steady(self) -> bool:
+        """Whether it was ready for long enough that its end is not the fault of its start."""
+        return self.was_ready and time.monotonic() - self._ready_at > STEADY_SECONDS
 
     def retire(self) -> None:
         """Have it end after the last of its connections; other processes accept new ones."""
@@ -236,8 +244,7 @@ class Supervisor(Multiprocess):
         """Whether the pause of a process that ended is over; the first call begins it."""
         now = time.monotonic()
         if not self._not_before:
-            was_steady = process.was_ready and now - process.started_at > STEADY_SECONDS
-            self._restarts = 0 if was_steady or process.was_ready else self._restarts + 1
+            self._restarts = 0 if process.was_steady() else self._restarts + 1
             pause = BACKOFF_SECONDS[min(self._restarts, len(BACKOFF_SECONDS) - 1)]
             _log.error("process_died", process=process.pid, status=process.exitcode, pause=pause)
             self._not_before = now + pause
@@ -304,6 +311,13 @@ class Supervisor(Multiprocess):
             process.stop()
 
     def join_all(self) -> None:
-        while any(each.process.is_alive() for each in (*self.processes, *self._retired)):
+        """Wait for the end of all, and kill those that take longer than draining may."""
+        patience = self._settings.drain_timeout + self._settings.drain_delay + END_SECONDS
+        until = time.monotonic() + patience
+        while alive := [e for e in (*self.processes, *self._retired) if e.process.is_alive()]:
             self.handle_signals()
+            if time.monotonic() > until:
+                for process in alive:
+                    process.kill()
+                return
             time.sleep(0.05)

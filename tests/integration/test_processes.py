@@ -26,7 +26,7 @@ def kind_of(processes):
     return processes.camserve(model, "--processes", "2", *processes.QUICK)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(360)
 def test_a_rolling_reload_fails_no_request(processes) -> None:
     clients = processes.disturbed("reloads", kind_of(processes), 1, 2)
     assert clients.failures == {}
@@ -34,14 +34,14 @@ def test_a_rolling_reload_fails_no_request(processes) -> None:
     assert clients.repeated == 0
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(360)
 def test_a_killed_process_fails_no_request_that_is_repeated_once(processes) -> None:
     clients = processes.disturbed("kills", kind_of(processes), 1, 2)
     assert clients.failures == {}
     assert clients.outcomes["200"] > 0
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(360)
 def test_all_processes_count_in_one_metrics_and_end_with_their_parent(
     processes, tmp_path: Path
 ) -> None:
@@ -63,7 +63,18 @@ def test_all_processes_count_in_one_metrics_and_end_with_their_parent(
     assert psutil.wait_procs(children, timeout=20)[1] == []
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(360)
+def test_processes_end_when_their_parent_is_killed(processes, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with processes.serving(kind_of(processes), log_file=log) as server:
+        processes.Watched(log).wait("process_ready", 1)
+        parent = psutil.Process(server.pid)
+        children = parent.children()
+        parent.kill()
+        assert psutil.wait_procs(children, timeout=120)[1] == []
+
+
+@pytest.mark.timeout(200)
 def test_a_model_that_cannot_be_loaded_is_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "service", "serve", "--port", "0", "--processes", "2"]
     done = subprocess.run(
@@ -72,7 +83,7 @@ def test_a_model_that_cannot_be_loaded_is_one_sentence_and_exit_code_2(tmp_path:
         capture_output=True,
         text=True,
         check=False,
-        timeout=110,
+        timeout=180,
     )
     assert done.returncode == 2, done.stderr
     assert "no_such_module" in done.stderr
