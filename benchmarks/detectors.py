@@ -264,7 +264,8 @@ def main(arguments: list[str] | None = None) -> str:
     add = parser.add_argument
     data = ROOT.parent / "shared" / "data" / "flowers128.tar"
     add("--data", type=Path, default=data, help="tar of train/ and val/")
-    add("--networks", nargs="+", choices=TITLES, default=tuple(TITLES))
+    heads = [name for name in TITLES if (flower_networks.HERE / f"{name}.safetensors").exists()]
+    add("--networks", nargs="+", choices=TITLES, default=heads)
     add("--scenes", type=int, default=64)
     add("--slow", type=int, default=3, help="of these, scenes with D-RISE")
     add("--masks", type=int, default=300, help="forward passes of D-RISE for a scene")

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from service.cli.main import app
 from service.images.run_lengths import rle_decode
+from service.integrations.label_studio.brush import encode_rle
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -170,3 +171,57 @@ def test_the_open_inference_protocol_pads_boxes_to_the_most_of_an_image(
     refused = client.post("/v2/models/regions/infer", json=body)
     assert refused.status_code == 400
     assert "no output for regions" in refused.json()["error"]
+
+
+CONFIG = """<View><Image name="image" value="$image"/>
+  <RectangleLabels name="box" toName="image"><Label value="class 1"/><Label value="class 2"/>
+    <Label value="class 3"/></RectangleLabels>
+  <BrushLabels name="brush" toName="image"><Label value="class 1"/><Label value="class 2"/>
+    <Label value="class 3"/></BrushLabels>
+  <Choices name="kind" toName="image" choice="multiple"><Choice value="class 1"/>
+    <Choice value="class 2"/><Choice value="class 3"/></Choices></View>"""
+
+
+def prelabels(client: TestClient, model: str, **extra: Any) -> Any:
+    """Label Studio's prediction of one task, in a project with these extra parameters."""
+    base, project = "/integrations/label-studio", f"{model}.{len(extra)}"
+    setup = {"project": project, "schema": CONFIG, "extra_params": {"model": model, **extra}}
+    client.post(f"{base}/setup", json=setup).raise_for_status()
+    uri = f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
+    body = {"tasks": [{"id": 1, "data": {"image": uri}}], "project": project}
+    body |= {"label_config": CONFIG, "params": {}}
+    answer = client.post(f"{base}/predict", json=body).raise_for_status()
+    return answer.json()["results"][0]
+
+
+def test_label_studio_gets_a_rectangle_in_percent_for_each_box(client: TestClient) -> None:
+    found = prelabels(client, "boxes", min_score=0.55)
+    expected = listed(client, "boxes", min_score=0.55)
+    rectangles = [each for each in found["result"] if each["type"] == "rectanglelabels"]
+    assert found["score"] == min(each["score"] for each in expected)
+    for entry, each in zip(rectangles, expected, strict=True):
+        x, y, w, h = each["box"]
+        value = entry["value"]
+        assert (value["rectanglelabels"], entry["score"]) == ([each["label"]], each["score"])
+        assert value["x"] * 0.9 == pytest.approx(x)
+        assert value["y"] * 0.7 == pytest.approx(y)
+        assert value["width"] * 0.9 == pytest.approx(w)
+        assert value["height"] * 0.7 == pytest.approx(h)
+    (chosen,) = (each for each in found["result"] if each["type"] == "choices")
+    assert chosen["value"]["choices"] == list(dict.fromkeys(each["label"] for each in expected))
+
+
+def test_label_studio_gets_the_mask_of_each_region_as_a_brush(client: TestClient) -> None:
+    """In an interface with labels for three classes: the first has none, and no brush."""
+    brushes = {
+        entry["value"]["brushlabels"][0]: entry
+        for entry in prelabels(client, "regions")["result"]
+        if entry["type"] == "brushlabels"
+    }
+    expected = {each["label"]: each for each in listed(client, "regions") if each["class_id"]}
+    assert brushes.keys() == expected.keys()
+    for label, entry in brushes.items():
+        mask = rle_decode(tuple(expected[label]["mask"]["size"]), expected[label]["mask"]["counts"])
+        assert entry["value"]["rle"] == encode_rle(255 * mask.astype(np.uint8))
+        assert entry["score"] == pytest.approx(expected[label]["score"])
+        assert (entry["original_width"], entry["original_height"]) == (90, 70)

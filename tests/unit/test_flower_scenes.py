@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from torchvision.ops import masks_to_boxes
 
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(Path(__file__).parent.parent.parent / "tools" / "flower_scenes")
+    import flower_networks
     import scenes
+    import train_heads
     from scenes import Photos
 
 
@@ -48,3 +51,14 @@ def test_the_pixels_of_a_mask_are_those_of_a_photograph_of_its_class() -> None:
             assert set(scene.pixels[:, mask].flatten().tolist()) == {40 + 80 * label}
             assert set(scene.classes()[mask].tolist()) == {label + 1}
         assert not scene.classes()[~scene.masks.any(dim=0)].any()
+
+
+@pytest.mark.timeout(60)
+def test_the_committed_heads_find_the_flowers_of_a_scene(shared_data: Path) -> None:
+    """Held-out photographs: of three scenes, the detector is right about most flowers."""
+    drawn = scenes.validation(shared_data / "flowers128.tar", 3)
+    said = train_heads.report_detector(flower_networks.faster_rcnn(), drawn)
+    recall = float(re.findall(r"recall ([\d.]+)", said)[0])
+    assert recall > 0.5, said
+    said = train_heads.report_segmenter(flower_networks.lraspp(), drawn)
+    assert float(said.removeprefix("mean IoU ")) > 0.3, said

@@ -3,8 +3,8 @@
     PYTHONPATH=tools/flower_scenes camserve --model flowers=flower_networks:faster_rcnn
 
 Each has a frozen MobileNet v2 that was trained on photographs, read from ../shared/data, below a
-small head that `train.py` has trained and that lies beside this file. Both are torchvision's own
-classes: `FasterRCNN`, `RetinaNet` and `LRASPP`.
+small head that `train_heads.py` has trained and that lies beside this file. All are torchvision's
+own classes: `FasterRCNN`, `RetinaNet` (not trained far: its head is not committed) and `LRASPP`.
 """
 
 from __future__ import annotations

@@ -32,7 +32,12 @@ from service.integrations.label_studio.label_config import (
     model_version,
     parameters_in,
 )
-from service.integrations.label_studio.predictions import TaskEvidence, prediction, price
+from service.integrations.label_studio.predictions import (
+    MAX_FOUND,
+    TaskEvidence,
+    prediction,
+    price,
+)
 from service.integrations.label_studio.task_images import fetch_image
 from service.integrations.protocol_requests import parsed
 from service.models.loaded import LoadedModel
@@ -130,7 +135,6 @@ async def setup(request: Request) -> Response:
             call = service.scheduler.call(_set_up, body)
             project, extra, parameters = await result_of(call)
             async with lifecycle.model_in_use(request, parameters.options.model) as model:
-                model.check_classifies("The backend of Label Studio")
                 await lifecycle.prepare(request, model, parameters.options, 1, permit)
                 version = model_version(model, parameters.options)
             label_studio_of(request).remember(project, extra)
@@ -171,7 +175,6 @@ async def predict(request: Request) -> Response:
         if not task_request.images and not task_request.is_interactive:
             return _json(_listed([b"[]"] * len(task_request.tasks)))
         async with lifecycle.model_in_use(request, task_request.parameters.options.model) as model:
-            model.check_classifies("The backend of Label Studio")
             window = min(len(task_request.tasks), max(1, service.admission.max_images // 2))
             options = await result_of(service.scheduler.call(task_request.options, model))
             images = max(1, len(task_request.tasks) * len(task_request.images))
@@ -199,9 +202,15 @@ class _TaskRequest:
         return self.clicked is not None
 
     def options(self, model: LoadedModel) -> CommonOptions:
-        """The options for the model: only predictions if the project has only choices."""
+        """The options for the model: only predictions if the project has only choices.
+
+        Those of a detector or a segmenter are its boxes and regions.
+        """
         controls = [control for image in self.images for control in image.controls]
         options = self.parameters.options.model_copy(update={"top_k": LISTED})
+        if model.task != "classification":
+            least = options.min_score if model.task == "detection" else None
+            return PredictOptions(model=options.model, top_k=MAX_FOUND, min_score=least)
         if all(control.kind == "choices" for control in controls):
             return PredictOptions(model=options.model, top_k=LISTED, fit=options.fit)
         target = self._clicked_class(model)

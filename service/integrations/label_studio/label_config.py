@@ -29,7 +29,10 @@ CONTROLS = ("Choices", "BrushLabels", "RectangleLabels", "PolygonLabels", "KeyPo
 GENERIC = ("cam", "heatmap", "evidence", "peak")
 """Labels of regions that match the evidence of any class."""
 
-PARAMETERS = ("model", "method", "layer", "threshold", "fit", "samples", "steps", "seed", "verify")
+PARAMETERS = (
+    *("model", "method", "layer", "threshold", "fit", "samples", "steps", "seed", "verify"),
+    "min_score",
+)
 """Options of /explain that a project's extra parameters may set, besides `labels`."""
 
 MAX_TAGS, MAX_ATTRIBUTES, MAX_NAMES = 10_000, 50_000, 50_000

@@ -1,7 +1,9 @@
 """Answers as Label Studio's regions and choices: in percent of the image, with existing labels.
 
 Each control of a project gets its kind of result: Choices the class, BrushLabels the whole map,
-RectangleLabels and PolygonLabels the parts above the threshold, KeyPointLabels the peak.
+RectangleLabels and PolygonLabels the parts above the threshold, KeyPointLabels the peak. Of a
+detector or a segmenter they get what it finds, each with its score: RectangleLabels the boxes,
+BrushLabels and PolygonLabels the masks, Choices the classes.
 """
 
 from __future__ import annotations
@@ -14,11 +16,12 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Protocol
 
+import numpy as np
 import orjson
 
-from api_schemas.answers import verdict_summary
+from api_schemas.answers import Rect, verdict_summary
 from service.cam.file_sizes import brush_bytes, region_bytes
-from service.cam.regions import Regions, find_regions
+from service.cam.regions import Regions, find_regions, mask_polygons, source_mask
 from service.images.declared_size import Size
 from service.inference.questions import Prediction
 from service.integrations.label_studio.brush import alpha_of, encode_rle
@@ -29,6 +32,9 @@ from service.routes.lifecycle import Billed
 
 MAX_REGIONS = 10
 """Boxes and polygons of one map at most, the largest ones."""
+
+MAX_FOUND = 100
+"""Boxes of one image at most, the best ones."""
 
 META_BYTES = 320
 """Of the verdict in one region, JSON."""
@@ -57,8 +63,16 @@ class TaskEvidence:
 
     @property
     def score(self) -> float:
+        """Of a detector the lowest one, 0 if nothing is found."""
         answer = self.answered.inference
+        if self.finds:
+            return min((each.score for each in answer.predictions), default=0.0)
         return (answer.explanations or answer.predictions)[0].score
+
+    @property
+    def finds(self) -> bool:
+        """Whether the answer is boxes or regions, not one class for the image."""
+        return self.model.task != "classification"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -135,18 +149,21 @@ def prediction(
 def price(images: Sequence[TaskImage], sizes: AnswerSizes) -> Price:
     """Bytes of one image of a task in the response at most, for the largest of the images."""
     controls = [Counter(control.kind for control in image.controls) for image in images]
+    is_found = sizes.model.task != "classification"
+    cells = sizes.model.preprocessing.crop if is_found else sizes.cells
+    listed = min(MAX_FOUND, sizes.question.top_k) if is_found else 1
 
     def bytes_of(source: Size) -> int:
-        regions = region_bytes(source, sizes.cells, sizes.render_side)
+        regions = region_bytes(source, cells, sizes.render_side)
         an_entry = 512 + (MAX_REGIONS * META_BYTES if sizes.question.verify else 0)
         a_kind = {
-            "brushlabels": brush_bytes(source, sizes.cells),
+            "brushlabels": brush_bytes(source, cells),
             "choices": sizes.predictions(),
             "polygonlabels": 4 * regions,  # in percent, with all digits
             "rectanglelabels": MAX_REGIONS * 512,
         }
         totals = (
-            sum(count * (an_entry + a_kind.get(kind, 0)) for kind, count in kinds.items())
+            sum(listed * count * (an_entry + a_kind.get(kind, 0)) for kind, count in kinds.items())
             for kinds in controls
         )
         return 512 + max(totals, default=0)
@@ -156,6 +173,9 @@ def price(images: Sequence[TaskImage], sizes: AnswerSizes) -> Price:
 
 def _of_image(image: TaskImage, evidence: TaskEvidence) -> Iterator[dict[str, Any]]:
     for control in image.controls:
+        if evidence.finds:
+            yield from _found(control, evidence)
+            continue
         if control.kind == "choices":
             yield from _choices(control, evidence)
             continue
@@ -163,13 +183,50 @@ def _of_image(image: TaskImage, evidence: TaskEvidence) -> Iterator[dict[str, An
         if label is None or not evidence.answered.inference.explanations:
             continue
         for value in _VALUES[control.kind](evidence):
-            yield _entry(control, evidence.score) | {
-                "original_width": evidence.size[0],
-                "original_height": evidence.size[1],
-                "image_rotation": 0,
-                "value": {**value, control.kind: [label]},
-                **evidence.meta,
-            }
+            yield _region(control, evidence, evidence.score, label, value) | evidence.meta
+
+
+def _region(
+    control: Control, evidence: TaskEvidence, score: float, label: str, value: dict[str, Any]
+) -> dict[str, Any]:
+    return _entry(control, score) | {
+        "original_width": evidence.size[0],
+        "original_height": evidence.size[1],
+        "image_rotation": 0,
+        "value": {**value, control.kind: [label]},
+    }
+
+
+def _found(control: Control, evidence: TaskEvidence) -> Iterator[dict[str, Any]]:
+    """What is found of the control's labels, sure enough, in the control's form."""
+    named: dict[str, float] = {}
+    for prediction in evidence.answered.inference.predictions[:MAX_FOUND]:
+        label = control.label_of(*evidence.names_of(prediction.class_id))
+        if label is None or prediction.score < (control.at_least or 0.0):
+            continue
+        named.setdefault(label, prediction.score)
+        for value in _values_of(control.kind, prediction, evidence):
+            yield _region(control, evidence, prediction.score, label, value)
+    if control.kind == "choices" and named:
+        chosen = list(named) if control.several else list(named)[:1]
+        yield _entry(control, named[chosen[-1]]) | {"value": {"choices": chosen}}
+
+
+def _values_of(
+    kind: str, prediction: Prediction, evidence: TaskEvidence
+) -> Iterator[dict[str, Any]]:
+    """A box in percent, or a mask as a brush or as polygons; nothing for other kinds."""
+    geometry = evidence.answered.upload.model_input.geometry
+    if kind == "rectanglelabels" and prediction.box is not None:
+        yield _rectangle(prediction.box, evidence.size)
+    if prediction.mask is None:
+        return
+    if kind == "brushlabels":
+        alpha = np.where(source_mask(prediction.mask, geometry), np.uint8(255), np.uint8(0))
+        yield {"format": "rle", "rle": encode_rle(alpha)}
+    if kind == "polygonlabels":
+        for polygon in mask_polygons(prediction.mask, geometry)[:MAX_REGIONS]:
+            yield _polygon(polygon, evidence.size)
 
 
 def _entry(control: Control, score: float) -> dict[str, Any]:
@@ -205,22 +262,30 @@ def _brush(evidence: TaskEvidence) -> Iterator[dict[str, Any]]:
 
 
 def _boxes(evidence: TaskEvidence) -> Iterator[dict[str, Any]]:
-    width, height = evidence.size
-    for x, y, w, h in evidence.regions.boxes[:MAX_REGIONS]:
-        yield {
-            "x": 100 * x / width,
-            "y": 100 * y / height,
-            "width": 100 * w / width,
-            "height": 100 * h / height,
-            "rotation": 0,
-        }
+    for box in evidence.regions.boxes[:MAX_REGIONS]:
+        yield _rectangle(box, evidence.size)
+
+
+def _rectangle(box: Rect, size: tuple[int, int]) -> dict[str, Any]:
+    """A box in pixels as a value in percent."""
+    (x, y, w, h), (width, height) = box, size
+    return {
+        "x": 100 * x / width,
+        "y": 100 * y / height,
+        "width": 100 * w / width,
+        "height": 100 * h / height,
+        "rotation": 0,
+    }
 
 
 def _polygons(evidence: TaskEvidence) -> Iterator[dict[str, Any]]:
-    width, height = evidence.size
     for polygon in evidence.regions.polygons[:MAX_REGIONS]:
-        points = [[100 * x / width, 100 * y / height] for x, y in polygon]
-        yield {"points": points, "closed": True}
+        yield _polygon(polygon, evidence.size)
+
+
+def _polygon(polygon: Sequence[tuple[float, float]], size: tuple[int, int]) -> dict[str, Any]:
+    points = [[100 * x / size[0], 100 * y / size[1]] for x, y in polygon]
+    return {"points": points, "closed": True}
 
 
 def _peak(evidence: TaskEvidence) -> Iterator[dict[str, Any]]:

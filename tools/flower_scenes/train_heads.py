@@ -1,4 +1,4 @@
-"""Train heads that find flowers in scenes: `python tools/flower_scenes/train.py`.
+"""Train heads that find flowers in scenes: `python tools/flower_scenes/train_heads.py`.
 
 The backbone is frozen, so that its features are computed once for each scene; a head learns from
 these. The photographs of the scenes are those of `train`; what is printed is measured on scenes of
@@ -141,7 +141,7 @@ def save(net: nn.Module, file: Path) -> None:
         "labels": ",".join(flower_networks.LABELS),
         "mean": ",".join(map(str, MEAN)),
         "std": ",".join(map(str, STD)),
-        "source": "trained by tools/flower_scenes/train.py on TensorFlow flower_photos (CC BY 2.0)",
+        "source": "trained by tools/flower_scenes on TensorFlow flower_photos (CC BY 2.0)",
         "backbone": "features of mobilenet_v2.fp16.safetensors, frozen",
     }
     state = {
