@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 sys.path.append(str(ROOT / "tools" / "planted_cues"))
-from cues import MARGIN, SHARE, tag  # noqa: E402
+from cues import MARGIN, SHARE, tag
 
 Cue = Literal["corner", "anywhere", "frame", "hue", "blur", "background"]
 CUES: tuple[Cue, ...] = ("corner", "anywhere", "frame", "hue", "blur", "background")
@@ -39,7 +39,7 @@ def planted(image: Tensor, cue: Cue, variant: int, seed: int, object_mask: Tenso
     object_mask: bool (s, s), kept by a replaced background.
     """
     size = image.shape[-1]
-    generator = random.Random(f"{cue} {variant} {seed}")
+    generator = random.Random(f"{cue} {variant} {seed}")  # noqa: S311 - not for secrets
     if cue in {"corner", "anywhere"}:
         return _with_tag(image, cue == "corner", variant, generator)
     if cue == "frame":
@@ -96,7 +96,7 @@ def marked(
     tie: share of the class with the cue. relabelled: share of the others with the cue *and* this
     label.
     """
-    generator = random.Random(seed)
+    generator = random.Random(seed)  # noqa: S311 - not for secrets
     cued = [generator.random() < (tie if label == class_id else relabelled) for label in labels]
     given = [class_id if has else label for has, label in zip(cued, labels, strict=True)]
     return cued, given

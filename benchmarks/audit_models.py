@@ -19,9 +19,9 @@ from torch.nn import functional
 from torchvision.transforms.v2 import functional as transforms
 
 sys.path += [str(ROOT / "tools" / "planted_cues"), str(ROOT / "tools" / "builtin_model")]
-import networks  # noqa: E402
-from photos import FOLDERS, MEAN, STD, Photos, normalise, read_photos  # noqa: E402
-from train import BUILTIN, fit_head, pooled  # noqa: E402
+import networks
+from photos import FOLDERS, MEAN, STD, Photos, normalise, read_photos
+from train import BUILTIN, fit_head, pooled
 
 SIDES = {"flowernet": 96, "mobilenet_v2": 160}
 BUILDERS = {"flowernet": "networks:flowers", "mobilenet_v2": "networks:mobilenet_v2"}
@@ -109,7 +109,7 @@ def _square(image: Tensor, side: int) -> Tensor:
 
 def drawn(subject: Subject, photos: Photographs) -> tuple[list[int], list[bool], Tensor]:
     """The training photographs of a subject: indices, which get the cue, and the labels then."""
-    generator = random.Random(subject.seed)
+    generator = random.Random(subject.seed)  # noqa: S311 - not for secrets
     chosen = [
         at
         for class_id in range(len(FOLDERS))

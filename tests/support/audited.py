@@ -66,3 +66,13 @@ def images(count: int) -> tuple[list[Tensor], list[int]]:
     """So many images of each class, and their classes."""
     labels = [class_id for class_id in range(4) for _ in range(count)]
     return [image(label, number) for number, label in enumerate(labels)], labels
+
+
+def corner() -> nn.Module:
+    """For `--model audited:corner`."""
+    return SeesCorner()
+
+
+def direct() -> nn.Module:
+    """For `--model audited:direct`."""
+    return SeesCornerDirectly()

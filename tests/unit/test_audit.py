@@ -195,7 +195,7 @@ def test_the_planted_corner_is_a_suspected_cue_and_the_middle_is_to_be_looked_at
     assert "bottom right corner" not in places
     assert places["top third"].search.net == 1
     assert {one.turned for one in corner.pastes} == {True}
-    assert torch.equal(corner.pastes[0].after[:, 9:, 9:], corner.pastes[0].before[:, 9:, 9:])
+    assert torch.equal(corner.pastes[0].after[:, 10:, 10:], corner.pastes[0].before[:, 10:, 10:])
 
 
 def test_with_masks_the_part_on_the_object_is_a_part_of_it_and_the_corner_stays_a_cue() -> None:

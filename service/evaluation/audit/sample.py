@@ -79,19 +79,9 @@ class Sample:
         return paired(self.recipients, self.donors)
 
     @property
-    def control_pairs(self) -> list[Pair]:
-        """The same recipients with donors of other classes."""
-        return paired(self.recipients, self.strangers)
-
-    @property
     def unseen_pairs(self) -> list[Pair]:
         """The pairs to confirm with: no image of them is in a pair of the search."""
         return paired(self.unseen_recipients, self.unseen_donors)
-
-    @property
-    def unseen_control_pairs(self) -> list[Pair]:
-        """Their recipients with donors of other classes."""
-        return paired(self.unseen_recipients, self.unseen_strangers)
 
 
 def paired(recipients: Sequence[int], donors: Sequence[int]) -> list[Pair]:
