@@ -41,6 +41,8 @@ SCHEMA = pa.schema(
         ("class_id", pa.int32()),
         ("label", pa.string()),
         ("score", pa.float32()),
+        ("margin", pa.float32()),
+        ("entropy", pa.float32()),
         ("overlays", pa.list_(pa.string())),
         ("heatmaps", pa.list_(pa.string())),
         ("verdict", pa.string()),
@@ -52,9 +54,10 @@ SCHEMA = pa.schema(
         ("error_detail", pa.string()),
     ]
 )
-"""The columns of a shard. `overlays` and `heatmaps` are paths below DST, one per explained class;
-`verdict` and its numbers are of the first one's map, null without `--verify`; `answer` is the JSON
-of /explain for the image. A row has these, or it has the error."""
+"""The columns of a shard. `margin` (of the two best scores) and `entropy` (0 certain, 1 undecided)
+are for labeling the uncertain images first. `overlays` and `heatmaps` are paths below DST, one per
+explained class; `verdict` and its numbers are of the first one's map, null without `--verify`;
+`answer` is the JSON of /explain for the image. A row has these, or it has the error."""
 
 Row = dict[str, Any]
 

@@ -109,6 +109,8 @@ class ShardExplainer:
             "class_id": best.class_id,
             "label": model.labels[best.class_id],
             "score": best.score,
+            "margin": outcome.answer.margin,
+            "entropy": outcome.answer.entropy,
             "overlays": [
                 f"{tag}.overlay.{self.options.format}" for tag in tags * self.write_images
             ],

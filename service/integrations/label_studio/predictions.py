@@ -22,6 +22,7 @@ from service.cam.regions import Regions, find_regions
 from service.images.declared_size import Size
 from service.inference.questions import Prediction
 from service.integrations.label_studio.brush import alpha_of, encode_rle
+from service.integrations.label_studio.host import Score
 from service.integrations.label_studio.label_config import Control, Parameters, TaskImage
 from service.models.loaded import LoadedModel
 from service.pipeline.answer_size import AnswerSizes, Price
@@ -48,6 +49,7 @@ class TaskEvidence:
     answered: Billed
     parameters: Parameters
     render_side: int
+    ordering: Score = "probability"
 
     @property
     def class_id(self) -> int:
@@ -59,6 +61,14 @@ class TaskEvidence:
     def score(self) -> float:
         answer = self.answered.inference
         return (answer.explanations or answer.predictions)[0].score
+
+    @property
+    def certainty(self) -> float:
+        """What tasks are ordered by, the least certain first."""
+        inference = self.answered.inference
+        if self.ordering == "margin":
+            return inference.margin
+        return 1 - inference.entropy if self.ordering == "entropy" else self.score
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -128,7 +138,7 @@ def prediction(
     ]
     if not result and not of_click:
         return b"[]"
-    score = min(evidence.score for _, evidence in images) if images else 0.0
+    score = min(evidence.certainty for _, evidence in images) if images else 0.0
     return orjson.dumps({"result": result, "score": score, "model_version": version})
 
 
