@@ -339,7 +339,7 @@ def _label_studio(settings: Settings) -> LabelStudio:
             max_bytes=settings.max_body_bytes,
             seconds=settings.image_url_timeout,
         )
-    return LabelStudio(host, secret)
+    return LabelStudio(host, secret, settings.label_studio_score)
 
 
 def _fetcher(settings: Settings) -> Fetcher:

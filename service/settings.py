@@ -317,6 +317,12 @@ class Settings(BaseSettings):
         None,
         description="Token of Label Studio: a personal access token, or a legacy one of 40 digits.",
     )
+    label_studio_score: Literal["probability", "margin", "entropy"] = Field(
+        "probability",
+        description="The score of a prediction in Label Studio, by which it orders tasks, the "
+        "least certain first: probability of the class, margin of the two best classes, or "
+        "entropy, as 1 - entropy.",
+    )
     overlay_secret: SecretStr | None = Field(
         None,
         description="Signs the keys of live overlays (`camserve overlay-token`); changing it "

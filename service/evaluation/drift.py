@@ -23,6 +23,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any, NamedTuple, Self
 
+import cv2
 import numpy as np
 import orjson
 from numpy.typing import NDArray
@@ -117,15 +118,15 @@ def observe(
         return Observation(label, score, verdict=verdict, **details)
     rows, columns = strength.shape
     down, across = strength.sum(axis=1) / total, strength.sum(axis=0) / total
-    shares = strength.ravel() / total
-    held = shares[shares > 0]
-    entropy = -float(held @ np.log(held)) / math.log(max(2, shares.size))
+    held = strength[strength > 0]
+    # The entropy of shares s / T is ln T − Σ s ln s / T.
+    entropy = math.log(total) - float(held @ np.log(held)) / total
     top, left = divmod(int(strength.argmax()), columns)
     return Observation(
         label,
         score,
-        entropy,
-        _border(strength / total),
+        entropy / math.log(max(2, strength.size)),
+        _border(strength) / total,
         float(across @ _middles(columns)),
         float(down @ _middles(rows)),
         f"{('upper', 'centre', 'lower')[3 * top // rows]} {_THIRDS[3 * left // columns]}",
@@ -141,22 +142,23 @@ def _details(pixels: NDArray[np.uint8]) -> Mapping[str, float]:
     side = max(2, min(height, width) // PLACE_SHARE)
     tops = (0, 0, height - side, height - side, (height - side) // 2)
     lefts = (0, width - side, 0, width - side, (width - side) // 2)
-    squares = np.stack(
-        [plane[y : y + side, x : x + side] for y, x in zip(tops, lefts, strict=True)]
-    ).astype(np.int16)
-    differences = np.abs(squares[:, :, 1:] - squares[:, :, :-1])
-    return dict(zip(DETAILS, differences.mean(axis=(1, 2)).tolist(), strict=True))
+    found = {}
+    for name, y, x in zip(DETAILS, tops, lefts, strict=True):
+        square = plane[y : y + side, x : x + side]
+        found[name] = cv2.norm(square[:, 1:], square[:, :-1], cv2.NORM_L1) / (side * (side - 1))
+    return found
 
 
 def _middles(count: int) -> NDArray[np.float64]:
     return (np.arange(count) + 0.5) / count
 
 
-def _border(shares: NDArray[Any]) -> float:
-    """The share in the outer BORDER of each side, at least one cell wide."""
-    rows, columns = shares.shape
+def _border(strength: NDArray[np.float32]) -> float:
+    """The sum in the outer BORDER of each side, at least one cell wide."""
+    rows, columns = strength.shape
     wide, high = max(1, round(columns * BORDER)), max(1, round(rows * BORDER))
-    return 1 - float(shares[high : rows - high, wide : columns - wide].sum())
+    inner = strength[high : rows - high, wide : columns - wide]
+    return float(strength.sum()) - float(inner.sum())
 
 
 @dataclass(frozen=True, slots=True)

@@ -257,6 +257,8 @@ class InferenceResult:
     precision: of the engine that computed it: `float32`, or the operator's choice (`bf16`, `int8`).
     evidence:  what the verdicts rest on; None without verdicts.
     effects:   of each edit, in order, or why it has none.
+    margin:    of the two best scores, 0 undecided.
+    entropy:   of the classes' probabilities, divided by its largest value: 0 certain, 1 undecided.
     The wire's form is `api_schemas.answers.Result`.
     """
 
@@ -266,6 +268,8 @@ class InferenceResult:
     precision: Precision = "float32"
     evidence: Evidence | None = None
     effects: tuple[Effect | CamserveError, ...] = ()
+    margin: float = 0.0
+    entropy: float = 0.0
 
 
 def lane_of(model: LoadedModel, question: Question) -> Lane:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -244,13 +245,28 @@ def test_rows_have_the_verdict_on_the_first_map_and_none_without_verify(tmp_path
     ]
 
 
+def test_rows_have_margin_and_entropy_to_label_the_uncertain_first(tmp_path: Path) -> None:
+    source, out = photos(tmp_path / "in", 3), tmp_path / "out"
+    (source / "bad.png").write_bytes(pictures.png()[:200])
+    assert bulk(source, out, "--top-k", "7", "--no-images").exit_code == 1
+    for row in rows(out):
+        if row["error_code"] is not None:
+            assert (row["margin"], row["entropy"]) == (None, None)
+            continue
+        scores = [each["score"] for each in json.loads(row["answer"])["predictions"]]
+        assert sum(scores) == pytest.approx(1, abs=1e-5), "of all classes"
+        assert row["margin"] == pytest.approx(scores[0] - scores[1], abs=1e-6)
+        expected = -sum(score * math.log(score) for score in scores) / math.log(len(scores))
+        assert row["entropy"] == pytest.approx(expected, abs=1e-5)
+
+
 def test_a_folder_that_was_begun_before_there_were_verdicts_is_resumed(tmp_path: Path) -> None:
     source, out = photos(tmp_path / "in", 1), tmp_path / "out"
     assert bulk(source, out).exit_code == 0
     assert "verify" not in json.loads((out / "job.json").read_text())["options"]
     (part,) = parts(out)
     table = pq.read_table(part)
-    older = table.drop_columns(["verdict", "agreement", "p_place", "p_centred"])
+    older = table.drop_columns(["verdict", "agreement", "p_place", "p_centred", "margin"])
     pq.write_table(older.replace_schema_metadata(table.schema.metadata), part)
     (source / "new.jpg").write_bytes(pictures.jpeg(32, 24))
     assert bulk(source, out).exit_code == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -545,3 +546,22 @@ def test_of_thousands_of_tasks_that_fail_a_hundred_are_logged(client) -> None:
     failed = [each for each in logs if each["event"] == "label_studio_task_failed"]
     assert len(failed) == 100
     assert failed[-1]["more"] == "not logged"
+
+
+@pytest.mark.parametrize("choice", ["probability", "margin", "entropy"])
+def test_the_score_of_a_prediction_is_the_chosen_one_and_that_of_regions_the_class(
+    serve, choice: str
+) -> None:
+    with serve(label_studio_score=choice) as client:
+        (found,) = results(predict(client))
+        answer = client.post("/predict?top_k=7", files={"image": PICTURE}).json()["results"][0]
+        scores = [each["score"] for each in answer["predictions"]]
+        entropy = -sum(score * math.log(score) for score in scores) / math.log(len(scores))
+        assert sum(scores) == pytest.approx(1, abs=1e-5), "of all classes"
+        expected = {
+            "probability": scores[0],
+            "margin": scores[0] - scores[1],
+            "entropy": 1 - entropy,
+        }
+        assert found["score"] == pytest.approx(expected[choice], abs=1e-5)
+        assert all(each["score"] == pytest.approx(scores[0]) for each in found["result"])

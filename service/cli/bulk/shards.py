@@ -113,7 +113,8 @@ class ShardExplainer:
         drawn = self._drawn(outcome, folder)
         found = outcome.result.predictions or []
         if model.task == "classification":
-            return [_listed(found[0]) | _evidence(drawn)]
+            certainty = {"margin": outcome.answer.margin, "entropy": outcome.answer.entropy}
+            return [_listed(found[0]) | certainty | _evidence(drawn)]
         rows = []
         for each in found:
             own = [

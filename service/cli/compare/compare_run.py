@@ -6,14 +6,13 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import orjson
 import typer
 from rich.markup import escape
 from rich.progress import track
 
-from api_schemas.options import Method
 from service import logs
 from service.app import model_loader
 from service.cli.compare.comparison_page import (
@@ -24,10 +23,10 @@ from service.cli.compare.comparison_page import (
     failure,
 )
 from service.cli.compare.junit import junit_xml
-from service.cli.flags import ERR, print_left_out, print_tables, table
+from service.cli.flags import ERR, explain_options, print_left_out, print_tables, table
 from service.cli.model_commands import one_model
 from service.durable import write_whole
-from service.errors import ConfigurationError, nearest
+from service.errors import ConfigurationError
 from service.evaluation.compare import (
     Comparison,
     Differences,
@@ -103,11 +102,7 @@ def run(  # noqa: PLR0917 - what the command takes
 
 def _check(method: str, outputs: Destinations) -> None:
     """Raises ConfigurationError before any work."""
-    methods = get_args(Method)
-    if method not in methods:
-        raise ConfigurationError(
-            f"--method {method}: the methods are {', '.join(methods)}.{nearest(method, methods)}"
-        )
+    explain_options(method=method)  # raises for another name
     for flag, path in (("--report", outputs.report), ("--junit", outputs.junit)):
         if path is not None and not path.absolute().parent.is_dir():
             raise ConfigurationError(f"{flag} {path}: there is no folder {path.parent}.")

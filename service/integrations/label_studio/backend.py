@@ -379,7 +379,8 @@ class _Selection:
 
         await lifecycle.patiently(hold, self._until)
         answered = await lifecycle.infer(work, data, quote)
-        return TaskEvidence(work.model, answered, self._task_request.parameters, limits.render_side)
+        parameters, score = self._task_request.parameters, label_studio_of(self._request).score
+        return TaskEvidence(work.model, answered, parameters, limits.render_side, score)
 
 
 def _seconds(request: Request) -> float:

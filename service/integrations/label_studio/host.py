@@ -15,6 +15,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 from urllib.parse import quote, unquote, urlsplit
 
 import orjson
@@ -27,6 +28,8 @@ from service.security.overlay_tokens import check_secret
 
 ACCESS_SECONDS = 240.0
 """How long an access token is used; Label Studio gives it for 300 seconds."""
+
+Score = Literal["probability", "margin", "entropy"]
 
 MAX_PROJECTS, MAX_PROJECTS_BYTES = 1000, 4 << 20
 """Projects whose extra parameters are kept, and bytes of these with the projects' names; beyond
@@ -148,12 +151,14 @@ class LabelStudio:
 
     host:   where images are fetched from; None if the operator configured none.
     secret: signs the tokens of overlays; None: no overlays.
+    score:  what the score of a prediction is: `probability`, `margin` or `entropy`.
 
     Raises ConfigurationError for a secret that is short enough to be guessed.
     """
 
     host: LabelStudioHost | None = None
     secret: str | None = None
+    score: Score = "probability"
     _extra: dict[str, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -25,6 +25,7 @@ from service.cam.regions import Regions, find_regions, mask_polygons, source_mas
 from service.images.declared_size import Size
 from service.inference.questions import Prediction
 from service.integrations.label_studio.brush import alpha_of, encode_rle
+from service.integrations.label_studio.host import Score
 from service.integrations.label_studio.label_config import Control, Parameters, TaskImage
 from service.models.loaded import LoadedModel
 from service.pipeline.answer_size import AnswerSizes, Price
@@ -54,6 +55,7 @@ class TaskEvidence:
     answered: Billed
     parameters: Parameters
     render_side: int
+    ordering: Score = "probability"
 
     @property
     def class_id(self) -> int:
@@ -73,6 +75,14 @@ class TaskEvidence:
     def finds(self) -> bool:
         """Whether the answer is boxes or regions, not one class for the image."""
         return self.model.task != "classification"
+
+    @property
+    def certainty(self) -> float:
+        """What tasks are ordered by, the least certain first."""
+        inference = self.answered.inference
+        if self.finds or self.ordering == "probability":
+            return self.score
+        return inference.margin if self.ordering == "margin" else 1 - inference.entropy
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -142,7 +152,7 @@ def prediction(
     ]
     if not result and not of_click:
         return b"[]"
-    score = min(evidence.score for _, evidence in images) if images else 0.0
+    score = min(evidence.certainty for _, evidence in images) if images else 0.0
     return orjson.dumps({"result": result, "score": score, "model_version": version})
 
 
