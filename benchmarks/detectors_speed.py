@@ -94,6 +94,7 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Measure the named models and print a line each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="+", help="names of detectors of torchvision")
     parser.add_argument("--repeats", type=int, default=3)

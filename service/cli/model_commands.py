@@ -88,11 +88,13 @@ def one_model(settings: Settings, name: str | None) -> ModelSpec:
 def read_images(model: LoadedModel, folder: Path, settings: Settings) -> list[Tensor]:
     """Return every image of a folder at the model's input size, uint8 (C, h, w).
 
-    Raises ConfigurationError for the first one that cannot be read.
+    Raises ConfigurationError for the first one that cannot be read, InvalidOption for a model that
+    does not classify.
     """
     from service.images.budget import DecodeBudget
     from service.images.upload import open_upload
 
+    model.check_classifies("A measurement on a folder of images")
     budget = DecodeBudget(settings.max_decode_bytes)
     pixels: list[Tensor] = []
     for path, _ in find_images([folder]):

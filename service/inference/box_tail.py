@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from service.cam.hooks import tensors_in
 from service.models.tasks import BoxHead
 
-RADIUS = 8
-"""Cells around a row's own that are part of the first try: heads of four 3 × 3 convolutions and a
-last one reach 5."""
-
+RADII = (1, 6)
+"""Cells around a row's own of which the head is tried: one convolution of 3 × 3 reaches 1, heads of
+four and a last one reach 5."""
 
 EMPTY = 2
 """Cells a side of the levels that a row does not depend on: norms need more than one."""
@@ -132,30 +131,68 @@ def _anchor_rows(
         count * each.shape[2] * each.shape[3] for count, each in zip(anchors, levels, strict=True)
     ]
     ends = list(accumulate(counts))
-    whole: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+    heads: dict[int, _LevelHead] = {}
     found = {}
     for row, expected in rows.items():
         image, position = divmod(row, ends[-1])
         level = next(i for i, end in enumerate(ends) if position < end)
         cell, anchor = divmod(position - ends[level] + counts[level], anchors[level])
-        values = levels[level][image : image + 1].detach()
-        y, x = divmod(cell, values.shape[3])
-        top, left = max(0, y - RADIUS), max(0, x - RADIUS)
-        leaf = _leaf(values[:, :, top : y + RADIUS + 1, left : x + RADIUS + 1])
-        logits, offsets = _of_level(module.head, head, levels, level, leaf)
-        before = EMPTY**2 * sum(anchors[:level])
-        number = before + (((y - top) * leaf.shape[3] + x - left) * anchors[level] + anchor)
-        if not _same(logits[number], expected):  # a head that sees the whole level
-            key = image, level
-            if key not in whole:
-                leaf = _leaf(values)
-                whole[key] = (leaf, *_of_level(module.head, head, levels, level, leaf))
-            (leaf, logits, offsets), (top, left) = whole[key], (0, 0)
-            number = before + position - ends[level] + counts[level]
-        found[row] = LevelRow(
-            head.levels[level], values, leaf, (top, left), logits[number], offsets[number]
-        )
+        key = image * len(levels) + level
+        if key not in heads:
+            values = levels[level][image : image + 1].detach()
+            heads[key] = _LevelHead(module.head, head, levels, anchors, level, values)
+        found[row] = heads[key].row(cell, anchor, expected)
     return found
+
+
+class _LevelHead:
+    """The head on one level of one image, or on a part of it.
+
+    values: the level, (1, C, h, w). The head has seen the whole level once `_whole` is set, which
+    the rows then share.
+    """
+
+    def __init__(  # noqa: PLR0917 - one call
+        self,
+        part: nn.Module,
+        head: BoxHead,
+        levels: Sequence[Tensor],
+        anchors: Sequence[int],
+        level: int,
+        values: Tensor,
+    ) -> None:
+        self._part, self._head, self._levels = part, head, levels
+        self._anchors, self._level, self._values = anchors, level, values
+        self._whole: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def row(self, cell: int, anchor: int, expected: Tensor) -> LevelRow:
+        """The row of an anchor at a cell. expected: its class logits (C,) in the first pass."""
+        y, x = divmod(cell, self._values.shape[3])
+        for radius in RADII if self._whole is None else ():
+            top, left = max(0, y - radius), max(0, x - radius)
+            leaf = _leaf(self._values[:, :, top : y + radius + 1, left : x + radius + 1])
+            logits, offsets = _of_level(self._part, self._head, self._levels, self._level, leaf)
+            number = self._number(leaf, y - top, x - left, anchor)
+            if _same(logits[number], expected):
+                return self._found(leaf, (top, left), logits[number], offsets[number])
+        if self._whole is None:  # a head that sees the whole level
+            leaf = _leaf(self._values)
+            rows = _of_level(self._part, self._head, self._levels, self._level, leaf)
+            self._whole = (leaf, *rows)
+        leaf, logits, offsets = self._whole
+        number = self._number(leaf, y, x, anchor)
+        return self._found(leaf, (0, 0), logits[number], offsets[number])
+
+    def _number(self, leaf: Tensor, y: int, x: int, anchor: int) -> int:
+        """The row of an anchor at a cell of the leaf, behind those of the levels before."""
+        before = EMPTY**2 * sum(self._anchors[: self._level])
+        return before + (y * leaf.shape[3] + x) * self._anchors[self._level] + anchor
+
+    def _found(
+        self, leaf: Tensor, corner: tuple[int, int], logits: Tensor, offsets: Tensor
+    ) -> LevelRow:
+        path = self._head.levels[self._level]
+        return LevelRow(path, self._values, leaf, corner, logits, offsets)
 
 
 def _of_level(

@@ -154,6 +154,7 @@ def _audited(  # noqa: PLR0917 - what a job has read
     out: Path,
 ) -> dict[str, Any]:
     """Scan and audit what is left, and write all results; they are returned as JSON."""
+    model.check_classifies("camserve audit")
     passes = Passes.of(model)
     files = ImageFiles(
         model, paths, job.settings.max_pixels, DecodeBudget(job.settings.max_decode_bytes)

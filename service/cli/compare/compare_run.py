@@ -114,6 +114,8 @@ def _load(settings: Settings, given: tuple[str, str]) -> tuple[LoadedModel, Load
     """Load both models; equal names become A and B."""
     load = model_loader(settings.uncompiled())
     one, other = (load(one_model(settings, text)) for text in given)
+    for model in (one, other):
+        model.check_classifies("camserve compare")
     if one.name == other.name:
         one, other = (
             replace(model, spec=replace(model.spec, name=f"{model.name} ({letter})"))
