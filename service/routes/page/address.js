@@ -1,6 +1,7 @@
 /** The state of the page in its address: model, question and view; the image is only in the history. */
 
 import { COLORMAPS } from "./heat.js";
+import { presetMethod } from "./methods.js";
 import { METHODS } from "./tables.js";
 import { DEFAULTS, VIEW, state } from "./state.js";
 
@@ -31,7 +32,8 @@ const LOOK = {
  * An address's query, read.
  *
  * @returns {{model: string | null, question: object, view: object, refused: string[]}} `question` and `view`
- *   are whole, with the defaults of what is not named; `refused` has what is not accepted, as `name=value`
+ *   are whole, with the defaults of what is not named; `refused` has what is not accepted, as `name=value`;
+ *   the method is null where none is named: the default depends on the model
  */
 export function readAddress(search) {
   const given = new URLSearchParams(search);
@@ -46,14 +48,15 @@ export function readAddress(search) {
     }
     return values;
   };
-  return { model: given.get("model"), question: read(QUESTION, DEFAULTS), view: read(LOOK, VIEW), refused };
+  return { model: given.get("model"), question: read(QUESTION, { ...DEFAULTS, method: null }), view: read(LOOK, VIEW), refused };
 }
 
 /** The query of the current state, without defaults. */
 function queryOf({ model, question, view }) {
   const named = new URLSearchParams();
   if (model) named.set("model", model.name);
-  for (const [values, readers, defaults] of [[question, QUESTION, DEFAULTS], [view, LOOK, VIEW]]) {
+  const preset = { ...DEFAULTS, method: presetMethod(model ?? {}) };
+  for (const [values, readers, defaults] of [[question, QUESTION, preset], [view, LOOK, VIEW]]) {
     for (const name of Object.keys(readers)) {
       if (values[name] !== defaults[name]) named.set(name, values[name]);
     }

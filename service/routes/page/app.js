@@ -8,7 +8,7 @@ import { listImages, sayKept, takeOut, wireGallery } from "./gallery.js";
 import { Inside } from "./inside.js";
 import { methodFor, reasonAgainst } from "./knows.js";
 import { Lab } from "./lab.js";
-import { method } from "./methods.js";
+import { method, presetMethod } from "./methods.js";
 import { announce, complain, complainOfFiles, failed, offerUndo, settle, showWork } from "./notices.js";
 import { enlarge, newImage, notAnImage, sample, take, watch } from "./images.js";
 import { sentenceOf } from "./problems.js";
@@ -57,6 +57,7 @@ async function loadModels() {
 /** Loads what is known of a model; the question goes on with what `question` changes. */
 async function useModel(name, question = { target: null, contrast: null, layer: null }, isStep = true) {
   settle();
+  const isPreset = state.model && state.question.method === presetMethod(state.model);
   const own = {};
   loading = own;
   state.model = null;
@@ -76,7 +77,8 @@ async function useModel(name, question = { target: null, contrast: null, layer: 
   } catch (error) {
     return loading === own && failed(error, () => useModel(name, question, isStep));
   }
-  Object.assign(state.question, question);
+  if (isPreset) state.question.method = null;
+  Object.assign(state.question, question, { at: null });
   fitQuestion(opened);
   opened = null;
   allow(true);
@@ -101,6 +103,8 @@ function fitQuestion(link) {
     refused.push(`layer ${question.layer}`);
     question.layer = null;
   }
+  if (model.task !== "classification") Object.assign(question, { fit: "", verify: "" });
+  question.method ??= presetMethod(model);
   const against = reasonAgainst(model, question.method);
   if (against && link) refused.push(`method ${question.method} (${against})`);
   question.method = methodFor(model, question.method);
@@ -137,7 +141,7 @@ function add(files, others = []) {
 function choose(image) {
   const isStep = state.image !== null && state.image !== image;
   settle();
-  look(image, state.image === image || state.image === null ? {} : { target: null, contrast: null });
+  look(image, state.image === image || state.image === null ? {} : { target: null, at: null, contrast: null });
   writeAddress(isStep);
 }
 
@@ -213,7 +217,7 @@ async function classify() {
 }
 
 function name(image, model, predictions) {
-  image.labels.set(model.name, predictions[0].label);
+  image.labels.set(model.name, predictions[0]?.label ?? "nothing found");
   image.failure = "";
 }
 
@@ -234,7 +238,7 @@ function refuse(image, error) {
 /** Goes on to another image, or to the start if there is none. */
 function leave(next = state.images.at(-1)) {
   state.image = null;
-  Object.assign(state.question, { target: null, contrast: null });
+  Object.assign(state.question, { target: null, at: null, contrast: null });
   if (next) return choose(next);
   clear();
   writeAddress(false);
@@ -268,7 +272,7 @@ async function ask(box) {
     if (isSlow(question, model) && !state.shown && !isKnown(image, model, question)) await predictFirst(image, model, question, pending);
     if (state.pending !== pending) return;
     const shown = await during(waitFor(question, model), pending, () => answerTo(image, model, question, pending.signal));
-    if (state.pending === pending) show(shown);
+    if (state.pending === pending) (shown.explanation ? show : showNothing)(shown);
   } catch (error) {
     if (state.pending === pending) refused(error, image, box);
   }
@@ -318,6 +322,16 @@ function show(shown) {
   lab.use(shown);
   const verdict = shown.explanation.verify ? ` ${verdictWords(shown)}` : "";
   announce(`${shown.image.name}: ${captionOf(shown)}, by ${method(shown.explanation.method).title}.${verdict}`);
+}
+
+/** The answer of a detector that finds no box. */
+function showNothing({ image, model, predictions }) {
+  clear();
+  name(image, model, predictions);
+  listImages(choose);
+  const words = `${model.name} finds nothing in this image.`;
+  live.say(words);
+  announce(`${image.name}: ${words}`);
 }
 
 /** After an error the map of this image stays, if there is one, with its question; the error is beside it. */
@@ -371,10 +385,11 @@ function travel({ model, question, view }, id) {
   redraw();
   const image = state.images.find((other) => other.id === id) ?? state.image;
   const name = model ?? state.models.find((entry) => entry.default)?.name;
+  if (name === state.model?.name) question.method ??= presetMethod(state.model);
   if (state.models.some((entry) => entry.name === name) && name !== state.model?.name) {
     state.image = image;
     $("model").value = name;
-    $("method").value = question.method; // as the address says, while the model is awaited
+    $("method").value = question.method ?? ""; // as the address says, while the model is awaited
     useModel(name, question, false);
   } else if (image) look(image, question);
   else Object.assign(state.question, question);

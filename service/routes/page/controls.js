@@ -2,7 +2,7 @@
 
 import { fitOptions, syncModel, warnOfLimits } from "./knows.js";
 import { hasLayer, methodOptions, method } from "./methods.js";
-import { classOf, nameOf } from "./question.js";
+import { classOf, isOf, nameOf, placeOf } from "./question.js";
 import { percent, shapeWords } from "./stage.js";
 import { $, button, state } from "./state.js";
 
@@ -21,7 +21,7 @@ export function wireQuestion(put) {
       if ($(name).reportValidity()) put({ [name]: $(name).valueAsNumber });
     });
   }
-  $("target").addEventListener("change", () => put({ target: classOf(state.model, $("target").value) }));
+  $("target").addEventListener("change", () => put({ target: classOf(state.model, $("target").value), at: null }));
   $("contrast").addEventListener("change", () => {
     const contrast = classOf(state.model, $("contrast").value);
     put(contrast === null ? { contrast } : { contrast, target: explained() });
@@ -76,18 +76,20 @@ export function listPredictions(shown, put) {
   if (focused) $("predictions").querySelector(`[data-row="${focused}"]`)?.focus();
 }
 
-function prediction({ class_id: id, label, score }, { explanation }, put) {
+function prediction(entry, { explanation }, put) {
   const item = document.createElement("li");
-  item.append(why(id, label, score, explanation, put), versus(id, label, explanation, put));
+  item.append(why(entry, explanation, put));
+  if (entry.box === undefined) item.append(versus(entry.class_id, entry.label, explanation, put));
   return item;
 }
 
-function why(id, label, score, explanation, put) {
+function why(entry, explanation, put) {
+  const { class_id: id, label, score, detection } = entry;
   const { contrast } = state.question;
-  const element = button("", () => put({ target: id, contrast: contrast === id ? null : contrast }));
+  const element = button("", () => put({ ...placeOf(entry), contrast: contrast === id ? null : contrast }));
   element.className = "why";
-  element.dataset.row = `why-${id}`;
-  element.setAttribute("aria-pressed", id === explanation?.class_id);
+  element.dataset.row = `why-${detection ?? id}`;
+  element.setAttribute("aria-pressed", isOf(entry, explanation));
   const part = (name, text) => Object.assign(document.createElement("span"), { className: name, textContent: text });
   element.append(part("label", label), part("score", percent(score)), part("bar", ""));
   element.lastChild.style.setProperty("--score", score);

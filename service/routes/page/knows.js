@@ -16,6 +16,7 @@ export const methodFor = (model, wanted) =>
 /** Shows the model's classes under its name, and offers only the methods that it can run; null: no model. */
 export function syncModel(model) {
   $("knows").textContent = model?.knows ?? "";
+  document.body.dataset.task = model?.task ?? "classification";
   $("knows").title = model ? model.labels.slice(0, LISTED).join(", ") : "";
   for (const option of $("method").options) {
     option.title = model ? reasonAgainst(model, option.value) : "";

@@ -5,6 +5,11 @@ import { BACKWARD, METHODS, STRIDE, WINDOW } from "./tables.js";
 /** The record of a method, as in api_schemas/methods.py. */
 export const method = (name) => METHODS.find((record) => record.name === name);
 
+/** The method of the server where a request names none, by the task of the model. */
+export const presetMethod = ({ task }) => (isOfTask(task) ? "hirescam" : "gradcam");
+
+const isOfTask = (task) => task === "detection" || task === "segmentation";
+
 /** Whether a method explains a layer. */
 export const hasLayer = (name) => method(name).needs.includes("layer");
 

@@ -2,7 +2,7 @@
 
 import { query, request } from "./api.js";
 import { SIGNED, bytes, levelsOf } from "./heat.js";
-import { forwards, hasLayer, method } from "./methods.js";
+import { forwards, hasLayer, method, presetMethod } from "./methods.js";
 import { bitmapOf } from "./images.js";
 import { DEFAULTS } from "./state.js";
 
@@ -23,7 +23,8 @@ export function optionsOf({ question, model }) {
   if (!model.default) put("model", model.name);
   put("targets", targetOption(model, question.target), null);
   put("contrast", targetOption(model, question.contrast), null);
-  put("method", question.method, DEFAULTS.method);
+  put("at", question.at, null);
+  put("method", question.method, presetMethod(model));
   if (hasLayer(question.method)) put("layer", question.layer, null);
   put("fit", question.fit, DEFAULTS.fit);
   const { times } = method(question.method);
@@ -92,6 +93,13 @@ export function isNearest(model, text) {
 export const contrastsOf = ({ contrast = null, contrasts = null }) =>
   contrasts?.map(({ class_id: id }) => id) ?? (contrast === null ? [] : [contrast]);
 
+/** What a question names of a prediction: its class, or the class and the place of its box. */
+export const placeOf = ({ class_id: target, box }) => ({ target, at: box?.join(",") ?? null });
+
+/** Whether an explanation is of a prediction. */
+export const isOf = (entry, explanation) =>
+  entry.class_id === explanation?.class_id && (entry.detection ?? null) === (explanation?.detection ?? null);
+
 const keyOf = (image, model, question) => JSON.stringify([image.id, model.name, model.version, question]);
 
 /** Whether a question was answered before. */
@@ -106,7 +114,8 @@ export async function predictionsOf(image, model, { fit }, signal) {
 }
 
 /**
- * The answer to a question, with its map as levels; from memory if it was requested before.
+ * The answer to a question, with its map as levels; from memory if it was requested before. Where a detector
+ * finds nothing, `explanation` is null and there is no map.
  *
  * Throws Problem, or AbortError.
  */
@@ -127,12 +136,13 @@ async function fetchAnswer(image, model, question, signal) {
   const options = query([...optionsOf({ question, model }), ...drawing]);
   const answer = await request(`explain?${options}`, { body: image.file, signal });
   const [result] = answer.results;
-  const [explanation] = result.explanations;
+  const [explanation = null] = result.explanations;
+  notePace(question, model, answer.timing_ms.inference);
+  if (!explanation) return { image, model, question, answer, explanation, predictions: result.predictions };
   if (explanation.overlay) {
     image.bitmap ??= await bitmapOf(new Blob([bytes(explanation.overlay.data)]));
     delete explanation.overlay;
   }
-  notePace(question, model, answer.timing_ms.inference);
   return {
     image,
     model,

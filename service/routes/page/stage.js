@@ -2,6 +2,7 @@
 
 import { SIGNED, coloured, palette, regionBoxes } from "./heat.js";
 import { method } from "./methods.js";
+import { isOf, placeOf } from "./question.js";
 import { verdictOf } from "./verdict.js";
 
 const SVG = "http://www.w3.org/2000/svg";
@@ -118,6 +119,7 @@ export class Pane {
   showMap(shown, view, put) {
     this.showImage(shown.image);
     this.shown = shown;
+    this.put = put;
     this.element.dataset.request = shown.answer.id;
     this.painted = null;
     this.find(".caption").textContent = captionOf(shown);
@@ -174,6 +176,7 @@ export class Pane {
     const marks = this.find(".marks");
     marks.setAttribute("viewBox", `0 0 ${source.width} ${source.height}`);
     const shapes = isWhole(seen, source) ? [] : [rectangle("seen", seen)];
+    shapes.push(...this.detections());
     this.boxes = view.regions ? regionBoxes(map, source, view.threshold) : [];
     for (const box of this.boxes) shapes.push(rectangle("box under", box), rectangle("box", box));
     const { peak } = explanation.regions;
@@ -182,6 +185,20 @@ export class Pane {
       shapes.push(shape("circle", { class: "peak", cx: peak[0], cy: peak[1], r: radius }));
     }
     marks.replaceChildren(...shapes);
+  }
+
+  /** The boxes that a detector found, the smallest on top; a click explains one. */
+  detections() {
+    const { predictions, explanation } = this.shown;
+    const area = ({ box: [, , width, height] }) => width * height;
+    const found = predictions.filter(({ box }) => box !== undefined).sort((a, b) => area(b) - area(a));
+    return found.flatMap((entry) => {
+      const name = isOf(entry, explanation) ? "detection explained" : "detection";
+      const box = rectangle(name, entry.box);
+      box.addEventListener("click", () => this.put(placeOf(entry)));
+      box.append(Object.assign(shape("title", {}), { textContent: `${entry.label}, ${percent(entry.score)}` }));
+      return [rectangle("under", entry.box), box];
+    });
   }
 
   /** The flags of the map in words. */

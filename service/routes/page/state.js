@@ -1,6 +1,6 @@
 /** The state of the page, and two functions that every module uses. */
 
-export const DEFAULTS = { target: null, contrast: null, method: "gradcam", layer: null, fit: "", samples: null, steps: 50, verify: "" };
+export const DEFAULTS = { target: null, at: null, contrast: null, method: "gradcam", layer: null, fit: "", samples: null, steps: 50, verify: "" };
 
 export const VIEW = { opacity: 0.5, threshold: 0, colormap: "turbo", regions: false };
 
