@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import subprocess
 import sys
 import urllib.request
 from pathlib import Path
 
+import coverage
 import psutil
 import pytest
 
@@ -22,8 +24,13 @@ def processes():
 
 
 def kind_of(processes):
+    """Two processes of a model without work; measured, where this process is."""
     model = processes.Model("null_model:build", None, "")
-    return processes.camserve(model, "--processes", "2", *processes.QUICK)
+    kind = processes.camserve(model, "--processes", "2", *processes.QUICK)
+    if coverage.Coverage.current() is None:
+        return kind
+    measured = ("-m", "coverage", "run", "--parallel-mode", *kind.arguments)
+    return dataclasses.replace(kind, arguments=measured)
 
 
 @pytest.mark.timeout(360)

@@ -62,4 +62,5 @@ def test_no_client_s_text_becomes_a_regular_expression_or_a_split_address() -> N
         "service.security.addresses",  # MAX_URL
         "service.security.fetcher",  # MAX_URL, and redirects of allowed hosts
         "service.integrations.label_studio.host",  # MAX_URL, and the operator's own
+        "service.settings",  # the operator's own
     }
