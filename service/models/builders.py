@@ -39,7 +39,7 @@ from service.models.catalog import (
 from service.models.functions import imported_function, signature_mismatch
 from service.models.huggingface import read_pretrained
 from service.models.weights.metadata import PREPROCESSING_KEYS, output_in, preprocessing_in
-from service.models.weights.shapes import classes_in, has_positions, image_size_in
+from service.models.weights.shapes import SKETCHED, classes_in, has_positions, image_size_in
 from service.models.weights.weights_file import (
     Weights,
     digest,
@@ -437,7 +437,7 @@ def _classes(
     if name in spec.arguments:
         return {}
     with torch.device("meta"):
-        sketches = make(**{name: 1013}), make(**{name: 1019})  # sizes that no other dimension has
+        sketches = make(**{name: SKETCHED[0]}), make(**{name: SKETCHED[1]})
     count = classes_in(sketches, weights, _source(spec))
     return {} if count is None else {name: count}
 

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from api_schemas.client.results import read_answer
 from service.cli.main import app
+from service.images.run_lengths import rle_encode
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -156,6 +157,39 @@ def test_a_region_is_explained(client: TestClient) -> None:
     assert sum(areas) == 70 * 90
     assert all(each.mask is not None for each in result.predictions)
     assert all(each.region is not None for each in result.explanations)
+
+
+def named(mask: np.ndarray) -> str:
+    rle = rle_encode(mask)
+    return json.dumps({"size": rle.size, "counts": rle.counts})
+
+
+def test_a_mask_names_a_region_as_its_box_does(client: TestClient) -> None:
+    mask = np.zeros((70, 90), np.bool_)
+    mask[20:50, 10:60] = True
+    asked = {"model": "segmenter", "targets": "2", "include": "grid"}
+    by_mask, by_box = (
+        read_answer(explained(client, png(), at=at, **asked).content).results[0].explanations[0]
+        for at in (named(mask), "10,20,50,30")
+    )
+    assert by_box.grid.any()
+    assert np.abs(by_mask.grid - by_box.grid).max() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("at", "words"),
+    [
+        (named(np.ones((70, 91), np.bool_)), "a mask in `at` is for an image of"),
+        ('{"size": [70, 90], "counts": [6301]}', "a mask in `at` cannot be read"),
+        ('{"size": [70, 90], "counts": [6300]}', "covers nothing"),
+    ],
+)
+def test_a_mask_that_names_no_part_of_the_image_is_refused(
+    client: TestClient, at: str, words: str
+) -> None:
+    response = explained(client, png(), model="segmenter", at=at)
+    assert response.status_code == 422, response.text
+    assert words.lower() in response.json()["detail"].lower()
 
 
 def test_the_regions_of_a_photograph_of_twelve_megapixels_fit_into_an_answer(

@@ -42,6 +42,7 @@ def test_a_request_is_built_of_the_model_s_own_names():
     assert request.startswith(b"POST /v2/models/mine/infer HTTP/1.1\r\n")
 
 
+@pytest.mark.large
 def test_a_few_rows_are_measured_and_the_page_gets_their_table(run, tmp_path: Path, capsys):
     page = tmp_path / "page.md"
     page.write_text("# Before\n\n<!-- hostile:begin -->until now<!-- hostile:end -->\n\nafter\n")
@@ -68,6 +69,7 @@ def test_good_requests_are_compared_beside_hostile_ones(run, capsys):
     assert " 0 not; " in said
 
 
+@pytest.mark.large
 def test_a_few_slow_peers_are_held_while_good_requests_are_counted(run, capsys):
     few = ("--peers", "2", "--addresses", "2", "--pairs", "1", "--seconds", "1")
     run("--slow-peers", *few, "--clients", "1")

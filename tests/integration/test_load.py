@@ -42,6 +42,7 @@ def test_every_request_of_the_mix_gets_the_status_that_it_must_have(tmp_path: Pa
     assert "<html" in (tmp_path / "report.html").read_text()[:200]
 
 
+@pytest.mark.large
 def test_late_answers_give_exit_code_1(tmp_path: Path) -> None:
     done = load(tmp_path, LOAD_P99="0.001")
     assert done.returncode == 1, done.stdout + done.stderr

@@ -41,6 +41,7 @@ def test_a_rolling_reload_fails_no_request(processes) -> None:
     assert clients.repeated == 0
 
 
+@pytest.mark.large
 @pytest.mark.timeout(360)
 def test_a_killed_process_fails_no_request_that_is_repeated_once(processes) -> None:
     clients = processes.disturbed("kills", kind_of(processes), 1, 2)

@@ -41,6 +41,7 @@ def test_the_quick_form_judges_every_kind_of_map(tmp_path: Path) -> None:
     assert again == made, "kept, not measured again"
 
 
+@pytest.mark.large
 @pytest.mark.timeout(120)
 def test_every_method_is_judged_on_an_image(tmp_path: Path) -> None:
     """Methods that follow attention are left out for a network without any."""

@@ -472,3 +472,25 @@ def test_a_file_of_another_architecture_is_told(tmp_path: Path, no_network) -> N
     save_state(tmp_path / "w.pt")
     detail = refused(load, f"torchvision/squeezenet1_1@{tmp_path / 'w.pt'}")
     assert "another architecture" in detail
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("name", "classes", "task"),
+    [
+        ("fasterrcnn_mobilenet_v3_large_320_fpn", 5, "detection"),
+        ("ssdlite320_mobilenet_v3_large", 4, "detection"),
+        ("lraspp_mobilenet_v3_large", 3, "segmentation"),
+    ],
+)
+def test_the_classes_of_a_detectors_or_segmenters_file_are_counted(
+    tmp_path: Path, name: str, classes: int, task: str
+) -> None:
+    """Also where a size of its head is a multiple: four coordinates, or six anchors, for each."""
+    empty = {"weights": None, "weights_backbone": None}
+    net = torchvision.models.get_model(name, num_classes=classes, **empty).eval()
+    torch.save(net.state_dict(), tmp_path / "tuned.pth")
+    model = load_model(ModelSpec(name, f"torchvision/{name}", tmp_path / "tuned.pth"))
+    assert (model.task, len(model.labels)) == (task, classes)
+    loaded = model.module.state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in net.state_dict().items())

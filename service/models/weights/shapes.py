@@ -15,16 +15,21 @@ _POSITIONS = ("encoder.pos_embedding", "pos_embed")
 """Position embeddings of torchvision and of timm: one vector for each token."""
 
 
+SKETCHED = (1013, 1019)
+"""Numbers of classes of two sketches: sizes that no other dimension has."""
+
+
 def classes_in(sketches: tuple[nn.Module, nn.Module], weights: Weights, source: str) -> int | None:
     """The number of classes of a weights file, or None where its keys do not say it.
 
-    sketches: the model for two numbers of classes; what differs between them is the head.
+    sketches: the model for the numbers of classes in SKETCHED; what differs between them is the
+              head. Its sizes may be multiples, such as a detector's four coordinates for a class.
     Raises ConfigurationError where several heads of the file have several numbers.
     """
     one, other = (sketch.state_dict() for sketch in sketches)
     tensors = selected_from(weights, one, source).tensors
     counts = {
-        key: int(tensors[key].shape[axis])
+        key: _count(int(tensors[key].shape[axis]), size, other[key].shape[axis])
         for key, tensor in one.items()
         if key in tensors and tensors[key].ndim == tensor.ndim
         for axis, size in enumerate(tensor.shape)
@@ -38,6 +43,16 @@ def classes_in(sketches: tuple[nn.Module, nn.Module], weights: Weights, source: 
             "arguments = { num_classes = … } in models.toml."
         )
     return numbers[0] if numbers else None
+
+
+def _count(size: int, first: int, second: int) -> int:
+    """The number of classes for which a dimension is `size`, by its sizes in the two sketches.
+
+    Where there is none, as for another architecture, the size itself.
+    """
+    by_class = (second - first) // (SKETCHED[1] - SKETCHED[0])
+    count, rest = divmod(size - first, by_class or 1)
+    return size if rest else SKETCHED[0] + count
 
 
 def has_positions(weights: Weights) -> bool:
