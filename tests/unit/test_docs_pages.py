@@ -41,6 +41,7 @@ RUN_BY = {
 NOT_RUN = {
     "docs/how-to/audit-a-model.md": "wants a folder of images; test_audit_command runs it on few",
     "docs/how-to/compare-versions.md": "wants two versions; test_compare_command compares two",
+    "docs/explanation/boxes-and-regions.md": "wants weights; test_boxes_over_http asks the same",
     "docs/how-to/watch-for-drift.md": "wants many answers; test_drift watches a service",
     "docs/how-to/cvat.md": "wants a CVAT server; test_cvat has its client and a stand-in",
     "docs/how-to/deploy.md": "wants containers or a cluster; test_smoke runs the image",
