@@ -17,7 +17,11 @@ from typer.testing import CliRunner
 
 from api_schemas.client.results import read_answer
 from service.cli.main import app
+from service.errors import ConfigurationError
 from service.images.run_lengths import rle_encode
+from service.inference import detection
+from service.models.catalog import ModelSpec
+from service.models.loading import load_model
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -250,3 +254,71 @@ def test_a_comparison_refuses_detectors(tmp_path: Path) -> None:
     )
     assert done.exit_code == 2, done.output
     assert "camserve compare is for models that classify" in " ".join(done.output.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"at": named(np.ones((70, 90), np.bool_))}, "takes boxes and points of a detector"),
+        ({"at": "5,5", "min_score": "1"}, "There is nothing at 5, 5"),
+        ({"model": "own", "contrast": "1"}, "does not show the logits behind a box"),
+        ({"at": "1,1,2,2"}, "IoU"),
+    ],
+)
+def test_a_place_or_a_contrast_that_cannot_be_explained_is_refused(
+    client: TestClient, options: dict[str, str], words: str
+) -> None:
+    response = explained(client, png(), **options)
+    assert response.status_code == 422, response.text
+    assert words in response.json()["detail"]
+
+
+@pytest.mark.parametrize("of", ["x1", "y2"])
+def test_an_edge_of_a_detector_without_a_known_head_has_a_map(client: TestClient, of: str) -> None:
+    response = explained(client, png(), model="own", of=of, include="grid")
+    assert response.status_code == 200, response.text
+    (explanation,) = read_answer(response.content).results[0].explanations
+    assert explanation.of == of
+
+
+def test_a_region_is_contrasted_with_another_class(client: TestClient) -> None:
+    asked = {"model": "segmenter", "targets": "2", "include": "grid"}
+    plain, contrasted, back = (
+        read_answer(explained(client, png(), **asked, **more).content).results[0].explanations[0]
+        for more in ({}, {"contrast": "1"}, {"contrast": "3"})
+    )
+    assert contrasted.contrast == 1
+    assert not np.allclose(plain.grid, contrasted.grid)
+    assert not np.allclose(back.grid, contrasted.grid)
+    assert contrasted.logit_difference is not None
+
+
+def test_masks_that_take_too_much_memory_are_refused_before_they_are_laid_out(
+    serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(detection, "MASK_BYTES", 70 * 90 * 4)
+    with serve(models=("detectors:mask_rcnn",)) as client:
+        response = explained(client, png())
+        assert response.status_code == 422, response.text
+        assert "gives masks, and this image has 6,300 pixels" in response.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"task": "segmentation"}, "the task is segmentation, and the model returns"),
+        ({"target_layer": "backbne"}, "is not a layer that a map can be drawn from"),
+        ({"labels": ("a", "b")}, "labels"),
+    ],
+)
+def test_what_a_configuration_says_of_a_detector_in_vain_is_refused_when_it_is_loaded(
+    fields: dict[str, Any], words: str
+) -> None:
+    spec = ModelSpec("boxes", "detectors:faster_rcnn", **fields)
+    with pytest.raises(ConfigurationError, match=words):
+        load_model(spec)
+
+
+def test_labels_without_the_background_get_it() -> None:
+    model = load_model(ModelSpec("boxes", "detectors:faster_rcnn", labels=detectors.LABELS[1:]))
+    assert model.labels == ("__background__", *detectors.LABELS[1:])
