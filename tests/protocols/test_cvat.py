@@ -217,7 +217,7 @@ def test_a_frame_that_cannot_be_answered_costs_no_other(cli: Cli) -> None:
     [
         ({"shapes": "tag,circle"}, "not 'circle'"),
         ({"layer": "absent"}, "no layer"),
-        ({"shapes": "tag", "verify": "true"}, "for shapes, not for tags"),
+        ({"shapes": "tag", "verify": "true"}, "is for the evidence; add mask"),
     ],
 )
 def test_a_wrong_parameter_ends_the_command_with_its_reason_and_uploads_nothing(
