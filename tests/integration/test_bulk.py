@@ -473,7 +473,7 @@ def test_two_jobs_do_not_write_to_one_folder(tmp_path: Path) -> None:
     with open_results(tmp_path / "out", {}):
         result = bulk(photos(tmp_path / "in", 1), tmp_path / "out")
     assert result.exit_code == 2
-    assert "another run of camserve bulk is writing" in " ".join(result.output.split())
+    assert "another run is writing" in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(

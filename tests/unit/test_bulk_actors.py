@@ -66,7 +66,7 @@ def test_an_actor_with_another_model_ends_the_job(results: ResultFolder) -> None
 
 def test_an_actor_of_a_run_that_lost_its_folder_ends_the_job(results: ResultFolder) -> None:
     (results.folder / ".owner").write_text("another run")
-    with pytest.raises(ConfigurationError, match="another run of camserve bulk took over"):
+    with pytest.raises(ConfigurationError, match="another run took over"):
         explain(results, "a=tiny:small", 0)
     assert not list(results.folder.glob("*.parquet"))
 

@@ -120,7 +120,7 @@ def test_a_run_that_lost_its_folder_adds_nothing(tmp_path: Path) -> None:
         rows = drawn(lost, "part-00000")
     with open_results(tmp_path / "out", JOB) as results:
         rows = drawn(lost, "part-00000")  # it goes on drawing
-        with pytest.raises(ConfigurationError, match="another run of camserve bulk took over"):
+        with pytest.raises(ConfigurationError, match="another run took over"):
             lost.finish("part-00000", rows)
         assert results.done() == {}
         work = results.writer()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from service import __version__
 from service.cam.encoding import encode
-from service.cli.report.page import csp_hash
+from service.cli.report.page import head
 from service.evaluation.audit.findings import VERDICTS, ClassAudit, Finding, Paste, Shown
 from service.evaluation.audit.proportions import Interval, Proportion
 from service.evaluation.audit.trials import Flips
@@ -47,22 +47,8 @@ LIMITS = (
 def page(found: dict[str, Any], cards: Sequence[str]) -> str:
     """The report of an audit as JSON, with the `card` of each class."""
     style = resources.files("service.cli.report").joinpath("report.css").read_text("utf-8") + STYLE
-    policy = (
-        f"default-src 'none'; img-src data:; style-src {csp_hash(style)}; base-uri 'none'; "
-        "form-action 'none'"
-    )
     name, version = escape(found["model"]["name"]), escape(found["model"]["version"])
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">
-<meta name="generator" content="camserve {__version__}">
-<title>Audit: {name}</title>
-<style>{style}</style>
-</head>
-<body>
+    return f"""{head(f"Audit: {found['model']['name']}", style)}<body>
 <header><h1>Audit</h1><dl><div><dt>model</dt><dd>{name} {version}</dd></div>
 <div><dt>images</dt><dd>{found["images"]:,}</dd></div>
 <div><dt>not read</dt><dd>{len(found["failed"]):,}</dd></div></dl></header>

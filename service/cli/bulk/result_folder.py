@@ -171,9 +171,7 @@ class ShardWriter:
     def _check_owner(self) -> None:
         owner = self.folder / ".owner"
         if not owner.exists() or owner.read_text() != self.run:
-            raise ConfigurationError(
-                f"another run of camserve bulk took over {self.folder}; this run has stopped."
-            )
+            raise ConfigurationError(f"another run took over {self.folder}; this run has stopped.")
 
     def _drop_all_but(self, named: set[str], drawn: Path) -> None:
         """Remove images without a row. Raises OSError if an image of a row is missing."""
@@ -245,8 +243,7 @@ def _lock(lock: int, folder: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise ConfigurationError(
-            f"another run of camserve bulk is writing to {folder}. Wait for it, or use another "
-            "folder."
+            f"another run is writing to {folder}. Wait for it, or use another folder."
         ) from error
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import heapq
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -13,7 +12,7 @@ from importlib import resources
 from service import __version__
 from service.cam.encoding import encode
 from service.cam.heatmap import Style
-from service.cli.report.page import FLAGS
+from service.cli.report.page import FLAGS, head
 from service.evaluation.compare import (
     ComparedImage,
     Comparison,
@@ -100,23 +99,8 @@ def comparison_page(comparison: Comparison, gates: Sequence[GateResult], worst: 
     """Return the page: gates, figures by class, the worst images side by side, and what failed."""
     style = resources.files("service.cli.report").joinpath("report.css").read_text("utf-8")
     style += resources.files("service.cli.compare").joinpath("comparison.css").read_text("utf-8")
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode("ascii")
-    policy = (
-        f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; "
-        "form-action 'none'"
-    )
     one, other = comparison.one, comparison.other
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">
-<meta name="generator" content="camserve {__version__}">
-<title>Comparison: {escape(one.name)} and {escape(other.name)}</title>
-<style>{style}</style>
-</head>
-<body>
+    return f"""{head(f"Comparison: {one.name} and {other.name}", style)}<body>
 <header><h1>Comparison</h1><dl>{_model("A", one)}{_model("B", other)}</dl></header>
 {_gates(gates)}
 {_list("Notes", comparison.notes)}

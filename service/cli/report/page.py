@@ -84,22 +84,8 @@ class HtmlReport:
         style = files.joinpath("report.css").read_text(encoding="utf-8")
         style += f":root {{ --opacity: {self._options.opacity:g}; }}\n"
         script = files.joinpath("report.js").read_text(encoding="utf-8")
-        policy = (
-            f"default-src 'none'; img-src data:; style-src {csp_hash(style)}; "
-            f"script-src {csp_hash(script)}; base-uri 'none'; form-action 'none'"
-        )
         cards = "\n".join(card for _, card in sorted(self._cards.items()))
-        return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">
-<meta name="generator" content="camserve {__version__}">
-<title>Explanations: {escape(self._model.name)}</title>
-<style>{style}</style>
-</head>
-<body>
+        return f"""{head(f"Explanations: {self._model.name}", style, script)}<body>
 {self._header()}
 {self._controls()}
 <main>
@@ -284,6 +270,26 @@ def _bar(share: float) -> str:
 
 def _data(media_type: str, data: bytes) -> str:
     return f"data:{media_type};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def head(title: str, style: str, script: str = "") -> str:
+    """The start of a report, up to its body: it loads nothing, and runs this style and script."""
+    scripts = f"script-src {csp_hash(script)}; " if script else ""
+    policy = (
+        f"default-src 'none'; img-src data:; style-src {csp_hash(style)}; {scripts}"
+        "base-uri 'none'; form-action 'none'"
+    )
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">
+<meta name="generator" content="camserve {__version__}">
+<title>{escape(title)}</title>
+<style>{style}</style>
+</head>
+"""
 
 
 def csp_hash(text: str) -> str:
