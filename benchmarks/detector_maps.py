@@ -166,44 +166,10 @@ def drawn(cells: Tensor, side: int) -> Map:
     return larger[0, 0].numpy()
 
 
-@torch.inference_mode()
-def drise(net: Any, pixels: Tensor, targets: list[Target], masks: int, seed: int) -> list[Map]:
-    """Petsiuk et al. 2021: random masks weighted by the best score times IoU of the same label.
-
-    Grids of 8 x 8 cells, half of them shown, moved by part of a cell; hidden pixels are black.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    side = pixels.shape[-1]
-    found = [np.zeros((side, side), dtype=np.float32) for _ in targets]
-    for _ in range(masks):
-        mask = _grid_mask(side, generator)
-        (answer,) = net([pixels / 255 * mask])
-        for total, target in zip(found, targets, strict=True):
-            weight = kept_score(answer, target.label, target.box, by_overlap=True)
-            np.add(total, weight * mask.numpy(), out=total)
-    return [total - total.min() for total in found]
-
-
-def _grid_mask(side: int, generator: torch.Generator, cells: int = 8) -> Tensor:
-    cell = -(-side // cells)
-    grid = (torch.rand(cells + 1, cells + 1, generator=generator) < 0.5).float()
-    large = functional.interpolate(
-        grid[None, None], scale_factor=cell, mode="bilinear", align_corners=False
-    )[0, 0]
-    x, y = torch.randint(cell, (2,), generator=generator).tolist()
-    return large[y : y + side, x : x + side]
-
-
-def kept_score(
-    answer: Mapping[str, Tensor], label: int, box: Tensor, *, by_overlap: bool = False
-) -> float:
-    """The best score of a label at a box; 0 where none is there.
-
-    An overlap (IoU) of .5 is needed, or it is a factor, `by_overlap`.
-    """
+def kept_score(answer: Mapping[str, Tensor], label: int, box: Tensor) -> float:
+    """The best score of a label with an IoU of .5 with a box; 0 where none is there."""
     same = answer["labels"] == label
     if not bool(same.any()):
         return 0.0
     overlap = box_iou(answer["boxes"][same], box[None])[:, 0]
-    weight = overlap if by_overlap else (overlap >= 0.5).float()
-    return float((answer["scores"][same] * weight).max())
+    return float((answer["scores"][same] * (overlap >= 0.5)).max())

@@ -6,8 +6,9 @@ A detector and a segmenter of flowers (`tools/flower_scenes`) on scenes of held-
 whose boxes and masks are known. For each detection and each region that is right: the share of its
 map in its own box and in the boxes of other objects; and how much of its score is left when the 5 %
 of the image's pixels with the highest values are hidden, beside random pixels, a random square and
-the centre of its own box. Intervals are 95 %, by resampling scenes. All maps are computed in plain
-torch (`detector_maps.py`). --write puts the tables into docs/reference/detectors.md.
+the centre of its own box. Intervals are 95 %, by resampling scenes. Maps are computed in plain
+torch (`detector_maps.py`), but for camserve's default and D-RISE, its `rise`. --write puts the
+tables into docs/reference/detectors.md.
 """
 
 from __future__ import annotations
@@ -21,11 +22,18 @@ from typing import Any
 import numpy as np
 import torch
 import verdict_tables
-from detector_maps import METHODS, Map, Target, detections, drawn, drise, kept_score, regions
+from detector_maps import METHODS, Map, Target, detections, drawn, kept_score, regions
 from localisation_measures import Table, energy, pointed
 from measuring import ROOT, Results
 from torch import Tensor
 from torchvision.ops import box_iou
+
+from service.inference.batch import Unfinished, run
+from service.inference.questions import InferenceResult, Question
+from service.models.catalog import ModelSpec
+from service.models.loading import load_model
+from service.models.pool import Replica
+from service.models.probes.condition import Condition
 
 sys.path += [str(ROOT / "tools" / each) for each in ("builtin_model", "flower_scenes")]
 import flower_networks
@@ -43,7 +51,8 @@ FILL = torch.tensor((124, 116, 104), dtype=torch.uint8)[:, None, None]
 SURE = 0.5
 LEAST = 1000
 """Pixels of a region that is explained."""
-DELETED = (*(f"{each}, P" for each in ("hirescam", "layercam", "gradcam")), "D-RISE")
+SERVED = "camserve's default"
+DELETED = (*(f"{each}, P" for each in ("hirescam", "layercam", "gradcam")), SERVED, "D-RISE")
 """Maps whose highest pixels are hidden, and those at C5."""
 TRIVIAL = ("random pixels", "random square", "centre")
 TITLES = {
@@ -59,29 +68,61 @@ SHORT = {
 """Names of layers as in the literature: the backbone's at stride 16, and its last ones."""
 
 
+class Served:
+    """A detector as camserve serves it."""
+
+    def __init__(self, name: str) -> None:
+        self._model = load_model(ModelSpec(name, f"flower_networks:{name}"))
+        module = self._model.replicate()
+        self._replica = Replica(self._model, module, Condition.of(module))
+
+    def maps(self, scene: Scene, method: str, samples: int = 1) -> list[Map]:
+        """Of every detection with a score over SURE, best first: what speaks for its class.
+
+        float32 (SIDE, SIDE); `hirescam` at the default layers.
+        """
+        question = Question(
+            scene.pixels,
+            top_k=100,
+            explain_top=100,
+            min_score=SURE,
+            method=method,
+            layers=self._model.default_layers if method == "hirescam" else (),
+            samples=samples,
+        )
+        (result,) = run(self._replica, [question])
+        while isinstance(result, Unfinished):
+            result = result.step(self._replica) or result
+        assert isinstance(result, InferenceResult), result
+        return [drawn(torch.tensor(each.grid).relu(), SIDE) for each in result.explanations]
+
+
 class Bench:
     """One network, and the measures of its maps: own, other, peak, left."""
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         self.name, self.options = name, options
         self.net: Any = getattr(flower_networks, name)()
+        self.served = None if name == "lraspp" else Served(name)
         self.tables = {key: Table(key) for key in ("own", "other", "peak", "left", "mask")}
         self._case = 0
 
     def measure(self, number: int, scene: Scene) -> None:
         """All that is right in one scene."""
-        targets = [(t, n) for t in self._targets(scene) if (n := truth_of(t, scene)) is not None]
-        slow = number < self.options.slow and self.name != "lraspp"
-        by_drise = (
-            drise(self.net, scene.pixels, [t for t, _ in targets], self.options.masks, number)
-            if slow and targets
-            else []
-        )
-        for index, (target, true) in enumerate(targets):
+        targets = self._targets(scene)
+        served: dict[str, list[Map]] = {}
+        if self.served and targets:
+            served[SERVED] = self.served.maps(scene, "hirescam")
+            if number < self.options.slow:
+                served["D-RISE"] = self.served.maps(scene, "rise", self.options.masks)
+            assert all(len(each) == len(targets) for each in served.values())
+        for index, target in enumerate(targets):
+            true = truth_of(target, scene)
+            if true is None:
+                continue
             maps = dict(self._maps(target))
             maps["random"] = np.random.default_rng(self._case).random((SIDE, SIDE), np.float32)
-            if by_drise:
-                maps["D-RISE"] = by_drise[index]
+            maps |= {row: each[index] for row, each in served.items()}
             self._note((str(number), self._case), scene, target, true, maps)
             self._case += 1
 
@@ -229,7 +270,7 @@ def _lines(rows: dict[str, Any], *, masks: bool) -> list[str]:
     heads = ["map", "n", "own box", *(["own mask"] if masks else []), "other boxes"]
     heads += ["maximum in own box", "score left", "− random pixels", "− random square"]
     made = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-    order = sorted(rows, key=lambda row: (row in TRIVIAL, "P" not in row, row))
+    order = sorted(rows, key=lambda row: (row in TRIVIAL, row != SERVED, "P" not in row, row))
     for row in order:
         keys = ["own", *(["mask"] if masks else []), "other", "peak", "left"]
         cells = [row, str(rows[row]["cases"] or ""), *(_number(rows[row].get(key)) for key in keys)]
@@ -267,7 +308,7 @@ def main(arguments: list[str] | None = None) -> str:
     heads = [name for name in TITLES if (flower_networks.HERE / f"{name}.safetensors").exists()]
     add("--networks", nargs="+", choices=TITLES, default=heads)
     add("--scenes", type=int, default=64)
-    add("--slow", type=int, default=3, help="of these, scenes with D-RISE")
+    add("--slow", type=int, default=64, help="of these, scenes with D-RISE")
     add("--masks", type=int, default=300, help="forward passes of D-RISE for a scene")
     add("--results", type=Path, default=ROOT / "build" / "detectors.json")
     add("--again", action="store_true", help="measure what is kept again")
