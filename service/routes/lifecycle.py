@@ -68,10 +68,6 @@ class Billed(ProcessedImage):
     priced: int
 
 
-class _ClientDisconnected(Exception):
-    """The client disconnected before its response was ready."""
-
-
 async def in_time(
     request: Request,
     work: Callable[[bytes, Permit], Coroutine[Any, Any, Response]],
@@ -267,30 +263,11 @@ def failure(error: BaseException) -> ImageFailure:
     return ImageFailure(code=known.code, detail=known.detail, status=status)
 
 
-async def _until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Await `work`, and cancel it if the client disconnects first; the body must be read.
-
-    This also cancels what `work` waits for, so that jobs without a client are dropped unrun.
-    Raises _ClientGone.
-    """
-    working = asyncio.ensure_future(work)
-    watching = asyncio.ensure_future(_disconnect(request))
-    try:
-        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise _ClientDisconnected("The client disconnected.")
-    finally:
-        watching.cancel()
-        working.cancel()
-        # The cancellation takes effect when the task runs once more; until then its jobs count,
-        # and its permit must not be released.
-        await asyncio.gather(working, watching, return_exceptions=True)
-
-
-async def _disconnect(request: Request) -> None:
+async def _end_on_disconnect(request: Request, limit: asyncio.Timeout) -> None:
+    """End the time limit of a request when its client disconnects; the body must be read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+    limit.reschedule(0)
 
 
 async def in_time_without_body(
@@ -307,15 +284,20 @@ async def in_time_without_body(
 async def watched(request: Request, work: Callable[[], Coroutine[Any, Any, Response]]) -> Response:
     """Work until the response, the deadline or the disconnect, without a place; the body is read.
 
-    Raises DeadlineExceeded, MalformedRequest, and what `work` does.
+    Deadline and disconnect cancel the work, and with it what it waits for: jobs without a client
+    are dropped unrun. Raises DeadlineExceeded, MalformedRequest, and what `work` does.
     """
     seconds = timeout_of(request)
     try:
-        async with asyncio.timeout(request.scope["started"] + seconds - time.monotonic()):
-            return await _until_disconnect(request, work())
+        async with asyncio.timeout(request.scope["started"] + seconds - time.monotonic()) as limit:
+            watching = asyncio.create_task(_end_on_disconnect(request, limit))
+            try:
+                return await work()
+            finally:
+                watching.cancel()
     except TimeoutError as error:
+        if watching.done():
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
         raise DeadlineExceeded(
             f"The response was not ready within {seconds:g} seconds; retry, or request less."
         ) from error
-    except _ClientDisconnected:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
