@@ -67,7 +67,7 @@ def configure(
         )
     )
     # Logged nowhere, and found anew for each record (docs.python.org/3/howto/logging.html).
-    logging._srcfile = None  # type: ignore[attr-defined] # noqa: SLF001
+    logging._srcfile = None  # noqa: SLF001
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     root = logging.getLogger()
     root.handlers = [handler]

@@ -1,8 +1,7 @@
 """One image, from its bytes to its result: the same for HTTP, the command line and bulk runs.
 
 recipe = Recipe(service, model, options, resolved.question, resolved.hiding)
-processed = await process_image(recipe, data)
-result = await render_result(recipe, processed)
+result = await answer_image(recipe, data, partial(response.rendered_result, recipe))
 """
 
 from __future__ import annotations
@@ -14,15 +13,14 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import ParamSpec, TypeVar
 
-from api_schemas.answers import Result
 from api_schemas.options import ExplainOptions
 from service.errors import CamserveError
 from service.images.decode import ModelInput
 from service.images.formats import check_format
 from service.images.upload import Sent, Upload, open_upload
 from service.inference.questions import Explanation, InferenceResult, Question
-from service.pipeline import response
 from service.pipeline.service import ProcessedImage, Recipe
+from service.scheduling.scheduler import TimedResult
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -37,13 +35,41 @@ async def process_image(
     Raises the ImageErrors of `open_upload`, InvalidOption, DeadlineExceeded, and what the scheduler
     does.
     """
-    upload = await open_image(recipe, data)
-    if opened is not None:
-        opened(upload)
+    return await _processed(recipe, await open_image(recipe, data, opened))
+
+
+async def answer_image(
+    recipe: Recipe,
+    data: Sent,
+    make: Callable[[ProcessedImage, float], T],
+    opened: Callable[[Upload], None] | None = None,
+) -> T:
+    """`process_image`, and what is made of it in a worker thread.
+
+    make: called with the processed image, and when it was ready, on `time.monotonic()`'s clock.
+          Where one inference is enough, the event loop has no step between that and this call.
+    Raises as `process_image` and `make` do.
+    """
+    upload = await open_image(recipe, data, opened)
+    if upload.masked is not None or _searches(recipe):
+        processed = await _processed(recipe, upload)
+        call = recipe.service.scheduler.call(make, processed, time.monotonic())
+        return await result_of(call)
+
+    def then(timed: TimedResult) -> T:
+        inference = _noted(recipe, timed)
+        _count_verdicts(recipe, inference)
+        _watch(recipe, upload, inference)
+        return make(ProcessedImage(upload, inference, None), timed.ended)
+
+    question = _question(recipe, upload.model_input)
+    submit = recipe.service.scheduler.submit_then
+    return await result_of(submit(recipe.model, question, recipe.deadline, then))
+
+
+async def _processed(recipe: Recipe, upload: Upload) -> ProcessedImage:
     inference = await _infer(recipe, _question(recipe, upload.model_input))
-    if recipe.service.watch is not None:  # nothing waits for it, and it is off the event loop
-        pixels = upload.model_input.pixels
-        recipe.service.scheduler.call(recipe.service.watch, recipe.model, inference, pixels)
+    _watch(recipe, upload, inference)
     if upload.masked is None:
         return ProcessedImage(upload, inference, None)
     targets = tuple(explanation.class_id for explanation in inference.explanations)
@@ -52,25 +78,24 @@ async def process_image(
     return ProcessedImage(upload, inference, masked)
 
 
+def _watch(recipe: Recipe, upload: Upload, inference: InferenceResult) -> None:
+    """Compare the answer with the baseline, off the event loop; nothing waits for it."""
+    if recipe.service.watch is not None:
+        pixels = upload.model_input.pixels
+        recipe.service.scheduler.call(recipe.service.watch, recipe.model, inference, pixels)
+
+
 def _question(recipe: Recipe, model_input: ModelInput) -> Question:
     geometry = model_input.geometry
     question = recipe.question(model_input.pixels)
     return replace(question, seen=geometry.content, source=geometry.source_size)
 
 
-async def render_result(recipe: Recipe, processed: ProcessedImage) -> Result:
-    """The image's result in the answer. Raises RenderFailed."""
-    side = recipe.service.limits.render_side
-    return await render(
-        recipe, response.image_result, recipe.model, recipe.options, side, processed
-    )
-
-
 async def render(recipe: Recipe, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Run a function that renders in a worker thread; its seconds count as rendering."""
     started = time.monotonic()
     value = await result_of(recipe.service.scheduler.call(function, *args, **kwargs))
-    recipe.clock.seconds["render"] += time.monotonic() - started
+    recipe.clock.add("render", time.monotonic() - started)
     return value
 
 
@@ -92,8 +117,10 @@ def as_error(error: BaseException) -> CamserveError:
     return unexpected
 
 
-async def open_image(recipe: Recipe, data: Sent) -> Upload:
-    """Decode one image in a worker thread. Raises as `open_upload`."""
+async def open_image(
+    recipe: Recipe, data: Sent, opened: Callable[[Upload], None] | None = None
+) -> Upload:
+    """Decode one image in a worker thread. Raises as `open_upload` and `opened` do."""
     service, options = recipe.service, recipe.options
     keeps_preview = recipe.keeps_preview or (
         isinstance(options, ExplainOptions) and "overlay" in options.include
@@ -116,21 +143,32 @@ async def open_image(recipe: Recipe, data: Sent) -> Upload:
             deadline=recipe.deadline,
         )
     )
-    recipe.clock.seconds["decode"] += time.monotonic() - started
+    recipe.clock.add("decode", time.monotonic() - started)
+    if opened is not None:
+        opened(upload)
     return upload
 
 
 async def _infer(recipe: Recipe, question: Question) -> InferenceResult:
     result = await run_question(recipe, question)
-    if isinstance(recipe.options, ExplainOptions) and recipe.options.verify == "search":
+    if _searches(recipe):
         layers = recipe.model.finer_layers(question.layers)
         for layer in layers:
             result = await _search(recipe, question, result, layer, 1 + len(layers))
+    _count_verdicts(recipe, result)
+    return result
+
+
+def _searches(recipe: Recipe) -> bool:
+    """Whether earlier layers are tried where a map is not supported."""
+    return isinstance(recipe.options, ExplainOptions) and recipe.options.verify == "search"
+
+
+def _count_verdicts(recipe: Recipe, result: InferenceResult) -> None:
     for explanation in result.explanations:
         if explanation.verdict is not None:
             labels = recipe.model.name, explanation.method, explanation.verdict.verdict
             recipe.service.metrics.verdicts.labels(*labels).inc()
-    return result
 
 
 async def _search(
@@ -167,6 +205,11 @@ async def run_question(recipe: Recipe, question: Question) -> InferenceResult:
     timed = await result_of(
         recipe.service.scheduler.submit(recipe.model, question, recipe.deadline)
     )
-    recipe.clock.seconds["queue"] += timed.queue_seconds
-    recipe.clock.seconds["inference"] += timed.inference_seconds
+    return _noted(recipe, timed)
+
+
+def _noted(recipe: Recipe, timed: TimedResult) -> InferenceResult:
+    """The result without its times, which are the clock's now."""
+    recipe.clock.add("queue", timed.queue_seconds)
+    recipe.clock.add("inference", timed.inference_seconds)
     return timed.result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -71,6 +72,12 @@ class Clock:
 
     started: float = field(default_factory=time.monotonic)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add(self, stage: str, seconds: float) -> None:
+        """Add the seconds of one image to a stage; from any thread."""
+        with self._lock:
+            self.seconds[stage] += seconds
 
     def stop(self) -> None:
         """Set `total`; only the first call does, since the answer may contain it by then."""

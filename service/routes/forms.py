@@ -78,7 +78,7 @@ def single_image(content_type: str, body: bytes) -> bytes | None:
 
 
 def _dashed_lines(body: bytes) -> int:
-    """How many lines, but for the first, begin with "--". Unlike `body.count` it releases the GIL."""
+    """How many lines after the first begin with "--". Unlike `body.count` it releases the GIL."""
     text = np.frombuffer(body, np.uint8)
     return int(np.count_nonzero((text[:-2] == 10) & (text[1:-1] == 45) & (text[2:] == 45)))
 

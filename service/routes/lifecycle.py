@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
 
 import structlog
 import torch
@@ -227,22 +227,44 @@ async def infer(work: RequestWork, data: Sent, quote: Quote) -> Billed:
     quote: of the image; the caller added its price to the bill. If the image needs more, it is
            added here; after an error nothing of it stays held.
     """
-    priced = quote.price
+    with _ImageBill(work, quote) as bill:
+        answered = await process.process_image(work, data, bill.add)
+    return Billed(answered.upload, answered.inference, answered.masked, bill.priced)
 
-    def bill(upload: Upload) -> None:
-        nonlocal priced
+
+async def answer(
+    work: RequestWork, data: Sent, quote: Quote, make: Callable[[ProcessedImage, float], T]
+) -> T:
+    """`infer`, and what is made of the image, as `answer_image` does."""
+    with _ImageBill(work, quote) as bill:
+        return await process.answer_image(work, data, make, bill.add)
+
+
+class _ImageBill:
+    """The part of one image in the bill of its request; after an error nothing of it stays held.
+
+    priced: bytes that are held for its entry in the response.
+    """
+
+    def __init__(self, work: RequestWork, quote: Quote) -> None:
+        self._work = work
+        self._quote = quote
+        self.priced = quote.price
+
+    def add(self, upload: Upload) -> None:
+        """Add what an opened image needs more than its quote. Raises as `Bill.add`."""
         size = upload.width, upload.height
-        if size != quote.size:
-            whole = max(priced, work.price(size))
-            work.bill.add(whole - priced)
-            priced = whole
+        if size != self._quote.size:
+            whole = max(self.priced, self._work.price(size))
+            self._work.bill.add(whole - self.priced)
+            self.priced = whole
 
-    try:
-        answered = await process.process_image(work, data, bill)
-    except BaseException:
-        work.bill.reduce(priced)
-        raise
-    return Billed(answered.upload, answered.inference, answered.masked, priced)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._work.bill.reduce(self.priced)
 
 
 def report(request: Request, work: Recipe, images: int) -> dict[str, str]:

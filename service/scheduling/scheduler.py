@@ -47,11 +47,15 @@ until all images of a request are decoded, which may be many of 64 megapixels.""
 
 @dataclass(frozen=True, slots=True)
 class TimedResult:
-    """A result with the seconds it waited for its first batch, and those its batches took."""
+    """A result with the seconds it waited for its first batch, and those its batches took.
+
+    ended: when its last batch ended, on `time.monotonic()`'s clock.
+    """
 
     result: InferenceResult
     queue_seconds: float
     inference_seconds: float
+    ended: float = field(default_factory=time.monotonic)
 
 
 @dataclass(slots=True)
@@ -59,6 +63,7 @@ class InferenceJob:
     """One image that waits for inference, or is in it.
 
     deadline:   on `time.monotonic()`'s clock.
+    then:       turns the result into that of `future`, in a worker; None: it is the result.
     unfinished: what is left of a method of many passes.
     runs_alone: whether it must not share a batch, because one it was in failed.
     queue_seconds, inference_seconds: until its first batch, and in its batches so far.
@@ -67,8 +72,9 @@ class InferenceJob:
     model: LoadedModel
     question: Question
     deadline: float | None
+    then: Callable[[TimedResult], Any] | None = None
     arrived: float = field(default_factory=time.monotonic)
-    future: Future[TimedResult] = field(default_factory=Future)
+    future: Future[Any] = field(default_factory=Future)
     unfinished: Unfinished | None = None
     runs_alone: bool = False
     queue_seconds: float | None = None
@@ -85,10 +91,14 @@ class InferenceJob:
             return False
         return True
 
-    def succeed(self, result: InferenceResult) -> None:
+    def succeed(self, result: InferenceResult) -> Call | None:
+        """Deliver the result, or return the call that does."""
         timed = TimedResult(result, self.queue_seconds or 0.0, self.inference_seconds)
+        if self.then is not None:
+            return Call(self.future, partial(self.then, timed))
         with suppress(InvalidStateError):  # cancelled, or given up
             self.future.set_result(timed)
+        return None
 
     def fail(self, error: BaseException) -> None:
         fail(self.future, error)
@@ -345,7 +355,22 @@ class Scheduler:
         InferenceFailed, OutOfMemory, or what `ModelPool.lease` raises.
         """
         version = self._pool.model(model) if isinstance(model, str) else model
-        job = InferenceJob(version, question, deadline)
+        return self._submit(InferenceJob(version, question, deadline))
+
+    def submit_then(
+        self,
+        model: LoadedModel,
+        question: Question,
+        deadline: float | None,
+        then: Callable[[TimedResult], R],
+    ) -> Future[R]:
+        """`submit`, and then call a short function with the result, in a worker thread.
+
+        Until the function has returned nobody is told, which saves the event loop a step.
+        """
+        return self._submit(InferenceJob(model, question, deadline, then))
+
+    def _submit(self, job: InferenceJob) -> Future[Any]:
         with self._wake:
             self._refuse_when_closed()
             self._queue(job)
@@ -462,17 +487,27 @@ class Scheduler:
         if not batch.claim():
             return
         seconds = time.monotonic() - started
+        calls: list[Call] = []
         for job, outcome in outcomes:
             if job.queue_seconds is None:
                 job.queue_seconds = started - job.arrived
             job.inference_seconds += seconds
             if isinstance(outcome, InferenceResult):
-                job.succeed(outcome)
+                call = job.succeed(outcome)
+                calls += [] if call is None else [call]
             elif isinstance(outcome, Unfinished):
                 job.unfinished = outcome
                 self._queue(job)
             else:
                 job.fail(outcome)
+        self._queue_calls(calls)
+
+    def _queue_calls(self, calls: Sequence[Call]) -> None:
+        """Queue calls, of which the calling worker takes one itself when its batch has ended."""
+        with self._wake:
+            for call in calls:
+                self._calls.add(call)
+            self._wake.notify(max(0, len(calls) - 1))
 
     def _outcomes(self, batch: Batch) -> Sequence[Outcome]:
         first, questions = batch.jobs[0], [job.question for job in batch.jobs]
