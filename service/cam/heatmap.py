@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Literal
 
@@ -18,6 +19,7 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from service.cam.encoding import EncodedImage, encode, level_png
 from service.images.decode import Geometry, Rect, preview_size
@@ -93,8 +95,8 @@ def _bands(
     """
     if cam.ndim != 2 or not np.isfinite(cam).all():
         raise ValueError(f"a finite map of two dimensions is needed, not {cam.shape}")
-    across = torch.from_numpy(_weights(cam.shape[1], size[0], rect, geometry, axis=0)).T
-    down = torch.from_numpy(_weights(cam.shape[0], size[1], rect, geometry, axis=1))
+    across = _weights(cam.shape[1], size[0], rect, geometry, axis=0).T
+    down = _weights(cam.shape[0], size[1], rect, geometry, axis=1)
     cells = torch.mm(down, torch.from_numpy(cam.astype(np.float32)))
     band = torch.empty(BAND, size[0])
     for start in range(0, size[1], BAND):
@@ -119,10 +121,12 @@ def _inside(centres: NDArray[np.float64], geometry: Geometry, axis: int) -> slic
     return slice(int(first), int(last))
 
 
-def _weights(
-    cells: int, length: int, rect: Rect, geometry: Geometry, axis: int
-) -> NDArray[np.float32]:
-    """How much of each cell is in each pixel of an axis: (length, cells), rows sum to 1 or 0."""
+@lru_cache(maxsize=8)
+def _weights(cells: int, length: int, rect: Rect, geometry: Geometry, axis: int) -> Tensor:
+    """How much of each cell is in each pixel of an axis: (length, cells), rows sum to 1 or 0.
+
+    Kept for the next image of the same size; not to be written to.
+    """
     start, extent = geometry.window[axis], geometry.window[axis + 2]
     centres = _centres(length, rect, axis)
     position = (centres - start) * (cells / extent) - 0.5
@@ -131,7 +135,7 @@ def _weights(
     inside = _inside(centres, geometry, axis)
     weights[inside] /= weights[inside].sum(axis=1, keepdims=True)
     weights[: inside.start] = weights[inside.stop :] = 0.0
-    return weights.astype(np.float32)
+    return torch.from_numpy(weights.astype(np.float32))
 
 
 def _raster(
