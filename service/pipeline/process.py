@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import ParamSpec, TypeVar
+from functools import partial
+from typing import Any, ParamSpec, TypeVar
 
 from api_schemas.options import ExplainOptions
 from service.errors import CamserveError
@@ -20,7 +21,7 @@ from service.images.formats import check_format
 from service.images.upload import Sent, Upload, open_upload
 from service.inference.questions import Explanation, InferenceResult, Question
 from service.pipeline.service import ProcessedImage, Recipe
-from service.scheduling.scheduler import TimedResult
+from service.scheduling.scheduler import InferenceJob, TimedResult
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -35,36 +36,54 @@ async def process_image(
     Raises the ImageErrors of `open_upload`, InvalidOption, DeadlineExceeded, and what the scheduler
     does.
     """
-    return await _processed(recipe, await open_image(recipe, data, opened))
+    upload = await open_image(recipe, data)
+    if opened is not None:
+        opened(upload)
+    return await _processed(recipe, upload)
 
 
 async def answer_image(
     recipe: Recipe,
     data: Sent,
     make: Callable[[ProcessedImage, float], T],
-    opened: Callable[[Upload], None] | None = None,
+    *,
+    fits: Callable[[Upload], bool] = lambda _: True,
+    opened: Callable[[Upload], None] = lambda _: None,
 ) -> T:
-    """`process_image`, and what is made of it in a worker thread.
+    """`process_image`, and what is made of it; the event loop has a step between only if needed.
 
-    make: called with the processed image, and when it was ready, on `time.monotonic()`'s clock.
-          Where one inference is enough, the event loop has no step between that and this call.
+    make: called in a worker with the processed image, and when it was ready, on
+          `time.monotonic()`'s clock.
+    fits: called in a worker with the opened image; False if `opened` has to be called.
     Raises as `process_image` and `make` do.
     """
-    upload = await open_image(recipe, data, opened)
-    if upload.masked is not None or _searches(recipe):
-        processed = await _processed(recipe, upload)
-        call = recipe.service.scheduler.call(make, processed, time.monotonic())
-        return await result_of(call)
 
-    def then(timed: TimedResult) -> T:
-        inference = _noted(recipe, timed)
-        _count_verdicts(recipe, inference)
-        _watch(recipe, upload, inference)
-        return make(ProcessedImage(upload, inference, None), timed.ended)
+    def go_on(upload: Upload) -> Upload | InferenceJob:
+        if upload.masked is not None or _searches(recipe) or not fits(upload):
+            return upload
+        question = _question(recipe, upload.model_input)
+        then = partial(_made, recipe, upload, make)
+        return InferenceJob(recipe.model, question, recipe.deadline, then)
 
-    question = _question(recipe, upload.model_input)
-    submit = recipe.service.scheduler.submit_then
-    return await result_of(submit(recipe.model, question, recipe.deadline, then))
+    answer: T | Upload = await result_of(_opening(recipe, data, go_on))
+    if not isinstance(answer, Upload):
+        return answer
+    opened(answer)
+    processed = await _processed(recipe, answer)
+    return await result_of(recipe.service.scheduler.call(make, processed, time.monotonic()))
+
+
+def _made(
+    recipe: Recipe,
+    upload: Upload,
+    make: Callable[[ProcessedImage, float], T],
+    timed: TimedResult,
+) -> T:
+    """What is made of an opened image and its result, in a worker."""
+    inference = _noted(recipe, timed)
+    _count_verdicts(recipe, inference)
+    _watch(recipe, upload, inference)
+    return make(ProcessedImage(upload, inference, None), timed.ended)
 
 
 async def _processed(recipe: Recipe, upload: Upload) -> ProcessedImage:
@@ -117,36 +136,40 @@ def as_error(error: BaseException) -> CamserveError:
     return unexpected
 
 
-async def open_image(
-    recipe: Recipe, data: Sent, opened: Callable[[Upload], None] | None = None
-) -> Upload:
-    """Decode one image in a worker thread. Raises as `open_upload` and `opened` do."""
+async def open_image(recipe: Recipe, data: Sent) -> Upload:
+    """Decode one image in a worker thread. Raises as `open_upload`."""
+    return await result_of(_opening(recipe, data, lambda upload: upload))
+
+
+def _opening(recipe: Recipe, data: Sent, go_on: Callable[[Upload], Any]) -> Future[Any]:
+    """Have an image opened, and `go_on` with it, in a worker."""
     service, options = recipe.service, recipe.options
     keeps_preview = recipe.keeps_preview or (
         isinstance(options, ExplainOptions) and "overlay" in options.include
     )
     if isinstance(data, bytes):
         check_format(data, service.limits.formats)
-    started = time.monotonic()
-    upload = await result_of(
-        service.scheduler.call_in_turn(
-            id(recipe.clock),  # one for all images of a request
-            open_upload,
-            data,
-            recipe.model.preprocessing,
-            options.fit,
-            max_pixels=service.limits.pixels,
-            preview_side=service.limits.render_side if keeps_preview else None,
-            hiding=recipe.hiding,
-            keeps_source=recipe.keeps_source,
-            budget=service.decoding,
-            deadline=recipe.deadline,
-        )
+    opens = partial(
+        open_upload,
+        data,
+        recipe.model.preprocessing,
+        options.fit,
+        max_pixels=service.limits.pixels,
+        preview_side=service.limits.render_side if keeps_preview else None,
+        hiding=recipe.hiding,
+        keeps_source=recipe.keeps_source,
+        budget=service.decoding,
+        deadline=recipe.deadline,
     )
-    recipe.clock.add("decode", time.monotonic() - started)
-    if opened is not None:
-        opened(upload)
-    return upload
+    started = time.monotonic()
+
+    def opened() -> Any:
+        upload = opens()
+        recipe.clock.add("decode", time.monotonic() - started)
+        return go_on(upload)
+
+    # One number for all images of a request.
+    return service.scheduler.call_in_turn(id(recipe.clock), opened)
 
 
 async def _infer(recipe: Recipe, question: Question) -> InferenceResult:

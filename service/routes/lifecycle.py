@@ -237,7 +237,7 @@ async def answer(
 ) -> T:
     """`infer`, and what is made of the image, as `answer_image` does."""
     with _ImageBill(work, quote) as bill:
-        return await process.answer_image(work, data, make, bill.add)
+        return await process.answer_image(work, data, make, fits=bill.fits, opened=bill.add)
 
 
 class _ImageBill:
@@ -251,11 +251,14 @@ class _ImageBill:
         self._quote = quote
         self.priced = quote.price
 
+    def fits(self, upload: Upload) -> bool:
+        """Whether an opened image has the size that its quote is for."""
+        return (upload.width, upload.height) == self._quote.size
+
     def add(self, upload: Upload) -> None:
         """Add what an opened image needs more than its quote. Raises as `Bill.add`."""
-        size = upload.width, upload.height
-        if size != self._quote.size:
-            whole = max(self.priced, self._work.price(size))
+        if not self.fits(upload):
+            whole = max(self.priced, self._work.price((upload.width, upload.height)))
             self._work.bill.add(whole - self.priced)
             self.priced = whole
 

@@ -134,16 +134,21 @@ class Call:
     function: Callable[[], Any]
     request: int | None = None
 
-    def run(self) -> None:
+    def run(self) -> InferenceJob | None:
+        """Deliver the result; or, if that is a job, return it: it delivers its own."""
         if self.future.done():
-            return
+            return None
         try:
             result = self.function()
         except BaseException as error:  # noqa: BLE001 - the caller that waits gets it
             fail(self.future, error)
-        else:
-            with suppress(InvalidStateError):
-                self.future.set_result(result)
+            return None
+        if isinstance(result, InferenceJob):
+            result.future = self.future
+            return result
+        with suppress(InvalidStateError):
+            self.future.set_result(result)
+        return None
 
     def give_up(self) -> None:
         fail(self.future, hang_error())
@@ -263,6 +268,9 @@ class Scheduler:
     each leaves a thread to others; a batch that has waited for BATCH_PATIENCE takes precedence.
     There are more threads than batches may run, so that a call never waits for a batch.
 
+    A call may return an InferenceJob, and the job's `then` is a call again: an image is decoded,
+    computed and drawn for one future, without a step of the event loop between.
+
     Batching is dynamic: a free thread takes the jobs that wait for one model and lane, up to
     `max_batch`. An idle server runs a single request at once, a busy one forms batches. Models take
     turns. A method of many passes runs in steps and goes to the back of the queue between them.
@@ -355,22 +363,7 @@ class Scheduler:
         InferenceFailed, OutOfMemory, or what `ModelPool.lease` raises.
         """
         version = self._pool.model(model) if isinstance(model, str) else model
-        return self._submit(InferenceJob(version, question, deadline))
-
-    def submit_then(
-        self,
-        model: LoadedModel,
-        question: Question,
-        deadline: float | None,
-        then: Callable[[TimedResult], R],
-    ) -> Future[R]:
-        """`submit`, and then call a short function with the result, in a worker thread.
-
-        Until the function has returned nobody is told, which saves the event loop a step.
-        """
-        return self._submit(InferenceJob(model, question, deadline, then))
-
-    def _submit(self, job: InferenceJob) -> Future[Any]:
+        job = InferenceJob(version, question, deadline)
         with self._wake:
             self._refuse_when_closed()
             self._queue(job)
@@ -457,7 +450,9 @@ class Scheduler:
     def _run_call(self, call: Call) -> None:
         """Run a call, and allow another one of its request."""
         try:
-            call.run()
+            job = call.run()
+            if job is not None:
+                self._queue(job)
         finally:
             if call.request is not None:
                 with self._wake:
