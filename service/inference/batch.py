@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -10,7 +9,6 @@ from itertools import chain
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from service.cam.formulas import scale
 from service.cam.hooks import Calls, Recording, calls_of, gradients, record
@@ -37,7 +35,6 @@ from service.inference.questions import (
 )
 from service.inference.segmentation import segment
 from service.inference.verdicts import gather, judged
-from service.models.catalog import Output
 from service.models.loaded import LoadedModel
 from service.models.pool import Replica
 
@@ -234,27 +231,10 @@ def finish(image_pass: ImagePass, maps: Sequence[Tensor]) -> InferenceResult:
         ),
         image_pass.activations,
         image_pass.precision,
-        margin=margin(scores),
-        entropy=entropy(logits, model.output),
+        logits=logits,
+        scores=scores,
+        output=model.output,
     )
-
-
-def margin(scores: Tensor) -> float:
-    """The best score (of `scores`, one per class) minus the second best; 1 class: its score."""
-    best = scores.topk(min(2, len(scores))).values.tolist()
-    return float(best[0] - best[1]) if len(best) == 2 else float(best[0])
-
-
-def entropy(logits: Tensor, output: Output) -> float:
-    """The entropy of the classes' probabilities, 0..1: its share of the largest one.
-
-    Of one distribution over all classes; sigmoids are one distribution each, and their mean counts.
-    """
-    if output == "sigmoid":
-        both = torch.stack([functional.logsigmoid(logits), functional.logsigmoid(-logits)])
-        return float(-(both.exp() * both).sum(dim=0).mean() / math.log(2))
-    logs = logits.log_softmax(dim=-1)
-    return float(-(logs.exp() * logs).sum() / math.log(max(2, len(logits))))
 
 
 def _activation_paths(questions: Sequence[Question], kind: ActivationKind) -> tuple[str, ...]:

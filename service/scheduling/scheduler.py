@@ -373,11 +373,13 @@ class Scheduler:
         if not self._open:
             raise shutdown_error()
 
-    def _queue(self, job: InferenceJob, *, first: bool = False) -> None:
+    def _queue(self, job: InferenceJob, *, first: bool = False, wakes: bool = True) -> None:
+        """Queue a job. wakes: whether another thread is to take it than the calling one."""
         with self._wake:
             waiting = self._jobs.setdefault(id(job.model), deque())
             (waiting.appendleft if first else waiting.append)(job)
-            self._wake.notify()
+            if wakes:
+                self._wake.notify()
 
     def _take(self) -> Task | None:
         """A worker's next task; None when everything is done and nothing more will come."""
@@ -452,7 +454,7 @@ class Scheduler:
         try:
             job = call.run()
             if job is not None:
-                self._queue(job)
+                self._queue(job, wakes=bool(self._calls))  # else this thread is free for it
         finally:
             if call.request is not None:
                 with self._wake:

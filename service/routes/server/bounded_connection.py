@@ -251,6 +251,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
+        cycle.transport = self._outbox.packet
         if getattr(self.config.app.state, "is_retiring", False):  # type: ignore[union-attr]
             cycle.keep_alive = False  # the next request goes to another process
 
