@@ -35,6 +35,7 @@ from service.inference.questions import (
 )
 from service.inference.segmentation import segment
 from service.inference.verdicts import gather, judged
+from service.models.compiled.front import Precision
 from service.models.loaded import LoadedModel
 from service.models.pool import Replica
 
@@ -180,20 +181,16 @@ def forward_compiled(
         kept = activation.clone() if explains else activation
         logits = model.logits(lane.tail(kept, *beside))
     recording = Recording(targets={lane.layer: [activation]})
-    return [
-        image_pass
-        if isinstance(image_pass, CamserveError)
-        else replace(image_pass, precision=lane.precision)
-        for image_pass in _image_passes(model, questions, logits, recording, rules)
-    ]
+    return _image_passes(model, questions, logits, recording, rules, lane.precision)
 
 
-def _image_passes(
+def _image_passes(  # noqa: PLR0917 - one call for each lane
     model: LoadedModel,
     questions: Sequence[Question],
     logits: Tensor,
     recording: Recording,
     rules: LibraMode | None,
+    precision: Precision = "float32",
 ) -> list[ImagePass | CamserveError]:
     """What one forward pass, with the rules of a correction, gave each image."""
     if rules is not None and questions[0].needs_gradients and not rules.count:
@@ -205,7 +202,7 @@ def _image_passes(
         _targets(question, row) if is_finite else ()
         for question, row, is_finite in zip(questions, rows, finite, strict=True)
     ]
-    forward_pass = ForwardPass(model, questions, targets, recording, {})
+    forward_pass = ForwardPass(model, questions, targets, recording, {}, precision)
     weights = _logit_weights(forward_pass, logits)
     forward_pass = replace(
         forward_pass, gradients=_activation_gradients(forward_pass, logits, weights[:1])
@@ -349,6 +346,7 @@ def _image_pass(
         target_activations=at_layers,
         maps=maps,
         activations=tuple(activations_of(forward_pass, image)),
+        precision=forward_pass.precision,
         repeated=any(len(forward_pass.recording.targets[path]) > 1 for path in layers),
     )
 

@@ -106,8 +106,8 @@ def _watch(recipe: Recipe, upload: Upload, inference: InferenceResult) -> None:
 
 def _question(recipe: Recipe, model_input: ModelInput) -> Question:
     geometry = model_input.geometry
-    question = recipe.question(model_input.pixels)
-    return replace(question, seen=geometry.content, source=geometry.source_size)
+    seen, source = geometry.content, geometry.source_size
+    return recipe.question(model_input.pixels, seen=seen, source=source)
 
 
 async def render(recipe: Recipe, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

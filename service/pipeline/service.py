@@ -91,7 +91,7 @@ class Clock:
 class Recipe:
     """What all images of a request have in common.
 
-    question: makes the question of an image from its pixels, as `resolve_options` returns it.
+    question: makes the question of an image, as `ResolvedOptions.question` does.
     hiding:   the part of each image to hide for a second inference, if any.
     deadline: of the request, on `time.monotonic()`'s clock; None: no deadline.
     keeps_preview: whether a preview to draw on is kept even if the options have no overlay.
@@ -101,7 +101,7 @@ class Recipe:
     service: Service
     model: LoadedModel
     options: CommonOptions
-    question: Callable[[Tensor], Question]
+    question: Callable[..., Question]
     hiding: Hiding | None
     deadline: float | None = None
     clock: Clock = field(default_factory=Clock)

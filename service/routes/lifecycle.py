@@ -17,7 +17,6 @@ from http import HTTPStatus
 from typing import Any, ParamSpec, Self, TypeVar
 
 import structlog
-import torch
 from fastapi import Request, Response
 
 from api_schemas.answers import ImageFailure
@@ -196,9 +195,7 @@ async def prepare(
     request.scope["log"] = {"model": model.name}
     if isinstance(options, ExplainOptions):
         request.scope["log"]["explained_by"] = options.method
-    sizes = AnswerSizes(
-        model, options, resolution.question(torch.empty(0)), service.limits.render_side
-    )
+    sizes = AnswerSizes(model, options, resolution.template, service.limits.render_side)
     return RequestWork(
         service=service,
         model=model,
