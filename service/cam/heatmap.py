@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Literal
 
@@ -18,14 +19,16 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from service.cam.encoding import EncodedImage, encode, level_png
 from service.images.decode import Geometry, Rect, preview_size
 
 _NAMES = "turbo jet viridis inferno magma plasma cividis hot cool bone parula twilight"
 
-# Rows that are drawn at once: few enough for what they need to stay in the processor's cache.
-BAND = 32
+# Rows that are drawn at once: few enough for what they need to stay in the processor's cache. Fewer
+# take longer: each band calls torch and OpenCV, and takes the GIL again after each call.
+BAND = 128
 
 
 def _tables() -> dict[str, NDArray[np.uint8]]:
@@ -92,8 +95,8 @@ def _bands(
     """
     if cam.ndim != 2 or not np.isfinite(cam).all():
         raise ValueError(f"a finite map of two dimensions is needed, not {cam.shape}")
-    across = torch.from_numpy(_weights(cam.shape[1], size[0], rect, geometry, axis=0)).T
-    down = torch.from_numpy(_weights(cam.shape[0], size[1], rect, geometry, axis=1))
+    across = _weights(cam.shape[1], size[0], rect, geometry, axis=0).T
+    down = _weights(cam.shape[0], size[1], rect, geometry, axis=1)
     cells = torch.mm(down, torch.from_numpy(cam.astype(np.float32)))
     band = torch.empty(BAND, size[0])
     for start in range(0, size[1], BAND):
@@ -110,26 +113,29 @@ def _centres(length: int, rect: Rect, axis: int) -> NDArray[np.float64]:
     return np.asarray(rect[axis] + middles * (rect[axis + 2] / length))
 
 
-def _inside(length: int, rect: Rect, geometry: Geometry, axis: int) -> slice:
+def _inside(centres: NDArray[np.float64], geometry: Geometry, axis: int) -> slice:
     """Which of those middles lie in `geometry.seen`."""
     seen, tolerance = geometry.seen, 1e-9 * geometry.source_size[axis]
     edges = (seen[axis] - tolerance, seen[axis] + seen[axis + 2] + tolerance)
-    first, last = np.searchsorted(_centres(length, rect, axis), edges)
+    first, last = centres.searchsorted(edges)
     return slice(int(first), int(last))
 
 
-def _weights(
-    cells: int, length: int, rect: Rect, geometry: Geometry, axis: int
-) -> NDArray[np.float32]:
-    """How much of each cell is in each pixel of an axis: (length, cells), rows sum to 1 or 0."""
+@lru_cache(maxsize=8)
+def _weights(cells: int, length: int, rect: Rect, geometry: Geometry, axis: int) -> Tensor:
+    """How much of each cell is in each pixel of an axis: (length, cells), rows sum to 1 or 0.
+
+    Kept for the next image of the same size; not to be written to.
+    """
     start, extent = geometry.window[axis], geometry.window[axis + 2]
-    position = (_centres(length, rect, axis) - start) * (cells / extent) - 0.5
+    centres = _centres(length, rect, axis)
+    position = (centres - start) * (cells / extent) - 0.5
     reach = max(1.0, rect[axis + 2] / length * cells / extent)
     weights = np.maximum(0.0, 1.0 - np.abs(position[:, None] - np.arange(cells)) / reach)
-    inside = _inside(length, rect, geometry, axis)
+    inside = _inside(centres, geometry, axis)
     weights[inside] /= weights[inside].sum(axis=1, keepdims=True)
     weights[: inside.start] = weights[inside.stop :] = 0.0
-    return weights.astype(np.float32)
+    return torch.from_numpy(weights.astype(np.float32))
 
 
 def _raster(
@@ -194,7 +200,7 @@ def render_overlay(
     base = source_pixels if style.size == "source" else _part(model_pixels, whole, rect)
     if size != (base.shape[1], base.shape[0]):
         base = np.asarray(cv2.resize(base, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
-    rows, columns = (_inside(size[axis], rect, geometry, axis) for axis in (1, 0))
+    rows, columns = (_inside(_centres(size[axis], rect, axis), geometry, axis) for axis in (1, 0))
     levels = _levels(cam, geometry, size, rect, style.colormap)[rows, columns]
     table = COLORMAPS[style.colormap].reshape(256, 1, 3).copy()
     drawn = base.copy()

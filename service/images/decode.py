@@ -520,7 +520,7 @@ def _crop(
     cut, (cut_x, cut_y) = _cut_extreme(image, preprocessing)
     old_width, old_height = size if cut is image else (cut.shape[-1], cut.shape[-2])
     new_width, new_height = preprocessing.resized((old_width, old_height))
-    resized = transforms.resize(cut, [new_height, new_width], interpolation=mode)
+    resized = transforms.resize_image(cut, [new_height, new_width], interpolation=mode)
     scale_x, scale_y = old_width / new_width, old_height / new_height
     top, left = preprocessing.crop_start((new_height, new_width))
     window = (
@@ -529,7 +529,7 @@ def _crop(
         *(width * scale_x, height * scale_y),
     )
     # Beyond its border the image is black.
-    return transforms.crop(resized, top, left, height, width), window
+    return transforms.crop_image(resized, top, left, height, width), window
 
 
 def _within(
@@ -540,7 +540,7 @@ def _within(
     scale = min(width / old_width, height / old_height)
     new_width = min(width, max(1, round(old_width * scale)))
     new_height = min(height, max(1, round(old_height * scale)))
-    resized: Tensor = transforms.resize(image, [new_height, new_width], interpolation=mode)
+    resized: Tensor = transforms.resize_image(image, [new_height, new_width], interpolation=mode)
     return resized
 
 
@@ -598,8 +598,8 @@ def _squash(image: Tensor, room: tuple[int, int], mode: InterpolationMode) -> Te
     if max(height, width) > MAX_ASPECT * min(height, width):
         rows, columns = room
         first = [rows, width] if height > width else [height, columns]
-        image = transforms.resize(image, first, interpolation=mode)
-    scaled: Tensor = transforms.resize(image, list(room), interpolation=mode)
+        image = transforms.resize_image(image, first, interpolation=mode)
+    scaled: Tensor = transforms.resize_image(image, list(room), interpolation=mode)
     return scaled
 
 
@@ -616,5 +616,5 @@ def preview(source: Source, max_side: int) -> NDArray[np.uint8]:
     if source.pixels.shape[:2] == (height, width):
         return source.pixels
     image = torch.from_numpy(source.pixels).permute(2, 0, 1)
-    scaled = transforms.resize(image, [height, width])
+    scaled = transforms.resize_image(image, [height, width])
     return np.ascontiguousarray(scaled.permute(1, 2, 0).numpy())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -10,7 +9,6 @@ from itertools import chain
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from service.cam.formulas import scale
 from service.cam.hooks import Calls, Recording, calls_of, gradients, record
@@ -37,7 +35,7 @@ from service.inference.questions import (
 )
 from service.inference.segmentation import segment
 from service.inference.verdicts import gather, judged
-from service.models.catalog import Output
+from service.models.compiled.front import Precision
 from service.models.loaded import LoadedModel
 from service.models.pool import Replica
 
@@ -183,20 +181,16 @@ def forward_compiled(
         kept = activation.clone() if explains else activation
         logits = model.logits(lane.tail(kept, *beside))
     recording = Recording(targets={lane.layer: [activation]})
-    return [
-        image_pass
-        if isinstance(image_pass, CamserveError)
-        else replace(image_pass, precision=lane.precision)
-        for image_pass in _image_passes(model, questions, logits, recording, rules)
-    ]
+    return _image_passes(model, questions, logits, recording, rules, lane.precision)
 
 
-def _image_passes(
+def _image_passes(  # noqa: PLR0917 - one call for each lane
     model: LoadedModel,
     questions: Sequence[Question],
     logits: Tensor,
     recording: Recording,
     rules: LibraMode | None,
+    precision: Precision = "float32",
 ) -> list[ImagePass | CamserveError]:
     """What one forward pass, with the rules of a correction, gave each image."""
     if rules is not None and questions[0].needs_gradients and not rules.count:
@@ -208,7 +202,7 @@ def _image_passes(
         _targets(question, row) if is_finite else ()
         for question, row, is_finite in zip(questions, rows, finite, strict=True)
     ]
-    forward_pass = ForwardPass(model, questions, targets, recording, {})
+    forward_pass = ForwardPass(model, questions, targets, recording, {}, precision)
     weights = _logit_weights(forward_pass, logits)
     forward_pass = replace(
         forward_pass, gradients=_activation_gradients(forward_pass, logits, weights[:1])
@@ -234,27 +228,10 @@ def finish(image_pass: ImagePass, maps: Sequence[Tensor]) -> InferenceResult:
         ),
         image_pass.activations,
         image_pass.precision,
-        margin=margin(scores),
-        entropy=entropy(logits, model.output),
+        logits=logits,
+        scores=scores,
+        output=model.output,
     )
-
-
-def margin(scores: Tensor) -> float:
-    """The best score (of `scores`, one per class) minus the second best; 1 class: its score."""
-    best = scores.topk(min(2, len(scores))).values.tolist()
-    return float(best[0] - best[1]) if len(best) == 2 else float(best[0])
-
-
-def entropy(logits: Tensor, output: Output) -> float:
-    """The entropy of the classes' probabilities, 0..1: its share of the largest one.
-
-    Of one distribution over all classes; sigmoids are one distribution each, and their mean counts.
-    """
-    if output == "sigmoid":
-        both = torch.stack([functional.logsigmoid(logits), functional.logsigmoid(-logits)])
-        return float(-(both.exp() * both).sum(dim=0).mean() / math.log(2))
-    logs = logits.log_softmax(dim=-1)
-    return float(-(logs.exp() * logs).sum() / math.log(max(2, len(logits))))
 
 
 def _activation_paths(questions: Sequence[Question], kind: ActivationKind) -> tuple[str, ...]:
@@ -369,6 +346,7 @@ def _image_pass(
         target_activations=at_layers,
         maps=maps,
         activations=tuple(activations_of(forward_pass, image)),
+        precision=forward_pass.precision,
         repeated=any(len(forward_pass.recording.targets[path]) > 1 for path in layers),
     )
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from api_schemas.methods import METHODS, MethodRecord
 from service.cam.verdict import WHOLE, Evidence, Verdict
 from service.errors import CamserveError
 from service.images.decode import Rect
 from service.inference.contrast import Contrast
+from service.models.catalog import Output
 from service.models.compiled.front import Precision
 from service.models.loaded import LoadedModel
 
@@ -257,8 +261,7 @@ class InferenceResult:
     precision: of the engine that computed it: `float32`, or the operator's choice (`bf16`, `int8`).
     evidence:  what the verdicts rest on; None without verdicts.
     effects:   of each edit, in order, or why it has none.
-    margin:    of the two best scores, 0 undecided.
-    entropy:   of the classes' probabilities, divided by its largest value: 0 certain, 1 undecided.
+    logits, scores: of all classes, on the CPU; None of a detector or a segmenter.
     The wire's form is `api_schemas.answers.Result`.
     """
 
@@ -268,8 +271,37 @@ class InferenceResult:
     precision: Precision = "float32"
     evidence: Evidence | None = None
     effects: tuple[Effect | CamserveError, ...] = ()
-    margin: float = 0.0
-    entropy: float = 0.0
+    logits: Tensor | None = None
+    scores: Tensor | None = None
+    output: Output = "softmax"
+
+    @property
+    def margin(self) -> float:
+        """The margin of the two best scores, 0 undecided; computed when it is read."""
+        return 0.0 if self.scores is None else margin(self.scores)
+
+    @property
+    def entropy(self) -> float:
+        """The `entropy` of the classes' probabilities: 0 certain, 1 undecided; as `margin`."""
+        return 0.0 if self.logits is None else entropy(self.logits, self.output)
+
+
+def margin(scores: Tensor) -> float:
+    """The best score (of `scores`, one per class) minus the second best; 1 class: its score."""
+    best = scores.topk(min(2, len(scores))).values.tolist()
+    return float(best[0] - best[1]) if len(best) == 2 else float(best[0])
+
+
+def entropy(logits: Tensor, output: Output) -> float:
+    """The entropy of the classes' probabilities, 0..1: its share of the largest one.
+
+    Of one distribution over all classes; sigmoids are one distribution each, and their mean counts.
+    """
+    if output == "sigmoid":
+        both = torch.stack([functional.logsigmoid(logits), functional.logsigmoid(-logits)])
+        return float(-(both.exp() * both).sum(dim=0).mean() / math.log(2))
+    logs = logits.log_softmax(dim=-1)
+    return float(-(logs.exp() * logs).sum() / math.log(max(2, len(logits))))
 
 
 def lane_of(model: LoadedModel, question: Question) -> Lane:

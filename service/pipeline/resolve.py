@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,14 +39,18 @@ by `benchmarks/round_the_model.py` and rounded up."""
 class ResolvedOptions:
     """What options mean for a model.
 
-    question: makes the question of an image from its pixels.
+    template: the question of any image; its pixels are empty.
     hiding:   the part of each image to hide for a second inference, if any.
     price:    what all images cost a key, in forward passes, with what is drawn and captured.
     """
 
-    question: Callable[[Tensor], Question]
+    template: Question
     hiding: Hiding | None
     price: float
+
+    def question(self, pixels: Tensor, **seen: Any) -> Question:
+        """The question of an image, from its pixels and the fields that say what it shows."""
+        return replace(self.template, pixels=pixels, **seen)
 
 
 def resolve_options(
@@ -78,9 +82,7 @@ def resolve_options(
     mebibytes = model.activation_bytes(paths, inputs=kind.endswith("input")) / 2**20
     passes += _drawn_megapixels(options, question, limits) * COST_PER_MEGAPIXEL
     passes += mebibytes * COST_PER_MEBIBYTE
-    return ResolvedOptions(
-        lambda pixels: replace(question, pixels=pixels), _hiding(options), passes * images
-    )
+    return ResolvedOptions(question, _hiding(options), passes * images)
 
 
 def _contrast(model: LoadedModel, options: ExplainOptions) -> Contrast | None:

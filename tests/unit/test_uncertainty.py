@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.stats import entropy as entropy_of
 
-from service.inference.batch import entropy, margin
+from service.inference.questions import entropy, margin
 
 
 def test_an_undecided_softmax_has_entropy_1_and_margin_0():
