@@ -55,7 +55,9 @@ async def process_image(
 def _question(recipe: Recipe, model_input: ModelInput) -> Question:
     geometry = model_input.geometry
     question = recipe.question(model_input.pixels)
-    return replace(question, seen=geometry.content, source=geometry.source_size)
+    return replace(
+        question, seen=geometry.content, source=geometry.source_size, shown=geometry.seen
+    )
 
 
 async def render_result(recipe: Recipe, processed: ProcessedImage) -> Result:
