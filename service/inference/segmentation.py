@@ -322,6 +322,7 @@ def _explanation(
         "random_weights": model.random_weights,
         "not_deterministic": not model.behaviour.deterministic,
         "layer_not_used": not_used,
+        "places_unclear": not model.unclear.isdisjoint(question.layers),
         "not_per_box": not record.per_box,
     }
     return Explanation(

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
+from typing import Any
 
 import structlog
 import torch
@@ -193,17 +194,9 @@ def _with_task(model: LoadedModel, built: Built) -> LoadedModel:
             f"{spec.at('builder')} cannot be run on an image of {shape[2]}×{shape[1]} pixels: "
             f"{type(error).__name__}: {error}"
         ) from error
-    if task_of(raw) != model.task:
-        raise ConfigurationError(
-            f"{spec.at('task')}: the task is {model.task}, and the model returns what one of "
-            f"{task_of(raw) or 'no known task'} does."
-        )
-    if model.task == "detection" and not preprocessing.whole and preprocessing.fit != "squash":
-        raise ConfigurationError(
-            f"{spec.at('input.fit')}: the boxes of a detector are fractions of the whole image; "
-            'set fit = "squash".'
-        )
-    layers = _mappable(model, trace)
+    _check_structure(model, raw)
+    positions = _mappable(model, trace, served, images[:1], batchable=behaves.batchable)
+    layers = positions.layers
     head = box_head(module) if model.task == "detection" else None
     defaults = _configured_layer(spec, built, layers)
     if not defaults and _is_huggingface(spec):
@@ -219,27 +212,57 @@ def _with_task(model: LoadedModel, built: Built) -> LoadedModel:
         head=None if head is None else replace(head, levels=_levels(layers)),
         queries=has_queries(raw),
         behaviour=behaves,
-        findings=behaves.findings,
+        findings=_with_places(behaves.findings, positions, defaults),
+        unclear=positions.of("unclear"),
+        scattered=positions.of("scattered"),
         not_compiled=f"Models for {model.task} run in torch.",
     )
     return replace(model, stateful=_settled(model, module, images[:1]))
 
 
-def _mappable(model: LoadedModel, trace: LayerTrace) -> tuple[Layer, ...]:
+def _check_structure(model: LoadedModel, raw: Any) -> None:
+    """Raise ConfigurationError where an output is not of the task, or cannot be placed."""
+    spec, preprocessing = model.spec, model.preprocessing
+    if task_of(raw) != model.task:
+        raise ConfigurationError(
+            f"{spec.at('task')}: the task is {model.task}, and the model returns what one of "
+            f"{task_of(raw) or 'no known task'} does."
+        )
+    if model.task == "detection" and not preprocessing.whole and preprocessing.fit != "squash":
+        raise ConfigurationError(
+            f"{spec.at('input.fit')}: the boxes of a detector are fractions of the whole image; "
+            'set fit = "squash".'
+        )
+
+
+def _mappable(
+    model: LoadedModel, trace: LayerTrace, served: nn.Module, image: Tensor, *, batchable: bool
+) -> CellPositions:
     """The layers, with the layouts of those that a map can be drawn from.
 
-    Tokens count in a segmenter whose images all have one size, and in YOLOS, whose tokens are the
-    image's and then its queries. Those of other detectors may all be queries.
+    Tokens count in a segmenter whose images all have one size, where their positions are measured,
+    and in YOLOS, whose tokens are the image's and then its queries. Those of other detectors may
+    all be queries.
     """
-    if not _is_huggingface(model.spec):
-        return with_parts(trace.layers)
-    if model.task == "segmentation" and not model.preprocessing.whole:
-        return with_parts(trace.layers, attrgetter("layout"))
-    queries = int(getattr(model.module.config, "num_detection_tokens", 0))
-    if not queries:
-        return with_parts(trace.layers)
-    size = model.preprocessing.crop
-    return with_parts(trace.layers, partial(query_layout, size=size, queries=queries))
+    queries = 0
+    if _is_huggingface(model.spec):
+        queries = int(getattr(model.module.config, "num_detection_tokens", 0))
+        if model.task == "segmentation" and not model.preprocessing.whole:
+            with preserved(served):
+                found = measure_cell_positions(served, trace.layers, image, batchable=batchable)
+            return replace(found, layers=with_parts(found.layers, attrgetter("layout")))
+    of_tokens = partial(query_layout, size=model.preprocessing.crop, queries=queries)
+    return CellPositions(with_parts(trace.layers, of_tokens if queries else None))
+
+
+def _with_places(
+    findings: Sequence[Finding], positions: CellPositions, defaults: Sequence[str]
+) -> tuple[Finding, ...]:
+    """The findings, with that of the positions if they were measured."""
+    if not positions.verdicts:
+        return tuple(findings)
+    others = (finding for finding in findings if finding.name != "places")
+    return (*others, positions.finding(defaults[-1] if defaults else None))
 
 
 def _levels(layers: Sequence[Layer]) -> tuple[str, ...]:

@@ -83,6 +83,7 @@ NOT_OF_DETECTORS: dict[str, tuple[str, dict[str, Any]]] = {
     "a margin": ("RTDetrImageProcessor", {"size": SQUARE, "do_pad": True, "pad_size": LARGER}),
     "two bounds": ("DetrImageProcessor", {"size": {"max_height": 64, "max_width": 96}}),
     "no resize": ("DetrImageProcessor", {"do_resize": False}),
+    "a resize of floats": ("RfDetrImageProcessor", {"size": SQUARE}),
 }
 
 
@@ -127,7 +128,7 @@ def test_the_pixels_of_whole_images_are_those_of_the_processor(case: str, photog
     long = np.random.default_rng(0).integers(0, 256, (30, 400, 3), dtype=np.uint8)
     upright = np.ascontiguousarray(long.transpose(1, 0, 2))
     for pixels in (*photographs[:6], long, upright, np.zeros((1, 1, 3), np.uint8)):
-        given = processor(pixels, return_tensors="pt")
+        given = processor(pixels, return_tensors="pt", input_data_format="channels_last")
         assert bool(given.get("pixel_mask", torch.ones(1)).all())
         difference = fed(pixels, preprocessing) - given["pixel_values"][0]
         assert float((difference * std).abs().max()) * 255 <= 1.01
@@ -142,8 +143,8 @@ def test_sides_are_rounded_as_theirs_but_never_to_nothing(name: str, sides) -> N
     assert min(ours) > 0
     if name == "DetrImageProcessor" or min(sides) > 16:
         pixels = np.zeros((*sides, 3), np.uint8)
-        theirs = processor(pixels, return_tensors="pt")["pixel_values"].shape[2:]
-        assert tuple(theirs) == ours
+        given = processor(pixels, return_tensors="pt", input_data_format="channels_last")
+        assert tuple(given["pixel_values"].shape[2:]) == ours
 
 
 @pytest.mark.parametrize("case", NOT_OF_DETECTORS)

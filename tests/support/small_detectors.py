@@ -185,7 +185,6 @@ PROCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
     "DFine": ("RTDetrImageProcessor", {"size": {"height": 128, "width": 128}}),
     "Deimv2": ("RTDetrImageProcessor", {"size": {"height": 128, "width": 128}}),
     "LwDetr": ("DeformableDetrImageProcessor", {"size": {"height": 64, "width": 64}}),
-    "RfDetr": ("RfDetrImageProcessor", {"size": {"height": 56, "width": 56}}),
     "Yolos": ("YolosImageProcessor", {"size": {"shortest_edge": 64, "longest_edge": 107}}),
     "Segformer": ("SegformerImageProcessor", {"size": {"height": 96, "width": 96}}),
     "UperNet": ("SegformerImageProcessor", {"size": {"height": 64, "width": 64}}),
