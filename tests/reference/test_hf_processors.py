@@ -125,7 +125,7 @@ def test_the_pixels_of_whole_images_are_those_of_the_processor(case: str, photog
     preprocessing, swapped = preprocessing_of(processor, "detection")
     assert not swapped
     std = torch.tensor(preprocessing.std)[:, None, None]
-    long = np.random.default_rng(0).integers(0, 256, (30, 400, 3), dtype=np.uint8)
+    long = np.random.default_rng(0).integers(0, 256, (60, 400, 3), dtype=np.uint8)
     upright = np.ascontiguousarray(long.transpose(1, 0, 2))
     for pixels in (*photographs[:6], long, upright, np.zeros((1, 1, 3), np.uint8)):
         given = processor(pixels, return_tensors="pt", input_data_format="channels_last")
