@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torchvision.ops import box_iou
 
 from service.cam.formulas import LAYER_METHODS, fuse, precise, scale
 from service.cam.hooks import Recording, record, watch
+from service.cam.layouts import Layout
 from service.errors import CamserveError, InvalidOption, NonFiniteOutput
 from service.images.decode import Rect
 from service.inference.box_tail import level_rows, row_of
@@ -29,6 +30,7 @@ from service.models.tasks import (
     detections_in,
     finite,
     padded_window,
+    per_image,
 )
 
 LOW_RESOLUTION = 7
@@ -90,12 +92,15 @@ def detect(replica: Replica, questions: Sequence[Question]) -> list[Steps | Cams
     ):
         raw = model.outputs(replica.module, pixels)
     scene = Scene(model, replica.module, recording, seen, (pixels.shape[2], pixels.shape[3]))
+    outputs = zip(questions, per_image(raw), strict=True)
     return [
-        _of_image(scene, question, image, each, is_finite=finite(each_raw))
-        for image, (question, each, each_raw) in enumerate(
-            zip(questions, detections_in(raw), raw, strict=True)
-        )
+        _of_image(scene, question, image, _found(model, question, each), is_finite=finite(each))
+        for image, (question, each) in enumerate(outputs)
     ]
+
+
+def _found(model: LoadedModel, question: Question, each: Any) -> Detections:
+    return detections_in(each, question.source, model.output)
 
 
 def _masks_too_large(replica: Replica, question: Question) -> InvalidOption | None:
@@ -156,7 +161,8 @@ def _steps(
         boxes, labels = found.boxes[list(targets)], found.labels[list(targets)]
 
         def values(raw: Any) -> Tensor:
-            return torch.stack([_overlap(each, boxes, labels) for each in detections_in(raw)])
+            images = (_found(model, question, each) for each in per_image(raw))
+            return torch.stack([_overlap(each, boxes, labels) for each in images])
 
         own = found.scores[list(targets)]
         cams = yield from hidden_part_maps(model, question, own, values)
@@ -344,12 +350,7 @@ def _slope(  # noqa: PLR0917 - one call
 ) -> tuple[Tensor, bool]:
     """The gradient of the target at its row of the head, and whether that is the class logits'."""
     if question.of == "class":
-        label = int(found.labels[number])
-        if question.contrast is not None:
-            return question.contrast.at(of_row, label).slope(of_row, label), True
-        slope = torch.zeros_like(of_row)
-        slope[label] = 1
-        return slope, True
+        return _class_slope(question, of_row, int(found.labels[number])), True
     edge = found.boxes[number][COORDINATES.index(question.of)]
     if not edge.requires_grad:
         return torch.zeros_like(offsets.flatten(0, -2)[row]).detach(), False
@@ -357,15 +358,33 @@ def _slope(  # noqa: PLR0917 - one call
     return slope.flatten(0, -2)[row], False
 
 
+def _class_slope(question: Question, of_row: Tensor, label: int) -> Tensor:
+    """The gradient of the target at the class logits (C,) of its row."""
+    if question.contrast is not None:
+        return question.contrast.at(of_row, label).slope(of_row, label)
+    slope = torch.zeros_like(of_row)
+    slope[label] = 1
+    return slope
+
+
 def _without_head(
     scene: Scene, question: Question, image: int, found: Detections, number: int
 ) -> BoxMap:
-    """The map of one box from the logit of its score, or from its edge, in the whole graph."""
-    if question.of == "class":
-        value = as_logits(found.scores[number : number + 1], "sigmoid")[0]
-    else:
+    """The map of one box in the whole graph, from an edge of it or from the logit of its class.
+
+    That is the one in the row of its query, or log s − log(1 − s) of the score s if it has none.
+    """
+    if question.of != "class":
         value = found.boxes[number][COORDINATES.index(question.of)]
-    return _at_layers(scene, question, image, value)
+        return _at_layers(scene, question, image, value)
+    if found.logits is None:
+        value = as_logits(found.scores[number : number + 1], "sigmoid")[0]
+        return _at_layers(scene, question, image, value)
+    given = found.logits[number]
+    of_row = given.detach().float().cpu()
+    slope = _class_slope(question, of_row, int(found.labels[number]))
+    one = _at_layers(scene, question, image, (given * slope.to(given)).sum())
+    return replace(one, logits=of_row)
 
 
 def _at_layers(scene: Scene, question: Question, image: int, value: Tensor) -> BoxMap:
@@ -386,8 +405,16 @@ def _at_layers(scene: Scene, question: Question, image: int, value: Tensor) -> B
         point, gradient = used.get(path, (_point(scene.recording, path), None))
         values = point.detach()[image : image + 1]
         slope = torch.zeros_like(values) if gradient is None else gradient[image : image + 1]
-        cams.append(_cam(question, values, slope))
+        as_map = _layout(scene, path).as_map
+        cams.append(_cam(question, as_map(values), as_map(slope)))
     return BoxMap(fuse(cams), tuple(shown), _window(scene, image), not_used=not used)
+
+
+def _layout(scene: Scene, path: str) -> Layout:
+    """The layout of a layer for images of the scene's size."""
+    layout = scene.model.layer(path).layout
+    assert layout is not None, "target_layers() refuses it"
+    return layout.scaled(scene.size, scene.model.preprocessing.crop)
 
 
 def _point(recording: Recording, path: str) -> Tensor:
@@ -424,7 +451,7 @@ def _explanation(
     logit = as_logits(found.scores[number : number + 1], "sigmoid")[0]
     flags = {
         "all_zero": not bool(scaled.grid.any()),
-        "saturated": one.saturated or (model.head is None and score > SATURATED),
+        "saturated": one.saturated or (not model.knows_rows and score > SATURATED),
         "low_resolution": min(scaled.grid.shape) < LOW_RESOLUTION,
         "random_weights": model.random_weights,
         "not_deterministic": not model.behaviour.deterministic,

@@ -130,6 +130,7 @@ class Question:
     seen:        the part of `pixels`, x, y, w, h as fractions, that shows the image.
     places, of, min_score: of detectors and segmenters, see `api_schemas.options`; `source` is the
                  (width, height) of the upright image that `places` refer to.
+    shown:       the part of it, x, y, w, h in its pixels, that `pixels` show; None: all of it.
     edits:       whose effects are measured, from further forward passes.
     """
 
@@ -154,6 +155,7 @@ class Question:
     of: Of = "class"
     min_score: float = 0.5
     source: tuple[int, int] = (0, 0)
+    shown: Rect | None = None
 
     @property
     def method_record(self) -> MethodRecord | None:

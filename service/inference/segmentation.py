@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from torch.nn import functional
 
 from service.cam.formulas import LAYER_METHODS, fuse, precise, scale
 from service.cam.hooks import Recording, record
+from service.cam.layouts import Layout
 from service.cam.regions import component
+from service.cam.verdict import WHOLE
 from service.errors import CamserveError, InvalidOption, NonFiniteOutput
 from service.images.run_lengths import rle_decode
 from service.inference.forward_pass import read_only_array
@@ -31,13 +34,23 @@ LOW_RESOLUTION = 7
 
 BACKGROUND = ("__background__", "background")
 
+CLASS_SIDE = 1536
+"""Pixels of the longer side of a map of classes; run lengths of a finer one would be too long."""
+
+MAX_LOGITS = 1 << 28
+"""Values of an image's logits at that size: about a second of one core."""
+
+CLASSES = 8
+"""Classes whose logits are resized at a time."""
+
 Steps = Generator[None, Replica, InferenceResult]
+Size = tuple[int, int]
 Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Region:
-    """One class over a part of the image. mask: bool (h, w) over the model input.
+    """One class over a part of the image. mask: bool (h, w) over what the model input shows.
 
     logits, scores: the means of all classes over it, (classes,).
     """
@@ -75,14 +88,15 @@ def _of_image(
             "The model returned NaN or infinity for this image, so there is nothing to explain; "
             "check the weights and the precision of the model."
         )
-    classes = _resized_classes(logits, question)
+    classes = _resized_classes(logits, _class_size(model, question))
     try:
         targets = _targets(model, question, classes, logits) if question.explains else []
     except InvalidOption as error:
         return error
     maps = None
     if question.needs_gradients:
-        maps = [_map(recording, question, batch, image, target) for target in targets]
+        points = _points(model, recording, question)
+        maps = [_map(points, question, batch[image], image, target) for target in targets]
     return _steps(model, question, logits, classes, targets, maps)
 
 
@@ -109,12 +123,34 @@ def _steps(  # noqa: PLR0917 - one call
     return InferenceResult(_predictions(question, logits, classes), explanations, ())
 
 
-def _resized_classes(logits: Tensor, question: Question) -> Tensor:
-    """The most probable class of each pixel of the model input, (h, w)."""
+def _class_size(model: LoadedModel, question: Question) -> Size:
+    """The (height, width) that has one class for each pixel.
+
+    That of the model input; the upright source's where the input is all of it in another shape, as
+    Hugging Face returns it, scaled down to CLASS_SIDE and MAX_LOGITS.
+    """
     size = (question.pixels.shape[1], question.pixels.shape[2])
-    if logits.shape[1:] != size:
-        logits = functional.interpolate(logits[None], size, mode="bilinear")[0]
-    return logits.argmax(dim=0)
+    width, height = question.source
+    is_part = question.seen != WHOLE or question.shown not in {None, (0.0, 0.0, width, height)}
+    if model.preprocessing.whole or is_part or 0 in question.source:
+        return size
+    affordable = (MAX_LOGITS / (len(model.labels) * width * height)) ** 0.5
+    scale = min(1.0, CLASS_SIDE / max(width, height), affordable)
+    return max(1, int(scale * height)), max(1, int(scale * width))
+
+
+def _resized_classes(logits: Tensor, size: Size) -> Tensor:
+    """The most probable class of each pixel, (h, w), of logits (C, h', w') resized to `size`."""
+    if logits.shape[1:] == size:
+        return logits.argmax(dim=0)
+    best = torch.full(size, -torch.inf)
+    classes = torch.zeros(size, dtype=torch.long)
+    for first in range(0, len(logits), CLASSES):  # all of them at once would take gigabytes
+        part = logits[None, first : first + CLASSES]
+        values, found = functional.interpolate(part, size, mode="bilinear")[0].max(dim=0)
+        classes = torch.where(values > best, found + first, classes)
+        best = torch.maximum(best, values)
+    return classes
 
 
 def _over(mask: Mask, size: tuple[int, int]) -> Tensor:
@@ -135,9 +171,6 @@ def _region(class_id: int, mask: Mask, logits: Tensor) -> Region:
 def _probabilities(logits: Tensor, targets: Sequence[Region]) -> Tensor:
     """The mean probability of each target's class over its region, (K,)."""
     logits = logits.detach().cpu()
-    size = targets[0].mask.shape
-    if logits.shape[1:] != size:
-        logits = functional.interpolate(logits[None], size, mode="bilinear")[0]
     return torch.stack(
         [_region(each.class_id, each.mask, logits).scores[each.class_id] for each in targets]
     )
@@ -196,6 +229,7 @@ def _at(question: Question, place: Any, classes: Tensor, logits: Tensor) -> Regi
 def _inside(question: Question, place: Any, size: tuple[int, int]) -> Mask:
     """The pixels (h, w) of the model input that a place in source pixels names."""
     (width, height), (left, top, across, down) = question.source, question.seen
+    first_x, first_y, wide, high = question.shown or (0.0, 0.0, width, height)
     if not all(isinstance(each, float) for each in place):
         rows, counts = place
         if tuple(rows) != (height, width):
@@ -207,6 +241,8 @@ def _inside(question: Question, place: Any, size: tuple[int, int]) -> Mask:
             mask = torch.from_numpy(rle_decode((rows[0], rows[1]), counts))[None, None].float()
         except ValueError as error:
             raise InvalidOption(f"A mask in `at` cannot be read: {error}.") from error
+        mask = mask[..., math.floor(first_y) : math.ceil(first_y + high), :]
+        mask = mask[..., math.floor(first_x) : math.ceil(first_x + wide)]
         inner = max(1, round(down * size[0])), max(1, round(across * size[1]))
         shown = functional.interpolate(mask, inner, mode="nearest")[0, 0] > 0
         found = np.zeros(size, dtype=np.bool_)
@@ -215,8 +251,8 @@ def _inside(question: Question, place: Any, size: tuple[int, int]) -> Mask:
         part |= shown.numpy()[: part.shape[0], : part.shape[1]]
         return found
     x, y, w, h = (*place, 0.0, 0.0)[:4]
-    xs = [(left + each / width * across) * size[1] for each in (x, x + w)]
-    ys = [(top + each / height * down) * size[0] for each in (y, y + h)]
+    xs = [(left + (each - first_x) / wide * across) * size[1] for each in (x, x + w)]
+    ys = [(top + (each - first_y) / high * down) * size[0] for each in (y, y + h)]
     found = np.zeros(size, dtype=np.bool_)
     if len(place) == 2:
         row, column = int(np.floor(ys[0])), int(np.floor(xs[0]))
@@ -228,30 +264,43 @@ def _inside(question: Question, place: Any, size: tuple[int, int]) -> Mask:
     return found
 
 
+def _points(
+    model: LoadedModel, recording: Recording, question: Question
+) -> list[tuple[Tensor, Layout]]:
+    """The recorded output of each of the question's layers, and its layout."""
+    layouts = ((path, model.layer(path).layout) for path in question.layers)
+    return [(recording.targets[path][-1], layout) for path, layout in layouts if layout is not None]
+
+
 def _map(
-    recording: Recording, question: Question, batch: Tensor, image: int, target: Region
+    points: Sequence[tuple[Tensor, Layout]],
+    question: Question,
+    logits: Tensor,
+    image: int,
+    target: Region,
 ) -> tuple[Tensor, bool]:
-    """The map (h, w) of a region at the question's layers, and whether none of them is used."""
-    logits = batch[image]
+    """The map (h, w) of a region at the question's layers, and whether none of them is used.
+
+    logits: (C, h, w) of the image, with a graph to the points.
+    """
     share = _over(target.mask, (logits.shape[1], logits.shape[2])).to(logits)
     slope = torch.zeros(len(logits)).to(logits)
     slope[target.class_id] = 1
     if question.contrast is not None:
         contrast = question.contrast.at(target.logits, target.class_id)
         slope = contrast.slope(target.logits, target.class_id).to(logits)
-    points = [recording.targets[path][-1] for path in question.layers]
     gradients: Sequence[Tensor | None] = [None] * len(points)
     if logits.requires_grad:
         weights = slope[:, None, None] * (share / share.sum().clamp_min(1e-9))
-        gradients = torch.autograd.grad(
-            logits, points, weights, retain_graph=True, allow_unused=True
-        )
+        at = [point for point, _ in points]
+        gradients = torch.autograd.grad(logits, at, weights, retain_graph=True, allow_unused=True)
     cams, used = [], False
-    for point, gradient in zip(points, gradients, strict=True):
+    for (point, layout), gradient in zip(points, gradients, strict=True):
         values = precise(point.detach()[image : image + 1])
         given = torch.zeros_like(values) if gradient is None else gradient[image : image + 1]
         used = used or bool(given.any())
-        cams.append(LAYER_METHODS[question.method or ""](values, precise(given))[0].cpu())
+        values, given = layout.as_map(values), layout.as_map(precise(given))
+        cams.append(LAYER_METHODS[question.method or ""](values, given)[0].cpu())
     return fuse(cams), not used
 
 
@@ -273,6 +322,7 @@ def _explanation(
         "random_weights": model.random_weights,
         "not_deterministic": not model.behaviour.deterministic,
         "layer_not_used": not_used,
+        "places_unclear": not model.unclear.isdisjoint(question.layers),
         "not_per_box": not record.per_box,
     }
     return Explanation(

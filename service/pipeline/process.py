@@ -106,8 +106,8 @@ def _watch(recipe: Recipe, upload: Upload, inference: InferenceResult) -> None:
 
 def _question(recipe: Recipe, model_input: ModelInput) -> Question:
     geometry = model_input.geometry
-    seen, source = geometry.content, geometry.source_size
-    return recipe.question(model_input.pixels, seen=seen, source=source)
+    seen, source, shown = geometry.content, geometry.source_size, geometry.seen
+    return recipe.question(model_input.pixels, seen=seen, source=source, shown=shown)
 
 
 async def render(recipe: Recipe, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
