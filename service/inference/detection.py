@@ -20,6 +20,7 @@ from service.inference.forward_pass import read_only_array
 from service.inference.hidden_parts import hidden_part_maps
 from service.inference.method_table import cost
 from service.inference.questions import Explanation, InferenceResult, Prediction, Question
+from service.inference.tracked import Tracker, with_tracked
 from service.models.loaded import LoadedModel
 from service.models.pool import Replica
 from service.models.probes.logits import as_logits
@@ -138,7 +139,8 @@ def _of_image(
         )
     try:
         check_labels(found.labels, scene.model.labels, scene.model.name)
-        targets = chosen_boxes(question, found) if question.explains else []
+        has_targets = question.explains or question.tracks
+        targets = chosen_boxes(question, found) if has_targets else []
         maps = _maps(scene, question, image, found, targets) if question.needs_gradients else None
     except InvalidOption as error:
         return error
@@ -152,8 +154,8 @@ def _steps(
     targets: Sequence[int],
     maps: Sequence[BoxMap] | None,
 ) -> Steps:
-    if maps is None and targets:
-        boxes, labels = found.boxes[list(targets)], found.labels[list(targets)]
+    boxes, labels = found.boxes[list(targets)], found.labels[list(targets)]
+    if maps is None and question.explains and targets:
 
         def values(raw: Any) -> Tensor:
             return torch.stack([_overlap(each, boxes, labels) for each in detections_in(raw)])
@@ -161,14 +163,48 @@ def _steps(
         own = found.scores[list(targets)]
         cams = yield from hidden_part_maps(model, question, own, values)
         maps = [BoxMap(cam, (), None) for cam in cams]
-    return InferenceResult(
+    explained = targets if question.explains else ()
+    result = InferenceResult(
         _predictions(question, found),
         tuple(
             _explanation(model, question, found, target, one)
-            for target, one in zip(targets, maps or (), strict=True)
+            for target, one in zip(explained, maps or (), strict=True)
         ),
         (),
     )
+    if not (question.tracks or question.verify):
+        return result
+    return (yield from with_tracked(model, question, result, _tracker(question, found, targets)))
+
+
+def _tracker(question: Question, found: Detections, targets: Sequence[int]) -> Tracker:
+    """Measures detections by the best one of the same class that overlaps each."""
+    boxes, labels = found.boxes[list(targets)], found.labels[list(targets)]
+
+    def measure(raw: Any) -> list[Tensor]:
+        return [best_matches(_detached(each), boxes, labels) for each in detections_in(raw)]
+
+    return Tracker(
+        tuple(_prediction(found, number) for number in targets),
+        torch.stack([found.scores[list(targets)], torch.ones(len(targets))]),
+        measure,
+        lambda raw: _predictions(question, _detached(detections_in(raw)[0])),
+    )
+
+
+def best_matches(found: Detections, boxes: Tensor, labels: Tensor) -> Tensor:
+    """Score and IoU (2, K) of the best match of some boxes (K, 4) among detections.
+
+    A match has the same class and an IoU of NEAR or more; the best one has the highest score.
+    Zeros where there is none.
+    """
+    if not len(found.scores):
+        return torch.zeros(2, len(boxes))
+    overlaps = box_iou(boxes, found.boxes)
+    matches = (overlaps >= NEAR) & (labels[:, None] == found.labels)
+    scores, best = torch.where(matches, found.scores, -1).max(dim=1)
+    values = torch.stack([scores, overlaps.gather(1, best[:, None])[:, 0]])
+    return torch.where(scores >= 0, values, 0)
 
 
 def _overlap(found: Detections, boxes: Tensor, labels: Tensor) -> Tensor:
@@ -191,17 +227,17 @@ def _detached(found: Detections) -> Detections:
 
 def _predictions(question: Question, found: Detections) -> tuple[Prediction, ...]:
     count = min(question.top_k, int((found.scores >= question.min_score).sum()))
-    logits = as_logits(found.scores, "sigmoid").tolist()
-    return tuple(
-        Prediction(
-            int(found.labels[number]),
-            float(found.scores[number]),
-            logits[number],
-            number,
-            box_of(found, number),
-            None if found.masks is None else (found.masks[number, 0] > 0.5).numpy(),
-        )
-        for number in range(count)
+    return tuple(_prediction(found, number) for number in range(count))
+
+
+def _prediction(found: Detections, number: int) -> Prediction:
+    return Prediction(
+        int(found.labels[number]),
+        float(found.scores[number]),
+        float(as_logits(found.scores[number : number + 1], "sigmoid")[0]),
+        number,
+        box_of(found, number),
+        None if found.masks is None else (found.masks[number, 0] > 0.5).numpy(),
     )
 
 

@@ -22,6 +22,7 @@ from service.inference.forward_pass import read_only_array
 from service.inference.hidden_parts import hidden_part_maps
 from service.inference.method_table import cost
 from service.inference.questions import Explanation, InferenceResult, Prediction, Question
+from service.inference.tracked import Tracker, with_tracked
 from service.models.loaded import LoadedModel
 from service.models.pool import Replica
 from service.models.tasks import region_logits
@@ -77,7 +78,8 @@ def _of_image(
         )
     classes = _resized_classes(logits, question)
     try:
-        targets = _targets(model, question, classes, logits) if question.explains else []
+        has_targets = question.explains or question.tracks
+        targets = _targets(model, question, classes, logits) if has_targets else []
     except InvalidOption as error:
         return error
     maps = None
@@ -94,7 +96,7 @@ def _steps(  # noqa: PLR0917 - one call
     targets: Sequence[Region],
     maps: Sequence[tuple[Tensor, bool]] | None,
 ) -> Steps:
-    if maps is None and targets:
+    if maps is None and question.explains and targets:
         own = torch.stack([target.scores[target.class_id] for target in targets])
 
         def values(raw: Any) -> Tensor:
@@ -104,9 +106,39 @@ def _steps(  # noqa: PLR0917 - one call
         maps = [(cam, False) for cam in cams]
     explanations = tuple(
         _explanation(model, question, target, cam, not_used=not_used)
-        for target, (cam, not_used) in zip(targets, maps or (), strict=True)
+        for target, (cam, not_used) in zip(
+            targets if question.explains else (), maps or (), strict=True
+        )
     )
-    return InferenceResult(_predictions(question, logits, classes), explanations, ())
+    result = InferenceResult(_predictions(question, logits, classes), explanations, ())
+    if not (question.tracks or question.verify):
+        return result
+    return (yield from with_tracked(model, question, result, _tracker(question, targets, logits)))
+
+
+def _tracker(question: Question, targets: Sequence[Region], logits: Tensor) -> Tracker:
+    """Measures regions by the probability of their class, and by the pixels that keep it."""
+
+    def measure(raw: Tensor) -> Tensor:
+        classes = _resized_classes(raw, question).numpy()
+        kept = [float((classes[one.mask] == one.class_id).mean()) for one in targets]
+        return torch.stack([_probabilities(raw, targets), torch.tensor(kept)])
+
+    def predictions(raw: Any) -> tuple[Prediction, ...]:
+        first = region_logits(raw)[0].cpu()
+        return _predictions(question, first, _resized_classes(first, question))
+
+    return Tracker(
+        tuple(_tracked(one) for one in targets),
+        measure(logits),
+        lambda raw: [measure(each) for each in region_logits(raw).cpu()],
+        predictions,
+    )
+
+
+def _tracked(one: Region) -> Prediction:
+    score, logit = float(one.scores[one.class_id]), float(one.logits[one.class_id])
+    return Prediction(one.class_id, score, logit, mask=one.mask)
 
 
 def _resized_classes(logits: Tensor, question: Question) -> Tensor:
@@ -134,12 +166,15 @@ def _region(class_id: int, mask: Mask, logits: Tensor) -> Region:
 
 def _probabilities(logits: Tensor, targets: Sequence[Region]) -> Tensor:
     """The mean probability of each target's class over its region, (K,)."""
+    if not targets:
+        return torch.zeros(0)
     logits = logits.detach().cpu()
     size = targets[0].mask.shape
     if logits.shape[1:] != size:
         logits = functional.interpolate(logits[None], size, mode="bilinear")[0]
+    chances = logits.softmax(dim=0)
     return torch.stack(
-        [_region(each.class_id, each.mask, logits).scores[each.class_id] for each in targets]
+        [chances[one.class_id][torch.from_numpy(one.mask)].mean() for one in targets]
     )
 
 
