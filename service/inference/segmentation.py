@@ -110,13 +110,17 @@ def _steps(  # noqa: PLR0917 - one call
             targets if question.explains else (), maps or (), strict=True
         )
     )
-    result = InferenceResult(_predictions(question, logits, classes), explanations, ())
+    result = InferenceResult(_predictions(model, question, logits, classes), explanations, ())
     if not (question.tracks or question.verify):
         return result
-    return (yield from with_tracked(model, question, result, _tracker(question, targets, logits)))
+    return (
+        yield from with_tracked(model, question, result, _tracker(model, question, targets, logits))
+    )
 
 
-def _tracker(question: Question, targets: Sequence[Region], logits: Tensor) -> Tracker:
+def _tracker(
+    model: LoadedModel, question: Question, targets: Sequence[Region], logits: Tensor
+) -> Tracker:
     """Measures regions by the probability of their class, and by the pixels that keep it."""
 
     def measure(raw: Tensor) -> Tensor:
@@ -126,19 +130,14 @@ def _tracker(question: Question, targets: Sequence[Region], logits: Tensor) -> T
 
     def predictions(raw: Any) -> tuple[Prediction, ...]:
         first = region_logits(raw)[0].cpu()
-        return _predictions(question, first, _resized_classes(first, question))
+        return _predictions(model, question, first, _resized_classes(first, question))
 
     return Tracker(
-        tuple(_tracked(one) for one in targets),
+        tuple(map(_as_prediction, targets)),
         measure(logits),
         lambda raw: [measure(each) for each in region_logits(raw).cpu()],
         predictions,
     )
-
-
-def _tracked(one: Region) -> Prediction:
-    score, logit = float(one.scores[one.class_id]), float(one.logits[one.class_id])
-    return Prediction(one.class_id, score, logit, mask=one.mask)
 
 
 def _resized_classes(logits: Tensor, question: Question) -> Tensor:
@@ -178,22 +177,24 @@ def _probabilities(logits: Tensor, targets: Sequence[Region]) -> Tensor:
     )
 
 
-def _predictions(question: Question, logits: Tensor, classes: Tensor) -> tuple[Prediction, ...]:
-    """One for each class that is the most probable one somewhere, the largest first."""
+def _by_size(model: LoadedModel, classes: Tensor) -> list[int]:
+    """The classes of some pixels, the most frequent first and the background last."""
     ids, counts = classes.unique(return_counts=True)
-    order = counts.argsort(descending=True, stable=True)[: question.top_k]
-    found = []
-    for class_id in ids[order].tolist():
-        region = _region(class_id, (classes == class_id).numpy(), logits)
-        found.append(
-            Prediction(
-                class_id,
-                float(region.scores[class_id]),
-                float(region.logits[class_id]),
-                mask=region.mask,
-            )
-        )
-    return tuple(found)
+    largest = [int(ids[number]) for number in counts.argsort(descending=True, stable=True)]
+    return sorted(largest, key=lambda one: model.labels[one].lower() in BACKGROUND)
+
+
+def _predictions(
+    model: LoadedModel, question: Question, logits: Tensor, classes: Tensor
+) -> tuple[Prediction, ...]:
+    """One for each class that is the most probable one somewhere, in the order of `_by_size`."""
+    listed = _by_size(model, classes)[: question.top_k]
+    return tuple(_as_prediction(_region(one, (classes == one).numpy(), logits)) for one in listed)
+
+
+def _as_prediction(region: Region) -> Prediction:
+    score, logit = float(region.scores[region.class_id]), float(region.logits[region.class_id])
+    return Prediction(region.class_id, score, logit, mask=region.mask)
 
 
 def _targets(
@@ -202,8 +203,7 @@ def _targets(
     """The regions to explain. Raises InvalidOption for a place that is not in the image."""
     if question.places:
         return [_at(question, place, classes, logits) for place in question.places]
-    ids, counts = classes.unique(return_counts=True)
-    largest = [int(ids[number]) for number in counts.argsort(descending=True, stable=True)]
+    largest = _by_size(model, classes)
     shown = [one for one in largest if model.labels[one].lower() not in BACKGROUND]
     wanted = [one for one in question.targets if one in largest] or (
         [] if question.targets else shown[: question.explain_top]
