@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from service.cam.formulas import LAYER_METHODS, fuse, precise, scale
+from service.cam.formulas import LAYER_METHODS, fuse, precise
 from service.cam.hooks import Recording, record, watch
 from service.errors import CamserveError, InvalidOption, NonFiniteOutput
 from service.images.decode import Rect
 from service.inference.box_tail import level_rows, row_of
-from service.inference.forward_pass import read_only_array
+from service.inference.explanations import SATURATED, contrast_fields, explanation_of
 from service.inference.hidden_parts import hidden_part_maps
-from service.inference.method_table import cost
 from service.inference.questions import Explanation, InferenceResult, Prediction, Question
 from service.inference.tracked import Tracker, with_tracked
 from service.models.loaded import LoadedModel
@@ -31,10 +30,6 @@ from service.models.tasks import (
     finite,
     padded_window,
 )
-
-LOW_RESOLUTION = 7
-SATURATED = 0.9999
-"""As in `service.inference.batch`."""
 
 NEAR = 0.5
 """The smallest overlap (IoU) at which a box in `at` names a detection."""
@@ -448,41 +443,30 @@ def _window(scene: Scene, image: int) -> Rect | None:
 def _explanation(
     model: LoadedModel, question: Question, found: Detections, number: int, one: BoxMap
 ) -> Explanation:
-    record, scaled, score = question.method_record, scale(one.cam), float(found.scores[number])
+    record, score, class_id = (
+        question.method_record,
+        float(found.scores[number]),
+        int(found.labels[number]),
+    )
     assert record is not None
-    class_id, contrast = int(found.labels[number]), question.contrast
-    weights: Mapping[int, float] = {}
-    difference = None
-    if contrast is not None and one.logits is not None:
-        at = contrast.at(one.logits, class_id)
-        weights = at.as_mapping(one.logits)
-        difference = float(at.lead(one.logits, class_id))
-    logit = as_logits(found.scores[number : number + 1], "sigmoid")[0]
     flags = {
-        "all_zero": not bool(scaled.grid.any()),
         "saturated": one.saturated or (model.head is None and score > SATURATED),
-        "low_resolution": min(scaled.grid.shape) < LOW_RESOLUTION,
-        "random_weights": model.random_weights,
-        "not_deterministic": not model.behaviour.deterministic,
         "layer_not_used": one.not_used,
         "edge_clipped": one.clipped,
         "not_per_box": not record.per_box,
     }
-    return Explanation(
+    return explanation_of(
+        model,
+        question,
+        one.cam,
+        flags,
         class_id=class_id,
         score=score,
-        logit=float(logit),
-        contrast=weights,
-        logit_difference=difference,
-        method=record.name,
+        logit=float(as_logits(found.scores[number : number + 1], "sigmoid")[0]),
         layers=one.layers if record.has_layer else (),
-        grid=read_only_array(scaled.grid),
-        low=scaled.low,
-        high=scaled.high,
-        flags=tuple(flag for flag, is_set in flags.items() if is_set),
-        cost=cost(model, question),
         detection=number,
         box=box_of(found, number),
         of=question.of,
         window=one.window,
+        **contrast_fields(question.contrast, one.logits, class_id),
     )

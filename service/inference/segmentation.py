@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,22 +13,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from service.cam.formulas import LAYER_METHODS, fuse, precise, scale
+from service.cam.formulas import LAYER_METHODS, fuse, precise
 from service.cam.hooks import Recording, record
 from service.cam.regions import component
 from service.errors import CamserveError, InvalidOption, NonFiniteOutput
 from service.images.run_lengths import rle_decode
-from service.inference.forward_pass import read_only_array
+from service.inference.explanations import contrast_fields, explanation_of
 from service.inference.hidden_parts import hidden_part_maps
-from service.inference.method_table import cost
 from service.inference.questions import Explanation, InferenceResult, Prediction, Question
 from service.inference.tracked import Tracker, with_tracked
 from service.models.loaded import LoadedModel
 from service.models.pool import Replica
 from service.models.tasks import region_logits
-
-LOW_RESOLUTION = 7
-"""As in `service.inference.batch`."""
 
 BACKGROUND = ("__background__", "background")
 
@@ -293,35 +289,21 @@ def _map(
 def _explanation(
     model: LoadedModel, question: Question, target: Region, cam: Tensor, *, not_used: bool
 ) -> Explanation:
-    record, scaled, class_id = question.method_record, scale(cam), target.class_id
+    record, class_id = question.method_record, target.class_id
     assert record is not None
-    weights: Mapping[int, float] = {}
-    difference = None
-    if question.contrast is not None:
-        contrast = question.contrast.at(target.logits, class_id)
-        weights = contrast.as_mapping(target.logits)
-        difference = float(contrast.lead(target.logits, class_id))
     flags = {
-        "all_zero": not bool(scaled.grid.any()),
         "target_not_predicted": class_id != int(target.scores.argmax()),
-        "low_resolution": min(scaled.grid.shape) < LOW_RESOLUTION,
-        "random_weights": model.random_weights,
-        "not_deterministic": not model.behaviour.deterministic,
         "layer_not_used": not_used,
         "not_per_box": not record.per_box,
     }
-    return Explanation(
+    return explanation_of(
+        model,
+        question,
+        cam,
+        flags,
         class_id=class_id,
         score=float(target.scores[class_id]),
         logit=float(target.logits[class_id]),
-        contrast=weights,
-        logit_difference=difference,
-        method=record.name,
-        layers=question.layers if record.has_layer else (),
-        grid=read_only_array(scaled.grid),
-        low=scaled.low,
-        high=scaled.high,
-        flags=tuple(flag for flag, is_set in flags.items() if is_set),
-        cost=cost(model, question),
         region=target.mask,
+        **contrast_fields(question.contrast, target.logits, class_id),
     )
