@@ -30,6 +30,9 @@ _NAMES = "turbo jet viridis inferno magma plasma cividis hot cool bone parula tw
 # take longer: each band calls torch and OpenCV, and takes the GIL again after each call.
 BAND = 128
 
+LINES = 600
+"""The longer side of an image by the thickness of a line on it."""
+
 
 def _tables() -> dict[str, NDArray[np.uint8]]:
     ramp = np.arange(256, dtype=np.uint8).reshape(256, 1)
@@ -188,8 +191,12 @@ def render_overlay(
     style: Style,
     source_pixels: NDArray[np.uint8],
     model_pixels: NDArray[np.uint8],
+    *,
+    box: Rect | None = None,
 ) -> EncodedImage:
     """Draw the coloured map over the image; outside `geometry.seen` the image is unchanged.
+
+    `box` is outlined, x, y, w, h in source pixels, but for the size "native".
 
     `source_pixels` is `decode.preview` of the source, drawn on for the size "source";
     `model_pixels` the model input, drawn on for "model" and "native"; both uint8 (h, w, 3), RGB.
@@ -209,7 +216,22 @@ def render_overlay(
         part = seen[start : start + BAND]
         colours = cv2.applyColorMap(levels[start : start + BAND], table)
         cv2.addWeighted(colours, style.opacity, part, 1.0 - style.opacity, 0.0, dst=part)
+    if box is not None and style.size != "native":
+        _outline(drawn, rect, box)
     return EncodedImage(f"image/{style.format}", *size, encode(drawn, style.format))
+
+
+def _outline(drawn: NDArray[np.uint8], rect: Rect, box: Rect) -> None:
+    """Draw a thin line around a box: white between two black ones, to be seen on any image."""
+    height, width = drawn.shape[:2]
+    across, down = width / rect[2], height / rect[3]
+    corners = [
+        (round((x - rect[0]) * across), round((y - rect[1]) * down))
+        for x, y in ((box[0], box[1]), (box[0] + box[2], box[1] + box[3]))
+    ]
+    line = max(1, round(max(width, height) / LINES))
+    for color, thickness in (((0, 0, 0), 3 * line), ((255, 255, 255), line)):
+        cv2.rectangle(drawn, corners[0], corners[1], color, thickness)
 
 
 def _part(pixels: NDArray[np.uint8], geometry: Geometry, rect: Rect) -> NDArray[np.uint8]:

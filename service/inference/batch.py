@@ -10,22 +10,21 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from service.cam.formulas import scale
 from service.cam.hooks import Calls, Recording, calls_of, gradients, record
 from service.cam.libra import LibraMode
 from service.errors import CamserveError, InvalidOption, NonFiniteOutput
 from service.inference.detection import detect
 from service.inference.edit_effects import measured_effects
+from service.inference.explanations import SATURATED, explanation_of
 from service.inference.forward_pass import (
     ForwardPass,
     GradientPoint,
     ImagePass,
     activations_of,
-    read_only_array,
 )
 from service.inference.input_gradients import correction, without_rules
 from service.inference.maps import fuse_layers, head_map, maps_at_layers, target_activation
-from service.inference.method_table import MULTI_PASS_METHODS, cost
+from service.inference.method_table import MULTI_PASS_METHODS
 from service.inference.questions import (
     ActivationKind,
     Explanation,
@@ -38,12 +37,6 @@ from service.inference.verdicts import gather, judged
 from service.models.compiled.front import Precision
 from service.models.loaded import LoadedModel
 from service.models.pool import Replica
-
-LOW_RESOLUTION = 7
-"""A map whose shorter side has fewer cells than this is flagged `low_resolution`."""
-
-SATURATED = 0.9999
-"""A score above this is flagged `saturated`: its gradient says little."""
 
 BACKWARD_BYTES = 4 << 20
 """Bytes of gradients at the target layers that one backward pass returns: as many targets as fit
@@ -352,39 +345,32 @@ def _image_pass(
 
 
 def _explanation(image_pass: ImagePass, class_id: int, score: float, cam: Tensor) -> Explanation:
-    question, model, scaled = image_pass.question, image_pass.model, scale(cam)
+    question, model = image_pass.question, image_pass.model
     method, contrast = question.method_record, image_pass.contrast(class_id)
     assert method is not None
     weights = contrast.as_mapping(image_pass.logits) if contrast else {}
     logit = float(image_pass.logits[class_id])
     flags = {
-        "all_zero": not bool(scaled.grid.any()),
         "target_not_predicted": class_id != int(image_pass.logits.argmax()),
         "saturated": model.output != "none" and score > SATURATED,
-        "low_resolution": min(scaled.grid.shape) < LOW_RESOLUTION,
-        "random_weights": model.random_weights,
         "module_called_n_times": image_pass.repeated,
-        "not_deterministic": not model.behaviour.deterministic,
         "activation_in_model": model.behaviour.output_activation is not None,
         "weights_hardly_matter": model.weights_hardly_matter(method.name, question.layers),
         "experimental": question.libra,
         "class_blind": method.class_blind,
         "places_unclear": not model.unclear.isdisjoint(question.layers),
     }
-    return Explanation(
+    return explanation_of(
+        model,
+        question,
+        cam,
+        flags,
         class_id=class_id,
         score=score,
         logit=logit,
         contrast=weights,
         logit_difference=_difference(logit, weights, image_pass.logits),
-        method=method.name,
-        layers=question.layers if method.has_layer else (),
         libra=question.libra,
-        grid=read_only_array(scaled.grid),
-        low=scaled.low,
-        high=scaled.high,
-        flags=tuple(flag for flag, is_set in flags.items() if is_set),
-        cost=cost(model, question),
     )
 
 

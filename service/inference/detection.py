@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from service.cam.formulas import LAYER_METHODS, fuse, precise, scale
+from service.cam.formulas import LAYER_METHODS, fuse, precise
 from service.cam.hooks import Recording, record, watch
 from service.cam.layouts import Layout
 from service.errors import CamserveError, InvalidOption, NonFiniteOutput
 from service.images.decode import Rect
 from service.inference.box_tail import level_rows, row_of
-from service.inference.forward_pass import read_only_array
+from service.inference.explanations import SATURATED, contrast_fields, explanation_of
 from service.inference.hidden_parts import hidden_part_maps
-from service.inference.method_table import cost
 from service.inference.questions import Explanation, InferenceResult, Prediction, Question
+from service.inference.tracked import Tracker, with_tracked
 from service.models.loaded import LoadedModel
 from service.models.pool import Replica
 from service.models.probes.logits import as_logits
@@ -32,10 +32,6 @@ from service.models.tasks import (
     padded_window,
     per_image,
 )
-
-LOW_RESOLUTION = 7
-SATURATED = 0.9999
-"""As in `service.inference.batch`."""
 
 NEAR = 0.5
 """The smallest overlap (IoU) at which a box in `at` names a detection."""
@@ -143,7 +139,8 @@ def _of_image(
         )
     try:
         check_labels(found.labels, scene.model.labels, scene.model.name)
-        targets = chosen_boxes(question, found) if question.explains else []
+        has_targets = question.explains or question.tracks
+        targets = chosen_boxes(question, found) if has_targets else []
         maps = _maps(scene, question, image, found, targets) if question.needs_gradients else None
     except InvalidOption as error:
         return error
@@ -157,8 +154,8 @@ def _steps(
     targets: Sequence[int],
     maps: Sequence[BoxMap] | None,
 ) -> Steps:
-    if maps is None and targets:
-        boxes, labels = found.boxes[list(targets)], found.labels[list(targets)]
+    boxes, labels = found.boxes[list(targets)], found.labels[list(targets)]
+    if maps is None and question.explains and targets:
 
         def values(raw: Any) -> Tensor:
             images = (_found(model, question, each) for each in per_image(raw))
@@ -167,14 +164,54 @@ def _steps(
         own = found.scores[list(targets)]
         cams = yield from hidden_part_maps(model, question, own, values)
         maps = [BoxMap(cam, (), None) for cam in cams]
-    return InferenceResult(
+    explained = targets if question.explains else ()
+    result = InferenceResult(
         _predictions(question, found),
         tuple(
             _explanation(model, question, found, target, one)
-            for target, one in zip(targets, maps or (), strict=True)
+            for target, one in zip(explained, maps or (), strict=True)
         ),
         (),
     )
+    if not (question.tracks or question.verify):
+        return result
+    tracker = _tracker(model, question, found, targets)
+    return (yield from with_tracked(model, question, result, tracker))
+
+
+def _tracker(
+    model: LoadedModel, question: Question, found: Detections, targets: Sequence[int]
+) -> Tracker:
+    """Measures detections by the best one of the same class that overlaps each."""
+    boxes, labels = found.boxes[list(targets)], found.labels[list(targets)]
+
+    def images(raw: Any) -> list[Detections]:
+        return [_detached(_found(model, question, each)) for each in per_image(raw)]
+
+    def measure(raw: Any) -> list[Tensor]:
+        return [best_matches(each, boxes, labels) for each in images(raw)]
+
+    return Tracker(
+        tuple(_prediction(found, number) for number in targets),
+        torch.stack([found.scores[list(targets)], torch.ones(len(targets))]),
+        measure,
+        lambda raw: _predictions(question, images(raw)[0]),
+    )
+
+
+def best_matches(found: Detections, boxes: Tensor, labels: Tensor) -> Tensor:
+    """Score and IoU (2, K) of the best match of some boxes (K, 4) among detections.
+
+    A match has the same class and an IoU of NEAR or more; the best one has the highest score.
+    Zeros where there is none.
+    """
+    if not len(found.scores):
+        return torch.zeros(2, len(boxes))
+    overlaps = box_iou(boxes, found.boxes)
+    matches = (overlaps >= NEAR) & (labels[:, None] == found.labels)
+    scores, best = torch.where(matches, found.scores, -1).max(dim=1)
+    values = torch.stack([scores, overlaps.gather(1, best[:, None])[:, 0]])
+    return torch.where(scores >= 0, values, 0)
 
 
 def _overlap(found: Detections, boxes: Tensor, labels: Tensor) -> Tensor:
@@ -197,17 +234,17 @@ def _detached(found: Detections) -> Detections:
 
 def _predictions(question: Question, found: Detections) -> tuple[Prediction, ...]:
     count = min(question.top_k, int((found.scores >= question.min_score).sum()))
-    logits = as_logits(found.scores, "sigmoid").tolist()
-    return tuple(
-        Prediction(
-            int(found.labels[number]),
-            float(found.scores[number]),
-            logits[number],
-            number,
-            box_of(found, number),
-            None if found.masks is None else (found.masks[number, 0] > 0.5).numpy(),
-        )
-        for number in range(count)
+    return tuple(_prediction(found, number) for number in range(count))
+
+
+def _prediction(found: Detections, number: int) -> Prediction:
+    return Prediction(
+        int(found.labels[number]),
+        float(found.scores[number]),
+        float(as_logits(found.scores[number : number + 1], "sigmoid")[0]),
+        number,
+        box_of(found, number),
+        None if found.masks is None else (found.masks[number, 0] > 0.5).numpy(),
     )
 
 
@@ -439,41 +476,30 @@ def _window(scene: Scene, image: int) -> Rect | None:
 def _explanation(
     model: LoadedModel, question: Question, found: Detections, number: int, one: BoxMap
 ) -> Explanation:
-    record, scaled, score = question.method_record, scale(one.cam), float(found.scores[number])
+    record, score, class_id = (
+        question.method_record,
+        float(found.scores[number]),
+        int(found.labels[number]),
+    )
     assert record is not None
-    class_id, contrast = int(found.labels[number]), question.contrast
-    weights: Mapping[int, float] = {}
-    difference = None
-    if contrast is not None and one.logits is not None:
-        at = contrast.at(one.logits, class_id)
-        weights = at.as_mapping(one.logits)
-        difference = float(at.lead(one.logits, class_id))
-    logit = as_logits(found.scores[number : number + 1], "sigmoid")[0]
     flags = {
-        "all_zero": not bool(scaled.grid.any()),
         "saturated": one.saturated or (not model.knows_rows and score > SATURATED),
-        "low_resolution": min(scaled.grid.shape) < LOW_RESOLUTION,
-        "random_weights": model.random_weights,
-        "not_deterministic": not model.behaviour.deterministic,
         "layer_not_used": one.not_used,
         "edge_clipped": one.clipped,
         "not_per_box": not record.per_box,
     }
-    return Explanation(
+    return explanation_of(
+        model,
+        question,
+        one.cam,
+        flags,
         class_id=class_id,
         score=score,
-        logit=float(logit),
-        contrast=weights,
-        logit_difference=difference,
-        method=record.name,
+        logit=float(as_logits(found.scores[number : number + 1], "sigmoid")[0]),
         layers=one.layers if record.has_layer else (),
-        grid=read_only_array(scaled.grid),
-        low=scaled.low,
-        high=scaled.high,
-        flags=tuple(flag for flag, is_set in flags.items() if is_set),
-        cost=cost(model, question),
         detection=number,
         box=box_of(found, number),
         of=question.of,
         window=one.window,
+        **contrast_fields(question.contrast, one.logits, class_id),
     )

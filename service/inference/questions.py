@@ -26,6 +26,9 @@ Of = Literal["class", "x1", "y1", "x2", "y2"]
 Place = tuple[float, ...] | tuple[tuple[int, int], str | tuple[int, ...]]
 """A point (x, y), a box (x, y, w, h), or run lengths: a size (height, width) and its counts."""
 
+MIN_SCORE = 0.5
+"""The lowest score of a detection that counts, by default."""
+
 ActivationKind = Literal["output", "input", "grad_output", "grad_input"]
 Lane = Literal["compiled", "folded", "hooked"]
 
@@ -111,6 +114,19 @@ class Effect:
     explanation: Explanation | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class TrackedEffect:
+    """What an edit and its controls do to boxes or regions, float32 on the CPU.
+
+    values:   (1 + controls, 2, K), the score and the overlap of each target, the edit's own first.
+    unedited: (2, K). predictions: of the edited image.
+    """
+
+    values: Tensor
+    unedited: Tensor
+    predictions: tuple[Prediction, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Question:
     """What is computed for one image.
@@ -131,7 +147,8 @@ class Question:
     places, of, min_score: of detectors and segmenters, see `api_schemas.options`; `source` is the
                  (width, height) of the upright image that `places` refer to.
     shown:       the part of it, x, y, w, h in its pixels, that `pixels` show; None: all of it.
-    edits:       whose effects are measured, from further forward passes.
+    edits:       whose effects are measured, from further forward passes; `tracks`: whether it says
+                 on which boxes or regions.
     """
 
     pixels: Tensor
@@ -153,9 +170,10 @@ class Question:
     edits: tuple[Edit, ...] = ()
     places: tuple[Place, ...] = ()
     of: Of = "class"
-    min_score: float = 0.5
+    min_score: float = MIN_SCORE
     source: tuple[int, int] = (0, 0)
     shown: Rect | None = None
+    tracks: bool = False
 
     @property
     def method_record(self) -> MethodRecord | None:
@@ -263,6 +281,7 @@ class InferenceResult:
     precision: of the engine that computed it: `float32`, or the operator's choice (`bf16`, `int8`).
     evidence:  what the verdicts rest on; None without verdicts.
     effects:   of each edit, in order, or why it has none.
+    tracked:   the boxes or regions that effects are measured on.
     logits, scores: of all classes, on the CPU; None of a detector or a segmenter.
     The wire's form is `api_schemas.answers.Result`.
     """
@@ -272,7 +291,8 @@ class InferenceResult:
     activations: tuple[Activation, ...]
     precision: Precision = "float32"
     evidence: Evidence | None = None
-    effects: tuple[Effect | CamserveError, ...] = ()
+    effects: tuple[Effect | TrackedEffect | CamserveError, ...] = ()
+    tracked: tuple[Prediction, ...] = ()
     logits: Tensor | None = None
     scores: Tensor | None = None
     output: Output = "softmax"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,23 +14,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from service.cam.formulas import LAYER_METHODS, fuse, precise, scale
+from service.cam.formulas import LAYER_METHODS, fuse, precise
 from service.cam.hooks import Recording, record
 from service.cam.layouts import Layout
 from service.cam.regions import component
 from service.cam.verdict import WHOLE
 from service.errors import CamserveError, InvalidOption, NonFiniteOutput
 from service.images.run_lengths import rle_decode
-from service.inference.forward_pass import read_only_array
+from service.inference.explanations import contrast_fields, explanation_of
 from service.inference.hidden_parts import hidden_part_maps
-from service.inference.method_table import cost
 from service.inference.questions import Explanation, InferenceResult, Prediction, Question
+from service.inference.tracked import Tracker, with_tracked
 from service.models.loaded import LoadedModel
 from service.models.pool import Replica
 from service.models.tasks import region_logits
-
-LOW_RESOLUTION = 7
-"""As in `service.inference.batch`."""
 
 BACKGROUND = ("__background__", "background")
 
@@ -90,7 +87,8 @@ def _of_image(
         )
     classes = _resized_classes(logits, _class_size(model, question))
     try:
-        targets = _targets(model, question, classes, logits) if question.explains else []
+        has_targets = question.explains or question.tracks
+        targets = _targets(model, question, classes, logits) if has_targets else []
     except InvalidOption as error:
         return error
     maps = None
@@ -108,7 +106,7 @@ def _steps(  # noqa: PLR0917 - one call
     targets: Sequence[Region],
     maps: Sequence[tuple[Tensor, bool]] | None,
 ) -> Steps:
-    if maps is None and targets:
+    if maps is None and question.explains and targets:
         own = torch.stack([target.scores[target.class_id] for target in targets])
 
         def values(raw: Any) -> Tensor:
@@ -118,9 +116,39 @@ def _steps(  # noqa: PLR0917 - one call
         maps = [(cam, False) for cam in cams]
     explanations = tuple(
         _explanation(model, question, target, cam, not_used=not_used)
-        for target, (cam, not_used) in zip(targets, maps or (), strict=True)
+        for target, (cam, not_used) in zip(
+            targets if question.explains else (), maps or (), strict=True
+        )
     )
-    return InferenceResult(_predictions(question, logits, classes), explanations, ())
+    result = InferenceResult(_predictions(model, question, logits, classes), explanations, ())
+    if not (question.tracks or question.verify):
+        return result
+    return (
+        yield from with_tracked(model, question, result, _tracker(model, question, targets, logits))
+    )
+
+
+def _tracker(
+    model: LoadedModel, question: Question, targets: Sequence[Region], logits: Tensor
+) -> Tracker:
+    """Measures regions by the probability of their class, and by the pixels that keep it."""
+    size = _class_size(model, question)
+
+    def measure(raw: Tensor) -> Tensor:
+        classes = _resized_classes(raw, size).numpy()
+        kept = [float((classes[one.mask] == one.class_id).mean()) for one in targets]
+        return torch.stack([_probabilities(raw, targets), torch.tensor(kept)])
+
+    def predictions(raw: Any) -> tuple[Prediction, ...]:
+        first = region_logits(raw)[0].cpu()
+        return _predictions(model, question, first, _resized_classes(first, size))
+
+    return Tracker(
+        tuple(map(_as_prediction, targets)),
+        measure(logits),
+        lambda raw: [measure(each) for each in region_logits(raw).cpu()],
+        predictions,
+    )
 
 
 def _class_size(model: LoadedModel, question: Question) -> Size:
@@ -170,28 +198,32 @@ def _region(class_id: int, mask: Mask, logits: Tensor) -> Region:
 
 def _probabilities(logits: Tensor, targets: Sequence[Region]) -> Tensor:
     """The mean probability of each target's class over its region, (K,)."""
+    if not targets:
+        return torch.zeros(0)
     logits = logits.detach().cpu()
     return torch.stack(
         [_region(each.class_id, each.mask, logits).scores[each.class_id] for each in targets]
     )
 
 
-def _predictions(question: Question, logits: Tensor, classes: Tensor) -> tuple[Prediction, ...]:
-    """One for each class that is the most probable one somewhere, the largest first."""
+def _by_size(model: LoadedModel, classes: Tensor) -> list[int]:
+    """The classes of some pixels, the most frequent first and the background last."""
     ids, counts = classes.unique(return_counts=True)
-    order = counts.argsort(descending=True, stable=True)[: question.top_k]
-    found = []
-    for class_id in ids[order].tolist():
-        region = _region(class_id, (classes == class_id).numpy(), logits)
-        found.append(
-            Prediction(
-                class_id,
-                float(region.scores[class_id]),
-                float(region.logits[class_id]),
-                mask=region.mask,
-            )
-        )
-    return tuple(found)
+    largest = [int(ids[number]) for number in counts.argsort(descending=True, stable=True)]
+    return sorted(largest, key=lambda one: model.labels[one].lower() in BACKGROUND)
+
+
+def _predictions(
+    model: LoadedModel, question: Question, logits: Tensor, classes: Tensor
+) -> tuple[Prediction, ...]:
+    """One for each class that is the most probable one somewhere, in the order of `_by_size`."""
+    listed = _by_size(model, classes)[: question.top_k]
+    return tuple(_as_prediction(_region(one, (classes == one).numpy(), logits)) for one in listed)
+
+
+def _as_prediction(region: Region) -> Prediction:
+    score, logit = float(region.scores[region.class_id]), float(region.logits[region.class_id])
+    return Prediction(region.class_id, score, logit, mask=region.mask)
 
 
 def _targets(
@@ -200,8 +232,7 @@ def _targets(
     """The regions to explain. Raises InvalidOption for a place that is not in the image."""
     if question.places:
         return [_at(question, place, classes, logits) for place in question.places]
-    ids, counts = classes.unique(return_counts=True)
-    largest = [int(ids[number]) for number in counts.argsort(descending=True, stable=True)]
+    largest = _by_size(model, classes)
     shown = [one for one in largest if model.labels[one].lower() not in BACKGROUND]
     wanted = [one for one in question.targets if one in largest] or (
         [] if question.targets else shown[: question.explain_top]
@@ -307,36 +338,22 @@ def _map(
 def _explanation(
     model: LoadedModel, question: Question, target: Region, cam: Tensor, *, not_used: bool
 ) -> Explanation:
-    record, scaled, class_id = question.method_record, scale(cam), target.class_id
+    record, class_id = question.method_record, target.class_id
     assert record is not None
-    weights: Mapping[int, float] = {}
-    difference = None
-    if question.contrast is not None:
-        contrast = question.contrast.at(target.logits, class_id)
-        weights = contrast.as_mapping(target.logits)
-        difference = float(contrast.lead(target.logits, class_id))
     flags = {
-        "all_zero": not bool(scaled.grid.any()),
         "target_not_predicted": class_id != int(target.scores.argmax()),
-        "low_resolution": min(scaled.grid.shape) < LOW_RESOLUTION,
-        "random_weights": model.random_weights,
-        "not_deterministic": not model.behaviour.deterministic,
         "layer_not_used": not_used,
         "places_unclear": not model.unclear.isdisjoint(question.layers),
         "not_per_box": not record.per_box,
     }
-    return Explanation(
+    return explanation_of(
+        model,
+        question,
+        cam,
+        flags,
         class_id=class_id,
         score=float(target.scores[class_id]),
         logit=float(target.logits[class_id]),
-        contrast=weights,
-        logit_difference=difference,
-        method=record.name,
-        layers=question.layers if record.has_layer else (),
-        grid=read_only_array(scaled.grid),
-        low=scaled.low,
-        high=scaled.high,
-        flags=tuple(flag for flag, is_set in flags.items() if is_set),
-        cost=cost(model, question),
         region=target.mask,
+        **contrast_fields(question.contrast, target.logits, class_id),
     )

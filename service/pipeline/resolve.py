@@ -194,7 +194,8 @@ def _activation_paths(
     return paths, kind
 
 
-def _place(place: tuple[float, ...] | RunLengths) -> Place:
+def place_of(place: tuple[float, ...] | RunLengths) -> Place:
+    """A place in `at` as questions have it."""
     if not isinstance(place, RunLengths):
         return place
     counts = place.counts
@@ -216,6 +217,18 @@ def _check_task(model: LoadedModel, options: CommonOptions) -> None:
         _check_targets(model, options)
     if isinstance(options, ExplainOptions) and model.task == "detection" and options.contrast:
         model.check_rows()
+    if isinstance(options, ExplainOptions) and model.task != "classification":
+        _check_verdict(options)
+
+
+def _check_verdict(options: ExplainOptions) -> None:
+    """Raise InvalidOption for what of a box or a region has no verdict."""
+    given = "contrast" if options.contrast else f"of={options.of}" if options.of != "class" else ""
+    if options.verify != "false" and given:
+        raise InvalidOption(
+            f"`verify` tests the score of a box or a region, which `{given}` does not explain; "
+            "leave one of them out."
+        )
 
 
 def _unsupported(model: LoadedModel, options: CommonOptions) -> list[str]:
@@ -229,7 +242,7 @@ def _unsupported(model: LoadedModel, options: CommonOptions) -> list[str]:
     if isinstance(options, ExplainOptions):
         given += ["of"] if options.of != "class" and not is_detector else []
         given += ["mask"] if options.mask is not None else []
-        given += ["verify"] if options.verify != "false" else []
+        given += ["verify=search"] if options.verify == "search" else []
         given += ["correction"] if options.correction != "none" else []
     return given
 
@@ -279,6 +292,6 @@ def _with_explanation(model: LoadedModel, options: ExplainOptions, question: Que
         seed=options.seed,
         libra=_libra(options),
         verify=options.verify != "false",
-        places=tuple(_place(place) for place in options.places()),
+        places=tuple(place_of(place) for place in options.places()),
         of=options.of,
     )

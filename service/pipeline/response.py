@@ -186,7 +186,12 @@ def overlay(upload: Upload, explanation: Explanation, style: Style) -> EncodedIm
     pixels = upload.model_input.pixels.permute(1, 2, 0).contiguous().numpy()
     try:
         return render_overlay(
-            explanation.grid, geometry_of(upload, explanation), style, upload.preview, pixels
+            explanation.grid,
+            geometry_of(upload, explanation),
+            style,
+            upload.preview,
+            pixels,
+            box=explanation.box,
         )
     except ValueError as error:
         raise RenderFailed("The overlay could not be drawn; the server's log says why.") from error
