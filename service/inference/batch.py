@@ -234,21 +234,30 @@ def finish(image_pass: ImagePass, maps: Sequence[Tensor]) -> InferenceResult:
         ),
         image_pass.activations,
         image_pass.precision,
-        margin=margin(scores),
+        margin=margin(logits, model.output),
         entropy=entropy(logits, model.output),
     )
 
 
-def margin(scores: Tensor) -> float:
-    """The best score (of `scores`, one per class) minus the second best; 1 class: its score."""
-    best = scores.topk(min(2, len(scores))).values.tolist()
-    return float(best[0] - best[1]) if len(best) == 2 else float(best[0])
+def margin(logits: Tensor, output: Output) -> float:
+    """The probability of the best class minus that of the second best, 0..1: Settles 2009, §3.1.
+
+    Sigmoids are a distribution each, of the class and of its absence; the smallest of their margins
+    |2p - 1| counts (Brinker 2006). Without an output activation the probabilities are the softmax.
+    One class has the margin 1.
+    """
+    if output == "sigmoid":
+        return float((2 * logits.sigmoid() - 1).abs().min())
+    best = logits.softmax(dim=-1).topk(min(2, len(logits))).values.tolist()
+    return float(best[0] - sum(best[1:]))
 
 
 def entropy(logits: Tensor, output: Output) -> float:
-    """The entropy of the classes' probabilities, 0..1: its share of the largest one.
+    """The entropy of the classes' probabilities by its largest value, 0..1: Settles 2009, §3.1.
 
-    Of one distribution over all classes; sigmoids are one distribution each, and their mean counts.
+    Of one distribution over all classes it is divided by the logarithm of their number. Sigmoids
+    are a distribution each, and the mean of their entropies counts, in bits. Without an output
+    activation the probabilities are the softmax.
     """
     if output == "sigmoid":
         both = torch.stack([functional.logsigmoid(logits), functional.logsigmoid(-logits)])

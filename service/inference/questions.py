@@ -257,8 +257,9 @@ class InferenceResult:
     precision: of the engine that computed it: `float32`, or the operator's choice (`bf16`, `int8`).
     evidence:  what the verdicts rest on; None without verdicts.
     effects:   of each edit, in order, or why it has none.
-    margin:    of the two best scores, 0 undecided.
-    entropy:   of the classes' probabilities, divided by its largest value: 0 certain, 1 undecided.
+    margin:    of the two best probabilities, 0..1: 0 undecided, 1 certain.
+    entropy:   of the probabilities of all classes by its largest value, 0..1: 0 certain, 1
+               undecided. Both are of a classifier; `service.inference.batch` defines them.
     The wire's form is `api_schemas.answers.Result`.
     """
 
