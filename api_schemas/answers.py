@@ -109,6 +109,23 @@ class Prediction(BaseModel):
     )
 
 
+class Uncertainty(BaseModel):
+    """How undecided a classifier is about an image (Settles 2009), not whether it is right.
+
+    Of sigmoids each class is a distribution of its own: the smallest margin |2p − 1| and the mean
+    entropy count. Without an output activation the probabilities are the softmax of the logits.
+    """
+
+    margin: float = Field(
+        description="The probability of the best class minus that of the second best, 0..1: 0 is "
+        "undecided."
+    )
+    entropy: float = Field(
+        description="The entropy of the probabilities of all classes, divided by the logarithm of "
+        "the number of classes, 0..1: 1 is undecided."
+    )
+
+
 class Cost(BaseModel):
     """The cost of the explanation, in forward passes of the model for one image."""
 
@@ -338,6 +355,9 @@ class Result(BaseModel):
     image: ImageInfo | None = None
     seen: Rect | None = None
     predictions: list[Prediction] | None = None
+    uncertainty: Uncertainty | None = Field(
+        None, description="With `uncertainty`: margin and entropy of all classes."
+    )
     explanations: list[Explanation] | None = None
     activations: list[Activation] | None = None
     masked: Masked | None = None

@@ -191,7 +191,8 @@ def _json_text(value: object) -> object:
 class CommonOptions(BaseModel):
     """Options of both `/explain` and `/predict`. An unknown option is an error.
 
-    `min_score` is for models that detect; others refuse it.
+    `min_score` is for models that detect, `uncertainty` for models that classify; others refuse
+    them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -207,6 +208,11 @@ class CommonOptions(BaseModel):
     )
     min_score: float | None = Field(
         None, ge=0, le=1, description="Lowest score of a detection that is listed; default 0.5."
+    )
+    uncertainty: bool = Field(
+        False,
+        description="Adds `margin` and `entropy` of the probabilities of all classes: how "
+        "undecided the model is.",
     )
     fit: Fit | None = Field(
         None,

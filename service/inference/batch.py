@@ -222,7 +222,6 @@ def finish(image_pass: ImagePass, maps: Sequence[Tensor]) -> InferenceResult:
         image_pass.activations,
         image_pass.precision,
         logits=logits,
-        scores=scores,
         output=model.output,
     )
 

@@ -282,7 +282,7 @@ class InferenceResult:
     evidence:  what the verdicts rest on; None without verdicts.
     effects:   of each edit, in order, or why it has none.
     tracked:   the boxes or regions that effects are measured on.
-    logits, scores: of all classes, on the CPU; None of a detector or a segmenter.
+    logits:    of all classes, on the CPU; None of a detector or a segmenter.
     The wire's form is `api_schemas.answers.Result`.
     """
 
@@ -294,13 +294,12 @@ class InferenceResult:
     effects: tuple[Effect | TrackedEffect | CamserveError, ...] = ()
     tracked: tuple[Prediction, ...] = ()
     logits: Tensor | None = None
-    scores: Tensor | None = None
     output: Output = "softmax"
 
     @property
     def margin(self) -> float:
-        """The margin of the two best scores, 0 undecided; computed when it is read."""
-        return 0.0 if self.scores is None else margin(self.scores)
+        """The `margin` of the two best classes: 0 undecided; computed when it is read."""
+        return 0.0 if self.logits is None else margin(self.logits, self.output)
 
     @property
     def entropy(self) -> float:
@@ -308,16 +307,25 @@ class InferenceResult:
         return 0.0 if self.logits is None else entropy(self.logits, self.output)
 
 
-def margin(scores: Tensor) -> float:
-    """The best score (of `scores`, one per class) minus the second best; 1 class: its score."""
-    best = scores.topk(min(2, len(scores))).values.tolist()
-    return float(best[0] - best[1]) if len(best) == 2 else float(best[0])
+def margin(logits: Tensor, output: Output) -> float:
+    """The probability of the best class minus that of the second best, 0..1: Settles 2009, §3.1.
+
+    Sigmoids are a distribution each, of the class and of its absence; the smallest of their margins
+    |2p - 1| counts (Brinker 2006). Without an output activation the probabilities are the softmax.
+    One class has the margin 1.
+    """
+    if output == "sigmoid":
+        return float((2 * logits.sigmoid() - 1).abs().min())
+    best = logits.softmax(dim=-1).topk(min(2, len(logits))).values.tolist()
+    return float(best[0] - sum(best[1:]))
 
 
 def entropy(logits: Tensor, output: Output) -> float:
-    """The entropy of the classes' probabilities, 0..1: its share of the largest one.
+    """The entropy of the classes' probabilities by its largest value, 0..1: Settles 2009, §3.1.
 
-    Of one distribution over all classes; sigmoids are one distribution each, and their mean counts.
+    Of one distribution over all classes it is divided by the logarithm of their number. Sigmoids
+    are a distribution each, and the mean of their entropies counts, in bits. Without an output
+    activation the probabilities are the softmax.
     """
     if output == "sigmoid":
         both = torch.stack([functional.logsigmoid(logits), functional.logsigmoid(-logits)])

@@ -234,6 +234,7 @@ def _check_verdict(options: ExplainOptions) -> None:
 def _unsupported(model: LoadedModel, options: CommonOptions) -> list[str]:
     """The given options that a detector or a segmenter does not have."""
     given = ["activations"] if options.activations else []
+    given += ["uncertainty"] if options.uncertainty else []
     is_detector = model.task == "detection"
     if options.fit is not None and (is_detector or options.fit == "crop"):
         given.append("fit" if is_detector else "fit=crop")

@@ -85,6 +85,8 @@ def image_result(
                 for one in inference.predictions
             ],
         }
+        if options.uncertainty:
+            fields["uncertainty"] = uncertainty_entry(inference)
         if isinstance(options, ExplainOptions):
             fields["explanations"] = [
                 explanation_entry(model, upload, explanation, options, side)
@@ -134,6 +136,11 @@ def prediction_entry(
         logit=prediction.logit,
         **fields,
     )
+
+
+def uncertainty_entry(inference: InferenceResult) -> wire.Uncertainty:
+    """How undecided a classifier is."""
+    return wire.Uncertainty(margin=inference.margin, entropy=inference.entropy)
 
 
 def geometry_of(upload: Upload, explanation: Explanation) -> Geometry:

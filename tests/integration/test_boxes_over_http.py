@@ -91,6 +91,8 @@ def test_a_box_is_named_by_its_place(client: TestClient) -> None:
         ({"verify": "true", "of": "x1"}, "which `of=x1` does not explain"),
         ({"mask": '{"boxes": [[0,0,5,5]]}'}, "`mask`"),
         ({"activations": "backbone"}, "`activations`"),
+        ({"uncertainty": "true"}, "`uncertainty`"),
+        ({"model": "segmenter", "uncertainty": "true"}, "`uncertainty`"),
         ({"of": "x1", "method": "gradcam"}, "`of=x1`"),
         ({"model": "own", "contrast": "ring"}, "`contrast`"),
         ({"model": "segmenter", "of": "x1"}, "`of`"),
