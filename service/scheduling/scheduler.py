@@ -45,6 +45,11 @@ BATCH_PATIENCE = 1.0
 until all images of a request are decoded, which may be many of 64 megapixels."""
 
 
+LOOK_SECONDS = 1.0
+"""How often an idle thread looks for work unasked. A thread that queues what it is free for itself
+wakes no other; should it be abandoned just then, another one finds it."""
+
+
 @dataclass(frozen=True, slots=True)
 class TimedResult:
     """A result with the seconds it waited for its first batch, and those its batches took.
@@ -385,7 +390,8 @@ class Scheduler:
         """A worker's next task; None when everything is done and nothing more will come."""
         with self._wake:
             while True:
-                self._wake.wait_for(self._has_work)
+                if not self._wake.wait_for(self._has_work, LOOK_SECONDS):
+                    continue
                 if self._calls.has_next and not self._batch_is_due():
                     call = self._calls.take()
                     return Task(partial(self._run_call, call), call.give_up)
