@@ -378,12 +378,12 @@ class Scheduler:
         if not self._open:
             raise shutdown_error()
 
-    def _queue(self, job: InferenceJob, *, first: bool = False, wakes: bool = True) -> None:
-        """Queue a job. wakes: whether another thread is to take it than the calling one."""
+    def _queue(self, job: InferenceJob, *, first: bool = False, from_call: bool = False) -> None:
+        """Queue a job. from_call: the calling thread takes it itself, unless calls wait."""
         with self._wake:
             waiting = self._jobs.setdefault(id(job.model), deque())
             (waiting.appendleft if first else waiting.append)(job)
-            if wakes:
+            if not from_call or self._calls:
                 self._wake.notify()
 
     def _take(self) -> Task | None:
@@ -460,7 +460,7 @@ class Scheduler:
         try:
             job = call.run()
             if job is not None:
-                self._queue(job, wakes=bool(self._calls))  # else this thread is free for it
+                self._queue(job, from_call=True)
         finally:
             if call.request is not None:
                 with self._wake:

@@ -36,6 +36,7 @@ from service.scheduling import scheduler as scheduling_module
 from service.scheduling.scheduler import (
     BATCH_PATIENCE,
     Call,
+    CallQueue,
     InferenceJob,
     Scheduler,
     TimedResult,
@@ -425,6 +426,34 @@ def test_what_is_cancelled_goes_no_further() -> None:
     assert notes.batches == [("tiny", [2]), ("tiny", [3])]
 
 
+class GuardedQueue(CallQueue):
+    """A queue of calls that is used only by the thread that has the scheduler's lock."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        super().__init__(2)
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in {"_waiting", "_running"}:
+            scheduler: Scheduler = super().__getattribute__("_scheduler")
+            assert scheduler._wake._is_owned()  # type: ignore[attr-defined]
+        return super().__getattribute__(name)
+
+
+def test_the_queue_of_calls_is_used_under_the_lock_alone() -> None:
+    """Otherwise one thread counts what waits while another one changes it."""
+    pool = ModelPool([loaded(SmallNet(), "tiny")], replicas=1)
+    scheduler = Scheduler(pool, Metrics(), workers=1, runner=Notes())
+    with scheduler._wake:
+        scheduler._calls = GuardedQueue(scheduler)
+    scheduler.start()
+    try:
+        future = scheduler.call_in_turn(1, lambda: job(scheduler, lambda _: "made"))
+        assert future.result(PATIENCE) == "made"
+    finally:
+        scheduler.close(PATIENCE)
+
+
 def test_what_a_lost_thread_left_in_the_queue_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread that queues what it is free for wakes no other, and may be abandoned just then."""
     monkeypatch.setattr(scheduling_module, "LOOK_SECONDS", 0.01)
@@ -433,7 +462,7 @@ def test_what_a_lost_thread_left_in_the_queue_is_found(monkeypatch: pytest.Monke
         scheduler._queue_calls([Call(left, lambda: "found")])
         assert left.result(PATIENCE) == "found"
         last = job(scheduler, lambda _: "found")
-        scheduler._queue(last, wakes=False)
+        scheduler._queue(last, from_call=True)
         assert last.future.result(PATIENCE) == "found"
 
 
