@@ -64,8 +64,11 @@ class _KnownQueries(APIRoute):
 
 router = APIRouter(tags=["classify"], route_class=_KnownQueries)
 
-_Make = Callable[[ProcessedImage, float], wire.Result | Response]
-"""Turns an answered image, ready since a time, into its entry of the response or the whole one."""
+_Made = wire.Result | bytes | Response
+"""An image's entry of the response, or the whole response: JSON or an image."""
+
+_Make = Callable[[ProcessedImage, float], _Made]
+"""Makes that of a processed image, which was ready at a time; see `answer_image`."""
 
 
 @router.post("/explain", **docs.explain())
@@ -113,7 +116,7 @@ async def _classify(
         if drawn:
             make = functools.partial(_image, work)
         elif len(uploads) == 1:
-            make = functools.partial(_alone, work, request.scope["request_id"])
+            make = functools.partial(response.single_response, work, request.scope["request_id"])
         entries = [
             _one(work, upload, quote, take, make)
             for upload, quote in zip(uploads, quotes, strict=True)
@@ -145,18 +148,18 @@ async def _take_apart(
 
 async def _one(
     work: RequestWork, image: bodies.Image, quote: Quote, take: Callable[[int], None], make: _Make
-) -> wire.Result | Response:
+) -> _Made:
     """Process one image from its bytes or URL to its entry, or to the whole response."""
     data = await bodies.image_bytes(image, work.service.fetcher, take)
     return await lifecycle.answer(work, data, quote, make)
 
 
 async def _all_of(
-    entries: Sequence[Coroutine[Any, Any, wire.Result | Response]],
-) -> Sequence[wire.Result | Response | BaseException]:
+    entries: Sequence[Coroutine[Any, Any, _Made]],
+) -> Sequence[_Made | BaseException]:
     """The entries of all images, each with its result or its error; a single one without a task."""
     if len(entries) > 1:
-        several: list[wire.Result | Response | BaseException]
+        several: list[_Made | BaseException]
         several = await asyncio.gather(*entries, return_exceptions=True)
         return several
     try:
@@ -180,22 +183,18 @@ def _image(work: RequestWork, processed: ProcessedImage, ready: float) -> Respon
     return Response(image.data, media_type=image.media_type)
 
 
-def _alone(work: RequestWork, request_id: str, processed: ProcessedImage, ready: float) -> Response:
-    """The JSON response to a request with one image."""
-    body = response.single_response(work, request_id, processed, ready)
-    return Response(body, media_type="application/json")
-
-
 async def _respond(
     request: Request,
     work: RequestWork,
-    results: Sequence[wire.Result | Response | BaseException],
+    results: Sequence[_Made | BaseException],
 ) -> Response:
     failures = [as_error(result) for result in results if isinstance(result, BaseException)]
     if len(failures) == len(results):
         raise failures[0]
     header = lifecycle.report(request, work, len(results))
     only = results[0]
+    if isinstance(only, bytes):
+        only = Response(only, media_type="application/json")
     if isinstance(only, Response):
         work.bill.settle(len(only.body))
         only.headers.update(header)
@@ -205,7 +204,7 @@ async def _respond(
         if isinstance(result, BaseException)
         else result
         for result in results
-        if not isinstance(result, Response)
+        if not isinstance(result, (bytes, Response))
     ]
     call = work.service.scheduler.call(
         response.response_body, work, request.scope["request_id"], entries

@@ -45,6 +45,11 @@ BATCH_PATIENCE = 1.0
 until all images of a request are decoded, which may be many of 64 megapixels."""
 
 
+LOOK_SECONDS = 1.0
+"""How often an idle thread looks for work unasked. A thread that queues what it is free for itself
+wakes no other; should it be abandoned just then, another one finds it."""
+
+
 @dataclass(frozen=True, slots=True)
 class TimedResult:
     """A result with the seconds it waited for its first batch, and those its batches took.
@@ -373,19 +378,20 @@ class Scheduler:
         if not self._open:
             raise shutdown_error()
 
-    def _queue(self, job: InferenceJob, *, first: bool = False, wakes: bool = True) -> None:
-        """Queue a job. wakes: whether another thread is to take it than the calling one."""
+    def _queue(self, job: InferenceJob, *, first: bool = False, from_call: bool = False) -> None:
+        """Queue a job. from_call: the calling thread takes it itself, unless calls wait."""
         with self._wake:
             waiting = self._jobs.setdefault(id(job.model), deque())
             (waiting.appendleft if first else waiting.append)(job)
-            if wakes:
+            if not from_call or self._calls:
                 self._wake.notify()
 
     def _take(self) -> Task | None:
         """A worker's next task; None when everything is done and nothing more will come."""
         with self._wake:
             while True:
-                self._wake.wait_for(self._has_work)
+                if not self._wake.wait_for(self._has_work, LOOK_SECONDS):
+                    continue
                 if self._calls.has_next and not self._batch_is_due():
                     call = self._calls.take()
                     return Task(partial(self._run_call, call), call.give_up)
@@ -454,7 +460,7 @@ class Scheduler:
         try:
             job = call.run()
             if job is not None:
-                self._queue(job, wakes=bool(self._calls))  # else this thread is free for it
+                self._queue(job, from_call=True)
         finally:
             if call.request is not None:
                 with self._wake:

@@ -123,9 +123,10 @@ class _Program:
             input_tensor = request.get_input_tensor(0)
             input_tensor.shape = pixels.shape
             input_tensor.data[:] = pixels.numpy()
-            outputs = request.infer(share_outputs=True).to_tuple()
+            request.infer(share_outputs=True)
             # Copied: the next user of the request overwrites its memory.
-            return tuple(torch.from_numpy(output.copy()) for output in outputs)
+            outputs = (request.get_output_tensor(i) for i in range(len(self._compiled.outputs)))
+            return tuple(torch.from_numpy(output.data.copy()) for output in outputs)
 
     @contextmanager
     def _request(self) -> Iterator[Any]:
