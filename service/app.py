@@ -34,7 +34,7 @@ from service.models.loading import load_model
 from service.models.models_toml import read_config
 from service.models.pool import ModelPool
 from service.pipeline.service import Limits, Service
-from service.resources import device_memory, memory_limit
+from service.resources import device_memory, memory_limit, return_freed_memory
 from service.routes import (
     classify,
     docs,
@@ -372,13 +372,16 @@ def model_loader(settings: Settings) -> Callable[[ModelSpec], LoadedModel]:
 
     def load_one(spec: ModelSpec) -> LoadedModel:
         source = f"{spec.at('device')}: device"
-        return load_model(
-            spec,
-            device=_device(spec.device, source) if spec.device else device,
-            allow_random_weights=settings.allow_random_weights,
-            compiler=compiler if settings.compile else None,
-            sensitivity=settings.sensitivity,
-        )
+        try:
+            return load_model(
+                spec,
+                device=_device(spec.device, source) if spec.device else device,
+                allow_random_weights=settings.allow_random_weights,
+                compiler=compiler if settings.compile else None,
+                sensitivity=settings.sensitivity,
+            )
+        finally:
+            return_freed_memory()
 
     return load_one
 

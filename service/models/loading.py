@@ -27,7 +27,7 @@ from service.models.capabilities import (
     why_no_layers,
 )
 from service.models.catalog import TARGET_LAYERS, InputSpec, ModelSpec, Output, Task
-from service.models.compiled.folding import fold
+from service.models.compiled.folding import Folded, fold
 from service.models.compiled.lane import Compiler
 from service.models.huggingface import PREFIX
 from service.models.loaded import LoadedModel
@@ -388,18 +388,33 @@ def _tuned(model: LoadedModel, image: Tensor, compiler: Compiler | None) -> Load
     channels_last = _gives(expected, model, model.replicate(), image)
     if not channels_last:  # a `view` in the model fails on channels_last
         model.module.to(memory_format=torch.contiguous_format)
-    folded = fold(model.replicate())
-    if folded is not None and not _gives(expected, model, replicate(folded.module), image):
-        folded = None
     # After every conversion of modules, because some drop lazy state when they are converted.
-    modules = [model.module] if folded is None else [model.module, folded.module]
-    faults = {fault for module in modules for fault in _settled(model, module, image)}
+    stateful = _settled(model, model.module, image)
+    folded, more = _folded_form(model, expected, image)
     model = replace(
-        model, channels_last=channels_last, folded=folded, stateful=tuple(sorted(faults))
+        model,
+        channels_last=channels_last,
+        folded=folded,
+        stateful=tuple(sorted({*stateful, *more})),
     )
     if compiler is None:
         return replace(model, not_compiled="Compiling is switched off.")
+    if folded is not None:
+        folded.drop()  # few requests need it beside a compiled lane; the first of them builds it
     return compiler.compiled(model)
+
+
+def _folded_form(
+    model: LoadedModel, logits: Tensor, image: Tensor
+) -> tuple[Folded | None, tuple[str, ...]]:
+    """The folded form and the state that it changes in every call; None if its logits differ."""
+    folded = fold(model.module)
+    if folded is None or not _gives(logits, model, replicate(folded.module), image):
+        return None, ()
+    began = Condition.of(folded.module)
+    stateful = _settled(model, folded.module, image)
+    # Lazy state that the model itself does not have would be lost when it is built again.
+    return (None, ()) if began.changed() else (folded, stateful)
 
 
 def _gives(logits: Tensor, model: LoadedModel, module: nn.Module, image: Tensor) -> bool:

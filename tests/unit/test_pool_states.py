@@ -90,8 +90,9 @@ def expected(name: str, version: str) -> Tensor:
 def built(name: str, version: str) -> LoadedModel:
     """A model with memory of its own, as if it had just been read."""
     base = _base(name, int(version))
-    form = base.folded and Folded(copy.deepcopy(base.folded.module), base.folded.layers)
-    return replace(base, module=copy.deepcopy(base.module), folded=form)
+    module = copy.deepcopy(base.module)
+    form = base.folded and Folded(module, base.folded.pairs)
+    return replace(base, module=module, folded=form)
 
 
 def reload(model: LoadedModel) -> LoadedModel:

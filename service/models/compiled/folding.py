@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from collections.abc import Sequence
 from typing import cast
 
 from torch import fx, nn
@@ -11,33 +12,58 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from service.models.compiled.cut import Uncuttable, traced
 from service.models.probes.condition import hooks_of
+from service.models.replicas import replicate
 
 
-@dataclass(frozen=True, slots=True)
 class Folded:
-    """A faster tree of modules with the same names.
+    """A faster tree of modules with the same names, built when it is first used.
+
+    plain: the model's modules, which do not change; the tree shares what is not folded.
+    pairs: the paths of each convolution and of the normalisation that is folded into it.
 
     layers: the paths whose input or output differs from the model's: a folded convolution returns
             the output of its normalisation. A request for one of them runs the model itself.
     """
 
-    module: nn.Module
-    layers: frozenset[str]
+    def __init__(self, plain: nn.Module, pairs: Sequence[tuple[str, str]]) -> None:
+        self.pairs = tuple(pairs)
+        self.layers = frozenset(path for pair in pairs for path in pair)
+        self._plain = plain
+        self._lock = threading.Lock()
+        self._module: nn.Module | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The tree; one thread builds it, and others wait for that."""
+        with self._lock:
+            if self._module is None:
+                self._module = _folded(replicate(self._plain), self.pairs)
+            return self._module
+
+    def drop(self) -> None:
+        """Free the tree; the next use builds it again, with the same numbers."""
+        with self._lock:
+            self._module = None
 
 
-def fold(copy: nn.Module) -> Folded | None:
-    """Fold a copy of a model (`LoadedModel.replicate`) in place; None if nothing folds.
+def fold(plain: nn.Module) -> Folded | None:
+    """The folded form of a model in eval mode, which does not change; None if nothing folds.
 
-    Folds `Conv2d` and `BatchNorm2d` (not subclasses) in eval mode, without hooks, called once, if
-    the graph shows that the convolution feeds only the normalisation. Not
+    Folds `Conv2d` and `BatchNorm2d` (not subclasses), without hooks, called once, if the graph
+    shows that the convolution feeds only the normalisation. Not
     `torch.fx.experimental.optimization.fuse`, which returns a flat graph in which hooks on
     containers do not run.
     """
+    copy = replicate(plain)
     try:
-        graph = traced(copy)
+        pairs = _pairs(traced(copy), dict(copy.named_modules()))
     except Uncuttable:
         return None
-    pairs = _pairs(graph, dict(copy.named_modules()))
+    return Folded(plain, pairs) if pairs else None
+
+
+def _folded(copy: nn.Module, pairs: Sequence[tuple[str, str]]) -> nn.Module:
+    """Fold pairs of a copy in place."""
     for convolution, norm in pairs:
         fused = fuse_conv_bn_eval(
             cast(nn.Conv2d, copy.get_submodule(convolution)),
@@ -45,8 +71,7 @@ def fold(copy: nn.Module) -> Folded | None:
         )
         copy.set_submodule(convolution, fused.requires_grad_(False))
         copy.set_submodule(norm, nn.Identity())
-    layers = frozenset(path for pair in pairs for path in pair)
-    return Folded(copy.eval(), layers) if pairs else None
+    return copy.eval()
 
 
 def _pairs(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[tuple[str, str]]:

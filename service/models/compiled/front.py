@@ -28,6 +28,9 @@ class Front(Protocol):
 
     def __call__(self, pixels: Tensor, *, wide: bool = False) -> tuple[Tensor, ...]: ...
 
+    def release(self) -> None:
+        """Free what the next batch can have again, while none runs: after the trials at load."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:

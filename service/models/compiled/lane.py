@@ -111,6 +111,7 @@ class Compiler:
                 front, tail, batches = self._on_its_device(model, layer, precision)
             lane = CompiledLane(layer, front, tail, precision=precision)
             parity = parity_on(model, lane, _parity_images(model, batches))
+            front.release()
         except Uncuttable as error:
             raise NotCompiled(f"{error}.") from error
         except NotCompiled:

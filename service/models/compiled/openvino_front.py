@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import threading
@@ -15,6 +16,7 @@ from typing import Any, TypeAlias
 import openvino
 import structlog
 import torch
+from openvino._offline_transformations import apply_moc_transformations
 from openvino.frontend import FrontEndManager
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from torch import Tensor, nn
@@ -77,6 +79,11 @@ class OpenVinoFront:
     def __call__(self, pixels: Tensor, *, wide: bool = False) -> tuple[Tensor, ...]:
         return (self._wide if wide else self._narrow)(pixels)
 
+    def release(self) -> None:
+        for programs in (self._narrow, self._wide):
+            programs.release()
+        _release_files()
+
 
 class _Programs:
     """A graph compiled for any batch size, and once more for each of the fixed ones."""
@@ -96,6 +103,10 @@ class _Programs:
 
     def __call__(self, pixels: Tensor) -> tuple[Tensor, ...]:
         return self._fixed.get(len(pixels), self._any)(pixels)
+
+    def release(self) -> None:
+        """Free the activations of the program for any size; the others keep theirs on purpose."""
+        self._any.release()
 
 
 class _Program:
@@ -128,6 +139,10 @@ class _Program:
             outputs = (request.get_output_tensor(i) for i in range(len(self._compiled.outputs)))
             return tuple(torch.from_numpy(output.data.copy()) for output in outputs)
 
+    def release(self) -> None:
+        """Free activations; the next batch allocates them again. No batch may run."""
+        self._compiled.release_memory()
+
     @contextmanager
     def _request(self) -> Iterator[Any]:
         with self._lock:
@@ -136,6 +151,24 @@ class _Program:
         # A request that raised is not reused.
         with self._lock:
             self._idle.append(request)
+
+
+_MADV_DONTNEED = 4
+
+
+def _release_files() -> None:
+    """Unload the pages of mapped graphs, which are packed by now; a use reads the file again.
+
+    With Linux alone, which also would unload them, but only when it needs their memory.
+    """
+    maps, madvise = Path("/proc/self/maps"), getattr(ctypes.CDLL(None), "madvise", None)
+    if madvise is None or not maps.exists():
+        return
+    for line in maps.read_text().splitlines():
+        addresses, mode, *_, name = line.split(maxsplit=5)
+        if mode == "r--s" and name.endswith(".bin"):
+            begin, end = (int(each, 16) for each in addresses.split("-"))
+            madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_DONTNEED)
 
 
 def bytes_of_weights(graph: Graph) -> int:
@@ -157,7 +190,13 @@ def has_bf16() -> bool:
 
 
 def graph_of(
-    model: LoadedModel, front: nn.Module, cache: Path | None, key: str, *, reconvert: bool = False
+    model: LoadedModel,
+    front: nn.Module,
+    cache: Path | None,
+    key: str,
+    *,
+    reconvert: bool = False,
+    fuse: bool = True,
 ) -> Graph:
     """The graph of a model's front, from uint8 pixels; see `converted`."""
     preprocessing = model.preprocessing
@@ -167,27 +206,36 @@ def graph_of(
         cache,
         key,
         reconvert=reconvert,
+        fuse=fuse,
     )
 
 
 def converted(
-    module: nn.Module, example: Tensor, cache: Path | None, key: str, *, reconvert: bool = False
+    module: nn.Module,
+    example: Tensor,
+    cache: Path | None,
+    key: str,
+    *,
+    reconvert: bool = False,
+    fuse: bool = True,
 ) -> Graph:
     """A module as OpenVINO's graph for any batch size; from the cache if present.
 
     example: uint8 (1, C, h, w). cache: a folder, created if needed; None: no cache.
     key:     what the graph depends on, besides the versions of torch and OpenVINO.
     reconvert: convert in any case, and replace the cached graph.
+    fuse:    fuse operators now, with the numbers that compiling gives. Otherwise each compiled
+             program does it and keeps fused weights of its own.
 
     Raises the errors of torch's tracer and OpenVINO's converter.
     """
     if cache is None:
-        return _convert(module, example)
-    text = f"{key} torch {torch.__version__} openvino {openvino.__version__}"
+        return _convert(module, example, fuse)
+    text = f"{key} torch {torch.__version__} openvino {openvino.__version__} fused {fuse}"
     path = cache / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.xml"
     if not reconvert and path.exists() and path.with_suffix(".bin").exists():
         return openvino.Core().read_model(path)
-    graph = _convert(module, example)
+    graph = _convert(module, example, fuse)
     try:
         return _saved(graph, path)
     except OSError as error:
@@ -195,7 +243,7 @@ def converted(
         return graph
 
 
-def _convert(module: nn.Module, example: Tensor) -> Graph:
+def _convert(module: nn.Module, example: Tensor, fuse: bool) -> Graph:
     # Not openvino.convert_model, which sends telemetry over the network.
     frontend = FrontEndManager().load_by_framework("pytorch")
     with warnings.catch_warnings():
@@ -204,6 +252,8 @@ def _convert(module: nn.Module, example: Tensor) -> Graph:
         graph = frontend.convert(frontend.load(decoder))
     graph.inputs[0].get_node().set_partial_shape(openvino.PartialShape([-1, *example.shape[1:]]))
     graph.validate_nodes_and_infer_types()
+    if fuse:
+        apply_moc_transformations(graph, cf=False)
     return graph
 
 
