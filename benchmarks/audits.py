@@ -3,8 +3,9 @@
 Trains networks on flowers with and without a cue, audits each with images that none was trained on,
 and counts. Thresholds were chosen on the half `dev`; the page gives both halves, and the figures
 that count are those of `hold`. `truth` is the share of clean images of other classes that the real
-cue turns into its class. Resumes: results and weights are kept in --out. --only train trains alone;
---write writes docs/reference/audits.md from the results there are.
+cue turns into its class. Resumes: results and weights are kept in --out. --only train trains alone,
+--only cost measures what an audit costs beside `camserve bulk`; --write writes
+docs/reference/audits.md from the results there are.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import audit_cost
 import audit_page
 import torch
 from audit_cues import CUES, Cue, marked
@@ -74,8 +76,8 @@ def main() -> int:
     """Train and audit what is missing, and write the page if that is wanted."""
     options = _options()
     torch.set_num_threads(options.threads)
-    for subject in subjects():
-        if subject.network not in options.networks or options.only == "page":
+    for subject in subjects() if options.only in {None, "train"} else ():
+        if subject.network not in options.networks:
             continue
         work = Work(options, subject.network)
         file = work.file(subject)
@@ -83,7 +85,13 @@ def main() -> int:
             work.train(subject, file)
         if options.only != "train" and not work.result(subject).exists():
             work.audit(subject, file)
-    if options.write:
+    cost = options.out / "cost" / "cost.json"
+    if options.only == "cost":
+        spent = audit_cost.measure(options.data / "flowers128.tar", cost.parent, options.each)
+        cost.write_text(json.dumps(spent))
+    if options.write and cost.exists():
+        audit_page.write_cost(audit_cost.section(json.loads(cost.read_text())))
+    if options.write and options.only != "cost":
         found = [json.loads(each.read_text()) for each in sorted(options.out.glob("*.json"))]
         audit_page.write(found)
     return 0
@@ -179,7 +187,8 @@ def _options() -> argparse.Namespace:
     add("--data", type=Path, default=ROOT.parent / "shared" / "data", help="photographs, weights")
     add("--out", type=Path, default=ROOT / "build" / "audits", help="weights and results")
     add("--networks", nargs="+", choices=list(SIDES), default=list(SIDES))
-    add("--only", choices=("train", "page"), help="train alone, or the page alone")
+    add("--only", choices=("train", "page", "cost"), help="train, the page, or the cost alone")
+    add("--each", type=int, default=100, help="images of each class for the cost")
     add("--write", action="store_true", help="write the page")
     add("--threads", type=int, default=1)
     return parser.parse_args()

@@ -29,6 +29,15 @@ _FLAGS = {"models": "--model", "targets": "--target"}
 OF_MODELS = ("config", "models", "weights", "app_dir", "allow_random_weights", "device", "workers")
 
 
+RayAddress = Annotated[
+    str | None, typer.Option("--ray", help="Run on this Ray cluster: auto, or HOST:PORT.")
+]
+RayActors = Annotated[
+    int, typer.Option(min=1, help="On Ray: maximum number of actors, each with its own model.")
+]
+RayCpus = Annotated[float, typer.Option(min=0.01, help="On Ray: cores per actor.")]
+RayGpus = Annotated[float, typer.Option(min=0, help="On Ray: GPUs per actor.")]
+
 Command = Callable[..., None]
 
 

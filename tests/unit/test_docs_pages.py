@@ -52,7 +52,7 @@ NOT_RUN = {
     "docs/how-to/label-studio.md": "wants Label Studio; test_labeling_page goes its way",
     "docs/how-to/manage-models.md": "of weights of one's own; test_repository sends the same verbs",
     "docs/how-to/operate.md": "wants the containers; test_prometheus asks them",
-    "docs/how-to/ray.md": "wants Ray; test_serve and test_bulk_on_ray run there",
+    "docs/how-to/ray.md": "wants Ray; test_serve, test_bulk_on_ray, test_audit_on_ray run there",
     "docs/how-to/scale.md": "wants containers or a cluster; test_deploy_files reads their files",
     "docs/how-to/secure-your-service.md": "test_access sends keys in the same three forms",
     "docs/how-to/tune.md": "wants photographs and minutes; test_calibration does it on a small net",

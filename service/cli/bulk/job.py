@@ -12,6 +12,7 @@ from service.cli.bulk.identity import of_model, of_spec
 from service.cli.bulk.inputs import absolute_source
 from service.cli.bulk.result_folder import Identity, ResultFolder
 from service.cli.bulk.shards import ShardExplainer
+from service.errors import ConfigurationError, install_hint
 from service.settings import Settings
 
 _ANSWER_SETTINGS = ("precision", "allow_random_weights", "max_render_side")
@@ -72,3 +73,10 @@ class RayResources:
     actors: int
     cpus: float
     gpus: float
+
+
+def no_ray(error: ModuleNotFoundError) -> ConfigurationError:
+    """The error of `--ray` where Ray is not installed."""
+    return ConfigurationError(
+        f"--ray needs {error.name}, which is not installed: {install_hint('ray')}."
+    )
