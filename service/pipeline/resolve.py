@@ -114,6 +114,11 @@ def method_of(model: LoadedModel, options: ExplainOptions) -> str:
     return options.method if is_named else default_method(model)
 
 
+def samples_of(options: ExplainOptions, method: str) -> int:
+    """The number of samples: the given one, or the method's default."""
+    return options.samples or METHODS[method].samples
+
+
 def _libra(options: ExplainOptions) -> bool:
     """Whether gradients are corrected. Raises InvalidOption where that changes nothing."""
     if options.correction == "none":
@@ -288,7 +293,7 @@ def _with_explanation(model: LoadedModel, options: ExplainOptions, question: Que
         contrast=contrast,
         method=method,
         layers=layers,
-        samples=options.samples or METHODS[method].samples,
+        samples=samples_of(options, method),
         steps=options.steps,
         seed=options.seed,
         libra=_libra(options),

@@ -50,6 +50,7 @@ NOT_RUN = {
     "docs/how-to/explain-many-images.md": "wants many images; test_bulk runs it on few",
     "docs/how-to/fiftyone.md": "wants FiftyOne; test_fiftyone runs its steps there",
     "docs/how-to/label-studio.md": "wants Label Studio; test_labeling_page goes its way",
+    "docs/how-to/label-the-uncertain-first.md": "wants Label Studio; test_uncertain_first does it",
     "docs/how-to/manage-models.md": "of weights of one's own; test_repository sends the same verbs",
     "docs/how-to/operate.md": "wants the containers; test_prometheus asks them",
     "docs/how-to/ray.md": "wants Ray; test_serve, test_bulk_on_ray, test_audit_on_ray run there",
