@@ -6,7 +6,8 @@
 Names of timm have their own architecture and random weights; classes of Hugging Face a small
 configuration with random weights, saved to a folder and loaded as `hf/FOLDER`. --lanes compiles
 each model, too. What is finished stands in build/transformer_layers.jsonl; a second run measures
-what is missing there. --boxes writes the part on detectors and segmenters alone.
+what is missing there. --boxes writes the part on detectors and segmenters alone, whose finished
+rows stand in build/transformer_boxes.jsonl.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from small_detectors import PROCESSORS, image, save
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "build" / "transformer_layers.jsonl"
+BOXES_ROWS = ROOT / "build" / "transformer_boxes.jsonl"
 PAGE = ROOT / "docs" / "reference" / "transformers.md"
 
 NAMES = """
@@ -279,10 +281,10 @@ def main() -> None:
     parser.add_argument("--boxes", action="store_true", help="detectors and segmenters alone")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.boxes:
-        write_boxes()
-        return
     ROWS.parent.mkdir(exist_ok=True)
+    if options.boxes:
+        write_boxes(options.only)
+        return
     done = {
         (row["library"], row["name"])
         for row in rows()
@@ -306,9 +308,9 @@ BOXES = """
 
 Small configurations of Hugging Face with random weights, as above, on an image of 90×70 pixels.
 *Resized to*: the image that the model gets. *Maps*: the methods with a map that is not zero at the
-default layer, for the best detection or the largest region; those of `gradcam`, `gradcampp` and
-`xgradcam` carry the flag `not_per_box`. `rise` and `occlusion` run on all of them, other methods on
-none. `benchmarks/transformer_layers.py --boxes` writes this part.
+default layer, for one at least of the three best detections or largest regions; those of `gradcam`,
+`gradcampp` and `xgradcam` carry the flag `not_per_box`. `rise` and `occlusion` run on all of them,
+other methods on none. `benchmarks/transformer_layers.py --boxes` writes this part.
 
 <!-- boxes:begin -->
 
@@ -337,14 +339,15 @@ def boxes_row(name: str, folder: Path) -> str:
             method=method,
             layers=model.default_layers,
             min_score=0.0,
+            explain_top=3,
             source=source.size,
             seen=given.geometry.content,
             shown=given.geometry.seen,
         )
-        explanation = answer(model, question)[0].explanations[0]
-        found += [f"`{method}`"] if explanation.grid.any() else []
+        maps = [each.grid for each in answer(model, question)[0].explanations]
+        found += [f"`{method}`"] if any(each.any() for each in maps) else []
     height, width = given.pixels.shape[1:]
-    grid = "×".join(map(str, explanation.grid.shape))
+    grid = "×".join(map(str, maps[0].shape))
     layer = f"`{model.default_layers[0]}`"
     if len(model.default_layers) > 1:
         layer += f" and {len(model.default_layers) - 1} more, fused"
@@ -360,15 +363,24 @@ def boxes_row(name: str, folder: Path) -> str:
     return f"| {' | '.join(cells)} |\n"
 
 
-def write_boxes() -> None:
-    """Measure the detectors and segmenters, and write their part of the page."""
-    lines = []
-    for name in PROCESSORS:
+def write_boxes(only: Sequence[str]) -> None:
+    """Measure the detectors and segmenters that are missing, and write their part of the page."""
+    for name in only or PROCESSORS.keys() - boxes_rows():
         with tempfile.TemporaryDirectory() as folder:
-            lines.append(boxes_row(name, Path(folder)))
-        print(lines[-1], end="", flush=True)
+            line = boxes_row(name, Path(folder))
+        print(line, end="", flush=True)
+        with BOXES_ROWS.open("a") as file:
+            file.write(f"{json.dumps([name, line])}\n")
+    found = boxes_rows()
+    lines = "".join(found[name] for name in PROCESSORS if name in found)
     text = PAGE.read_text()
-    PAGE.write_text(f"{text.removesuffix(boxes_part())}{BOXES}{''.join(lines)}\n{END}\n")
+    PAGE.write_text(f"{text.removesuffix(boxes_part())}{BOXES}{lines}\n{END}\n")
+
+
+def boxes_rows() -> dict[str, str]:
+    """The newest line of each detector and segmenter."""
+    lines = BOXES_ROWS.read_text().splitlines() if BOXES_ROWS.exists() else []
+    return dict(map(json.loads, lines))
 
 
 if __name__ == "__main__":

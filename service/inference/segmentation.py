@@ -159,8 +159,10 @@ def _class_size(model: LoadedModel, question: Question) -> Size:
     """
     size = (question.pixels.shape[1], question.pixels.shape[2])
     width, height = question.source
-    is_part = question.seen != WHOLE or question.shown not in {None, (0.0, 0.0, width, height)}
-    if model.preprocessing.whole or is_part or 0 in question.source:
+    shares = (*question.seen, *(question.shown or (0, 0, width, height))[2:])
+    if model.preprocessing.whole or 0 in question.source:
+        return size
+    if not np.allclose(shares, (*WHOLE, width, height), rtol=1e-6, atol=1e-6):
         return size
     affordable = (MAX_LOGITS / (len(model.labels) * width * height)) ** 0.5
     scale = min(1.0, CLASS_SIDE / max(width, height), affordable)

@@ -120,11 +120,11 @@ def test_classes_are_those_of_transformers(loaded: Any, name: str) -> None:
 
 
 def level_of(module: Any, path: str, given: Tensor) -> tuple[Any, Tensor]:
-    """The output of a private copy, and the recorded output of one of its modules."""
+    """The output of a private copy, and that of one of its modules, as its next module takes it."""
     kept: list[Tensor] = []
 
     def keep(_module: Any, _args: Any, output: Tensor) -> Tensor:
-        kept.append(output if output.requires_grad else output.requires_grad_(True))
+        kept.append(output.clone() if output.requires_grad else output.detach().requires_grad_())
         return kept[-1].clone()
 
     handle = module.get_submodule(path).register_forward_hook(keep, prepend=True)
@@ -270,11 +270,13 @@ def test_black_box_methods_cover_the_image(loaded: Any, name: str, method: str) 
 
 
 def test_masks_cover_the_source(loaded: Any) -> None:
-    """Each pixel of the source is in exactly one mask."""
+    """Each pixel of the source is in exactly one mask, which has the size of the source."""
     model, _ = loaded("Segformer")
-    pixels = image(2, (131, 60))
-    source = Source(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()), "PNG", "")
-    geometry = fit_to_model(source, model.preprocessing).geometry
-    (result,) = answer(model, question(model, pixels, method=None))
-    masks = [source_mask(each.mask, geometry) for each in result.predictions]
-    assert (sum(mask.astype(int) for mask in masks) == 1).all()
+    for size in ((131, 60), (97, 151), (33, 77), (101, 103), (1, 1)):
+        pixels = image(2, size)
+        source = Source(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()), "PNG", "")
+        geometry = fit_to_model(source, model.preprocessing).geometry
+        (result,) = answer(model, question(model, pixels, method=None))
+        assert {each.mask.shape for each in result.predictions if each.mask is not None} == {size}
+        masks = [source_mask(each.mask, geometry) for each in result.predictions]
+        assert (sum(mask.astype(int) for mask in masks) == 1).all()

@@ -167,7 +167,10 @@ def build(transformers: Any, name: str, **more: Any) -> nn.Module:
 
 PROCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
     "Detr": ("DetrImageProcessor", {"size": {"shortest_edge": 64, "longest_edge": 107}}),
-    "TableTransformer": ("DetrImageProcessor", {"size": {"shortest_edge": 64, "longest_edge": 80}}),
+    "TableTransformer": (
+        "DetrImageProcessor",
+        {"size": {"shortest_edge": 128, "longest_edge": 160}},
+    ),
     "ConditionalDetr": (
         "ConditionalDetrImageProcessor",
         {"size": {"shortest_edge": 64, "longest_edge": 107}},
