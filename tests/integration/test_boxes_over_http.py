@@ -347,15 +347,43 @@ def test_the_check_of_a_detector_explains_noise() -> None:
     assert done.exit_code == 0, done.output
 
 
-def test_a_report_of_a_detector_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flag", ["--sheet", "--tensorboard"])
+def test_a_sheet_of_a_detector_is_refused(tmp_path: Path, flag: str) -> None:
     image = tmp_path / "a.png"
     image.write_bytes(png())
-    report = ["--report", str(tmp_path / "a.html")]
+    given = [flag, str(tmp_path / "a.jpg")]
     done = CliRunner().invoke(
-        app, ["explain", str(image), "--model", "detectors:faster_rcnn", *report]
+        app, ["explain", str(image), "--model", "detectors:faster_rcnn", *given]
     )
     assert done.exit_code == 2
-    assert "--report is for models that classify" in " ".join(done.output.split())
+    assert f"{flag} is for models that classify" in " ".join(done.output.split())
+
+
+def test_the_report_of_a_detector_has_a_map_for_each_box_with_its_verdict(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    report = tmp_path / "a.html"
+    options = ["--explain-top", "2", "--min-score", "0.3", "--verify", "true"]
+    model = ["--model", "detectors:faster_rcnn"]
+    given = ["explain", str(tmp_path / "a.png"), *model, *options, "--report", str(report)]
+    done = CliRunner().invoke(app, given)
+    assert done.exit_code == 0, done.output
+    page = report.read_text()
+    assert page.count('<rect class="box"') == 2
+    assert page.count('<details class="verdict') == 2
+    assert "<dd>hirescam</dd>" in page
+    assert "<dd>backbone[0], backbone[1]</dd>" in page
+
+
+def test_the_report_of_a_detector_that_finds_nothing_shows_the_image(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    report = tmp_path / "a.html"
+    model = ["--model", "detectors:faster_rcnn", "--min-score", "1"]
+    given = ["explain", str(tmp_path / "a.png"), *model, "--report", str(report)]
+    done = CliRunner().invoke(app, given)
+    assert done.exit_code == 0, done.output
+    page = report.read_text()
+    assert "<h2>nothing found</h2>" in page
+    assert "<figure><img" in page
 
 
 def test_a_comparison_of_detectors_counts_detections(tmp_path: Path) -> None:
