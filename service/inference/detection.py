@@ -169,21 +169,30 @@ def _steps(
     )
     if not (question.tracks or question.verify):
         return result
-    return (yield from with_tracked(model, question, result, _tracker(question, found, targets)))
+    return (
+        yield from with_tracked(model, question, result, _tracker(model, question, found, targets))
+    )
 
 
-def _tracker(question: Question, found: Detections, targets: Sequence[int]) -> Tracker:
+def _tracker(
+    model: LoadedModel, question: Question, found: Detections, targets: Sequence[int]
+) -> Tracker:
     """Measures detections by the best one of the same class that overlaps each."""
     boxes, labels = found.boxes[list(targets)], found.labels[list(targets)]
 
     def measure(raw: Any) -> list[Tensor]:
         return [best_matches(_detached(each), boxes, labels) for each in detections_in(raw)]
 
+    def predictions(raw: Any) -> tuple[Prediction, ...]:
+        first = _detached(detections_in(raw)[0])
+        check_labels(first.labels, model.labels, model.name)
+        return _predictions(question, first)
+
     return Tracker(
         tuple(_prediction(found, number) for number in targets),
         torch.stack([found.scores[list(targets)], torch.ones(len(targets))]),
         measure,
-        lambda raw: _predictions(question, _detached(detections_in(raw)[0])),
+        predictions,
     )
 
 
