@@ -72,6 +72,8 @@ class ExperimentArguments(TypedDict, total=False):
 
     model: str
     targets: int | str | list[int | str]
+    at: str | Place | list[str | Place]
+    min_score: float
     top_k: int
     fit: Fit
     controls: int

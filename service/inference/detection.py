@@ -191,11 +191,16 @@ def _tracker(
     def measure(raw: Any) -> list[Tensor]:
         return [best_matches(each, boxes, labels) for each in images(raw)]
 
+    def predictions(raw: Any) -> tuple[Prediction, ...]:
+        first = images(raw)[0]
+        check_labels(first.labels, model.labels, model.name)
+        return _predictions(question, first)
+
     return Tracker(
         tuple(_prediction(found, number) for number in targets),
         torch.stack([found.scores[list(targets)], torch.ones(len(targets))]),
         measure,
-        lambda raw: _predictions(question, images(raw)[0]),
+        predictions,
     )
 
 

@@ -19,8 +19,10 @@ from torchvision.ops import box_iou
 from typer.testing import CliRunner
 
 from api_schemas.client.results import read_answer
+from service.cli.compare.compare_run import _check_any
 from service.cli.main import app
 from service.errors import ConfigurationError
+from service.evaluation.compare import summarise
 from service.images.run_lengths import rle_encode
 from service.inference import detection
 from service.models.catalog import ModelSpec
@@ -349,15 +351,43 @@ def test_the_check_of_a_detector_explains_noise() -> None:
     assert done.exit_code == 0, done.output
 
 
-def test_a_report_of_a_detector_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flag", ["--sheet", "--tensorboard"])
+def test_a_sheet_of_a_detector_is_refused(tmp_path: Path, flag: str) -> None:
     image = tmp_path / "a.png"
     image.write_bytes(png())
-    report = ["--report", str(tmp_path / "a.html")]
+    given = [flag, str(tmp_path / "a.jpg")]
     done = CliRunner().invoke(
-        app, ["explain", str(image), "--model", "detectors:faster_rcnn", *report]
+        app, ["explain", str(image), "--model", "detectors:faster_rcnn", *given]
     )
     assert done.exit_code == 2
-    assert "--report is for models that classify" in " ".join(done.output.split())
+    assert f"{flag} is for models that classify" in " ".join(done.output.split())
+
+
+def test_the_report_of_a_detector_has_a_map_for_each_box_with_its_verdict(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    report = tmp_path / "a.html"
+    options = ["--explain-top", "2", "--min-score", "0.3", "--verify", "true"]
+    model = ["--model", "detectors:faster_rcnn"]
+    given = ["explain", str(tmp_path / "a.png"), *model, *options, "--report", str(report)]
+    done = CliRunner().invoke(app, given)
+    assert done.exit_code == 0, done.output
+    page = report.read_text()
+    assert page.count('<rect class="box"') == 2
+    assert page.count('<details class="verdict') == 2
+    assert "<dd>hirescam</dd>" in page
+    assert "<dd>backbone[0], backbone[1]</dd>" in page
+
+
+def test_the_report_of_a_detector_that_finds_nothing_shows_the_image(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    report = tmp_path / "a.html"
+    model = ["--model", "detectors:faster_rcnn", "--min-score", "1"]
+    given = ["explain", str(tmp_path / "a.png"), *model, "--report", str(report)]
+    done = CliRunner().invoke(app, given)
+    assert done.exit_code == 0, done.output
+    page = report.read_text()
+    assert "<h2>nothing found</h2>" in page
+    assert "<figure><img" in page
 
 
 def test_a_comparison_of_detectors_counts_detections(tmp_path: Path) -> None:
@@ -373,11 +403,10 @@ def test_a_comparison_of_detectors_counts_detections(tmp_path: Path) -> None:
     assert "Counted are detections" in report.read_text()
 
 
-def test_a_comparison_in_which_nothing_is_detected_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(png(1, 1))
-    done = CliRunner().invoke(app, ["compare", *["detectors:faster_rcnn"] * 2, str(tmp_path)])
-    assert done.exit_code == 2, done.output
-    assert "neither model detects anything" in " ".join(done.output.split())
+def test_a_comparison_in_which_nothing_is_detected_is_refused() -> None:
+    model = detectors.loaded("faster_rcnn")
+    with pytest.raises(ConfigurationError, match="neither model detects anything"):
+        _check_any(summarise(model, model, []))
 
 
 @pytest.mark.parametrize(
