@@ -208,6 +208,11 @@ def tensors_in(tree: Any) -> Iterator[tuple[str, Tensor]]:
             yield part, tensor
 
 
+def map_tensors(tree: Any, change: Callable[[Tensor], Any]) -> Any:
+    """A tree of tuples, lists and dicts with each tensor changed, in the order of `tensors_in`."""
+    return _walk(tree, "", {}, lambda tensor: (tensor, change(tensor)))
+
+
 def taken_by(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A module's inputs as one tree: the only input itself, else all by position and name."""
     if len(args) == 1 and not kwargs:

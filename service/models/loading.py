@@ -122,7 +122,7 @@ def load_model(
         takes_list=takes_list,
     )
     if task != "classification":
-        return _with_task(model, built)
+        return _compiled(_with_task(model, built), compiler)
     images = model.normalised(trial_images((preprocessing.channels, *preprocessing.crop)))
     began = Condition.of(module)
     model = replace(_measured(model, built, images), no_layers=why_no_layers(module))
@@ -195,7 +195,6 @@ def _with_task(model: LoadedModel, built: Built) -> LoadedModel:
         head=None if head is None else replace(head, levels=_levels(layers)),
         behaviour=behaves,
         findings=behaves.findings,
-        not_compiled=f"Models for {model.task} run in torch.",
     )
     return replace(model, stateful=_settled(model, module, images[:1]))
 
@@ -297,6 +296,10 @@ def _tuned(model: LoadedModel, image: Tensor, compiler: Compiler | None) -> Load
     model = replace(
         model, channels_last=channels_last, folded=folded, stateful=tuple(sorted(faults))
     )
+    return _compiled(model, compiler)
+
+
+def _compiled(model: LoadedModel, compiler: Compiler | None) -> LoadedModel:
     if compiler is None:
         return replace(model, not_compiled="Compiling is switched off.")
     return compiler.compiled(model)

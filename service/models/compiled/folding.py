@@ -19,10 +19,13 @@ class Folded:
 
     layers: the paths whose input or output differs from the model's: a folded convolution returns
             the output of its normalisation. A request for one of them runs the model itself.
+    compiled: of a detector or a segmenter, the modules that a compiled program runs
+            (`compiled.parts`); the layers inside them are in `layers`.
     """
 
     module: nn.Module
     layers: frozenset[str]
+    compiled: tuple[str, ...] = ()
 
 
 def fold(copy: nn.Module) -> Folded | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -18,15 +21,36 @@ _CORRECTED = ("norm", "softmax", "attention", "gelu", "silu", "hardswish")
 """In the names of operators for which a correction of gradients may have a rule."""
 
 
+is_alone: ContextVar[bool] = ContextVar("is_alone", default=False)
+"""Whether a replica that runs compiled parts may use all cores; see `Front`."""
+
+
+@contextmanager
+def alone(value: bool) -> Iterator[None]:
+    """Set `is_alone` inside the `with`."""
+    token = is_alone.set(value)
+    try:
+        yield
+    finally:
+        is_alone.reset(token)
+
+
+class NotCompiled(Exception):
+    """Why a model has no compiled lane; the sentence is shown in `/models`."""
+
+
 class Front(Protocol):
     """Maps pixels, uint8 (B, C, h, w) on the CPU, to what crosses the cut; see `cut.split`.
 
     The first tensor is the target layer's output, float32 (B, ...). All are on the model's device,
     in new memory; any number of threads may call it concurrently. wide: whether no other batch
     runs, so that it may use all cores.
+
+    Of a part of a model (`compiled.parts`): maps the tensors that it takes to those that it
+    returns, float32 (B, C, h, w) of any size.
     """
 
-    def __call__(self, pixels: Tensor, *, wide: bool = False) -> tuple[Tensor, ...]: ...
+    def __call__(self, *inputs: Tensor, wide: bool = False) -> tuple[Tensor, ...]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,3 +133,12 @@ class Normalised(nn.Module):
         """uint8 (B, C, h, w) to the output of the module for the normalised pixels."""
         values = (pixels.to(torch.float32) / 255 - self.mean) / self.std
         return self.module(values.contiguous(memory_format=self.memory_format))
+
+
+def difference(expected: Tensor, actual: Tensor) -> float:
+    """The largest difference as a share of the largest value; infinite if shapes differ or NaN."""
+    if expected.shape != actual.shape or not bool(actual.isfinite().all()):
+        return float("inf")
+    largest = float(expected.abs().max())
+    gap = float((expected - actual).abs().max())
+    return gap / largest if largest else gap
