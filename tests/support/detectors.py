@@ -167,6 +167,18 @@ def scaled() -> nn.Module:
     return _seeded(ScaledSegmenter)
 
 
+class ReadingSegmenter(Segmenter):
+    """It reads an attribute of its backbone in each pass."""
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        assert self.backbone.out_channels == CHANNELS
+        return super().forward(images)
+
+
+def reader() -> nn.Module:
+    return _seeded(ReadingSegmenter)
+
+
 class OwnDetector(nn.Module):
     """A user's detector: it takes a list, and has one box per cell of a coarse grid."""
 

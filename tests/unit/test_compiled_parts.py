@@ -232,6 +232,13 @@ def test_an_error_of_the_compiler_is_the_reason(monkeypatch: pytest.MonkeyPatch)
     assert model.not_compiled == "'backbone' cannot be compiled: unsupported operator"
 
 
+def test_a_model_that_reads_its_backbone_is_not_compiled() -> None:
+    model = load("detectors:reader", Compiler(), input=InputSpec(size=(64, 64), resize=64))
+    assert model.not_compiled is not None
+    assert "it cannot be compiled: " in model.not_compiled
+    assert "has no attribute 'out_channels'" in model.not_compiled
+
+
 def test_other_precisions_and_devices_are_not_compiled() -> None:
     model = loaded("ssd")
     with pytest.raises(lanes.NotCompiled, match="its parameters are float64, not float32"):

@@ -79,7 +79,12 @@ class Compiler:
         failed = next((one.result for one in model.findings if not one.passed), None)
         if failed is not None:  # it could not be compared
             raise NotCompiled(failed)
-        return with_compiled_parts(model, partial(self._part, model), TOLERANCES["float32"])
+        try:
+            return with_compiled_parts(model, partial(self._part, model), TOLERANCES["float32"])
+        except NotCompiled:
+            raise
+        except Exception as error:  # a user's module may raise anything without its own backbone
+            raise NotCompiled(f"it cannot be compiled: {first_line(error)}") from error
 
     def _part(
         self,

@@ -123,7 +123,9 @@ def with_compiled_parts(model: LoadedModel, compiled: Compile, tolerance: Tolera
     module = model.replicate()
     for path in paths:
         try:
-            module.set_submodule(path, _part(module, path, compiled, trials, tolerance))
+            made = _part(module, path, compiled, trials, tolerance)
+            made.module = module.get_submodule(path)
+            module.set_submodule(path, made)
         except NotCompiled as error:
             if path == paths[0]:
                 raise
@@ -214,7 +216,7 @@ def _part(
     tolerance: Tolerance,
 ) -> CompiledPart:
     """A compiled module of a model, with verified numbers. Raises NotCompiled."""
-    part = module.get_submodule(path)
+    part = replicate(module.get_submodule(path))  # traced and run, which may leave something in it
     calls = [trial.calls[path] for trial in trials if path in trial.calls]
     if len(calls) < len(trials) or not all(_is_plain(args) for args, _ in calls):
         raise NotCompiled(f"{path!r} does not take tensors alone.")
