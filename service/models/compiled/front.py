@@ -45,9 +45,14 @@ class Front(Protocol):
     The first tensor is the target layer's output, float32 (B, ...). All are on the model's device,
     in new memory; any number of threads may call it concurrently. wide: whether no other batch
     runs, so that it may use all cores.
+    """
 
-    Of a part of a model (`compiled.parts`): maps the tensors that it takes to those that it
-    returns, float32 (B, C, h, w) of any size.
+    def __call__(self, pixels: Tensor, /, *, wide: bool = False) -> tuple[Tensor, ...]: ...
+
+
+class Program(Protocol):
+    """Maps the tensors that a part of a model takes, float32 (B, C, h, w) of any size, to those
+    that it returns, in new memory; see `compiled.parts`, and `Front` for threads and `wide`.
     """
 
     def __call__(self, *inputs: Tensor, wide: bool = False) -> tuple[Tensor, ...]: ...

@@ -26,6 +26,7 @@ from service.models.compiled.front import (
     Front,
     NotCompiled,
     Parity,
+    Program,
     Tolerance,
     difference,
 )
@@ -94,7 +95,7 @@ class Compiler:
         path: str,
         *,
         reconvert: bool,
-    ) -> Front:
+    ) -> Program:
         from service.models.compiled import openvino_front  # noqa: PLC0415 - as in _on_the_cpu
 
         graph = openvino_front.converted(

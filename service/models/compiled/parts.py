@@ -22,8 +22,8 @@ from service.cam.hooks import map_tensors, tensors_in, watch
 from service.errors import first_line
 from service.models.compiled.folding import Folded
 from service.models.compiled.front import (
-    Front,
     NotCompiled,
+    Program,
     Tolerance,
     alone,
     difference,
@@ -37,7 +37,7 @@ from service.models.tasks import Detections, compilable_parts, detections_in, re
 
 _log = structlog.get_logger(__name__)
 
-Compile = Callable[..., Front]
+Compile = Callable[..., Program]
 """Compiles a module of tensors for any number and size of images: `(module, examples, path,
 reconvert=)`; `reconvert`: convert in any case, and replace what a cache has."""
 
@@ -66,7 +66,7 @@ class CompiledPart(nn.Module):
     taken, given: the structures of arguments and output, with a tensor in each place.
     """
 
-    def __init__(self, module: nn.Module, program: Front, taken: Any, given: Any) -> None:
+    def __init__(self, module: nn.Module, program: Program, taken: Any, given: Any) -> None:
         super().__init__()
         self.module = module
         self._program = _Shared(program, taken, given)
@@ -82,7 +82,7 @@ class CompiledPart(nn.Module):
 class _Shared:
     """A program with its structures, which the copies of a model share."""
 
-    def __init__(self, program: Front, taken: Any, given: Any) -> None:
+    def __init__(self, program: Program, taken: Any, given: Any) -> None:
         self._program = program
         self._ranks = [tensor.ndim for tensor in _tensors(taken)]
         self._given = map_tensors(given, lambda _: torch.empty(0))
@@ -231,7 +231,7 @@ def _part(
 def _verified(
     part: nn.Module,
     path: str,
-    compiled: Callable[..., Front],
+    compiled: Callable[..., Program],
     calls: Sequence[Call],
     tolerance: Tolerance,
 ) -> CompiledPart:

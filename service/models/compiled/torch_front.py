@@ -73,8 +73,7 @@ class TorchFront:
                 self._compile(pixels[:2], cache)
             self._graphs = Graphs(self._run, pixels, cuda_graph())
 
-    def __call__(self, *inputs: Tensor, wide: bool = False) -> tuple[Tensor, ...]:  # noqa: ARG002
-        (pixels,) = inputs
+    def __call__(self, pixels: Tensor, *, wide: bool = False) -> tuple[Tensor, ...]:  # noqa: ARG002
         if self._graphs is not None and len(pixels) <= self._graphs.largest:
             with torch.cuda.device(self._device):
                 return self._graphs(pixels)
