@@ -51,8 +51,9 @@ class Front(Protocol):
 
 
 class Program(Protocol):
-    """Maps the tensors that a part of a model takes, float32 (B, C, h, w) of any size, to those
-    that it returns, in new memory; see `compiled.parts`, and `Front` for threads and `wide`.
+    """Maps the tensors that a part of a model takes to those that it returns, in new memory.
+
+    float32 (B, C, h, w) of any size; see `compiled.parts`, and `Front` for threads and `wide`.
     """
 
     def __call__(self, *inputs: Tensor, wide: bool = False) -> tuple[Tensor, ...]: ...
