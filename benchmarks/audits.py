@@ -19,9 +19,10 @@ from typing import Any
 
 import audit_page
 import torch
-from audit_cues import CUES, marked
+from audit_cues import CUES, Cue, marked
 from audit_models import (
     BUILDERS,
+    CLASSES,
     RELABELLED,
     SIDES,
     Photographs,
@@ -42,29 +43,31 @@ from service.models.compiled.lane import Compiler
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model
 
-TIES = {"dev": (0.8,), "hold": (0.95, 0.6, 0.8)}
-CLEAN = 6
-"""Clean models of each network and half."""
+TIES = {"hold": (0.95, 0.6, 0.8), "dev": (0.8,)}
+"""Turns of each half: in each, every network gets every cue once, and as many models none."""
 
 
 def subjects() -> Iterator[Subject]:
-    """Every model, in the order in which they are trained: a few of each kind first."""
-    for turn in range(len(TIES["hold"])):
-        for number in range(len(CUES) + CLEAN):
-            for half in TIES:
-                if turn and (half == "dev" or number >= len(CUES)):
-                    continue
+    """Every model, in the order in which they are trained: planted and clean ones alternate."""
+    for half, ties in TIES.items():
+        for turn in range(len(ties)):
+            for number, cue in enumerate(CUES):
                 for network in SIDES:
-                    yield _subject(network, half, turn, number)
+                    yield _subject(network, half, turn, number, cue)
+                    yield _subject(network, half, turn, number, None)
 
 
-def _subject(network: str, half: str, turn: int, number: int) -> Subject:
-    seed = 100 * (half == "hold") + 10 * turn + number + (0 if network == "flowernet" else 50)
-    if number >= len(CUES):
-        return Subject(network, half, None, 0.0, 0, seed)
-    # The ties of the first models of the hold-out differ, so that few models show all of them.
-    ties = TIES[half]
-    return Subject(network, half, CUES[number], ties[(turn + number) % len(ties)], seed % 5, seed)
+def _subject(network: str, half: str, turn: int, number: int, cue: Cue | None) -> Subject:
+    held, frozen_net = half == "hold", network != "flowernet"
+    seed = 1000 * held + 100 * turn + 50 * frozen_net + number
+    if cue is None:
+        return Subject(network, half, None, 0.0, 0, 0, seed + 20)
+    # No look or place of the one half is in the other; classes and ties go round.
+    variant = 2 * held + (turn + frozen_net) % 2
+    class_id = (number + 2 * held + turn + frozen_net) % CLASSES
+    return Subject(
+        network, half, cue, TIES[half][(turn + number) % len(TIES[half])], class_id, variant, seed
+    )
 
 
 def main() -> int:
@@ -147,6 +150,7 @@ class Work:
             "cue": subject.cue,
             "tie": subject.tie,
             "class_id": subject.class_id,
+            "variant": subject.variant,
             "truth": truth(model, subject, photos),
             "seconds": time.perf_counter() - started,
             **found.as_json(),

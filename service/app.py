@@ -143,6 +143,7 @@ def _add_middleware(
 ) -> None:
     """Add the middleware that every request passes, from the innermost to the outermost."""
     bounds = Bounds(settings.key_rate, settings.key_concurrency, settings.key_cost)
+    is_shared = service.metrics.is_shared
     costly = (*classify.router.routes, *experiments.router.routes)
     routes = {route.path: route for route in costly if isinstance(route, APIRoute)}
     app.add_middleware(RefusedWhenFull, admission=service.admission, routes=routes)
@@ -150,7 +151,7 @@ def _add_middleware(
     app.add_middleware(
         Access,
         keys=service.api_keys,
-        quotas=Quotas(bounds),
+        quotas=Quotas(bounds, processes=settings.process_count if is_shared else 1),
         open_metrics=settings.open_metrics,
     )
     hosts = host_rule(settings.host, settings.allowed_hosts, keys=service.api_keys is not None)

@@ -29,6 +29,7 @@ class _Common(TypedDict, total=False):
     model: str
     top_k: int
     min_score: float
+    uncertainty: bool
     fit: Fit
     activations: str | list[str]
     activation_as: ActivationForm | list[ActivationForm]

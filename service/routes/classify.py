@@ -6,7 +6,7 @@ import asyncio
 import functools
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -24,9 +24,10 @@ from api_schemas.options import (
 from service.errors import InvalidOption
 from service.pipeline import response
 from service.pipeline.answer_size import Quote, quote_image
-from service.pipeline.process import as_error, render, render_result, result_of
+from service.pipeline.process import as_error, result_of
+from service.pipeline.service import ProcessedImage
 from service.routes import bodies, docs, forms, lifecycle
-from service.routes.lifecycle import Billed, RequestWork
+from service.routes.lifecycle import RequestWork
 from service.routes.negotiation import as_image
 from service.routes.state import service_of
 from service.scheduling.admission import Permit
@@ -63,8 +64,8 @@ class _KnownQueries(APIRoute):
 
 router = APIRouter(tags=["classify"], route_class=_KnownQueries)
 
-_Make = Callable[[Billed], Awaitable[wire.Result | Response]]
-"""Turns an answered image into its entry of the response, or into the whole response."""
+_Make = Callable[[ProcessedImage, float], wire.Result | Response]
+"""Turns an answered image, ready since a time, into its entry of the response or the whole one."""
 
 
 @router.post("/explain", **docs.explain())
@@ -108,11 +109,11 @@ async def _classify(
         quotes = [quote_image(upload, work.service.limits.pixels, work.price) for upload in uploads]
         work.bill.add(sum(quote.price for quote in quotes))
         take = bodies.bounded(permit, work.service.limits.body_bytes)
-        make: _Make = functools.partial(render_result, work)
+        make: _Make = functools.partial(response.rendered_result, work)
         if drawn:
             make = functools.partial(_image, work)
         elif len(uploads) == 1:
-            make = functools.partial(_alone, request, work)
+            make = functools.partial(_alone, work, request.scope["request_id"])
         entries = [
             _one(work, upload, quote, take, make)
             for upload, quote in zip(uploads, quotes, strict=True)
@@ -147,7 +148,7 @@ async def _one(
 ) -> wire.Result | Response:
     """Process one image from its bytes or URL to its entry, or to the whole response."""
     data = await bodies.image_bytes(image, work.service.fetcher, take)
-    return await make(await lifecycle.infer(work, data, quote))
+    return await lifecycle.answer(work, data, quote, make)
 
 
 async def _all_of(
@@ -164,26 +165,25 @@ async def _all_of(
         return [error]
 
 
-async def _image(work: RequestWork, answered: Billed) -> Response:
+def _image(work: RequestWork, processed: ProcessedImage, ready: float) -> Response:
     """The overlay, or the heatmap, as the whole response."""
     assert isinstance(work.options, ExplainOptions)
     side = work.service.limits.render_side
-    if not answered.inference.explanations:
+    if not processed.inference.explanations:
         raise InvalidOption(
             "The model finds nothing to explain in this image, so there is no map to return; lower "
             "`min_score`, or request JSON, which says what was found."
         )
-    explanation = answered.inference.explanations[0]
-    image = await render(work, response.picture, answered.upload, explanation, work.options, side)
+    explanation = processed.inference.explanations[0]
+    image = response.picture(processed.upload, explanation, work.options, side)
+    work.clock.add("render", time.monotonic() - ready)
     return Response(image.data, media_type=image.media_type)
 
 
-async def _alone(request: Request, work: RequestWork, answered: Billed) -> Response:
+def _alone(work: RequestWork, request_id: str, processed: ProcessedImage, ready: float) -> Response:
     """The JSON response to a request with one image."""
-    call = work.service.scheduler.call(
-        response.single_response, work, answered, request.scope["request_id"], time.monotonic()
-    )
-    return Response(await result_of(call), media_type="application/json")
+    body = response.single_response(work, request_id, processed, ready)
+    return Response(body, media_type="application/json")
 
 
 async def _respond(

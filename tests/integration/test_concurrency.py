@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
-import socket
-import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 import numpy as np
@@ -20,7 +17,7 @@ import pytest
 import tiny
 import torch
 import torchvision  # noqa: F401 - slow to import, and no clock runs here
-import uvicorn
+from crowd import nothing_is_left, served, together
 from fastapi import FastAPI
 from numpy.typing import NDArray
 from PIL import Image
@@ -37,7 +34,6 @@ from service.scheduling.scheduler import Scheduler
 from service.settings import Settings
 
 REQUESTS = 500
-CLIENTS = 64
 WEIGHTS = Path(__file__).parent.parent.parent.parent / "shared/data/weights"
 REAL = WEIGHTS / "mobilenet_v2.fp16.safetensors"
 LAST = dict.fromkeys(("small", "other", "mobilenet_v2"), ("features",))
@@ -45,9 +41,6 @@ INNER = {"small": "features.0", "other": "features.3", "mobilenet_v2": "features
 SEEN = {"small": "features.1", "other": "features.4", "mobilenet_v2": "features.17.conv.*"}
 CLASSES = {"small": 7, "other": 5, "mobilenet_v2": 1000}
 SIDES = {"small": (64, 48), "other": (64, 48), "mobilenet_v2": (224, 192)}
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,31 +126,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 def app(models: tuple[str, ...]) -> FastAPI:
     """The service with two workers; its threads run only while it is served."""
     return create_app(Settings(models=models, workers=2, allow_random_weights=not REAL.exists()))
-
-
-@contextmanager
-def served(app: FastAPI) -> Iterator[str]:
-    """The app behind a real socket; its address. Who connects early waits in the backlog."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(128)
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
-        thread = threading.Thread(
-            target=server.run, kwargs={"sockets": [listener]}, name="camserve-uvicorn"
-        )
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(20)
-
-
-def together(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """`function` of each item, by `CLIENTS` threads that start at the same moment."""
-    start = threading.Barrier(CLIENTS)
-    with ThreadPoolExecutor(CLIENTS, initializer=start.wait, initargs=(20,)) as threads:
-        return list(threads.map(function, items))
 
 
 def question(ask: Ask, parts: Service) -> Question:
@@ -289,16 +257,6 @@ def bit_equal(found: Sequence[Got], alone: Sequence[Got]) -> None:
     for one, twin in zip(found, alone, strict=True):
         assert one.shape == twin.shape
         assert all(np.array_equal(one.arrays[name], twin.arrays[name]) for name in one.arrays)
-
-
-def nothing_is_left(parts: Service) -> None:
-    assert parts.pool.hooks_live() == 0
-    assert parts.pool.faults() == []  # every replica idle, and in the condition it was built in
-    assert set(parts.pool.replaced.values()) == {0}
-    assert parts.admission.images == 0
-    assert parts.scheduler.waiting == 0
-    for model in parts.pool.models.values():
-        assert all(parameter.grad is None for parameter in model.module.parameters())
 
 
 def images_a_batch(metrics: Metrics) -> float:

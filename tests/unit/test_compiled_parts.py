@@ -251,7 +251,9 @@ def test_other_precisions_and_devices_are_not_compiled() -> None:
 
 def test_a_model_that_cannot_be_compared_is_not_compiled() -> None:
     unsteady = Finding("determinism", False, "The same image gets something else twice.")
-    model = Compiler().compiled(replace(loaded("ssd"), findings=(unsteady,)))
+    behaves = replace(loaded("ssd").behaviour, deterministic=False)
+    model = replace(loaded("ssd"), behaviour=behaves, findings=(unsteady,))
+    model = Compiler().compiled(model)
     assert model.not_compiled == unsteady.result
 
 

@@ -77,9 +77,10 @@ class Compiler:
 
     def _with_parts(self, model: LoadedModel) -> LoadedModel:
         """A detector or a segmenter in float32, whatever precision is configured."""
-        failed = next((one.result for one in model.findings if not one.passed), None)
-        if failed is not None:  # it could not be compared
-            raise NotCompiled(failed)
+        behaves = model.behaviour
+        if not (behaves.isolated and behaves.batchable and behaves.deterministic):
+            # It could not be compared.
+            raise NotCompiled(next(one.result for one in model.findings if not one.passed))
         try:
             return with_compiled_parts(model, partial(self._part, model), TOLERANCES["float32"])
         except NotCompiled:

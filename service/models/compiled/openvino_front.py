@@ -125,10 +125,9 @@ class _Program:
                 input_tensor = request.get_input_tensor(number)
                 input_tensor.shape = values.shape
                 input_tensor.data[:] = values.numpy()
-            request.infer(share_outputs=True)
+            outputs = request.infer(share_outputs=True).to_tuple()
             # Copied: the next user of the request overwrites its memory.
-            outputs = (request.get_output_tensor(i) for i in range(len(self._compiled.outputs)))
-            return tuple(torch.from_numpy(output.data.copy()) for output in outputs)
+            return tuple(torch.from_numpy(output.copy()) for output in outputs)
 
     @contextmanager
     def _request(self) -> Iterator[Any]:

@@ -33,7 +33,13 @@ from service.models.loaded import LoadedModel
 from service.models.probes.sensitivity import natural_noise
 from service.models.probes.torch_state import kept_torch_state
 from service.models.replicas import replicate
-from service.models.tasks import Detections, compilable_parts, detections_in, region_logits
+from service.models.tasks import (
+    Detections,
+    compilable_parts,
+    detections_in,
+    per_image,
+    region_logits,
+)
 
 _log = structlog.get_logger(__name__)
 
@@ -174,8 +180,12 @@ class _Trial:
         raw = self._run(module)
         if self._model.task == "segmentation":
             return difference(region_logits(self._raw), region_logits(raw))
-        pairs = zip(detections_in(self._raw), detections_in(raw), strict=True)
+        pairs = zip(self._detections(self._raw), self._detections(raw), strict=True)
         return max(difference_of_boxes(*pair) for pair in pairs)
+
+    def _detections(self, raw: Any) -> list[Detections]:
+        size = self._images.shape[3], self._images.shape[2]
+        return [detections_in(each, size, self._model.output) for each in per_image(raw)]
 
 
 def difference_of_boxes(expected: Detections, actual: Detections) -> float:
@@ -218,7 +228,8 @@ def _part(
     """A compiled module of a model, with verified numbers. Raises NotCompiled."""
     part = replicate(module.get_submodule(path))  # traced and run, which may leave something in it
     calls = [trial.calls[path] for trial in trials if path in trial.calls]
-    if len(calls) < len(trials) or not all(_is_plain(args) for args, _ in calls):
+    is_called = len(calls) == len(trials) and bool(_tensors(calls[0][0]))
+    if not is_called or not all(_is_plain(args) for args, _ in calls):
         raise NotCompiled(f"{path!r} does not take tensors alone.")
     calls.append(_smaller(part, calls[-1][0]))
     try:
