@@ -339,10 +339,9 @@ def lane_of(model: LoadedModel, question: Question) -> Lane:
 
     So the same request always gets the same numbers. `compiled` predicts, and explains the target
     layer from its activation and gradient; `folded` is the hooked lane on replicas whose batch
-    normalisations are folded; `hooked` is the model as it is.
+    normalisations are folded, or parts compiled if the model is no classifier; `hooked` is the
+    model as it is.
     """
-    if model.task != "classification":
-        return "hooked"
     lane = model.compiled
     right_size = tuple(question.pixels.shape[1:]) == model.preprocessing.crop
     if lane is not None and right_size and not question.activations:

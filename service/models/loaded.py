@@ -125,6 +125,18 @@ class LoadedModel:
         return f"{count}: {labels}" if is_short and self.labels[0] != "class 0" else count
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether it has a compiled lane: of a detector or a segmenter, a form with such parts."""
+        return self.compiled is not None or bool(self.folded and self.folded.compiled)
+
+    @property
+    def slower(self) -> str | None:
+        """Why the compiled lane is missing, or has not the configured precision."""
+        if not self.is_compiled:
+            return self.not_compiled
+        return self.compiled.instead if self.compiled else None
+
+    @property
     def gives_masks(self) -> bool:
         """Whether a detector gives a mask for each box."""
         heads = getattr(self.module, "roi_heads", None)

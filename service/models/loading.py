@@ -133,7 +133,7 @@ def load_model(
         takes_list=takes_list,
     )
     if task != "classification":
-        return _with_task(model, built)
+        return _compiled(_with_task(model, built), compiler)
     images = model.normalised(trial_images((preprocessing.channels, *preprocessing.crop)))
     began = Condition.of(module)
     model = replace(_measured(model, built, images), no_layers=why_no_layers(module))
@@ -187,14 +187,16 @@ def _with_task(model: LoadedModel, built: Built) -> LoadedModel:
         given = list(images[:1]) if model.takes_list else images[:1]
         with kept_torch_state(random=False), preserved(served), torch.no_grad():
             raw = model.outputs(served, images[:1])
+            _check_structure(model, raw)
             classes = class_count(module, raw, model.task, model.output)
             trace = trace_layers(served, given, classes=classes or 0)
+    except ConfigurationError:
+        raise
     except Exception as error:
         raise ConfigurationError(
             f"{spec.at('builder')} cannot be run on an image of {shape[2]}×{shape[1]} pixels: "
             f"{type(error).__name__}: {error}"
         ) from error
-    _check_structure(model, raw)
     positions = _mappable(model, trace, served, images[:1], batchable=behaves.batchable)
     layers = positions.layers
     head = box_head(module) if model.task == "detection" else None
@@ -215,7 +217,6 @@ def _with_task(model: LoadedModel, built: Built) -> LoadedModel:
         findings=_with_places(behaves.findings, positions, defaults),
         unclear=positions.of("unclear"),
         scattered=positions.of("scattered"),
-        not_compiled=f"Models for {model.task} run in torch.",
     )
     return replace(model, stateful=_settled(model, module, images[:1]))
 
@@ -397,10 +398,14 @@ def _tuned(model: LoadedModel, image: Tensor, compiler: Compiler | None) -> Load
         folded=folded,
         stateful=tuple(sorted({*stateful, *more})),
     )
+    return _compiled(model, compiler)
+
+
+def _compiled(model: LoadedModel, compiler: Compiler | None) -> LoadedModel:
     if compiler is None:
         return replace(model, not_compiled="Compiling is switched off.")
-    if folded is not None:
-        folded.drop()  # few requests need it beside a compiled lane; the first of them builds it
+    if model.folded is not None:
+        model.folded.drop()  # few requests need it beside a compiled lane; the first one builds it
     return compiler.compiled(model)
 
 

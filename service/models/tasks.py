@@ -122,6 +122,13 @@ def box_head(module: nn.Module) -> BoxHead | None:
     return None
 
 
+def compilable_parts(module: nn.Module) -> tuple[str, ...]:
+    """The modules of torchvision's structure behind the backbone that are much of the work."""
+    names = ("rpn.head",) if hasattr(module, "roi_heads") else ("head", "classifier")
+    known = {path for path, _ in module.named_modules()}
+    return tuple(name for name in names if name in known)
+
+
 def class_count(module: nn.Module, raw: Any, task: Task, output: Output) -> int | None:
     """The number of classes, with the background if the model has one; None if unknown.
 

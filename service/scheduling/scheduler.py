@@ -24,6 +24,7 @@ from service.errors import (
 from service.inference.batch import Unfinished, run, run_compiled
 from service.inference.questions import InferenceResult, Lane, Question, lane_of
 from service.metrics import Metrics
+from service.models.compiled.front import alone
 from service.models.loaded import LoadedModel
 from service.models.pool import ModelPool, Replica
 from service.models.probes.torch_state import kept_torch_state
@@ -522,9 +523,10 @@ class Scheduler:
             batch.hold_replica(replica)
             try:
                 self._pool.sound(replica.model)
-                if first.unfinished is None:
-                    return self._runner(replica, questions)
-                return [first.unfinished.step(replica) or first.unfinished]
+                with alone(self._is_alone()):
+                    if first.unfinished is None:
+                        return self._runner(replica, questions)
+                    return [first.unfinished.step(replica) or first.unfinished]
             finally:
                 batch.release_replica()
 

@@ -29,7 +29,7 @@ from service.inference.batch import Unfinished
 from service.inference.questions import InferenceResult, Question
 from service.metrics import Metrics
 from service.models.compiled.folding import fold
-from service.models.compiled.front import CompiledLane
+from service.models.compiled.front import CompiledLane, is_alone
 from service.models.pool import ModelPool, Replica
 from service.models.probes.behaviour import Behaviour
 from service.scheduling import scheduler as scheduling_module
@@ -131,6 +131,22 @@ def test_each_question_runs_in_the_lane_that_was_chosen_for_it(
 
 
 # ---- batches
+
+
+def test_compiled_parts_may_use_all_cores_while_nothing_else_waits() -> None:
+    ran: list[bool] = []
+
+    def runner(_: Replica, questions: Sequence[object]) -> list[InferenceResult]:
+        ran.append(is_alone.get())
+        return [NOTHING for _ in questions]
+
+    with scheduling(runner, names=("one", "two")) as scheduler:
+        with held(scheduler):
+            jobs = [scheduler.submit(name, question()) for name in ("one", "two")]
+        for job in jobs:
+            job.result(PATIENCE)
+    assert ran == [False, True]
+    assert not is_alone.get()
 
 
 def test_a_lone_question_is_answered_at_once_and_timed() -> None:

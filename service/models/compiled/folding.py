@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import cast
 
 from torch import fx, nn
@@ -18,17 +19,22 @@ from service.models.replicas import replicate
 class Folded:
     """A faster tree of modules with the same names, built when it is first used.
 
-    plain: the model's modules, which do not change; the tree shares what is not folded.
-    pairs: the paths of each convolution and of the normalisation that is folded into it.
-
+    build:  builds the tree, with the same numbers every time.
     layers: the paths whose input or output differs from the model's: a folded convolution returns
             the output of its normalisation. A request for one of them runs the model itself.
+    compiled: of a detector or a segmenter, the modules that a compiled program runs
+            (`compiled.parts`); the layers inside them are in `layers`.
     """
 
-    def __init__(self, plain: nn.Module, pairs: Sequence[tuple[str, str]]) -> None:
-        self.pairs = tuple(pairs)
-        self.layers = frozenset(path for pair in pairs for path in pair)
-        self._plain = plain
+    def __init__(
+        self,
+        build: Callable[[], nn.Module],
+        layers: frozenset[str],
+        compiled: tuple[str, ...] = (),
+    ) -> None:
+        self.layers = layers
+        self.compiled = compiled
+        self._build = build
         self._lock = threading.Lock()
         self._module: nn.Module | None = None
 
@@ -37,7 +43,7 @@ class Folded:
         """The tree; one thread builds it, and others wait for that."""
         with self._lock:
             if self._module is None:
-                self._module = _folded(replicate(self._plain), self.pairs)
+                self._module = self._build()
             return self._module
 
     def drop(self) -> None:
@@ -59,11 +65,15 @@ def fold(plain: nn.Module) -> Folded | None:
         pairs = _pairs(traced(copy), dict(copy.named_modules()))
     except Uncuttable:
         return None
-    return Folded(plain, pairs) if pairs else None
+    if not pairs:
+        return None
+    layers = frozenset(path for pair in pairs for path in pair)
+    return Folded(partial(_folded, plain, pairs), layers)
 
 
-def _folded(copy: nn.Module, pairs: Sequence[tuple[str, str]]) -> nn.Module:
-    """Fold pairs of a copy in place."""
+def _folded(plain: nn.Module, pairs: Sequence[tuple[str, str]]) -> nn.Module:
+    """A copy with pairs of paths folded: a convolution, and the normalisation behind it."""
+    copy = replicate(plain)
     for convolution, norm in pairs:
         fused = fuse_conv_bn_eval(
             cast(nn.Conv2d, copy.get_submodule(convolution)),

@@ -8,7 +8,7 @@ import json
 import threading
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -66,7 +66,8 @@ class OpenVinoFront:
         largest: int = 1,
     ) -> None:
         hint = "bf16" if precision == "bf16" else "f32"
-        is_small = bytes_of_weights(graph) <= FIXED_UP_TO
+        has_size = graph.inputs[0].get_partial_shape()[1:].is_static
+        is_small = has_size and bytes_of_weights(graph) <= FIXED_UP_TO
         alone = {1} if is_small else set()
         together = {largest} if is_small and largest <= FIXED_BATCH else set()
         if single_request_threads > 1:
@@ -76,8 +77,8 @@ class OpenVinoFront:
             self._narrow = self._wide = _Programs(graph, streams, streams, hint, together | alone)
         self.trials = [1, 1, 3, 2, min(largest, FIXED_BATCH)]
 
-    def __call__(self, pixels: Tensor, *, wide: bool = False) -> tuple[Tensor, ...]:
-        return (self._wide if wide else self._narrow)(pixels)
+    def __call__(self, *inputs: Tensor, wide: bool = False) -> tuple[Tensor, ...]:
+        return (self._wide if wide else self._narrow)(*inputs)
 
     def release(self) -> None:
         for programs in (self._narrow, self._wide):
@@ -101,8 +102,8 @@ class _Programs:
             for _ in range(streams):
                 program(torch.zeros(*of_size.inputs[0].shape, dtype=torch.uint8))
 
-    def __call__(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        return self._fixed.get(len(pixels), self._any)(pixels)
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return self._fixed.get(len(inputs[0]), self._any)(*inputs)
 
     def release(self) -> None:
         """Free the activations of the program for any size; the others keep theirs on purpose."""
@@ -127,17 +128,17 @@ class _Program:
         self._lock = threading.Lock()
         self._idle: list[Any] = []
 
-    def __call__(self, pixels: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         with self._request() as request:
             # Into the request's own memory: with shared inputs OpenVINO 2026.4 writes into the
             # array of an earlier caller, and its own copying takes longer.
-            input_tensor = request.get_input_tensor(0)
-            input_tensor.shape = pixels.shape
-            input_tensor.data[:] = pixels.numpy()
-            request.infer(share_outputs=True)
+            for number, values in enumerate(inputs):
+                input_tensor = request.get_input_tensor(number)
+                input_tensor.shape = values.shape
+                input_tensor.data[:] = values.numpy()
+            outputs = request.infer(share_outputs=True).to_tuple()
             # Copied: the next user of the request overwrites its memory.
-            outputs = (request.get_output_tensor(i) for i in range(len(self._compiled.outputs)))
-            return tuple(torch.from_numpy(output.data.copy()) for output in outputs)
+            return tuple(torch.from_numpy(output.copy()) for output in outputs)
 
     def release(self) -> None:
         """Free activations; the next batch allocates them again. No batch may run."""
@@ -212,7 +213,7 @@ def graph_of(
 
 def converted(
     module: nn.Module,
-    example: Tensor,
+    example: Tensor | Sequence[Tensor],
     cache: Path | None,
     key: str,
     *,
@@ -221,7 +222,9 @@ def converted(
 ) -> Graph:
     """A module as OpenVINO's graph for any batch size; from the cache if present.
 
-    example: uint8 (1, C, h, w). cache: a folder, created if needed; None: no cache.
+    example: uint8 (1, C, h, w); or float32 (1, C, h, w) for each argument of the module, whose
+            graph is for any height and width.
+    cache:   a folder, created if needed; None: no cache.
     key:     what the graph depends on, besides the versions of torch and OpenVINO.
     reconvert: convert in any case, and replace the cached graph.
     fuse:    fuse operators now, with the numbers that compiling gives. Otherwise each compiled
@@ -243,14 +246,17 @@ def converted(
         return graph
 
 
-def _convert(module: nn.Module, example: Tensor, fuse: bool) -> Graph:
+def _convert(module: nn.Module, example: Tensor | Sequence[Tensor], fuse: bool) -> Graph:
+    examples = (example,) if isinstance(example, Tensor) else tuple(example)
     # Not openvino.convert_model, which sends telemetry over the network.
     frontend = FrontEndManager().load_by_framework("pytorch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit.trace warns about every constant
-        decoder = TorchScriptPythonDecoder(module, example_input=(example,))
+        decoder = TorchScriptPythonDecoder(module, example_input=examples)
         graph = frontend.convert(frontend.load(decoder))
-    graph.inputs[0].get_node().set_partial_shape(openvino.PartialShape([-1, *example.shape[1:]]))
+    for given, each in zip(graph.inputs, examples, strict=True):
+        rest = [*each.shape[1:]] if each is example else [each.shape[1], -1, -1]
+        given.get_node().set_partial_shape(openvino.PartialShape([-1, *rest]))
     graph.validate_nodes_and_infer_types()
     if fuse:
         apply_moc_transformations(graph, cf=False)
