@@ -72,7 +72,7 @@ def test_a_box_is_named_by_the_place_that_was_predicted(client: TestClient, name
         ({"model": "Detr", "fit": "pad"}, "`fit`"),
         ({"model": "Detr", "layer": "model.decoder.layers.0"}, "not a feature map"),
         ({"model": "Detr", "at": "5000,5000"}, "No detection is at the point"),
-        ({"model": "RTDetr", "verify": "true"}, "`verify`"),
+        ({"model": "RTDetr", "verify": "search"}, "`verify=search`"),
     ],
 )
 def test_what_they_do_not_have_is_refused_by_name(client, options, words: str) -> None:
