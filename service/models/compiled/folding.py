@@ -80,8 +80,8 @@ def _folded(plain: nn.Module, pairs: Sequence[tuple[str, str]]) -> nn.Module:
             cast(nn.BatchNorm2d, copy.get_submodule(norm)),
         )
         copy.set_submodule(convolution, fused.requires_grad_(False))
-        copy.set_submodule(norm, nn.Identity())
-    return copy.eval()
+        copy.set_submodule(norm, nn.Identity().eval())
+    return copy  # in eval mode as it is: models may drop lazy state when they are set to a mode
 
 
 def _pairs(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[tuple[str, str]]:
