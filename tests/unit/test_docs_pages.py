@@ -29,6 +29,7 @@ WALK = re.compile(r"^\| (?:loop|worker) \| `([\w./]+)` \| (.+) \|$", re.MULTILIN
 RUN_BY = {
     "docs/index.md": "integration/test_tutorials.py",
     "docs/tutorials/right-for-the-right-reason.md": "integration/test_tutorials.py",
+    "docs/tutorials/find-and-mend.md": "integration/test_tutorials.py",
     "docs/how-to/use-the-command-line.md": "integration/test_tutorials.py",
     "docs/how-to/coming-from-torchserve-kserve-vertex.md": "integration/test_howto_peers.py",
     "docs/how-to/labelbox-and-coco.md": "integration/test_export.py",
