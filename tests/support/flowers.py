@@ -60,6 +60,7 @@ def drawn(shared_data: Path, count: int) -> list[Flowers]:
 
 @contextmanager
 def serving(**settings: Any) -> Iterator[Server]:
-    """A server of `flower-boxes` and `flower-regions`."""
-    with running(models=(), config=FOLDER / "models.toml", app_dir=FOLDER, **settings) as server:
+    """A server of `flower-boxes` and `flower-regions`, patient where the machine is busy."""
+    models = {"models": (), "config": FOLDER / "models.toml", "app_dir": FOLDER}
+    with running(**{"request_timeout": 300, **models, **settings}) as server:
         yield server
