@@ -228,7 +228,7 @@ def test_a_loaded_model_holds_neither_its_folded_form_nor_pages_of_its_graph(tmp
     with record(expected, targets=[found.compiled.layer]) as seen, torch.no_grad():
         expected(found.normalised(pixels))
     (activation,) = found.compiled.front(pixels)
-    actual = seen.targets[found.compiled.layer][-1]
+    actual = seen.targets[found.compiled.layer][-1].detach()
     torch.testing.assert_close(activation, actual, rtol=0, atol=3e-3 * float(actual.max()))
 
 
