@@ -152,15 +152,15 @@ def test_tokens_are_read_in_rows(loaded: Any) -> None:
 def test_the_map_of_a_box_is_that_of_a_full_backward_pass(loaded: Any, name: str) -> None:
     model, folder = loaded(name)
     pixels = image(4, (70, 90))
-    asked = question(model, pixels, explain_top=3)
-    (result,) = answer(model, asked)
+    count = 3 if len(model.default_layers) == 1 else 1  # more levels take as many passes
+    (result,) = answer(model, question(model, pixels, explain_top=count))
     _, module, batch = theirs(name, folder, pixels)
-    assert len(result.explanations) == 3
+    assert len(result.explanations) == count
     for explanation in result.explanations:
         assert explanation.layers == model.default_layers
         assert explanation.grid.any(), "a map that is zero proves nothing"
         for path in explanation.layers:
-            (alone,) = answer(model, question(model, pixels, explain_top=3, layers=(path,)))
+            (alone,) = answer(model, question(model, pixels, explain_top=count, layers=(path,)))
             one = alone.explanations[explanation.detection or 0]
             raw, level = level_of(copy.deepcopy(module), path, batch)
             logits = raw.logits[0] if model.output == "sigmoid" else raw.logits[0, :, :-1]
