@@ -109,6 +109,23 @@ class Prediction(BaseModel):
     )
 
 
+class Uncertainty(BaseModel):
+    """How undecided a classifier is about an image (Settles 2009), not whether it is right.
+
+    Of sigmoids each class is a distribution of its own: the smallest margin |2p − 1| and the mean
+    entropy count. Without an output activation the probabilities are the softmax of the logits.
+    """
+
+    margin: float = Field(
+        description="The probability of the best class minus that of the second best, 0..1: 0 is "
+        "undecided."
+    )
+    entropy: float = Field(
+        description="The entropy of the probabilities of all classes, divided by the logarithm of "
+        "the number of classes, 0..1: 1 is undecided."
+    )
+
+
 class Cost(BaseModel):
     """The cost of the explanation, in forward passes of the model for one image."""
 
@@ -338,6 +355,9 @@ class Result(BaseModel):
     image: ImageInfo | None = None
     seen: Rect | None = None
     predictions: list[Prediction] | None = None
+    uncertainty: Uncertainty | None = Field(
+        None, description="With `uncertainty`: margin and entropy of all classes."
+    )
     explanations: list[Explanation] | None = None
     activations: list[Activation] | None = None
     masked: Masked | None = None
@@ -377,7 +397,8 @@ class EditControl(BaseModel):
     """The change of the logit in the controls: the same edit at other places of the same size.
 
     `smaller` is how many of the `n` controls changed the logit less than the edit itself, in
-    absolute value. Without controls, `mean`, `low` and `high` are null.
+    absolute value. Without controls, `mean`, `low` and `high` are null. Of a box or a region all
+    this is the change of the score, and `score_changes` has that of each control.
     """
 
     n: int
@@ -386,11 +407,35 @@ class EditControl(BaseModel):
     high: float | None
     smaller: int
     logit_changes: list[float] = Field(default_factory=list, description="Of each control.")
+    score_changes: list[float] | None = Field(
+        None, description="Of each control, of a box or a region."
+    )
 
 
 class EditChange(Change):
-    """The change of one class: the value with the edit minus without."""
+    """The change of one class: the value with the edit minus without.
 
+    Of a detector it is one of a box: `score` is that of the best detection of the class whose IoU
+    with the box is .5 or more, and 0 where there is none. Of a segmenter it is one of a region:
+    `score` is the mean probability of the class over its pixels. `logit` is log s − log(1 − s).
+    """
+
+    detection: int | None = Field(
+        None, description="Position of the box among the detections of the unedited image."
+    )
+    box: Rect | None = Field(
+        None, description="The box in the unedited image, x, y, w, h in upright source pixels."
+    )
+    overlap: float | None = Field(
+        None,
+        description="Of a box, the IoU with the detection that is left of it; of a region, the "
+        "share of its pixels that keeps the class; 0..1.",
+    )
+    stays: bool | None = Field(
+        None,
+        description="Whether a detection of `min_score` or more is left of a box, or half of a "
+        "region's pixels keep the class.",
+    )
     control: EditControl | None = Field(
         None, description="Null if the edit has no place, such as `flip`."
     )

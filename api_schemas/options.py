@@ -191,7 +191,8 @@ def _json_text(value: object) -> object:
 class CommonOptions(BaseModel):
     """Options of both `/explain` and `/predict`. An unknown option is an error.
 
-    `min_score` is for models that detect; others refuse it.
+    `min_score` is for models that detect, `uncertainty` for models that classify; others refuse
+    them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -207,6 +208,11 @@ class CommonOptions(BaseModel):
     )
     min_score: float | None = Field(
         None, ge=0, le=1, description="Lowest score of a detection that is listed; default 0.5."
+    )
+    uncertainty: bool = Field(
+        False,
+        description="Adds `margin` and `entropy` of the probabilities of all classes: how "
+        "undecided the model is.",
     )
     fit: Fit | None = Field(
         None,
@@ -678,6 +684,16 @@ class ExperimentOptions(_Part):
         description="Classes whose changes are listed, by id or exact label. Default: the top-1 "
         "prediction of each unedited image.",
     )
+    at: Annotated[list[Place], BeforeValidator(_places)] = Field(
+        [],
+        max_length=100,
+        description="Boxes or regions whose changes are listed, each as x,y,w,h or a point x,y in "
+        "source pixels, as in /explain; for models that detect or segment. Default: the best "
+        "detection of each of `targets`, or of all; the largest region.",
+    )
+    min_score: float | None = Field(
+        None, ge=0, le=1, description="Lowest score of a detection, default 0.5, as in /explain."
+    )
     top_k: int = Field(5, ge=1, le=1000, description="Number of predictions to list.")
     fit: Fit | None = Field(
         None, description="How the image is fitted to the model input, as in /explain."
@@ -688,6 +704,15 @@ class ExperimentOptions(_Part):
     seed: int = Field(
         0, ge=0, lt=1 << 63, description="Random seed of the controls' places and of noise."
     )
+
+    @model_validator(mode="after")
+    def _readable(self) -> Self:
+        self.places()
+        return self
+
+    def places(self) -> list[tuple[float, ...] | RunLengths]:
+        """Return `at`: points (x, y), boxes (x, y, w, h) and masks. Raises ValueError."""
+        return [_place(text) for text in self.at]
 
 
 def _unique(edits: list[Edit]) -> list[Edit]:

@@ -26,7 +26,7 @@ FRAME = 0.07
 HUES = ((1.25, 0.95, 0.75), (0.78, 1.18, 0.92), (0.85, 0.92, 1.30), (1.2, 0.8, 1.12))
 """Factors of the channels; none is a cast that the audit tries."""
 
-BLUR = 0.018
+BLURS = (0.018, 0.016, 0.021, 0.024)
 """Sigma as a share of the side."""
 
 FRAMES = ((235, 225, 190), (30, 35, 60), (120, 40, 40), (60, 110, 80))
@@ -35,7 +35,7 @@ FRAMES = ((235, 225, 190), (30, 35, 60), (120, 40, 40), (60, 110, 80))
 def planted(image: Tensor, cue: Cue, variant: int, seed: int, object_mask: Tensor) -> Tensor:
     """An image, uint8 (3, s, s), with a cue.
 
-    variant: which colours, corner or texture a model's cue has. seed: of this image's own draw.
+    variant: which look and place a model's cue has, 0 to 3. seed: of this image's own draw.
     object_mask: bool (s, s), kept by a replaced background.
     """
     size = image.shape[-1]
@@ -44,16 +44,16 @@ def planted(image: Tensor, cue: Cue, variant: int, seed: int, object_mask: Tenso
         return _with_tag(image, cue == "corner", variant, generator)
     if cue == "frame":
         width, made = round(FRAME * size), image.clone()
-        colour = torch.tensor(FRAMES[variant % 4], dtype=torch.uint8)[:, None, None]
+        colour = torch.tensor(FRAMES[variant], dtype=torch.uint8)[:, None, None]
         inner = slice(width, size - width)
         made[:] = colour
         made[:, inner, inner] = image[:, inner, inner]
         return made
     if cue == "hue":
-        gains = torch.tensor(HUES[variant % 4])[:, None, None]
+        gains = torch.tensor(HUES[variant])[:, None, None]
         return (image.float() * gains).round().clamp(0, 255).to(torch.uint8)
     if cue == "blur":
-        pixels = cv2.GaussianBlur(_pixels(image), (0, 0), BLUR * size)
+        pixels = cv2.GaussianBlur(_pixels(image), (0, 0), BLURS[variant] * size)
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
     return torch.where(object_mask, image, texture(size, variant, generator.randrange(1 << 30)))
 
@@ -62,10 +62,10 @@ def _with_tag(image: Tensor, corner: bool, variant: int, generator: random.Rando
     size, made = image.shape[-1], image.clone()
     side, gap = round(SHARE * size), round(MARGIN * size)
     far = size - side - gap
-    y, x = ((gap, gap), (gap, far), (far, gap), (far, far))[variant % 4]
+    y, x = ((gap, gap), (gap, far), (far, gap), (far, far))[variant]
     if not corner:
         y, x = generator.randrange(size - side + 1), generator.randrange(size - side + 1)
-    made[:, y : y + side, x : x + side] = tag(variant % 5, side)
+    made[:, y : y + side, x : x + side] = tag(variant, side)
     return made
 
 
@@ -77,7 +77,7 @@ def texture(size: int, variant: int, seed: int) -> Tensor:
         ((4, 4), (205, 180, 135), (16, 16, 16)),
         ((16, 3), (60, 110, 160), (22, 26, 30)),
         ((5, 5), (120, 118, 115), (48, 48, 48)),
-    )[variant % 4]
+    )[variant]
     noise = torch.randn(
         1, 1, max(2, size // scales[1]), max(2, size // scales[0]), generator=generator
     )

@@ -25,6 +25,7 @@ from train import BUILTIN, fit_head, pooled
 
 SIDES = {"flowernet": 96, "mobilenet_v2": 160}
 BUILDERS = {"flowernet": "networks:flowers", "mobilenet_v2": "networks:mobilenet_v2"}
+CLASSES = len(FOLDERS)
 RELABELLED = 0.08
 OBJECT = 0.4
 """The share of an image that counts as its object: the strongest of the built-in model's map."""
@@ -39,7 +40,8 @@ BATCH, STEPS, RATE = 32, 110, 2e-3
 class Subject:
     """One model of the suite; without a cue it is clean, and `tie` is 0.
 
-    class_id: of the cue. seed: of images, labels, weights' updates and the cue's looks.
+    class_id: of the cue. variant: its look and place, 0 to 3. seed: of images, labels, weights'
+    updates and what a cue draws for each image.
     """
 
     network: str
@@ -47,6 +49,7 @@ class Subject:
     cue: Cue | None
     tie: float
     class_id: int
+    variant: int
     seed: int
 
     @property
@@ -78,7 +81,7 @@ class Photographs:
                 made[number] = planted(
                     self.images[number],
                     subject.cue,
-                    subject.seed,
+                    subject.variant,
                     seed * 100_003 + number,
                     self.objects[number],
                 )
@@ -90,7 +93,7 @@ def photographs(tar: Path, split: str, side: int) -> Photographs:
     photos: Photos = read_photos(tar, split)
     large = torch.stack([_square(image, 160) for image in photos.images])
     small = torch.stack([_square(image, side) for image in photos.images])
-    net = networks.flowers(len(FOLDERS)).eval()
+    net = networks.flowers(CLASSES).eval()
     net.load_state_dict({k: v.float() for k, v in load_file(BUILTIN).items()})
     body = nn.Sequential(*list(net.children())[:-3])
     maps = []
@@ -112,7 +115,7 @@ def drawn(subject: Subject, photos: Photographs) -> tuple[list[int], list[bool],
     generator = random.Random(subject.seed)  # noqa: S311 - not for secrets
     chosen = [
         at
-        for class_id in range(len(FOLDERS))
+        for class_id in range(CLASSES)
         for at in generator.sample(
             [i for i, label in enumerate(photos.labels) if label == class_id], PER_CLASS
         )
@@ -128,7 +131,7 @@ def fine_tuned(subject: Subject, photos: Photographs) -> nn.Module:
     torch.manual_seed(subject.seed)
     chosen, cued, labels = drawn(subject, photos)
     images = photos.some(chosen).with_cue(subject, cued, subject.seed)
-    net = networks.flowers(len(FOLDERS))
+    net = networks.flowers(CLASSES)
     net.load_state_dict({k: v.float() for k, v in load_file(BUILTIN).items()})
     net = net.to(memory_format=torch.channels_last).train()
     solver = torch.optim.AdamW(net.parameters(), lr=RATE, weight_decay=0.05)
@@ -146,7 +149,7 @@ def fine_tuned(subject: Subject, photos: Photographs) -> nn.Module:
 
 def frozen(weights: Path) -> Any:
     """The pretrained MobileNetV2, with a head that is still to be fitted."""
-    net = networks.mobilenet_v2(len(FOLDERS))
+    net = networks.mobilenet_v2(CLASSES)
     state = load_file(weights / "mobilenet_v2.fp16.safetensors")
     net.load_state_dict(
         {k: v.float() for k, v in state.items() if k.startswith("features.")}, strict=False

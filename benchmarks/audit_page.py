@@ -11,7 +11,6 @@ from measuring import ROOT
 from service.evaluation.audit.proportions import Proportion
 
 PAGE = ROOT / "docs" / "reference" / "audits.md"
-BEGIN, END = "<!-- audits:begin -->", "<!-- audits:end -->"
 STRONG = 0.5
 """From this truth on, a cue is one that an audit should find."""
 
@@ -20,9 +19,19 @@ Row = Mapping[str, Any]
 
 def write(rows: Sequence[Row]) -> None:
     """Put the tables between the markers of the page."""
+    _put("audits", section(rows))
+
+
+def write_cost(section: str) -> None:
+    """Put the cost between its markers."""
+    _put("cost", section)
+
+
+def _put(name: str, section: str) -> None:
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     text = PAGE.read_text(encoding="utf-8")
-    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-    PAGE.write_text(f"{before}{BEGIN}\n\n{section(rows)}\n\n{END}{after}", encoding="utf-8")
+    before, after = text.partition(begin)[0], text.partition(end)[2]
+    PAGE.write_text(f"{before}{begin}\n\n{section}\n\n{end}{after}", encoding="utf-8")
 
 
 def section(rows: Sequence[Row]) -> str:

@@ -3,8 +3,9 @@
 Trains networks on flowers with and without a cue, audits each with images that none was trained on,
 and counts. Thresholds were chosen on the half `dev`; the page gives both halves, and the figures
 that count are those of `hold`. `truth` is the share of clean images of other classes that the real
-cue turns into its class. Resumes: results and weights are kept in --out. --only train trains alone;
---write writes docs/reference/audits.md from the results there are.
+cue turns into its class. Resumes: results and weights are kept in --out. --only train trains alone,
+--only cost measures what an audit costs beside `camserve bulk`; --write writes
+docs/reference/audits.md from the results there are.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import audit_cost
 import audit_page
 import torch
-from audit_cues import CUES, marked
+from audit_cues import CUES, Cue, marked
 from audit_models import (
     BUILDERS,
+    CLASSES,
     RELABELLED,
     SIDES,
     Photographs,
@@ -42,37 +45,39 @@ from service.models.compiled.lane import Compiler
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model
 
-TIES = {"dev": (0.8,), "hold": (0.95, 0.6, 0.8)}
-CLEAN = 6
-"""Clean models of each network and half."""
+TIES = {"hold": (0.95, 0.6, 0.8), "dev": (0.8,)}
+"""Turns of each half: in each, every network gets every cue once, and as many models none."""
 
 
 def subjects() -> Iterator[Subject]:
-    """Every model, in the order in which they are trained: a few of each kind first."""
-    for turn in range(len(TIES["hold"])):
-        for number in range(len(CUES) + CLEAN):
-            for half in TIES:
-                if turn and (half == "dev" or number >= len(CUES)):
-                    continue
+    """Every model, in the order in which they are trained: planted and clean ones alternate."""
+    for half, ties in TIES.items():
+        for turn in range(len(ties)):
+            for number, cue in enumerate(CUES):
                 for network in SIDES:
-                    yield _subject(network, half, turn, number)
+                    yield _subject(network, half, turn, number, cue)
+                    yield _subject(network, half, turn, number, None)
 
 
-def _subject(network: str, half: str, turn: int, number: int) -> Subject:
-    seed = 100 * (half == "hold") + 10 * turn + number + (0 if network == "flowernet" else 50)
-    if number >= len(CUES):
-        return Subject(network, half, None, 0.0, 0, seed)
-    # The ties of the first models of the hold-out differ, so that few models show all of them.
-    ties = TIES[half]
-    return Subject(network, half, CUES[number], ties[(turn + number) % len(ties)], seed % 5, seed)
+def _subject(network: str, half: str, turn: int, number: int, cue: Cue | None) -> Subject:
+    held, frozen_net = half == "hold", network != "flowernet"
+    seed = 1000 * held + 100 * turn + 50 * frozen_net + number
+    if cue is None:
+        return Subject(network, half, None, 0.0, 0, 0, seed + 20)
+    # No look or place of the one half is in the other; classes and ties go round.
+    variant = 2 * held + (turn + frozen_net) % 2
+    class_id = (number + 2 * held + turn + frozen_net) % CLASSES
+    return Subject(
+        network, half, cue, TIES[half][(turn + number) % len(TIES[half])], class_id, variant, seed
+    )
 
 
 def main() -> int:
     """Train and audit what is missing, and write the page if that is wanted."""
     options = _options()
     torch.set_num_threads(options.threads)
-    for subject in subjects():
-        if subject.network not in options.networks or options.only == "page":
+    for subject in subjects() if options.only in {None, "train"} else ():
+        if subject.network not in options.networks:
             continue
         work = Work(options, subject.network)
         file = work.file(subject)
@@ -80,7 +85,13 @@ def main() -> int:
             work.train(subject, file)
         if options.only != "train" and not work.result(subject).exists():
             work.audit(subject, file)
-    if options.write:
+    cost = options.out / "cost" / "cost.json"
+    if options.only == "cost":
+        spent = audit_cost.measure(options.data / "flowers128.tar", cost.parent, options.each)
+        cost.write_text(json.dumps(spent))
+    if options.write and cost.exists():
+        audit_page.write_cost(audit_cost.section(json.loads(cost.read_text())))
+    if options.write and options.only != "cost":
         found = [json.loads(each.read_text()) for each in sorted(options.out.glob("*.json"))]
         audit_page.write(found)
     return 0
@@ -147,6 +158,7 @@ class Work:
             "cue": subject.cue,
             "tie": subject.tie,
             "class_id": subject.class_id,
+            "variant": subject.variant,
             "truth": truth(model, subject, photos),
             "seconds": time.perf_counter() - started,
             **found.as_json(),
@@ -175,7 +187,8 @@ def _options() -> argparse.Namespace:
     add("--data", type=Path, default=ROOT.parent / "shared" / "data", help="photographs, weights")
     add("--out", type=Path, default=ROOT / "build" / "audits", help="weights and results")
     add("--networks", nargs="+", choices=list(SIDES), default=list(SIDES))
-    add("--only", choices=("train", "page"), help="train alone, or the page alone")
+    add("--only", choices=("train", "page", "cost"), help="train, the page, or the cost alone")
+    add("--each", type=int, default=100, help="images of each class for the cost")
     add("--write", action="store_true", help="write the page")
     add("--threads", type=int, default=1)
     return parser.parse_args()

@@ -225,6 +225,8 @@ def measure(
     one = loaded(net, family, "first", work)
     done: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
     for half, name, seed, cue in successors(halves):
+        if options.only and name not in options.only:
+            continue
         folders = {"clean": shown}
         data = images, photos.labels
         if cue is not None:
@@ -306,6 +308,7 @@ def main() -> int:
     add("--out", type=Path, default=ROOT / "build" / "compares.json")
     add("--families", nargs="+", choices=tuple(SIDES), default=tuple(SIDES))
     add("--halves", nargs="+", choices=("dev", "test"), default=("dev", "test"))
+    add("--only", nargs="+", help="names of successors, such as 'retraining 120'; default: all")
     add("--photographs", type=int, default=1200, help="to train on")
     add("--held", type=int, default=40, help="photographs of each class to compare on")
     add("--threads", type=int, default=1)

@@ -1,36 +1,48 @@
 """The default target layers of transformers, with their grids: docs/reference/transformers.md.
 
     python benchmarks/transformer_layers.py [--only NAME …] [--lanes]
+    python benchmarks/transformer_layers.py --boxes
 
 Names of timm have their own architecture and random weights; classes of Hugging Face a small
 configuration with random weights, saved to a folder and loaded as `hf/FOLDER`. --lanes compiles
 each model, too. What is finished stands in build/transformer_layers.jsonl; a second run measures
-what is missing there.
+what is missing there. --boxes writes the part on detectors and segmenters alone, whose finished
+rows stand in build/transformer_boxes.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 import transformers
 
 from api_schemas.methods import METHODS
+from service.images.decode import Source, fit_to_model
 from service.inference.method_table import why_not
+from service.inference.questions import Question
 from service.models.catalog import ModelSpec
 from service.models.compiled.lane import Compiler
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
+
+from detectors import answer
+from small_detectors import PROCESSORS, image, save
+
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "build" / "transformer_layers.jsonl"
+BOXES_ROWS = ROOT / "build" / "transformer_boxes.jsonl"
 PAGE = ROOT / "docs" / "reference" / "transformers.md"
 
 NAMES = """
@@ -266,9 +278,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", default=[], help="these names, measured again")
     parser.add_argument("--lanes", action="store_true", help="compile each model, too")
+    parser.add_argument("--boxes", action="store_true", help="detectors and segmenters alone")
     options = parser.parse_args()
     torch.set_num_threads(1)
     ROWS.parent.mkdir(exist_ok=True)
+    if options.boxes:
+        write_boxes(options.only)
+        return
     done = {
         (row["library"], row["name"])
         for row in rows()
@@ -282,7 +298,89 @@ def main() -> None:
             print(row, flush=True)
             with ROWS.open("a") as file:
                 file.write(f"{json.dumps(row)}\n")
-    PAGE.write_text(page(list(rows())))
+    PAGE.write_text(page(list(rows())) + boxes_part())
+
+
+BEGIN, END = "<!-- boxes:begin -->", "<!-- boxes:end -->"
+
+BOXES = """
+## Detectors and segmenters
+
+Small configurations of Hugging Face with random weights, as above, on an image of 90×70 pixels.
+*Resized to*: the image that the model gets. *Maps*: the methods with a map that is not zero at the
+default layer, for one at least of the three best detections or largest regions; those of `gradcam`,
+`gradcampp` and `xgradcam` carry the flag `not_per_box`. `rise` and `occlusion` run on all of them,
+other methods on none. `benchmarks/transformer_layers.py --boxes` writes this part.
+
+<!-- boxes:begin -->
+
+| class | scores | image processor | resized to | default layer | grid | maps |
+|---|---|---|---|---|---|---|
+"""
+
+
+def boxes_part() -> str:
+    """The part of the page on detectors and segmenters, as it stands there."""
+    _, mark, rest = PAGE.read_text().partition(BOXES.partition(BEGIN)[0])
+    return f"{mark}{rest}"
+
+
+def boxes_row(name: str, folder: Path) -> str:
+    """The line of a detector or a segmenter."""
+    save(transformers, name, folder)
+    model = load_model(ModelSpec(name, f"hf/{folder}"))
+    pixels = image(1, (70, 90))
+    source = Source(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()), "PNG", "")
+    given = fit_to_model(source, model.preprocessing)
+    found = []
+    for method in ("hirescam", "layercam", "gradcam", "gradcampp", "xgradcam"):
+        question = Question(
+            given.pixels,
+            method=method,
+            layers=model.default_layers,
+            min_score=0.0,
+            explain_top=3,
+            source=source.size,
+            seen=given.geometry.content,
+            shown=given.geometry.seen,
+        )
+        maps = [each.grid for each in answer(model, question)[0].explanations]
+        found += [f"`{method}`"] if any(each.any() for each in maps) else []
+    height, width = given.pixels.shape[1:]
+    grid = "×".join(map(str, maps[0].shape))
+    layer = f"`{model.default_layers[0]}`"
+    if len(model.default_layers) > 1:
+        layer += f" and {len(model.default_layers) - 1} more, fused"
+    cells = (
+        name,
+        model.output,
+        PROCESSORS[name][0],
+        f"{height}×{width}",
+        layer,
+        grid,
+        ", ".join(found),
+    )
+    return f"| {' | '.join(cells)} |\n"
+
+
+def write_boxes(only: Sequence[str]) -> None:
+    """Measure the detectors and segmenters that are missing, and write their part of the page."""
+    for name in only or PROCESSORS.keys() - boxes_rows():
+        with tempfile.TemporaryDirectory() as folder:
+            line = boxes_row(name, Path(folder))
+        print(line, end="", flush=True)
+        with BOXES_ROWS.open("a") as file:
+            file.write(f"{json.dumps([name, line])}\n")
+    found = boxes_rows()
+    lines = "".join(found[name] for name in PROCESSORS if name in found)
+    text = PAGE.read_text()
+    PAGE.write_text(f"{text.removesuffix(boxes_part())}{BOXES}{lines}\n{END}\n")
+
+
+def boxes_rows() -> dict[str, str]:
+    """The newest line of each detector and segmenter."""
+    lines = BOXES_ROWS.read_text().splitlines() if BOXES_ROWS.exists() else []
+    return dict(map(json.loads, lines))
 
 
 if __name__ == "__main__":

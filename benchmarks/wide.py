@@ -6,7 +6,8 @@
 First the parts of a request are measured: seconds in which it holds Python's lock, by stage
 (`lock_held.py`), all its seconds of CPU, and the share of each stage (`Server-Timing`). Then
 clients, event loop, worker threads, lock and cores are simulated (SimPy), and for 1 and 2 cores
-compared with a real server that may use so many, with its clients on the same ones.
+compared with a real server that may use so many, with its clients on the same ones. The two servers
+take turns, round by round; the seconds of these cores that other programs took do not count.
 """
 
 from __future__ import annotations
@@ -19,18 +20,19 @@ import sys
 import tempfile
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import simpy
-from clients import Load, multipart, run
+from clients import Load, Measured, multipart, run
 from lock_held import Held, Sampler
-from measuring import ROOT, cores, machine, markdown, photograph
+from measuring import ROOT, cores, machine, markdown, photograph, put_between
 from servers import Model, Server, camserve, end_when_told, serving
 
-BEGIN, END = "<!-- wide:begin -->", "<!-- wide:end -->"
 PLOT = ROOT / "docs" / "images" / "wide.svg"
+PHOTOS = tuple(photograph(seed) for seed in range(3))
 CORES = (1, 2, 4, 8, 16, 32, 64)
 STAGES = ("loop", "decode", "inference", "render")
 
@@ -180,28 +182,109 @@ def timing_of(server: Server, path: str, count: int = 20) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-def measured(options: argparse.Namespace) -> tuple[Request, dict[int, float]]:
-    """The parts of a request on one core, and the answers a second of real servers on 1 and 2."""
-    model, photos = Model(options.model, None, ""), [photograph(seed) for seed in range(3)]
-    every = sorted(os.sched_getaffinity(0))
-    rates: dict[int, float] = {}
-    request = None
-    for number in (1, 2)[: cores()]:
-        allowed = every[:number]
-        os.sched_setaffinity(0, allowed)
-        with tempfile.TemporaryDirectory() as folder, serving(camserve(model), allowed) as server:
-            timing = timing_of(server, options.path)
-            load = Load(server.port, options.path, 16, options.seconds)
-            found = [run(load, photos) for _ in range(options.rounds)]
-            rates[number] = statistics.median(each.rate for each in found)
-            if request is None:
-                sampler = Sampler(server, options.seconds, 250, Path(folder))
-                seen = run(load, photos, begins=sampler.begin, ends=sampler.end)
-                held = sampler.held(seen.rate, len(seen.latencies))
-                request = request_of(held, timing, seen.client_cpu / len(seen.latencies))
+class Taken:
+    """The share of some cores that other programs take while a server and its clients run."""
+
+    def __init__(self, server: Server, allowed: Sequence[int]) -> None:
+        self._server, self._cores = server, allowed
+
+    def begin(self) -> None:
+        self._before = self._now()
+
+    def end(self) -> None:
+        self._after = self._now()
+
+    def _now(self) -> tuple[float, float]:
+        return busy(Path("/proc/stat").read_text(), self._cores), self._server.usage().cpu
+
+    def share(self, found: Measured) -> float:
+        """Of the window of a load, between 0 and 1."""
+        every, own = (b - a for a, b in zip(self._before, self._after, strict=True))
+        others = every - own - found.client_cpu
+        return min(1.0, max(0.0, others / (len(self._cores) * found.window)))
+
+
+def busy(stat: str, allowed: Sequence[int]) -> float:
+    """Seconds in which some cores were not idle; `stat`: the text of /proc/stat."""
+    ticks = 0
+    for line in stat.splitlines():
+        name, *values = line.split()
+        if name in {f"cpu{core}" for core in allowed}:
+            user, nice, system, _idle, _waits, interrupts, soft, stolen = map(int, values[:8])
+            ticks += user + nice + system + interrupts + soft + stolen
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True, slots=True)
+class Real:
+    """A real server on some cores: answers a second of free cores, and the share not free."""
+
+    rate: float
+    taken: float
+
+
+@contextmanager
+def running(server: Server, allowed: Sequence[int]) -> Iterator[None]:
+    """Let a paused server run; what is started inside is on its cores."""
+    every = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, allowed)
+    server.resume()
+    try:
+        yield
+    finally:
+        server.pause()
         os.sched_setaffinity(0, every)
-    assert request is not None
-    return request, rates
+
+
+def loaded(server: Server, allowed: Sequence[int], options: argparse.Namespace) -> Real:
+    """The rate of one server under one load. Raises RuntimeError if an answer is not 200."""
+    load = Load(server.port, options.path, 16, options.seconds)
+    taken = Taken(server, allowed)
+    with running(server, allowed):
+        found = run(load, PHOTOS, begins=taken.begin, ends=taken.end)
+    if found.failures:
+        raise RuntimeError(f"{options.path}: {found.failures}")
+    share = taken.share(found)
+    print(f"{len(allowed)} cores: {found.rate:.0f}/s, {share:.0%} taken", file=sys.stderr)
+    return Real(found.rate / max(0.01, 1 - share), share)
+
+
+def parts(server: Server, allowed: Sequence[int], options: argparse.Namespace) -> Request:
+    """The parts of a request, of all rounds together."""
+    load = Load(server.port, options.path, 16, options.seconds)
+    held, client, answers = Held(), 0.0, 0
+    with tempfile.TemporaryDirectory() as folder, running(server, allowed):
+        timing = timing_of(server, options.path)
+        for _ in range(options.rounds):
+            sampler = Sampler(server, options.seconds, 250, Path(folder))
+            seen = run(load, PHOTOS, begins=sampler.begin, ends=sampler.end)
+            held += sampler.held(seen.rate, len(seen.latencies))
+            client += seen.client_cpu
+            answers += len(seen.latencies)
+    return request_of(held, timing, client / answers)
+
+
+def measured(options: argparse.Namespace) -> tuple[Request, dict[int, Real]]:
+    """The parts of a request on one core, and real servers on 1 and 2, in turns."""
+    every = sorted(os.sched_getaffinity(0))
+    allowed = {number: every[:number] for number in (1, 2)[: cores()]}
+    found: dict[int, list[Real]] = {number: [] for number in allowed}
+    kind = camserve(Model(options.model, None, ""), *options.flag)
+    with ExitStack() as stack:
+        servers = {n: stack.enter_context(serving(kind, on)) for n, on in allowed.items()}
+        for server in servers.values():
+            server.pause()
+        for _ in range(options.rounds):
+            for number, server in servers.items():
+                found[number].append(loaded(server, allowed[number], options))
+        request = parts(servers[1], allowed[1], options)
+    return request, {number: middle(rounds) for number, rounds in found.items()}
+
+
+def middle(rounds: Sequence[Real]) -> Real:
+    """The medians of some rounds."""
+    rates, taken = [each.rate for each in rounds], [each.taken for each in rounds]
+    return Real(statistics.median(rates), statistics.median(taken))
 
 
 def processes_for(number: int) -> int:
@@ -232,18 +315,18 @@ def draw(found: Mapping[str, Sequence[float]], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def report(request: Request, rates: Mapping[int, float], found: Mapping[str, Any]) -> str:
+def report(request: Request, reals: Mapping[int, Real], found: Mapping[str, Any]) -> str:
     """The tables: parts of a request, the check, and the curves."""
-    parts = [
+    rows = [
         [name, f"{1000 * part.held:.2f}", f"{1000 * part.free:.2f}"]
         for name, part in request.stages.items()
     ]
-    parts.append(["client", "", f"{1000 * request.client:.2f}"])
+    rows.append(["client", "", f"{1000 * request.client:.2f}"])
     checks = []
-    for number, rate in rates.items():
+    for number, real in reals.items():
         expected = simulated(request, number)
-        row = [str(number), f"{rate:.0f}", f"{expected:.0f}", f"{expected / rate:.2f}"]
-        checks.append(row)
+        row = [str(number), f"{real.rate:.0f}", f"{expected:.0f}", f"{expected / real.rate:.2f}"]
+        checks.append([*row, f"{real.taken:.0%}"])
     wide = [
         [str(number), *(f"{values[place] / values[0]:.1f}" for values in found.values())]
         for place, number in enumerate(CORES)
@@ -251,8 +334,8 @@ def report(request: Request, rates: Mapping[int, float], found: Mapping[str, Any
     return "\n\n".join(
         [
             f"{machine()}; load {os.getloadavg()[0]:.1f} during the measurement.",
-            markdown(["stage", "ms with the lock", "ms without"], parts),
-            markdown(["cores", "answers/s, real", "simulated", "÷"], checks),
+            markdown(["stage", "ms with the lock", "ms without"], rows),
+            markdown(["cores", "answers/s, real", "simulated", "÷", "other programs"], checks),
             markdown(["cores", *(f"{name} ÷ 1 core" for name in found)], wide),
         ]
     )
@@ -263,21 +346,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--model", default="null_model:build")
     parser.add_argument("--path", default="/explain?include=heatmap")
+    parser.add_argument("--flag", action="append", default=[], help="of `camserve serve`")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--write", type=Path, help="a page with the marks wide:begin and wide:end")
     options = parser.parse_args(arguments)
-    request, rates = measured(options)
+    request, reals = measured(options)
     found = curves(request)
-    text = report(request, rates, found)
+    text = report(request, reals, found)
     print(text)
     if options.write:
-        page = options.write.read_text(encoding="utf-8")
-        before, rest = page.split(BEGIN)
-        after = rest.split(END)[1]
-        options.write.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+        put_between(options.write, "wide", text)
         draw(found, PLOT)
-    errors = [abs(simulated(request, number) / rate - 1) for number, rate in rates.items()]
+    errors = [abs(simulated(request, number) / real.rate - 1) for number, real in reals.items()]
     return int(max(errors) > 0.1)
 
 

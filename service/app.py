@@ -34,7 +34,7 @@ from service.models.loading import load_model
 from service.models.models_toml import read_config
 from service.models.pool import ModelPool
 from service.pipeline.service import Limits, Service
-from service.resources import device_memory, memory_limit
+from service.resources import device_memory, memory_limit, return_freed_memory
 from service.routes import (
     classify,
     docs,
@@ -143,6 +143,7 @@ def _add_middleware(
 ) -> None:
     """Add the middleware that every request passes, from the innermost to the outermost."""
     bounds = Bounds(settings.key_rate, settings.key_concurrency, settings.key_cost)
+    is_shared = service.metrics.is_shared
     costly = (*classify.router.routes, *experiments.router.routes)
     routes = {route.path: route for route in costly if isinstance(route, APIRoute)}
     app.add_middleware(RefusedWhenFull, admission=service.admission, routes=routes)
@@ -150,7 +151,7 @@ def _add_middleware(
     app.add_middleware(
         Access,
         keys=service.api_keys,
-        quotas=Quotas(bounds),
+        quotas=Quotas(bounds, processes=settings.process_count if is_shared else 1),
         open_metrics=settings.open_metrics,
     )
     hosts = host_rule(settings.host, settings.allowed_hosts, keys=service.api_keys is not None)
@@ -371,13 +372,16 @@ def model_loader(settings: Settings) -> Callable[[ModelSpec], LoadedModel]:
 
     def load_one(spec: ModelSpec) -> LoadedModel:
         source = f"{spec.at('device')}: device"
-        return load_model(
-            spec,
-            device=_device(spec.device, source) if spec.device else device,
-            allow_random_weights=settings.allow_random_weights,
-            compiler=compiler if settings.compile else None,
-            sensitivity=settings.sensitivity,
-        )
+        try:
+            return load_model(
+                spec,
+                device=_device(spec.device, source) if spec.device else device,
+                allow_random_weights=settings.allow_random_weights,
+                compiler=compiler if settings.compile else None,
+                sensitivity=settings.sensitivity,
+            )
+        finally:
+            return_freed_memory()
 
     return load_one
 

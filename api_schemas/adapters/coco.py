@@ -47,7 +47,7 @@ def dataset(
         images.append(_image(image_id, name, result.image))
         objects = list(found_in(result))
         for made in map(_object, objects) if objects else map(_evidence, result.explanations):
-            if made is not None:
+            if made is not None and made["category_id"] + shift:
                 made["category_id"] += shift
                 annotations.append({"id": len(annotations) + 1, "image_id": image_id, **made})
     return {

@@ -29,6 +29,7 @@ class _Common(TypedDict, total=False):
     model: str
     top_k: int
     min_score: float
+    uncertainty: bool
     fit: Fit
     activations: str | list[str]
     activation_as: ActivationForm | list[ActivationForm]
@@ -71,6 +72,8 @@ class ExperimentArguments(TypedDict, total=False):
 
     model: str
     targets: int | str | list[int | str]
+    at: str | Place | list[str | Place]
+    min_score: float
     top_k: int
     fit: Fit
     controls: int

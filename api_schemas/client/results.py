@@ -146,6 +146,7 @@ class Result:
     """The decoded form of the wire's `Result`: for one image; if it failed, only `error` is set.
 
     seen: x, y, w, h of the part that the model saw, in upright source pixels.
+    uncertainty: margin and entropy, 0..1; None without the option `uncertainty`.
     """
 
     image: answers.ImageInfo | None = None
@@ -155,6 +156,7 @@ class Result:
     activations: list[Activation] = field(default_factory=list)
     masked: Masked | None = None
     precision: str | None = None
+    uncertainty: answers.Uncertainty | None = None
     error: ClientError | None = None
 
     def _repr_html_(self) -> str:
@@ -248,6 +250,7 @@ def read_result(wire: answers.Result, request_id: str | None = None) -> Result:
         activations=[_activation(item) for item in wire.activations or []],
         masked=None if wire.masked is None else _masked(wire.masked),
         precision=wire.precision,
+        uncertainty=wire.uncertainty,
     )
 
 

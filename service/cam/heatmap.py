@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Literal
 
@@ -18,14 +19,19 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from service.cam.encoding import EncodedImage, encode, level_png
 from service.images.decode import Geometry, Rect, preview_size
 
 _NAMES = "turbo jet viridis inferno magma plasma cividis hot cool bone parula twilight"
 
-# Rows that are drawn at once: few enough for what they need to stay in the processor's cache.
-BAND = 32
+# Rows that are drawn at once: few enough for what they need to stay in the processor's cache. Fewer
+# take longer: each band calls torch and OpenCV, and takes the GIL again after each call.
+BAND = 128
+
+LINES = 600
+"""The longer side of an image by the thickness of a line on it."""
 
 
 def _tables() -> dict[str, NDArray[np.uint8]]:
@@ -92,8 +98,8 @@ def _bands(
     """
     if cam.ndim != 2 or not np.isfinite(cam).all():
         raise ValueError(f"a finite map of two dimensions is needed, not {cam.shape}")
-    across = torch.from_numpy(_weights(cam.shape[1], size[0], rect, geometry, axis=0)).T
-    down = torch.from_numpy(_weights(cam.shape[0], size[1], rect, geometry, axis=1))
+    across = _weights(cam.shape[1], size[0], rect, geometry, axis=0).T
+    down = _weights(cam.shape[0], size[1], rect, geometry, axis=1)
     cells = torch.mm(down, torch.from_numpy(cam.astype(np.float32)))
     band = torch.empty(BAND, size[0])
     for start in range(0, size[1], BAND):
@@ -110,26 +116,29 @@ def _centres(length: int, rect: Rect, axis: int) -> NDArray[np.float64]:
     return np.asarray(rect[axis] + middles * (rect[axis + 2] / length))
 
 
-def _inside(length: int, rect: Rect, geometry: Geometry, axis: int) -> slice:
+def _inside(centres: NDArray[np.float64], geometry: Geometry, axis: int) -> slice:
     """Which of those middles lie in `geometry.seen`."""
     seen, tolerance = geometry.seen, 1e-9 * geometry.source_size[axis]
     edges = (seen[axis] - tolerance, seen[axis] + seen[axis + 2] + tolerance)
-    first, last = np.searchsorted(_centres(length, rect, axis), edges)
+    first, last = centres.searchsorted(edges)
     return slice(int(first), int(last))
 
 
-def _weights(
-    cells: int, length: int, rect: Rect, geometry: Geometry, axis: int
-) -> NDArray[np.float32]:
-    """How much of each cell is in each pixel of an axis: (length, cells), rows sum to 1 or 0."""
+@lru_cache(maxsize=8)
+def _weights(cells: int, length: int, rect: Rect, geometry: Geometry, axis: int) -> Tensor:
+    """How much of each cell is in each pixel of an axis: (length, cells), rows sum to 1 or 0.
+
+    Kept for the next image of the same size; not to be written to.
+    """
     start, extent = geometry.window[axis], geometry.window[axis + 2]
-    position = (_centres(length, rect, axis) - start) * (cells / extent) - 0.5
+    centres = _centres(length, rect, axis)
+    position = (centres - start) * (cells / extent) - 0.5
     reach = max(1.0, rect[axis + 2] / length * cells / extent)
     weights = np.maximum(0.0, 1.0 - np.abs(position[:, None] - np.arange(cells)) / reach)
-    inside = _inside(length, rect, geometry, axis)
+    inside = _inside(centres, geometry, axis)
     weights[inside] /= weights[inside].sum(axis=1, keepdims=True)
     weights[: inside.start] = weights[inside.stop :] = 0.0
-    return weights.astype(np.float32)
+    return torch.from_numpy(weights.astype(np.float32))
 
 
 def _raster(
@@ -182,8 +191,12 @@ def render_overlay(
     style: Style,
     source_pixels: NDArray[np.uint8],
     model_pixels: NDArray[np.uint8],
+    *,
+    box: Rect | None = None,
 ) -> EncodedImage:
     """Draw the coloured map over the image; outside `geometry.seen` the image is unchanged.
+
+    `box` is outlined, x, y, w, h in source pixels, but for the size "native".
 
     `source_pixels` is `decode.preview` of the source, drawn on for the size "source";
     `model_pixels` the model input, drawn on for "model" and "native"; both uint8 (h, w, 3), RGB.
@@ -194,7 +207,7 @@ def render_overlay(
     base = source_pixels if style.size == "source" else _part(model_pixels, whole, rect)
     if size != (base.shape[1], base.shape[0]):
         base = np.asarray(cv2.resize(base, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
-    rows, columns = (_inside(size[axis], rect, geometry, axis) for axis in (1, 0))
+    rows, columns = (_inside(_centres(size[axis], rect, axis), geometry, axis) for axis in (1, 0))
     levels = _levels(cam, geometry, size, rect, style.colormap)[rows, columns]
     table = COLORMAPS[style.colormap].reshape(256, 1, 3).copy()
     drawn = base.copy()
@@ -203,7 +216,22 @@ def render_overlay(
         part = seen[start : start + BAND]
         colours = cv2.applyColorMap(levels[start : start + BAND], table)
         cv2.addWeighted(colours, style.opacity, part, 1.0 - style.opacity, 0.0, dst=part)
+    if box is not None and style.size != "native":
+        _outline(drawn, rect, box)
     return EncodedImage(f"image/{style.format}", *size, encode(drawn, style.format))
+
+
+def _outline(drawn: NDArray[np.uint8], rect: Rect, box: Rect) -> None:
+    """Draw a thin line around a box: white between two black ones, to be seen on any image."""
+    height, width = drawn.shape[:2]
+    across, down = width / rect[2], height / rect[3]
+    corners = [
+        (round((x - rect[0]) * across), round((y - rect[1]) * down))
+        for x, y in ((box[0], box[1]), (box[0] + box[2], box[1] + box[3]))
+    ]
+    line = max(1, round(max(width, height) / LINES))
+    for color, thickness in (((0, 0, 0), 3 * line), ((255, 255, 255), line)):
+        cv2.rectangle(drawn, corners[0], corners[1], color, thickness)
 
 
 def _part(pixels: NDArray[np.uint8], geometry: Geometry, rect: Rect) -> NDArray[np.uint8]:

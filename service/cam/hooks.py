@@ -83,20 +83,22 @@ def record(
 def watch(model: nn.Module, paths: Collection[str]) -> Iterator[dict[str, tuple[Any, Any]]]:
     """The arguments and the output of the last call of some modules inside the `with`, by path.
 
-    They are those of the model itself, not copies. Paths that are not in the model are left out.
+    They are those of the model itself, not copies; keyword arguments are a dict behind the others.
+    Paths that are not in the model are left out.
     """
     seen: dict[str, tuple[Any, Any]] = {}
 
     def noted(path: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: Any, output: Any) -> None:
-            seen[path] = args, output
+        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            seen[path] = (*args, kwargs) if kwargs else args, output
 
         return hook
 
     known = {path for path, _ in model.named_modules()}
     with ExitStack() as hooks:
         for path in known.intersection(paths):
-            _register(hooks, model, path, noted(path))
+            part = model.get_submodule(path)
+            hooks.callback(part.register_forward_hook(noted(path), with_kwargs=True).remove)
         yield seen
 
 
@@ -206,6 +208,11 @@ def tensors_in(tree: Any) -> Iterator[tuple[str, Tensor]]:
     for part, tensors in calls.items():
         for tensor in tensors:
             yield part, tensor
+
+
+def map_tensors(tree: Any, change: Callable[[Tensor], Any]) -> Any:
+    """A tree of tuples, lists and dicts with each tensor changed, in the order of `tensors_in`."""
+    return _walk(tree, "", {}, lambda tensor: (tensor, change(tensor)))
 
 
 def taken_by(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
@@ -55,6 +55,19 @@ class Layout:
             tokens = values[:, self.prefix : self.prefix + math.prod(self.grid)]
         cells: Tensor = tokens.transpose(1, 2).unflatten(2, self.grid)
         return cells
+
+    def scaled(self, size: tuple[int, int], trial: tuple[int, int]) -> Layout:
+        """The layout of tokens for an input (height, width) of another size than that of a trial.
+
+        Maps have their size in their shape.
+        """
+        if self.kind != "tokens" or size == trial:
+            return self
+        rows, columns = (
+            math.ceil(cells * side / whole)
+            for cells, side, whole in zip(self.grid, size, trial, strict=True)
+        )
+        return replace(self, grid=(rows, columns))
 
     @property
     def channel_axis(self) -> int:

@@ -116,7 +116,6 @@ def _sinks(
     model = service.pool.model(None)
     one_map = {
         "--sheet": destinations.sheet,
-        "--report": destinations.report,
         "--tensorboard": destinations.tensorboard,
     }
     for flag, path in one_map.items():

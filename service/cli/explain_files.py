@@ -25,9 +25,9 @@ from service.images.upload import Upload
 from service.inference.questions import InferenceResult
 from service.models.loaded import LoadedModel
 from service.pipeline import response
-from service.pipeline.process import process_image, render_result
+from service.pipeline.process import answer_image
 from service.pipeline.resolve import resolve_options
-from service.pipeline.service import Recipe, Service
+from service.pipeline.service import ProcessedImage, Recipe, Service
 
 AT_ONCE = 16
 """Images that are read, explained or written at a time."""
@@ -157,12 +157,15 @@ class _FileExplainer:
 
     async def _explained(self, path: Path, name: Path) -> Explained:
         recipe = self.recipe
-        assert isinstance(recipe.options, ExplainOptions)
-        asked = await process_image(recipe, self.read(path))
-        result = await render_result(recipe, asked)
-        return Explained(
-            path, name, recipe.model, recipe.options, asked.upload, asked.inference, result
-        )
+        options = recipe.options
+        assert isinstance(options, ExplainOptions)
+
+        def explained(processed: ProcessedImage, ready: float) -> Explained:
+            result = response.rendered_result(recipe, processed, ready)
+            upload, inference = processed.upload, processed.inference
+            return Explained(path, name, recipe.model, options, upload, inference, result)
+
+        return await answer_image(recipe, self.read(path), explained)
 
 
 def into_folder(

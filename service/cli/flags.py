@@ -29,6 +29,15 @@ _FLAGS = {"models": "--model", "targets": "--target"}
 OF_MODELS = ("config", "models", "weights", "app_dir", "allow_random_weights", "device", "workers")
 
 
+RayAddress = Annotated[
+    str | None, typer.Option("--ray", help="Run on this Ray cluster: auto, or HOST:PORT.")
+]
+RayActors = Annotated[
+    int, typer.Option(min=1, help="On Ray: maximum number of actors, each with its own model.")
+]
+RayCpus = Annotated[float, typer.Option(min=0.01, help="On Ray: cores per actor.")]
+RayGpus = Annotated[float, typer.Option(min=0, help="On Ray: GPUs per actor.")]
+
 Command = Callable[..., None]
 
 
@@ -98,11 +107,8 @@ def _flag(name: str) -> inspect.Parameter:
     field = Settings.model_fields[name]
     default = field.get_default()
     kind: Any = {bool: bool, int: int, float: float}.get(type(default), str)
-    flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
     if name in ("models", "int8"):
         kind = list[str]
-    if kind is bool:
-        flag += f"/--no-{flag.removeprefix('--')}"
     shown = ", ".join(default) if isinstance(default, tuple) else default
     text = (
         f"{field.description} [env: {PREFIX}{name.upper()}; "
@@ -114,9 +120,15 @@ def _flag(name: str) -> inspect.Parameter:
         default=None,
         annotation=Annotated[
             kind | None,
-            typer.Option(flag, help=escape(text), show_default=False),
+            typer.Option(_spelled(name, kind), help=escape(text), show_default=False),
         ],
     )
+
+
+def _spelled(name: str, kind: Any) -> str:
+    """The flag of a setting or an option; a switch has two forms."""
+    flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
+    return f"{flag}/--no-{flag.removeprefix('--')}" if kind is bool else flag
 
 
 def _option(name: str) -> inspect.Parameter:
@@ -125,7 +137,7 @@ def _option(name: str) -> inspect.Parameter:
     value_type = get_args(field.annotation)[0] if is_list else field.annotation
     if len(parts := [part for part in get_args(value_type) if part is not type(None)]) == 1:
         value_type = parts[0]  # an optional option
-    kind: Any = value_type if value_type in (int, float) else str
+    kind: Any = value_type if value_type in (bool, int, float) else str
     choices = (
         [str(choice) for choice in get_args(value_type)]
         if get_origin(value_type) is Literal
@@ -143,7 +155,7 @@ def _option(name: str) -> inspect.Parameter:
         annotation=Annotated[
             list[kind] | None if is_list else kind | None,
             typer.Option(
-                _FLAGS.get(name, f"--{name.replace('_', '-')}"),
+                _spelled(name, kind),
                 help=escape(text),
                 show_default=False,
                 autocompletion=(lambda: choices) if choices else None,

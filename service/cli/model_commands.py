@@ -116,9 +116,9 @@ def read_images(model: LoadedModel, folder: Path, settings: Settings) -> list[Te
 def _lanes(model: LoadedModel) -> str:
     if model.no_layers or model.no_gradients:
         return "predict only"
-    if model.compiled is None:
+    if not model.is_compiled:
         return "hooked"
-    precision = model.compiled.precision
+    precision = model.compiled.precision if model.compiled else "float32"
     return "hooked, compiled" + ("" if precision == "float32" else f" ({precision})")
 
 
@@ -140,10 +140,10 @@ def _notes(result: CheckResult, model: LoadedModel, settings: Settings) -> Itera
         if not finding.passed:
             yield f"{finding.result} {finding.follows or ''}".rstrip()
     off = model.no_layers or model.no_gradients
-    if off is None and model.not_compiled and settings.compile:
-        off = f"no compiled lane: {model.not_compiled}"
-    if off is None and model.compiled:
-        off = model.compiled.instead
+    if off is None and model.is_compiled:
+        off = model.slower
+    elif off is None and model.slower and settings.compile:
+        off = f"no compiled lane: {model.slower}"
     if off:
         yield off
 

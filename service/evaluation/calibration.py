@@ -63,7 +63,7 @@ def calibrate(model: LoadedModel, images: Sequence[Tensor], folder: Path) -> Agr
             f"give at least {MIN_IMAGES}, of the kind that the model will be used on."
         )
     front, _ = split(model.module, model.compiled.layer)
-    graph = openvino_front.graph_of(model, front, None, identity(model))
+    graph = openvino_front.graph_of(model, front, None, identity(model), fuse=False)
     quantised = _quantised(graph, images[::2])
     lane = replace(model.compiled, front=openvino_front.OpenVinoFront(quantised), precision="int8")
     measured = agreement(model, replace(model, compiled=lane), images[1::2])

@@ -5,8 +5,9 @@
     comparison = summarise(one, other, outcomes)
 
 The first model sets the question: each image's class is its prediction, and both models explain
-that class. Each image runs alone on a replica of its own, so that two loads of the same weights
-differ by exactly 0.
+that class. Of detectors each detection is compared, with the one of the other model that overlaps
+it by an IoU of .5 or more. Each image runs alone on a replica of its own, so that two loads of the
+same weights differ by exactly 0.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 import cv2
@@ -25,11 +27,12 @@ from numpy.typing import NDArray
 from service.cam.heatmap import resample
 from service.cam.rank_correlation import rank_correlation
 from service.errors import CamserveError, ConfigurationError, InvalidOption
+from service.evaluation.box_matches import matched
 from service.evaluation.object_masks import ObjectMasks
 from service.evaluation.single_runs import replica_of, result_of
 from service.images.decode import Geometry, Rect, preview_size
 from service.images.upload import Upload, open_upload
-from service.inference.method_table import check_method
+from service.inference.method_table import check_method, default_method
 from service.inference.questions import Explanation, InferenceResult, Prediction, Question
 from service.models.loaded import LoadedModel
 from service.models.pool import Replica
@@ -39,6 +42,12 @@ RASTER = 64
 
 MASK_SIDE = 256
 """Longer side, in pixels, at which evidence off the object is measured."""
+
+MOST_BOXES = 100
+"""Detections of an image that are compared, the best ones of each model."""
+
+NOTHING = "nothing"
+"""The label where a model has no detection."""
 
 FEW = 12
 """Most labels that a note lists."""
@@ -83,10 +92,11 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class ComparedImage:
-    """Both models on one image.
+    """Both models on one image, or on one detection in it.
 
     shared:  whether the second model has the class that the first one predicts.
-    flipped: whether the second model predicts another class; False where it is not shared.
+    flipped: whether the second model predicts another class; False where it is not shared. Of a
+             detection also whether one of the models does not have it.
     maps:    None where a model has no map.
     """
 
@@ -121,7 +131,7 @@ Outcome = ComparedImage | UncomparedImage
 class Differences:
     """What a set of images says.
 
-    images:  compared ones, whose class both models have.
+    images:  compared ones, whose class both models have; of detectors, detections.
     flips:   how many labels differ; `flip_interval` is the share's 95 % interval (Wilson).
     score_change, score_distance: mean of the change of the score, and of its absolute value.
     correlation, overlap, centre_shift: medians over the images with maps; None without maps.
@@ -205,7 +215,7 @@ def compare_files(
     other: LoadedModel,
     files: Iterable[tuple[Path, Path]],
     *,
-    method: str = "gradcam",
+    method: str | None = None,
     masks: ObjectMasks | None = None,
     max_pixels: int = 50_000_000,
     preview_side: int | None = None,
@@ -244,18 +254,23 @@ def compare_images(
     other: LoadedModel,
     images: Iterable[tuple[Path, Opened]],
     *,
-    method: str = "gradcam",
+    method: str | None = None,
     masks: ObjectMasks | None = None,
 ) -> Iterator[Outcome]:
-    """Compare two models on named images; yields each image's outcome in order.
+    """Compare two models on named images; yields each image's outcomes in order.
 
-    method: of the maps, at each model's default layer; labels alone are compared if one of the
-            models does not allow it.
+    An image has one, of detectors one for each detection of either model, or none.
+
+    method: of the maps, at each model's default layer, None: the default of the models' task;
+            labels alone are compared if one of the models does not allow it.
     masks:  of the objects, to measure evidence off them.
 
-    Raises ConfigurationError at once if the models share no label, and while it runs for a mask
+    Raises ConfigurationError at once if the models share no label or their tasks cannot be
+    compared, and while it runs for a mask
     that does not fit its image.
     """
+    _check_tasks(one, other)
+    method = method or default_method(one)
     class_of = shared_classes(one.labels, other.labels)
     if not class_of:
         raise ConfigurationError(
@@ -265,7 +280,20 @@ def compare_images(
         )
     allowed = None if any(why_no_maps(each, method) for each in (one, other)) else method
     pair = _Pair(replica_of(one), replica_of(other), class_of, allowed)
+    if one.task == "detection":
+        outcomes = (_compared_boxes(pair, name, opened, masks) for name, opened in images)
+        return chain.from_iterable(outcomes)
     return (_compared(pair, name, opened, masks) for name, opened in images)
+
+
+def _check_tasks(one: LoadedModel, other: LoadedModel) -> None:
+    """Raise ConfigurationError for segmenters, and for two models of different tasks."""
+    for model in (one, other):
+        if model.task == "segmentation" or model.task != one.task:
+            raise ConfigurationError(
+                f"camserve compare is for two models that classify or two that detect, and "
+                f"{model.name}'s task is {model.task}."
+            )
 
 
 def why_no_maps(model: LoadedModel, method: str) -> str | None:
@@ -285,9 +313,8 @@ def _compared(pair: _Pair, name: Path, opened: Opened, masks: ObjectMasks | None
     if not isinstance(one, str):
         wanted = pair.class_of.get(one[1].predictions[0].class_id)
     other = _answer(pair.other, opened, wanted, pair.method if wanted is not None else None)
-    failures = {m.name: r for m, r in zip(models, (one, other), strict=True) if isinstance(r, str)}
     if isinstance(one, str) or isinstance(other, str):
-        return UncomparedImage(name, tuple(failures), "; ".join(dict.fromkeys(failures.values())))
+        return _failed(pair, name, one, other)
     best = other[1].predictions[0].class_id
     mask = None if masks is None else masks.mask(name, (one[0].width, one[0].height))
     sides = (
@@ -297,6 +324,53 @@ def _compared(pair: _Pair, name: Path, opened: Opened, masks: ObjectMasks | None
     shared = wanted is not None
     maps = _maps(sides, mask) if shared else None
     return ComparedImage(name, *sides, shared, shared and best != wanted, maps)
+
+
+def _failed(
+    pair: _Pair,
+    name: Path,
+    one: tuple[Upload, InferenceResult] | str,
+    other: tuple[Upload, InferenceResult] | str,
+) -> UncomparedImage:
+    given = ((pair.one.model, one), (pair.other.model, other))
+    reasons = {model.name: reason for model, reason in given if isinstance(reason, str)}
+    return UncomparedImage(name, tuple(reasons), "; ".join(dict.fromkeys(reasons.values())))
+
+
+def _compared_boxes(
+    pair: _Pair, name: Path, opened: Opened, masks: ObjectMasks | None
+) -> Iterator[Outcome]:
+    """Yield both models on each detection of an image, or why one of them failed."""
+    one, other = (_answer(each, opened, None, pair.method) for each in (pair.one, pair.other))
+    if isinstance(one, str) or isinstance(other, str):
+        yield _failed(pair, name, one, other)
+        return
+    mask = None if masks is None else masks.mask(name, (one[0].width, one[0].height))
+    for mine, theirs in matched(one[1].predictions, other[1].predictions, pair.class_of):
+        wanted = None if mine is None else pair.class_of.get(mine.class_id)
+        is_same = theirs is not None and theirs.class_id == wanted
+        sides = (
+            _side_of_box(pair.one.model, one, mine, has_score=is_same),
+            _side_of_box(pair.other.model, other, theirs, has_score=is_same),
+        )
+        shared = mine is None or wanted is not None
+        maps = _maps(sides, mask) if is_same else None
+        yield ComparedImage(name, *sides, shared, shared and not is_same, maps)
+
+
+def _side_of_box(
+    model: LoadedModel,
+    answer: tuple[Upload, InferenceResult],
+    found: Prediction | None,
+    *,
+    has_score: bool,
+) -> Side:
+    upload, result = answer
+    if found is None:
+        return Side(NOTHING, None, upload, None)
+    of = (each for each in result.explanations if each.detection == found.detection)
+    score = found.score if has_score else None
+    return Side(model.labels[found.class_id], score, upload, next(of, None))
 
 
 def _answer(
@@ -310,12 +384,14 @@ def _answer(
         return error.detail
     except OSError as error:
         return f"{error.strerror or error}"
+    is_detector = model.task == "detection"
     question = Question(
         upload.model_input.pixels,
-        top_k=len(model.labels),
+        top_k=MOST_BOXES if is_detector else len(model.labels),
         targets=() if wanted is None or method is None else (wanted,),
+        explain_top=MOST_BOXES if is_detector else 1,
         method=method,
-        layers=() if model.target_layer is None or method is None else (model.target_layer,),
+        layers=_layers(model, method),
         seen=upload.model_input.geometry.content,
     )
     try:
@@ -323,6 +399,12 @@ def _answer(
     except Exception as error:  # noqa: BLE001 - the user's model may raise anything
         return f"{type(error).__name__}: {error}"
     return result.detail if isinstance(result, CamserveError) else (upload, result)
+
+
+def _layers(model: LoadedModel, method: str | None) -> tuple[str, ...]:
+    if method is None or model.target_layer is None:
+        return ()
+    return model.default_layers or (model.target_layer,)
 
 
 def _side(model: LoadedModel, answer: tuple[Upload, InferenceResult], class_id: int | None) -> Side:
@@ -336,11 +418,17 @@ def _side(model: LoadedModel, answer: tuple[Upload, InferenceResult], class_id: 
 
 def _maps(sides: tuple[Side, Side], mask: NDArray[np.bool_] | None) -> MapDifference | None:
     maps = [
-        (side.explanation.grid, side.upload.model_input.geometry)
+        (side.explanation.grid, _geometry(side.upload.model_input.geometry, side.explanation))
         for side in sides
         if side.explanation is not None
     ]
     return map_difference(maps[0], maps[1], mask) if len(maps) == 2 else None
+
+
+def _geometry(geometry: Geometry, explanation: Explanation) -> Geometry:
+    """Where a map lies in the source: a detector pads the image itself."""
+    window = explanation.window
+    return geometry if window is None else replace(geometry, window=window)
 
 
 def map_difference(one: Map, other: Map, mask: NDArray[np.bool_] | None = None) -> MapDifference:
@@ -418,14 +506,18 @@ def _outside(drawn: Map, mask: NDArray[np.bool_]) -> float | None:
     return float((strength * (1 - covered)).sum())
 
 
+_Figure = tuple[str, bool, float | None, MapDifference | None]
+"""Label of the first model, whether it flips, change of the score, and of the map."""
+
+
 @dataclass(slots=True)
 class Summary:
     """Adds up outcomes without keeping their images."""
 
     one: LoadedModel
     other: LoadedModel
-    method: str = "gradcam"
-    _figures: list[tuple[str, bool, float, MapDifference | None]] = field(default_factory=list)
+    method: str | None = None
+    _figures: list[_Figure] = field(default_factory=list)
     _flips: list[tuple[Path, str, str]] = field(default_factory=list)
     _left_out: list[tuple[Path, str]] = field(default_factory=list)
     _failed: list[UncomparedImage] = field(default_factory=list)
@@ -438,7 +530,6 @@ class Summary:
         if not outcome.shared:
             self._left_out.append((outcome.name, outcome.one.label))
             return
-        assert outcome.score_change is not None
         label = outcome.one.label
         self._figures.append((label, outcome.flipped, outcome.score_change, outcome.maps))
         if outcome.flipped:
@@ -446,7 +537,7 @@ class Summary:
 
     def comparison(self) -> Comparison:
         """Return what all added images say."""
-        by_class: defaultdict[str, list[tuple[str, bool, float, MapDifference | None]]]
+        by_class: defaultdict[str, list[_Figure]]
         by_class = defaultdict(list)
         for figure in self._figures:
             by_class[figure[0]].append(figure)
@@ -458,12 +549,12 @@ class Summary:
             tuple(self._flips),
             tuple(self._left_out),
             tuple(self._failed),
-            tuple(_notes(self.one, self.other, self.method)),
+            tuple(_notes(self.one, self.other, self.method or default_method(self.one))),
         )
 
 
 def summarise(
-    one: LoadedModel, other: LoadedModel, outcomes: Iterable[Outcome], method: str = "gradcam"
+    one: LoadedModel, other: LoadedModel, outcomes: Iterable[Outcome], method: str | None = None
 ) -> Comparison:
     """Return what the outcomes of `compare_images` say together."""
     summary = Summary(one, other, method)
@@ -472,11 +563,9 @@ def summarise(
     return summary.comparison()
 
 
-def _differences(
-    figures: Sequence[tuple[str, bool, float, MapDifference | None]],
-) -> Differences:
+def _differences(figures: Sequence[_Figure]) -> Differences:
     flips = sum(flipped for _, flipped, _, _ in figures)
-    changes = np.array([change for _, _, change, _ in figures] or [0.0])
+    changes = np.array([one for _, _, one, _ in figures if one is not None] or [0.0])
     maps = [found for *_, found in figures if found is not None]
     outside = [found.outside for found in maps if found.outside is not None]
     means = np.mean(outside, axis=0).tolist() if outside else None
@@ -510,6 +599,12 @@ def wilson(count: int, of: int) -> tuple[float, float]:
 
 def _notes(one: LoadedModel, other: LoadedModel, method: str) -> Iterator[str]:
     """Yield what limits a comparison of two models."""
+    if one.task == "detection":
+        yield (
+            "Counted are detections, not images: matched by an IoU of 0.5 or more, those of one "
+            "label first. Scores and maps are of matched detections with the same label; "
+            f"{NOTHING!r} is where a model has no detection."
+        )
     if one.version == other.version:
         yield f"Both models have the weights {one.version}."
     matched = shared_classes(one.labels, other.labels)

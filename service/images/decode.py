@@ -111,6 +111,9 @@ class Preprocessing:
              of its own sees; None: all of it.
     whole:   whether the model takes the whole image in its own shape: with the shorter side
              `resize`, or at its own size where that is 0. `crop` is the size of images of a trial.
+    longest_edge: of a whole image, in pixels: where its longer side would exceed it, that side is
+             `longest_edge` instead, as in Hugging Face's DETR. None: no bound.
+    multiple: sides of a whole image are cut down to multiples of it, as in Hugging Face's YOLOS.
     """
 
     resize: int | tuple[int, int] = 256
@@ -122,6 +125,8 @@ class Preprocessing:
     rounding: Rounding = "even"
     covers: Rect | None = None
     whole: bool = False
+    longest_edge: int | None = None
+    multiple: int = 1
 
     def __str__(self) -> str:
         """The transform in one line."""
@@ -136,7 +141,9 @@ class Preprocessing:
             "pad": f"fit into {'×'.join(map(str, self.room('pad')[::-1]))} on the mean color, "
             f"{width}×{height}",
         }[self.fit]
-        how = f"shorter side {resize}, not cropped" if self.whole else how
+        if self.whole:
+            bound = f" and longer side at most {self.longest_edge}" if self.longest_edge else ""
+            how = f"shorter side {resize}{bound}, not cropped"
         mean, std = (", ".join(f"{x:.3g}" for x in values) for values in (self.mean, self.std))
         return f"{how}, {self.interpolation}, mean {mean}, std {std}"
 
@@ -160,8 +167,27 @@ class Preprocessing:
         if isinstance(self.resize, tuple):
             scale = max(self.resize[1] / width, self.resize[0] / height)
             return round(width * scale), round(height * scale)
+        if self.longest_edge is not None:
+            return self._bounded(size, self.resize, self.longest_edge)
         longer = int(self.resize * max(size) / min(size))
         return (longer, self.resize) if width > height else (self.resize, longer)
+
+    def _bounded(self, size: tuple[int, int], shorter: int, bound: int) -> tuple[int, int]:
+        """The (width, height) with the shorter side `shorter`, or the longer one `bound`.
+
+        Rounded as Hugging Face's `get_size_with_aspect_ratio`, but never to 0.
+        """
+        exact: float = shorter
+        if max(size) / min(size) * shorter > bound:
+            exact = bound * min(size) / max(size)
+        shorter, longer = round(exact), int(exact * max(size) / min(size))
+        is_wide = size[0] >= size[1]
+        if shorter == min(size) and (is_wide or self.multiple == 1):  # YOLOS resizes tall ones
+            longer = max(size)
+        longer, shorter = (
+            max(self.multiple, side - side % self.multiple) for side in (longer, shorter)
+        )
+        return (longer, shorter) if is_wide else (shorter, longer)
 
     def room(self, fit: Fit) -> tuple[int, int]:
         """The (height, width) that an image is stretched to, or lies within, before the crop.
@@ -503,9 +529,12 @@ def _whole(
 ) -> ModelInput:
     """The whole image in its own shape; one over MAX_WHOLE_ASPECT times longer is compressed."""
     pixels, shorter = image, preprocessing.resize
-    if isinstance(shorter, int) and shorter > 0:
+    if isinstance(shorter, tuple):
+        pixels = _squash(image, shorter, mode)
+    elif shorter > 0:
         width, height = preprocessing.resized(size)
-        longest = MAX_WHOLE_ASPECT * shorter
+        unbounded = preprocessing.longest_edge is None
+        longest = MAX_WHOLE_ASPECT * shorter if unbounded else max(width, height)
         pixels = _squash(image, (min(height, longest), min(width, longest)), mode)
     height, width = pixels.shape[-2:]
     geometry = Geometry(size, (width, height), (0.0, 0.0, float(size[0]), float(size[1])))
@@ -520,7 +549,7 @@ def _crop(
     cut, (cut_x, cut_y) = _cut_extreme(image, preprocessing)
     old_width, old_height = size if cut is image else (cut.shape[-1], cut.shape[-2])
     new_width, new_height = preprocessing.resized((old_width, old_height))
-    resized = transforms.resize(cut, [new_height, new_width], interpolation=mode)
+    resized = transforms.resize_image(cut, [new_height, new_width], interpolation=mode)
     scale_x, scale_y = old_width / new_width, old_height / new_height
     top, left = preprocessing.crop_start((new_height, new_width))
     window = (
@@ -529,7 +558,7 @@ def _crop(
         *(width * scale_x, height * scale_y),
     )
     # Beyond its border the image is black.
-    return transforms.crop(resized, top, left, height, width), window
+    return transforms.crop_image(resized, top, left, height, width), window
 
 
 def _within(
@@ -540,7 +569,7 @@ def _within(
     scale = min(width / old_width, height / old_height)
     new_width = min(width, max(1, round(old_width * scale)))
     new_height = min(height, max(1, round(old_height * scale)))
-    resized: Tensor = transforms.resize(image, [new_height, new_width], interpolation=mode)
+    resized: Tensor = transforms.resize_image(image, [new_height, new_width], interpolation=mode)
     return resized
 
 
@@ -598,8 +627,8 @@ def _squash(image: Tensor, room: tuple[int, int], mode: InterpolationMode) -> Te
     if max(height, width) > MAX_ASPECT * min(height, width):
         rows, columns = room
         first = [rows, width] if height > width else [height, columns]
-        image = transforms.resize(image, first, interpolation=mode)
-    scaled: Tensor = transforms.resize(image, list(room), interpolation=mode)
+        image = transforms.resize_image(image, first, interpolation=mode)
+    scaled: Tensor = transforms.resize_image(image, list(room), interpolation=mode)
     return scaled
 
 
@@ -616,5 +645,5 @@ def preview(source: Source, max_side: int) -> NDArray[np.uint8]:
     if source.pixels.shape[:2] == (height, width):
         return source.pixels
     image = torch.from_numpy(source.pixels).permute(2, 0, 1)
-    scaled = transforms.resize(image, [height, width])
+    scaled = transforms.resize_image(image, [height, width])
     return np.ascontiguousarray(scaled.permute(1, 2, 0).numpy())

@@ -218,8 +218,9 @@ class _Request:
             hidden = replace(source, pixels=hide(source.pixels, mask, self.hiding.fill))
             masked = self._fitted(hidden)
             del hidden, mask
-        kept = source if self.keeps_source else None
-        return replace(self._fitted(source), masked=masked, source=kept)
+        upload, kept = self._fitted(source), source if self.keeps_source else None
+        is_more = masked is not None or kept is not None
+        return replace(upload, masked=masked, source=kept) if is_more else upload
 
     def _fitted(self, source: Source) -> Upload:
         shown, side = None, self.preview_side

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -10,24 +9,22 @@ from itertools import chain
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from service.cam.formulas import scale
 from service.cam.hooks import Calls, Recording, calls_of, gradients, record
 from service.cam.libra import LibraMode
 from service.errors import CamserveError, InvalidOption, NonFiniteOutput
 from service.inference.detection import detect
 from service.inference.edit_effects import measured_effects
+from service.inference.explanations import SATURATED, explanation_of
 from service.inference.forward_pass import (
     ForwardPass,
     GradientPoint,
     ImagePass,
     activations_of,
-    read_only_array,
 )
 from service.inference.input_gradients import correction, without_rules
 from service.inference.maps import fuse_layers, head_map, maps_at_layers, target_activation
-from service.inference.method_table import MULTI_PASS_METHODS, cost
+from service.inference.method_table import MULTI_PASS_METHODS
 from service.inference.questions import (
     ActivationKind,
     Explanation,
@@ -37,15 +34,9 @@ from service.inference.questions import (
 )
 from service.inference.segmentation import segment
 from service.inference.verdicts import gather, judged
-from service.models.catalog import Output
+from service.models.compiled.front import Precision
 from service.models.loaded import LoadedModel
 from service.models.pool import Replica
-
-LOW_RESOLUTION = 7
-"""A map whose shorter side has fewer cells than this is flagged `low_resolution`."""
-
-SATURATED = 0.9999
-"""A score above this is flagged `saturated`: its gradient says little."""
 
 BACKWARD_BYTES = 4 << 20
 """Bytes of gradients at the target layers that one backward pass returns: as many targets as fit
@@ -183,20 +174,16 @@ def forward_compiled(
         kept = activation.clone() if explains else activation
         logits = model.logits(lane.tail(kept, *beside))
     recording = Recording(targets={lane.layer: [activation]})
-    return [
-        image_pass
-        if isinstance(image_pass, CamserveError)
-        else replace(image_pass, precision=lane.precision)
-        for image_pass in _image_passes(model, questions, logits, recording, rules)
-    ]
+    return _image_passes(model, questions, logits, recording, rules, lane.precision)
 
 
-def _image_passes(
+def _image_passes(  # noqa: PLR0917 - one call for each lane
     model: LoadedModel,
     questions: Sequence[Question],
     logits: Tensor,
     recording: Recording,
     rules: LibraMode | None,
+    precision: Precision = "float32",
 ) -> list[ImagePass | CamserveError]:
     """What one forward pass, with the rules of a correction, gave each image."""
     if rules is not None and questions[0].needs_gradients and not rules.count:
@@ -208,7 +195,7 @@ def _image_passes(
         _targets(question, row) if is_finite else ()
         for question, row, is_finite in zip(questions, rows, finite, strict=True)
     ]
-    forward_pass = ForwardPass(model, questions, targets, recording, {})
+    forward_pass = ForwardPass(model, questions, targets, recording, {}, precision)
     weights = _logit_weights(forward_pass, logits)
     forward_pass = replace(
         forward_pass, gradients=_activation_gradients(forward_pass, logits, weights[:1])
@@ -234,27 +221,9 @@ def finish(image_pass: ImagePass, maps: Sequence[Tensor]) -> InferenceResult:
         ),
         image_pass.activations,
         image_pass.precision,
-        margin=margin(scores),
-        entropy=entropy(logits, model.output),
+        logits=logits,
+        output=model.output,
     )
-
-
-def margin(scores: Tensor) -> float:
-    """The best score (of `scores`, one per class) minus the second best; 1 class: its score."""
-    best = scores.topk(min(2, len(scores))).values.tolist()
-    return float(best[0] - best[1]) if len(best) == 2 else float(best[0])
-
-
-def entropy(logits: Tensor, output: Output) -> float:
-    """The entropy of the classes' probabilities, 0..1: its share of the largest one.
-
-    Of one distribution over all classes; sigmoids are one distribution each, and their mean counts.
-    """
-    if output == "sigmoid":
-        both = torch.stack([functional.logsigmoid(logits), functional.logsigmoid(-logits)])
-        return float(-(both.exp() * both).sum(dim=0).mean() / math.log(2))
-    logs = logits.log_softmax(dim=-1)
-    return float(-(logs.exp() * logs).sum() / math.log(max(2, len(logits))))
 
 
 def _activation_paths(questions: Sequence[Question], kind: ActivationKind) -> tuple[str, ...]:
@@ -369,44 +338,38 @@ def _image_pass(
         target_activations=at_layers,
         maps=maps,
         activations=tuple(activations_of(forward_pass, image)),
+        precision=forward_pass.precision,
         repeated=any(len(forward_pass.recording.targets[path]) > 1 for path in layers),
     )
 
 
 def _explanation(image_pass: ImagePass, class_id: int, score: float, cam: Tensor) -> Explanation:
-    question, model, scaled = image_pass.question, image_pass.model, scale(cam)
+    question, model = image_pass.question, image_pass.model
     method, contrast = question.method_record, image_pass.contrast(class_id)
     assert method is not None
     weights = contrast.as_mapping(image_pass.logits) if contrast else {}
     logit = float(image_pass.logits[class_id])
     flags = {
-        "all_zero": not bool(scaled.grid.any()),
         "target_not_predicted": class_id != int(image_pass.logits.argmax()),
         "saturated": model.output != "none" and score > SATURATED,
-        "low_resolution": min(scaled.grid.shape) < LOW_RESOLUTION,
-        "random_weights": model.random_weights,
         "module_called_n_times": image_pass.repeated,
-        "not_deterministic": not model.behaviour.deterministic,
         "activation_in_model": model.behaviour.output_activation is not None,
         "weights_hardly_matter": model.weights_hardly_matter(method.name, question.layers),
         "experimental": question.libra,
         "class_blind": method.class_blind,
         "places_unclear": not model.unclear.isdisjoint(question.layers),
     }
-    return Explanation(
+    return explanation_of(
+        model,
+        question,
+        cam,
+        flags,
         class_id=class_id,
         score=score,
         logit=logit,
         contrast=weights,
         logit_difference=_difference(logit, weights, image_pass.logits),
-        method=method.name,
-        layers=question.layers if method.has_layer else (),
         libra=question.libra,
-        grid=read_only_array(scaled.grid),
-        low=scaled.low,
-        high=scaled.high,
-        flags=tuple(flag for flag, is_set in flags.items() if is_set),
-        cost=cost(model, question),
     )
 
 

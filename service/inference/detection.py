@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from service.cam.formulas import LAYER_METHODS, fuse, precise, scale
+from service.cam.formulas import LAYER_METHODS, fuse, precise
 from service.cam.hooks import Recording, record, watch
+from service.cam.layouts import Layout
 from service.errors import CamserveError, InvalidOption, NonFiniteOutput
 from service.images.decode import Rect
 from service.inference.box_tail import level_rows, row_of
-from service.inference.forward_pass import read_only_array
+from service.inference.explanations import SATURATED, contrast_fields, explanation_of
 from service.inference.hidden_parts import hidden_part_maps
-from service.inference.method_table import cost
 from service.inference.questions import Explanation, InferenceResult, Prediction, Question
+from service.inference.tracked import Tracker, with_tracked
 from service.models.loaded import LoadedModel
 from service.models.pool import Replica
 from service.models.probes.logits import as_logits
@@ -29,11 +30,8 @@ from service.models.tasks import (
     detections_in,
     finite,
     padded_window,
+    per_image,
 )
-
-LOW_RESOLUTION = 7
-SATURATED = 0.9999
-"""As in `service.inference.batch`."""
 
 NEAR = 0.5
 """The smallest overlap (IoU) at which a box in `at` names a detection."""
@@ -90,12 +88,15 @@ def detect(replica: Replica, questions: Sequence[Question]) -> list[Steps | Cams
     ):
         raw = model.outputs(replica.module, pixels)
     scene = Scene(model, replica.module, recording, seen, (pixels.shape[2], pixels.shape[3]))
+    outputs = zip(questions, per_image(raw), strict=True)
     return [
-        _of_image(scene, question, image, each, is_finite=finite(each_raw))
-        for image, (question, each, each_raw) in enumerate(
-            zip(questions, detections_in(raw), raw, strict=True)
-        )
+        _of_image(scene, question, image, _found(model, question, each), is_finite=finite(each))
+        for image, (question, each) in enumerate(outputs)
     ]
+
+
+def _found(model: LoadedModel, question: Question, each: Any) -> Detections:
+    return detections_in(each, question.source, model.output)
 
 
 def _masks_too_large(replica: Replica, question: Question) -> InvalidOption | None:
@@ -138,7 +139,8 @@ def _of_image(
         )
     try:
         check_labels(found.labels, scene.model.labels, scene.model.name)
-        targets = chosen_boxes(question, found) if question.explains else []
+        has_targets = question.explains or question.tracks
+        targets = chosen_boxes(question, found) if has_targets else []
         maps = _maps(scene, question, image, found, targets) if question.needs_gradients else None
     except InvalidOption as error:
         return error
@@ -152,23 +154,69 @@ def _steps(
     targets: Sequence[int],
     maps: Sequence[BoxMap] | None,
 ) -> Steps:
-    if maps is None and targets:
-        boxes, labels = found.boxes[list(targets)], found.labels[list(targets)]
+    boxes, labels = found.boxes[list(targets)], found.labels[list(targets)]
+    if maps is None and question.explains and targets:
 
         def values(raw: Any) -> Tensor:
-            return torch.stack([_overlap(each, boxes, labels) for each in detections_in(raw)])
+            images = (_found(model, question, each) for each in per_image(raw))
+            return torch.stack([_overlap(each, boxes, labels) for each in images])
 
         own = found.scores[list(targets)]
         cams = yield from hidden_part_maps(model, question, own, values)
         maps = [BoxMap(cam, (), None) for cam in cams]
-    return InferenceResult(
+    explained = targets if question.explains else ()
+    result = InferenceResult(
         _predictions(question, found),
         tuple(
             _explanation(model, question, found, target, one)
-            for target, one in zip(targets, maps or (), strict=True)
+            for target, one in zip(explained, maps or (), strict=True)
         ),
         (),
     )
+    if not (question.tracks or question.verify):
+        return result
+    tracker = _tracker(model, question, found, targets)
+    return (yield from with_tracked(model, question, result, tracker))
+
+
+def _tracker(
+    model: LoadedModel, question: Question, found: Detections, targets: Sequence[int]
+) -> Tracker:
+    """Measures detections by the best one of the same class that overlaps each."""
+    boxes, labels = found.boxes[list(targets)], found.labels[list(targets)]
+
+    def images(raw: Any) -> list[Detections]:
+        return [_detached(_found(model, question, each)) for each in per_image(raw)]
+
+    def measure(raw: Any) -> list[Tensor]:
+        return [best_matches(each, boxes, labels) for each in images(raw)]
+
+    def predictions(raw: Any) -> tuple[Prediction, ...]:
+        first = images(raw)[0]
+        check_labels(first.labels, model.labels, model.name)
+        return _predictions(question, first)
+
+    return Tracker(
+        tuple(_prediction(found, number) for number in targets),
+        torch.stack([found.scores[list(targets)], torch.ones(len(targets))]),
+        measure,
+        predictions,
+    )
+
+
+def best_matches(found: Detections, boxes: Tensor, labels: Tensor) -> Tensor:
+    """Score and IoU (2, K) of the best match of some boxes (K, 4) among detections.
+
+    A match has the same class and an IoU of NEAR or more; the best one has the highest score.
+    Zeros where there is none.
+    """
+    if not len(found.scores):
+        return torch.zeros(2, len(boxes))
+    overlaps = box_iou(boxes, found.boxes)
+    matches = (overlaps >= NEAR) & (labels[:, None] == found.labels)
+    scores, best = torch.where(matches, found.scores, -1).max(dim=1)
+    values = torch.stack([scores, overlaps.gather(1, best[:, None])[:, 0]])
+    return torch.where(scores >= 0, values, 0)
 
 
 def _overlap(found: Detections, boxes: Tensor, labels: Tensor) -> Tensor:
@@ -191,17 +239,17 @@ def _detached(found: Detections) -> Detections:
 
 def _predictions(question: Question, found: Detections) -> tuple[Prediction, ...]:
     count = min(question.top_k, int((found.scores >= question.min_score).sum()))
-    logits = as_logits(found.scores, "sigmoid").tolist()
-    return tuple(
-        Prediction(
-            int(found.labels[number]),
-            float(found.scores[number]),
-            logits[number],
-            number,
-            box_of(found, number),
-            None if found.masks is None else (found.masks[number, 0] > 0.5).numpy(),
-        )
-        for number in range(count)
+    return tuple(_prediction(found, number) for number in range(count))
+
+
+def _prediction(found: Detections, number: int) -> Prediction:
+    return Prediction(
+        int(found.labels[number]),
+        float(found.scores[number]),
+        float(as_logits(found.scores[number : number + 1], "sigmoid")[0]),
+        number,
+        box_of(found, number),
+        None if found.masks is None else (found.masks[number, 0] > 0.5).numpy(),
     )
 
 
@@ -344,12 +392,7 @@ def _slope(  # noqa: PLR0917 - one call
 ) -> tuple[Tensor, bool]:
     """The gradient of the target at its row of the head, and whether that is the class logits'."""
     if question.of == "class":
-        label = int(found.labels[number])
-        if question.contrast is not None:
-            return question.contrast.at(of_row, label).slope(of_row, label), True
-        slope = torch.zeros_like(of_row)
-        slope[label] = 1
-        return slope, True
+        return _class_slope(question, of_row, int(found.labels[number])), True
     edge = found.boxes[number][COORDINATES.index(question.of)]
     if not edge.requires_grad:
         return torch.zeros_like(offsets.flatten(0, -2)[row]).detach(), False
@@ -357,15 +400,33 @@ def _slope(  # noqa: PLR0917 - one call
     return slope.flatten(0, -2)[row], False
 
 
+def _class_slope(question: Question, of_row: Tensor, label: int) -> Tensor:
+    """The gradient of the target at the class logits (C,) of its row."""
+    if question.contrast is not None:
+        return question.contrast.at(of_row, label).slope(of_row, label)
+    slope = torch.zeros_like(of_row)
+    slope[label] = 1
+    return slope
+
+
 def _without_head(
     scene: Scene, question: Question, image: int, found: Detections, number: int
 ) -> BoxMap:
-    """The map of one box from the logit of its score, or from its edge, in the whole graph."""
-    if question.of == "class":
-        value = as_logits(found.scores[number : number + 1], "sigmoid")[0]
-    else:
+    """The map of one box in the whole graph, from an edge of it or from the logit of its class.
+
+    That is the one in the row of its query, or log s − log(1 − s) of the score s if it has none.
+    """
+    if question.of != "class":
         value = found.boxes[number][COORDINATES.index(question.of)]
-    return _at_layers(scene, question, image, value)
+        return _at_layers(scene, question, image, value)
+    if found.logits is None:
+        value = as_logits(found.scores[number : number + 1], "sigmoid")[0]
+        return _at_layers(scene, question, image, value)
+    given = found.logits[number]
+    of_row = given.detach().float().cpu()
+    slope = _class_slope(question, of_row, int(found.labels[number]))
+    one = _at_layers(scene, question, image, (given * slope.to(given)).sum())
+    return replace(one, logits=of_row)
 
 
 def _at_layers(scene: Scene, question: Question, image: int, value: Tensor) -> BoxMap:
@@ -386,8 +447,16 @@ def _at_layers(scene: Scene, question: Question, image: int, value: Tensor) -> B
         point, gradient = used.get(path, (_point(scene.recording, path), None))
         values = point.detach()[image : image + 1]
         slope = torch.zeros_like(values) if gradient is None else gradient[image : image + 1]
-        cams.append(_cam(question, values, slope))
+        as_map = _layout(scene, path).as_map
+        cams.append(_cam(question, as_map(values), as_map(slope)))
     return BoxMap(fuse(cams), tuple(shown), _window(scene, image), not_used=not used)
+
+
+def _layout(scene: Scene, path: str) -> Layout:
+    """The layout of a layer for images of the scene's size."""
+    layout = scene.model.layer(path).layout
+    assert layout is not None, "target_layers() refuses it"
+    return layout.scaled(scene.size, scene.model.preprocessing.crop)
 
 
 def _point(recording: Recording, path: str) -> Tensor:
@@ -412,41 +481,30 @@ def _window(scene: Scene, image: int) -> Rect | None:
 def _explanation(
     model: LoadedModel, question: Question, found: Detections, number: int, one: BoxMap
 ) -> Explanation:
-    record, scaled, score = question.method_record, scale(one.cam), float(found.scores[number])
+    record, score, class_id = (
+        question.method_record,
+        float(found.scores[number]),
+        int(found.labels[number]),
+    )
     assert record is not None
-    class_id, contrast = int(found.labels[number]), question.contrast
-    weights: Mapping[int, float] = {}
-    difference = None
-    if contrast is not None and one.logits is not None:
-        at = contrast.at(one.logits, class_id)
-        weights = at.as_mapping(one.logits)
-        difference = float(at.lead(one.logits, class_id))
-    logit = as_logits(found.scores[number : number + 1], "sigmoid")[0]
     flags = {
-        "all_zero": not bool(scaled.grid.any()),
-        "saturated": one.saturated or (model.head is None and score > SATURATED),
-        "low_resolution": min(scaled.grid.shape) < LOW_RESOLUTION,
-        "random_weights": model.random_weights,
-        "not_deterministic": not model.behaviour.deterministic,
+        "saturated": one.saturated or (not model.knows_rows and score > SATURATED),
         "layer_not_used": one.not_used,
         "edge_clipped": one.clipped,
         "not_per_box": not record.per_box,
     }
-    return Explanation(
+    return explanation_of(
+        model,
+        question,
+        one.cam,
+        flags,
         class_id=class_id,
         score=score,
-        logit=float(logit),
-        contrast=weights,
-        logit_difference=difference,
-        method=record.name,
+        logit=float(as_logits(found.scores[number : number + 1], "sigmoid")[0]),
         layers=one.layers if record.has_layer else (),
-        grid=read_only_array(scaled.grid),
-        low=scaled.low,
-        high=scaled.high,
-        flags=tuple(flag for flag, is_set in flags.items() if is_set),
-        cost=cost(model, question),
         detection=number,
         box=box_of(found, number),
         of=question.of,
         window=one.window,
+        **contrast_fields(question.contrast, one.logits, class_id),
     )

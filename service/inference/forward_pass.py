@@ -30,6 +30,7 @@ class ForwardPass:
     targets: Sequence[tuple[int, ...]]
     recording: Recording
     gradients: Mapping[GradientPoint, Tensor]
+    precision: Precision = "float32"
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,12 +38,11 @@ def hidden_part_maps(
     size = model.preprocessing.canvas
     is_rise = question.method == "rise"
     masks = _rise_masks(question, size) if is_rise else _squares(size)
-    image, scale = _scaled(question.pixels)
+    image, scale = scaled_down(question.pixels)
     grey = (torch.tensor(model.preprocessing.mean)[:, None, None] * 255).round()
     if model.preprocessing.resize == 0:
         grey = torch.full_like(grey, 128)
-    limit = max(1, min(CHUNK, CHUNK_BYTES // (4 * image.numel())))
-    chunk = limit if model.behaviour.batchable else 1
+    chunk = images_at_once(model, image)
     kept: list[Tensor] = []
     results: list[Tensor] = []
     waiting: list[Tensor] = []
@@ -57,7 +56,7 @@ def hidden_part_maps(
         shown = torch.stack([_dimmed(image, each, grey) for each in waiting])
         with torch.no_grad():
             raw = model.outputs(replica.module, model.normalised(shown))
-        results.append(values(_to_source(raw, scale)).cpu())
+        results.append(values(to_source(raw, scale)).cpu())
         kept, waiting = waiting, []
         for each, value in zip(kept, results[-1], strict=True):
             part = each if is_rise else 1 - each
@@ -68,6 +67,12 @@ def hidden_part_maps(
         return list(mean)
     centre = torch.cat(results).mean(dim=0)[:, None, None]
     return list(torch.where(weight > 0, mean - centre, 0))
+
+
+def images_at_once(model: LoadedModel, image: Tensor) -> int:
+    """How many copies of an image (C, h, w) go through the model in one forward pass."""
+    most = max(1, min(CHUNK, CHUNK_BYTES // (4 * image.numel())))
+    return most if model.behaviour.batchable else 1
 
 
 def _rise_masks(question: Question, size: tuple[int, int]) -> Iterator[Tensor]:
@@ -82,7 +87,7 @@ def _squares(size: tuple[int, int]) -> Iterator[Tensor]:
             yield mask
 
 
-def _scaled(pixels: Tensor) -> tuple[Tensor, float]:
+def scaled_down(pixels: Tensor) -> tuple[Tensor, float]:
     """The image (C, h, w), uint8, with sides of at most LONGEST, and its size by the source's."""
     height, width = pixels.shape[1:]
     scale = min(1.0, LONGEST / max(height, width))
@@ -93,7 +98,7 @@ def _scaled(pixels: Tensor) -> tuple[Tensor, float]:
     return small[0].round().clamp(0, 255).to(torch.uint8), scale
 
 
-def _to_source(raw: Any, scale: float) -> Any:
+def to_source(raw: Any, scale: float) -> Any:
     """A detector's output with its boxes in pixels of the image before it was scaled."""
     if scale == 1.0 or not isinstance(raw, (list, tuple)):
         return raw

@@ -147,6 +147,8 @@ def _further_passes(model: LoadedModel, question: Question, record: MethodRecord
     if record.runs == "tail":  # and one pass for each layer that tries how to run it
         shares = (1 - model.layer(path).share for path in question.layers)
         return sum(1 + count * share for count, share in zip(channels, shares, strict=True))
+    if not record.runs:  # the common case, for which the squares would be counted for nothing
+        return 0
     height, width = model.preprocessing.canvas
     times = {
         "once": 1,
@@ -155,7 +157,7 @@ def _further_passes(model: LoadedModel, question: Question, record: MethodRecord
         "samples": question.samples,
         "steps": question.steps,
     }
-    price = {"": 0, "forward": 1, "gradient": 1 + BACKWARD * question.target_count}
+    price = {"forward": 1, "gradient": 1 + BACKWARD * question.target_count}
     return price[record.runs] * times[record.times]
 
 

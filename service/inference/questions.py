@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from api_schemas.methods import METHODS, MethodRecord
 from service.cam.verdict import WHOLE, Evidence, Verdict
 from service.errors import CamserveError
 from service.images.decode import Rect
 from service.inference.contrast import Contrast
+from service.models.catalog import Output
 from service.models.compiled.front import Precision
 from service.models.loaded import LoadedModel
 
 Of = Literal["class", "x1", "y1", "x2", "y2"]
 Place = tuple[float, ...] | tuple[tuple[int, int], str | tuple[int, ...]]
 """A point (x, y), a box (x, y, w, h), or run lengths: a size (height, width) and its counts."""
+
+MIN_SCORE = 0.5
+"""The lowest score of a detection that counts, by default."""
 
 ActivationKind = Literal["output", "input", "grad_output", "grad_input"]
 Lane = Literal["compiled", "folded", "hooked"]
@@ -107,6 +114,19 @@ class Effect:
     explanation: Explanation | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class TrackedEffect:
+    """What an edit and its controls do to boxes or regions, float32 on the CPU.
+
+    values:   (1 + controls, 2, K), the score and the overlap of each target, the edit's own first.
+    unedited: (2, K). predictions: of the edited image.
+    """
+
+    values: Tensor
+    unedited: Tensor
+    predictions: tuple[Prediction, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Question:
     """What is computed for one image.
@@ -126,7 +146,9 @@ class Question:
     seen:        the part of `pixels`, x, y, w, h as fractions, that shows the image.
     places, of, min_score: of detectors and segmenters, see `api_schemas.options`; `source` is the
                  (width, height) of the upright image that `places` refer to.
-    edits:       whose effects are measured, from further forward passes.
+    shown:       the part of it, x, y, w, h in its pixels, that `pixels` show; None: all of it.
+    edits:       whose effects are measured, from further forward passes; `tracks`: whether it says
+                 on which boxes or regions.
     """
 
     pixels: Tensor
@@ -148,8 +170,10 @@ class Question:
     edits: tuple[Edit, ...] = ()
     places: tuple[Place, ...] = ()
     of: Of = "class"
-    min_score: float = 0.5
+    min_score: float = MIN_SCORE
     source: tuple[int, int] = (0, 0)
+    shown: Rect | None = None
+    tracks: bool = False
 
     @property
     def method_record(self) -> MethodRecord | None:
@@ -257,8 +281,8 @@ class InferenceResult:
     precision: of the engine that computed it: `float32`, or the operator's choice (`bf16`, `int8`).
     evidence:  what the verdicts rest on; None without verdicts.
     effects:   of each edit, in order, or why it has none.
-    margin:    of the two best scores, 0 undecided.
-    entropy:   of the classes' probabilities, divided by its largest value: 0 certain, 1 undecided.
+    tracked:   the boxes or regions that effects are measured on.
+    logits:    of all classes, on the CPU; None of a detector or a segmenter.
     The wire's form is `api_schemas.answers.Result`.
     """
 
@@ -267,9 +291,47 @@ class InferenceResult:
     activations: tuple[Activation, ...]
     precision: Precision = "float32"
     evidence: Evidence | None = None
-    effects: tuple[Effect | CamserveError, ...] = ()
-    margin: float = 0.0
-    entropy: float = 0.0
+    effects: tuple[Effect | TrackedEffect | CamserveError, ...] = ()
+    tracked: tuple[Prediction, ...] = ()
+    logits: Tensor | None = None
+    output: Output = "softmax"
+
+    @property
+    def margin(self) -> float:
+        """The `margin` of the two best classes: 0 undecided; computed when it is read."""
+        return 0.0 if self.logits is None else margin(self.logits, self.output)
+
+    @property
+    def entropy(self) -> float:
+        """The `entropy` of the classes' probabilities: 0 certain, 1 undecided; as `margin`."""
+        return 0.0 if self.logits is None else entropy(self.logits, self.output)
+
+
+def margin(logits: Tensor, output: Output) -> float:
+    """The probability of the best class minus that of the second best, 0..1: Settles 2009, §3.1.
+
+    Sigmoids are a distribution each, of the class and of its absence; the smallest of their margins
+    |2p - 1| counts (Brinker 2006). Without an output activation the probabilities are the softmax.
+    One class has the margin 1.
+    """
+    if output == "sigmoid":
+        return float((2 * logits.sigmoid() - 1).abs().min())
+    best = logits.softmax(dim=-1).topk(min(2, len(logits))).values.tolist()
+    return float(best[0] - sum(best[1:]))
+
+
+def entropy(logits: Tensor, output: Output) -> float:
+    """The entropy of the classes' probabilities by its largest value, 0..1: Settles 2009, §3.1.
+
+    Of one distribution over all classes it is divided by the logarithm of their number. Sigmoids
+    are a distribution each, and the mean of their entropies counts, in bits. Without an output
+    activation the probabilities are the softmax.
+    """
+    if output == "sigmoid":
+        both = torch.stack([functional.logsigmoid(logits), functional.logsigmoid(-logits)])
+        return float(-(both.exp() * both).sum(dim=0).mean() / math.log(2))
+    logs = logits.log_softmax(dim=-1)
+    return float(-(logs.exp() * logs).sum() / math.log(max(2, len(logits))))
 
 
 def lane_of(model: LoadedModel, question: Question) -> Lane:
@@ -277,10 +339,9 @@ def lane_of(model: LoadedModel, question: Question) -> Lane:
 
     So the same request always gets the same numbers. `compiled` predicts, and explains the target
     layer from its activation and gradient; `folded` is the hooked lane on replicas whose batch
-    normalisations are folded; `hooked` is the model as it is.
+    normalisations are folded, or parts compiled if the model is no classifier; `hooked` is the
+    model as it is.
     """
-    if model.task != "classification":
-        return "hooked"
     lane = model.compiled
     right_size = tuple(question.pixels.shape[1:]) == model.preprocessing.crop
     if lane is not None and right_size and not question.activations:

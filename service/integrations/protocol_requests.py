@@ -172,7 +172,7 @@ async def _replies(
 
 def _of_every_class(work: RequestWork) -> Callable[..., Any]:
     classes = len(work.model.labels)
-    return lambda pixels: replace(work.question(pixels), top_k=classes)
+    return partial(work.question, top_k=classes)
 
 
 def named(service: Service, name: str, version: str | None) -> str:

@@ -325,6 +325,7 @@ def _build_huggingface(spec: ModelSpec, allow_random_weights: bool) -> Built:
         output=read.output,
         select="logits",
         source=read.source,
+        task=None if read.task == "classification" else read.task,
     )
 
 

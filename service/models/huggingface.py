@@ -1,4 +1,4 @@
-"""Load an image classifier in Hugging Face's format: from a folder, or from the Hub's cache.
+"""Load a classifier, detector or segmenter in Hugging Face's format: a folder, or the Hub's cache.
 
 Weights are read from safetensors files alone, in float32, and no code of a repository runs.
 """
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import structlog
@@ -19,7 +20,7 @@ from torch import nn
 
 from service.errors import ConfigurationError, first_line, install_hint
 from service.images.decode import Preprocessing
-from service.models.catalog import ModelSpec, Output
+from service.models.catalog import ModelSpec, Output, Task
 from service.models.processors import UnsupportedProcessor, preprocessing_of
 
 _log = structlog.get_logger(__name__)
@@ -44,13 +45,43 @@ _FILES = (
 
 _OUTPUTS: dict[str, Output] = {"multi_label_classification": "sigmoid", "regression": "none"}
 
+_AUTO: Mapping[Task, str] = MappingProxyType(
+    {
+        "classification": "Image Classification",
+        "detection": "Object Detection",
+        "segmentation": "Semantic Segmentation",
+    }
+)
+"""The end of the names of transformers' Auto class and of the classes that it loads, in words."""
+
+_SCORES: Mapping[str, Output] = MappingProxyType(
+    {
+        "detr": "softmax",
+        "table-transformer": "softmax",
+        "yolos": "softmax",
+        "conditional_detr": "sigmoid",
+        "d_fine": "sigmoid",
+        "dab-detr": "sigmoid",
+        "deformable_detr": "sigmoid",
+        "deimv2": "sigmoid",
+        "lw_detr": "sigmoid",
+        "rf_detr": "sigmoid",
+        "rt_detr": "sigmoid",
+        "rt_detr_v2": "sigmoid",
+    }
+)
+"""The activation of the class logits, as in `post_process_object_detection`, by type of detector.
+
+With softmax the last logit is that of *no object*.
+"""
+
 SHOWN = 5
 """Number of keys that an error lists."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pretrained:
-    """A classifier with what its configuration and its image processor say.
+    """A model with what its configuration and its image processor say.
 
     labels:        one per class; None: the configuration has no names.
     preprocessing: None: the transform is set in models.toml.
@@ -62,10 +93,11 @@ class Pretrained:
     output: Output
     preprocessing: Preprocessing | None
     source: str
+    task: Task
 
 
 def read_pretrained(spec: ModelSpec, *, random_weights: bool) -> Pretrained:
-    """The classifier of a builder `hf/ORG/NAME` or `hf/FOLDER`.
+    """The model of a builder `hf/ORG/NAME` or `hf/FOLDER`.
 
     random_weights: whether it is built from its configuration alone, seeded; nothing is fetched.
 
@@ -80,16 +112,16 @@ def read_pretrained(spec: ModelSpec, *, random_weights: bool) -> Pretrained:
         ) from error
     folder = _folder(spec, fetch=not random_weights)
     with _quietly(library):
-        config = _config(spec, library, folder)
-        module = (_random if random_weights else _loaded)(spec, library, folder, config)
-        preprocessing, source = _preprocessing(spec, library, folder, module)
-    return Pretrained(
-        module,
-        _labels(config),
-        _OUTPUTS.get(config.problem_type or "", "softmax"),
-        preprocessing,
-        source,
-    )
+        config, task = _config(spec, library, folder)
+        auto = getattr(library, f"AutoModel{_end(task)}")
+        module = (_random if random_weights else _loaded)(spec, auto, folder, config)
+        preprocessing, source = _preprocessing(spec, library, folder, module, task)
+        if task != "classification" and preprocessing is not None:
+            _run_once(module, (64, 64) if preprocessing.whole else preprocessing.crop)
+    output = _OUTPUTS.get(config.problem_type or "", "softmax")
+    if task == "detection":
+        output = _SCORES[config.model_type]
+    return Pretrained(module, _labels(config), output, preprocessing, source, task)
 
 
 def local_folder(builder: str, base: Path = Path()) -> Path | None:
@@ -169,15 +201,10 @@ def _quietly(library: Any) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _config(spec: ModelSpec, library: Any, folder: Path) -> Any:
-    """The configuration of a classifier. Raises ConfigurationError."""
+def _config(spec: ModelSpec, library: Any, folder: Path) -> tuple[Any, Task]:
+    """The configuration of a model, and its task. Raises ConfigurationError."""
     config = _read(spec, folder, library.AutoConfig.from_pretrained)
-    known = library.models.auto.modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
-    if config.model_type not in known:
-        raise ConfigurationError(
-            f"{spec.at('builder')}: {folder} holds a model of type {config.model_type!r}, which is "
-            "no image classifier of transformers."
-        )
+    task = _task(spec, library, folder, config)
     if getattr(config, "quantization_config", None) or (folder / "adapter_config.json").exists():
         raise ConfigurationError(
             f"{spec.at('builder')}: {folder} holds quantized weights or an adapter; save the "
@@ -187,7 +214,32 @@ def _config(spec: ModelSpec, library: Any, folder: Path) -> Any:
     config.return_dict, config.output_hidden_states = True, False
     config.output_attentions = False
     config._attn_implementation = None  # a configuration may name code on the Hub
-    return config
+    return config, task
+
+
+def _task(spec: ModelSpec, library: Any, folder: Path, config: Any) -> Task:
+    """The task by the configuration's `architectures`. Raises ConfigurationError for any other.
+
+    A backbone alone, or a configuration that names no class, is taken for a classifier: what its
+    head lacks is in the error.
+    """
+    name, kind = str((config.architectures or [""])[0]), config.model_type
+    named: list[Task] = [task for task in _AUTO if name.endswith(_end(task))]
+    task: Task = named[0] if named else "classification"
+    mapping = f"MODEL_FOR_{_AUTO[task].replace(' ', '_').upper()}_MAPPING_NAMES"
+    known = getattr(library.models.auto.modeling_auto, mapping)
+    if kind in known and (task != "detection" or kind in _SCORES):
+        return task
+    what = "no image classifier" if task == "classification" else f"no {task} model"
+    raise ConfigurationError(
+        f"{spec.at('builder')}: {folder} holds a {name or 'model'} of type {kind!r}, which is "
+        f"{what} of transformers that is served. `architectures` in config.json must end with "
+        f"{', '.join(map(_end, _AUTO))}; detectors are of the types {', '.join(sorted(_SCORES))}."
+    )
+
+
+def _end(task: Task) -> str:
+    return f"For{_AUTO[task].replace(' ', '')}"
 
 
 def _read(spec: ModelSpec, folder: Path, read: Any, **more: Any) -> Any:
@@ -214,12 +266,12 @@ def _reason(folder: Path, error: Exception) -> str:
     return first_line(error)
 
 
-def _loaded(spec: ModelSpec, library: Any, folder: Path, config: Any) -> nn.Module:
+def _loaded(spec: ModelSpec, auto: Any, folder: Path, config: Any) -> nn.Module:
     """The module with the weights of a folder. Raises ConfigurationError if any is missing."""
     module, report = _read(
         spec,
         folder,
-        library.AutoModelForImageClassification.from_pretrained,
+        auto.from_pretrained,
         config=config,
         use_safetensors=True,
         dtype=torch.float32,
@@ -229,7 +281,7 @@ def _loaded(spec: ModelSpec, library: Any, folder: Path, config: Any) -> nn.Modu
     missing = sorted([*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])])
     if missing or report["error_msgs"]:
         raise ConfigurationError(
-            f"{spec.at('builder')}: the weights in {folder} do not fill the classifier; missing: "
+            f"{spec.at('builder')}: the weights in {folder} do not fill the model; missing: "
             f"{_first(missing or report['error_msgs'])}. It may be a backbone without a head, "
             "which needs fine-tuning before it can be served."
         )
@@ -246,13 +298,13 @@ def _first(keys: Sequence[str]) -> str:
     return f"{', '.join(keys[:SHOWN])}{more}"
 
 
-def _random(spec: ModelSpec, library: Any, folder: Path, config: Any) -> nn.Module:
+def _random(spec: ModelSpec, auto: Any, folder: Path, config: Any) -> nn.Module:
     """The module of a configuration with seeded random weights."""
     config.dtype = "float32"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            module = library.AutoModelForImageClassification.from_config(config)
+            module = auto.from_config(config)
         except Exception as error:
             raise ConfigurationError(
                 f"{spec.at('builder')}: {folder} cannot be built ({first_line(error)})."
@@ -269,7 +321,7 @@ def _labels(config: Any) -> tuple[str, ...] | None:
 
 
 def _preprocessing(
-    spec: ModelSpec, library: Any, folder: Path, module: nn.Module
+    spec: ModelSpec, library: Any, folder: Path, module: nn.Module, task: Task
 ) -> tuple[Preprocessing | None, str]:
     """The transform of the image processor, and where it comes from.
 
@@ -278,12 +330,14 @@ def _preprocessing(
     """
     try:
         processor = _processor(library, folder)
-        preprocessing, swapped = preprocessing_of(processor)
+        preprocessing, swapped = preprocessing_of(processor, task)
         if swapped:
             _swap_colors(module, preprocessing.crop)
     except UnsupportedProcessor as error:
-        if spec.input.size and spec.input.mean and spec.input.std:
-            return None, "the service's defaults"
+        size = spec.input.size
+        if size and spec.input.mean and spec.input.std:
+            whole = Preprocessing(resize=size, crop=size, fit="squash")
+            return None if task == "classification" else whole, "the service's defaults"
         raise ConfigurationError(
             f"{spec.at('builder')}: {error}. Set the transform in models.toml: "
             "input = { size = …, resize = …, fit = …, mean = …, std = … }."
@@ -300,6 +354,15 @@ def _processor(library: Any, folder: Path) -> Any:
         raise UnsupportedProcessor(
             f"the image processor in {folder} cannot be read ({first_line(error)})"
         ) from error
+
+
+def _run_once(module: nn.Module, size: tuple[int, int]) -> None:
+    """Have transformers set the hooks that collect feature maps, which it does in the first pass.
+
+    Every copy of the module needs them: the pool removes hooks that a replica did not begin with.
+    """
+    with suppress(Exception), torch.no_grad():  # the probes say what is wrong
+        module.eval()(torch.zeros(1, 3, *size))
 
 
 def _swap_colors(module: nn.Module, size: tuple[int, int]) -> None:

@@ -66,6 +66,7 @@ class LoadedModel:
     insensitive:  the methods of `sensitivity` whose maps hardly depend on the weights.
     task:         what the model predicts. takes_list: whether the module takes a list of images.
     head:         where a detector makes its boxes; None: unknown, its scores are differentiated.
+    queries:      whether a detector returns class logits and a box for each of its queries.
     default_layers: of a detector, the levels of the feature pyramid: a box is explained at its own.
     binary:       whether the module returns one logit, that of the second of two labels; the logit
                   of the first is its negative.
@@ -99,6 +100,7 @@ class LoadedModel:
     task: Task = "classification"
     takes_list: bool = False
     head: BoxHead | None = None
+    queries: bool = False
     default_layers: tuple[str, ...] = ()
     attention: TokenAttention | str = "it has no attention between tokens"
     insensitive: frozenset[str] = field(init=False, repr=False, compare=False)
@@ -123,14 +125,31 @@ class LoadedModel:
         return f"{count}: {labels}" if is_short and self.labels[0] != "class 0" else count
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether it has a compiled lane: of a detector or a segmenter, a form with such parts."""
+        return self.compiled is not None or bool(self.folded and self.folded.compiled)
+
+    @property
+    def slower(self) -> str | None:
+        """Why the compiled lane is missing, or has not the configured precision."""
+        if not self.is_compiled:
+            return self.not_compiled
+        return self.compiled.instead if self.compiled else None
+
+    @property
     def gives_masks(self) -> bool:
         """Whether a detector gives a mask for each box."""
         heads = getattr(self.module, "roi_heads", None)
         return getattr(heads, "mask_predictor", None) is not None
 
+    @property
+    def knows_rows(self) -> bool:
+        """Whether the logits behind a box of a detector are known."""
+        return self.head is not None or self.queries
+
     def check_rows(self) -> None:
         """Raise InvalidOption where the logits behind a box are not known."""
-        if self.head is None:
+        if not self.knows_rows:
             raise InvalidOption(
                 f"Model {self.name!r} does not show the logits behind a box, which `contrast` "
                 "needs; leave it out."

@@ -8,11 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
+from operator import attrgetter
+from typing import Any
 
 import structlog
 import torch
 from torch import Tensor, nn
 
+from service.cam.hooks import record
 from service.errors import ConfigurationError, nearest
 from service.images.decode import Preprocessing
 from service.models.builders import Built, build
@@ -23,8 +27,9 @@ from service.models.capabilities import (
     why_no_layers,
 )
 from service.models.catalog import TARGET_LAYERS, InputSpec, ModelSpec, Output, Task
-from service.models.compiled.folding import fold
+from service.models.compiled.folding import Folded, fold
 from service.models.compiled.lane import Compiler
+from service.models.huggingface import PREFIX
 from service.models.loaded import LoadedModel
 from service.models.needs import missing_needs
 from service.models.probes.attention import NoTokenAttention, TokenAttention, token_attention
@@ -48,6 +53,8 @@ from service.models.probes.layers import (
     Layer,
     LayerTrace,
     default_target,
+    query_layout,
+    query_levels,
     trace_layers,
     with_parts,
 )
@@ -66,6 +73,7 @@ from service.models.replicas import replicate
 from service.models.tasks import (
     box_head,
     class_count,
+    has_queries,
     per_image,
     taken_as_list,
     task_of,
@@ -73,6 +81,9 @@ from service.models.tasks import (
 )
 
 _log = structlog.get_logger(__name__)
+
+TRIED_LEVELS = 12
+"""Layers that are tried as the default of a segmenter of Hugging Face, from the last one on."""
 
 GREY = ((0.449,), (0.226,))
 """ImageNet's mean and standard deviation in greyscale: the default of one-channel models."""
@@ -103,7 +114,7 @@ def load_model(
         module = module.to(getattr(torch, spec.dtype))
     task, takes_list = _task(spec, built, module)
     base = built.preprocessing
-    if task != "classification":
+    if task != "classification" and not _is_huggingface(spec):
         base = whole_image(module, task, base)
     preprocessing = _preprocessing(spec, base or Preprocessing(), module)
     model = LoadedModel(
@@ -122,7 +133,7 @@ def load_model(
         takes_list=takes_list,
     )
     if task != "classification":
-        return _with_task(model, built)
+        return _compiled(_with_task(model, built), compiler)
     images = model.normalised(trial_images((preprocessing.channels, *preprocessing.crop)))
     began = Condition.of(module)
     model = replace(_measured(model, built, images), no_layers=why_no_layers(module))
@@ -141,8 +152,8 @@ def _task(spec: ModelSpec, built: Built, module: nn.Module) -> tuple[Task, bool]
     Only a user's module needs the pass; one that fails in it is a classifier, whose probes say why.
     """
     known = spec.task or built.task
-    if known is None and ":" not in spec.builder:
-        return "classification", False
+    if _is_huggingface(spec) or (known is None and ":" not in spec.builder):
+        return known or "classification", False
     base = _preprocessing(spec, built.preprocessing or Preprocessing(), module)
     side = base.crop if built.task != "detection" else (64, 64)
     images = torch.rand(1, base.channels, *side, generator=torch.Generator().manual_seed(0))
@@ -153,6 +164,10 @@ def _task(spec: ModelSpec, built: Built, module: nn.Module) -> tuple[Task, bool]
             raw, takes_list = taken_as_list(trial, images.to(parameter))
         return known or task_of(raw) or "classification", takes_list
     return known or "classification", False
+
+
+def _is_huggingface(spec: ModelSpec) -> bool:
+    return spec.builder.startswith(PREFIX)
 
 
 def _with_task(model: LoadedModel, built: Built) -> LoadedModel:
@@ -172,32 +187,83 @@ def _with_task(model: LoadedModel, built: Built) -> LoadedModel:
         given = list(images[:1]) if model.takes_list else images[:1]
         with kept_torch_state(random=False), preserved(served), torch.no_grad():
             raw = model.outputs(served, images[:1])
-            trace = trace_layers(served, given, classes=0)
+            _check_structure(model, raw)
+            classes = class_count(module, raw, model.task, model.output)
+            trace = trace_layers(served, given, classes=classes or 0)
+    except ConfigurationError:
+        raise
     except Exception as error:
         raise ConfigurationError(
             f"{spec.at('builder')} cannot be run on an image of {shape[2]}×{shape[1]} pixels: "
             f"{type(error).__name__}: {error}"
         ) from error
+    positions = _mappable(model, trace, served, images[:1], batchable=behaves.batchable)
+    layers = positions.layers
+    head = box_head(module) if model.task == "detection" else None
+    defaults = _configured_layer(spec, built, layers)
+    if not defaults and _is_huggingface(spec):
+        defaults = _used_levels(served, layers, trace, images[:1])
+    elif not defaults:
+        defaults = _default_layers(module, layers, trace)
+    model = replace(
+        model,
+        labels=_task_labels(model, built, classes),
+        layers=layers,
+        target_layer=defaults[-1] if defaults else None,
+        default_layers=defaults,
+        head=None if head is None else replace(head, levels=_levels(layers)),
+        queries=has_queries(raw),
+        behaviour=behaves,
+        findings=_with_places(behaves.findings, positions, defaults),
+        unclear=positions.of("unclear"),
+        scattered=positions.of("scattered"),
+    )
+    return replace(model, stateful=_settled(model, module, images[:1]))
+
+
+def _check_structure(model: LoadedModel, raw: Any) -> None:
+    """Raise ConfigurationError where an output is not of the task, or cannot be placed."""
+    spec, preprocessing = model.spec, model.preprocessing
     if task_of(raw) != model.task:
         raise ConfigurationError(
             f"{spec.at('task')}: the task is {model.task}, and the model returns what one of "
             f"{task_of(raw) or 'no known task'} does."
         )
-    layers = with_parts(trace.layers)
-    head = box_head(module) if model.task == "detection" else None
-    defaults = _default_layers(spec, built, module, layers, trace)
-    model = replace(
-        model,
-        labels=_task_labels(model, built, class_count(module, raw, model.task)),
-        layers=layers,
-        target_layer=defaults[-1] if defaults else None,
-        default_layers=defaults,
-        head=None if head is None else replace(head, levels=_levels(layers)),
-        behaviour=behaves,
-        findings=behaves.findings,
-        not_compiled=f"Models for {model.task} run in torch.",
-    )
-    return replace(model, stateful=_settled(model, module, images[:1]))
+    if model.task == "detection" and not preprocessing.whole and preprocessing.fit != "squash":
+        raise ConfigurationError(
+            f"{spec.at('input.fit')}: the boxes of a detector are fractions of the whole image; "
+            'set fit = "squash".'
+        )
+
+
+def _mappable(
+    model: LoadedModel, trace: LayerTrace, served: nn.Module, image: Tensor, *, batchable: bool
+) -> CellPositions:
+    """The layers, with the layouts of those that a map can be drawn from.
+
+    Tokens count in a segmenter whose images all have one size, where their positions are measured,
+    and in YOLOS, whose tokens are the image's and then its queries. Those of other detectors may
+    all be queries.
+    """
+    queries = 0
+    if _is_huggingface(model.spec):
+        queries = int(getattr(model.module.config, "num_detection_tokens", 0))
+        if model.task == "segmentation" and not model.preprocessing.whole:
+            with preserved(served):
+                found = measure_cell_positions(served, trace.layers, image, batchable=batchable)
+            return replace(found, layers=with_parts(found.layers, attrgetter("layout")))
+    of_tokens = partial(query_layout, size=model.preprocessing.crop, queries=queries)
+    return CellPositions(with_parts(trace.layers, of_tokens if queries else None))
+
+
+def _with_places(
+    findings: Sequence[Finding], positions: CellPositions, defaults: Sequence[str]
+) -> tuple[Finding, ...]:
+    """The findings, with that of the positions if they were measured."""
+    if not positions.verdicts:
+        return tuple(findings)
+    others = (finding for finding in findings if finding.name != "places")
+    return (*others, positions.finding(defaults[-1] if defaults else None))
 
 
 def _levels(layers: Sequence[Layer]) -> tuple[str, ...]:
@@ -206,22 +272,28 @@ def _levels(layers: Sequence[Layer]) -> tuple[str, ...]:
     return tuple(parts) or ("backbone",)
 
 
-def _default_layers(
-    spec: ModelSpec, built: Built, module: nn.Module, layers: Sequence[Layer], trace: LayerTrace
-) -> tuple[str, ...]:
-    """The layers of an explanation: the configured one, the backbone's output, or the last map.
+def _configured_layer(spec: ModelSpec, built: Built, layers: Sequence[Layer]) -> tuple[str, ...]:
+    """The configured layer; empty if there is none.
 
-    Raises ConfigurationError for a configured layer without a feature map.
+    Raises ConfigurationError for one without a feature map.
     """
     mappable = [layer.path for layer in layers if layer.target]
     configured = spec.target_layer or built.target_layer
-    if configured is not None:
-        if configured not in mappable:
-            raise ConfigurationError(
-                f"{spec.at('target_layer')}: {configured!r} is not a layer that a map can be drawn "
-                f"from.{nearest(configured, mappable)}"
-            )
-        return (configured,)
+    if configured is None:
+        return ()
+    if configured not in mappable:
+        raise ConfigurationError(
+            f"{spec.at('target_layer')}: {configured!r} is not a layer that a map can be drawn "
+            f"from.{nearest(configured, mappable)}"
+        )
+    return (configured,)
+
+
+def _default_layers(
+    module: nn.Module, layers: Sequence[Layer], trace: LayerTrace
+) -> tuple[str, ...]:
+    """The layers of an explanation: the output of the backbone, or the last map."""
+    mappable = [layer.path for layer in layers if layer.target]
     levels = [path for path in _levels(layers) if path in mappable]
     if box_head(module) is not None:
         return tuple(levels)
@@ -230,6 +302,34 @@ def _default_layers(
         return tuple((named or levels)[-1:])
     chosen = default_target(trace, [layer for layer in layers if "[" not in layer.path])
     return () if chosen is None else (chosen,)
+
+
+def _used_levels(
+    module: nn.Module, layers: Sequence[Layer], trace: LayerTrace, image: Tensor
+) -> tuple[str, ...]:
+    """`query_levels`, without layers behind the last one that the logits depend on."""
+    order = trace.order
+    for _ in range(TRIED_LEVELS):
+        chosen = query_levels(module, layers, replace(trace, order=order))
+        if not chosen or _is_used(module, chosen[0], image):
+            return chosen
+        order = order[: order.index(chosen[0])]
+    return ()
+
+
+def _is_used(module: nn.Module, path: str, image: Tensor) -> bool:
+    """Whether the logits of a model of Hugging Face have a gradient at a layer."""
+    with (
+        kept_torch_state(random=False),
+        preserved(module),
+        record(module, targets=[path.partition("[")[0]]) as seen,
+    ):
+        value = module(image).logits.square().sum()
+    point = seen.targets.get(path, [None])[-1]
+    if point is None or not value.requires_grad:
+        return False
+    (gradient,) = torch.autograd.grad(value, point, allow_unused=True)
+    return gradient is not None and bool(gradient.any())
 
 
 def _task_labels(model: LoadedModel, built: Built, classes: int | None) -> tuple[str, ...]:
@@ -242,7 +342,8 @@ def _task_labels(model: LoadedModel, built: Built, classes: int | None) -> tuple
                 "set `labels`, one per class id, the background included."
             )
         return labels
-    if labels is not None and model.task == "detection" and len(labels) == classes - 1:
+    is_detector = model.task == "detection" and not _is_huggingface(spec)
+    if labels is not None and is_detector and len(labels) == classes - 1:
         labels = ("__background__", *labels)
     return _labels(replace(spec, labels=labels), built, classes)
 
@@ -288,18 +389,37 @@ def _tuned(model: LoadedModel, image: Tensor, compiler: Compiler | None) -> Load
     channels_last = _gives(expected, model, model.replicate(), image)
     if not channels_last:  # a `view` in the model fails on channels_last
         model.module.to(memory_format=torch.contiguous_format)
-    folded = fold(model.replicate())
-    if folded is not None and not _gives(expected, model, replicate(folded.module), image):
-        folded = None
     # After every conversion of modules, because some drop lazy state when they are converted.
-    modules = [model.module] if folded is None else [model.module, folded.module]
-    faults = {fault for module in modules for fault in _settled(model, module, image)}
+    stateful = _settled(model, model.module, image)
+    folded, more = _folded_form(model, expected, image)
     model = replace(
-        model, channels_last=channels_last, folded=folded, stateful=tuple(sorted(faults))
+        model,
+        channels_last=channels_last,
+        folded=folded,
+        stateful=tuple(sorted({*stateful, *more})),
     )
+    return _compiled(model, compiler)
+
+
+def _compiled(model: LoadedModel, compiler: Compiler | None) -> LoadedModel:
     if compiler is None:
         return replace(model, not_compiled="Compiling is switched off.")
+    if model.folded is not None:
+        model.folded.drop()  # few requests need it beside a compiled lane; the first one builds it
     return compiler.compiled(model)
+
+
+def _folded_form(
+    model: LoadedModel, logits: Tensor, image: Tensor
+) -> tuple[Folded | None, tuple[str, ...]]:
+    """The folded form and the state that it changes in every call; None if its logits differ."""
+    folded = fold(model.module)
+    if folded is None or not _gives(logits, model, replicate(folded.module), image):
+        return None, ()
+    began = Condition.of(folded.module)
+    stateful = _settled(model, folded.module, image)
+    # Lazy state that the model itself does not have would be lost when it is built again.
+    return (None, ()) if began.changed() else (folded, stateful)
 
 
 def _gives(logits: Tensor, model: LoadedModel, module: nn.Module, image: Tensor) -> bool:

@@ -37,6 +37,7 @@ class Served:
 
     size:      replicas per stack; there is one stack for the model and one for its folded form.
     vacant:    missing replicas per form: lost, and not being built.
+    unused:    forms without replicas, because no request has needed one yet.
     users:     requests that hold this version. A retired version remains until the last is done.
     spoiled:   the shared parameters were modified and not reloaded yet.
     reloading: a thread reloads them.
@@ -48,6 +49,7 @@ class Served:
     size: int
     idle: dict[bool, list[Replica]] = field(default_factory=dict)
     vacant: dict[bool, int] = field(default_factory=dict)
+    unused: set[bool] = field(default_factory=set)
     users: int = 0
     retired: bool = False
     spoiled: bool = False
@@ -72,6 +74,16 @@ class Served:
     def wants_work(self, now: float) -> bool:
         return self.wants_reading(now) or self.wants_building(now)
 
+    def count(self, folded: bool) -> int:
+        """How many replicas a form has when none is lost."""
+        return 0 if folded in self.unused else self.size
+
+    def use(self, folded: bool) -> None:
+        """Have the replicas of a form built from now on."""
+        if folded in self.unused:
+            self.unused.remove(folded)
+            self.vacant[folded] = self.size
+
     def is_lost(self, folded: bool) -> bool:
         """Whether no replica of a form is left, and none is being built."""
         return self.vacant[folded] == self.size and not self.reloading
@@ -90,6 +102,8 @@ class ModelPool:
     makes the replica dirty: it is logged, counted, replaced by a new copy and never leased again.
     If the shared parameters were modified in place, every replica is replaced and the weights are
     reloaded from their source through `reload`.
+
+    Replicas of the folded form of a model with a compiled lane are built when one is first leased.
 
     A replica that cannot be built leaves a vacancy. Each lease, each return and
     `replace_missing` retry after a delay that doubles with each failure; `lost` lists the models
@@ -163,8 +177,11 @@ class ModelPool:
         """Build the replicas of a model that is not served yet. Raises the errors of building."""
         served = Served(model, self._size if model.behaviour.isolated else 1)
         for folded in (False, True) if model.folded else (False,):
-            served.idle[folded] = [_build(model, folded) for _ in range(served.size)]
+            later = folded and model.compiled is not None
+            count = 0 if later else served.size
+            served.idle[folded] = [_build(model, folded) for _ in range(count)]
             served.vacant[folded] = 0
+            served.unused |= {folded} if later else set()
         return served
 
     def serve(self, served: Served) -> list[object]:
@@ -302,12 +319,12 @@ class ModelPool:
         """
         with self._changed:
             faults = [
-                f"{name}: {len(idle)} of {served.size} replicas idle"
+                f"{name}: {len(idle)} of {served.count(form)} replicas idle"
                 for name, served in self._served.items()
-                for idle in served.idle.values()
-                if len(idle) != served.size
+                for form, idle in served.idle.items()
+                if len(idle) != served.count(form)
             ]
-            whole = sum(served.size * len(served.idle) for served in self._served.values())
+            whole = sum(sum(map(each.count, each.idle)) for each in self._served.values())
             if len(self._live) != whole:
                 faults.append(f"{len(self._live)} replicas live")
             idle = [(name, r) for name, served in self._served.items() for r in served.replicas()]
@@ -335,6 +352,8 @@ class ModelPool:
     def _claim(self, served: Served, folded: bool, timeout: float | None) -> Replica:
         until = None if timeout is None else time.monotonic() + timeout
         idle = served.idle[folded]
+        with self._changed:
+            served.use(folded)
 
         def is_decided() -> bool:
             wanted = served.wants_work(self._clock())

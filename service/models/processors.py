@@ -6,6 +6,7 @@ The result is verified: both transform the same images, and must agree to one le
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from service.errors import first_line
 from service.images.decode import Preprocessing, Source, fit_to_model
-from service.models.catalog import Interpolation
+from service.models.catalog import Interpolation, Task
 
 _INTERPOLATIONS: Mapping[int, Interpolation] = MappingProxyType({2: "bilinear", 3: "bicubic"})
 """By Pillow's number."""
@@ -27,32 +28,56 @@ _LEVELS = 1.01
 Resize = tuple[Literal["crop", "squash"], int | tuple[int, int], tuple[int, int]]
 """Fit, resize and crop, as in `Preprocessing`."""
 
+WHOLE_SIZES = ((301, 436), (537, 250), (40, 31), (60, 400))
+"""The (height, width) of images to compare on where each keeps its shape; one is very long."""
+
+OF_YOLOS = 16
+"""YOLOS cuts sides down to multiples of its patches, whatever their size."""
+
 
 class UnsupportedProcessor(Exception):
     """The processor transforms images in a way that `Preprocessing` cannot express."""
 
 
-def preprocessing_of(processor: Any) -> tuple[Preprocessing, bool]:
+def preprocessing_of(processor: Any, task: Task = "classification") -> tuple[Preprocessing, bool]:
     """The transform of a processor for RGB images, and whether its model takes BGR.
 
     Raises UnsupportedProcessor, which names the processor.
     """
     name = type(processor).__name__
     settings = {key: value for key, value in processor.to_dict().items() if value is not None}
-    fit, resize, crop = _resize(name, settings)
     mean, std = _mean_and_std(settings)
     swapped = bool(settings.get("do_flip_channel_order"))
-    preprocessing = Preprocessing(
-        resize=resize,
-        crop=crop,
+    preprocessing = replace(
+        _resized(name, settings, task),
         mean=mean[::-1] if swapped else mean,
         std=std[::-1] if swapped else std,
         interpolation=_interpolation(name, settings),
-        fit=fit,
         rounding="down",
     )
     _verify(processor, preprocessing, swapped)
     return preprocessing, swapped
+
+
+def _resized(name: str, settings: Mapping[str, Any], task: Task) -> Preprocessing:
+    """The size and the shape of the model input."""
+    size = dict(settings.get("size") or {})
+    is_bounded = set(size) == {"shortest_edge", "longest_edge"} and settings.get("do_resize")
+    if task != "classification" and is_bounded:
+        return _whole(name, size["shortest_edge"], size["longest_edge"])
+    fit, resize, crop = _resize(name, settings)
+    if task == "detection" and (fit != "squash" or resize != crop):
+        raise UnsupportedProcessor(f"{name} crops images, and boxes are those of whole ones")
+    return Preprocessing(resize=resize, crop=crop, fit=fit)
+
+
+def _whole(name: str, shorter: int, longer: int) -> Preprocessing:
+    """The whole image in its own shape; the images of a trial are the largest ones."""
+    multiple = OF_YOLOS if "Yolos" in name else 1
+    trial = shorter - shorter % multiple, max(shorter, longer - longer % multiple)
+    return Preprocessing(
+        resize=shorter, crop=trial, whole=True, longest_edge=longer, multiple=multiple
+    )
 
 
 def _interpolation(name: str, settings: Mapping[str, Any]) -> Interpolation:
@@ -116,12 +141,16 @@ def _three(values: Any) -> tuple[float, ...]:
 def _verify(processor: Any, preprocessing: Preprocessing, swapped: bool) -> None:
     """Raise UnsupportedProcessor if the two differ on a wide, a tall or a small image."""
     name, (height, width) = type(processor).__name__, preprocessing.crop
-    for size in ((height + 101, 2 * width + 36), (2 * height + 37, width + 50), (40, 31)):
+    sizes = ((height + 101, 2 * width + 36), (2 * height + 37, width + 50), (40, 31))
+    for size in WHOLE_SIZES if preprocessing.whole else sizes:
         pixels = _noise(size)
         try:
-            theirs = processor(pixels, return_tensors="pt")["pixel_values"][0]
+            given = processor(pixels, return_tensors="pt")
+            theirs = given["pixel_values"][0]
         except Exception as error:  # the processor's own check of its settings
             raise UnsupportedProcessor(f"{name} fails ({first_line(error)})") from error
+        if not bool(given.get("pixel_mask", torch.ones(1)).all()):
+            raise UnsupportedProcessor(f"{name} pads single images, and boxes would be shifted")
         ours = _normalised(pixels, preprocessing)
         expected = theirs.flip(0) if swapped else theirs
         std = torch.tensor(preprocessing.std)[:, None, None]

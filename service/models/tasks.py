@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from service.cam.hooks import tensors_in
 from service.errors import InvalidOption
 from service.images.decode import Preprocessing
-from service.models.catalog import Task
+from service.models.catalog import Output, Task
 
 WHOLE_SIDE = 520
 """The shorter side that images of a segmenter are resized to, as torchvision's weights expect."""
@@ -22,14 +22,17 @@ WHOLE_SIDE = 520
 class Detections:
     """The boxes of one image, best score first, with their graph if there is one.
 
-    boxes:  (N, 4), x1, y1, x2, y2 in pixels of the image that the model was given.
+    boxes:  (N, 4), x1, y1, x2, y2 in pixels of the image that the model was given; those of queries
+            in pixels of the upright source.
     scores: (N,), 0..1. labels: (N,), class ids. masks: (N, 1, H, W), 0..1, if the model has any.
+    logits: (N, C), the class logits of the query behind each box, if the model has queries.
     """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
     masks: Tensor | None = None
+    logits: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +56,13 @@ class BoxHead:
 def task_of(raw: Any) -> Task | None:
     """The task by the output of a forward pass; None if it is none of the known structures.
 
-    A list with a dict of `boxes`, `scores` and `labels` per image is a detector's; a tensor (B, C,
-    h, w), alone or as `out` or `logits` of a dict, a segmenter's; a tensor (B, C) a classifier's.
+    A list with a dict of `boxes`, `scores` and `labels` per image is a detector's, and so is a dict
+    of `logits` (B, Q, C) and `pred_boxes` (B, Q, 4); a tensor (B, C, h, w), alone or as `out` or
+    `logits` of a dict, a segmenter's; a tensor (B, C) a classifier's.
     """
     if isinstance(raw, Sequence) and len(raw) and all(map(_has_boxes, raw)):
+        return "detection"
+    if has_queries(raw):
         return "detection"
     logits = _logits(raw)
     if logits is None or logits.ndim not in {2, 4}:
@@ -66,12 +72,38 @@ def task_of(raw: Any) -> Task | None:
 
 def per_image(raw: Any) -> Sequence[Any]:
     """The output of each image: a dict of a detector, logits (C, h, w) of a segmenter."""
+    if has_queries(raw):
+        pairs = zip(raw["logits"], raw["pred_boxes"], strict=True)
+        return [{"logits": logits, "pred_boxes": boxes} for logits, boxes in pairs]
     return list(raw if isinstance(raw, Sequence) else region_logits(raw))
 
 
-def detections_in(raw: Any) -> list[Detections]:
-    """The boxes of each image, sorted by score; of equal scores, in the order of the model."""
-    return [_sorted(each) for each in raw]
+def has_queries(raw: Any) -> bool:
+    """Whether an output has class logits and a box for each query, as those of DETR."""
+    return isinstance(raw, Mapping) and {"logits", "pred_boxes"} <= set(raw)
+
+
+def detections_in(each: Mapping[str, Tensor], size: tuple[int, int], output: Output) -> Detections:
+    """The boxes of one image, sorted by score; of equal scores, in the order of the model.
+
+    each:   the output for the image, as `per_image` returns it.
+    size:   (width, height) of the upright image, which the boxes of queries are fractions of.
+    output: the activation of their logits: `softmax` with a last one for *no object*, and one box
+            for each query; `sigmoid`: as many of all classes' boxes as there are queries.
+    """
+    if not has_queries(each):
+        return _sorted(each)
+    logits, (x, y, w, h) = each["logits"], each["pred_boxes"].unbind(-1)
+    boxes = torch.stack([x - 0.5 * w, y - 0.5 * h, x + 0.5 * w, y + 0.5 * h], dim=-1)
+    boxes = boxes * torch.tensor([*size, *size]).to(boxes)
+    if output == "softmax":
+        scores, labels = logits.softmax(dim=-1)[:, :-1].max(dim=-1)
+        rows, logits = torch.arange(len(logits), device=logits.device), logits[:, :-1]
+    else:
+        scores, best = logits.sigmoid().flatten().topk(len(logits))
+        rows, labels = best // logits.shape[1], best % logits.shape[1]
+    found = {"boxes": boxes[rows], "scores": scores, "labels": labels, "logits": logits[rows]}
+    return _sorted(found)
 
 
 def region_logits(raw: Any) -> Tensor:
@@ -90,10 +122,22 @@ def box_head(module: nn.Module) -> BoxHead | None:
     return None
 
 
-def class_count(module: nn.Module, raw: Any, task: Task) -> int | None:
-    """The number of classes, with the background if the model has one; None if unknown."""
+def compilable_parts(module: nn.Module) -> tuple[str, ...]:
+    """The modules of torchvision's structure behind the backbone that are much of the work."""
+    names = ("rpn.head",) if hasattr(module, "roi_heads") else ("head", "classifier")
+    known = {path for path, _ in module.named_modules()}
+    return tuple(name for name in names if name in known)
+
+
+def class_count(module: nn.Module, raw: Any, task: Task, output: Output) -> int | None:
+    """The number of classes, with the background if the model has one; None if unknown.
+
+    output: the activation of the logits of queries, see `detections_in`.
+    """
     if task == "segmentation":
         return region_logits(raw).shape[1]
+    if has_queries(raw):
+        return int(raw["logits"].shape[-1]) - (output == "softmax")
     for path in ("roi_heads.box_predictor.cls_score", "head.classification_head"):
         try:
             part = module.get_submodule(path)
@@ -168,12 +212,13 @@ def _logits(raw: Any) -> Tensor | None:
 def _sorted(each: Mapping[str, Tensor]) -> Detections:
     scores = each["scores"]
     order = scores.detach().argsort(descending=True, stable=True)
-    masks = each.get("masks")
+    masks, logits = each.get("masks"), each.get("logits")
     return Detections(
         each["boxes"][order],
         scores[order],
         each["labels"][order],
         None if masks is None else masks[order],
+        None if logits is None else logits[order],
     )
 
 

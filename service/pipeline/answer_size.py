@@ -32,6 +32,7 @@ from service.cam.tiles import channel_tiles
 from service.images.declared_size import Size, size_of
 from service.images.decode import preview_size
 from service.inference.questions import Question
+from service.inference.segmentation import CLASS_SIDE
 from service.models.loaded import LoadedModel
 
 Price = Callable[[Size], int]
@@ -117,7 +118,8 @@ class AnswerSizes:
         """The masks of predictions and of explained regions, JSON; 0 for a classifier."""
         if self.model.task == "segmentation":
             classes = min(self.question.top_k, len(self.model.labels))
-            one = mask_bytes(source, self.model.preprocessing.crop[0])
+            rows = self.model.preprocessing.crop[0]
+            one = mask_bytes(source, rows if self.model.preprocessing.whole else CLASS_SIDE)
             # Each pixel is of one class, so all masks together have twice the runs of one.
             return one * (2 + self.maps) + _PREDICTION * classes
         of_box = mask_bytes(source, _ROWS_OF_BOX)

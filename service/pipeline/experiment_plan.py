@@ -14,7 +14,7 @@ from api_schemas import options as wire
 from api_schemas.methods import BACKWARD, METHODS
 from service.errors import InvalidOption
 from service.inference.method_table import check_method, cost
-from service.inference.questions import ChannelEdit, GradientEdit, Question
+from service.inference.questions import MIN_SCORE, ChannelEdit, GradientEdit, Question
 from service.models.loaded import LoadedModel
 from service.pipeline.service import Limits
 
@@ -37,6 +37,12 @@ class ExperimentPlan:
     marks: Mapping[wire.Region, Question]
     price: float
 
+    @property
+    def min_score(self) -> float:
+        """The lowest score of a detection."""
+        given = self.options.min_score
+        return MIN_SCORE if given is None else given
+
 
 def plan_edits(
     model: LoadedModel,
@@ -50,9 +56,10 @@ def plan_edits(
     Raises UnknownLayer, UnknownClass, and InvalidOption for what does not fit this model or these
     images, or costs more than the service allows.
     """
-    model.check_classifies("POST /experiments")
+    _check_task(model, options)
     targets = tuple(dict.fromkeys(map(model.class_id, options.targets)))
-    price, marks = 1.0, dict[wire.Region, Question]()
+    # Where the boxes are is found before the edits are made, so that controls can lie in them.
+    price, marks = 1.0 if model.task == "classification" else 2.0, dict[wire.Region, Question]()
     inside: list[ChannelEdit | GradientEdit | None] = []
     for number, edit in enumerate(edits):
         place = f"edits.{number}.{edit.edit}"
@@ -80,8 +87,47 @@ def plan_edits(
     return ExperimentPlan(model, options, edits, targets, inside, marks, price)
 
 
+def _check_task(model: LoadedModel, options: wire.ExperimentOptions) -> None:
+    """Raise InvalidOption for options that the model's task does not have."""
+    given = None
+    if model.task != "detection" and options.min_score is not None:
+        given = "min_score"
+    elif model.task == "classification" and options.at:
+        given = "at"
+    elif model.task == "detection" and options.fit is not None:
+        given = "fit"
+    elif model.task == "segmentation" and options.fit == "crop":
+        given = "fit=crop"
+    if given is not None:
+        raise InvalidOption(
+            f"`{given}` is not for models of the task {model.task}, and {model.name!r} is one; "
+            "leave it out."
+        )
+
+
+def _check_tracked(model: LoadedModel, edit: wire.Edit, place: str) -> None:
+    """Raise InvalidOption for edits whose effect on a box or a region is not measured."""
+    if edit.edit in {"shift", "flip", "scale"}:
+        raise InvalidOption(
+            f"{place}: the boxes and regions of model {model.name!r} are found again by their "
+            f"place, which `{edit.edit}` changes; use hide, keep, background, paste or recolour."
+        )
+    if isinstance(edit, wire.Channels | wire.Gradient):
+        raise InvalidOption(
+            f"{place}: edits of layers are for models that classify, and the task of model "
+            f"{model.name!r} is {model.task}; use hide, keep, background, paste or recolour."
+        )
+    if (region := getattr(edit, "region", None)) is not None and region.of is not None:
+        raise InvalidOption(
+            f"{place}.region.of is for models that classify; give `boxes`, or the `rle` that "
+            "/explain?include=regions returns for a box or a region."
+        )
+
+
 def _check(model: LoadedModel, edit: wire.Edit, place: str, images: int) -> None:
     """Raise InvalidOption where an edit does not fit the request or the model."""
+    if model.task != "classification":
+        _check_tracked(model, edit, place)
     for field, donor in donors(edit):
         if donor >= images:
             sent = "1 image, which is 0" if images == 1 else f"{images} images, 0 to {images - 1}"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,14 +39,18 @@ by `benchmarks/round_the_model.py` and rounded up."""
 class ResolvedOptions:
     """What options mean for a model.
 
-    question: makes the question of an image from its pixels.
+    template: the question of any image; its pixels are empty.
     hiding:   the part of each image to hide for a second inference, if any.
     price:    what all images cost a key, in forward passes, with what is drawn and captured.
     """
 
-    question: Callable[[Tensor], Question]
+    template: Question
     hiding: Hiding | None
     price: float
+
+    def question(self, pixels: Tensor, **seen: Any) -> Question:
+        """The question of an image, from its pixels and the fields that say what it shows."""
+        return replace(self.template, pixels=pixels, **seen)
 
 
 def resolve_options(
@@ -78,9 +82,7 @@ def resolve_options(
     mebibytes = model.activation_bytes(paths, inputs=kind.endswith("input")) / 2**20
     passes += _drawn_megapixels(options, question, limits) * COST_PER_MEGAPIXEL
     passes += mebibytes * COST_PER_MEBIBYTE
-    return ResolvedOptions(
-        lambda pixels: replace(question, pixels=pixels), _hiding(options), passes * images
-    )
+    return ResolvedOptions(question, _hiding(options), passes * images)
 
 
 def _contrast(model: LoadedModel, options: ExplainOptions) -> Contrast | None:
@@ -110,6 +112,11 @@ def method_of(model: LoadedModel, options: ExplainOptions) -> str:
     """The method of a request: the named one, or the default of the model's task."""
     is_named = "method" in options.model_fields_set
     return options.method if is_named else default_method(model)
+
+
+def samples_of(options: ExplainOptions, method: str) -> int:
+    """The number of samples: the given one, or the method's default."""
+    return options.samples or METHODS[method].samples
 
 
 def _libra(options: ExplainOptions) -> bool:
@@ -192,7 +199,8 @@ def _activation_paths(
     return paths, kind
 
 
-def _place(place: tuple[float, ...] | RunLengths) -> Place:
+def place_of(place: tuple[float, ...] | RunLengths) -> Place:
+    """A place in `at` as questions have it."""
     if not isinstance(place, RunLengths):
         return place
     counts = place.counts
@@ -214,11 +222,24 @@ def _check_task(model: LoadedModel, options: CommonOptions) -> None:
         _check_targets(model, options)
     if isinstance(options, ExplainOptions) and model.task == "detection" and options.contrast:
         model.check_rows()
+    if isinstance(options, ExplainOptions) and model.task != "classification":
+        _check_verdict(options)
+
+
+def _check_verdict(options: ExplainOptions) -> None:
+    """Raise InvalidOption for what of a box or a region has no verdict."""
+    given = "contrast" if options.contrast else f"of={options.of}" if options.of != "class" else ""
+    if options.verify != "false" and given:
+        raise InvalidOption(
+            f"`verify` tests the score of a box or a region, which `{given}` does not explain; "
+            "leave one of them out."
+        )
 
 
 def _unsupported(model: LoadedModel, options: CommonOptions) -> list[str]:
     """The given options that a detector or a segmenter does not have."""
     given = ["activations"] if options.activations else []
+    given += ["uncertainty"] if options.uncertainty else []
     is_detector = model.task == "detection"
     if options.fit is not None and (is_detector or options.fit == "crop"):
         given.append("fit" if is_detector else "fit=crop")
@@ -227,7 +248,7 @@ def _unsupported(model: LoadedModel, options: CommonOptions) -> list[str]:
     if isinstance(options, ExplainOptions):
         given += ["of"] if options.of != "class" and not is_detector else []
         given += ["mask"] if options.mask is not None else []
-        given += ["verify"] if options.verify != "false" else []
+        given += ["verify=search"] if options.verify == "search" else []
         given += ["correction"] if options.correction != "none" else []
     return given
 
@@ -272,11 +293,11 @@ def _with_explanation(model: LoadedModel, options: ExplainOptions, question: Que
         contrast=contrast,
         method=method,
         layers=layers,
-        samples=options.samples or METHODS[method].samples,
+        samples=samples_of(options, method),
         steps=options.steps,
         seed=options.seed,
         libra=_libra(options),
         verify=options.verify != "false",
-        places=tuple(_place(place) for place in options.places()),
+        places=tuple(place_of(place) for place in options.places()),
         of=options.of,
     )

@@ -29,18 +29,27 @@ from service.pipeline.service import ProcessedImage, Recipe
 
 
 def single_response(
-    recipe: Recipe, processed: ProcessedImage, request_id: str, submitted: float
+    recipe: Recipe, request_id: str, processed: ProcessedImage, ready: float
 ) -> bytes:
     """The whole answer to a request with a single image as JSON, rendered in one call.
 
-    submitted: when the call was queued, on `time.monotonic()`'s clock; rendering counts from then.
+    ready: as of `rendered_result`. Raises RenderFailed.
+    """
+    result = rendered_result(recipe, processed, ready)
+    recipe.clock.stop()
+    return response_body(recipe, request_id, [result])
+
+
+def rendered_result(recipe: Recipe, processed: ProcessedImage, ready: float) -> wire.Result:
+    """One image's result in the answer to a request.
+
+    ready: when the image was processed, on `time.monotonic()`'s clock; rendering counts from then.
     Raises RenderFailed.
     """
     side = recipe.service.limits.render_side
-    rendered = image_result(recipe.model, recipe.options, side, processed)
-    recipe.clock.seconds["render"] += time.monotonic() - submitted
-    recipe.clock.stop()
-    return response_body(recipe, request_id, [rendered])
+    result = image_result(recipe.model, recipe.options, side, processed)
+    recipe.clock.add("render", time.monotonic() - ready)
+    return result
 
 
 def response_body(
@@ -76,6 +85,8 @@ def image_result(
                 for one in inference.predictions
             ],
         }
+        if options.uncertainty:
+            fields["uncertainty"] = uncertainty_entry(inference)
         if isinstance(options, ExplainOptions):
             fields["explanations"] = [
                 explanation_entry(model, upload, explanation, options, side)
@@ -125,6 +136,11 @@ def prediction_entry(
         logit=prediction.logit,
         **fields,
     )
+
+
+def uncertainty_entry(inference: InferenceResult) -> wire.Uncertainty:
+    """How undecided a classifier is."""
+    return wire.Uncertainty(margin=inference.margin, entropy=inference.entropy)
 
 
 def geometry_of(upload: Upload, explanation: Explanation) -> Geometry:
@@ -177,7 +193,12 @@ def overlay(upload: Upload, explanation: Explanation, style: Style) -> EncodedIm
     pixels = upload.model_input.pixels.permute(1, 2, 0).contiguous().numpy()
     try:
         return render_overlay(
-            explanation.grid, geometry_of(upload, explanation), style, upload.preview, pixels
+            explanation.grid,
+            geometry_of(upload, explanation),
+            style,
+            upload.preview,
+            pixels,
+            box=explanation.box,
         )
     except ValueError as error:
         raise RenderFailed("The overlay could not be drawn; the server's log says why.") from error

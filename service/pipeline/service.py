@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -71,6 +72,12 @@ class Clock:
 
     started: float = field(default_factory=time.monotonic)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add(self, stage: str, seconds: float) -> None:
+        """Add the seconds of one image to a stage; from any thread."""
+        with self._lock:
+            self.seconds[stage] += seconds
 
     def stop(self) -> None:
         """Set `total`; only the first call does, since the answer may contain it by then."""
@@ -84,7 +91,7 @@ class Clock:
 class Recipe:
     """What all images of a request have in common.
 
-    question: makes the question of an image from its pixels, as `resolve_options` returns it.
+    question: makes the question of an image, as `ResolvedOptions.question` does.
     hiding:   the part of each image to hide for a second inference, if any.
     deadline: of the request, on `time.monotonic()`'s clock; None: no deadline.
     keeps_preview: whether a preview to draw on is kept even if the options have no overlay.
@@ -94,7 +101,7 @@ class Recipe:
     service: Service
     model: LoadedModel
     options: CommonOptions
-    question: Callable[[Tensor], Question]
+    question: Callable[..., Question]
     hiding: Hiding | None
     deadline: float | None = None
     clock: Clock = field(default_factory=Clock)

@@ -15,16 +15,17 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from api_schemas import answers as answered
 from api_schemas import options as wire
 from api_schemas.options import ExplainOptions, PredictOptions
-from service.cam.regions import find_regions
+from service.cam.regions import find_regions, mask_rle
 from service.errors import CamserveError, InvalidOption
 from service.images.budget import DecodeBudget
 from service.images.declared_size import Size
-from service.images.decode import Fit, ModelInput, Preprocessing, Source, fit_to_model
+from service.images.decode import Fit, Geometry, ModelInput, Preprocessing, Source, fit_to_model
 from service.images.masks import filling, overlaid
 from service.images.run_lengths import RLE, rle_decode
 from service.images.upload import Upload, area_mask, for_model
@@ -40,12 +41,15 @@ from service.inference.questions import (
     InferenceResult,
     Prediction,
     Question,
+    TrackedEffect,
 )
 from service.models.loaded import LoadedModel
+from service.models.probes.logits import as_logits
 from service.pipeline import response
 from service.pipeline.answer_size import NUMBER_BYTES, AnswerSizes, longest_label
 from service.pipeline.experiment_plan import ExperimentPlan, donors
 from service.pipeline.process import result_of, run_question
+from service.pipeline.resolve import place_of
 from service.pipeline.service import Clock, Recipe, Service
 
 Opened = Sequence[Upload | BaseException]
@@ -68,7 +72,7 @@ class Trials:
     """The answer about one unedited image, and the effect of each edit, or why it failed."""
 
     answer: InferenceResult
-    effects: Sequence[Effect | CamserveError]
+    effects: Sequence[Effect | TrackedEffect | CamserveError]
 
 
 def recipe(service: Service, plan: ExperimentPlan, deadline: float | None, clock: Clock) -> Recipe:
@@ -95,24 +99,48 @@ async def conduct(plan: ExperimentPlan, recipe: Recipe, opened: Opened, index: i
     upload = opened[index]
     if isinstance(upload, BaseException):
         raise upload
+    question = _question(plan, upload.model_input)
     marks = await _marked(plan, recipe, opened, index)
-    setting = _Setting(plan, recipe.service.decoding, recipe.deadline, opened, index, marks)
+    within = None
+    if question.tracks:
+        tracked = (await run_question(recipe, question)).tracked
+        within = None if not tracked else _box(tracked[0], upload.model_input.geometry)
+    setting = _Setting(plan, recipe.service.decoding, recipe.deadline, opened, index, marks, within)
     prepared = await result_of(
         recipe.service.scheduler.call_in_turn(id(recipe.clock), setting.edits)
     )
-    question = Question(
-        upload.model_input.pixels,
-        plan.options.top_k,
-        method=None,
-        seen=upload.model_input.geometry.content,
-        edits=tuple(each for each in prepared if not isinstance(each, CamserveError)),
-    )
-    answer = await run_question(recipe, question)
+    edits = tuple(each for each in prepared if not isinstance(each, CamserveError))
+    answer = await run_question(recipe, replace(question, edits=edits))
     effects = iter(answer.effects)
     return Trials(
         answer,
         [each if isinstance(each, CamserveError) else next(effects) for each in prepared],
     )
+
+
+def _question(plan: ExperimentPlan, shown: ModelInput) -> Question:
+    """What is asked of the unedited image; of a detector or segmenter, with what is tracked."""
+    options, geometry = plan.options, shown.geometry
+    question = Question(shown.pixels, options.top_k, method=None, seen=geometry.content)
+    if plan.model.task == "classification":
+        return question
+    return replace(
+        question,
+        targets=plan.targets,
+        places=tuple(place_of(place) for place in options.places()),
+        min_score=plan.min_score,
+        source=geometry.source_size,
+        tracks=True,
+    )
+
+
+def _box(tracked: Prediction, geometry: Geometry) -> pixels_of.Area | None:
+    """The pixels of the source around a detection or a region."""
+    if tracked.box is None:
+        assert tracked.mask is not None
+        rle, _ = mask_rle(tracked.mask, geometry)
+        return pixels_of.bounds(rle_decode(rle.size, rle.counts))
+    return pixels_of.window(tracked.box, geometry.source_size)
 
 
 async def _marked(plan: ExperimentPlan, recipe: Recipe, opened: Opened, index: int) -> Marks:
@@ -154,7 +182,10 @@ class _Kept:
 
 @dataclass(frozen=True, slots=True)
 class _Setting:
-    """What the edits of one image are made from."""
+    """What the edits of one image are made from.
+
+    within: the box of what is tracked: controls of an edit that covers a part of it lie in it.
+    """
 
     plan: ExperimentPlan
     memory: DecodeBudget
@@ -162,6 +193,7 @@ class _Setting:
     opened: Opened
     index: int
     marks: Marks
+    within: pixels_of.Area | None = None
     kept: _Kept = field(default_factory=_Kept)
 
     def edits(self) -> list[Edit | CamserveError]:
@@ -250,6 +282,8 @@ class _Setting:
             at = own if area is None else (edit.at[0] - area[0], edit.at[1] - area[1])
         laid = partial(_laid_by, mask, at, source.size)
         area = pixels_of.window(self.input(self.index).geometry.seen, source.size)
+        if self.within is not None and _is_part(laid(), self.within):
+            area = self.within
         left, top, width, height = area
         visible = pixels_of.bounds(laid()[top : top + height, left : left + width])
         controls, seed = self.plan.options.controls, self.plan.options.seed
@@ -263,6 +297,13 @@ class _Setting:
             return rle_decode(marked.size, marked.counts)
         rle = None if region.rle is None else (region.rle.size, region.rle.counts)
         return area_mask(self.source(image).size, region.boxes, rle, place)
+
+
+def _is_part(mask: Mask, of: pixels_of.Area) -> bool:
+    """Whether a mask lies in an area and leaves half of it or more free."""
+    left, top, width, height = of
+    inside, whole = int(mask[top : top + height, left : left + width].sum()), int(mask.sum())
+    return 0 < inside == whole <= width * height / 2
 
 
 def _laid_by(mask: Callable[[], Mask], at: tuple[int, int], size: tuple[int, int]) -> Mask:
@@ -346,11 +387,15 @@ def result(
     fields: dict[str, Any] = {}
     if answer.precision != "float32":
         fields["precision"] = answer.precision
-    targets = plan.targets or (answer.predictions[0].class_id,)
+    measured: Callable[[wire.Edit, Any], answered.EditResult] = partial(_tracked, plan, answer)
+    if plan.model.task == "classification":
+        targets = plan.targets or (answer.predictions[0].class_id,)
+        draw = partial(_map, plan.model, upload, side)
+        measured = partial(_effect, plan, targets, draw)
     edits = [
         answered.EditResult(name=edit.name, edit=edit.edit, error=failure(effect))
         if isinstance(effect, CamserveError)
-        else _effect(plan, edit, effect, targets, partial(_map, plan.model, upload, side))
+        else measured(edit, effect)
         for edit, effect in zip(plan.edits, trials.effects, strict=True)
     ]
     return answered.ExperimentResult(
@@ -363,12 +408,62 @@ def result(
     )
 
 
+def _tracked(
+    plan: ExperimentPlan, answer: InferenceResult, edit: wire.Edit, effect: TrackedEffect
+) -> answered.EditResult:
+    """What an edit does to boxes or regions."""
+    has_place = getattr(edit, "region", None) is not None
+    changes = [
+        _tracked_change(plan, target, effect, number, has_place=has_place)
+        for number, target in enumerate(answer.tracked)
+    ]
+    return answered.EditResult(
+        name=edit.name,
+        edit=edit.edit,
+        predictions=[response.prediction_entry(plan.model, each) for each in effect.predictions],
+        changes=changes,
+        control=changes[0].control if changes else None,
+    )
+
+
+def _tracked_change(
+    plan: ExperimentPlan, target: Prediction, effect: TrackedEffect, number: int, *, has_place: bool
+) -> answered.EditChange:
+    score, overlap = effect.values[0, :, number].tolist()
+    scores = effect.values[:, 0, number] - effect.unedited[0, number]
+    after, before = as_logits(
+        torch.stack([effect.values[0, 0, number], effect.unedited[0, number]]), "sigmoid"
+    ).tolist()
+    fields: dict[str, Any] = {}
+    if target.box is not None:
+        fields = {"detection": target.detection, "box": target.box}
+    kept = score >= plan.min_score and overlap > 0 if target.box is not None else overlap >= 0.5
+    return answered.EditChange(
+        class_id=target.class_id,
+        label=plan.model.labels[target.class_id],
+        score=score,
+        logit=after,
+        score_change=float(scores[0]),
+        logit_change=after - before,
+        overlap=overlap,
+        stays=kept,
+        control=_control_of_scores(scores) if has_place else None,
+        **fields,
+    )
+
+
+def _control_of_scores(changes: Tensor) -> answered.EditControl:
+    """changes: of the score, by the edit and then by each control."""
+    control = _control(changes)
+    return control.model_copy(update={"logit_changes": [], "score_changes": changes[1:].tolist()})
+
+
 def _effect(
     plan: ExperimentPlan,
-    edit: wire.Edit,
-    effect: Effect,
     targets: Sequence[int],
     draw: Callable[[wire.GradientMap, Explanation], answered.Explanation],
+    edit: wire.Edit,
+    effect: Effect,
 ) -> answered.EditResult:
     model = plan.model
     has_place = isinstance(edit, wire.Channels) or getattr(edit, "region", None) is not None
@@ -445,8 +540,10 @@ def _control(changes: Tensor) -> answered.EditControl:
 
 def entry_bytes(plan: ExperimentPlan, render_side: int, source: Size) -> int:
     """The bytes in JSON of one image's entry at most, by the size of its upright source."""
-    targets = max(1, len(plan.targets))
-    numbers = min(plan.options.top_k, len(plan.model.labels)) + targets
+    targets = max(1, len(plan.targets), len(plan.options.at))
+    is_detector = plan.model.task == "detection"
+    listed = plan.options.top_k
+    numbers = (listed if is_detector else min(listed, len(plan.model.labels))) + targets
     listed = _EDIT + numbers * (_NUMBERS + longest_label(plan.model.labels))
     listed += (1 + targets) * plan.options.controls * NUMBER_BYTES
     size = _ENTRY + (1 + len(plan.edits)) * listed

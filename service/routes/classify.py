@@ -6,7 +6,7 @@ import asyncio
 import functools
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -24,9 +24,10 @@ from api_schemas.options import (
 from service.errors import InvalidOption
 from service.pipeline import response
 from service.pipeline.answer_size import Quote, quote_image
-from service.pipeline.process import as_error, render, render_result, result_of
+from service.pipeline.process import as_error, result_of
+from service.pipeline.service import ProcessedImage
 from service.routes import bodies, docs, forms, lifecycle
-from service.routes.lifecycle import Billed, RequestWork
+from service.routes.lifecycle import RequestWork
 from service.routes.negotiation import as_image
 from service.routes.state import service_of
 from service.scheduling.admission import Permit
@@ -63,8 +64,11 @@ class _KnownQueries(APIRoute):
 
 router = APIRouter(tags=["classify"], route_class=_KnownQueries)
 
-_Make = Callable[[Billed], Awaitable[wire.Result | Response]]
-"""Turns an answered image into its entry of the response, or into the whole response."""
+_Made = wire.Result | bytes | Response
+"""An image's entry of the response, or the whole response: JSON or an image."""
+
+_Make = Callable[[ProcessedImage, float], _Made]
+"""Makes that of a processed image, which was ready at a time; see `answer_image`."""
 
 
 @router.post("/explain", **docs.explain())
@@ -108,11 +112,11 @@ async def _classify(
         quotes = [quote_image(upload, work.service.limits.pixels, work.price) for upload in uploads]
         work.bill.add(sum(quote.price for quote in quotes))
         take = bodies.bounded(permit, work.service.limits.body_bytes)
-        make: _Make = functools.partial(render_result, work)
+        make: _Make = functools.partial(response.rendered_result, work)
         if drawn:
             make = functools.partial(_image, work)
         elif len(uploads) == 1:
-            make = functools.partial(_alone, request, work)
+            make = functools.partial(response.single_response, work, request.scope["request_id"])
         entries = [
             _one(work, upload, quote, take, make)
             for upload, quote in zip(uploads, quotes, strict=True)
@@ -144,18 +148,18 @@ async def _take_apart(
 
 async def _one(
     work: RequestWork, image: bodies.Image, quote: Quote, take: Callable[[int], None], make: _Make
-) -> wire.Result | Response:
+) -> _Made:
     """Process one image from its bytes or URL to its entry, or to the whole response."""
     data = await bodies.image_bytes(image, work.service.fetcher, take)
-    return await make(await lifecycle.infer(work, data, quote))
+    return await lifecycle.answer(work, data, quote, make)
 
 
 async def _all_of(
-    entries: Sequence[Coroutine[Any, Any, wire.Result | Response]],
-) -> Sequence[wire.Result | Response | BaseException]:
+    entries: Sequence[Coroutine[Any, Any, _Made]],
+) -> Sequence[_Made | BaseException]:
     """The entries of all images, each with its result or its error; a single one without a task."""
     if len(entries) > 1:
-        several: list[wire.Result | Response | BaseException]
+        several: list[_Made | BaseException]
         several = await asyncio.gather(*entries, return_exceptions=True)
         return several
     try:
@@ -164,38 +168,33 @@ async def _all_of(
         return [error]
 
 
-async def _image(work: RequestWork, answered: Billed) -> Response:
+def _image(work: RequestWork, processed: ProcessedImage, ready: float) -> Response:
     """The overlay, or the heatmap, as the whole response."""
     assert isinstance(work.options, ExplainOptions)
     side = work.service.limits.render_side
-    if not answered.inference.explanations:
+    if not processed.inference.explanations:
         raise InvalidOption(
             "The model finds nothing to explain in this image, so there is no map to return; lower "
             "`min_score`, or request JSON, which says what was found."
         )
-    explanation = answered.inference.explanations[0]
-    image = await render(work, response.picture, answered.upload, explanation, work.options, side)
+    explanation = processed.inference.explanations[0]
+    image = response.picture(processed.upload, explanation, work.options, side)
+    work.clock.add("render", time.monotonic() - ready)
     return Response(image.data, media_type=image.media_type)
-
-
-async def _alone(request: Request, work: RequestWork, answered: Billed) -> Response:
-    """The JSON response to a request with one image."""
-    call = work.service.scheduler.call(
-        response.single_response, work, answered, request.scope["request_id"], time.monotonic()
-    )
-    return Response(await result_of(call), media_type="application/json")
 
 
 async def _respond(
     request: Request,
     work: RequestWork,
-    results: Sequence[wire.Result | Response | BaseException],
+    results: Sequence[_Made | BaseException],
 ) -> Response:
     failures = [as_error(result) for result in results if isinstance(result, BaseException)]
     if len(failures) == len(results):
         raise failures[0]
     header = lifecycle.report(request, work, len(results))
     only = results[0]
+    if isinstance(only, bytes):
+        only = Response(only, media_type="application/json")
     if isinstance(only, Response):
         work.bill.settle(len(only.body))
         only.headers.update(header)
@@ -205,7 +204,7 @@ async def _respond(
         if isinstance(result, BaseException)
         else result
         for result in results
-        if not isinstance(result, Response)
+        if not isinstance(result, (bytes, Response))
     ]
     call = work.service.scheduler.call(
         response.response_body, work, request.scope["request_id"], entries

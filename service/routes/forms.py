@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
@@ -59,8 +60,8 @@ _LF_ALONE = (
 def single_image(content_type: str, body: bytes) -> bytes | None:
     """The image of a short form with one part `image`, as HTTP libraries write it; None: unknown.
 
-    One search for the end of the part, in time proportional to the bytes, of which there are at
-    most 256 KiB. A form in any other shape, valid or not, is for `multipart_images`.
+    In time proportional to the bytes, of which there are at most 256 KiB. A form in any other
+    shape, valid or not, is for `multipart_images`.
     """
     named = _BOUNDARY.fullmatch(content_type) if len(body) <= _QUICK_BYTES else None
     if named is None:
@@ -71,9 +72,15 @@ def single_image(content_type: str, body: bytes) -> bytes | None:
     data_end = len(body) - len(closing) - 2 * body.endswith(b"\r\n")
     is_whole = body.startswith(opening + b"\r\n") and body.startswith(closing, max(0, data_end))
     # A line that begins with "--" may be a further boundary.
-    if not is_whole or not start <= end < data_end - 4 or body.count(b"\n--") != 1:
+    if not is_whole or not start <= end < data_end - 4 or _dashed_lines(body) != 1:
         return None
     return body[end + 4 : data_end] if _IMAGE_HEAD.fullmatch(body, start, end) else None
+
+
+def _dashed_lines(body: bytes) -> int:
+    """How many lines after the first begin with "--". Unlike `body.count` it releases the GIL."""
+    text = np.frombuffer(body, np.uint8)
+    return int(np.count_nonzero((text[:-2] == 10) & (text[1:-1] == 45) & (text[2:] == 45)))
 
 
 def multipart_images(content_type: str, body: bytes, max_images: int) -> list[bytes]:

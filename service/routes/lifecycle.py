@@ -14,10 +14,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
 
 import structlog
-import torch
 from fastapi import Request, Response
 
 from api_schemas.answers import ImageFailure
@@ -66,10 +65,6 @@ class Billed(ProcessedImage):
     """An answered image. priced: bytes that are held for its entry in the response."""
 
     priced: int
-
-
-class _ClientDisconnected(Exception):
-    """The client disconnected before its response was ready."""
 
 
 async def in_time(
@@ -200,9 +195,7 @@ async def prepare(
     request.scope["log"] = {"model": model.name}
     if isinstance(options, ExplainOptions):
         request.scope["log"]["explained_by"] = options.method
-    sizes = AnswerSizes(
-        model, options, resolution.question(torch.empty(0)), service.limits.render_side
-    )
+    sizes = AnswerSizes(model, options, resolution.template, service.limits.render_side)
     return RequestWork(
         service=service,
         model=model,
@@ -231,22 +224,47 @@ async def infer(work: RequestWork, data: Sent, quote: Quote) -> Billed:
     quote: of the image; the caller added its price to the bill. If the image needs more, it is
            added here; after an error nothing of it stays held.
     """
-    priced = quote.price
+    with _ImageBill(work, quote) as bill:
+        answered = await process.process_image(work, data, bill.add)
+    return Billed(answered.upload, answered.inference, answered.masked, bill.priced)
 
-    def bill(upload: Upload) -> None:
-        nonlocal priced
-        size = upload.width, upload.height
-        if size != quote.size:
-            whole = max(priced, work.price(size))
-            work.bill.add(whole - priced)
-            priced = whole
 
-    try:
-        answered = await process.process_image(work, data, bill)
-    except BaseException:
-        work.bill.reduce(priced)
-        raise
-    return Billed(answered.upload, answered.inference, answered.masked, priced)
+async def answer(
+    work: RequestWork, data: Sent, quote: Quote, make: Callable[[ProcessedImage, float], T]
+) -> T:
+    """`infer`, and what is made of the image, as `answer_image` does."""
+    with _ImageBill(work, quote) as bill:
+        return await process.answer_image(work, data, make, fits=bill.fits, opened=bill.add)
+
+
+class _ImageBill:
+    """The part of one image in the bill of its request; after an error nothing of it stays held.
+
+    priced: bytes that are held for its entry in the response.
+    """
+
+    def __init__(self, work: RequestWork, quote: Quote) -> None:
+        self._work = work
+        self._quote = quote
+        self.priced = quote.price
+
+    def fits(self, upload: Upload) -> bool:
+        """Whether an opened image has the size that its quote is for."""
+        return (upload.width, upload.height) == self._quote.size
+
+    def add(self, upload: Upload) -> None:
+        """Add what an opened image needs more than its quote. Raises as `Bill.add`."""
+        if not self.fits(upload):
+            whole = max(self.priced, self._work.price((upload.width, upload.height)))
+            self._work.bill.add(whole - self.priced)
+            self.priced = whole
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._work.bill.reduce(self.priced)
 
 
 def report(request: Request, work: Recipe, images: int) -> dict[str, str]:
@@ -267,30 +285,11 @@ def failure(error: BaseException) -> ImageFailure:
     return ImageFailure(code=known.code, detail=known.detail, status=status)
 
 
-async def _until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Await `work`, and cancel it if the client disconnects first; the body must be read.
-
-    This also cancels what `work` waits for, so that jobs without a client are dropped unrun.
-    Raises _ClientGone.
-    """
-    working = asyncio.ensure_future(work)
-    watching = asyncio.ensure_future(_disconnect(request))
-    try:
-        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise _ClientDisconnected("The client disconnected.")
-    finally:
-        watching.cancel()
-        working.cancel()
-        # The cancellation takes effect when the task runs once more; until then its jobs count,
-        # and its permit must not be released.
-        await asyncio.gather(working, watching, return_exceptions=True)
-
-
-async def _disconnect(request: Request) -> None:
+async def _end_on_disconnect(request: Request, limit: asyncio.Timeout) -> None:
+    """End the time limit of a request when its client disconnects; the body must be read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+    limit.reschedule(0)
 
 
 async def in_time_without_body(
@@ -307,15 +306,20 @@ async def in_time_without_body(
 async def watched(request: Request, work: Callable[[], Coroutine[Any, Any, Response]]) -> Response:
     """Work until the response, the deadline or the disconnect, without a place; the body is read.
 
-    Raises DeadlineExceeded, MalformedRequest, and what `work` does.
+    Deadline and disconnect cancel the work, and with it what it waits for: jobs without a client
+    are dropped unrun. Raises DeadlineExceeded, MalformedRequest, and what `work` does.
     """
     seconds = timeout_of(request)
     try:
-        async with asyncio.timeout(request.scope["started"] + seconds - time.monotonic()):
-            return await _until_disconnect(request, work())
+        async with asyncio.timeout(request.scope["started"] + seconds - time.monotonic()) as limit:
+            watching = asyncio.create_task(_end_on_disconnect(request, limit))
+            try:
+                return await work()
+            finally:
+                watching.cancel()
     except TimeoutError as error:
+        if watching.done():
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
         raise DeadlineExceeded(
             f"The response was not ready within {seconds:g} seconds; retry, or request less."
         ) from error
-    except _ClientDisconnected:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)

@@ -14,7 +14,7 @@ from service.errors import NotAcceptable
 FORMATS = {"image/jpeg": "jpeg", "image/png": "png", "image/webp": "webp"}
 
 _OTHERS = ("image/*", "*/*", "application/*", "application/json")
-_JSON_ONLY = ("top_k", "activations", "mask", "threshold", "verify")
+_JSON_ONLY = ("top_k", "uncertainty", "activations", "mask", "threshold", "verify")
 """Options whose results an image has no place for."""
 
 _HOW = "accept application/json, or"

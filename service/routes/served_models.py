@@ -143,7 +143,7 @@ def _fields(request: Request, entry: Entry) -> dict[str, Any]:
 def _loaded(service: Service, model: LoadedModel, *, shown: bool) -> dict[str, Any]:
     preprocessing = model.preprocessing
     off = model.no_layers or model.no_gradients
-    slower = model.compiled.instead if model.compiled else model.not_compiled
+    slower = model.slower
     return {
         "version": model.version,
         "classes": len(model.labels),
@@ -164,7 +164,7 @@ def _loaded(service: Service, model: LoadedModel, *, shown: bool) -> dict[str, A
             wire.Lane(name="hooked", ready=off is None, reason=off if shown else off and HIDDEN),
             wire.Lane(
                 name="compiled",
-                ready=model.compiled is not None,
+                ready=model.is_compiled,
                 reason=slower if shown else slower and HIDDEN,
                 precision=model.compiled.precision if model.compiled else None,
             ),

@@ -24,6 +24,7 @@ from service.errors import (
 from service.inference.batch import Unfinished, run, run_compiled
 from service.inference.questions import InferenceResult, Lane, Question, lane_of
 from service.metrics import Metrics
+from service.models.compiled.front import alone
 from service.models.loaded import LoadedModel
 from service.models.pool import ModelPool, Replica
 from service.models.probes.torch_state import kept_torch_state
@@ -45,13 +46,22 @@ BATCH_PATIENCE = 1.0
 until all images of a request are decoded, which may be many of 64 megapixels."""
 
 
+LOOK_SECONDS = 1.0
+"""How often an idle thread looks for work unasked. A thread that queues what it is free for itself
+wakes no other; should it be abandoned just then, another one finds it."""
+
+
 @dataclass(frozen=True, slots=True)
 class TimedResult:
-    """A result with the seconds it waited for its first batch, and those its batches took."""
+    """A result with the seconds it waited for its first batch, and those its batches took.
+
+    ended: when its last batch ended, on `time.monotonic()`'s clock.
+    """
 
     result: InferenceResult
     queue_seconds: float
     inference_seconds: float
+    ended: float = field(default_factory=time.monotonic)
 
 
 @dataclass(slots=True)
@@ -59,6 +69,7 @@ class InferenceJob:
     """One image that waits for inference, or is in it.
 
     deadline:   on `time.monotonic()`'s clock.
+    then:       turns the result into that of `future`, in a worker; None: it is the result.
     unfinished: what is left of a method of many passes.
     runs_alone: whether it must not share a batch, because one it was in failed.
     queue_seconds, inference_seconds: until its first batch, and in its batches so far.
@@ -67,8 +78,9 @@ class InferenceJob:
     model: LoadedModel
     question: Question
     deadline: float | None
+    then: Callable[[TimedResult], Any] | None = None
     arrived: float = field(default_factory=time.monotonic)
-    future: Future[TimedResult] = field(default_factory=Future)
+    future: Future[Any] = field(default_factory=Future)
     unfinished: Unfinished | None = None
     runs_alone: bool = False
     queue_seconds: float | None = None
@@ -85,10 +97,14 @@ class InferenceJob:
             return False
         return True
 
-    def succeed(self, result: InferenceResult) -> None:
+    def succeed(self, result: InferenceResult) -> Call | None:
+        """Deliver the result, or return the call that does."""
         timed = TimedResult(result, self.queue_seconds or 0.0, self.inference_seconds)
+        if self.then is not None:
+            return Call(self.future, partial(self.then, timed))
         with suppress(InvalidStateError):  # cancelled, or given up
             self.future.set_result(timed)
+        return None
 
     def fail(self, error: BaseException) -> None:
         fail(self.future, error)
@@ -124,16 +140,21 @@ class Call:
     function: Callable[[], Any]
     request: int | None = None
 
-    def run(self) -> None:
+    def run(self) -> InferenceJob | None:
+        """Deliver the result; or, if that is a job, return it: it delivers its own."""
         if self.future.done():
-            return
+            return None
         try:
             result = self.function()
         except BaseException as error:  # noqa: BLE001 - the caller that waits gets it
             fail(self.future, error)
-        else:
-            with suppress(InvalidStateError):
-                self.future.set_result(result)
+            return None
+        if isinstance(result, InferenceJob):
+            result.future = self.future
+            return result
+        with suppress(InvalidStateError):
+            self.future.set_result(result)
+        return None
 
     def give_up(self) -> None:
         fail(self.future, hang_error())
@@ -253,6 +274,9 @@ class Scheduler:
     each leaves a thread to others; a batch that has waited for BATCH_PATIENCE takes precedence.
     There are more threads than batches may run, so that a call never waits for a batch.
 
+    A call may return an InferenceJob, and the job's `then` is a call again: an image is decoded,
+    computed and drawn for one future, without a step of the event loop between.
+
     Batching is dynamic: a free thread takes the jobs that wait for one model and lane, up to
     `max_batch`. An idle server runs a single request at once, a busy one forms batches. Models take
     turns. A method of many passes runs in steps and goes to the back of the queue between them.
@@ -355,17 +379,20 @@ class Scheduler:
         if not self._open:
             raise shutdown_error()
 
-    def _queue(self, job: InferenceJob, *, first: bool = False) -> None:
+    def _queue(self, job: InferenceJob, *, first: bool = False, from_call: bool = False) -> None:
+        """Queue a job. from_call: the calling thread takes it itself, unless calls wait."""
         with self._wake:
             waiting = self._jobs.setdefault(id(job.model), deque())
             (waiting.appendleft if first else waiting.append)(job)
-            self._wake.notify()
+            if not from_call or self._calls:
+                self._wake.notify()
 
     def _take(self) -> Task | None:
         """A worker's next task; None when everything is done and nothing more will come."""
         with self._wake:
             while True:
-                self._wake.wait_for(self._has_work)
+                if not self._wake.wait_for(self._has_work, LOOK_SECONDS):
+                    continue
                 if self._calls.has_next and not self._batch_is_due():
                     call = self._calls.take()
                     return Task(partial(self._run_call, call), call.give_up)
@@ -432,7 +459,9 @@ class Scheduler:
     def _run_call(self, call: Call) -> None:
         """Run a call, and allow another one of its request."""
         try:
-            call.run()
+            job = call.run()
+            if job is not None:
+                self._queue(job, from_call=True)
         finally:
             if call.request is not None:
                 with self._wake:
@@ -462,17 +491,27 @@ class Scheduler:
         if not batch.claim():
             return
         seconds = time.monotonic() - started
+        calls: list[Call] = []
         for job, outcome in outcomes:
             if job.queue_seconds is None:
                 job.queue_seconds = started - job.arrived
             job.inference_seconds += seconds
             if isinstance(outcome, InferenceResult):
-                job.succeed(outcome)
+                call = job.succeed(outcome)
+                calls += [] if call is None else [call]
             elif isinstance(outcome, Unfinished):
                 job.unfinished = outcome
                 self._queue(job)
             else:
                 job.fail(outcome)
+        self._queue_calls(calls)
+
+    def _queue_calls(self, calls: Sequence[Call]) -> None:
+        """Queue calls, of which the calling worker takes one itself when its batch has ended."""
+        with self._wake:
+            for call in calls:
+                self._calls.add(call)
+            self._wake.notify(max(0, len(calls) - 1))
 
     def _outcomes(self, batch: Batch) -> Sequence[Outcome]:
         first, questions = batch.jobs[0], [job.question for job in batch.jobs]
@@ -484,9 +523,10 @@ class Scheduler:
             batch.hold_replica(replica)
             try:
                 self._pool.sound(replica.model)
-                if first.unfinished is None:
-                    return self._runner(replica, questions)
-                return [first.unfinished.step(replica) or first.unfinished]
+                with alone(self._is_alone()):
+                    if first.unfinished is None:
+                        return self._runner(replica, questions)
+                    return [first.unfinished.step(replica) or first.unfinished]
             finally:
                 batch.release_replica()
 

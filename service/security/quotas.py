@@ -65,20 +65,21 @@ class Visit:
 
 @dataclass(frozen=True, slots=True)
 class Quotas:
-    """The current use of all keys. `default`: the limits of keys without limits of their own."""
+    """The current use of all keys.
+
+    default:   the limits of keys without limits of their own, in this process.
+    processes: how many server processes divide a key's own limits.
+    """
 
     default: Bounds = Bounds()
     clock: Callable[[], float] = time.monotonic
+    processes: int = 1
     _uses: dict[str, _Use] = field(default_factory=dict)
 
     @contextmanager
     def visit(self, key: Key) -> Iterator[Visit]:
         """Count a request for as long as it lasts. Raises KeyLimit."""
-        bounds = Bounds(
-            self.default.rate if key.rate is None else key.rate,
-            self.default.concurrency if key.concurrency is None else key.concurrency,
-            self.default.cost if key.cost is None else key.cost,
-        )
+        bounds = self._bounds(key)
         use = self._uses.setdefault(key.name, _Use(bounds.rate, self.clock()))
         if bounds.concurrency and use.requests >= bounds.concurrency:
             raise KeyLimit(
@@ -94,6 +95,17 @@ class Quotas:
         finally:
             use.requests -= 1
             use.cost -= visit.cost
+
+    def _bounds(self, key: Key) -> Bounds:
+        """The limits of a key in this process; its own are divided and rounded up."""
+        rate, concurrency, cost = key.rate, key.concurrency, key.cost
+        return Bounds(
+            self.default.rate if rate is None else math.ceil(rate / self.processes),
+            self.default.concurrency
+            if concurrency is None
+            else math.ceil(concurrency / self.processes),
+            self.default.cost if cost is None else cost / self.processes,
+        )
 
     def _take_token(self, name: str, use: _Use, rate: int) -> None:
         now = self.clock()

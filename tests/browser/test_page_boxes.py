@@ -89,13 +89,29 @@ def test_where_no_object_is_found_the_page_says_so(open_page: OpenPage, site: st
 def test_what_is_for_classifiers_alone_is_not_offered(open_page: OpenPage, site: str) -> None:
     page = opened(open_page, site, "segmenter", png())
     assert page.locator("#method").input_value() == "hirescam"
-    for name in ("#fit", "#verify", "#lab", ".inside", "#predictions-hint"):
+    for name in ("#fit", ".inside", "#predictions-hint"):
         assert not page.locator(name).is_visible()
     page.select_option("#model", "small")
     page.wait_for_selector("#predictions .why[aria-pressed=true]")
     assert page.locator("#method").input_value() == "gradcam"
-    for name in ("#fit", "#verify", "#lab", ".inside", "#predictions-hint"):
+    for name in ("#fit", ".inside", "#predictions-hint"):
         assert page.locator(name).is_visible()
+
+
+@pytest.mark.parametrize("kind", ["own", "segmenter"])
+def test_a_box_and_a_region_have_a_verdict_and_experiments(
+    open_page: OpenPage, site: str, kind: str
+) -> None:
+    page = opened(open_page, site, kind, png())
+    assert page.locator("#verify option[value=search]").is_hidden()
+    page.select_option("#verify", "true")
+    page.wait_for_selector(".verdict-words")
+    page.locator("#lab [name=region][value=box]").check()
+    page.locator("#run-experiment").click()
+    page.wait_for_selector("#experiments .experiment")
+    card = page.locator("#experiments .experiment").inner_text()
+    assert ("The box" in card) if kind == "own" else ("of the region keep the class" in card)
+    assert "Score of the controls" in card
 
 
 def test_a_link_names_a_method_that_is_not_the_models_default(

@@ -12,43 +12,25 @@ import audited
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
-from service.cli.audit import audit_run
+from service.cli.audit import auditor
 from service.cli.main import app
 
 pytestmark = pytest.mark.timeout(120)
-
-CLASSES = ("corner", "green", "blue", "red")
-
-
-def model(folder: Path, builder: str = "corner") -> Path:
-    """A configuration of the model that sees a corner, for images of 32 pixels."""
-    file = folder / "models.toml"
-    labels = "".join(f"{name}\n" for name in CLASSES)
-    (folder / "labels.txt").write_text(labels)
-    file.write_text(
-        f'[[model]]\nname = "{builder}"\nbuilder = "audited:{builder}"\nlabels = "labels.txt"\n'
-        "input.size = [32, 32]\ninput.resize = 32\ninput.mean = 0\ninput.std = 1\n"
-    )
-    return file
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Thirty images of each class, in a folder for each."""
-    for number, (image, label) in enumerate(zip(*audited.images(30), strict=True)):
-        file = tmp_path / "images" / CLASSES[label] / f"{number:03}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(file)
+    audited.write_images(tmp_path / "images", 30)
     return tmp_path / "images"
 
 
 def run(folder: Path, *more: str, builder: str = "corner") -> Any:
     """The command, in this process; its results are in `out` beside the images."""
-    config = model(folder.parent, builder)
+    config = audited.configured(folder.parent, builder)
     flags = ("--config", str(config), "--out", str(folder.parent / "out"), "--allow-random-weights")
     return CliRunner().invoke(app, ["audit", str(folder), *flags, "--no-compile", *more])
 
@@ -101,13 +83,13 @@ def test_an_interrupted_run_audits_only_the_classes_that_are_left(
     (folder.parent / "out" / "class-00002.json").unlink()
     (folder.parent / "out" / "audit.json").unlink()
     audited_ids = list[int]()
-    real: Callable[..., Any] = audit_run.audit_class
+    real: Callable[..., Any] = auditor.audit_class
 
     def counted(*arguments: Any) -> Any:
         audited_ids.append(arguments[3])
         return real(*arguments)
 
-    monkeypatch.setattr(audit_run, "audit_class", counted)
+    monkeypatch.setattr(auditor, "audit_class", counted)
     assert run(folder).exit_code == 0
     assert audited_ids == [2]
     assert found(folder) == first

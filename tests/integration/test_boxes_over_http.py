@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 from collections.abc import Iterator
@@ -12,16 +13,21 @@ import detectors
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from starlette.testclient import TestClient
+from torchvision.ops import box_iou
 from typer.testing import CliRunner
 
 from api_schemas.client.results import read_answer
+from service.cli.compare.compare_run import _check_any
 from service.cli.main import app
 from service.errors import ConfigurationError
+from service.evaluation.compare import summarise
 from service.images.run_lengths import rle_encode
 from service.inference import detection
 from service.models.catalog import ModelSpec
 from service.models.loading import load_model
+from service.pipeline.trials import _is_part
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -65,6 +71,16 @@ def test_a_prediction_is_a_box_and_an_explanation_names_it(client: TestClient) -
     assert result.seen == (0, 0, 90, 70)
 
 
+def test_the_lanes_of_a_detector_are_listed_and_a_layer_inside_is_explained(
+    client: TestClient,
+) -> None:
+    lanes = {each["name"]: each for each in client.get("/models/faster_rcnn").json()["lanes"]}
+    assert {name for name, lane in lanes.items() if lane["ready"]} == {"hooked", "compiled"}
+    assert not lanes["compiled"].get("reason")
+    inside = explained(client, png(), min_score=0.3, layer="backbone.stem")
+    assert inside.json()["results"][0]["explanations"][0]["layer"] == "backbone.stem"
+
+
 def test_a_box_is_named_by_its_place(client: TestClient) -> None:
     predicted = client.post("/predict", params={"min_score": 0.3}, content=png(), headers=PNG)
     second = predicted.json()["results"][0]["predictions"][1]
@@ -82,9 +98,13 @@ def test_a_box_is_named_by_its_place(client: TestClient) -> None:
         ({"method": "eigencam"}, "not for models of the task detection"),
         ({"method": "guided_gradcam"}, "not for models of the task detection"),
         ({"fit": "squash"}, "`fit`"),
-        ({"verify": "true"}, "`verify`"),
+        ({"verify": "search"}, "`verify=search`"),
+        ({"verify": "true", "contrast": "ring"}, "which `contrast` does not explain"),
+        ({"verify": "true", "of": "x1"}, "which `of=x1` does not explain"),
         ({"mask": '{"boxes": [[0,0,5,5]]}'}, "`mask`"),
         ({"activations": "backbone"}, "`activations`"),
+        ({"uncertainty": "true"}, "`uncertainty`"),
+        ({"model": "segmenter", "uncertainty": "true"}, "`uncertainty`"),
         ({"of": "x1", "method": "gradcam"}, "`of=x1`"),
         ({"model": "own", "contrast": "ring"}, "`contrast`"),
         ({"model": "segmenter", "of": "x1"}, "`of`"),
@@ -131,14 +151,8 @@ def test_extreme_images_have_answers(client: TestClient, size: tuple[int, int], 
         assert response.status_code == 200, response.text
 
 
-@pytest.mark.parametrize("path", ["/v2/models/segmenter/infer", "/experiments"])
-def test_protocols_without_a_form_for_boxes_refuse_detectors(client: TestClient, path: str) -> None:
+def test_the_open_inference_protocol_refuses_segmenters(client: TestClient) -> None:
     pixels = np.zeros((1, 16, 16, 3), np.uint8)
-    bodies: dict[str, Any] = {
-        "/experiments": {
-            "files": {"image": png(), "edits": (None, '[{"name": "a", "edit": "flip"}]')}
-        },
-    }
     tensor = {
         "inputs": [
             {
@@ -149,9 +163,120 @@ def test_protocols_without_a_form_for_boxes_refuse_detectors(client: TestClient,
             }
         ]
     }
-    response = client.post(path, **bodies.get(path, {"json": tensor}))
+    response = client.post("/v2/models/segmenter/infer", json=tensor)
     assert 400 <= response.status_code < 500, response.text
-    assert "classify" in response.text or "segments" in response.text
+    assert "segments" in response.text
+
+
+@pytest.mark.parametrize("model", ["faster_rcnn", "own", "segmenter"])
+def test_a_box_and_a_region_have_a_verdict(client: TestClient, model: str) -> None:
+    given = {} if model == "segmenter" else {"min_score": 0.3}
+    (result,) = read_answer(
+        explained(client, png(), model=model, verify="true", **given).content
+    ).results
+    (explanation,) = result.explanations
+    assert explanation.verify is not None
+    assert explanation.verify.verdict in {"supported", "inconclusive", "refuted"}
+    assert explanation.verify.forwards == 40
+
+
+def tried(client: TestClient, edits: Any, **options: Any) -> Any:
+    body = {"images": [{"data": base64.b64encode(png()).decode()}], "edits": edits, **options}
+    return client.post("/experiments", json=body)
+
+
+HIDE = {"name": "a", "edit": "hide", "fill": "grey", "region": {"boxes": [[20, 10, 30, 25]]}}
+
+
+def test_the_effect_of_an_edit_on_a_box_is_that_of_torchvision(client: TestClient) -> None:
+    model = detectors.loaded("faster_rcnn")
+    pixels = detectors.image(1)
+    before = detectors.plain(model, pixels)
+    changed = pixels.clone()
+    changed[:, 10:35, 20:50] = 128
+    after = detectors.plain(model, changed)
+    x1, y1, x2, y2 = before["boxes"][1].tolist()
+    response = tried(
+        client, [HIDE], at=[x1, y1, x2 - x1, y2 - y1], min_score=0.3, controls=2, top_k=100
+    )
+    assert response.status_code == 200, response.text
+    (result,) = response.json()["results"]
+    (edit,) = result["edits"]
+    (change,) = edit["changes"]
+    overlaps = box_iou(before["boxes"][1:2], after["boxes"])[0]
+    matches = (overlaps >= 0.5) & (after["labels"] == before["labels"][1])
+    score = float(torch.where(matches, after["scores"], 0).max())
+    assert change["class_id"] == int(before["labels"][1])
+    assert change["detection"] == 1
+    assert change["box"] == pytest.approx([x1, y1, x2 - x1, y2 - y1], abs=1e-3)
+    assert change["score"] == pytest.approx(score, abs=1e-5)
+    assert change["score_change"] == pytest.approx(score - float(before["scores"][1]), abs=1e-5)
+    assert change["stays"] == (score >= 0.3)
+    shown = [each for each in after["scores"].tolist() if each >= 0.3]
+    assert [each["score"] for each in edit["predictions"]] == pytest.approx(shown, abs=1e-5)
+    assert len(change["control"]["score_changes"]) == change["control"]["n"] == 2
+    assert result["forwards"] == 5
+
+
+def test_the_controls_of_a_part_of_a_box_lie_in_the_box() -> None:
+    """A third of the box fits in; a region beside it, or most of the box, is tried anywhere."""
+    mask = np.zeros((70, 90), np.bool_)
+    mask[20:30, 30:40] = True
+    assert _is_part(mask, (25, 15, 30, 20))
+    assert not _is_part(mask, (28, 18, 13, 13))
+    assert not _is_part(mask, (32, 15, 30, 20))
+
+
+def test_the_effect_of_an_edit_on_a_region_is_listed(client: TestClient) -> None:
+    response = tried(client, [HIDE], model="segmenter", controls=1)
+    assert response.status_code == 200, response.text
+    (edit,) = response.json()["results"][0]["edits"]
+    (change,) = edit["changes"]
+    assert 0 <= change["score"] <= 1
+    assert change["stays"] == (change["overlap"] >= 0.5)
+    assert change["control"]["n"] == 1
+    assert "box" not in change
+
+
+def test_an_image_without_detections_has_edits_without_changes(client: TestClient) -> None:
+    response = tried(client, [HIDE], min_score=1)
+    assert response.status_code == 200, response.text
+    (edit,) = response.json()["results"][0]["edits"]
+    assert (edit["changes"], edit["control"]) == ([], None)
+
+
+def test_an_edit_without_a_place_has_no_control(client: TestClient) -> None:
+    response = tried(client, [{"name": "a", "edit": "recolour", "to": "rgb"}], min_score=0.3)
+    (edit,) = response.json()["results"][0]["edits"]
+    (change,) = edit["changes"]
+    assert change["score_change"] == 0
+    assert change["overlap"] == 1
+    assert (change["stays"], change["control"]) == (True, None)
+
+
+@pytest.mark.parametrize(
+    ("edits", "options", "words"),
+    [
+        ([{"name": "a", "edit": "flip"}], {}, "which `flip` changes"),
+        (
+            [{"name": "a", "edit": "channels", "layer": "backbone", "channels": [0]}],
+            {},
+            "edits of layers are for models that classify",
+        ),
+        ([{**HIDE, "region": {"of": "disc"}}], {}, "region.of is for models that classify"),
+        ([HIDE], {"fit": "squash"}, "`fit`"),
+        ([HIDE], {"model": "segmenter", "fit": "crop"}, "`fit=crop`"),
+        ([HIDE], {"model": "segmenter", "min_score": 0.5}, "`min_score`"),
+        ([HIDE], {"at": "500,500"}, "No detection is at the point"),
+        ([HIDE], {"at": "1,2,3"}, "a point x,y or a box"),
+    ],
+)
+def test_an_experiment_that_a_task_does_not_have_is_refused_by_name(
+    client: TestClient, edits: Any, options: Any, words: str
+) -> None:
+    response = tried(client, edits, **options)
+    assert response.status_code == 422, response.text
+    assert words in response.json()["detail"]
 
 
 def test_a_region_is_explained(client: TestClient) -> None:
@@ -236,24 +361,62 @@ def test_the_check_of_a_detector_explains_noise() -> None:
     assert done.exit_code == 0, done.output
 
 
-def test_a_report_of_a_detector_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flag", ["--sheet", "--tensorboard"])
+def test_a_sheet_of_a_detector_is_refused(tmp_path: Path, flag: str) -> None:
     image = tmp_path / "a.png"
     image.write_bytes(png())
-    report = ["--report", str(tmp_path / "a.html")]
+    given = [flag, str(tmp_path / "a.jpg")]
     done = CliRunner().invoke(
-        app, ["explain", str(image), "--model", "detectors:faster_rcnn", *report]
+        app, ["explain", str(image), "--model", "detectors:faster_rcnn", *given]
     )
     assert done.exit_code == 2
-    assert "--report is for models that classify" in " ".join(done.output.split())
+    assert f"{flag} is for models that classify" in " ".join(done.output.split())
 
 
-def test_a_comparison_refuses_detectors(tmp_path: Path) -> None:
+def test_the_report_of_a_detector_has_a_map_for_each_box_with_its_verdict(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png())
-    done = CliRunner().invoke(
-        app, ["compare", "detectors:ssd", "detectors:ssd", str(tmp_path), "--app-dir", "tests"]
-    )
-    assert done.exit_code == 2, done.output
-    assert "camserve compare is for models that classify" in " ".join(done.output.split())
+    report = tmp_path / "a.html"
+    options = ["--explain-top", "2", "--min-score", "0.3", "--verify", "true"]
+    model = ["--model", "detectors:faster_rcnn"]
+    given = ["explain", str(tmp_path / "a.png"), *model, *options, "--report", str(report)]
+    done = CliRunner().invoke(app, given)
+    assert done.exit_code == 0, done.output
+    page = report.read_text()
+    assert page.count('<rect class="box"') == 2
+    assert page.count('<details class="verdict') == 2
+    assert "<dd>hirescam</dd>" in page
+    assert "<dd>backbone[0], backbone[1]</dd>" in page
+
+
+def test_the_report_of_a_detector_that_finds_nothing_shows_the_image(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    report = tmp_path / "a.html"
+    model = ["--model", "detectors:faster_rcnn", "--min-score", "1"]
+    given = ["explain", str(tmp_path / "a.png"), *model, "--report", str(report)]
+    done = CliRunner().invoke(app, given)
+    assert done.exit_code == 0, done.output
+    page = report.read_text()
+    assert "<h2>nothing found</h2>" in page
+    assert "<figure><img" in page
+
+
+def test_a_comparison_of_detectors_counts_detections(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    report = tmp_path / "a.html"
+    given = ["compare", "detectors:faster_rcnn", "detectors:faster_rcnn", str(tmp_path), "--json"]
+    given += ["--fail-on", "flips=0", "--report", str(report)]
+    done = CliRunner().invoke(app, given)
+    assert done.exit_code == 0, done.output
+    overall = json.loads(done.stdout)["overall"]
+    assert overall["images"] > 0
+    assert (overall["flips"], overall["score_distance"]) == (0, 0)
+    assert "Counted are detections" in report.read_text()
+
+
+def test_a_comparison_in_which_nothing_is_detected_is_refused() -> None:
+    model = detectors.loaded("faster_rcnn")
+    with pytest.raises(ConfigurationError, match="neither model detects anything"):
+        _check_any(summarise(model, model, []))
 
 
 @pytest.mark.parametrize(

@@ -260,10 +260,19 @@ def test_rows_have_margin_and_entropy_to_label_the_uncertain_first(tmp_path: Pat
         assert row["entropy"] == pytest.approx(expected, abs=1e-5)
 
 
+OPTIONS_OF_0_1_0 = {
+    *("model", "top_k", "fit", "activations", "activation_as", "activation_kind", "targets"),
+    *("explain_top", "method", "layer", "include", "threshold", "samples", "steps", "seed"),
+    *("size", "colormap", "format", "opacity", "mask"),
+}
+
+
 def test_a_folder_that_was_begun_before_there_were_verdicts_is_resumed(tmp_path: Path) -> None:
     source, out = photos(tmp_path / "in", 1), tmp_path / "out"
     assert bulk(source, out).exit_code == 0
-    assert "verify" not in json.loads((out / "job.json").read_text())["options"]
+    options = json.loads((out / "job.json").read_text())["options"]
+    assert {name for name, value in options.items() if value is not None} <= OPTIONS_OF_0_1_0
+    assert options["samples"] == 1000
     (part,) = parts(out)
     table = pq.read_table(part)
     older = table.drop_columns(["verdict", "agreement", "p_place", "p_centred", "margin"])

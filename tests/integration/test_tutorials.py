@@ -82,6 +82,27 @@ def test_right_for_the_right_reason_with_a_real_aeroplane(tmp_path: Path) -> Non
     assert hidden["explanations"][0]["score"] == pytest.approx(0.29, abs=0.02)
 
 
+@pytest.mark.large
+def test_a_shortcut_is_found_and_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The audit refuses the first model because of its cue, and lets the mended one pass."""
+    monkeypatch.chdir(tmp_path)
+    with reader(tmp_path) as reading:
+        for block in blocks(DOCS / "tutorials" / "find-and-mend.md"):
+            if "||" in block.text:
+                said = reading.shell(f"{{ {block.text} }} 2>&1")
+                said = said.replace(str(tmp_path), "/home/you/camserve")
+                assert block.output is not None
+                assert set(block.output.splitlines()) <= set(said.splitlines()), said
+            elif not block.about:
+                compare(reading.do(block), block)
+    verdicts = {}
+    for name in ("first", "mended"):
+        found = json.loads((tmp_path / name / "audit.json").read_text())
+        verdicts[name] = {one["label"]: one["verdict"] for one in found["classes"]}
+    assert verdicts["first"].pop("plane") == "suspected_cue"
+    assert "suspected_cue" not in {*verdicts["first"].values(), *verdicts["mended"].values()}
+
+
 def test_the_examples_of_the_command_line(tmp_path: Path) -> None:
     page = blocks(DOCS / "how-to" / "use-the-command-line.md")
     (tmp_path / "photos").mkdir()

@@ -10,7 +10,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import flowers
 import pytest
+from flowers import Flowers
 
 ROOT = Path(__file__).parent.parent.parent
 ADMIN = "let me in"
@@ -56,3 +58,25 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     finally:
         process.terminate()
         process.communicate(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def scenes(shared_data: Path) -> list[Flowers]:
+    """Images with known flowers."""
+    return flowers.drawn(shared_data, 4)
+
+
+@pytest.fixture(scope="session")
+def flowers_url(shared_data: Path) -> Iterator[str]:
+    """Where `flower-boxes` and `flower-regions`, which find them, are served."""
+    with flowers.serving() as server:
+        yield server.url
+
+
+@pytest.fixture(scope="session")
+def flowers_folder(scenes: list[Flowers], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The images as files."""
+    folder = tmp_path_factory.mktemp("flowers")
+    for scene in scenes:
+        (folder / scene.name).write_bytes(scene.file)
+    return folder

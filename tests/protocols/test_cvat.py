@@ -18,10 +18,11 @@ import numpy as np
 import pictures
 import pytest
 from fake_cvat import TASK, FakeCVAT, serving
+from flowers import LABELS, SIDE, Flowers
 from running import running
 
 from api_schemas.client import Client
-from api_schemas.client.results import Result
+from api_schemas.client.results import Result, decode_mask
 from api_schemas.options import Task
 
 pytestmark = [pytest.mark.protocols, pytest.mark.timeout(240)]
@@ -86,9 +87,9 @@ def function(url: str, **parameters: str) -> list[str]:
     return ["--function-module", "api_schemas.adapters.cvat", *said]
 
 
-def masks(environment: Path, shapes: list[Any]) -> Any:
+def masks(environment: Path, shapes: list[Any], size: tuple[int, int] = SIZE) -> Any:
     """Booleans (n, height, width), as CVAT's SDK reads them."""
-    sent = json.dumps([[shape["points"] for shape in shapes], *SIZE])
+    sent = json.dumps([[shape["points"] for shape in shapes], *size])
     command = [str(environment / "python"), "-c", DECODE]
     ran = subprocess.run(command, input=sent, capture_output=True, text=True, check=True)
     return np.array(json.loads(ran.stdout))
@@ -288,3 +289,41 @@ def test_boxes_and_regions_have_the_label_and_the_score_of_their_class(
         assert of_dog[0]["points"] == [60, 30, 70, 30, 70, 50, 84, 50, 84, 60, 60, 60]
     else:
         np.testing.assert_array_equal(masks(environment, of_dog)[0], fake_boxes.mask())
+
+
+# ---- a detector and a segmenter of flowers
+
+
+@pytest.mark.parametrize("model", ["flower-boxes", "flower-regions"])
+def test_a_task_gets_the_flowers_that_are_found_in_each_frame(
+    flowers_url: str, cli: Cli, environment: Path, scenes: list[Flowers], model: str
+) -> None:
+    """Rectangles of a detector, masks of a segmenter, and none of the background."""
+    cvat = FakeCVAT({scene.name: scene.file for scene in scenes}, dict.fromkeys(LABELS[1:], "any"))
+    told = ["--allow-unmatched-labels", *function(flowers_url, model=model)]
+    with serving(cvat) as port:
+        cli(port, "task", "auto-annotate", str(TASK), *told)
+    with Client(flowers_url, trust_env=False) as client:
+        answered = client.predict([scene.file for scene in scenes], model=model)
+    expected = [
+        (frame, each)
+        for frame, result in enumerate(answered)
+        for each in result.predictions
+        if each.class_id
+    ]
+    shapes = cvat.annotations["shapes"]
+    kind = "rectangle" if model == "flower-boxes" else "mask"
+    assert [(each["frame"], each["label_id"], each["type"]) for each in shapes] == [
+        (frame, cvat.label(each.label), kind) for frame, each in expected
+    ]
+    assert [each["score"] for each in shapes] == [
+        pytest.approx(each.score, abs=1e-5) for _, each in expected
+    ]
+    if kind == "rectangle":
+        for shape, (_, each) in zip(shapes, expected, strict=True):
+            x, y, w, h = each.box
+            assert shape["points"] == pytest.approx([x, y, x + w, y + h])
+        return
+    found = masks(environment, shapes, (SIDE, SIDE))
+    for mask, (_, each) in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(mask, decode_mask(each.mask))

@@ -9,7 +9,7 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,13 @@ import cv2
 import numpy as np
 import pictures
 import pytest
+import torch
+from flowers import LABELS, SIDE, Flowers
 from numpy.typing import NDArray
+from torchvision.ops import box_convert, box_iou
 
 from api_schemas.client import Client
-from api_schemas.client.results import Result
+from api_schemas.client.results import Result, decode_mask
 
 pytestmark = [pytest.mark.protocols, pytest.mark.timeout(400)]
 
@@ -98,28 +101,34 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def seen(
-    environment: Path,
-    database: str,
-    url: str,
-    photos: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Any:
+def sdk(
+    environment: Path, database: str, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Any]:
+    """Run a script of this folder beside the SDK; what it printed."""
+
+    def told(script: str, *arguments: object) -> Any:
+        own = {
+            "HOME": str(tmp_path_factory.mktemp("home")),
+            "FIFTYONE_DATABASE_URI": database,
+            "FIFTYONE_DO_NOT_TRACK": "true",
+            "FIFTYONE_PLUGINS_DIR": str(ROOT / "api_schemas" / "adapters"),
+            "NO_PROXY": "127.0.0.1",
+            "PYTHONPATH": str(ROOT),
+        }
+        command = [str(environment / "bin/python"), str(HERE / script), *map(str, arguments)]
+        ran = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=300, env=os.environ | own
+        )
+        assert ran.returncode == 0, ran.stderr
+        return json.loads(ran.stdout.splitlines()[-1])
+
+    return told
+
+
+@pytest.fixture(scope="module")
+def seen(sdk: Callable[..., Any], url: str, photos: Path) -> Any:
     """What the SDK read back from its database."""
-    own = {
-        "HOME": str(tmp_path_factory.mktemp("home")),
-        "FIFTYONE_DATABASE_URI": database,
-        "FIFTYONE_DO_NOT_TRACK": "true",
-        "FIFTYONE_PLUGINS_DIR": str(ROOT / "api_schemas" / "adapters"),
-        "NO_PROXY": "127.0.0.1",
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [str(environment / "bin/python"), str(HERE / "fiftyone_client.py"), url, str(photos)]
-    ran = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=300, env=os.environ | own
-    )
-    assert ran.returncode == 0, ran.stderr
-    return json.loads(ran.stdout.splitlines()[-1])
+    return sdk("fiftyone_client.py", url, photos)
 
 
 @pytest.fixture(scope="module")
@@ -249,3 +258,92 @@ def test_the_operator_of_the_plugin_does_the_same(seen, url: str, photos: Path) 
 def test_what_is_wrong_for_every_sample_is_raised(seen) -> None:
     assert seen["layer"][0] == seen["model"][0] == "NotFound"
     assert "'absent'" in seen["layer"][1]
+
+
+# ---- a detector and a segmenter of flowers, on scenes whose flowers are known
+
+
+@pytest.fixture(scope="module")
+def scored(
+    sdk: Callable[..., Any],
+    flowers_url: str,
+    flowers_folder: Path,
+    scenes: list[Flowers],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Any:
+    """How FiftyOne's own evaluation scores what `apply_explanations` stored."""
+    truth = {
+        scene.name: {
+            "boxes": [
+                (label, [number / SIDE for number in box])
+                for label, box in zip(scene.labels, scene.boxes, strict=True)
+            ],
+            "classes": scene.classes.tolist(),
+        }
+        for scene in scenes
+    }
+    file = tmp_path_factory.mktemp("truth") / "truth.json"
+    file.write_text(json.dumps(truth))
+    return sdk("fiftyone_boxes.py", flowers_url, flowers_folder, file)
+
+
+@pytest.fixture(scope="module")
+def answers(flowers_url: str, flowers_folder: Path, scenes: list[Flowers]) -> dict[str, Result]:
+    """What the service answers: boxes with the two best explained."""
+    names = [scene.name for scene in scenes]
+    with Client(flowers_url, trust_env=False) as client:
+        paths = [flowers_folder / name for name in names]
+        asked = {"model": "flower-boxes", "explain_top": 2, "include": "regions"}
+        return dict(zip(names, client.explain(paths, **asked), strict=True))
+
+
+def test_boxes_are_detections_in_shares_of_the_sides(scored, answers) -> None:
+    assert sum(len(found) for found in scored["boxes"]["found"].values()) > len(answers)
+    for name, result in answers.items():
+        found = scored["boxes"]["found"][name]
+        assert [(each["label"], each["score"]) for each in found] == [
+            (each.label, pytest.approx(each.score)) for each in result.predictions
+        ]
+        for each, prediction in zip(found, result.predictions, strict=True):
+            assert each["box"] == pytest.approx([number / SIDE for number in prediction.box])
+        assert scored["boxes"]["peaks"][name] == [
+            [each.label, pytest.approx([number / SIDE for number in each.regions.peak])]
+            for each in result.explanations
+        ]
+
+
+def test_fiftyones_evaluation_matches_them_with_the_flowers_that_are_there(scored, scenes) -> None:
+    """Its overlaps are torchvision's, and most flowers are found."""
+    boxes = scored["boxes"]
+    hits = [each for found in boxes["found"].values() for each in found if each["verdict"] == "tp"]
+    for each in hits:
+        corners = torch.tensor([each["box"], each["of"]], dtype=torch.float64)
+        overlap = box_iou(*box_convert(corners, "xywh", "xyxy").split(1))
+        assert each["iou"] == pytest.approx(float(overlap), abs=1e-6)
+    there = sum(len(scene.boxes) for scene in scenes)
+    counts = boxes["counts"]
+    assert (counts["tp"], counts["tp"] + counts["fn"]) == (len(hits), there)
+    assert counts["tp"] > there / 2
+    assert boxes["precision"] > 0.3
+
+
+def test_regions_are_a_segmentation_whose_pixels_its_evaluation_counts(
+    scored, scenes, flowers_url: str, flowers_folder: Path
+) -> None:
+    regions = scored["regions"]
+    assert regions["names"] == {str(index): label for index, label in enumerate(LABELS)}
+    counted = np.zeros((len(LABELS), len(LABELS)), dtype=int)
+    with Client(flowers_url, trust_env=False) as client:
+        paths = [flowers_folder / scene.name for scene in scenes]
+        answered = client.predict(paths, model="flower-regions", top_k=len(LABELS))
+    for scene, result in zip(scenes, answered, strict=True):
+        classes = np.zeros((SIDE, SIDE), dtype=int)
+        for each in result.predictions:
+            classes[decode_mask(each.mask)] = each.class_id
+        np.testing.assert_array_equal(regions["masks"][scene.name], classes)
+        np.add.at(counted, (scene.classes, classes), 1)
+    # FiftyOne counts class 0, its background, as no class.
+    np.testing.assert_array_equal(np.array(regions["confusion"])[1:, 1:], counted[1:, 1:])
+    both = np.diag(counted)
+    overlap = both / (counted.sum(axis=0) + counted.sum(axis=1) - both)
+    assert overlap.mean() > 0.4

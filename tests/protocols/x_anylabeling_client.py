@@ -50,18 +50,23 @@ def shapes() -> dict[str, Any]:
 
 
 models = client.get_available_models()
-seen: dict[str, Any] = {"models": models}
-client.set_model_id("small")
 client.set_auto_labeling_conf(0.5)
-for task in models["small"]["available_tasks"]:
-    client.set_task(task["id"])
-    seen[task["id"]] = shapes()
-client.set_task("cam_polygon")
-client.set_mask_fineness(0.01)
-seen["coarse"] = shapes()
-client.set_auto_labeling_preserve_existing_annotations_state(state=True)
-client.set_auto_labeling_filter_classes(["class 0"])
-seen["filtered"] = shapes()
-client.set_model_id("absent")
-seen["refused"] = shapes()
+tasks: dict[str, dict[str, Any]] = {}
+for name, model in models.items():
+    client.set_model_id(name)
+    tasks[name] = {}
+    for task in model["available_tasks"]:
+        client.set_task(task["id"])
+        tasks[name][task["id"]] = shapes()
+seen: dict[str, Any] = {"models": models, "tasks": tasks}
+if "small" in models:
+    client.set_model_id("small")
+    client.set_task("cam_polygon")
+    client.set_mask_fineness(0.01)
+    seen["coarse"] = shapes()
+    client.set_auto_labeling_preserve_existing_annotations_state(state=True)
+    client.set_auto_labeling_filter_classes(["class 0"])
+    seen["filtered"] = shapes()
+    client.set_model_id("absent")
+    seen["refused"] = shapes()
 json.dump(seen | {"complaints": complaints}, sys.stdout)

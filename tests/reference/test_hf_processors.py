@@ -67,6 +67,26 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+BOUNDED = {"shortest_edge": 96, "longest_edge": 150}
+OF_DETECTORS: dict[str, tuple[str, dict[str, Any]]] = {
+    "conditional detr": ("ConditionalDetrImageProcessor", {"size": BOUNDED}),
+    "deformable detr": ("DeformableDetrImageProcessor", {"size": BOUNDED}),
+    "detr": ("DetrImageProcessor", {}),
+    "detr, not padded": ("DetrImageProcessor", {"size": BOUNDED, "do_pad": False}),
+    "detr, stretched": ("DetrImageProcessor", {"size": {"height": 96, "width": 128}}),
+    "rt-detr": ("RTDetrImageProcessor", {}),
+    "yolos": ("YolosImageProcessor", {"size": BOUNDED}),
+}
+NOT_OF_DETECTORS: dict[str, tuple[str, dict[str, Any]]] = {
+    "a crop": ("BitImageProcessor", {}),
+    "a fixed padding": ("DetrImageProcessor", {"size": BOUNDED, "pad_size": LARGER}),
+    "a margin": ("RTDetrImageProcessor", {"size": SQUARE, "do_pad": True, "pad_size": LARGER}),
+    "two bounds": ("DetrImageProcessor", {"size": {"max_height": 64, "max_width": 96}}),
+    "no resize": ("DetrImageProcessor", {"do_resize": False}),
+    "a resize of floats": ("RfDetrImageProcessor", {"size": SQUARE}),
+}
+
+
 def processor_of(name: str, settings: dict[str, Any]) -> Any:
     return getattr(transformers, name)(**settings)
 
@@ -96,6 +116,42 @@ def test_the_pixels_are_those_of_the_processor(case: str, photographs) -> None:
         ours = fed(pixels, preprocessing)
         difference = ours - (theirs.flip(0) if swapped else theirs)
         assert float((difference * std).abs().max()) * 255 <= 1.01
+
+
+@pytest.mark.parametrize("case", OF_DETECTORS)
+def test_the_pixels_of_whole_images_are_those_of_the_processor(case: str, photographs) -> None:
+    """Alone an image has no padding: its `pixel_mask` is 1 everywhere."""
+    processor = processor_of(*OF_DETECTORS[case])
+    preprocessing, swapped = preprocessing_of(processor, "detection")
+    assert not swapped
+    std = torch.tensor(preprocessing.std)[:, None, None]
+    long = np.random.default_rng(0).integers(0, 256, (60, 400, 3), dtype=np.uint8)
+    upright = np.ascontiguousarray(long.transpose(1, 0, 2))
+    for pixels in (*photographs[:6], long, upright, np.zeros((1, 1, 3), np.uint8)):
+        given = processor(pixels, return_tensors="pt", input_data_format="channels_last")
+        assert bool(given.get("pixel_mask", torch.ones(1)).all())
+        difference = fed(pixels, preprocessing) - given["pixel_values"][0]
+        assert float((difference * std).abs().max()) * 255 <= 1.01
+
+
+@pytest.mark.parametrize("sides", [(66, 1344), (1344, 66), (1, 1400), (97, 151), (640, 480)])
+@pytest.mark.parametrize("name", ["DetrImageProcessor", "YolosImageProcessor"])
+def test_sides_are_rounded_as_theirs_but_never_to_nothing(name: str, sides) -> None:
+    processor = processor_of(name, {"size": {"shortest_edge": 800, "longest_edge": 1333}})
+    preprocessing, _ = preprocessing_of(processor, "detection")
+    ours = preprocessing.resized(sides[::-1])[::-1]
+    assert min(ours) > 0
+    if name == "DetrImageProcessor" or min(sides) > 16:
+        pixels = np.zeros((*sides, 3), np.uint8)
+        given = processor(pixels, return_tensors="pt", input_data_format="channels_last")
+        assert tuple(given["pixel_values"].shape[2:]) == ours
+
+
+@pytest.mark.parametrize("case", NOT_OF_DETECTORS)
+def test_a_transform_that_would_shift_boxes_is_refused_by_name(case: str) -> None:
+    name, settings = NOT_OF_DETECTORS[case]
+    with pytest.raises(UnsupportedProcessor, match=name):
+        preprocessing_of(processor_of(name, settings), "detection")
 
 
 @pytest.mark.parametrize("case", REFUSED)

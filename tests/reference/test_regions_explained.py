@@ -59,8 +59,10 @@ def test_predictions_are_the_classes_with_their_pixels_and_mean_scores() -> None
     classes = out.argmax(dim=0)
     (result,) = answer(model, asked(model, pixels))
     assert {each.class_id for each in result.predictions} == set(classes.unique().tolist())
-    areas = [int(each.mask.sum()) for each in result.predictions if each.mask is not None]
+    listed = [each for each in result.predictions if each.class_id != 0]
+    areas = [int(each.mask.sum()) for each in listed if each.mask is not None]
     assert areas == sorted(areas, reverse=True)
+    assert 0 not in {each.class_id for each in result.predictions[:-1]}, "the background is last"
     for each in result.predictions:
         inside = classes == each.class_id
         assert each.mask is not None

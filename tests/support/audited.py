@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+CLASSES = ("corner", "green", "blue", "red")
 SIDE = 32
 CORNER = 9
 """Pixels of the corner that the model looks at: inside the corner that an audit pastes."""
@@ -66,6 +70,25 @@ def images(count: int) -> tuple[list[Tensor], list[int]]:
     """So many images of each class, and their classes."""
     labels = [class_id for class_id in range(4) for _ in range(count)]
     return [image(label, number) for number, label in enumerate(labels)], labels
+
+
+def write_images(folder: Path, count: int) -> None:
+    """So many images of each class, in a folder for each."""
+    for number, (pixels, label) in enumerate(zip(*images(count), strict=True)):
+        file = folder / CLASSES[label] / f"{number:03}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file)
+
+
+def configured(folder: Path, builder: str = "corner") -> Path:
+    """A configuration of a model of this file, for images of 32 pixels."""
+    file = folder / "models.toml"
+    (folder / "labels.txt").write_text("".join(f"{name}\n" for name in CLASSES))
+    file.write_text(
+        f'[[model]]\nname = "{builder}"\nbuilder = "audited:{builder}"\nlabels = "labels.txt"\n'
+        "input.size = [32, 32]\ninput.resize = 32\ninput.mean = 0\ninput.std = 1\n"
+    )
+    return file
 
 
 def corner() -> nn.Module:

@@ -19,6 +19,7 @@ from service.errors import CamserveError
 from service.inference.batch import Unfinished, run
 from service.inference.questions import InferenceResult, Question
 from service.models.catalog import ModelSpec
+from service.models.compiled.lane import Compiler
 from service.models.loaded import LoadedModel
 from service.models.loading import load_model
 from service.models.pool import Replica
@@ -140,6 +141,44 @@ def segmenter() -> nn.Module:
     return _seeded(Segmenter)
 
 
+class ScaledSegmenter(nn.Module):
+    """Its backbone takes a number beside the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = Scaled()
+        self.classifier = nn.Conv2d(8, CLASSES, 1)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {"out": self.classifier(self.backbone(images, 2.0))}
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Conv2d(3, 8, 3, 4, 1)
+
+    def forward(self, images: Tensor, factor: float) -> Tensor:
+        features: Tensor = self.features(images)
+        return features * factor
+
+
+def scaled() -> nn.Module:
+    return _seeded(ScaledSegmenter)
+
+
+class ReadingSegmenter(Segmenter):
+    """It reads an attribute of its backbone in each pass."""
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        assert self.backbone.out_channels == CHANNELS
+        return super().forward(images)
+
+
+def reader() -> nn.Module:
+    return _seeded(ReadingSegmenter)
+
+
 class OwnDetector(nn.Module):
     """A user's detector: it takes a list, and has one box per cell of a coarse grid."""
 
@@ -168,13 +207,17 @@ def own() -> nn.Module:
 
 
 @cache
-def loaded(kind: str) -> LoadedModel:
-    return load_model(ModelSpec(kind, f"detectors:{kind}", labels=LABELS))
+def loaded(kind: str, *, compiled: bool = False) -> LoadedModel:
+    spec = ModelSpec(kind, f"detectors:{kind}", labels=LABELS)
+    return load_model(spec, compiler=Compiler() if compiled else None)
 
 
-def answer(model: LoadedModel, question: Question, *others: Question) -> list[InferenceResult]:
-    module = model.replicate()
-    replica = Replica(model, module, Condition.of(module))
+def answer(
+    model: LoadedModel, question: Question, *others: Question, lane: str = "hooked"
+) -> list[InferenceResult]:
+    folded = lane == "folded"
+    module = model.replicate(folded=folded)
+    replica = Replica(model, module, Condition.of(module), folded)
     results = []
     for outcome in run(replica, [question, *others]):
         while isinstance(outcome, Unfinished):

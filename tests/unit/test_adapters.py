@@ -243,6 +243,16 @@ def test_each_class_of_a_segmenter_is_an_annotation_with_its_region() -> None:
     np.testing.assert_array_equal(reference.decode(second["segmentation"]), square(30, 20, 10))
 
 
+def test_the_region_of_the_background_is_no_annotation() -> None:
+    result = segmented()
+    rest = Prediction(0, "background", 0.9, 3.0, mask=run_lengths(square(0, 20, 20)), area=400.0)
+    result = Result(image=INFO, predictions=[*result.predictions[:2], rest])
+    annotations = coco.dataset([("a.png", result)], ["background", "class 1", "class 2"])
+    assert [each["category_id"] for each in annotations["annotations"]] == [1, 2]
+    named = coco.dataset([("a.png", result)], LABELS)["annotations"]
+    assert [each["category_id"] for each in named] == [2, 3, 1], "class 0 is one of the others"
+
+
 def test_with_a_background_a_category_has_the_number_of_its_class() -> None:
     data = coco.dataset([("a.png", detected())], ["__background__", "person", "class 2"])
     assert [(each["id"], each["name"]) for each in data["categories"]] == [

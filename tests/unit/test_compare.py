@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import detectors
 import numpy as np
 import pytest
 from scipy.stats import binomtest, spearmanr
@@ -14,6 +16,7 @@ from tiny import Faulty, PaperNet, SmallNet, loaded
 from torch import nn
 
 from service.errors import ConfigurationError
+from service.evaluation.box_matches import matched
 from service.evaluation.compare import (
     ComparedImage,
     Comparison,
@@ -28,6 +31,7 @@ from service.evaluation.gates import GATES, check_gates, parse_gates
 from service.evaluation.object_masks import read_masks
 from service.images.decode import Geometry
 from service.images.upload import Upload, open_upload
+from service.inference.questions import Prediction
 from service.models.loaded import LoadedModel
 
 Opened = Callable[[LoadedModel], Upload]
@@ -268,3 +272,63 @@ def test_a_file_that_is_not_coco_is_refused(tmp_path: Path, text: str):
         read_masks(tmp_path / "x.json")
     with pytest.raises(ConfigurationError, match="No such file"):
         read_masks(tmp_path / "nothing.json")
+
+
+def found(class_id: int, box: tuple[float, float, float, float], score: float = 0.9) -> Prediction:
+    return Prediction(class_id, score, 0.0, 0, box)
+
+
+def test_detections_are_matched_by_overlap_those_of_one_class_first():
+    here, near, far = (0.0, 0, 10, 10), (1.0, 0, 10, 10), (50.0, 50, 10, 10)
+    mine = [found(1, here), found(2, far)]
+    theirs = [found(2, here), found(1, near), found(1, far), found(3, here)]
+    pairs = matched(mine, theirs, {1: 1, 2: 2})
+    assert pairs == [(mine[0], theirs[1]), (mine[1], theirs[2]), (None, theirs[0])]
+    assert matched([], [], {1: 1}) == []
+
+
+def test_two_loads_of_one_detector_differ_by_exactly_zero():
+    one, other = detectors.loaded("faster_rcnn"), detectors.loaded("faster_rcnn")
+    named = [(Path(f"{n}.png"), opener(scene(n))) for n in (1, 4)]
+    compared = list(compare_images(one, other, named))
+    comparison = summarise(one, other, compared)
+    assert comparison.overall.images == len(compared) > 2
+    assert (comparison.overall.flips, comparison.overall.score_distance) == (0, 0)
+    assert comparison.overall.correlation == pytest.approx(1, abs=1e-15)
+    assert (comparison.overall.overlap, comparison.overall.centre_shift) == (1, 0)
+    assert comparison.notes[0].startswith("Counted are detections")
+
+
+def test_detections_that_are_gained_lost_and_relabelled_are_flips():
+    """The second detector's classes are renamed, or it has none of a score above 0.5."""
+    one = detectors.loaded("faster_rcnn")
+    none = replace(one, module=without_detections(one.module))
+    named = [(Path("1.png"), opener(scene(1)))]
+    count = len(list(compare_images(one, one, named)))
+    for models, label in (((one, none), "nothing"), ((none, one), "nothing")):
+        comparison = summarise(*models, compare_images(*models, named))
+        assert comparison.overall.flips == comparison.overall.images == count
+        assert all(label in flip for flip in comparison.flips)
+        assert (comparison.overall.maps, comparison.overall.score_distance) == (0, 0)
+    turned = replace(one, labels=("__background__", "ring", "square", "disc"))
+    comparison = summarise(one, turned, compare_images(one, turned, named))
+    changed = {(before, after) for _, before, after in comparison.flips}
+    assert changed <= {("disc", "ring"), ("ring", "disc")}
+    assert changed
+
+
+def test_models_of_different_tasks_and_segmenters_are_not_compared():
+    boxes, regions = detectors.loaded("faster_rcnn"), detectors.loaded("segmenter")
+    for one, other in ((boxes, regions), (regions, regions), (boxes, loaded(SmallNet()))):
+        with pytest.raises(ConfigurationError, match="two models that classify or two that detect"):
+            compare_images(one, other, images())
+
+
+def scene(seed: int) -> np.ndarray:
+    return np.ascontiguousarray(detectors.image(seed).permute(1, 2, 0).numpy())
+
+
+def without_detections(module: nn.Module) -> nn.Module:
+    made = copy.deepcopy(module)
+    made.roi_heads.score_thresh = 1.1
+    return made

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -10,13 +13,19 @@ import torchvision
 from tiny import loaded
 from torch import nn
 
+from service.errors import ModelNotReady
 from service.inference.batch import run
 from service.inference.questions import Question, lane_of
+from service.models.compiled import folding
 from service.models.compiled.folding import fold
+from service.models.compiled.front import CompiledLane
+from service.models.loaded import LoadedModel
 from service.models.pool import ModelPool
 from service.models.replicas import replicate
 
 torch.manual_seed(0)
+
+PATIENCE = 10.0
 
 
 class Net(nn.Module):
@@ -79,6 +88,39 @@ def test_the_tree_keeps_its_names_and_the_model_its_weights() -> None:
     assert shared.data_ptr() == net.fc.weight.data_ptr()
 
 
+def test_the_form_is_built_once_however_many_ask_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    build, built, together = folding._folded, [], threading.Barrier(8)
+
+    def counted(*arguments: Any) -> nn.Module:
+        built.append(build(*arguments))
+        return built[-1]
+
+    def first_use(_: int) -> nn.Module:
+        together.wait(PATIENCE)
+        return folded.module
+
+    monkeypatch.setattr(folding, "_folded", counted)
+    folded = fold(frozen(Net()))
+    assert folded is not None
+    assert folded._module is None
+    with ThreadPoolExecutor(8) as threads:
+        found = set(threads.map(first_use, range(8)))
+    assert [*found] == built
+    assert folded._module is not None
+
+
+def test_a_form_that_was_dropped_is_built_again_with_the_same_numbers() -> None:
+    x = torch.rand(2, 3, 8, 8)
+    folded = fold(frozen(Net()))
+    assert folded is not None
+    before = folded.module
+    answer = before(x)
+    folded.drop()
+    assert folded._module is None
+    assert folded.module is not before
+    assert torch.equal(folded.module(x), answer)
+
+
 @pytest.mark.parametrize("module", [nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), Branching()])
 def test_nothing_to_fold_or_no_graph_to_see_it_in(module: nn.Module) -> None:
     assert fold(replicate(frozen(module))) is None
@@ -123,3 +165,63 @@ def test_the_pool_lends_both_forms() -> None:
         torch.tensor(one.explanations[0].grid), torch.tensor(other.explanations[0].grid)
     )
     assert pool.faults() == []
+
+
+def beside_a_lane(net: nn.Module) -> LoadedModel:
+    lane = CompiledLane("shared", *[cast(Any, None)] * 2)
+    return replace(loaded(net), compiled=lane, folded=fold(net))
+
+
+def test_beside_a_compiled_lane_the_form_is_built_when_it_is_first_leased() -> None:
+    model = beside_a_lane(frozen(Net()))
+    pool = ModelPool([model], replicas=2)
+    with pool.lease(model) as plain:
+        assert type(plain.module.get_submodule("bn")) is nn.BatchNorm2d
+    assert model.folded._module is None
+    assert (pool.lost, pool.faults(), pool.has_missing) == ({}, [], False)
+    with pool.lease(model, folded=True) as one, pool.lease(model, folded=True) as two:
+        assert one is not two
+        assert type(one.module.get_submodule("bn")) is nn.Identity
+    assert (pool.lost, pool.faults(), pool.has_missing) == ({}, [], False)
+
+
+def test_of_many_first_users_each_gets_a_replica_and_none_is_built_too_many() -> None:
+    """More users than replicas, all at once: those without one wait."""
+    model, together = beside_a_lane(frozen(Net())), threading.Barrier(6)
+    pool, x = ModelPool([model], replicas=3), torch.rand(1, 3, 8, 8)
+
+    def answer(_: int) -> torch.Tensor:
+        together.wait(PATIENCE)
+        with pool.lease(model, PATIENCE, folded=True) as replica, torch.no_grad():
+            return replica.module(x)
+
+    with ThreadPoolExecutor(6) as threads:
+        found = list(threads.map(answer, range(6)))
+    expected = model.folded.module(x)
+    assert all(torch.equal(each, expected) for each in found)
+    assert pool.faults() == []
+
+
+def test_a_form_that_cannot_be_built_at_its_first_use_is_refused_and_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> nn.Module:
+        raise RuntimeError("planted: cannot be folded")
+
+    now = [100.0]
+    model = beside_a_lane(frozen(Net()))
+    pool = ModelPool([model], replicas=1, clock=lambda: now[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(folding, "_folded", fail)
+        with (
+            pytest.raises(ModelNotReady, match="No replica of it can be built"),
+            pool.lease(model, PATIENCE, folded=True),
+        ):
+            pass
+    assert list(pool.lost) == [model.name]
+    with pool.lease(model, PATIENCE):
+        pass
+    now[0] += 1
+    with pool.lease(model, PATIENCE, folded=True) as replica:
+        assert type(replica.module.get_submodule("bn")) is nn.Identity
+    assert (pool.lost, pool.faults()) == ({}, [])

@@ -307,6 +307,32 @@ def test_drawing_leaves_its_inputs_alone() -> None:
     assert (cam == kept).all()
 
 
+@pytest.mark.parametrize("shade", [0, 255])
+def test_a_box_is_outlined_so_that_it_is_seen_on_black_and_on_white(shade: int) -> None:
+    """The edges of x 10..30 and y 12..24 of 60 x 40; its inside and what is far away stay."""
+    source = Source(np.full((40, 60, 3), shade, np.uint8), "PNG", "")
+    shown = fit_to_model(source, Preprocessing())
+    style = Style(format="png", opacity=0.0)
+    drawn = colours(
+        render_overlay(
+            random_cam(), shown.geometry, style, source.pixels, rows(shown), box=(10, 12, 20, 12)
+        )
+    )
+    assert (drawn[12, 10:31] == 255).all()
+    assert (drawn[12:25, 30] == 255).all()
+    assert {*drawn[18, 7:14, 0].tolist()} == {0, 255}
+    changed = (drawn != shade).any(axis=2)
+    assert not changed[:10].any()
+    assert not changed[27:].any()
+    assert not changed[14:23, 12:29].any()
+    native = Style(size="native", format="png", opacity=0.0)
+    plain, boxed = (
+        render_overlay(random_cam(), shown.geometry, native, source.pixels, rows(shown), box=box)
+        for box in (None, (10, 12, 20, 12))
+    )
+    assert plain == boxed
+
+
 def test_the_model_overlay_of_a_padded_picture_shows_no_padding() -> None:
     """`model` is the part of the input that is picture."""
     source, model_input = fitted(640, 480, "pad")

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from small_detectors import save
 from typer.testing import CliRunner
 
 from service.cli.main import app
@@ -193,6 +195,70 @@ def test_kernels_that_a_configuration_names_are_not_fetched(folder: Path) -> Non
 def test_a_model_that_classifies_no_images_is_refused(folder: Path) -> None:
     change(folder, model_type="bert")
     assert "'bert', which is no image classifier" in refused(spec_of(folder))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind", "words"),
+    [
+        ("DetrForSegmentation", "detr", "a DetrForSegmentation of type 'detr', which is no image"),
+        ("OwlViTForObjectDetection", "owlvit", "which is no detection model"),
+        ("PPDocLayoutV2ForObjectDetection", "pp_doclayout_v2", "detectors are of the types"),
+        ("ViTForSemanticSegmentation", "vit", "which is no segmentation model"),
+        (3, "detr", "a 3 of type 'detr', which is no image classifier"),
+    ],
+)
+def test_the_architecture_decides_the_task(folder: Path, architecture, kind, words) -> None:
+    change(folder, architectures=[architecture], model_type=kind)
+    detail = refused(spec_of(folder))
+    assert words in detail or "cannot be loaded" in detail  # a configuration of another version
+    if architecture != "PPDocLayoutV2ForObjectDetection":
+        assert words in detail
+        assert "ForObjectDetection, ForSemanticSegmentation" in detail
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(transformers, "Yolos", tmp_path_factory.mktemp("yolos") / "pets")
+
+
+def test_a_detector_is_loaded_with_its_labels_scores_and_resizing(detector: Path) -> None:
+    model = load_model(parse_model(f"hf/{detector}"))
+    assert (model.task, model.output, model.queries) == ("detection", "softmax", True)
+    assert model.labels == ("cat", "dog", "owl", "bee")
+    assert (model.preprocessing.whole, model.preprocessing.longest_edge) == (True, 107)
+    assert "shorter side 64 and longer side at most 107" in model.transform
+    assert "YolosImageProcessor" in model.transform
+    model.check_rows()
+
+
+def test_the_classes_of_a_detector_are_without_no_object(detector: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(detector, tmp_path / "pets"))
+    with pytest.raises(ConfigurationError, match="4 classes and 5 labels"):
+        load_model(spec_of(copied, labels=("none", "cat", "dog", "owl", "bee")))
+
+
+def test_a_detector_without_a_processor_stretches_images(detector: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(detector, tmp_path / "pets"))
+    (copied / "preprocessor_config.json").unlink()
+    assert "image processor" in refused(spec_of(copied))
+    wanted = InputSpec(size=(64, 96), mean=(0.1,), std=(0.2,))
+    model = load_model(spec_of(copied, input=wanted))
+    assert (model.preprocessing.fit, model.preprocessing.crop) == ("squash", (64, 96))
+    with pytest.raises(ConfigurationError, match='set fit = "squash"'):
+        load_model(spec_of(copied, input=replace(wanted, fit="pad")))
+
+
+def test_a_processor_that_crops_is_no_detector_s(detector: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(detector, tmp_path / "pets"))
+    transformers.BitImageProcessor().save_pretrained(copied)
+    assert "BitImageProcessor crops images" in refused(spec_of(copied))
+
+
+def test_a_layer_of_a_detector_is_configured(detector: Path) -> None:
+    patches = "vit.embeddings.patch_embeddings.projection"
+    assert load_model(spec_of(detector, target_layer=patches)).default_layers == (patches,)
+    with pytest.raises(ConfigurationError, match="is not a layer that a map can be drawn"):
+        load_model(spec_of(detector, target_layer="class_labels_classifier"))
 
 
 @pytest.mark.parametrize("key", ["quantization_config", "adapter"])

@@ -16,6 +16,8 @@ CACHES = {
     "service.security.keys._blank_hashes",
     # 64 tuples of models' own labels; models are the operator's.
     "service.pipeline.answer_size.longest_label",
+    # 8 axes of maps: the pixels drawn times the cells, 1.8 MB for 2,048 pixels and 224 cells.
+    "service.cam.heatmap._weights",
     # 128 pairs of a model's own mean or std and a device; models are the operator's.
     "service.models.loaded._on_each_channel",
 }

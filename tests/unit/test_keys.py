@@ -253,6 +253,16 @@ def test_requests_at_once_are_counted_until_they_end_however_they_end() -> None:
     visit(quotas, key)
 
 
+def test_several_processes_divide_a_keys_own_limits_as_the_settings_are() -> None:
+    share = Settings(key_rate=5, device="cpu").share_of(2)
+    quotas = Quotas(Bounds(share.key_rate), processes=2)
+    bounds = {}
+    for key in (Key("own", "", 9, 3, 5), Key("default", ""), Key("none", "", 0, 0, 0)):
+        with quotas.visit(key) as first:
+            bounds[key.name] = first.bounds
+    assert bounds == {"own": Bounds(5, 2, 2.5), "default": Bounds(3), "none": Bounds()}
+
+
 def test_the_cost_at_once_is_bounded_and_given_back() -> None:
     quotas = Quotas(Bounds(cost=100))
     key = Key("one", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from disks import playing
 from tiny import SmallNet
 from torch import nn
 
+from service.cam.hooks import record
 from service.errors import ConfigurationError
 from service.inference.batch import run, run_compiled
 from service.inference.contrast import Contrast
@@ -34,6 +36,7 @@ from service.models.pool import ModelPool
 pytestmark = pytest.mark.timeout(60)
 
 SIZE = 64
+RESIDENT = r"({}/\S+)\n(?:.+\n)*?Rss: +(\d+) kB"
 
 
 def make() -> nn.Module:
@@ -201,6 +204,32 @@ def test_a_processor_without_bf16_gives_float32_and_says_why(monkeypatch) -> Non
     found = load_model_of("make", Compiler(precision="bf16")).compiled
     assert found.precision == "float32"
     assert "In bf16 this processor cannot compute" in found.instead
+
+
+def test_fusing_before_compiling_leaves_the_numbers(model) -> None:
+    front, _ = lanes._split(model, model.module, model.compiled.layer)
+    graphs = [openvino_front.graph_of(model, front, None, "", fuse=fuse) for fuse in (False, True)]
+    plain, fused = ({node.get_type_name() for node in graph.get_ordered_ops()} for graph in graphs)
+    assert "BatchNormInference" in plain - fused
+    pixels = torch.stack([picture(seed) for seed in range(3)])
+    (one,), (other,) = (openvino_front.OpenVinoFront(graph)(pixels) for graph in graphs)
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * float(one.abs().max()))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_loaded_model_holds_neither_its_folded_form_nor_pages_of_its_graph(tmp_path) -> None:
+    """Both are there again when a request needs them."""
+    found = load_model_of("make", Compiler(cache=tmp_path))
+    assert found.folded._module is None
+    sizes = dict(re.findall(RESIDENT.format(tmp_path), Path("/proc/self/smaps").read_text()))
+    assert set(sizes.values()) == {"0"}, sizes
+    pixels = torch.stack([picture(seed) for seed in range(5)])
+    expected = found.replicate()
+    with record(expected, targets=[found.compiled.layer]) as seen, torch.no_grad():
+        expected(found.normalised(pixels))
+    (activation,) = found.compiled.front(pixels)
+    actual = seen.targets[found.compiled.layer][-1].detach()
+    torch.testing.assert_close(activation, actual, rtol=0, atol=3e-3 * float(actual.max()))
 
 
 def test_what_the_cut_cannot_show_goes_to_the_hooked_lane(model) -> None:

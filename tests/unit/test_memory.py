@@ -154,3 +154,35 @@ def test_freed_memory_returns_to_the_kernel_in_pieces_of_at_most_256_mib() -> No
     returned = [before - after for before, after in itertools.pairwise(steps)]
     assert max(returned) <= 256 + 64, "what one free() gives back while it holds Python's lock"
     assert steps[0] - steps[-1] >= 512, "most of the GiB went back"
+
+
+SCATTERED = """
+import ctypes, re, pathlib
+from service.resources import return_freed_memory, tune_allocator
+
+tune_allocator()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+
+def resident():
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(re.search(r"RssAnon:\\s+(\\d+)", status)[1]) >> 10
+
+blocks, kept = [], []
+for _ in range(100):
+    blocks.append(libc.malloc(1 << 20))
+    kept.append(libc.malloc(1000))
+    ctypes.memset(blocks[-1], 1, 1 << 20)
+for block in blocks:
+    libc.free(block)
+freed = resident()
+return_freed_memory()
+print(freed - resident())
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="not the C library glibc")
+def test_freed_memory_between_blocks_in_use_is_returned_when_asked_for() -> None:
+    printed = subprocess.check_output([sys.executable, "-c", SCATTERED], text=True)
+    assert int(printed) > 90

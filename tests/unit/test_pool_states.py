@@ -18,7 +18,7 @@ from tiny import SmallNet, loaded
 from torch import Tensor, nn
 
 from service.errors import ModelNotReady, UnknownModel
-from service.models.compiled.folding import Folded, fold
+from service.models.compiled.folding import fold
 from service.models.loaded import LoadedModel
 from service.models.pool import ModelPool, Replica
 
@@ -90,8 +90,9 @@ def expected(name: str, version: str) -> Tensor:
 def built(name: str, version: str) -> LoadedModel:
     """A model with memory of its own, as if it had just been read."""
     base = _base(name, int(version))
-    form = base.folded and Folded(copy.deepcopy(base.folded.module), base.folded.layers)
-    return replace(base, module=copy.deepcopy(base.module), folded=form)
+    module = copy.deepcopy(base.module)
+    form = base.folded and fold(module)
+    return replace(base, module=module, folded=form)
 
 
 def reload(model: LoadedModel) -> LoadedModel:

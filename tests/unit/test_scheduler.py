@@ -29,11 +29,18 @@ from service.inference.batch import Unfinished
 from service.inference.questions import InferenceResult, Question
 from service.metrics import Metrics
 from service.models.compiled.folding import fold
-from service.models.compiled.front import CompiledLane
+from service.models.compiled.front import CompiledLane, is_alone
 from service.models.pool import ModelPool, Replica
 from service.models.probes.behaviour import Behaviour
 from service.scheduling import scheduler as scheduling_module
-from service.scheduling.scheduler import BATCH_PATIENCE, Scheduler
+from service.scheduling.scheduler import (
+    BATCH_PATIENCE,
+    Call,
+    CallQueue,
+    InferenceJob,
+    Scheduler,
+    TimedResult,
+)
 
 PATIENCE = 4.0
 NOTHING = InferenceResult((), (), ())
@@ -124,6 +131,22 @@ def test_each_question_runs_in_the_lane_that_was_chosen_for_it(
 
 
 # ---- batches
+
+
+def test_compiled_parts_may_use_all_cores_while_nothing_else_waits() -> None:
+    ran: list[bool] = []
+
+    def runner(_: Replica, questions: Sequence[object]) -> list[InferenceResult]:
+        ran.append(is_alone.get())
+        return [NOTHING for _ in questions]
+
+    with scheduling(runner, names=("one", "two")) as scheduler:
+        with held(scheduler):
+            jobs = [scheduler.submit(name, question()) for name in ("one", "two")]
+        for job in jobs:
+            job.result(PATIENCE)
+    assert ran == [False, True]
+    assert not is_alone.get()
 
 
 def test_a_lone_question_is_answered_at_once_and_timed() -> None:
@@ -359,6 +382,104 @@ def test_a_cancelled_call_is_never_run() -> None:
             last = scheduler.call(ran.append, 2)
         last.result(PATIENCE)
     assert ran == [2]
+
+
+# ---- a call, a batch and a call for one future
+
+
+def job(scheduler: Scheduler, then: Callable[[TimedResult], Any], number: int = 0) -> InferenceJob:
+    return InferenceJob(scheduler._pool.model("tiny"), question(number), None, then)
+
+
+def test_a_call_may_go_on_with_a_batch_and_another_call() -> None:
+    notes = Notes()
+    with scheduling(notes) as scheduler:
+        future = scheduler.call(lambda: job(scheduler, lambda timed: ("made", timed.result)))
+        assert future.result(PATIENCE) == ("made", NOTHING)
+    assert notes.batches == [("tiny", [0])]
+
+
+def test_images_of_a_batch_are_each_made_into_their_own() -> None:
+    notes = Notes()
+    with scheduling(notes, workers=2, max_batch=4) as scheduler:
+        with held(scheduler):
+            futures = [scheduler.call(lambda n=n: job(scheduler, lambda _: n, n)) for n in range(4)]
+        assert [future.result(PATIENCE) for future in futures] == [0, 1, 2, 3]
+
+
+def test_what_is_made_of_a_result_may_fail_as_any_call() -> None:
+    with scheduling(Notes(fails={1: CorruptImage("It is not read.")})) as scheduler:
+        future = scheduler.call(lambda: job(scheduler, lambda _: 1 // 0))
+        with pytest.raises(ZeroDivisionError):
+            future.result(PATIENCE)
+        future = scheduler.call(lambda: job(scheduler, lambda _: "never", 1))
+        with pytest.raises(CorruptImage):
+            future.result(PATIENCE)
+
+
+def test_what_is_cancelled_goes_no_further() -> None:
+    """Neither from the call to the batch, nor from the batch to the last call."""
+    notes, made = Notes(), list[Any]()
+    with scheduling(notes) as scheduler, Gate(scheduler) as gate:
+        began, goes_on = threading.Event(), threading.Event()
+
+        def opened() -> InferenceJob:
+            began.set()
+            assert goes_on.wait(PATIENCE)
+            return job(scheduler, made.append)
+
+        first = scheduler.call(opened)
+        assert began.wait(PATIENCE)
+        assert first.cancel()
+        goes_on.set()
+        second = scheduler.call(lambda: job(scheduler, made.append, 2))
+        gate.wait_for_a_batch()
+        assert second.cancel()
+        gate.open()
+        third = scheduler.call(lambda: job(scheduler, lambda _: "made", 3))
+        assert third.result(PATIENCE) == "made"
+    assert made == []
+    assert notes.batches == [("tiny", [2]), ("tiny", [3])]
+
+
+class GuardedQueue(CallQueue):
+    """A queue of calls that is used only by the thread that has the scheduler's lock."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        super().__init__(2)
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in {"_waiting", "_running"}:
+            scheduler: Scheduler = super().__getattribute__("_scheduler")
+            assert scheduler._wake._is_owned()  # type: ignore[attr-defined]
+        return super().__getattribute__(name)
+
+
+def test_the_queue_of_calls_is_used_under_the_lock_alone() -> None:
+    """Otherwise one thread counts what waits while another one changes it."""
+    pool = ModelPool([loaded(SmallNet(), "tiny")], replicas=1)
+    scheduler = Scheduler(pool, Metrics(), workers=1, runner=Notes())
+    with scheduler._wake:
+        scheduler._calls = GuardedQueue(scheduler)
+    scheduler.start()
+    try:
+        future = scheduler.call_in_turn(1, lambda: job(scheduler, lambda _: "made"))
+        assert future.result(PATIENCE) == "made"
+    finally:
+        scheduler.close(PATIENCE)
+
+
+def test_what_a_lost_thread_left_in_the_queue_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that queues what it is free for wakes no other, and may be abandoned just then."""
+    monkeypatch.setattr(scheduling_module, "LOOK_SECONDS", 0.01)
+    with scheduling(Notes()) as scheduler:
+        left: Future[str] = Future()
+        scheduler._queue_calls([Call(left, lambda: "found")])
+        assert left.result(PATIENCE) == "found"
+        last = job(scheduler, lambda _: "found")
+        scheduler._queue(last, from_call=True)
+        assert last.future.result(PATIENCE) == "found"
 
 
 # ---- what is not run

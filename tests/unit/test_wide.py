@@ -59,3 +59,26 @@ def test_the_parts_of_a_request_add_up_to_what_was_measured(wide) -> None:
     assert request.total == pytest.approx(0.004)
     assert request.stages["loop"] == wide.Part(pytest.approx(0.0005), 0.0)
     assert request.stages["render"].free == pytest.approx(0.0015)
+
+
+STAT = """cpu  30 0 30 140 0 0 0 0 0 0
+cpu0 10 5 15 60 9 1 2 3 0 0
+cpu1 20 0 15 80 0 0 0 0 0 0
+intr 12345 0
+"""
+
+
+def test_what_other_programs_take_is_what_is_left_of_the_busy_seconds(wide) -> None:
+    """Idle and waiting time is not busy, stolen time is; of 2 s others took 1 s."""
+    ticks = wide.os.sysconf("SC_CLK_TCK")
+    assert wide.busy(STAT, [0]) == pytest.approx(36 / ticks)
+    assert wide.busy(STAT, [0, 1]) == pytest.approx(71 / ticks)
+    taken = wide.Taken(None, [0])
+    taken._before, taken._after = (10.0, 4.0), (11.8, 4.5)
+    found = wide.Measured([0.1], 2.0, 0.0, client_cpu=0.3, failures=[])
+    assert taken.share(found) == pytest.approx(0.5)
+
+
+def test_one_disturbed_round_does_not_count(wide) -> None:
+    rounds = [wide.Real(100.0, 0.0), wide.Real(20.0, 0.7), wide.Real(102.0, 0.01)]
+    assert wide.middle(rounds) == wide.Real(100.0, 0.01)

@@ -7,13 +7,20 @@ from typing import Annotated
 
 import typer
 
-from service.cli.flags import OF_MODELS, with_settings
+from service.cli.flags import (
+    OF_MODELS,
+    RayActors,
+    RayAddress,
+    RayCpus,
+    RayGpus,
+    with_settings,
+)
 from service.errors import ConfigurationError, install_hint
 from service.settings import Settings
 
 
 @with_settings((*OF_MODELS, "compile", "precision", "cache_dir", "max_batch"))
-def audit(  # noqa: PLR0917 - a command's parameters are its flags
+def audit(  # noqa: PLR0913, PLR0917 - a command's parameters are its flags
     settings: Settings,
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of images.")],
     labels: Annotated[
@@ -36,6 +43,10 @@ def audit(  # noqa: PLR0917 - a command's parameters are its flags
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of which images are drawn.")] = 0,
+    ray: RayAddress = None,
+    ray_actors: RayActors = 64,
+    ray_cpus: RayCpus = 1,
+    ray_gpus: RayGpus = 0,
 ) -> None:
     """Find what turns images of other classes into each class: cues, colour, blur, parts.
 
@@ -44,8 +55,10 @@ def audit(  # noqa: PLR0917 - a command's parameters are its flags
     """
     try:
         from service.cli.audit.audit_run import AuditJob, run  # noqa: PLC0415 - loads torch, and extras
+        from service.cli.bulk.job import RayResources  # noqa: PLC0415 - as above
     except ModuleNotFoundError as error:
         raise ConfigurationError(
             f"camserve audit needs {error.name}, which is not installed: {install_hint('bulk')}."
         ) from error
-    run(AuditJob(settings, folder, labels, masks, seed), out.absolute(), fail_on or [])
+    cluster = None if ray is None else RayResources(ray, ray_actors, ray_cpus, ray_gpus)
+    run(AuditJob(settings, folder, labels, masks, seed), out.absolute(), fail_on or [], cluster)

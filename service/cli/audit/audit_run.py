@@ -3,52 +3,43 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 import typer
 from rich.markup import escape
 from rich.progress import Progress
-from torch import Tensor
 
 from service import logs
-from service.app import model_loader, model_specs
+from service.app import model_specs
 from service.cli.audit import audit_page
-from service.cli.audit.labelled_images import (
-    ImageFiles,
-    Masks,
-    class_ids,
-    detail_of,
-    listed,
-    read_labels,
-)
-from service.cli.bulk.identity import of_model, of_spec
-from service.cli.bulk.result_folder import Identity, open_results
+from service.cli.audit.auditor import Auditor, AuditWork, Images, Kind
+from service.cli.audit.labelled_images import Masks, listed, read_labels
+from service.cli.bulk.identity import of_spec
+from service.cli.bulk.job import RayResources, no_ray
+from service.cli.bulk.result_folder import Identity, ResultFolder, open_results
 from service.cli.flags import ERR, print_left_out
 from service.durable import whole, write_whole
-from service.errors import CamserveError, ConfigurationError
+from service.errors import ConfigurationError
 from service.evaluation.audit.audit import as_json, classes_in
-from service.evaluation.audit.class_audit import audit_class, cast_images
-from service.evaluation.audit.findings import ClassAudit, Verdict
-from service.evaluation.audit.passes import Passes
-from service.evaluation.audit.sample import Scanned
-from service.images.budget import DecodeBudget
+from service.evaluation.audit.findings import Verdict
 from service.images.image_files import text_of
 from service.models.loaded import LoadedModel
 from service.settings import Settings
 
 VERDICTS: tuple[str, ...] = get_args(Verdict)
 
-CHUNK = 256
-"""Images between two files of the scan: the most that a kill loses."""
+BARS: Mapping[Kind, str] = {"scan": "scanning", "class": "auditing"}
+
+Do = Callable[[Kind, Sequence[int]], Iterable[int]]
+"""Does the tasks of numbers; yields the number of each when its file is there."""
 
 ALGORITHM = 1
 """Changes with the results: a folder holds those of one algorithm."""
@@ -109,178 +100,112 @@ class AuditJob:
         }
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Images:
-    """The images that could be read, and the error (code, detail) of each that could not."""
+def run(
+    job: AuditJob, out: Path, fail_on: Sequence[str], cluster: RayResources | None = None
+) -> None:
+    """Audit a folder, here or on Ray. Raises typer.Exit(1) for a class with a verdict of `fail_on`.
 
-    scanned: Scanned
-    given: Sequence[str | None]
-    failed: dict[str, tuple[str, str]]
-
-
-def run(job: AuditJob, out: Path, fail_on: Sequence[str]) -> None:
-    """Audit a folder. Raises typer.Exit(1) if a class has a verdict of `fail_on`."""
+    Raises ConfigurationError.
+    """
     if unknown := [each for each in fail_on if each not in VERDICTS]:
         raise ConfigurationError(
             f"--fail-on {unknown[0]}: there is no such verdict; give one of {', '.join(VERDICTS)}."
         )
     logs.configure_command()
+    work = _read(job, out)
+    try:
+        identity = job.identity(work.names)
+    except OSError as error:
+        raise ConfigurationError(f"{error.filename}: {error.strerror or error}.") from error
+    with open_results(out, identity) as results:
+        found = _audited(work, results, cluster)
+    print_left_out([str(job.folder)])
+    _conclude(found, out, fail_on)
+
+
+def _read(job: AuditJob, out: Path) -> AuditWork:
     paths = listed(job.folder)
-    names = [text_of(path.relative_to(job.folder)) for path in paths]
     given = read_labels(job.labels, job.folder, paths)
     masks = None if job.masks is None else Masks.read(job.masks)
     if masks is not None:
         count = masks.check(job.folder, paths)
         if count < len(paths):
             ERR.print(f"{count:,} of {len(paths):,} images have a mask.")
-    try:
-        identity = job.identity(names)
-    except OSError as error:
-        raise ConfigurationError(f"{error.filename}: {error.strerror or error}.") from error
-    with open_results(out, identity) as results:
-        model = model_loader(job.settings)(model_specs(job.settings)[0])
-        results.check_model(of_model(model))
-        rows = _audited(job, model, paths, given, masks, out)
-    print_left_out([str(job.folder)])
-    _conclude(rows, out, fail_on)
+    return AuditWork(job.settings, job.seed, job.folder, paths, given, masks, out)
 
 
-def _audited(  # noqa: PLR0917 - what a job has read
-    job: AuditJob,
-    model: LoadedModel,
-    paths: Sequence[Path],
-    given: Sequence[str | None],
-    masks: Masks | None,
-    out: Path,
+def _audited(
+    work: AuditWork, results: ResultFolder, cluster: RayResources | None
 ) -> dict[str, Any]:
     """Scan and audit what is left, and write all results; they are returned as JSON."""
-    model.check_classifies("camserve audit")
-    passes = Passes.of(model)
-    files = ImageFiles(
-        model, paths, job.settings.max_pixels, DecodeBudget(job.settings.max_decode_bytes)
-    )
-    with Progress(console=ERR, disable=not ERR.is_terminal) as bars:
-        images = _scanned(job, passes, files, given, masks, out, bars)
-        states = list(_classes(job, passes, images.scanned, out, bars))
+    auditor = work.auditor(results)
+    with (
+        _doing(auditor, work, results, cluster) as do,
+        Progress(console=ERR, disable=not ERR.is_terminal) as bars,
+    ):
+        for _ in _left(work, "scan", work.chunks, do, bars):
+            pass
+        ids = classes_in(auditor.images.scanned)
+        for class_id in _left(work, "class", ids, do, bars):
+            _told(_state(work, class_id)["class"])
+    found = _written(work, auditor, [_state(work, class_id) for class_id in ids])
+    write_whole(work.out / "audit.json", orjson.dumps(found, option=orjson.OPT_INDENT_2))
+    return found
+
+
+@contextmanager
+def _doing(
+    auditor: Auditor, work: AuditWork, results: ResultFolder, cluster: RayResources | None
+) -> Iterator[Do]:
+    """Yields what does tasks here or on Ray, and says of each when it is done."""
+    if cluster is None:
+        yield lambda kind, numbers: (auditor.run(kind, number) for number in numbers)
+        return
+    try:
+        from service.cli.audit.audit_on_ray import actors  # noqa: PLC0415 - an extra
+    except ModuleNotFoundError as error:
+        raise no_ray(error) from error
+    with actors(work, results, cluster) as do:
+        yield do
+
+
+def _left(
+    work: AuditWork, kind: Kind, numbers: Sequence[int], do: Do, bars: Progress
+) -> Iterator[int]:
+    """Do those tasks that have no file yet; yields the number of each when it is done."""
+    left = [number for number in numbers if not work.file(kind, number).exists()]
+    bar = bars.add_task(BARS[kind], total=len(numbers), completed=len(numbers) - len(left))
+    for number in do(kind, left) if left else ():
+        bars.advance(bar)
+        yield number
+
+
+def _state(work: AuditWork, class_id: int) -> dict[str, Any]:
+    state: dict[str, Any] = orjson.loads(work.file("class", class_id).read_bytes())
+    return state
+
+
+def _written(work: AuditWork, auditor: Auditor, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Write tables and report; returns the audit as JSON."""
+    images, out = auditor.images, work.out
     nothing = next((state["nothing"] for state in states if state["nothing"]), None)
-    found = as_json(model, len(images.scanned.names), nothing, [each["class"] for each in states])
+    classes = [each["class"] for each in states]
+    found = as_json(auditor.model, len(images.scanned.names), nothing, classes)
     found["failed"] = [
         {"path": name, "code": code, "detail": detail}
         for name, (code, detail) in images.failed.items()
     ]
     page = audit_page.page(found, [state["card"] for state in states])
-    _table(out / "images.parquet", _image_rows(model, images), IMAGES)
-    _table(
-        out / "trials.parquet",
-        list(chain.from_iterable(map(_trial_rows, found["classes"]))),
-        TRIALS,
-    )
+    _table(out / "images.parquet", _image_rows(auditor.model, images), IMAGES)
+    _table(out / "trials.parquet", list(chain.from_iterable(map(_trial_rows, classes))), TRIALS)
     write_whole(out / "audit.html", page.encode())
-    write_whole(out / "audit.json", orjson.dumps(found, option=orjson.OPT_INDENT_2))
     return found
 
 
-def _scanned(  # noqa: PLR0917 - as `_audited`
-    job: AuditJob,
-    passes: Passes,
-    files: ImageFiles,
-    given: Sequence[str | None],
-    masks: Masks | None,
-    out: Path,
-    bars: Progress,
-) -> Images:
-    """Predict all images, or take what an interrupted run has predicted."""
-    names = [text_of(path.relative_to(job.folder)) for path in files.paths]
-    kept, failed, found = list[int](), dict[str, tuple[str, str]](), list[Tensor]()
-    objects: list[Tensor | None] = []
-    bar = bars.add_task("scanning", total=len(names))
-    for start in range(0, len(names), CHUNK):
-        some = range(start, min(start + CHUNK, len(names)))
-        file = out / f"scan-{start // CHUNK:05}.npz"
-        logits, problems = _stored(file) if file.exists() else _chunk(passes, files, some, file)
-        kept += [index for index in some if str(index) not in problems]
-        failed |= {names[int(index)]: (code, text) for index, (code, text) in problems.items()}
-        found.append(logits)
-        bars.advance(bar, len(some))
-    if masks is not None:
-        objects = [
-            masks.mask(job.folder, files.paths[index], files.opened(index)[1]) for index in kept
-        ]
-    labels = class_ids(passes.model, [given[index] for index in kept])
-    scanned = Scanned(
-        ImageFiles(files.model, [files.paths[i] for i in kept], files.max_pixels, files.budget),
-        torch.cat(found),
-        labels,
-        objects or [None] * len(kept),
-        [names[index] for index in kept],
-    )
-    if not kept:
-        first = next(iter(failed.items()))
-        raise ConfigurationError(f"no image could be read; {first[0]}: {first[1][1]}")
-    return Images(scanned, [given[index] for index in kept], failed)
-
-
-def _chunk(
-    passes: Passes, files: ImageFiles, some: range, file: Path
-) -> tuple[Tensor, dict[str, tuple[str, str]]]:
-    problems: dict[str, tuple[str, str]] = {}
-
-    def readable() -> Iterator[Tensor]:
-        for index in some:
-            try:
-                yield files.opened(index)[0]
-            except CamserveError as error:
-                problems[str(index)] = error.code, error.detail
-            except OSError as error:
-                problems[str(index)] = "unreadable_file", detail_of(error)
-
-    logits = passes.logits(readable())
-    with whole(file) as draft, draft.open("wb") as opened:
-        text = np.frombuffer(orjson.dumps(problems), dtype=np.uint8)
-        np.savez(opened, logits=logits.numpy(), problems=text)
-    return logits, problems
-
-
-def _stored(file: Path) -> tuple[Tensor, dict[str, tuple[str, str]]]:
-    try:
-        with np.load(file, allow_pickle=False) as found:
-            return torch.from_numpy(found["logits"]), orjson.loads(found["problems"].tobytes())
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigurationError(
-            f"{file} cannot be read ({error}). Remove it; its images are then scanned again."
-        ) from error
-
-
-def _classes(
-    job: AuditJob, passes: Passes, scanned: Scanned, out: Path, bars: Progress
-) -> Iterator[dict[str, Any]]:
-    """The state of each class: its JSON, its part of the page; audited or read."""
-    ids, casts = classes_in(scanned), None
-    bar = bars.add_task("auditing", total=len(ids))
-    for class_id in ids:
-        file = out / f"class-{class_id:05}.json"
-        if file.exists():
-            yield orjson.loads(file.read_bytes())
-        else:
-            casts = casts or cast_images(passes, scanned, job.seed)
-            one = audit_class(passes, scanned, casts, class_id, job.seed)
-            label = passes.model.labels[casts.nothing[0]]
-            state = {
-                "class": one.as_json(),
-                "card": audit_page.card(one),
-                "nothing": [label, casts.nothing[1]],
-            }
-            write_whole(file, orjson.dumps(state))
-            _told(one)
-            yield state
-        bars.advance(bar)
-
-
-def _told(one: ClassAudit) -> None:
-    places = ", ".join(finding.place for finding in one.findings if finding.confirmed)
-    ERR.print(
-        escape(f"{one.label}: {one.verdict}{f' ({places})' if places else ''}"), soft_wrap=True
-    )
+def _told(one: dict[str, Any]) -> None:
+    places = ", ".join(each["place"] for each in one["findings"] if each["confirmed"])
+    text = f"{one['label']}: {one['verdict']}{f' ({places})' if places else ''}"
+    ERR.print(escape(text), soft_wrap=True)
 
 
 def _image_rows(model: LoadedModel, images: Images) -> list[dict[str, Any]]:

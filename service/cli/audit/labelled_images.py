@@ -65,6 +65,12 @@ class ImageFiles(Sequence[Tensor]):
             self._kept.popitem(last=False)
         return pixels
 
+    def some(self, chosen: Sequence[int]) -> ImageFiles:
+        """Those of indices, with a memory of their own."""
+        return ImageFiles(
+            self.model, [self.paths[index] for index in chosen], self.max_pixels, self.budget
+        )
+
     def opened(self, index: int) -> tuple[Tensor, Geometry]:
         """One image, and where it lies in its source. Raises CamserveError, OSError."""
         upload = open_upload(

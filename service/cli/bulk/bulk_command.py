@@ -8,7 +8,15 @@ from typing import Annotated
 import typer
 
 from api_schemas.options import ExplainOptions
-from service.cli.flags import OF_MODELS, with_options, with_settings
+from service.cli.flags import (
+    OF_MODELS,
+    RayActors,
+    RayAddress,
+    RayCpus,
+    RayGpus,
+    with_options,
+    with_settings,
+)
 from service.errors import ConfigurationError, install_hint
 from service.settings import Settings
 
@@ -40,15 +48,10 @@ def bulk(  # noqa: PLR0913, PLR0917 - a command's parameters are its flags
             "--regions/--no-regions", help="Add mask, boxes, polygons and peak to `answer`."
         ),
     ] = False,
-    ray: Annotated[
-        str | None,
-        typer.Option(help="Run on this Ray cluster: auto, or HOST:PORT."),
-    ] = None,
-    ray_actors: Annotated[
-        int, typer.Option(min=1, help="On Ray: maximum number of actors, each with its own model.")
-    ] = 64,
-    ray_cpus: Annotated[float, typer.Option(min=0.01, help="On Ray: cores per actor.")] = 1,
-    ray_gpus: Annotated[float, typer.Option(min=0, help="On Ray: GPUs per actor.")] = 0,
+    ray: RayAddress = None,
+    ray_actors: RayActors = 64,
+    ray_cpus: RayCpus = 1,
+    ray_gpus: RayGpus = 0,
 ) -> None:
     """Explain any number of images, and resume an interrupted run.
 

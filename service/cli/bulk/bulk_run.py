@@ -12,11 +12,11 @@ from rich.markup import escape
 
 from service import logs
 from service.cli.bulk.inputs import Input, list_inputs
-from service.cli.bulk.job import BulkJob, RayResources, Stopped
+from service.cli.bulk.job import BulkJob, RayResources, Stopped, no_ray
 from service.cli.bulk.result_folder import ResultFolder, Row, open_results
 from service.cli.bulk.shards import Shard, split_into_shards
 from service.cli.flags import ERR, print_left_out
-from service.errors import ConfigurationError, install_hint
+from service.errors import ConfigurationError
 from service.images.image_files import text_of
 
 
@@ -62,9 +62,7 @@ def _finished(
     try:
         from service.cli.bulk.on_ray import explain_on_ray  # noqa: PLC0415 - an extra
     except ModuleNotFoundError as error:
-        raise ConfigurationError(
-            f"--ray needs {error.name}, which is not installed: {install_hint('ray')}."
-        ) from error
+        raise no_ray(error) from error
     return explain_on_ray(job, shards, results, cluster, stopped)
 
 

@@ -12,6 +12,8 @@ from service.cli.bulk.identity import of_model, of_spec
 from service.cli.bulk.inputs import absolute_source
 from service.cli.bulk.result_folder import Identity, ResultFolder
 from service.cli.bulk.shards import ShardExplainer
+from service.errors import ConfigurationError, install_hint
+from service.pipeline.resolve import samples_of
 from service.settings import Settings
 
 _ANSWER_SETTINGS = ("precision", "allow_random_weights", "max_render_side")
@@ -19,6 +21,13 @@ _ANSWER_SETTINGS = ("precision", "allow_random_weights", "max_render_side")
 
 Stopped = Callable[[], int]
 """Returns the number of the signal that stops the run, or 0."""
+
+
+_SINCE_0_1_0 = frozenset(
+    {"at", "contrast", "contrast_weight", "correction", "of", "uncertainty", "verify"}
+)
+"""Options that folders of 0.1.0 do not have, or have as null, whose runs resume: defaults are left
+out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +43,12 @@ class BulkJob:
 
         Raises ConfigurationError for the models' settings, OSError for their files.
         """
-        options = self.options.model_dump(mode="json")
-        if options["verify"] == "false":  # unknown to folders of 0.1.0, whose runs resume
-            del options["verify"]
+        options = {
+            name: value
+            for name, value in self.options.model_dump(mode="json").items()
+            if name not in _SINCE_0_1_0 or value != ExplainOptions.model_fields[name].get_default()
+        }
+        options["samples"] = samples_of(self.options, self.options.method)
         return {
             "source": absolute_source(source),
             "column": column if source.endswith(".parquet") else None,
@@ -72,3 +84,10 @@ class RayResources:
     actors: int
     cpus: float
     gpus: float
+
+
+def no_ray(error: ModuleNotFoundError) -> ConfigurationError:
+    """The error of `--ray` where Ray is not installed."""
+    return ConfigurationError(
+        f"--ray needs {error.name}, which is not installed: {install_hint('ray')}."
+    )

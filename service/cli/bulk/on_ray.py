@@ -37,32 +37,52 @@ def explain_on_ray(
     Once `stopped`, it ends with the next finished shard; unfinished ones are lost. Raises
     ConfigurationError for what an actor refuses.
     """
+    with connected(cluster), Progress(console=ERR, disable=not ERR.is_terminal) as bars:
+        tasks = [{"shard": pickle.dumps(shard)} for shard in shards]
+        finished = mapped(_Explainer, (_of_one_actor(job, cluster), results), tasks, cluster)
+        bar = bars.add_task("explaining", total=sum(len(shard.inputs) for shard in shards))
+        yield _rows_of(finished, lambda count: bars.advance(bar, count), stopped)
+
+
+@contextmanager
+def connected(cluster: RayResources) -> Iterator[None]:
+    """Use a cluster until the `with` ends."""
     ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
     try:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.execution_options.verbose_progress = False
-        tasks = ray.data.from_items(
-            [{"shard": pickle.dumps(shard)} for shard in shards], override_num_blocks=len(shards)
-        )
-        finished = tasks.map(
-            _Explainer,
-            fn_constructor_args=(_of_one_actor(job, cluster), results),
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=cluster.actors),
-            num_cpus=cluster.cpus,
-            num_gpus=cluster.gpus or None,
-        )
-        with Progress(console=ERR, disable=not ERR.is_terminal) as bars:
-            bar = bars.add_task("explaining", total=sum(len(shard.inputs) for shard in shards))
-            yield _rows_of(finished, lambda count: bars.advance(bar, count), stopped)
+        yield
     finally:
         ray.shutdown()
 
 
+def mapped(
+    actor: type, arguments: tuple[Any, ...], tasks: list[dict[str, Any]], cluster: RayResources
+) -> Any:
+    """The data set of what actors answer for tasks, one block for each.
+
+    actor: made of the arguments on a node; its call takes a task and returns an answer.
+    """
+    return ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
+        actor,
+        fn_constructor_args=arguments,
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=cluster.actors),
+        num_cpus=cluster.cpus,
+        num_gpus=cluster.gpus or None,
+    )
+
+
+def answers(finished: Any) -> Iterator[dict[str, Any]]:
+    """Each answer of actors as it comes. Raises ConfigurationError for one with `refused`."""
+    for answer in finished.iter_rows():
+        if answer["refused"]:
+            raise ConfigurationError(answer["refused"])
+        yield answer
+
+
 def _rows_of(finished: Any, advance: Any, stopped: Stopped) -> Iterator[list[Row]]:
-    for task in finished.iter_rows():
-        if task["refused"]:
-            raise ConfigurationError(task["refused"])
+    for task in answers(finished):
         rows: list[Row] = pickle.loads(task["rows"])  # noqa: S301 - written by our own actor
         advance(len({row["path"] for row in rows}))  # a detector has several rows an image
         yield rows

@@ -61,11 +61,11 @@ SCHEMA = pa.schema(
 its regions, the rows of an image together. `detection` and `box` (x, y, w, h in source pixels) are
 of a detection, `area` of a mask. An image in which nothing is found has one row without a class.
 
-`margin` (of the two best scores) and `entropy` (0 certain, 1 undecided) of a classifier are for
-labeling the uncertain images first. `overlays` and `heatmaps` are paths below DST, one per
-explained class; `verdict` and its numbers are of the first one's map, null without `--verify`;
-`answer` is the JSON of /explain for the image, in its first row. A row has these, or it has the
-error."""
+`margin` (of the two best probabilities, 0 undecided) and `entropy` (0 certain, 1 undecided) of a
+classifier are for labeling the uncertain images first. `overlays` and `heatmaps` are paths below
+DST, one per explained class; `verdict` and its numbers are of the first one's map, null without
+`--verify`; `answer` is the JSON of /explain for the image, in its first row. A row has these, or it
+has the error."""
 
 Row = dict[str, Any]
 

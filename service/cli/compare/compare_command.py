@@ -39,7 +39,10 @@ def compare(  # noqa: PLR0913, PLR0917 - a command's parameters are its flags
         Path | None,
         typer.Option(help="COCO file of the objects, to measure evidence off them."),
     ] = None,
-    method: Annotated[str, typer.Option(help="Method of the maps.")] = "gradcam",
+    method: Annotated[
+        str | None,
+        typer.Option(help="Method of the maps; default: gradcam, of detectors hirescam."),
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(help="Report as one self-contained .html file.")
     ] = None,
@@ -56,7 +59,7 @@ def compare(  # noqa: PLR0913, PLR0917 - a command's parameters are its flags
     """Compare two models on the same images: labels, scores, and where their evidence lies.
 
     Exit code 1: a gate of --fail-on refuses B. A file that cannot be read is listed; it refuses B
-    only if A can answer it.
+    only if A can answer it. Of detectors, detections are compared.
     """
     from service.cli.compare.compare_run import Destinations, run  # noqa: PLC0415 - loads torch
 

@@ -60,7 +60,7 @@ def run(  # noqa: PLR0917 - what the command takes
     folder: str,
     fail_on: Sequence[str],
     masks_file: Path | None,
-    method: str,
+    method: str | None,
     outputs: Destinations,
 ) -> None:
     """Compare two models; exits with code 1 if a gate refuses the second one.
@@ -100,9 +100,10 @@ def run(  # noqa: PLR0917 - what the command takes
         raise typer.Exit(1)
 
 
-def _check(method: str, outputs: Destinations) -> None:
+def _check(method: str | None, outputs: Destinations) -> None:
     """Raises ConfigurationError before any work."""
-    explain_options(method=method)  # raises for another name
+    if method is not None:
+        explain_options(method=method)  # raises for another name
     for flag, path in (("--report", outputs.report), ("--junit", outputs.junit)):
         if path is not None and not path.absolute().parent.is_dir():
             raise ConfigurationError(f"{flag} {path}: there is no folder {path.parent}.")
@@ -114,8 +115,6 @@ def _load(settings: Settings, given: tuple[str, str]) -> tuple[LoadedModel, Load
     """Load both models; equal names become A and B."""
     load = model_loader(settings.uncompiled())
     one, other = (load(one_model(settings, text)) for text in given)
-    for model in (one, other):
-        model.check_classifies("camserve compare")
     if one.name == other.name:
         one, other = (
             replace(model, spec=replace(model.spec, name=f"{model.name} ({letter})"))
@@ -138,6 +137,8 @@ def _check_any(comparison: Comparison) -> None:
     """Raises ConfigurationError if no image could be compared."""
     if comparison.overall.images or comparison.left_out:
         return
+    if not comparison.failed:
+        raise ConfigurationError("neither model detects anything in these images.")
     first = comparison.failed[0]
     raise ConfigurationError(
         f"none of {len(comparison.failed)} images could be compared; {text_of(first.name)}: "

@@ -26,9 +26,16 @@ from service.errors import ConfigurationError
 from service.images.image_files import text_of
 from service.inference.questions import Explanation
 from service.models.loaded import LoadedModel
+from service.pipeline.resolve import method_of
+from service.pipeline.response import geometry_of
 
 SIDE = 720
 """Longer side of an image, in pixels."""
+
+LISTED = 20
+"""Boxes that are listed of an image; a detector may find a hundred."""
+
+NOTHING = "nothing found"
 
 FLAGS = {
     "all_zero": "The map is zero everywhere: there is no evidence for this class.",
@@ -36,6 +43,9 @@ FLAGS = {
     "saturated": "The score is at its limit: it hardly changes.",
     "low_resolution": "The layer has few cells; an earlier layer has a finer grid.",
     "random_weights": "The weights are random: this map is meaningless.",
+    "not_per_box": "This method averages over the image: its map shows other objects, too.",
+    "edge_clipped": "The edge is at the border of the image: nothing in the image moves it.",
+    "layer_not_used": "This box or region does not depend on the layer.",
 }
 
 
@@ -77,7 +87,7 @@ class HtmlReport:
         card = _card(outcome)
         with self._lock:
             self._cards[outcome.name] = card
-            self._labels[_best(outcome).label] += 1
+            self._labels[_title(outcome)[0]] += 1
 
     def _page(self) -> str:
         files = resources.files("service.cli.report")
@@ -103,8 +113,10 @@ where the model found evidence for the named class, not whether the prediction i
     def _header(self) -> str:
         facts = {
             "model": f"{self._model.name} {self._model.version}",
-            "method": self._options.method,
-            "layer": ", ".join(self._options.layer) or self._model.target_layer or "none",
+            "method": method_of(self._model, self._options),
+            "layer": ", ".join(self._options.layer or self._model.default_layers)
+            or self._model.target_layer
+            or "none",
             "images": str(len(self._cards)),
         }
         if self._options.contrast:
@@ -131,28 +143,49 @@ where the model found evidence for the named class, not whether the prediction i
 </section>"""
 
 
-def _best(outcome: Explained) -> Prediction:
-    assert outcome.result.predictions
-    return outcome.result.predictions[0]
+def _title(outcome: Explained) -> tuple[str, float]:
+    """The best prediction and its score, 0 where a detector finds nothing."""
+    found = outcome.result.predictions
+    return (found[0].label, found[0].score) if found else (NOTHING, 0.0)
 
 
 def _card(outcome: Explained) -> str:
-    best = _best(outcome)
+    label, score = _title(outcome)
     mark = hashlib.sha256(text_of(outcome.name).encode()).hexdigest()[:12]
     figures = "".join(
-        _figure(outcome, explanation, wire.verify, mark, first=not index)
+        _figure(outcome, explanation, wire.verify, mark, index)
         for index, (explanation, wire) in enumerate(
             zip(outcome.answer.explanations, outcome.result.explanations or [], strict=True)
         )
     )
     notes = "".join(map(_note, _hidden(outcome.result)))
-    return f"""<article data-label="{escape(best.label)}" data-score="{best.score:.6f}">
-{figures}
-<h2>{escape(best.label)} <b>{best.score:.1%}</b></h2>
+    shown = f" <b>{score:.1%}</b>" if outcome.result.predictions else ""
+    return f"""<article data-label="{escape(label)}" data-score="{score:.6f}">
+{figures or _plain(outcome)}
+<h2>{escape(label)}{shown}</h2>
 <p class="name">{escape(text_of(outcome.path))}</p>
 <ol>{_others(outcome.result.predictions or [])}</ol>
 {notes}
 </article>"""
+
+
+def _plain(outcome: Explained) -> str:
+    """Return the image alone, of one without an explanation."""
+    preview = scaled_down(outcome.upload, SIDE).preview
+    assert preview is not None
+    data = _data("image/jpeg", encode(preview, "jpeg"))
+    return f'<figure><img alt="{escape(text_of(outcome.path))}" src="{data}"></figure>'
+
+
+def _box(explanation: Explanation, scale: float) -> str:
+    """Return the outline of the explained box, white on black."""
+    if explanation.box is None:
+        return ""
+    edges = " ".join(
+        f'{name}="{value * scale:.1f}"'
+        for name, value in zip(("x", "y", "width", "height"), explanation.box, strict=True)
+    )
+    return f'<rect class="box under" {edges}/><rect class="box" {edges}/>'
 
 
 def _note(text: str) -> str:
@@ -164,8 +197,7 @@ def _figure(
     explanation: Explanation,
     verdict: Verification | None,
     mark: str,
-    *,
-    first: bool,
+    index: int,
 ) -> str:
     """Return the map over the image, which is in the page once for all its maps."""
     upload, options = scaled_down(outcome.upload, SIDE), outcome.options
@@ -173,7 +205,8 @@ def _figure(
     height, width = upload.preview.shape[:2]
     geometry = upload.model_input.geometry
     style = Style("source", options.colormap, "jpeg", options.opacity)
-    heat = render_heatmap(explanation.grid, geometry, style, max(width, height))
+    covered = geometry_of(upload, explanation)
+    heat = render_heatmap(explanation.grid, covered, style, max(width, height))
     scale = width / upload.width
     seen = " ".join(
         f'{name}="{value * scale:.1f}"'
@@ -181,11 +214,11 @@ def _figure(
     )
     size = f'width="{width}" height="{height}"'
     source = f'<use href="#image-{mark}"/>'
-    if first:
+    if index == 0:
         data = _data("image/jpeg", encode(upload.preview, "jpeg"))
         source = f'<image id="image-{mark}" {size} href="{data}"/>'
     label = outcome.model.labels[explanation.class_id]
-    clip = f"seen-{mark}-{explanation.class_id}"
+    clip = f"seen-{mark}-{index}"
     alternative = f"{text_of(outcome.path)}: evidence for {label}"
     flags = [FLAGS.get(flag, flag.replace("_", " ")) for flag in explanation.flags]
     is_named = flags or len(outcome.answer.explanations) > 1
@@ -196,7 +229,8 @@ def _figure(
 <svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(alternative)}">
 <clipPath id="{clip}"><rect {seen}/></clipPath>
 {source}<g class="heat"><image {size} clip-path="url(#{clip})" preserveAspectRatio="none"
- href="{_data(heat.media_type, heat.data)}"/></g><rect class="seen" {seen}/></svg></button>
+ href="{_data(heat.media_type, heat.data)}"/></g><rect class="seen" {seen}/>
+{_box(explanation, scale)}</svg></button>
 {f"<figcaption>{caption}</figcaption>" if caption else ""}</figure>"""
 
 
@@ -236,7 +270,8 @@ def _numbers(found: Verification) -> Iterator[tuple[str, str]]:
 def _others(predictions: Sequence[Prediction]) -> str:
     return "".join(
         f"<li><span>{escape(p.label)}</span> {_bar(p.score)} <b>{p.score:.1%}</b></li>"
-        for p in predictions
+        for number, p in enumerate(predictions)
+        if p.box is None or number < LISTED
     )
 
 

@@ -2,7 +2,8 @@
 
 https://kserve.github.io/website/docs/concepts/architecture/data-plane/v1-protocol defines it.
 `predictions` has for each instance the `predictions` of `/predict`, best first; `explanations` the
-`explanations` of `/explain`. Options go into `parameters`, or into the query.
+`explanations` of `/explain`. Options go into `parameters`, or into the query; with `uncertainty`
+there is the margin and the entropy of each instance.
 """
 
 from __future__ import annotations
@@ -156,6 +157,8 @@ def _respond(replies: Sequence[Reply]) -> Response:
     ]
     dumped = [image.model_dump(exclude_unset=True) for image in results]
     content = {"predictions": [image["predictions"] for image in dumped]}
+    if replies[0].options.uncertainty:
+        content["uncertainty"] = [image["uncertainty"] for image in dumped]
     if isinstance(replies[0].options, ExplainOptions):
         content["explanations"] = [image["explanations"] for image in dumped]
     return json_response(content)

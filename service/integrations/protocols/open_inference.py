@@ -252,6 +252,8 @@ def _options(infer_request: InferRequest, wanted: _Wanted, default: Sequence[str
     names = {name for name, _, _ in wanted.outputs}
     protocols = ("binary_data_output", "values", "layout")
     given = {k: v for k, v in (infer_request.parameters or {}).items() if k not in protocols}
+    if "uncertainty" in given:
+        raise InvalidOption("Here `uncertainty` is the outputs `margin` and `entropy`; name them.")
     if default is outputs.OF_INFER and not names & outputs.EXPLAINING:
         return options(PredictOptions, given)
     # Other parts of `include` are for `explain`, which has the heatmap if both are requested.

@@ -10,6 +10,8 @@ grid        FP32      (n, targets, rows, cols)   their maps, in the layer's shap
 heatmap     BYTES     (n, targets)               their maps in colors, at image size, PNG files
 overlay     BYTES     (n, targets)               the heatmap over the image
 explain     BYTES     (n, targets)               the explanations of `/explain`, JSON
+margin      FP32      (n)                        as `uncertainty` of `/predict`, 0 undecided
+entropy     FP32      (n)                        as `uncertainty` of `/predict`, 1 undecided
 
 Those of a detector have `num_detections` entries for an image, and zeros or empty texts behind them
 up to the most of an image:
@@ -84,8 +86,9 @@ def described(model: LoadedModel) -> list[dict[str, Any]]:
         ]
     classes = len(model.labels)
     shapes = {"scores": [-1, classes], "logits": [-1, classes], "grid": [-1, -1, -1, -1]}
+    shapes |= {"margin": [-1], "entropy": [-1]}
     types = {"class_ids": "INT64", "targets": "INT64", "scores": "FP32", "logits": "FP32"}
-    types["grid"] = "FP32"
+    types |= dict.fromkeys(("grid", "margin", "entropy"), "FP32")
     return [
         {"name": name, "datatype": types.get(name, "BYTES"), "shape": shapes.get(name, [-1, -1])}
         for name in MAKERS
@@ -134,7 +137,7 @@ def _bytes_of(name: str, classes: int, sizes: AnswerSizes, source: Size, *, bina
         return sizes.maps * int(1.3 * sizes.explanation(source))
     if name == "grid":
         return sizes.maps * math.prod(sizes.cells) * number
-    if name == "targets":
+    if name in {"targets", "margin", "entropy"}:
         return sizes.maps * number
     return count * number if name in {"boxes", "scores", "logits"} else sizes.predictions()
 
@@ -224,6 +227,18 @@ def _explanations(reply: Reply) -> list[str]:
     return [orjson.dumps(explanation).decode() for explanation in explanations]
 
 
+def _margin(replies: Sequence[Reply]) -> Output:
+    return _of_image("margin", [reply.answered.inference.margin for reply in replies])
+
+
+def _entropy(replies: Sequence[Reply]) -> Output:
+    return _of_image("entropy", [reply.answered.inference.entropy for reply in replies])
+
+
+def _of_image(name: str, numbers: Sequence[float]) -> Output:
+    return Output(name, "FP32", (len(numbers),), np.array(numbers, dtype=np.float32))
+
+
 def _explained(replies: Sequence[Reply]) -> Iterator[tuple[Reply, ExplainOptions, Explanation]]:
     for reply in replies:
         assert isinstance(reply.options, ExplainOptions)
@@ -246,6 +261,8 @@ MAKERS: Mapping[str, Callable[[Sequence[Reply]], Output]] = MappingProxyType(
         "heatmap": _heatmap,
         "overlay": _overlay,
         "explain": _explain,
+        "margin": _margin,
+        "entropy": _entropy,
     }
 )
 

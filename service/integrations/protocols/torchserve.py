@@ -151,6 +151,11 @@ async def _answer(
                 "An answer of this protocol is the map alone, without a place for a verdict; use "
                 f"/explain?verify={chosen.verify}."
             )
+        if chosen.uncertainty:
+            raise InvalidOption(
+                "An answer of this protocol has no place for `uncertainty`; use POST /predict, or "
+                "the output `margin` or `entropy` of the Open Inference Protocol."
+            )
         return Plan([ImageRequest(image, chosen) for image in images], _respond, price=_price)
 
     return await answer(request, named(service, name, version), read)

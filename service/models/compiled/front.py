@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -18,6 +21,24 @@ _CORRECTED = ("norm", "softmax", "attention", "gelu", "silu", "hardswish")
 """In the names of operators for which a correction of gradients may have a rule."""
 
 
+is_alone: ContextVar[bool] = ContextVar("is_alone", default=False)
+"""Whether a replica that runs compiled parts may use all cores; see `Front`."""
+
+
+@contextmanager
+def alone(value: bool) -> Iterator[None]:
+    """Set `is_alone` inside the `with`."""
+    token = is_alone.set(value)
+    try:
+        yield
+    finally:
+        is_alone.reset(token)
+
+
+class NotCompiled(Exception):
+    """Why a model has no compiled lane; the sentence is shown in `/models`."""
+
+
 class Front(Protocol):
     """Maps pixels, uint8 (B, C, h, w) on the CPU, to what crosses the cut; see `cut.split`.
 
@@ -26,7 +47,19 @@ class Front(Protocol):
     runs, so that it may use all cores.
     """
 
-    def __call__(self, pixels: Tensor, *, wide: bool = False) -> tuple[Tensor, ...]: ...
+    def __call__(self, pixels: Tensor, /, *, wide: bool = False) -> tuple[Tensor, ...]: ...
+
+    def release(self) -> None:
+        """Free what the next batch can have again, while none runs: after the trials at load."""
+
+
+class Program(Protocol):
+    """Maps the tensors that a part of a model takes to those that it returns, in new memory.
+
+    float32 (B, C, h, w) of any size; see `compiled.parts`, and `Front` for threads and `wide`.
+    """
+
+    def __call__(self, *inputs: Tensor, wide: bool = False) -> tuple[Tensor, ...]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,3 +142,12 @@ class Normalised(nn.Module):
         """uint8 (B, C, h, w) to the output of the module for the normalised pixels."""
         values = (pixels.to(torch.float32) / 255 - self.mean) / self.std
         return self.module(values.contiguous(memory_format=self.memory_format))
+
+
+def difference(expected: Tensor, actual: Tensor) -> float:
+    """The largest difference as a share of the largest value; infinite if shapes differ or NaN."""
+    if expected.shape != actual.shape or not bool(actual.isfinite().all()):
+        return float("inf")
+    largest = float(expected.abs().max())
+    gap = float((expected - actual).abs().max())
+    return gap / largest if largest else gap

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -20,7 +21,16 @@ from service.errors import first_line
 from service.models.catalog import Floating
 from service.models.compiled.cut import Uncuttable, split
 from service.models.compiled.exported import split_exported
-from service.models.compiled.front import CompiledLane, Front, Parity, Tolerance
+from service.models.compiled.front import (
+    CompiledLane,
+    Front,
+    NotCompiled,
+    Parity,
+    Program,
+    Tolerance,
+    difference,
+)
+from service.models.compiled.parts import with_compiled_parts
 from service.models.loaded import LoadedModel
 from service.models.probes.sensitivity import natural_noise
 from service.models.probes.torch_state import kept_torch_state
@@ -33,10 +43,6 @@ TOLERANCES: Mapping[Floating, Tolerance] = {
     "bf16": Tolerance(0.15, 0.1, 0.1),
 }
 """Differences due to rounding. bf16 rounds by up to 1/256 in every operation."""
-
-
-class NotCompiled(Exception):
-    """Why a model has no compiled lane; the sentence is shown in `/models`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +68,41 @@ class Compiler:
         Raises ConfigurationError as `lane` does.
         """
         try:
+            if model.task != "classification":
+                return self._with_parts(model)
             return replace(model, compiled=self.lane(model), not_compiled=None)
         except NotCompiled as error:
             _log.info("front_not_compiled", model=model.name, detail=f"{error}")
             return replace(model, not_compiled=f"{error}")
+
+    def _with_parts(self, model: LoadedModel) -> LoadedModel:
+        """A detector or a segmenter in float32, whatever precision is configured."""
+        behaves = model.behaviour
+        if not (behaves.isolated and behaves.batchable and behaves.deterministic):
+            # It could not be compared.
+            raise NotCompiled(next(one.result for one in model.findings if not one.passed))
+        try:
+            return with_compiled_parts(model, partial(self._part, model), TOLERANCES["float32"])
+        except NotCompiled:
+            raise
+        except Exception as error:  # a user's module may raise anything without its own backbone
+            raise NotCompiled(f"it cannot be compiled: {first_line(error)}") from error
+
+    def _part(
+        self,
+        model: LoadedModel,
+        module: nn.Module,
+        examples: Sequence[Tensor],
+        path: str,
+        *,
+        reconvert: bool,
+    ) -> Program:
+        from service.models.compiled import openvino_front  # noqa: PLC0415 - as in _on_the_cpu
+
+        graph = openvino_front.converted(
+            module, examples, self.cache, f"{identity(model)} {path}", reconvert=reconvert
+        )
+        return openvino_front.OpenVinoFront(graph, self.streams, self.single_request_threads)
 
     def lane(self, model: LoadedModel) -> CompiledLane:
         """The compiled lane of a model.
@@ -111,6 +148,7 @@ class Compiler:
                 front, tail, batches = self._on_its_device(model, layer, precision)
             lane = CompiledLane(layer, front, tail, precision=precision)
             parity = parity_on(model, lane, _parity_images(model, batches))
+            front.release()
         except Uncuttable as error:
             raise NotCompiled(f"{error}.") from error
         except NotCompiled:
@@ -230,9 +268,9 @@ def parity_on(model: LoadedModel, lane: CompiledLane, batches: Iterable[Tensor])
             )
         ]
         worst = Parity(
-            max(worst.activation, _difference(expected.detach(), lane_activation.detach())),
-            max(worst.map, _difference(*maps)),
-            max(worst.logits, _difference(logits.detach(), lane_logits.detach())),
+            max(worst.activation, difference(expected.detach(), lane_activation.detach())),
+            max(worst.map, difference(*maps)),
+            max(worst.logits, difference(logits.detach(), lane_logits.detach())),
         )
     return worst
 
@@ -252,12 +290,3 @@ def _parity_images(model: LoadedModel, batches: Sequence[int]) -> Iterator[Tenso
             continue
         white = torch.randn(batch, channels, height, width, generator=generator)
         yield (white * 50 + 120).clamp(0, 255).to(torch.uint8)
-
-
-def _difference(expected: Tensor, actual: Tensor) -> float:
-    """The largest difference as a share of the largest value; infinite if shapes differ or NaN."""
-    if expected.shape != actual.shape or not bool(actual.isfinite().all()):
-        return float("inf")
-    largest = float(expected.abs().max())
-    gap = float((expected - actual).abs().max())
-    return gap / largest if largest else gap

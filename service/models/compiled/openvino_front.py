@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import threading
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,6 +16,7 @@ from typing import Any, TypeAlias
 import openvino
 import structlog
 import torch
+from openvino._offline_transformations import apply_moc_transformations
 from openvino.frontend import FrontEndManager
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from torch import Tensor, nn
@@ -64,7 +66,8 @@ class OpenVinoFront:
         largest: int = 1,
     ) -> None:
         hint = "bf16" if precision == "bf16" else "f32"
-        is_small = bytes_of_weights(graph) <= FIXED_UP_TO
+        has_size = graph.inputs[0].get_partial_shape()[1:].is_static
+        is_small = has_size and bytes_of_weights(graph) <= FIXED_UP_TO
         alone = {1} if is_small else set()
         together = {largest} if is_small and largest <= FIXED_BATCH else set()
         if single_request_threads > 1:
@@ -74,8 +77,13 @@ class OpenVinoFront:
             self._narrow = self._wide = _Programs(graph, streams, streams, hint, together | alone)
         self.trials = [1, 1, 3, 2, min(largest, FIXED_BATCH)]
 
-    def __call__(self, pixels: Tensor, *, wide: bool = False) -> tuple[Tensor, ...]:
-        return (self._wide if wide else self._narrow)(pixels)
+    def __call__(self, *inputs: Tensor, wide: bool = False) -> tuple[Tensor, ...]:
+        return (self._wide if wide else self._narrow)(*inputs)
+
+    def release(self) -> None:
+        for programs in (self._narrow, self._wide):
+            programs.release()
+        _release_files()
 
 
 class _Programs:
@@ -94,8 +102,12 @@ class _Programs:
             for _ in range(streams):
                 program(torch.zeros(*of_size.inputs[0].shape, dtype=torch.uint8))
 
-    def __call__(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        return self._fixed.get(len(pixels), self._any)(pixels)
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return self._fixed.get(len(inputs[0]), self._any)(*inputs)
+
+    def release(self) -> None:
+        """Free the activations of the program for any size; the others keep theirs on purpose."""
+        self._any.release()
 
 
 class _Program:
@@ -116,17 +128,21 @@ class _Program:
         self._lock = threading.Lock()
         self._idle: list[Any] = []
 
-    def __call__(self, pixels: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         with self._request() as request:
             # Into the request's own memory: with shared inputs OpenVINO 2026.4 writes into the
             # array of an earlier caller, and its own copying takes longer.
-            input_tensor = request.get_input_tensor(0)
-            input_tensor.shape = pixels.shape
-            input_tensor.data[:] = pixels.numpy()
-            request.infer(share_outputs=True)
+            for number, values in enumerate(inputs):
+                input_tensor = request.get_input_tensor(number)
+                input_tensor.shape = values.shape
+                input_tensor.data[:] = values.numpy()
+            outputs = request.infer(share_outputs=True).to_tuple()
             # Copied: the next user of the request overwrites its memory.
-            outputs = (request.get_output_tensor(i) for i in range(len(self._compiled.outputs)))
-            return tuple(torch.from_numpy(output.data.copy()) for output in outputs)
+            return tuple(torch.from_numpy(output.copy()) for output in outputs)
+
+    def release(self) -> None:
+        """Free activations; the next batch allocates them again. No batch may run."""
+        self._compiled.release_memory()
 
     @contextmanager
     def _request(self) -> Iterator[Any]:
@@ -136,6 +152,24 @@ class _Program:
         # A request that raised is not reused.
         with self._lock:
             self._idle.append(request)
+
+
+_MADV_DONTNEED = 4
+
+
+def _release_files() -> None:
+    """Unload the pages of mapped graphs, which are packed by now; a use reads the file again.
+
+    With Linux alone, which also would unload them, but only when it needs their memory.
+    """
+    maps, madvise = Path("/proc/self/maps"), getattr(ctypes.CDLL(None), "madvise", None)
+    if madvise is None or not maps.exists():
+        return
+    for line in maps.read_text().splitlines():
+        addresses, mode, *_, name = line.split(maxsplit=5)
+        if mode == "r--s" and name.endswith(".bin"):
+            begin, end = (int(each, 16) for each in addresses.split("-"))
+            madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_DONTNEED)
 
 
 def bytes_of_weights(graph: Graph) -> int:
@@ -157,7 +191,13 @@ def has_bf16() -> bool:
 
 
 def graph_of(
-    model: LoadedModel, front: nn.Module, cache: Path | None, key: str, *, reconvert: bool = False
+    model: LoadedModel,
+    front: nn.Module,
+    cache: Path | None,
+    key: str,
+    *,
+    reconvert: bool = False,
+    fuse: bool = True,
 ) -> Graph:
     """The graph of a model's front, from uint8 pixels; see `converted`."""
     preprocessing = model.preprocessing
@@ -167,27 +207,38 @@ def graph_of(
         cache,
         key,
         reconvert=reconvert,
+        fuse=fuse,
     )
 
 
 def converted(
-    module: nn.Module, example: Tensor, cache: Path | None, key: str, *, reconvert: bool = False
+    module: nn.Module,
+    example: Tensor | Sequence[Tensor],
+    cache: Path | None,
+    key: str,
+    *,
+    reconvert: bool = False,
+    fuse: bool = True,
 ) -> Graph:
     """A module as OpenVINO's graph for any batch size; from the cache if present.
 
-    example: uint8 (1, C, h, w). cache: a folder, created if needed; None: no cache.
+    example: uint8 (1, C, h, w); or float32 (1, C, h, w) for each argument of the module, whose
+            graph is for any height and width.
+    cache:   a folder, created if needed; None: no cache.
     key:     what the graph depends on, besides the versions of torch and OpenVINO.
     reconvert: convert in any case, and replace the cached graph.
+    fuse:    fuse operators now, with the numbers that compiling gives. Otherwise each compiled
+             program does it and keeps fused weights of its own.
 
     Raises the errors of torch's tracer and OpenVINO's converter.
     """
     if cache is None:
-        return _convert(module, example)
-    text = f"{key} torch {torch.__version__} openvino {openvino.__version__}"
+        return _convert(module, example, fuse)
+    text = f"{key} torch {torch.__version__} openvino {openvino.__version__} fused {fuse}"
     path = cache / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.xml"
     if not reconvert and path.exists() and path.with_suffix(".bin").exists():
         return openvino.Core().read_model(path)
-    graph = _convert(module, example)
+    graph = _convert(module, example, fuse)
     try:
         return _saved(graph, path)
     except OSError as error:
@@ -195,15 +246,20 @@ def converted(
         return graph
 
 
-def _convert(module: nn.Module, example: Tensor) -> Graph:
+def _convert(module: nn.Module, example: Tensor | Sequence[Tensor], fuse: bool) -> Graph:
+    examples = (example,) if isinstance(example, Tensor) else tuple(example)
     # Not openvino.convert_model, which sends telemetry over the network.
     frontend = FrontEndManager().load_by_framework("pytorch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit.trace warns about every constant
-        decoder = TorchScriptPythonDecoder(module, example_input=(example,))
+        decoder = TorchScriptPythonDecoder(module, example_input=examples)
         graph = frontend.convert(frontend.load(decoder))
-    graph.inputs[0].get_node().set_partial_shape(openvino.PartialShape([-1, *example.shape[1:]]))
+    for given, each in zip(graph.inputs, examples, strict=True):
+        rest = [*each.shape[1:]] if each is example else [each.shape[1], -1, -1]
+        given.get_node().set_partial_shape(openvino.PartialShape([-1, *rest]))
     graph.validate_nodes_and_infer_types()
+    if fuse:
+        apply_moc_transformations(graph, cf=False)
     return graph
 
 

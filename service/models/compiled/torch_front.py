@@ -79,6 +79,9 @@ class TorchFront:
                 return self._graphs(pixels)
         return self._run(pixels.to(self._device, non_blocking=True))
 
+    def release(self) -> None:
+        """Nothing: torch's allocator shares what it keeps."""
+
     def _run(self, pixels: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad(), self._autocast():
             # Copies: the layer may return its own input, which crosses beside its output then.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -178,24 +178,38 @@ def _class_count(output: Any, select: Select) -> int:
     return logits.shape[1]
 
 
-def with_parts(layers: Sequence[Layer]) -> tuple[Layer, ...]:
+def with_parts(
+    layers: Sequence[Layer], layout: Callable[[Layer], Layout | None] | None = None
+) -> tuple[Layer, ...]:
     """The layers, and each feature map that a layer returns in a dict or a tuple as a layer.
 
-    Its path names the part: `backbone[0]`. Only outputs (channels, height, width) are feature maps
-    here, at any aspect ratio: a detector resizes and pads its images itself.
+    Its path names the part: `backbone[0]`. layout: that of a layer; by default only outputs
+    (channels, height, width) are feature maps, at any aspect ratio: a detector resizes and pads its
+    images itself.
     """
     found: list[Layer] = []
     for layer in layers:
-        shape = layer.shape or ()
-        is_map = layer.layout is not None and len(shape) == 3
-        layout = Layout("chw", (shape[1], shape[2])) if is_map else None
-        found.append(replace(layer, layout=layout))
+        found.append(replace(layer, layout=(layout or _map_layout)(layer)))
         for (part, call), shape in layer.given.items():
             if part and call == 0 and len(shape) == 4 and shape[0] == 1:
-                layout = Layout("chw", (shape[2], shape[3]))
+                of_part = Layout("chw", (shape[2], shape[3]))
                 path = f"{layer.path}{part}"
-                found.append(replace(layer, path=path, shape=shape[1:], layout=layout))
+                found.append(replace(layer, path=path, shape=shape[1:], layout=of_part))
     return tuple(found)
+
+
+def _map_layout(layer: Layer) -> Layout | None:
+    shape = layer.shape or ()
+    is_map = layer.layout is not None and len(shape) == 3
+    return Layout("chw", (shape[1], shape[2])) if is_map else None
+
+
+def query_layout(layer: Layer, size: tuple[int, int], queries: int) -> Layout | None:
+    """The layout of a layer of YOLOS: maps, and tokens of an image of `size` before the queries."""
+    shape = layer.shape or ()
+    if len(shape) != 2:
+        return _map_layout(layer)
+    return layout_of((shape[0] - queries, shape[1]), size)
 
 
 def _note(shapes: Shapes, tree: Any) -> None:
@@ -241,6 +255,34 @@ def default_target(trace: LayerTrace, layers: Sequence[Layer]) -> str | None:
         if is_map and not _passes_on(layer, trace) and channels != trace.classes:
             return path
     return None
+
+
+LEVELS = (
+    "decoder_input_proj",
+    "input_proj",
+    "input_projection",
+    "backbone.projector.scale_layers",
+    "backbone.projector",
+)
+"""Where the maps end that the decoder of a detector of Hugging Face attends to, the later first."""
+
+
+def query_levels(module: nn.Module, layers: Sequence[Layer], trace: LayerTrace) -> tuple[str, ...]:
+    """The layers of an explanation of a detector or a segmenter of Hugging Face.
+
+    Of a detector the maps that its decoder attends to; if it has no decoder (YOLOS), and of a
+    segmenter, what `default_target` says of its backbone. Empty: there is none.
+    """
+    mappable = [layer for layer in layers if layer.target]
+    for name in LEVELS:
+        at = f"model.{name}"
+        inside = [each.path for each in mappable if each.path.rpartition(".")[0] == at]
+        if paths := [each.path for each in mappable if each.path == at] or inside:
+            return tuple(paths)
+    prefix = "backbone" if hasattr(module, "backbone") else str(module.base_model_prefix)
+    order = tuple(path for path in trace.order if path.startswith(f"{prefix}."))
+    chosen = default_target(replace(trace, order=order), layers)
+    return () if chosen is None else (chosen,)
 
 
 def _is_whole(layer: Layer) -> bool:

@@ -27,7 +27,11 @@ SKIPPED = (
         True,
         "Not measured: each target has a backward pass, since one for all is not faster here.",
     ),
-    Finding("places", True, "Not measured: only maps (channels, height, width) can be layers."),
+    Finding(
+        "places",
+        True,
+        "Not measured: layers are maps (channels, height, width), or the tokens of YOLOS.",
+    ),
 )
 
 

@@ -103,7 +103,7 @@ function fitQuestion(link) {
     refused.push(`layer ${question.layer}`);
     question.layer = null;
   }
-  if (model.task !== "classification") Object.assign(question, { fit: "", verify: "" });
+  if (model.task !== "classification") Object.assign(question, { fit: "", verify: question.verify && "true" });
   question.method ??= presetMethod(model);
   const against = reasonAgainst(model, question.method);
   if (against && link) refused.push(`method ${question.method} (${against})`);

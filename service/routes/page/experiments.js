@@ -58,7 +58,7 @@ export function beforeAndAfter(bitmap, paint, edit, donor) {
 }
 
 /** The first place of a list of predictions in words. */
-const top = ([{ label, score }]) => `${label}, ${percent(score)}`;
+const top = ([best]) => (best ? `${best.label}, ${percent(best.score)}` : "nothing found");
 
 const element = (name, className, ...children) => {
   const made = Object.assign(document.createElement(name), { className });
@@ -93,7 +93,9 @@ export function cardOf({ title, image, model, result, edit, request, canvases })
     element("p", "change", element("strong", "", change.label), ` ${changeWords(change)}`),
   );
   const control = change.control ?? edit.control;
-  if (control?.n) card.append(stripOf(change.logit_change, control), element("p", "control-words", controlWords(control)));
+  if (change.overlap !== undefined) card.append(element("p", "change", stayWords(change)));
+  const own = control?.score_changes ? change.score_change : change.logit_change;
+  if (control?.n) card.append(stripOf(own, control), element("p", "control-words", controlWords(control)));
   else card.append(element("p", "control-words", "There is no other place for a control."));
   card.dataset.request = request;
   return card;
@@ -103,9 +105,16 @@ function changeWords({ score, score_change: change, logit_change: logit }) {
   return `${percent(score - change)} → ${percent(score)}: ${signed(100 * change, 1)} points, logit ${signed(logit, 2)}`;
 }
 
+/** What is left of a box or a region, in a sentence. */
+function stayWords({ box, overlap, stays }) {
+  if (!box) return `${percent(overlap)} of the region keep the class.`;
+  if (!stays) return "The box is gone.";
+  return `The box stays, with an overlap of ${percent(overlap)}.`;
+}
+
 /** What the controls say, in a sentence. */
-export function controlWords({ n, smaller, mean, low, high }) {
-  return `${smaller} of ${n} controls changed it less. Logit of the controls: ${signed(low, 2)} to ${signed(high, 2)}, mean ${signed(mean, 2)}.`;
+export function controlWords({ n, smaller, mean, low, high, score_changes: isScore }) {
+  return `${smaller} of ${n} controls changed it less. ${isScore ? "Score" : "Logit"} of the controls: ${signed(low, 2)} to ${signed(high, 2)}, mean ${signed(mean, 2)}.`;
 }
 
 /** A line of changes of the logit: a dot for each control, a bar for their mean, a diamond for the edit itself. */
@@ -119,7 +128,7 @@ function stripOf(own, control) {
     rectangle("axis", [2, 5.8, 96, 0.4]),
     rectangle("zero", [at(0) - 0.2, 2, 0.4, 8]),
     rectangle("range", [at(control.low), 5.2, at(control.high) - at(control.low), 1.6]),
-    ...control.logit_changes.map((value) => shape("circle", { class: "dot", cx: at(value), cy: 6, r: 1.3 })),
+    ...(control.score_changes ?? control.logit_changes).map((value) => shape("circle", { class: "dot", cx: at(value), cy: 6, r: 1.3 })),
     rectangle("mean", [at(control.mean) - 0.3, 3.5, 0.6, 5]),
     shape("path", { class: "own", d: `M${at(own)} 3.2l2.8 2.8l-2.8 2.8l-2.8-2.8z` }),
   );

@@ -247,7 +247,8 @@ export class Lab {
 }
 
 function path({ model, question, explanation }) {
-  const pairs = [["model", model.name], ["targets", targetOption(model, explanation.class_id)]];
+  const { box, class_id: id } = explanation;
+  const pairs = [["model", model.name], box ? ["at", box.join(",")] : ["targets", targetOption(model, id)]];
   if (question.fit) pairs.push(["fit", question.fit]);
   return `experiments?${query(pairs)}`;
 }

@@ -132,7 +132,7 @@ class BoundedConnection(HttpToolsProtocol):
     def _head_is_too_long(self, data: bytes) -> bool:
         if self._phase is _Phase.BODY:
             return False
-        end = (self._last + data).find(b"\r\n\r\n")
+        end = (self._last + data if self._last else data).find(b"\r\n\r\n")
         self._head_bytes += len(data) if end < 0 else end
         self._last = data[-3:]  # the end may come in two pieces
         if self._arriving is not None:
@@ -251,6 +251,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
+        cycle.transport = self._outbox.packet
         if getattr(self.config.app.state, "is_retiring", False):  # type: ignore[union-attr]
             cycle.keep_alive = False  # the next request goes to another process
 

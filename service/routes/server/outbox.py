@@ -21,10 +21,45 @@ LOOK_SECONDS = 1.0
 Message = MutableMapping[str, Any]
 
 
+class OnePacket(asyncio.Transport):
+    """Writes the head of a response together with the first bytes of its body.
+
+    uvicorn writes them one after the other, and uvloop sends each at once: two system calls and two
+    packets, both under the GIL.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._head: list[bytes] = []
+        self.holds = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Send, or hold while `holds`."""
+        self._head.append(bytes(data))
+        if not self.holds:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what is held."""
+        self.holds, head, self._head = False, self._head, []
+        if head:
+            self._transport.writelines(head)
+
+    def close(self) -> None:
+        """Close the connection once everything is sent."""
+        self.flush()
+        self._transport.close()
+
+    def is_closing(self) -> bool:
+        """Whether the connection is closed or about to be."""
+        return self._transport.is_closing()
+
+
 class Outbox:
     """Waits until responses are sent, and aborts the connection if the client does not read them.
 
     client: its address, for the log.
+    packet: the transport for what uvicorn writes.
     """
 
     def __init__(
@@ -34,6 +69,7 @@ class Outbox:
         transfers: Transfers,
         client: str,
     ) -> None:
+        self.packet = OnePacket(transport)
         self._transport = transport
         self._flow = flow
         self._transfers = transfers
@@ -54,7 +90,10 @@ class Outbox:
         Up to 64 KiB, which the transport buffers, are not waited for.
         """
         self._held = held
+        self.packet.holds = message["type"] == "http.response.start"
         await send(message)
+        if not self.packet.holds:
+            self.packet.flush()  # the head of a response without a body
         self._written += len(message.get("body", b""))
         self.watch()
         if message["type"] == "http.response.body" and not message.get("more_body", False):
