@@ -48,7 +48,7 @@ def scored_boxes(dataset: fo.Dataset) -> dict[str, Any]:
                     "score": each.confidence,
                     "box": each.bounding_box,
                     "verdict": each["ev"],
-                    "iou": each["ev_iou"],
+                    "iou": getattr(each, "ev_iou", None),  # of a miss FiftyOne sets no field
                     "of": each["ev_id"] and true[each["ev_id"]].bounding_box,
                 }
                 for each in sample["boxes"].detections
