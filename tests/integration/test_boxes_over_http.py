@@ -71,13 +71,12 @@ def test_a_prediction_is_a_box_and_an_explanation_names_it(client: TestClient) -
     assert result.seen == (0, 0, 90, 70)
 
 
-def test_the_lanes_of_a_detector_are_listed_and_a_layer_inside_is_explained(
-    client: TestClient,
-) -> None:
-    lanes = {each["name"]: each for each in client.get("/models/faster_rcnn").json()["lanes"]}
+def test_the_lanes_of_a_detector_are_listed_and_a_layer_inside_is_explained(serve) -> None:
+    with serve(models=("detectors:faster_rcnn",), compile=True) as client:
+        lanes = {each["name"]: each for each in client.get("/models/faster_rcnn").json()["lanes"]}
+        inside = explained(client, png(), min_score=0.3, layer="backbone.stem")
     assert {name for name, lane in lanes.items() if lane["ready"]} == {"hooked", "compiled"}
     assert not lanes["compiled"].get("reason")
-    inside = explained(client, png(), min_score=0.3, layer="backbone.stem")
     assert inside.json()["results"][0]["explanations"][0]["layer"] == "backbone.stem"
 
 

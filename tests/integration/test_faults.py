@@ -198,7 +198,7 @@ def test_a_picture_that_cannot_be_drawn_fails_alone(serve, monkeypatch) -> None:
 def test_an_overlay_that_cannot_be_drawn_is_a_problem(serve, monkeypatch) -> None:
     """Also where the overlay itself was to be the answer."""
 
-    def render(*_: Any) -> Any:
+    def render(*_: Any, **__: Any) -> Any:
         raise ValueError("planted: overlay")
 
     monkeypatch.setattr("service.pipeline.response.render_overlay", render)

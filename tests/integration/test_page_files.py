@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import inspect
+import itertools
 import json
 import re
 from pathlib import Path
@@ -15,7 +16,7 @@ from starlette.testclient import TestClient
 from api_schemas.methods import BACKWARD, METHODS, STRIDE, WINDOW
 from api_schemas.options import Colormap
 from service.cam.heatmap import COLORMAPS
-from service.inference import batch
+from service.inference import batch, detection, explanations, segmentation
 from service.routes.page.router import read_files
 
 WEB = Path(__file__).parent.parent.parent / "service" / "routes" / "page"
@@ -107,8 +108,11 @@ def test_the_sample_is_the_one_of_the_examples() -> None:
 
 
 def test_every_flag_of_a_map_has_words_for_visitors() -> None:
-    flags = re.findall(r'^ {8}"(\w+)": ', inspect.getsource(batch._explanation), re.MULTILINE)
-    assert {"all_zero", "weights_hardly_matter"} < {*flags}
+    sources = map(inspect.getsource, (batch, detection, segmentation, explanations))
+    tables = (re.findall(r"flags = \{\n(.*?)\n    \}", text, re.DOTALL) for text in sources)
+    table = "\n".join(itertools.chain(*tables))
+    flags = {*re.findall(r'^ {8}"(\w+)": ', table, re.MULTILINE)}
+    assert {"all_zero", "weights_hardly_matter", "edge_clipped", "layer_not_used"} < flags
     words = (
         (WEB / "stage.js").read_text(encoding="utf-8").split("const FLAGS = {")[1].split("};")[0]
     )

@@ -30,22 +30,16 @@ pytestmark = pytest.mark.timeout(600)
 
 SMALL = {"min_size": 160, "max_size": 200}
 FLOWERS = ("flower_networks:faster_rcnn", "flower_networks:lraspp")
+# Not Faster R-CNN: with random weights its first stage proposes boxes by chance.
 DETECTORS: dict[str, dict[str, Any]] = {
-    "torchvision/ssdlite320_mobilenet_v3_large": {"score_thresh": 0.0, "detections_per_img": 20},
-    "torchvision/fasterrcnn_mobilenet_v3_large_320_fpn": {
-        "box_score_thresh": 0.0,
-        "box_detections_per_img": 20,
-        "rpn_post_nms_top_n_test": 40,
-    },
+    "ssdlite320_mobilenet_v3_large": {"score_thresh": 0.0, "detections_per_img": 20},
 }
 LARGE: dict[str, dict[str, Any]] = {
-    "torchvision/fasterrcnn_resnet50_fpn": SMALL
-    | {"box_score_thresh": 0.0, "box_detections_per_img": 8, "rpn_post_nms_top_n_test": 20},
-    "torchvision/fcos_resnet50_fpn": SMALL
+    "fcos_resnet50_fpn": SMALL
     | {"score_thresh": 0.0, "detections_per_img": 8, "topk_candidates": 40},
-    "torchvision/retinanet_resnet50_fpn": SMALL
+    "retinanet_resnet50_fpn": SMALL
     | {"score_thresh": 0.0, "detections_per_img": 8, "topk_candidates": 40},
-    "torchvision/ssd300_vgg16": {"score_thresh": 0.0, "detections_per_img": 8},
+    "ssd300_vgg16": {"score_thresh": 0.0, "detections_per_img": 8},
 }
 TOLERANCE = TOLERANCES["float32"]
 
@@ -56,6 +50,8 @@ def served(builder: str, **arguments: Any) -> LoadedModel:
     sizes = {"lraspp": 320, "lraspp_mobilenet_v3_large": 128, "fcn_resnet50": 128}
     side = sizes.get(builder.replace(":", "/").rpartition("/")[2])
     size = InputSpec() if side is None else InputSpec(size=(side, side), resize=side)
+    if ":" not in builder:
+        builder, arguments = "detectors:sharp", {"name": builder, **arguments}
     spec = ModelSpec("m", builder, arguments=arguments, labels=labels, input=size)
     model = load_model(spec, allow_random_weights=True, compiler=Compiler())
     assert model.is_compiled, model.not_compiled
@@ -146,7 +142,7 @@ def check_regions(model: LoadedModel, pixels: Tensor) -> None:
         changed = (logits.argmax(dim=0) != one.class_id)[region].float().mean()
         assert changed <= 1e-4
         value = logits[one.class_id][region].mean()
-        assert one.logit == pytest.approx(float(value), rel=2e-3, abs=1e-4)
+        assert one.logit == pytest.approx(float(value.detach()), rel=2e-3, abs=1e-4)
         (slope,) = torch.autograd.grad(value, kept[0], retain_graph=True)
         cam = (slope * kept[0]).sum(dim=1).relu()[0].detach()
         found = torch.from_numpy(one.grid.copy()) * one.high
@@ -159,12 +155,12 @@ def test_the_trained_segmenter_gives_the_regions_and_maps_of_torch() -> None:
 
 
 def test_a_segmenter_with_random_weights_gives_the_regions_and_maps_of_torch() -> None:
-    check_regions(served("torchvision/lraspp_mobilenet_v3_large"), image(1, (128, 160)))
+    check_regions(served("lraspp_mobilenet_v3_large"), image(1, (128, 160)))
 
 
 @pytest.mark.large
 def test_a_large_segmenter_gives_the_regions_and_maps_of_torch() -> None:
-    check_regions(served("torchvision/fcn_resnet50"), image(1, (128, 160)))
+    check_regions(served("fcn_resnet50"), image(1, (128, 160)))
 
 
 def test_threads_at_once_with_images_of_any_size_get_what_they_get_alone() -> None:

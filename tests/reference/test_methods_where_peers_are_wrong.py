@@ -10,6 +10,7 @@ from torchcam.methods import GradCAM as TorchGradCAM
 from torchcam.methods import GradCAMpp
 
 from service.inference.questions import Question
+from service.models.loaded import LoadedModel
 from service.models.replicas import replicate
 
 pytestmark = [pytest.mark.reference, pytest.mark.timeout(60)]
@@ -28,23 +29,31 @@ def test_an_in_place_relu_behind_the_target_spoils_the_peers_maps_and_not_ours(
 ) -> None:
     """Truth: a full backward pass in float64 on a twin that overwrites nothing.
 
+    With random weights float32 alone is off by up to 1e-3, by the same pass as measured here.
+
     The ReLU that follows overwrites the activation that the peers have kept a reference to (and,
     for TorchCAM, makes its gradient that of the overwritten tensor).
     """
     model = oracles.architecture(name, 96, 96)
     pixels = oracles.picture(3, 96, 96)
     target, image = oracles.best(model, pixels), oracles.input_of(model, pixels)
-    activation, gradient = oracles.full_backward(
-        oracles.in_double(model), f"net.{layer}", pixels, lambda logits: logits[target]
-    )
-    assert activation.min() < 0, "nothing here for a ReLU to overwrite"
-    truth = (gradient.mean(dim=(1, 2), keepdim=True) * activation).sum(dim=0).relu()
+
+    def whole(twin: LoadedModel, path: str) -> Tensor:
+        activation, gradient = oracles.full_backward(
+            twin, path, pixels, lambda logits: logits[target]
+        )
+        assert activation.min() < 0, "nothing here for a ReLU to overwrite"
+        return (gradient.mean(dim=(1, 2), keepdim=True) * activation).sum(dim=0).relu()
+
+    truth = whole(oracles.in_double(model), f"net.{layer}")
+    rounding = oracles.distance(whole(model, layer).double(), truth)
     (ours,) = oracles.explained(model, Question(pixels, targets=(target,), layers=(layer,)))
     (grad_cam,) = oracles.by_grad_cam(GradCAM, replicate(model.module), [layer], image, target)
     ((torchcam,),) = oracles.by_torchcam(
         [TorchGradCAM], replicate(model.module), [layer], image, target
     )
-    assert oracles.distance(ours, truth) < 1e-4
+    assert rounding < 5e-3, "the peers' error could be rounding"
+    assert oracles.distance(ours, truth) < max(1e-4, 2 * rounding)
     assert oracles.distance(grad_cam.relu(), truth) > 0.05
     assert oracles.distance(torchcam, truth) > 0.05
 

@@ -8,6 +8,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+import torchvision
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
@@ -177,6 +178,32 @@ class ReadingSegmenter(Segmenter):
 
 def reader() -> nn.Module:
     return _seeded(ReadingSegmenter)
+
+
+def sharp(name: str, **arguments: Any) -> nn.Module:
+    """A detector or segmenter of torchvision whose random weights give class logits that differ.
+
+    Else all scores are the same within rounding, and which boxes are listed is chance.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module: Any = torchvision.models.get_model(
+            name, weights=None, weights_backbone=None, **arguments
+        ).eval()
+    ends = ("cls_score", "cls_logits", "classification_head.module_list")
+    last = [
+        part
+        for path, part in module.named_modules()
+        if any(end in path for end in ends) and hasattr(part, "bias") and part.bias is not None
+        if not isinstance(part, nn.BatchNorm2d) and getattr(part, "groups", 1) == 1
+    ]
+    for part in last:
+        values: list[Tensor] = []
+        with part.register_forward_hook(lambda _m, _a, out, kept=values: kept.append(out)):
+            module([image(0, (150, 190)).float() / 255])
+        with torch.no_grad():
+            part.weight.mul_(3 / torch.cat([each.flatten() for each in values]).std())
+    return module  # type: ignore[no-any-return]
 
 
 class OwnDetector(nn.Module):

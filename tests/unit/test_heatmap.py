@@ -324,7 +324,7 @@ def test_a_box_is_outlined_so_that_it_is_seen_on_black_and_on_white(shade: int) 
     changed = (drawn != shade).any(axis=2)
     assert not changed[:10].any()
     assert not changed[27:].any()
-    assert not changed[14:23, 12:29].any()
+    assert not changed[15:22, 13:28].any()
     native = Style(size="native", format="png", opacity=0.0)
     plain, boxed = (
         render_overlay(random_cam(), shown.geometry, native, source.pixels, rows(shown), box=box)

@@ -557,14 +557,14 @@ def test_an_extreme_picture_is_cut_before_it_is_resized(
 ) -> None:
     """1 x 60,000 would need 256 x 15,360,000: only the middle is resized, at the same scale."""
     sizes: list[int] = []
-    resize = transforms.resize
+    resize = transforms.resize_image
 
     def watch(image: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
         result: torch.Tensor = resize(image, *args, **options)
         sizes.append(result.numel())
         return result
 
-    monkeypatch.setattr(transforms, "resize", watch)
+    monkeypatch.setattr(transforms, "resize_image", watch)
     result = fit_to_model(source(*size), how)
     assert max(sizes) < 3 * 256 * 256 * 20
     x, y, w, h = result.geometry.window

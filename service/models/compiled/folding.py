@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import cast
 
 from torch import fx, nn
@@ -68,7 +67,7 @@ def fold(plain: nn.Module) -> Folded | None:
     if not pairs:
         return None
     layers = frozenset(path for pair in pairs for path in pair)
-    return Folded(partial(_folded, plain, pairs), layers)
+    return Folded(lambda: _folded(plain, pairs), layers)
 
 
 def _folded(plain: nn.Module, pairs: Sequence[tuple[str, str]]) -> nn.Module:
