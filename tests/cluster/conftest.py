@@ -20,8 +20,10 @@ def _cluster() -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="ray-"))
     cluster = Cluster(folder)
     try:
-        cluster.start(HEAD)
-        yield cluster
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RAY_AUTH_MODE", "disabled")  # a token in the user's home switches it on
+            cluster.start(HEAD)
+            yield cluster
     finally:
         cluster.close()
         shutil.rmtree(folder, ignore_errors=True)
