@@ -66,7 +66,7 @@ def configure(
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, last],
         )
     )
-    # Logged nowhere, and found anew for each record (docs.python.org/3/howto/logging.html).
+    # Not in any log, but computed for each record (docs.python.org/3/howto/logging.html).
     logging._srcfile = None  # noqa: SLF001
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     root = logging.getLogger()

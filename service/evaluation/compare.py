@@ -33,7 +33,13 @@ from service.evaluation.single_runs import replica_of, result_of
 from service.images.decode import Geometry, Rect, preview_size
 from service.images.upload import Upload, open_upload
 from service.inference.method_table import check_method, default_method
-from service.inference.questions import Explanation, InferenceResult, Prediction, Question
+from service.inference.questions import (
+    Explanation,
+    InferenceResult,
+    Prediction,
+    Question,
+    image_fields,
+)
 from service.models.loaded import LoadedModel
 from service.models.pool import Replica
 
@@ -266,8 +272,7 @@ def compare_images(
     masks:  of the objects, to measure evidence off them.
 
     Raises ConfigurationError at once if the models share no label or their tasks cannot be
-    compared, and while it runs for a mask
-    that does not fit its image.
+    compared, and while it runs for a mask that does not fit its image.
     """
     _check_tasks(one, other)
     method = method or default_method(one)
@@ -386,13 +391,12 @@ def _answer(
         return f"{error.strerror or error}"
     is_detector = model.task == "detection"
     question = Question(
-        upload.model_input.pixels,
+        **image_fields(upload.model_input),
         top_k=MOST_BOXES if is_detector else len(model.labels),
         targets=() if wanted is None or method is None else (wanted,),
         explain_top=MOST_BOXES if is_detector else 1,
         method=method,
         layers=_layers(model, method),
-        seen=upload.model_input.geometry.content,
     )
     try:
         result = result_of(replica, question)

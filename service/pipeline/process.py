@@ -19,7 +19,12 @@ from service.errors import CamserveError
 from service.images.decode import ModelInput
 from service.images.formats import check_format
 from service.images.upload import Sent, Upload, open_upload
-from service.inference.questions import Explanation, InferenceResult, Question
+from service.inference.questions import (
+    Explanation,
+    InferenceResult,
+    Question,
+    image_fields,
+)
 from service.pipeline.service import ProcessedImage, Recipe
 from service.scheduling.scheduler import InferenceJob, TimedResult
 
@@ -105,9 +110,7 @@ def _watch(recipe: Recipe, upload: Upload, inference: InferenceResult) -> None:
 
 
 def _question(recipe: Recipe, model_input: ModelInput) -> Question:
-    geometry = model_input.geometry
-    seen, source, shown = geometry.content, geometry.source_size, geometry.seen
-    return recipe.question(model_input.pixels, seen=seen, source=source, shown=shown)
+    return recipe.question(**image_fields(model_input))
 
 
 async def render(recipe: Recipe, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -42,6 +42,7 @@ from service.inference.questions import (
     Prediction,
     Question,
     TrackedEffect,
+    image_fields,
 )
 from service.models.loaded import LoadedModel
 from service.models.probes.logits import as_logits
@@ -120,8 +121,8 @@ async def conduct(plan: ExperimentPlan, recipe: Recipe, opened: Opened, index: i
 
 def _question(plan: ExperimentPlan, shown: ModelInput) -> Question:
     """What is asked of the unedited image; of a detector or segmenter, with what is tracked."""
-    options, geometry = plan.options, shown.geometry
-    question = Question(shown.pixels, options.top_k, method=None, seen=geometry.content)
+    options = plan.options
+    question = Question(**image_fields(shown), top_k=options.top_k, method=None)
     if plan.model.task == "classification":
         return question
     return replace(
@@ -129,7 +130,6 @@ def _question(plan: ExperimentPlan, shown: ModelInput) -> Question:
         targets=plan.targets,
         places=tuple(place_of(place) for place in options.places()),
         min_score=plan.min_score,
-        source=geometry.source_size,
         tracks=True,
     )
 
@@ -155,7 +155,7 @@ async def _marked(plan: ExperimentPlan, recipe: Recipe, opened: Opened, index: i
         if (image, region) in found or isinstance(upload, BaseException):
             continue
         shown = upload.model_input
-        question = replace(plan.marks[region], pixels=shown.pixels, seen=shown.geometry.content)
+        question = replace(plan.marks[region], **image_fields(shown))
         answer = await run_question(recipe, question)
         grid = answer.explanations[0].grid
         side = recipe.service.limits.render_side
@@ -222,9 +222,8 @@ class _Setting:
     def _inside(self, edit: wire.Edit, inside: ChannelEdit | GradientEdit) -> Edit:
         """An edit of the model, for this image."""
         if isinstance(inside, GradientEdit):
-            shown = self.input(self.index)
-            question = replace(inside.question, pixels=shown.pixels, seen=shown.geometry.content)
-            return replace(inside, question=question)
+            shown = image_fields(self.input(self.index))
+            return replace(inside, question=replace(inside.question, **shown))
         assert isinstance(edit, wire.Channels)
         if isinstance(edit.set, wire.FromImage):
             return replace(inside, donor=self.input(edit.set.image).pixels)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,10 @@ import pytest
 from small_detectors import image, save
 from starlette.testclient import TestClient
 
+from service.evaluation.compare import compare_files, summarise
 from service.images.run_lengths import rle_decode
+from service.models.catalog import ModelSpec
+from service.models.loading import load_model
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -29,10 +34,14 @@ def png(size: tuple[int, int] = (70, 90)) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def client(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+def builders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("hf")
-    models = [f"hf/{save(transformers, name, folder / name)}" for name in NAMES]
-    with serve(models=tuple(models)) as client:
+    return {name: f"hf/{save(transformers, name, folder / name)}" for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def client(serve: Any, builders: dict[str, str]) -> Iterator[TestClient]:
+    with serve(models=tuple(builders.values())) as client:
         yield client
 
 
@@ -63,6 +72,41 @@ def test_a_box_is_named_by_the_place_that_was_predicted(client: TestClient, name
         (explanation,) = response.json()["results"][0]["explanations"]
         assert explanation["box"] == boxes[0]["box"]
         assert "all_zero" not in explanation["flags"]
+
+
+@pytest.mark.parametrize("name", ["Detr", "RTDetr"])
+def test_a_box_is_followed_through_an_edit(client: TestClient, name: str) -> None:
+    """Boxes of queries are fractions of the source; an edit that hides nothing leaves them."""
+    predicted = asked(client, "/predict", model=name).json()["results"][0]["predictions"]
+    body = {
+        "model": name,
+        "min_score": 0.0,
+        "top_k": 12,
+        "images": [{"data": base64.b64encode(png()).decode()}],
+        "edits": [{"edit": "hide", "name": "corner", "region": {"boxes": [[0, 0, 1, 1]]}}],
+    }
+    response = client.post("/experiments", json=body)
+    assert response.status_code == 200, response.text
+    (result,) = response.json()["results"]
+    assert [each["box"] for each in result["predictions"]] == [each["box"] for each in predicted]
+    (change,) = result["edits"][0]["changes"]
+    assert change["box"] == predicted[0]["box"]
+    assert change["overlap"] > 0.9
+    assert abs(change["score_change"]) < 0.05
+
+
+@pytest.mark.parametrize("name", ["Detr", "RTDetr"])
+def test_a_detector_does_not_differ_from_itself(
+    client: TestClient, builders: dict[str, str], name: str, tmp_path: Path
+) -> None:
+    predicted = asked(client, "/predict", model=name).json()["results"][0]["predictions"]
+    (tmp_path / "a.png").write_bytes(png())
+    one, other = (load_model(ModelSpec(name, builders[name])) for _ in range(2))
+    files = [(tmp_path / "a.png", Path("a.png"))]
+    comparison = summarise(one, other, compare_files(one, other, files))
+    likely = sum(each["score"] >= 0.5 for each in predicted)
+    assert comparison.overall.images == likely
+    assert (comparison.overall.flips, comparison.overall.score_distance) == (0, 0)
 
 
 @pytest.mark.parametrize(

@@ -120,9 +120,9 @@ def test_the_collector_is_paused_until_the_last_one_is_done() -> None:
         gc.enable()
 
 
-FREED = """
+ALLOCATING = """
 import ctypes, re, pathlib
-from service.resources import tune_allocator
+from service.resources import return_freed_memory, tune_allocator
 
 tune_allocator()
 libc = ctypes.CDLL(None)
@@ -132,7 +132,9 @@ libc.free.argtypes = [ctypes.c_void_p]
 def resident():
     status = pathlib.Path("/proc/self/status").read_text()
     return int(re.search(r"RssAnon:\\s+(\\d+)", status)[1]) >> 10
+"""
 
+FREED = """
 blocks = [libc.malloc(64 << 20) for _ in range(16)]
 for block in blocks:
     ctypes.memset(block, 1, 64 << 20)
@@ -148,7 +150,11 @@ print(*steps)
 def test_freed_memory_returns_to_the_kernel_in_pieces_of_at_most_256_mib() -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
     result = subprocess.run(
-        [sys.executable, "-c", FREED], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", ALLOCATING + FREED],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     steps = [int(step) for step in result.stdout.split()]
     returned = [before - after for before, after in itertools.pairwise(steps)]
@@ -157,18 +163,6 @@ def test_freed_memory_returns_to_the_kernel_in_pieces_of_at_most_256_mib() -> No
 
 
 SCATTERED = """
-import ctypes, re, pathlib
-from service.resources import return_freed_memory, tune_allocator
-
-tune_allocator()
-libc = ctypes.CDLL(None)
-libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-libc.free.argtypes = [ctypes.c_void_p]
-
-def resident():
-    status = pathlib.Path("/proc/self/status").read_text()
-    return int(re.search(r"RssAnon:\\s+(\\d+)", status)[1]) >> 10
-
 blocks, kept = [], []
 for _ in range(100):
     blocks.append(libc.malloc(1 << 20))
@@ -184,5 +178,5 @@ print(freed - resident())
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="not the C library glibc")
 def test_freed_memory_between_blocks_in_use_is_returned_when_asked_for() -> None:
-    printed = subprocess.check_output([sys.executable, "-c", SCATTERED], text=True)
+    printed = subprocess.check_output([sys.executable, "-c", ALLOCATING + SCATTERED], text=True)
     assert int(printed) > 90
