@@ -289,7 +289,8 @@ async def _end_on_disconnect(request: Request, limit: asyncio.Timeout) -> None:
     """End the time limit of a request when its client disconnects; the body must be read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-    limit.reschedule(0)
+    if not limit.expired():  # the deadline may have come first
+        limit.reschedule(0)
 
 
 async def in_time_without_body(

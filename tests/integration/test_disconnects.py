@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -12,9 +13,12 @@ from typing import Any
 import pictures
 import pytest
 from gates import Hold, calls_waiting, wait_until
+from starlette.requests import Request
 from starlette.testclient import TestClient
+from starlette.types import Message
 from webhosts import Web, web
 
+from service.routes import lifecycle
 from service.security.overlay_tokens import Grant, sign
 
 SECRET = "a secret of more than thirty-two characters"  # noqa: S105
@@ -122,3 +126,40 @@ def test_what_is_drawn_needs_a_place(serve, studio: Web, path: str) -> None:
 
 def get(client: TestClient, path: str) -> int:
     return client.get(target(path)[1]).status_code
+
+
+class _Gone(Request):
+    """A request whose client has disconnected."""
+
+    def __init__(self) -> None:
+        super().__init__({"type": "http"})
+
+    @property
+    def receive(self) -> Any:
+        return self._receive_once
+
+    @staticmethod
+    async def _receive_once() -> Message:
+        return {"type": "http.disconnect"}
+
+
+def test_a_client_that_disconnects_after_the_deadline_changes_nothing() -> None:
+    async def overdue() -> None:
+        async with asyncio.timeout(0) as limit:
+            try:
+                await asyncio.sleep(60)
+            finally:
+                await lifecycle._end_on_disconnect(_Gone(), limit)
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(overdue())
+
+
+def test_a_client_that_disconnects_ends_the_time_of_its_request() -> None:
+    async def disconnected() -> None:
+        async with asyncio.timeout(60) as limit:
+            await lifecycle._end_on_disconnect(_Gone(), limit)
+            await asyncio.sleep(60)
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(disconnected())
