@@ -1,6 +1,6 @@
 """The how-to "Label the uncertain images first", in a real Label Studio.
 
-The order that it gives to tasks is compared with what plain torch says of the same photographs.
+The order that it gives to tasks is compared with what plain torch says of the same samples.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ASCENDING = ["tasks:predictions_score"]
 
 
 @dataclass(frozen=True)
-class Photograph:
+class Sample:
     """A held-out one, and how sure plain torch is of it: low is uncertain."""
 
     name: str
@@ -40,7 +40,7 @@ class Photograph:
     sure: dict[str, float]
 
 
-def photographs(shared_data: Path) -> list[Photograph]:
+def samples(shared_data: Path) -> list[Sample]:
     """Five: the two least certain by each measure, and the most certain one, which comes first."""
     sys.path.append(str(ROOT / "tools" / "builtin_model"))
     from photos import read_photos  # noqa: PLC0415 - a script's, whose folder is added just now
@@ -53,7 +53,7 @@ def photographs(shared_data: Path) -> list[Photograph]:
     by_margin, by_entropy = (sure[name].argsort().tolist() for name in sure)
     chosen = [by_margin[-1], *by_margin[:2], *by_entropy[:2]]
     return [
-        Photograph(
+        Sample(
             f"{number}.png",
             pictures.file(images[number].permute(1, 2, 0).contiguous().numpy()),
             {name: float(values[number]) for name, values in sure.items()},
@@ -119,13 +119,13 @@ class Project:
 
 
 @pytest.fixture(scope="module")
-def photos(shared_data: Path) -> list[Photograph]:
-    return photographs(shared_data)
+def photos(shared_data: Path) -> list[Sample]:
+    return samples(shared_data)
 
 
 @pytest.fixture(params=["margin", "entropy"])
 def project(
-    request: pytest.FixtureRequest, studio: LabelStudio, photos: list[Photograph]
+    request: pytest.FixtureRequest, studio: LabelStudio, photos: list[Sample]
 ) -> Project:
     """Steps 1 and 2 of the page."""
     choice = request.param
@@ -144,7 +144,7 @@ def project(
     return Project(studio, number, choice, [tasks[place]["id"] for place in order], sure)
 
 
-def test_the_two_measures_disagree_on_these_photographs(photos: list[Photograph]) -> None:
+def test_the_two_measures_disagree_on_these_photographs(photos: list[Sample]) -> None:
     first = {name: min(photos, key=lambda each: each.sure[name]) for name in ("margin", "entropy")}
     assert first["margin"].name != first["entropy"].name
     assert photos[0] not in first.values()
