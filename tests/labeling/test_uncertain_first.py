@@ -33,7 +33,7 @@ ASCENDING = ["tasks:predictions_score"]
 
 @dataclass(frozen=True)
 class Sample:
-    """A held-out one, and how sure plain torch is of it: low is uncertain."""
+    """A held-out image, and how sure plain torch is of it: low is uncertain."""
 
     name: str
     file: bytes
@@ -41,7 +41,7 @@ class Sample:
 
 
 def samples(shared_data: Path) -> list[Sample]:
-    """Five: the two least certain by each measure, and the most certain one, which comes first."""
+    """Five images: the two least certain by each measure, and the most certain one, which comes first."""
     sys.path.append(str(ROOT / "tools" / "builtin_model"))
     from photos import read_photos  # noqa: PLC0415 - a script's, whose folder is added just now
 
