@@ -33,13 +33,7 @@ from service.evaluation.single_runs import replica_of, result_of
 from service.images.decode import Geometry, Rect, preview_size
 from service.images.upload import Upload, open_upload
 from service.inference.method_table import check_method, default_method
-from service.inference.questions import (
-    Explanation,
-    InferenceResult,
-    Prediction,
-    Question,
-    image_fields,
-)
+from service.inference.questions import Explanation, InferenceResult, Prediction, Question
 from service.models.loaded import LoadedModel
 from service.models.pool import Replica
 
@@ -391,7 +385,7 @@ def _answer(
         return f"{error.strerror or error}"
     is_detector = model.task == "detection"
     question = Question(
-        **image_fields(upload.model_input),
+        **upload.model_input.placed,
         top_k=MOST_BOXES if is_detector else len(model.labels),
         targets=() if wanted is None or method is None else (wanted,),
         explain_top=MOST_BOXES if is_detector else 1,

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, TypedDict
 
 import numpy as np
 import torch
@@ -301,12 +301,32 @@ class Geometry:
         return (left - x) / w, (top - y) / h, width / w, height / h
 
 
+class PlacedPixels(TypedDict):
+    """The fields of a question that come from its image; `Question` defines them."""
+
+    pixels: Tensor
+    seen: Rect
+    source: tuple[int, int]
+    shown: Rect
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ModelInput:
     """`pixels`: uint8 (channels, height, width), before normalisation; and its geometry."""
 
     pixels: Tensor
     geometry: Geometry
+
+    @property
+    def placed(self) -> PlacedPixels:
+        """The pixels with their place in the source, as a question has them."""
+        geometry = self.geometry
+        return PlacedPixels(
+            pixels=self.pixels,
+            seen=geometry.content,
+            source=geometry.source_size,
+            shown=geometry.seen,
+        )
 
 
 def decode(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch.nn import functional
 from api_schemas.methods import METHODS, MethodRecord
 from service.cam.verdict import WHOLE, Evidence, Verdict
 from service.errors import CamserveError
-from service.images.decode import ModelInput, Rect
+from service.images.decode import Rect
 from service.inference.contrast import Contrast
 from service.models.catalog import Output
 from service.models.compiled.front import Precision
@@ -125,26 +125,6 @@ class TrackedEffect:
     values: Tensor
     unedited: Tensor
     predictions: tuple[Prediction, ...]
-
-
-class ImageFields(TypedDict):
-    """The fields of a question that come from its image."""
-
-    pixels: Tensor
-    seen: Rect
-    source: tuple[int, int]
-    shown: Rect
-
-
-def image_fields(shown: ModelInput) -> ImageFields:
-    """The pixels of an image at the model's input, and where they lie in its source."""
-    geometry = shown.geometry
-    return ImageFields(
-        pixels=shown.pixels,
-        seen=geometry.content,
-        source=geometry.source_size,
-        shown=geometry.seen,
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,12 +19,7 @@ from service.errors import CamserveError
 from service.images.decode import ModelInput
 from service.images.formats import check_format
 from service.images.upload import Sent, Upload, open_upload
-from service.inference.questions import (
-    Explanation,
-    InferenceResult,
-    Question,
-    image_fields,
-)
+from service.inference.questions import Explanation, InferenceResult, Question
 from service.pipeline.service import ProcessedImage, Recipe
 from service.scheduling.scheduler import InferenceJob, TimedResult
 
@@ -110,7 +105,7 @@ def _watch(recipe: Recipe, upload: Upload, inference: InferenceResult) -> None:
 
 
 def _question(recipe: Recipe, model_input: ModelInput) -> Question:
-    return recipe.question(**image_fields(model_input))
+    return recipe.question(**model_input.placed)
 
 
 async def render(recipe: Recipe, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

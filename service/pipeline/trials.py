@@ -42,7 +42,6 @@ from service.inference.questions import (
     Prediction,
     Question,
     TrackedEffect,
-    image_fields,
 )
 from service.models.loaded import LoadedModel
 from service.models.probes.logits import as_logits
@@ -122,7 +121,7 @@ async def conduct(plan: ExperimentPlan, recipe: Recipe, opened: Opened, index: i
 def _question(plan: ExperimentPlan, shown: ModelInput) -> Question:
     """What is asked of the unedited image; of a detector or segmenter, with what is tracked."""
     options = plan.options
-    question = Question(**image_fields(shown), top_k=options.top_k, method=None)
+    question = Question(**shown.placed, top_k=options.top_k, method=None)
     if plan.model.task == "classification":
         return question
     return replace(
@@ -155,7 +154,7 @@ async def _marked(plan: ExperimentPlan, recipe: Recipe, opened: Opened, index: i
         if (image, region) in found or isinstance(upload, BaseException):
             continue
         shown = upload.model_input
-        question = replace(plan.marks[region], **image_fields(shown))
+        question = replace(plan.marks[region], **shown.placed)
         answer = await run_question(recipe, question)
         grid = answer.explanations[0].grid
         side = recipe.service.limits.render_side
@@ -222,8 +221,8 @@ class _Setting:
     def _inside(self, edit: wire.Edit, inside: ChannelEdit | GradientEdit) -> Edit:
         """An edit of the model, for this image."""
         if isinstance(inside, GradientEdit):
-            shown = image_fields(self.input(self.index))
-            return replace(inside, question=replace(inside.question, **shown))
+            shown = self.input(self.index)
+            return replace(inside, question=replace(inside.question, **shown.placed))
         assert isinstance(edit, wire.Channels)
         if isinstance(edit.set, wire.FromImage):
             return replace(inside, donor=self.input(edit.set.image).pixels)

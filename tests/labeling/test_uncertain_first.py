@@ -41,7 +41,7 @@ class Sample:
 
 
 def samples(shared_data: Path) -> list[Sample]:
-    """Five images: the two least certain by each measure, and the most certain one, which comes first."""
+    """The two least certain of 48 by each measure, and the most certain, which comes first."""
     sys.path.append(str(ROOT / "tools" / "builtin_model"))
     from photos import read_photos  # noqa: PLC0415 - a script's, whose folder is added just now
 
@@ -124,9 +124,7 @@ def photos(shared_data: Path) -> list[Sample]:
 
 
 @pytest.fixture(params=["margin", "entropy"])
-def project(
-    request: pytest.FixtureRequest, studio: LabelStudio, photos: list[Sample]
-) -> Project:
+def project(request: pytest.FixtureRequest, studio: LabelStudio, photos: list[Sample]) -> Project:
     """Steps 1 and 2 of the page."""
     choice = request.param
     with running(

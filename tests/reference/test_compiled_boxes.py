@@ -107,6 +107,7 @@ def _same_box(expected: Detections, actual: Detections, number: int) -> int | No
     return best if near and abs(expected.scores[best] - actual.scores[number]) < 1e-3 else None
 
 
+@pytest.mark.usefixtures("shared_data")
 def test_the_trained_detector_gives_the_boxes_and_maps_of_torch() -> None:
     check_boxes(served(FLOWERS[0]), scene(3))
 
@@ -150,6 +151,7 @@ def check_regions(model: LoadedModel, pixels: Tensor) -> None:
     assert result.explanations
 
 
+@pytest.mark.usefixtures("shared_data")
 def test_the_trained_segmenter_gives_the_regions_and_maps_of_torch() -> None:
     check_regions(served(FLOWERS[1]), scene(3))
 
@@ -163,6 +165,7 @@ def test_a_large_segmenter_gives_the_regions_and_maps_of_torch() -> None:
     check_regions(served("fcn_resnet50"), image(1, (128, 160)))
 
 
+@pytest.mark.usefixtures("shared_data")
 def test_threads_at_once_with_images_of_any_size_get_what_they_get_alone() -> None:
     model = served(FLOWERS[0])
     sizes = ((320, 320), (240, 320), (320, 200))
